@@ -1,0 +1,40 @@
+# Every target sets up its own virtual environment on a fresh machine.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: setup demo test test-all check format clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	# torch first: the pin keeps pip on the build that this machine has, CPU or CUDA.
+	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+demo: setup            ## compile the shipped model and show what sparsity breaks and Sirius repairs
+	$(BIN)/python examples/tally/demo.py
+
+test: setup            ## the fast suite
+	$(BIN)/python -m pytest
+
+test-all: setup        ## the fast suite and the slow tests
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: setup           ## the gate: style, types, import contracts, fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

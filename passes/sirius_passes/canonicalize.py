@@ -1,0 +1,131 @@
+"""Removes what export leaves behind, and gives every linear one spelling.
+
+    Before                                         After
+    %1 = aten._assert_tensor_metadata(%0, …)
+    %2 = aten.alias(%0)
+    %3 = aten.to.dtype(%2, float32)  # is float32
+    %4 = aten.linear(%3, %qkv_w)                   %1 = aten.slice(%qkv_w, 0, 0, 64)
+    %5 = aten.slice(%4, 2, 0, 64)                  %2 = aten.linear(%0, %1)
+    %6 = aten.slice(%4, 2, 64, 96)                 %3 = aten.slice(%qkv_w, 0, 64, 96)
+                                                   %4 = aten.linear(%0, %3)
+
+A fused projection (gate_up, qkv) whose result is only ever sliced along its features becomes one linear a
+slice, over views of the one weight: later passes see separate gate, up, q, k, v everywhere.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from sirius_passes.manager import Pass
+from sirius_passes.program import Program, Stage, call, calls
+from sirius_passes.verifier import EXPORT_NOISE
+from sirius_runtime.graph import WEIGHT
+
+aten = torch.ops.aten
+
+
+class Canonicalize(Pass):
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "canonicalize"
+    takes: ClassVar[Stage] = Stage.CAPTURED
+    gives: ClassVar[Stage] = Stage.CANONICAL
+
+    def run(self, program: Program) -> int:
+        return sum(canonicalize(module) for module in program.graphs.values())
+
+
+def canonicalize(module: fx.GraphModule) -> int:
+    """Canonicalizes one graph in place; returns the number of rewrites."""
+    graph = module.graph
+    rewrites = sum(_remove_if_noise(node) for node in list(graph.nodes))
+    rewrites += sum(_split_linear(node) for node in calls(graph, aten.linear.default))
+    before = len(graph.nodes)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return rewrites + before - len(graph.nodes)
+
+
+def _remove_if_noise(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if node.target in EXPORT_NOISE:
+        if node.users:
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        node.graph.erase_node(node)
+        return True
+    if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.contiguous.default):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        old, new = source.meta["val"], node.meta["val"]
+        # Weights and inputs are on the program's device already; a cast to the same dtype is none.
+        if old.dtype is new.dtype and (
+            node.target is not aten.contiguous.default or old.is_contiguous()
+        ):
+            node.replace_all_uses_with(source)
+            node.graph.erase_node(node)
+            return True
+    return False
+
+
+def _split_linear(linear: fx.Node) -> bool:
+    """Replaces a linear over a weight that is only sliced by features by one linear a slice."""
+    weight = linear.args[1]
+    bias = linear.args[2] if len(linear.args) > 2 else None
+    if not (isinstance(weight, fx.Node) and WEIGHT in weight.meta and linear.users):
+        return False
+    ranges: dict[fx.Node, tuple[int, int]] = {}
+    for user in list(linear.users):
+        found = _feature_ranges(user, linear)
+        if found is None:
+            return False
+        ranges |= found
+    graph = linear.graph
+    for user, (start, end) in ranges.items():
+        with graph.inserting_before(linear):
+            rows = [
+                None
+                if source is None
+                else call(graph, aten.slice.Tensor, (source, 0, start, end), origin="canonicalize")
+                for source in (weight, bias)
+            ]
+            arguments = (linear.args[0], *(r for r in rows if r is not None))
+            part = call(graph, aten.linear.default, arguments, origin="canonicalize")
+        user.replace_all_uses_with(part)
+        graph.erase_node(user)
+    for user in list(linear.users):  # a chunk or split whose items are gone
+        graph.erase_node(user)
+    graph.erase_node(linear)
+    return True
+
+
+def _feature_ranges(user: fx.Node, linear: fx.Node) -> dict[fx.Node, tuple[int, int]] | None:
+    """The feature range that `user` (or each item taken from it) reads of `linear`, or None."""
+    value = linear.meta["val"]
+    last, features = value.ndim - 1, int(value.shape[-1])
+    if user.target is aten.slice.Tensor:
+        dim, start, end, step = (*user.args[1:], *(0, 0, features, 1)[len(user.args) - 1 :])[:4]
+        if dim not in (last, -1) or step != 1 or not isinstance(start, int | None):
+            return None
+        if not isinstance(end, int | None):
+            return None
+        low = min((start or 0) % features if start and start < 0 else start or 0, features)
+        high = features if end is None else min(end + features if end < 0 else end, features)
+        return {user: (low, high)} if low < high else None
+    if user.target in (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
+        dim = user.args[2] if len(user.args) > 2 else user.kwargs.get("dim", 0)
+        if dim not in (last, -1):
+            return None
+        offsets = [0]
+        for part in user.meta["val"]:
+            offsets.append(offsets[-1] + int(part.shape[-1]))
+        items = list(user.users)
+        if any(item.target is not operator.getitem for item in items):
+            return None
+        return {item: (offsets[item.args[1]], offsets[item.args[1] + 1]) for item in items}  # type: ignore[index, operator]
+    return None

@@ -1,0 +1,199 @@
+"""The Program: named graphs over one weight table, the state they share, and the stage reached.
+
+Invariants of the graphs, at every stage (checked by `verifier.verify`):
+
+* every placeholder is bound, by `meta["weight"]` to an entry of the weight table or by `meta["input"]` to
+  an input of `INPUTS`; there are no submodules and no attributes, so a graph is data;
+* every node carries `meta["val"]`: fake tensors of one fake mode, symbolic in rows and tokens;
+* the output node's `meta["outputs"]` names its values;
+* floating point constants of `CAPTURE_DTYPE` mean "the program's dtype".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch._subclasses import FakeTensorMode
+
+from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders
+from sirius_runtime.spec import EntrySpec, Method, SparsitySpec, StateSpec, TensorSpec, WeightSpec
+
+OUTPUTS = "outputs"  # key of the output node's meta: the names of its values
+ORIGIN = "origin"  # key of a node's meta: the pass that made it, and from what
+CALIBRATED = "calibrated"  # key of a node's meta: positions of arguments that calibration chose
+
+DENSE, PREFILL, SPARSE, FULL = "dense", "prefill", "sparse", "full"
+
+INPUTS: dict[str, TensorSpec] = {
+    spec.name: spec
+    for spec in (
+        TensorSpec("input_ids", "int64", ("B", "T")),
+        TensorSpec("positions", "int64", ("B", "T")),
+        TensorSpec("slots", "int64", ("B", "T")),
+        TensorSpec("length", "int64", ("B",)),
+        TensorSpec("tree_mask", "int64", ("R", "T", "M")),  # R: 1 or B
+        TensorSpec("k_cache", "model", ("layers", "B", "G", "S", "D")),
+        TensorSpec("v_cache", "model", ("layers", "B", "G", "S", "Dv")),
+        TensorSpec("last", "int64", ("B",)),
+        TensorSpec("valid", "bool", ("B", "T")),
+        TensorSpec("neurons", "int64", ("layers", "B", "K")),
+    )
+}
+"""Every input that a graph may have; shape letters as in `sirius_runtime.ops`."""
+
+RESULTS: dict[str, TensorSpec] = {
+    spec.name: spec
+    for spec in (
+        TensorSpec("logits", "model", ("B", "T", "V")),
+        TensorSpec("statistic", "float32", ("layers", "B", "I")),
+        TensorSpec("kept", "int64", ("layers", "B", "T")),
+    )
+}
+"""Every output that a graph may have. `prefill` gives the logits of one token a row (T = 1)."""
+
+
+class Stage(IntEnum):
+    """How far a program has come; a pass names the stage it takes and the one it gives."""
+
+    CAPTURED = 0
+    """One graph, `dense`, as exported: cacheless attention nodes."""
+    CANONICAL = 1
+    """No export noise; one spelling per linear; MLPs may be operators."""
+    CACHED = 2
+    """Attention reads and writes a key/value cache; one graph serves prefill, chain and tree."""
+    PAIRED = 3
+    """`prefill`, `full` and `sparse` over one weight table."""
+    LAID_OUT = 4
+    """Weights stored as their kernels stream them."""
+
+
+@dataclass
+class Program:
+    """What the passes rewrite, in place. `weights` keeps the order of the checkpoint's names."""
+
+    stage: Stage
+    graphs: dict[str, fx.GraphModule]
+    weights: dict[str, WeightSpec]
+    state: StateSpec
+    sparsity: SparsitySpec = field(default_factory=lambda: SparsitySpec(Method.NONE, 1.0))
+
+    def nodes(self) -> int:
+        """Number of nodes of all graphs."""
+        return sum(len(g.graph.nodes) for g in self.graphs.values())
+
+    def entries(self) -> tuple[EntrySpec, ...]:
+        """The interface of each graph: its inputs in placeholder order, its named outputs."""
+        return tuple(
+            EntrySpec(
+                name,
+                tuple(INPUTS[i] for i in placeholders(module.graph, INPUT)),
+                tuple(RESULTS[o] for o in module.graph.output_node().meta[OUTPUTS]),
+            )
+            for name, module in self.graphs.items()
+        )
+
+    def drop_unused_weights(self) -> None:
+        """Removes from the table what no graph reads, and unused placeholders from the graphs."""
+        used: set[str] = set()
+        for module in self.graphs.values():
+            for name, node in placeholders(module.graph, WEIGHT).items():
+                if node.users:
+                    used.add(name)
+                else:
+                    module.graph.erase_node(node)
+            module.recompile()
+        self.weights = {name: spec for name, spec in self.weights.items() if name in used}
+
+    def update_weight(self, name: str, **changes: Any) -> None:
+        """Replaces fields of a weight's spec."""
+        self.weights[name] = replace(self.weights[name], **changes)
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The fake mode that the graph's values live in."""
+    mode = detect_fake_mode([n.meta["val"] for n in graph.nodes if "val" in n.meta])
+    if mode is None:
+        raise ValueError("the graph's nodes carry no fake values")
+    return mode
+
+
+def call(
+    graph: fx.Graph,
+    target: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    origin: str,
+) -> fx.Node:
+    """Inserts a call at the graph's insertion point: the one way in which passes make nodes.
+
+    Sets `meta["val"]` by running `target` on the arguments' fake values, and `meta["origin"]`.
+    """
+    kwargs = kwargs or {}
+    node = graph.call_function(target, tuple(args), kwargs)
+    values = fx.node.map_arg((tuple(args), kwargs), lambda n: n.meta["val"])
+    with fake_mode(graph):
+        node.meta["val"] = target(*values[0], **values[1])
+    node.meta[ORIGIN] = origin
+    return node
+
+
+def add_input(graph: fx.Graph, name: str) -> fx.Node:
+    """The placeholder bound to the input `name`, made after the last input where there is none yet."""
+    inputs = placeholders(graph, INPUT)
+    if name in inputs:
+        return inputs[name]
+    known: dict[str, Any] = {}
+    for other, placed in inputs.items():
+        known |= dict(zip(INPUTS[other].shape, placed.meta["val"].shape, strict=True))
+    mode = fake_mode(graph)
+    assert mode.shape_env is not None
+    shape = []
+    for size in INPUTS[name].shape:
+        if size not in known:
+            # A size that no earlier input fixes: symbolic, and assumed to be neither 0 nor 1.
+            known[str(size)] = mode.shape_env.create_unbacked_symint()
+        shape.append(known[str(size)])
+    dtype = INPUTS[name].dtype
+    with graph.inserting_after(list(inputs.values())[-1]):
+        node = graph.placeholder(name)
+    with mode:
+        node.meta["val"] = torch.empty(
+            shape, dtype=CAPTURE_DTYPE if dtype == "model" else getattr(torch, dtype)
+        )
+    node.meta[INPUT] = name
+    node.meta[ORIGIN] = "input"
+    return node
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that shares nothing but the fake values."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        env[node] = graph.node_copy(node, lambda n: env[n])
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def calls(graph: fx.Graph, *targets: Callable[..., Any]) -> list[fx.Node]:
+    """The graph's calls of any of `targets`, in order."""
+    return [n for n in graph.nodes if n.op == "call_function" and n.target in targets]
+
+
+def set_outputs(graph: fx.Graph, values: dict[str, fx.Node]) -> None:
+    """Makes `values` the graph's named outputs."""
+    output = graph.output_node()
+    output.args = (tuple(values.values()),)
+    output.meta[OUTPUTS] = tuple(values)
+
+
+def outputs(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The graph's outputs by name."""
+    output = graph.output_node()
+    return dict(zip(output.meta[OUTPUTS], output.args[0], strict=True))  # type: ignore[arg-type]

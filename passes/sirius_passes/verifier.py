@@ -1,0 +1,117 @@
+"""What must hold of a program at each stage; the manager checks it after every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from sirius_passes.program import (
+    DENSE,
+    FULL,
+    INPUTS,
+    OUTPUTS,
+    PREFILL,
+    RESULTS,
+    SPARSE,
+    Program,
+    Stage,
+    calls,
+)
+from sirius_runtime.errors import ArtifactError, PassError
+from sirius_runtime.graph import INPUT, WEIGHT, placeholders, to_document
+
+aten, sirius = torch.ops.aten, torch.ops.sirius
+
+EXPORT_NOISE = (
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.dropout.default,
+    aten.lift_fresh_copy.default,
+)
+"""Operators that carry nothing for inference; `canonicalize` removes them."""
+
+_GRAPHS = {
+    Stage.CAPTURED: {DENSE},
+    Stage.CANONICAL: {DENSE},
+    Stage.CACHED: {DENSE},
+    Stage.PAIRED: {PREFILL, SPARSE, FULL},
+    Stage.LAID_OUT: {PREFILL, SPARSE, FULL},
+}
+
+
+def verify(program: Program, after: str) -> None:
+    """Raises PassError, naming the pass `after` which it was found, where an invariant does not hold."""
+    for graph_name, finding in _findings(program):
+        raise PassError(
+            f"after {after}: graph {graph_name!r} at stage {program.stage.name}: {finding}; "
+            "this is a bug of the pass, please report it with the model's config.json"
+        )
+
+
+def _findings(program: Program) -> Iterator[tuple[str, str]]:
+    expected = _GRAPHS[program.stage]
+    if set(program.graphs) != expected:
+        yield "*", f"graphs are {sorted(program.graphs)}, expected {sorted(expected)}"
+    for name, module in program.graphs.items():
+        for finding in _graph_findings(program, module):
+            yield name, finding
+    if program.stage >= Stage.PAIRED:
+        full = set(placeholders(program.graphs[FULL].graph, WEIGHT))
+        for name, module in program.graphs.items():
+            if extra := set(placeholders(module.graph, WEIGHT)) - full:
+                yield name, f"reads weights that the full path does not: {sorted(extra)[:3]}"
+
+
+def _graph_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
+    graph, stage = module.graph, program.stage
+    try:
+        graph.lint()
+        to_document(module)
+    except (RuntimeError, ArtifactError) as error:
+        yield str(error)
+        return
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            yield from _placeholder_findings(program, node)
+        elif node.op == "call_function" and "val" not in node.meta:
+            yield f"node {node.name} has no meta['val']"
+        elif node.op == "call_function" and not node.users and not _mutates(node):
+            yield f"node {node.name} is dead"
+    names = graph.output_node().meta.get(OUTPUTS, ())
+    if not names or set(names) - set(RESULTS):
+        yield f"outputs are named {names}, known are {sorted(RESULTS)}"
+    if stage >= Stage.CANONICAL and (noise := calls(graph, *EXPORT_NOISE)):
+        yield f"export noise is left: {noise[0].name} ({noise[0].target})"
+    cached, cacheless = sirius.cached_attention.default, sirius.attention.default
+    target, other = (cached, cacheless) if stage >= Stage.CACHED else (cacheless, cached)
+    layers = [node.args[9 if target is cached else 3] for node in calls(graph, target)]
+    if layers != list(range(program.state.layers)):
+        yield f"{target} stands at layers {layers}, expected 0..{program.state.layers - 1} once each"
+    if stray := calls(graph, other):
+        yield f"{stray[0].name}: {other} does not belong at this stage"
+    if stage >= Stage.LAID_OUT:
+        for node in calls(graph, aten.t.default):
+            source = node.args[0]
+            if isinstance(source, fx.Node) and WEIGHT in source.meta:
+                yield f"weight {source.meta[WEIGHT]} is read transposed; it should be stored so"
+
+
+def _placeholder_findings(program: Program, node: fx.Node) -> Iterator[str]:
+    value = node.meta.get("val")
+    if WEIGHT in node.meta:
+        name = node.meta[WEIGHT]
+        if name not in program.weights:
+            yield f"placeholder {node.name} is bound to {name!r}, which is not in the weight table"
+        elif value is None or tuple(value.shape) != program.weights[name].shape:
+            yield f"placeholder {node.name} has another shape than weight {name!r} in the table"
+    elif node.meta.get(INPUT) not in INPUTS:
+        yield f"placeholder {node.name} is bound to neither a weight nor a known input"
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable

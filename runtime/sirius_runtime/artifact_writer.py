@@ -1,0 +1,274 @@
+"""Writes `model.sirius` (see `artifact` for its layout): all of it, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import secrets
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, BinaryIO, Self
+
+import torch
+
+from sirius_runtime.artifact import (
+    ALIGNMENT,
+    DTYPES,
+    MANIFEST,
+    MAX_JSON_BYTES,
+    WEIGHTS,
+    dtype_name,
+    name_fault,
+)
+from sirius_runtime.errors import ArtifactError, ConfigError, SiriusError
+from sirius_runtime.spec import (
+    FORMAT_VERSION,
+    JSON,
+    FileRecord,
+    Manifest,
+    ProgramSpec,
+    WeightSpec,
+    to_json,
+)
+
+SHARD_BYTES = 512 * 2**20  # large enough to stream, small enough to hash shards in parallel
+
+_CODES = {dtype_name(dtype): code for code, dtype in DTYPES.items()}
+_PADDING_ID = 0xD935  # extra field of Android's zipalign: the alignment, then zeros
+_PADDING_BYTES = 6  # of an extra field without zeros
+_ZIP64_BYTES = (
+    2**30
+)  # from this size on an entry gets ZIP64 sizes; below zipfile's own limit (2 GiB)
+_CHUNK_BYTES = 4 * 2**20  # is hashed, checksummed and written while still in the cache
+_REGULAR_FILE = 0o100644 << 16
+
+
+class ArtifactWriter:
+    """Writes an artifact under a temporary name beside `path`; `finish` renames it into place.
+
+    Leaving the block without `finish` removes the temporary file; an older artifact stays as it was.
+    Raises ConfigError where `path` exists (unless `force`) or its folder doesn't, ArtifactError where
+    the disk refuses. Wrong names, tensors or calls are the compiler's faults: SiriusError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], force: bool = False) -> None:
+        self.path = Path(path)
+        folder = self.path.parent
+        if not folder.is_dir():
+            raise ConfigError(f"{self.path}: the folder {folder} does not exist; create it first")
+        if self.path.is_dir():
+            raise ConfigError(f"{self.path} is a folder; give the path of a file")
+        if self.path.exists() and not force:
+            raise ConfigError(f"{self.path} exists; choose another path or pass --force")
+        self._temporary = folder / f".{self.path.name}.{secrets.token_hex(8)}.tmp"
+        self._files: dict[str, FileRecord] = {}
+        self._weights: dict[str, WeightSpec] = {}
+        self._shards = 0
+        self._opened: tuple[BinaryIO, zipfile.ZipFile] | None = None
+
+    def __enter__(self) -> Self:
+        with self._disk_faults():
+            file = self._temporary.open("xb")
+        self._opened = file, zipfile.ZipFile(file, "w")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._opened is None:
+            return
+        file, archive = self._opened
+        self._opened = None
+        for close in (
+            archive.close,
+            file.close,
+        ):  # both, and in this order: neither may close later
+            with contextlib.suppress(OSError):
+                close()
+        self._temporary.unlink(missing_ok=True)
+
+    def add_bytes(self, name: str, data: bytes) -> None:
+        """Adds the entry `name`."""
+        with self._entry(name, len(data)) as sink:
+            sink.write(memoryview(data))
+
+    def add_json(self, name: str, document: JSON) -> None:
+        """Adds the entry `name`: compact JSON in the document's own order."""
+        try:
+            text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+        except (ValueError, TypeError) as error:
+            raise SiriusError(f"{name} can't be written as JSON: {error}") from error
+        if len(text) > MAX_JSON_BYTES:
+            raise SiriusError(f"{name} has {len(text)} bytes; readers take {MAX_JSON_BYTES}")
+        self.add_bytes(name, text.encode())
+
+    def add_weights(
+        self,
+        specs: Sequence[WeightSpec],
+        get: Callable[[WeightSpec], torch.Tensor],
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        """Adds the shards of `specs`, each of about `shard_bytes`.
+
+        `get` is called once for each spec, in the order of writing; its tensor, of the spec's dtype and
+        shape and on any device, is dropped before the next call.
+        """
+        for spec in specs:
+            if spec.name in self._weights:
+                raise SiriusError(f"weight {spec.name!r} is added twice")
+            self._weights[spec.name] = spec
+        for shard in _shards(specs, shard_bytes):
+            header = _safetensors_header(shard)
+            size = len(header) + sum(map(_size_of, shard))
+            with self._entry(f"{WEIGHTS}{self._shards:03d}.safetensors", size) as sink:
+                sink.write(memoryview(header))
+                for spec in shard:
+                    _write_tensor(sink, spec, get)
+            self._shards += 1
+
+    def finish(self, program: ProgramSpec) -> None:
+        """Writes the manifest and makes the artifact appear at `path`, whole and on disk."""
+        if {weight.name: weight for weight in program.weights} != self._weights:
+            raise SiriusError("the program's weights are not those that were added")
+        files = dict(sorted(self._files.items()))
+        self.add_json(MANIFEST, to_json(Manifest(FORMAT_VERSION, program, files)))
+        file, archive = self._state()
+        with self._disk_faults():
+            archive.close()
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            self._temporary.replace(self.path)
+            self._opened = None
+            _sync_folder(self.path.parent)
+
+    @contextlib.contextmanager
+    def _entry(self, name: str, size: int) -> Iterator[_Sink]:
+        """Opens the entry `name`, of `size` bytes, its data aligned."""
+        if reason := name_fault(name):
+            raise SiriusError(f"the name of entry {name!r} {reason}")
+        if name in self._files:
+            raise SiriusError(f"entry {name!r} is added twice")
+        file, archive = self._state()
+        info = zipfile.ZipInfo(name)  # its time is 1980: equal contents give equal bytes
+        info.external_attr = _REGULAR_FILE
+        info.file_size = size
+        zip64 = size >= _ZIP64_BYTES
+        unpadded = file.tell() + len(info.FileHeader(zip64)) + _PADDING_BYTES
+        zeros = -unpadded % ALIGNMENT
+        info.extra = struct.pack("<HHH", _PADDING_ID, 2 + zeros, ALIGNMENT) + bytes(zeros)
+        with archive.open(info, "w", force_zip64=zip64) as stream:
+            sink = _Sink(stream, self._disk_faults)
+            yield sink
+            with self._disk_faults():
+                file.flush()
+        info.extra = b""  # the directory at the end needs no padding
+        self._files[name] = FileRecord(size, sink.digest.hexdigest())
+
+    def _state(self) -> tuple[BinaryIO, zipfile.ZipFile]:
+        if self._opened is None:
+            raise SiriusError("an ArtifactWriter is used inside its `with` block, before finish()")
+        return self._opened
+
+    @contextlib.contextmanager
+    def _disk_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            remedy = "free some space, or write to a folder where you may"
+            raise ArtifactError(f"{self.path} can't be written ({reason}); {remedy}") from error
+
+
+class _Sink:
+    """An open entry: hashes what it writes."""
+
+    def __init__(
+        self, stream: IO[bytes], guard: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> None:
+        self.digest = hashlib.sha256()
+        self._stream = stream
+        self._guard = guard
+
+    def write(self, data: memoryview) -> None:
+        with self._guard():
+            for start in range(0, len(data), _CHUNK_BYTES):
+                chunk = data[start : start + _CHUNK_BYTES]
+                self.digest.update(chunk)
+                self._stream.write(chunk)
+
+
+def _size_of(spec: WeightSpec) -> int:
+    """Bytes of the stored tensor."""
+    if spec.dtype not in _CODES:
+        raise SiriusError(f"weight {spec.name!r}: dtype {spec.dtype!r} has no safetensors name")
+    return math.prod(spec.shape) * DTYPES[_CODES[spec.dtype]].itemsize
+
+
+def _shards(specs: Sequence[WeightSpec], shard_bytes: int) -> Iterator[list[WeightSpec]]:
+    """Cuts `specs` into runs of at most `shard_bytes`, or of one larger tensor; never an empty run."""
+    shard: list[WeightSpec] = []
+    total = 0
+    for spec in specs:
+        size = _size_of(spec)
+        if shard and total + size > shard_bytes:
+            yield sorted(shard, key=_alignment_order)
+            shard, total = [], 0
+        shard.append(spec)
+        total += size
+    if shard:
+        yield sorted(shard, key=_alignment_order)
+
+
+def _alignment_order(spec: WeightSpec) -> tuple[bool, int]:
+    """Sorts tensors of whole `ALIGNMENT` units first, the others by element size.
+
+    safetensors allows no gaps between tensors: in this order the first kind starts at multiples of
+    `ALIGNMENT` all the same, and every tensor at a multiple of its element size.
+    """
+    return _size_of(spec) % ALIGNMENT != 0, -DTYPES[_CODES[spec.dtype]].itemsize
+
+
+def _safetensors_header(shard: Sequence[WeightSpec]) -> bytes:
+    """8 bytes little-endian length and the JSON, padded with spaces to a multiple of `ALIGNMENT`."""
+    fields: dict[str, JSON] = {}
+    end = 0
+    for spec in shard:
+        begin, end = end, end + _size_of(spec)
+        code = _CODES[spec.dtype]
+        fields[spec.name] = {"dtype": code, "shape": spec.shape, "data_offsets": [begin, end]}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(sink: _Sink, spec: WeightSpec, get: Callable[[WeightSpec], torch.Tensor]) -> None:
+    """Fetches and writes one tensor; a function of its own, so that it is dropped on return."""
+    tensor = get(spec)
+    if (dtype_name(tensor.dtype), tuple(tensor.shape)) != (spec.dtype, spec.shape):
+        given = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+        raise SiriusError(
+            f"weight {spec.name!r} is {given}, its spec says {spec.dtype} {list(spec.shape)}"
+        )
+    flat = tensor.detach().cpu().contiguous().view(-1)  # a 0-d tensor can't be viewed as bytes
+    sink.write(memoryview(flat.view(torch.uint8).numpy()))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` durable, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

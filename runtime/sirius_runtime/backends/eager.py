@@ -1,0 +1,73 @@
+"""The reference back end: each operator of the graph runs by itself, in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from sirius_runtime.errors import ArtifactError
+from sirius_runtime.graph import INPUT, WEIGHT, from_document
+from sirius_runtime.spec import JSON, ProgramSpec
+
+
+class EagerBackend:
+    """Runs the graphs node by node over one copy of each weight."""
+
+    def __init__(
+        self,
+        program: ProgramSpec,
+        documents: Mapping[str, JSON],
+        weights: Mapping[str, Tensor],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`documents`: each entry's graph; `weights`: the stored tensors, used in place where dtype
+        and device are already those asked for."""
+        self.program, self.dtype, self.device = program, dtype, device
+        self.weights = {
+            spec.name: weights[spec.name].to(
+                device=device, dtype=dtype if spec.retype else weights[spec.name].dtype
+            )
+            for spec in program.weights
+        }
+        self._entries = {
+            entry.name: _Entry(from_document(documents[entry.name], dtype, device), self.weights)
+            for entry in program.entries
+        }
+        self._outputs = {e.name: [o.name for o in e.outputs] for e in program.entries}
+
+    @torch.inference_mode()
+    def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        bound = self._entries[entry]
+        return self._named(entry, bound.module(*bound.arguments(inputs)))
+
+    def _named(self, entry: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self._outputs[entry], values, strict=True))
+
+
+class _Entry:
+    """A graph with its weights bound once."""
+
+    def __init__(self, module: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
+        self.module = module
+        self._arguments: list[Tensor | None] = []
+        self._inputs: list[tuple[int, str]] = []
+        for index, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder"):
+            if WEIGHT in node.meta:
+                name = node.meta[WEIGHT]
+                if name not in weights:
+                    raise ArtifactError(f"a graph reads weight {name!r}, which is not stored")
+                self._arguments.append(weights[name])
+            else:
+                self._arguments.append(None)
+                self._inputs.append((index, node.meta[INPUT]))
+
+    def arguments(self, inputs: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """The graph's positional arguments: weights, and `inputs` by name."""
+        arguments = self._arguments.copy()
+        for index, name in self._inputs:
+            arguments[index] = inputs[name]
+        return arguments

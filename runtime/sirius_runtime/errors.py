@@ -1,0 +1,53 @@
+"""Errors: one root; every message names the thing, the reason and the way out.
+
+`UserError` is for faults that the user can mend (a wrong flag, a bad file, an unsupported model); the
+command lines print its message alone and exit with its `exit_code`. Any other `SiriusError` is a bug.
+"""
+
+from __future__ import annotations
+
+
+class SiriusError(Exception):
+    """Root of all errors of this project; on its own, a fault of the tool (exit code 70)."""
+
+    exit_code = 70
+
+
+class UserError(SiriusError):
+    """A fault that the user can mend (exit code 2)."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """An option or argument that is out of range or contradicts another."""
+
+
+class ArtifactError(UserError):
+    """An artifact that is damaged, tampered with, of another version, or not an artifact."""
+
+
+class GenerationError(UserError):
+    """A request that the loaded model can't serve (too long, empty, unknown stop, …)."""
+
+
+class UnsupportedModelError(UserError):
+    """A model that the compiler refuses, with the module or node and the reason."""
+
+
+class ModelNotFoundError(UserError):
+    """A model name or path that leads nowhere, or that can't be fetched."""
+
+
+class CalibrationError(UserError):
+    """Calibration data or statistics that can't give thresholds."""
+
+
+class GraphMismatchError(UserError):
+    """Graphs that differ from the expected ones (`--expect-graphs`)."""
+
+    exit_code = 1
+
+
+class PassError(SiriusError):
+    """A pass that broke the program: the verifier's finding, a bug of the compiler."""

@@ -1,0 +1,191 @@
+"""Graphs as data: an `fx.GraphModule` to and from plain JSON, without pickle and without code.
+
+A document lists nodes in order. Inputs and weights are named; calls name an operator of an allowed
+namespace (`aten`, `sirius`) or one of a few Python functions on sizes; arguments are literals or references
+to earlier nodes. Reading a document can therefore run nothing but those operators. The dtype that
+graphs are captured in (`CAPTURE_DTYPE`) stands for "the program's dtype" and is written as ``model``, so
+one graph runs in any floating point type; devices are written as ``model`` likewise.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+import sirius_runtime.ops  # noqa: F401  (registers the sirius:: operators that documents name)
+from sirius_runtime.errors import ArtifactError
+from sirius_runtime.spec import JSON
+
+CAPTURE_DTYPE = torch.bfloat16
+"""Graphs are captured in this dtype, which no model computes in unless it is the model's own: every
+constant of this dtype in a graph therefore means "the program's dtype"."""
+
+WEIGHT, INPUT = "weight", "input"  # keys of a placeholder's meta: what it is bound to, by name
+
+_NAMESPACES = ("aten", "sirius")
+_REFUSED = {"aten::from_file"}  # the one dispatcher operator that touches the file system
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f.__name__: f
+    for f in (
+        operator.getitem,
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.floordiv,
+        operator.mod,
+        operator.neg,
+        operator.eq,
+        operator.ne,
+        operator.lt,
+        operator.le,
+        operator.gt,
+        operator.ge,
+    )
+}
+_FUNCTION_NAMES = {f: name for name, f in _FUNCTIONS.items()}
+_ENUMS = {
+    "layout": {"torch.strided": torch.strided},
+    "memory_format": {
+        "torch.contiguous_format": torch.contiguous_format,
+        "torch.preserve_format": torch.preserve_format,
+    },
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` → ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """``float32`` → ``torch.float32``; raises ArtifactError for an unknown name."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ArtifactError(f"unknown dtype {name!r}")
+    return dtype
+
+
+def placeholders(graph: fx.Graph, kind: str) -> dict[str, fx.Node]:
+    """The placeholders bound to a weight (`WEIGHT`) or an input (`INPUT`), by bound name, in order."""
+    return {n.meta[kind]: n for n in graph.nodes if n.op == "placeholder" and kind in n.meta}
+
+
+def to_document(module: fx.GraphModule) -> JSON:
+    """`module`'s graph as JSON values. Every placeholder must be bound (`WEIGHT` or `INPUT` in meta)."""
+    nodes = []
+    for node in module.graph.nodes:
+        record: dict[str, JSON] = {"name": node.name}
+        if node.op == "placeholder":
+            kind = WEIGHT if WEIGHT in node.meta else INPUT
+            record |= {"op": kind, "bound": node.meta[kind]}
+        elif node.op == "call_function":
+            record |= {"op": "call", "target": _target_name(node.target)}
+            record["args"] = [_encode(a) for a in node.args]
+            if node.kwargs:
+                record["kwargs"] = {k: _encode(v) for k, v in node.kwargs.items()}
+        elif node.op == "output":
+            record |= {"op": "output", "args": _encode(node.args[0])}
+        else:
+            raise ArtifactError(f"node {node.name}: a {node.op} node can't be stored")
+        nodes.append(record)
+    return {"nodes": nodes}
+
+
+def from_document(document: JSON, dtype: torch.dtype, device: torch.device) -> fx.GraphModule:
+    """The graph of a document, computing in `dtype` on `device`.
+
+    Raises ArtifactError for a document that names an operator outside the allowed namespaces, refers to
+    a node not yet defined, or is not of the form that `to_document` writes.
+    """
+    graph = fx.Graph()
+    env: dict[str, fx.Node] = {}
+
+    def decode(value: JSON) -> Any:
+        if isinstance(value, list):
+            return [decode(v) for v in value]
+        if not isinstance(value, dict):
+            return value
+        ((kind, content),) = value.items()
+        if kind == "node":
+            return env[content]
+        if kind == "dtype":
+            return dtype if content == "model" else dtype_of(content)
+        if kind == "device":
+            return device
+        if kind == "float":
+            return float(content)
+        return _ENUMS[kind][content]
+
+    try:
+        for record in document["nodes"]:
+            name, op = record["name"], record["op"]
+            if op in (WEIGHT, INPUT):
+                node = graph.placeholder(name)
+                node.meta[op] = record["bound"]
+            elif op == "call":
+                args = tuple(decode(a) for a in record["args"])
+                kwargs = {k: decode(v) for k, v in record.get("kwargs", {}).items()}
+                node = graph.create_node(
+                    "call_function", _target_of(record["target"]), args, kwargs, name=name
+                )
+            elif op == "output":
+                node = graph.output(decode(record["args"]))
+            else:
+                raise ArtifactError(f"graph: node {name!r} has the unknown op {op!r}")
+            env[name] = node
+        graph.lint()
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ArtifactError(f"graph: not a graph document ({error!r})") from error
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _target_name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
+        return f"{target.namespace}.{target._opname}.{target._overloadname}"
+    if target in _FUNCTION_NAMES:
+        return f"python.{_FUNCTION_NAMES[target]}"
+    raise ArtifactError(f"a call of {target} can't be stored; allowed: {', '.join(_NAMESPACES)}")
+
+
+def _target_of(name: str) -> Callable[..., Any]:
+    namespace, _, rest = name.partition(".")
+    if namespace == "python" and rest in _FUNCTIONS:
+        return _FUNCTIONS[rest]
+    opname, _, overload = rest.partition(".")
+    if namespace in _NAMESPACES and opname.isidentifier() and overload.isidentifier():
+        packet = getattr(getattr(torch.ops, namespace), opname, None)
+        found = getattr(packet, overload, None)
+        # Operators of TorchScript's interpreter (aten::save among them) have no dispatcher kernel.
+        if (
+            isinstance(found, torch._ops.OpOverload)
+            and found._schema.name not in _REFUSED
+            and torch._C._dispatch_has_kernel(found.name())
+        ):
+            return found
+    raise ArtifactError(
+        f"graph: operator {name!r} is unknown here; the artifact may need another version of torch "
+        "or of this runtime"
+    )
+
+
+def _encode(value: Any) -> JSON:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_encode(v) for v in value]
+    if isinstance(value, torch.dtype):
+        return {"dtype": "model" if value is CAPTURE_DTYPE else dtype_name(value)}
+    if isinstance(value, torch.device):
+        return {"device": "model"}
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return {"float": str(value)}  # JSON has no infinities
+    for kind, names in _ENUMS.items():
+        if value in names.values() and not isinstance(value, bool | int | float | str):
+            return {kind: str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ArtifactError(f"a constant of type {type(value).__name__} can't be stored in a graph")

@@ -1,0 +1,156 @@
+"""Gated MLPs, dense and sparse: ``down(act(gate(x)) * up(x))`` and its contextually sparse forms.
+
+`down` is neuron-major, [I, C]: a neuron is one row of `gate`, of `up` and of `down`, so that skipping it
+skips three contiguous rows. The references compute every neuron and mask: obviously right, no faster
+than dense. Kernels that skip the reads stand beside them, behind the same operators.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sirius_runtime.ops.registry import define
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def _gate(x: Tensor, gate: Tensor, gate_bias: Tensor | None, act: str) -> Tensor:
+    return ACTIVATIONS[act](F.linear(x, gate, gate_bias))
+
+
+def _down(z: Tensor, down: Tensor, down_bias: Tensor | None) -> Tensor:
+    return F.linear(z, down.t(), down_bias)
+
+
+def gated_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+) -> Tensor:
+    """The dense MLP. x [B, T, C]; gate, up, down [I, C]; biases [I], [I], [C]; returns [B, T, C]."""
+    z = _gate(x, gate, gate_bias, act) * F.linear(x, up, up_bias)
+    return _down(z, down, down_bias)
+
+
+def gated_mlp_statistic(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+    valid: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The dense MLP, and GRIFFIN's neuron statistic of the tokens where `valid` [B, T] (bool).
+
+    Returns y [B, T, C] and, float32 [B, I], the sum over tokens of (z / ‖z‖₂)² with z = act(gate x) · up x
+    (GRIFFIN, arXiv 2404.01365): its square root is the paper's score, and sums of chunks add up.
+    """
+    z = _gate(x, gate, gate_bias, act) * F.linear(x, up, up_bias)
+    unit = F.normalize(z.float(), dim=-1)
+    statistic = (unit.square() * valid[..., None]).sum(1)
+    return _down(z, down, down_bias), statistic
+
+
+def topk_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+    keep: int,
+) -> Tensor:
+    """Per token, only the `keep` neurons of largest |act(gate x)| (the paper's fine-grained path)."""
+    g = _gate(x, gate, gate_bias, act)
+    kept = torch.zeros_like(g).scatter_(-1, g.abs().topk(keep, -1, sorted=False).indices, 1.0)
+    return _down(g * kept * F.linear(x, up, up_bias), down, down_bias)
+
+
+def cats_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    """Per token, only neurons with |act(gate x)| > `threshold` (CATS, arXiv 2404.08763).
+
+    Returns y [B, T, C] and the number of neurons kept, int64 [B, T].
+    """
+    g = _gate(x, gate, gate_bias, act)
+    kept = g.abs() > threshold
+    y = _down(g * kept * F.linear(x, up, up_bias), down, down_bias)
+    return y, kept.sum(-1)
+
+
+def griffin_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+    neurons: Tensor,
+) -> Tensor:
+    """Only the row's own `neurons` [layers, B, K] at `layer`, chosen once per prompt (GRIFFIN)."""
+    z = _gate(x, gate, gate_bias, act) * F.linear(x, up, up_bias)
+    kept = z.new_zeros(z.shape[0], z.shape[-1]).scatter_(1, neurons[layer], 1.0)
+    return _down(z * kept[:, None, :], down, down_bias)
+
+
+def _like(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _like_and_statistic(x: Tensor, gate: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], gate.shape[0], dtype=torch.float32)
+
+
+def _like_and_count(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.int64)
+
+
+_MLP = (
+    "Tensor x, Tensor gate, Tensor up, Tensor down, "
+    "Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act, int layer"
+)
+define(f"gated_mlp({_MLP}) -> Tensor", gated_mlp, _like)
+define(
+    f"gated_mlp_statistic({_MLP}, Tensor valid) -> (Tensor, Tensor)",
+    gated_mlp_statistic,
+    _like_and_statistic,
+)
+define(f"topk_mlp({_MLP}, int keep) -> Tensor", topk_mlp, _like)
+define(f"cats_mlp({_MLP}, float threshold) -> (Tensor, Tensor)", cats_mlp, _like_and_count)
+define(f"griffin_mlp({_MLP}, Tensor neurons) -> Tensor", griffin_mlp, _like)

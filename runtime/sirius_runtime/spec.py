@@ -1,0 +1,253 @@
+"""What an artifact says of itself: frozen dataclasses, and their one way to and from JSON.
+
+The compiler fills these in, the artifact's `manifest.json` holds them, the runtime reads them. Shapes
+use letters for symbolic sizes: `B` rows of the batch, `T` tokens of the call, `M` block slots, `S` cache
+slots; numbers are static.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from sirius_runtime.errors import ArtifactError
+
+FORMAT_VERSION = (1, 0)  # major: readers refuse another one; minor: additions that old readers ignore
+
+JSON = Any  # None, bool, int, float, str, list[JSON], dict[str, JSON]
+_T = TypeVar("_T")
+
+
+class Method(StrEnum):
+    """How the sparse path chooses its neurons (see docs of the `sparsify_*` passes)."""
+
+    CATS = "cats"
+    TOPK = "topk"
+    GRIFFIN = "griffin"
+    NONE = "none"
+
+
+class DType(StrEnum):
+    """Floating point types that weights and activations may have."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor of an entry. `dtype` is a torch dtype name, or ``model`` for the program's own."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class EntrySpec:
+    """One callable graph of the program: `prefill`, `sparse` or `full`."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One stored tensor.
+
+    `shape` and `dtype` are those of the stored bytes. `transposed`: the checkpoint's tensor was stored
+    transposed, in the layout that kernels stream. `retype`: a floating point parameter that follows the
+    dtype asked for at load (constants such as rotary frequencies do not).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+    retype: bool = True
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """The key/value cache: k [layers, B, kv_heads, S, key_dim], v [layers, B, kv_heads, S, value_dim]."""
+
+    layers: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class SparsitySpec:
+    """The sparse path: `keep` is the share of neurons asked for.
+
+    `neurons` [layers]: neurons of each sparse MLP; `kept` [layers]: how many a step keeps (for `cats` the
+    number expected from calibration); `thresholds` [layers]: `cats` only. `neuron_params` [layers]: the
+    parameters that one skipped neuron saves a step. `density`: share of all parameters that a sparse
+    step reads, embeddings and lm_head counted.
+    """
+
+    method: Method
+    keep: float
+    neurons: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
+    thresholds: tuple[float, ...] = ()
+    neuron_params: tuple[int, ...] = ()
+    density: float = 1.0
+
+
+@dataclass(frozen=True)
+class PeriodSpec:
+    """Defaults of the period: `period` tokens, acceptance `threshold`, `verify_temperature` (T_v)."""
+
+    period: int = 16
+    threshold: float = 0.1
+    verify_temperature: float = 0.6
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The compiled model. `parameters` counts each stored parameter once (tied weights once)."""
+
+    source: str
+    revision: str | None
+    model_type: str
+    dtype: DType
+    vocab_size: int
+    max_seq_len: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did: its rewrites, its time, and how the node count of each graph changed."""
+
+    name: str
+    rewrites: int
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+
+
+@dataclass(frozen=True)
+class ToolVersions:
+    """Versions that the artifact was compiled with."""
+
+    sirius: str
+    torch: str
+    transformers: str
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and sha256 (hex) of one entry of the ZIP."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ProgramSpec:
+    """Everything that the runtime needs to know of a program besides its graphs and weights."""
+
+    model: ModelSpec
+    entries: tuple[EntrySpec, ...]
+    weights: tuple[WeightSpec, ...]
+    state: StateSpec
+    sparsity: SparsitySpec
+    period: PeriodSpec
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    passes: tuple[PassRecord, ...]
+    tools: ToolVersions
+
+    def entry(self, name: str) -> EntrySpec:
+        """The entry of that name; raises ArtifactError where there is none."""
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        known = ", ".join(e.name for e in self.entries)
+        raise ArtifactError(f"the program has no entry {name!r}; it has: {known}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`: format version, the program's spec, and a record of every other file."""
+
+    format_version: tuple[int, int]
+    program: ProgramSpec
+    files: dict[str, FileRecord]
+
+
+def to_json(value: Any) -> JSON:
+    """Dataclasses, enums, tuples and dicts to plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, StrEnum):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    if isinstance(value, dict):
+        return {k: to_json(v) for k, v in value.items()}
+    return value
+
+
+def from_json(cls: type[_T], value: JSON, where: str = "manifest") -> _T:
+    """Builds `cls` from plain JSON values; unknown fields are ignored (a newer minor version).
+
+    Raises ArtifactError naming the field where a value is missing or of the wrong type.
+    """
+    return typing.cast(_T, _decode(cls, value, where))
+
+
+def _decode(hint: Any, value: JSON, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise ArtifactError(f"{where}: an object is expected, found {type(value).__name__}")
+        hints = typing.get_type_hints(hint)
+        fields: dict[str, Any] = {}
+        for field in dataclasses.fields(hint):
+            if field.name in value:
+                name = f"{where}.{field.name}"
+                fields[field.name] = _decode(hints[field.name], value[field.name], name)
+            elif field.default is dataclasses.MISSING:
+                raise ArtifactError(f"{where}.{field.name} is missing")
+        return hint(**fields)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ArtifactError(f"{where}: a list is expected, found {type(value).__name__}")
+        if args[-1] is not Ellipsis and len(args) != len(value):
+            raise ArtifactError(f"{where}: {len(args)} values are expected, found {len(value)}")
+        hints_of = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return tuple(
+            _decode(h, v, f"{where}[{i}]")
+            for i, (h, v) in enumerate(zip(hints_of, value, strict=True))
+        )
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ArtifactError(f"{where}: an object is expected, found {type(value).__name__}")
+        return {k: _decode(args[1], v, f"{where}[{k!r}]") for k, v in value.items()}
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _decode(option, value, where)
+            except ArtifactError:
+                continue
+        raise ArtifactError(f"{where}: {value!r} is not one of {hint}")
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        if value not in list(hint):
+            raise ArtifactError(f"{where}: {value!r} is not one of {', '.join(hint)}")
+        return hint(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        expected = "null" if hint is types.NoneType else getattr(hint, "__name__", hint)
+        raise ArtifactError(f"{where}: {expected} is expected, found {value!r}")
+    return value

@@ -1,0 +1,165 @@
+"""What a generation cost and gained, as data."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+
+
+class Phase(StrEnum):
+    """Where the time of a generation goes."""
+
+    DRAFT = "draft"
+    """Sparse steps."""
+    VERIFY = "verify"
+    """Full forwards over chunks, or over one token in mode `full`."""
+    REST = "rest"
+    """Everything else: prefill, acceptance, host work."""
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Counts over all rows of one `generate` call.
+
+    `advances` counts periods by the tokens they committed, `aal` (average advance length) leaves each
+    row's last period out, which the end cuts short. `corrections`: periods that refused a drafted token.
+    `acceptance_rate`: accepted over drafted tokens. `density`: share of the parameters that one sparse
+    step read. `effective_density`: weight reads per committed token over the periods that `aal` counts,
+    dense = 1. `weight_bytes`: bytes of the model's parameters, as one dense step reads them.
+    """
+
+    rows: int
+    prompt_tokens: int
+    tokens: int
+    periods: int
+    advances: dict[int, int]
+    aal: float | None
+    corrections: int
+    acceptance_rate: float | None
+    density: float
+    effective_density: float
+    weight_bytes: int
+    seconds: dict[Phase, float]
+    prefill_seconds: float
+    bytes_read: dict[Phase, float]
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over the time after prefill."""
+        decode = self.total_seconds - self.prefill_seconds
+        return self.tokens / decode if decode > 0 else float("nan")
+
+    @property
+    def bytes_per_token(self) -> dict[Phase, float]:
+        """Weight bytes read per generated token, by phase."""
+        return {phase: count / max(self.tokens, 1) for phase, count in self.bytes_read.items()}
+
+    @property
+    def seconds_per_token(self) -> dict[Phase, float]:
+        """Seconds per generated token, by phase."""
+        return {phase: value / max(self.tokens, 1) for phase, value in self.seconds.items()}
+
+
+class PhaseClock:
+    """Adds up the seconds of each phase; on a GPU, of the work that the phase queued there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._start = time.perf_counter()
+        self._seconds: Counter[Phase] = Counter()
+        self._events: list[tuple[Phase, torch.cuda.Event, torch.cuda.Event]] = []
+        self.prefill_seconds = 0.0
+
+    @contextmanager
+    def __call__(self, phase: Phase) -> Iterator[None]:
+        if self._cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((phase, begin, end))
+        else:
+            begin_s = time.perf_counter()
+            yield
+            self._seconds[phase] += time.perf_counter() - begin_s
+
+    def end_prefill(self) -> None:
+        """Marks the end of prefill; what follows is decoding."""
+        self.prefill_seconds = time.perf_counter() - self._start
+
+    def seconds(self) -> dict[Phase, float]:
+        """Seconds by phase so far; what no phase claimed is `rest`."""
+        if self._events:
+            torch.cuda.synchronize()
+            for phase, begin, end in self._events:
+                self._seconds[phase] += begin.elapsed_time(end) / 1e3
+            self._events.clear()
+        total = time.perf_counter() - self._start
+        draft, verify = self._seconds[Phase.DRAFT], self._seconds[Phase.VERIFY]
+        return {Phase.DRAFT: draft, Phase.VERIFY: verify, Phase.REST: total - draft - verify}
+
+
+@dataclass
+class StatsRecorder:
+    """Collects what the generation loop sees, and closes it into a `GenerationStats`."""
+
+    rows: int
+    prompt_tokens: int
+    weight_bytes: int
+    clock: PhaseClock
+    prefill_passes: int = 0
+    draft_steps: int = 0
+    full_passes: int = 0
+    tokens: int = 0
+    _periods: list[list[tuple[int, int]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._periods = [[] for _ in range(self.rows)]
+
+    def period(self, row: int, size: int, advance: int) -> None:
+        """Notes that a period over `size` chunk tokens committed `advance` tokens of `row`."""
+        self._periods[row].append((size, advance))
+
+    def close(self, density: float) -> GenerationStats:
+        every = [p for row in self._periods for p in row]
+        counted = [p for row in self._periods for p in row[:-1]]
+        # A generation of one period a row has no other to average over.
+        reads = counted or every
+        advance = sum(a for _, a in reads)
+        drafted = sum(size - 1 for size, _ in every)
+        weight_reads = sum((size - 1) * density + 1 for size, _ in reads)
+        if advance:
+            effective = weight_reads / advance
+        else:  # modes without periods
+            steps = self.draft_steps * density + self.full_passes
+            effective = steps / max(self.draft_steps + self.full_passes, 1)
+        return GenerationStats(
+            rows=self.rows,
+            prompt_tokens=self.prompt_tokens,
+            tokens=self.tokens,
+            periods=len(every),
+            advances=dict(sorted(Counter(a for _, a in every).items())),
+            aal=sum(a for _, a in counted) / len(counted) if counted else None,
+            corrections=sum(a < size for size, a in every),
+            acceptance_rate=sum(a - 1 for _, a in every) / drafted if drafted else None,
+            density=density,
+            effective_density=effective,
+            weight_bytes=self.weight_bytes,
+            seconds=self.clock.seconds(),
+            prefill_seconds=self.clock.prefill_seconds,
+            bytes_read={
+                Phase.DRAFT: self.draft_steps * density * self.weight_bytes,
+                Phase.VERIFY: float(self.full_passes * self.weight_bytes),
+                Phase.REST: float(self.prefill_passes * self.weight_bytes),
+            },
+        )

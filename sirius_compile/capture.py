@@ -1,0 +1,304 @@
+"""Capture: a transformers decoder's graph by torch.export, with no code per model family.
+
+The model is built without storage (fake tensors), so its size does not matter. Two interfaces that
+transformers offers make every decoder export alike: an attention function, which emits one
+`sirius::attention` node a layer, and a mask function, which returns the *rule* of the mask instead of a
+tensor. A rule other than "causal" or "causal within a window" is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+)
+
+import sirius_runtime.ops  # noqa: F401  (registers sirius::attention)
+from sirius_passes.program import DENSE, OUTPUTS, Program, Stage, calls
+from sirius_runtime.errors import UnsupportedModelError
+from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, dtype_name
+from sirius_runtime.spec import StateSpec, WeightSpec
+
+_NAME = "sirius"  # of our attention and mask functions in transformers' registries
+_MAX_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """What a query may see: its own position and those before it, the last `window` of them if given."""
+
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured model.
+
+    `program` is at stage CAPTURED. `constants` are buffers that no checkpoint holds (rotary
+    frequencies), by name, with real values. `aliases` maps each weight's name to the other names of
+    the same tied weight.
+    """
+
+    program: Program
+    constants: Mapping[str, Tensor]
+    aliases: Mapping[str, tuple[str, ...]]
+
+
+def capture(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Capture:
+    """Captures the decoder that `config` describes.
+
+    Raises UnsupportedModelError, naming the module or the reason, for a model that can't be captured.
+    """
+    AttentionInterface.register(_NAME, _attention)
+    masks = _MaskRecorder()
+    AttentionMaskInterface.register(_NAME, masks)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _refusing(config.model_type), fake, torch.no_grad():
+        model = _build(config, trust_remote_code)
+        exported = _export(model)
+    masks.check()
+    aliases = _aliases(model)
+    program = _program(exported, model, aliases)
+    constants = _constants(config, trust_remote_code, list(program.weights.values()))
+    return Capture(program, constants, {name: aliases.get(name, ()) for name in program.weights})
+
+
+@contextmanager
+def _refusing(model_type: str) -> Iterator[None]:
+    """Turns whatever a model's own code raises under export into a refusal that names the model."""
+    try:
+        yield
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        raise UnsupportedModelError(
+            f"model type {model_type!r} can't be captured: {type(error).__name__}: {first_line}. "
+            "Its forward does something that torch.export or transformers' attention interface "
+            "can't express; please open an issue with the model's config.json"
+        ) from error
+
+
+def _build(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
+    model: nn.Module = AutoModelForCausalLM.from_config(
+        config,
+        dtype=CAPTURE_DTYPE,
+        attn_implementation=_NAME,
+        trust_remote_code=trust_remote_code,
+    )
+    return model.eval()
+
+
+def _export(model: nn.Module) -> ExportedProgram:
+    rows, tokens = Dim("B", min=1, max=1 << 16), Dim("T", min=1, max=_MAX_TOKENS)
+    example = torch.zeros(2, 8, dtype=torch.int64)
+    inputs: dict[str, Any] = {
+        "input_ids": example,
+        "position_ids": torch.arange(8).expand(2, 8).contiguous(),
+        # A mask of ones: without one, transformers looks for packed sequences in the positions.
+        "attention_mask": torch.ones_like(example),
+    }
+    dynamic: dict[str, Any] = {name: {0: rows, 1: tokens} for name in inputs}
+    return torch.export.export(
+        model,
+        (),
+        {**inputs, "use_cache": False},
+        dynamic_shapes={**dynamic, "use_cache": None},
+        strict=False,
+    )
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: MaskRule | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: emits one `sirius::attention` a layer."""
+    where = type(module).__name__
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedModelError(f"{where}: attention sinks are not supported")
+    if getattr(module, "is_causal", True) is False:
+        raise UnsupportedModelError(f"{where}: attention that is not causal is not supported")
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise UnsupportedModelError(f"{where} has no layer_idx: its cache could not be told apart")
+    rule = attention_mask if isinstance(attention_mask, MaskRule) else MaskRule(sliding_window)
+    if sliding_window not in (None, rule.window):
+        raise UnsupportedModelError(
+            f"{where} of layer {layer}: a window of {sliding_window} is asked for, "
+            f"but its mask has {rule.window}"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    output = torch.ops.sirius.attention(query, key, value, layer, scale, rule.window, softcap)
+    return output.transpose(1, 2), None
+
+
+class _MaskRecorder:
+    """transformers' mask function: returns the rule of each mask, and keeps its function to probe."""
+
+    def __init__(self) -> None:
+        self.masks: list[tuple[Callable[..., Any], int | None]] = []
+
+    def __call__(self, mask_function: Any, local_size: int | None = None, **_: Any) -> MaskRule:
+        self.masks.append((mask_function, local_size))
+        return MaskRule(local_size)
+
+    def check(self) -> None:
+        """Refuses masks that are not what their rule says. Outside of tracing: it needs real values."""
+        for mask_function, window in self.masks:
+            reach = 2 * (window or 4) + 3
+            query = torch.tensor([0, 1, reach // 2, reach - 1])[:, None]
+            key = torch.arange(reach)[None, :]
+            expected = (key <= query) & (query - key < (window or reach))
+            zero = torch.zeros((), dtype=torch.int64)
+            try:
+                seen = torch.as_tensor(mask_function(zero, zero, query, key)).expand_as(expected)
+            except Exception as error:
+                raise UnsupportedModelError(
+                    "the attention mask depends on more than positions (chunked or blockwise "
+                    "attention is not supported)"
+                ) from error
+            if not torch.equal(seen, expected):
+                raise UnsupportedModelError(
+                    "the attention mask is neither causal nor causal within a window"
+                )
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Canonical name of each tied tensor → its other names."""
+    names: dict[int, list[str]] = {}
+    for group in (model.named_parameters, model.named_buffers):
+        for name, tensor in group(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+    return {first: tuple(rest) for first, *rest in names.values()}
+
+
+def _program(
+    exported: ExportedProgram, model: nn.Module, aliases: Mapping[str, tuple[str, ...]]
+) -> Program:
+    """The exported graph with every placeholder bound by name and tied weights bound once."""
+    canonical = {alias: name for name, others in aliases.items() for alias in (name, *others)}
+    persistent = set(model.state_dict())
+    graph = exported.graph_module.graph
+    # Metadata assertions keep otherwise dead inputs alive; export has checked what they say.
+    for node in calls(graph, torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    _read_sizes_of_input_ids(graph)
+    targets = {
+        spec.arg.name: spec
+        for spec in exported.graph_signature.input_specs
+        if hasattr(spec.arg, "name")
+    }
+    weights: dict[str, WeightSpec] = {}
+    bound: dict[str, fx.Node] = {}
+    for node in [n for n in graph.nodes if n.op == "placeholder"]:
+        spec = targets[node.name]
+        if not node.users:
+            graph.erase_node(node)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            name = canonical[spec.target]
+            if name in bound:
+                node.replace_all_uses_with(bound[name])
+                graph.erase_node(node)
+                continue
+            bound[name], node.meta[WEIGHT] = node, name
+            value = node.meta["val"]
+            stored = name in persistent and value.is_floating_point()
+            weights[name] = WeightSpec(
+                name, dtype_name(value.dtype), tuple(value.shape), retype=stored
+            )
+        elif spec.kind is InputKind.USER_INPUT and node.name in ("input_ids", "position_ids"):
+            node.meta[INPUT] = {"position_ids": "positions"}.get(node.name, node.name)
+        else:
+            raise UnsupportedModelError(
+                f"the model's graph reads {node.name} ({spec.kind.name.lower()}) at "
+                f"{next(iter(node.users)).format_node()}, which generation does not provide"
+            )
+    inputs = {n.meta[INPUT] for n in graph.nodes if INPUT in n.meta}
+    if "positions" not in inputs:
+        # A model that takes no positions (its attention is position-free) still gets them as input.
+        _bind_missing_positions(graph)
+    output = graph.output_node()
+    output.args = ((output.args[0][0],),)  # type: ignore[index]
+    output.meta[OUTPUTS] = ("logits",)
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    return Program(Stage.CAPTURED, {DENSE: module}, weights, _state(graph))
+
+
+def _read_sizes_of_input_ids(graph: fx.Graph) -> None:
+    """Rows and tokens may be read off any of the inputs, the dropped mask included: they agree."""
+    inputs = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    for node in calls(graph, torch.ops.aten.sym_size.int):
+        if node.args[0] is inputs.get("attention_mask"):
+            node.args = (inputs["input_ids"], node.args[1])
+
+
+def _bind_missing_positions(graph: fx.Graph) -> None:
+    (ids,) = [n for n in graph.nodes if n.meta.get(INPUT) == "input_ids"]
+    with graph.inserting_after(ids):
+        node = graph.placeholder("position_ids")
+    node.meta |= {"val": ids.meta["val"], INPUT: "positions"}
+
+
+def _state(graph: fx.Graph) -> StateSpec:
+    """The cache that the graph's attention nodes need; refuses layers of different shapes."""
+    nodes = [n for n in graph.nodes if n.target is torch.ops.sirius.attention.default]
+    shapes = {(n.args[1].meta["val"].shape[1::2], n.args[2].meta["val"].shape[-1]) for n in nodes}
+    layers = [n.args[3] for n in nodes]
+    if len(shapes) != 1 or layers != list(range(len(nodes))):
+        raise UnsupportedModelError(
+            f"attention layers {layers} with key/value shapes {sorted(map(str, shapes))}: one cache "
+            "needs layers 0, 1, … once each with one number of key/value heads and one head size"
+        )
+    ((heads, key_dim), value_dim) = shapes.pop()
+    return StateSpec(len(nodes), int(heads), int(key_dim), int(value_dim))
+
+
+def _constants(
+    config: PretrainedConfig, trust_remote_code: bool, weights: list[WeightSpec]
+) -> dict[str, Tensor]:
+    """Real values of the buffers that no checkpoint holds, computed as from_pretrained does.
+
+    The parameters stay on the meta device; buffers get storage filled with NaN and the model's own
+    initialisation, and one that is still NaN after it is refused.
+    """
+    with torch.device("meta"):
+        model = _build(config, trust_remote_code)
+    persistent = set(model.state_dict())
+    wanted = {spec.name for spec in weights} - persistent
+    for module in model.modules():
+        if not module._buffers:
+            continue
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                fill = float("nan") if buffer.is_floating_point() else 0
+                module._buffers[name] = torch.full_like(buffer, fill, device="cpu")
+        with torch.no_grad():
+            model._init_weights(module)  # type: ignore[operator]
+    constants = {name: b for name, b in model.named_buffers() if name in wanted}
+    for name in wanted:
+        value = constants.get(name)
+        if value is None or (value.is_floating_point() and bool(value.isnan().any())):
+            raise UnsupportedModelError(
+                f"buffer {name} is in no checkpoint and the model's initialisation does not set it"
+            )
+    return constants

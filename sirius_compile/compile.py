@@ -1,0 +1,322 @@
+"""`compile_model`: from a transformers model, a directory or a name to a compiled program."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from sirius_compile.calibration import (
+    BUILTIN_PROMPTS,
+    Calibration,
+    ObservingBackend,
+    calibrate,
+    encode_texts,
+    on_policy,
+    read_prompts,
+    read_texts,
+)
+from sirius_compile.capture import Capture, capture
+from sirius_compile.checkpoint import WeightSource, checkpoint_dtype, open_weights
+from sirius_compile.config import BUILTIN, CompileConfig
+from sirius_compile.models import ModelSource, load_config, resolve_model
+from sirius_compile.pipeline import back, front
+from sirius_compile.tokenizer import tokenizer_files
+from sirius_passes.manager import run_passes
+from sirius_passes.program import Program
+from sirius_passes.sparsify import parameters
+from sirius_runtime.artifact import ArtifactWriter
+from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.errors import CalibrationError, ConfigError
+from sirius_runtime.graph import dtype_name, dtype_of, to_document
+from sirius_runtime.model import SiriusModel
+from sirius_runtime.spec import (
+    JSON,
+    DType,
+    Method,
+    ModelSpec,
+    PassRecord,
+    PeriodSpec,
+    ProgramSpec,
+    ToolVersions,
+    WeightSpec,
+)
+
+Progress = Callable[[str, float], None]
+"""Called after each stage with its name and its seconds."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled program in memory: its spec and graphs, and where its weights come from."""
+
+    spec: ProgramSpec
+    program: Program
+    calibration: Calibration | None
+    generation_config: Mapping[str, JSON]
+    tokenizer_files: Mapping[str, bytes]
+    _weights: Callable[[WeightSpec], Tensor]
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Writes the artifact to `path` (a temporary name, then renamed). `force` replaces a file."""
+        path = Path(path)
+        with ArtifactWriter(path, force=force) as writer:
+            for name, document in self._documents().items():
+                writer.add_json(f"graphs/{name}.json", document)
+            writer.add_json("generation_config.json", dict(self.generation_config))
+            for name, content in self.tokenizer_files.items():
+                writer.add_bytes(f"tokenizer/{name}", content)
+            writer.add_weights(self.spec.weights, self._weights)
+            writer.finish(self.spec)
+        return path
+
+    def to_runtime(
+        self, *, device: str | torch.device = "cpu", dtype: DType | str | None = None
+    ) -> SiriusModel:
+        """The program ready to generate, without a file."""
+        return SiriusModel(self._backend(EagerBackend, device, dtype), self._tokenizer())
+
+    def _documents(self) -> dict[str, JSON]:
+        return {name: to_document(module) for name, module in self.program.graphs.items()}
+
+    def _backend(
+        self, kind: type[EagerBackend], device: str | torch.device, dtype: DType | str | None
+    ) -> Any:
+        return kind(
+            self.spec,
+            self._documents(),
+            {spec.name: self._weights(spec) for spec in self.spec.weights},
+            dtype=dtype_of(dtype or self.spec.model.dtype),
+            device=torch.device(device),
+        )
+
+    def _tokenizer(self) -> Tokenizer | None:
+        content = self.tokenizer_files.get("tokenizer.json")
+        return None if content is None else Tokenizer.from_str(content.decode())
+
+
+def compile_model(
+    model: str | Path | PreTrainedModel,
+    config: CompileConfig = CompileConfig(),  # noqa: B008  (frozen)
+    *,
+    tokenizer: Any = None,
+    dump_graphs: Path | None = None,
+    progress: Progress = lambda stage, seconds: None,
+) -> Compiled:
+    """Compiles a shipped model's name, a directory, a hub id or short name, or a model in memory.
+
+    `tokenizer`: a transformers tokenizer for a model in memory (others bring their own).
+    `dump_graphs`: a folder for the graphs before and after each pass. Raises UserError classes, each
+    naming the thing, the reason and the remedy, for what can't be compiled.
+    """
+    return _Compilation(config, dump_graphs, progress).run(_open(model, config, tokenizer))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model to compile: its config, its tokenizer, and how its weights are opened."""
+
+    name: str
+    revision: str | None
+    config: PretrainedConfig
+    generation: GenerationConfig
+    tokenizer_files: Mapping[str, bytes]
+    prompts: Path
+    dtype: torch.dtype
+    trust_remote_code: bool
+    open_weights: Callable[[Capture], WeightSource]
+
+
+@dataclass(frozen=True)
+class _StateDict:
+    """The weights of a model in memory."""
+
+    tensors: Mapping[str, Tensor]
+
+    def get(self, name: str) -> Tensor:
+        return self.tensors[name].detach()
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+
+def _open(model: str | Path | PreTrainedModel, config: CompileConfig, tokenizer: Any) -> _Source:
+    if isinstance(model, PreTrainedModel):
+        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+        return _Source(
+            name=model.config.name_or_path or type(model).__name__,
+            revision=None,
+            config=model.config,
+            generation=model.generation_config or GenerationConfig.from_model_config(model.config),
+            tokenizer_files=tokenizer_files(tokenizer),
+            prompts=BUILTIN_PROMPTS,
+            dtype=model.dtype,
+            trust_remote_code=True,  # its code has run already
+            open_weights=lambda capture: _StateDict(tensors),
+        )
+    if tokenizer is not None:
+        raise ConfigError("tokenizer= goes with a model in memory; a directory brings its own")
+    source = resolve_model(
+        model,
+        revision=config.revision,
+        cache_dir=config.cache_dir,
+        trust_remote_code=config.trust_remote_code,
+    )
+    hf_config = load_config(source)
+    own_prompts = source.directory / "calibration_prompts.jsonl"
+    return _Source(
+        name=source.name,
+        revision=source.revision,
+        config=hf_config,
+        generation=_generation_config(source, hf_config),
+        tokenizer_files=tokenizer_files(source),
+        prompts=own_prompts if own_prompts.exists() else BUILTIN_PROMPTS,
+        dtype=checkpoint_dtype(source, hf_config),
+        trust_remote_code=source.trust_remote_code,
+        open_weights=lambda capture: open_weights(
+            source,
+            hf_config,
+            {
+                name: spec.shape
+                for name, spec in capture.program.weights.items()
+                if name not in capture.constants
+            },
+            capture.aliases,
+        ),
+    )
+
+
+def _generation_config(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
+    if (source.directory / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(source.directory)
+    return GenerationConfig.from_model_config(config)
+
+
+class _Compilation:
+    """One run of the compiler."""
+
+    def __init__(self, config: CompileConfig, dump: Path | None, progress: Progress) -> None:
+        self._config, self._dump, self._progress = config, dump, progress
+        self._records: tuple[PassRecord, ...] = ()
+
+    def run(self, source: _Source) -> Compiled:
+        config = self._config
+        max_seq_len = _max_seq_len(source.config, config.max_seq_len)
+        with self._stage("capture"):
+            captured = capture(source.config, trust_remote_code=source.trust_remote_code)
+        with self._stage("open weights"):
+            weights = source.open_weights(captured)
+        program = captured.program
+        dtype = config.dtype or DType(dtype_name(source.dtype))
+        for name, spec in program.weights.items():
+            constant = captured.constants.get(name)
+            stored = dtype if spec.retype else dtype_name((constant if constant is not None else weights.get(name)).dtype)
+            program.update_weight(name, dtype=str(stored))
+
+        def compiled(calibration: Calibration | None) -> Compiled:
+            return Compiled(
+                spec=self._spec(source, program, dtype, max_seq_len),
+                program=program,
+                calibration=calibration,
+                generation_config=source.generation.to_diff_dict(),
+                tokenizer_files=source.tokenizer_files,
+                _weights=lambda spec: _materialise(spec, captured, weights),
+            )
+
+        self._passes(program, front(config.sparsity))
+        calibration = None
+        if config.sparsity is Method.CATS:
+            with self._stage("calibrate"):
+                calibration = self._calibrate(compiled(None), source)
+        thresholds = calibration.thresholds if calibration else ()
+        self._passes(program, back(config.sparsity, config.keep, thresholds))
+        return compiled(calibration)
+
+    def _passes(self, program: Program, passes: list[Any]) -> None:
+        self._records += run_passes(
+            program,
+            passes,
+            dump=self._dump,
+            first=len(self._records),
+            progress=lambda record: self._progress(f"pass {record.name}", record.seconds),
+        )
+
+    def _calibrate(self, compiled: Compiled, source: _Source) -> Calibration:
+        tokenizer = compiled._tokenizer()
+        if tokenizer is None:
+            raise CalibrationError(
+                f"{source.name} has no tokenizer to read calibration text with; add tokenizer.json "
+                "to the model's directory, or use --sparsity topk or griffin"
+            )
+        backend = compiled._backend(ObservingBackend, self._config.device, None)
+        if self._config.calibration == BUILTIN:
+            plain = compiled.to_runtime(device=self._config.device)
+            sequences = on_policy(read_prompts(source.prompts), plain)
+        else:
+            sequences = encode_texts(read_texts(Path(self._config.calibration)), tokenizer)
+        return calibrate(backend, sequences, self._config.keep)
+
+    def _spec(
+        self, source: _Source, program: Program, dtype: DType, max_seq_len: int
+    ) -> ProgramSpec:
+        config = self._config
+        eos = source.generation.eos_token_id
+        if eos is None:
+            eos = source.config.eos_token_id
+        return ProgramSpec(
+            model=ModelSpec(
+                source=source.name,
+                revision=source.revision,
+                model_type=source.config.model_type,
+                dtype=dtype,
+                vocab_size=source.config.vocab_size,
+                max_seq_len=max_seq_len,
+                parameters=parameters(program),
+            ),
+            entries=program.entries(),
+            weights=tuple(program.weights.values()),
+            state=program.state,
+            sparsity=program.sparsity,
+            period=PeriodSpec(config.period, config.threshold, config.verify_temperature),
+            eos_token_ids=tuple([] if eos is None else [eos] if isinstance(eos, int) else eos),
+            pad_token_id=source.generation.pad_token_id,
+            passes=self._records,
+            tools=ToolVersions(
+                version("sirius-compile"), torch.__version__, transformers.__version__
+            ),
+        )
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._progress(name, time.perf_counter() - start)
+
+
+def _max_seq_len(config: PretrainedConfig, wanted: int | None) -> int:
+    limit = getattr(config, "max_position_embeddings", None) or wanted or 2048
+    if wanted is not None and wanted > limit:
+        raise ConfigError(
+            f"--max-seq-len must be in 2..{limit} (the model's max_position_embeddings), got {wanted}"
+        )
+    return int(wanted or limit)
+
+
+def _materialise(spec: WeightSpec, captured: Capture, weights: WeightSource) -> Tensor:
+    """The stored form of a weight: in the program's dtype and layout."""
+    constant = captured.constants.get(spec.name)
+    tensor = weights.get(spec.name) if constant is None else constant
+    tensor = tensor.to(dtype_of(spec.dtype))
+    return (tensor.t() if spec.transposed else tensor).contiguous()
+
+

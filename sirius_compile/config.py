@@ -1,0 +1,50 @@
+"""What a compilation is asked for: one frozen value, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sirius_runtime.errors import ConfigError
+from sirius_runtime.model import MAX_PERIOD
+from sirius_runtime.spec import DType, Method
+
+BUILTIN = "builtin"
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """Options of `compile_model`; the command line's flags under the same names.
+
+    sparsity, keep: the sparse path and the share of neurons that it keeps. period, threshold,
+    verify_temperature: defaults that the artifact carries, which a run can change. max_seq_len: the
+    longest sequence served, by default the model's own. dtype: of the stored weights, by default the
+    checkpoint's. device: where calibration runs. calibration: a text or JSONL file, or ``builtin``.
+
+    Raises ConfigError for a value out of its range, with the range.
+    """
+
+    sparsity: Method = Method.CATS
+    keep: float = 0.5
+    period: int = 16
+    threshold: float = 0.1
+    verify_temperature: float = 0.6
+    max_seq_len: int | None = None
+    dtype: DType | None = None
+    device: str = "cpu"
+    calibration: str | Path = BUILTIN
+    revision: str | None = None
+    cache_dir: Path | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.keep <= 1.0:
+            raise ConfigError(f"--keep must be in (0, 1], got {self.keep}")
+        if not 1 <= self.period <= MAX_PERIOD:
+            raise ConfigError(f"--period must be in 1..{MAX_PERIOD}, got {self.period}")
+        if not 0.0 <= self.threshold <= 1.0:
+            raise ConfigError(f"--threshold must be in [0, 1], got {self.threshold}")
+        if not 0.0 < self.verify_temperature < float("inf"):
+            raise ConfigError(f"--verify-temperature must be > 0, got {self.verify_temperature}")
+        if self.max_seq_len is not None and self.max_seq_len < 2:
+            raise ConfigError(f"--max-seq-len must be at least 2, got {self.max_seq_len}")
