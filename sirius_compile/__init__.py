@@ -1,0 +1,26 @@
+"""The Sirius compiler: a dense decoder in, one artifact with paired sparse and full paths out.
+
+from sirius_compile import CompileConfig, compile_model
+compiled = compile_model("tally-3m", CompileConfig(sparsity="griffin"))
+compiled.save("tally.sirius")
+model = compiled.to_runtime()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sirius_compile.compile import Compiled, compile_model
+    from sirius_compile.config import CompileConfig
+
+_HOMES = {"CompileConfig": "config", "Compiled": "compile", "compile_model": "compile"}
+
+__all__ = ["CompileConfig", "Compiled", "compile_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,7 +1,7 @@
 """Calibration: the thresholds of the sparse path, as quantiles of activations over text.
 
-Decoding reads what the model itself writes, so the built-in text is on-policy: prompts that ship with the
-compiler, and the dense model's own greedy continuation of them.
+Decoding reads what the model itself writes, so the built-in text is on-policy: prompts that ship
+with the compiler, and the dense model's own greedy continuation of them.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def read_texts(path: Path) -> list[str]:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(
-            f"calibration file {path} can't be read as UTF-8 text ({error}); give plain text or JSONL "
-            "with a 'text' field, or --calibration builtin"
+            f"calibration file {path} can't be read as UTF-8 text ({error}); give plain text or "
+            "JSONL with a 'text' field, or --calibration builtin"
         ) from error
     if path.suffix != ".jsonl":
         return [content]
@@ -158,7 +158,9 @@ def on_policy(prompts: Sequence[str], model: SiriusModel) -> list[list[int]]:
     return [[*p, *t] for p, t in zip(output.prompts, output.tokens, strict=True)]
 
 
-def calibrate(backend: ObservingBackend, sequences: Sequence[list[int]], keep: float) -> Calibration:
+def calibrate(
+    backend: ObservingBackend, sequences: Sequence[list[int]], keep: float
+) -> Calibration:
     """The (1 - keep) quantile of each layer's |act(gate x)| over the tokens of `sequences`.
 
     Raises CalibrationError where there are too few tokens, or where a layer's activations leave no

@@ -2,8 +2,8 @@
 
 The model is built without storage (fake tensors), so its size does not matter. Two interfaces that
 transformers offers make every decoder export alike: an attention function, which emits one
-`sirius::attention` node a layer, and a mask function, which returns the *rule* of the mask instead of a
-tensor. A rule other than "causal" or "causal within a window" is refused.
+`sirius::attention` node a layer, and a mask function, which returns the *rule* of the mask instead
+of a tensor. A rule other than "causal" or "causal within a window" is refused.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ _MAX_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class MaskRule:
-    """What a query may see: its own position and those before it, the last `window` of them if given."""
+    """What a query may see: its own position and those before it, the last `window` of them if
+    given.
+    """
 
     window: int | None
 
@@ -59,7 +61,8 @@ class Capture:
 def capture(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Capture:
     """Captures the decoder that `config` describes.
 
-    Raises UnsupportedModelError, naming the module or the reason, for a model that can't be captured.
+    Raises UnsupportedModelError, naming the module or the reason, for a model that can't be
+    captured.
     """
     AttentionInterface.register(_NAME, _attention)
     masks = _MaskRecorder()
@@ -152,7 +155,9 @@ def _attention(
 
 
 class _MaskRecorder:
-    """transformers' mask function: returns the rule of each mask, and keeps its function to probe."""
+    """transformers' mask function: returns the rule of each mask, and keeps its function to
+    probe.
+    """
 
     def __init__(self) -> None:
         self.masks: list[tuple[Callable[..., Any], int | None]] = []
@@ -162,7 +167,9 @@ class _MaskRecorder:
         return MaskRule(local_size)
 
     def check(self) -> None:
-        """Refuses masks that are not what their rule says. Outside of tracing: it needs real values."""
+        """Refuses masks that are not what their rule says. Outside of tracing: it needs real
+        values.
+        """
         for mask_function, window in self.masks:
             reach = 2 * (window or 4) + 3
             query = torch.tensor([0, 1, reach // 2, reach - 1])[:, None]
@@ -238,7 +245,7 @@ def _program(
         # A model that takes no positions (its attention is position-free) still gets them as input.
         _bind_missing_positions(graph)
     output = graph.output_node()
-    output.args = ((output.args[0][0],),)  # type: ignore[index]
+    output.args = ((output.args[0][0],),)
     output.meta[OUTPUTS] = ("logits",)
     module = fx.GraphModule(torch.nn.Module(), graph)
     return Program(Stage.CAPTURED, {DENSE: module}, weights, _state(graph))
@@ -266,8 +273,8 @@ def _state(graph: fx.Graph) -> StateSpec:
     layers = [n.args[3] for n in nodes]
     if len(shapes) != 1 or layers != list(range(len(nodes))):
         raise UnsupportedModelError(
-            f"attention layers {layers} with key/value shapes {sorted(map(str, shapes))}: one cache "
-            "needs layers 0, 1, … once each with one number of key/value heads and one head size"
+            f"attention layers {layers} with key/value shapes {sorted(map(str, shapes))}: one "
+            "cache needs layers 0, 1, … once each, with one number of heads and one head size"
         )
     ((heads, key_dim), value_dim) = shapes.pop()
     return StateSpec(len(nodes), int(heads), int(key_dim), int(value_dim))

@@ -35,7 +35,7 @@ from sirius_compile.tokenizer import tokenizer_files
 from sirius_passes.manager import run_passes
 from sirius_passes.program import Program
 from sirius_passes.sparsify import parameters
-from sirius_runtime.artifact import ArtifactWriter
+from sirius_runtime.artifact_writer import ArtifactWriter
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.errors import CalibrationError, ConfigError
 from sirius_runtime.graph import dtype_name, dtype_of, to_document
@@ -68,7 +68,9 @@ class Compiled:
     _weights: Callable[[WeightSpec], Tensor]
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Writes the artifact to `path` (a temporary name, then renamed). `force` replaces a file."""
+        """Writes the artifact to `path` (a temporary name, then renamed). `force` replaces a
+        file.
+        """
         path = Path(path)
         with ArtifactWriter(path, force=force) as writer:
             for name, document in self._documents().items():
@@ -116,8 +118,8 @@ def compile_model(
     """Compiles a shipped model's name, a directory, a hub id or short name, or a model in memory.
 
     `tokenizer`: a transformers tokenizer for a model in memory (others bring their own).
-    `dump_graphs`: a folder for the graphs before and after each pass. Raises UserError classes, each
-    naming the thing, the reason and the remedy, for what can't be compiled.
+    `dump_graphs`: a folder for the graphs before and after each pass. Raises UserError classes,
+    each naming the thing, the reason and the remedy, for what can't be compiled.
     """
     return _Compilation(config, dump_graphs, progress).run(_open(model, config, tokenizer))
 
@@ -220,7 +222,11 @@ class _Compilation:
         dtype = config.dtype or DType(dtype_name(source.dtype))
         for name, spec in program.weights.items():
             constant = captured.constants.get(name)
-            stored = dtype if spec.retype else dtype_name((constant if constant is not None else weights.get(name)).dtype)
+            stored = (
+                dtype
+                if spec.retype
+                else dtype_name((constant if constant is not None else weights.get(name)).dtype)
+            )
             program.update_weight(name, dtype=str(stored))
 
         def compiled(calibration: Calibration | None) -> Compiled:
@@ -307,7 +313,8 @@ def _max_seq_len(config: PretrainedConfig, wanted: int | None) -> int:
     limit = getattr(config, "max_position_embeddings", None) or wanted or 2048
     if wanted is not None and wanted > limit:
         raise ConfigError(
-            f"--max-seq-len must be in 2..{limit} (the model's max_position_embeddings), got {wanted}"
+            f"--max-seq-len must be in 2..{limit} (the model's max_position_embeddings), "
+            f"got {wanted}"
         )
     return int(wanted or limit)
 
@@ -318,5 +325,3 @@ def _materialise(spec: WeightSpec, captured: Capture, weights: WeightSource) -> 
     tensor = weights.get(spec.name) if constant is None else constant
     tensor = tensor.to(dtype_of(spec.dtype))
     return (tensor.t() if spec.transposed else tensor).contiguous()
-
-

@@ -18,8 +18,9 @@ class CompileConfig:
 
     sparsity, keep: the sparse path and the share of neurons that it keeps. period, threshold,
     verify_temperature: defaults that the artifact carries, which a run can change. max_seq_len: the
-    longest sequence served, by default the model's own. dtype: of the stored weights, by default the
-    checkpoint's. device: where calibration runs. calibration: a text or JSONL file, or ``builtin``.
+    longest sequence served, by default the model's own. dtype: of the stored weights, by default
+    the checkpoint's. device: where calibration runs. calibration: a text or JSONL file, or
+    ``builtin``.
 
     Raises ConfigError for a value out of its range, with the range.
     """

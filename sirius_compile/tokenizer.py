@@ -38,8 +38,8 @@ def tokenizer_files(source: ModelSource | Any) -> Mapping[str, bytes]:
         )
     if not getattr(source, "is_fast", False):
         raise UnsupportedModelError(
-            f"tokenizer {type(source).__name__} has no fast form (tokenizer.json), which the runtime "
-            "needs; convert it with transformers and save it to the model's directory"
+            f"tokenizer {type(source).__name__} has no fast form (tokenizer.json), which the "
+            "runtime needs; convert it with transformers and save it to the model's directory"
         )
     with tempfile.TemporaryDirectory() as folder:
         source.save_pretrained(folder)

@@ -2,11 +2,11 @@
 
     python examples/tally/train.py --out build/tally-3m --log examples/tally/train.log
 
-Everything is seeded; the problems come from `sirius_compile.shipped.problems`, whose hash split keeps
-the test problems out of training. The loss counts answer tokens only. Batches are sorted by length
-into micro-batches, so that little is spent on padding. Matrices are trained by Muon, the embedding
-and the norms by AdamW. The final report (exact match per number of steps on fresh test problems) and
-the loss curve are written to the log.
+Everything is seeded; the problems come from `sirius_compile.shipped.problems`, whose hash split
+keeps the test problems out of training. The loss counts answer tokens only. Batches are sorted by
+length into micro-batches, so that little is spent on padding. Matrices are trained by Muon, the
+embedding and the norms by AdamW. The final report (exact match per number of steps on fresh test
+problems) and the loss curve are written to the log.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
-        torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"),
+        torch.optim.Muon(
+            matrices, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"
+        ),
         torch.optim.AdamW(rest, lr=0.3 * lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 

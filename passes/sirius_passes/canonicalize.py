@@ -9,8 +9,9 @@
     %6 = aten.slice(%4, 2, 64, 96)                 %3 = aten.slice(%qkv_w, 0, 64, 96)
                                                    %4 = aten.linear(%0, %3)
 
-A fused projection (gate_up, qkv) whose result is only ever sliced along its features becomes one linear a
-slice, over views of the one weight: later passes see separate gate, up, q, k, v everywhere.
+A fused projection (gate_up, qkv) whose result is only ever sliced along its features becomes one
+linear a slice, over views of the one weight: later passes see separate gate, up, q, k, v
+everywhere.
 """
 
 from __future__ import annotations
@@ -59,7 +60,12 @@ def _remove_if_noise(node: fx.Node) -> bool:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         node.graph.erase_node(node)
         return True
-    if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.contiguous.default):
+    if node.target in (
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten.contiguous.default,
+    ):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         old, new = source.meta["val"], node.meta["val"]

@@ -3,8 +3,8 @@
     Before                                     After
     input input_ids, positions                 input …, slots, length, tree_mask, k_cache, v_cache
     %1 = sirius.attention(%q, %k, %v,          %1 = sirius.cached_attention(%q, %k, %v,
-             0, 0.25, None, None)                       %k_cache, %v_cache, %positions, %slots, %length,
-                                                        %tree_mask, 0, 0.25, None, None)
+             0, 0.25, None, None)                %k_cache, %v_cache, %positions, %slots,
+                                                 %length, %tree_mask, 0, 0.25, None, None)
 
 Shapes as in `sirius_runtime.ops.attention`. The operator writes the caches in place.
 """

@@ -5,8 +5,8 @@
     %1 = aten.t(%down)                               %1 = sirius.gated_mlp(%x, %gate, %up, %down, …)
     %2 = sirius.gated_mlp(%x, %gate, %up, %1, …)
 
-A weight that every graph reads transposed, and only so, is stored transposed, and the transposes go. A
-weight that is read both ways is refused: one copy could not serve both.
+A weight that every graph reads transposed, and only so, is stored transposed, and the transposes
+go. A weight that is read both ways is refused: one copy could not serve both.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class LayOutWeights(Pass):
             transposed = [user.target is aten.t.default for _, user in readers]
             if any(transposed) and not all(transposed):
                 raise UnsupportedModelError(
-                    f"weight {name} is read both transposed and as it is; one copy can't serve both. "
-                    "Open an issue with the model's config.json"
+                    f"weight {name} is read both transposed and as it is; one copy can't serve "
+                    "both. Open an issue with the model's config.json"
                 )
             if not any(transposed):
                 continue
@@ -51,15 +51,9 @@ class LayOutWeights(Pass):
                 user.replace_all_uses_with(node)
                 node.graph.erase_node(user)
                 with node.meta["val"].fake_mode:
-                    node.meta["val"] = torch.empty(
-                        spec.shape[::-1], dtype=node.meta["val"].dtype
-                    )
-            program.update_weight(
-                name, shape=spec.shape[::-1], transposed=not spec.transposed
-            )
+                    node.meta["val"] = torch.empty(spec.shape[::-1], dtype=node.meta["val"].dtype)
+            program.update_weight(name, shape=spec.shape[::-1], transposed=not spec.transposed)
             count += 1
         for module in program.graphs.values():
             module.recompile()
         return count
-
-

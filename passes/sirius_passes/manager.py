@@ -29,8 +29,8 @@ class Pass(ABC):
     def run(self, program: Program) -> int:
         """Rewrites `program` in place and returns the number of rewrites made.
 
-        Raises UnsupportedModelError where it must find something and finds nothing: the message says
-        what was looked for and the nearest miss.
+        Raises UnsupportedModelError where it must find something and finds nothing: the message
+        says what was looked for and the nearest miss.
         """
 
 
@@ -44,8 +44,9 @@ def run_passes(
 ) -> tuple[PassRecord, ...]:
     """Runs `passes` in order over `program`, in place; returns what each did.
 
-    With `dump`, the graphs before the first and after each pass are written to that folder, one text file
-    a graph, numbered from `first` (the number of passes that came before this list). Raises PassError where a pass is given a stage it does not take or breaks an invariant.
+    With `dump`, the graphs before the first and after each pass are written to that folder, one
+    text file a graph, numbered from `first` (the number of passes that came before this list).
+    Raises PassError where a pass is given a stage it does not take or breaks an invariant.
     """
     records = []
     if dump is not None and first == 0:

@@ -92,5 +92,5 @@ def _refresh_values(graph: fx.Graph, start: fx.Node) -> None:
         if node.op == "call_function" and changed & set(node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             with start.meta["val"].fake_mode:
-                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+                node.meta["val"] = node.target(*args, **kwargs)
             changed.add(node)

@@ -1,4 +1,6 @@
-"""Graphs as text: stable from run to run and from machine to machine, so that two can be compared."""
+"""Graphs as text: stable from run to run and from machine to machine, so that two can be
+compared.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, dtype_name, place
 def print_graph(module: fx.GraphModule) -> str:
     """One line a node: ``%name: dtype[shape] = target(arguments)``.
 
-    Values are renumbered in order, and symbolic sizes printed by their letters (`B`, `T`, …), so the
-    text depends on the graph alone. The program's dtype prints as ``model``, numbers that calibration
-    chose as ``<calibrated>``.
+    Values are renumbered in order, and symbolic sizes printed by their letters (`B`, `T`, …), so
+    the text depends on the graph alone. The program's dtype prints as ``model``, numbers that
+    calibration chose as ``<calibrated>``.
     """
     letters = _size_letters(module.graph)
     names: dict[fx.Node, str] = {}

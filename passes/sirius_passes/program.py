@@ -2,7 +2,8 @@
 
 Invariants of the graphs, at every stage (checked by `verifier.verify`):
 
-* every placeholder is bound, by `meta["weight"]` to an entry of the weight table or by `meta["input"]` to
+* every placeholder is bound, by `meta["weight"]` to an entry of the weight table or by
+  `meta["input"]` to
   an input of `INPUTS`; there are no submodules and no attributes, so a graph is data;
 * every node carries `meta["val"]`: fake tensors of one fake mode, symbolic in rows and tokens;
 * the output node's `meta["outputs"]` names its values;
@@ -145,21 +146,22 @@ def call(
 
 
 def add_input(graph: fx.Graph, name: str) -> fx.Node:
-    """The placeholder bound to the input `name`, made after the last input where there is none yet."""
+    """The placeholder bound to the input `name`, made after the last input where there is none
+    yet.
+    """
     inputs = placeholders(graph, INPUT)
     if name in inputs:
         return inputs[name]
     known: dict[str, Any] = {}
     for other, placed in inputs.items():
-        known |= dict(zip(INPUTS[other].shape, placed.meta["val"].shape, strict=True))
+        known |= dict(zip(map(str, INPUTS[other].shape), placed.meta["val"].shape, strict=True))
     mode = fake_mode(graph)
     assert mode.shape_env is not None
     shape = []
-    for size in INPUTS[name].shape:
-        if size not in known:
-            # A size that no earlier input fixes: symbolic, and assumed to be neither 0 nor 1.
-            known[str(size)] = mode.shape_env.create_unbacked_symint()
-        shape.append(known[str(size)])
+    for letter in map(str, INPUTS[name].shape):
+        if letter not in known:
+            known[letter] = mode.shape_env.create_unbacked_symint()
+        shape.append(known[letter])
     dtype = INPUTS[name].dtype
     with graph.inserting_after(list(inputs.values())[-1]):
         node = graph.placeholder(name)

@@ -7,14 +7,15 @@
     %4 = aten.mul(%2, %3)
     %5 = aten.linear(%4, %down)
 
-Shapes: x [B, T, C]; gate, up [I, C]; down [C, I] in the checkpoint, neuron-major [I, C] as the operator
-takes it (`lay_out_weights` later stores it so and drops the transpose). Biases may be present.
+Shapes: x [B, T, C]; gate, up [I, C]; down [C, I] in the checkpoint, neuron-major [I, C] as the
+operator takes it (`lay_out_weights` later stores it so and drops the transpose). Biases may be
+present.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import fx
@@ -73,10 +74,9 @@ def match_gated_mlp(down: fx.Node) -> GatedMlp | str | None:
     """The gated MLP that ends in the linear `down`; a reason where it nearly is one; else None."""
     product = down.args[0]
     if not _is(product, aten.mul.Tensor):
-        activated = _activation(product)
-        return f"{down.name}: a plain MLP, fc2({activated}(fc1(x)))" if activated else None
-    assert isinstance(product, fx.Node)
-    for activated, up in (product.args, reversed(product.args)):
+        act = _activation(product)
+        return f"{down.name}: a plain MLP, fc2({act}(fc1(x)))" if act else None
+    for activated, up in (product.args, product.args[::-1]):
         act = _activation(activated)
         if act is None:
             continue
@@ -84,8 +84,6 @@ def match_gated_mlp(down: fx.Node) -> GatedMlp | str | None:
         gate = activated.args[0]
         if not (_is(gate, aten.linear.default) and _is(up, aten.linear.default)):
             return f"{down.name}: gate or up is not a linear"
-        assert isinstance(gate, fx.Node)
-        assert isinstance(up, fx.Node)
         x = gate.args[0]
         if up.args[0] is not x:
             return f"{down.name}: gate and up read different inputs, {x} and {up.args[0]}"
@@ -97,18 +95,19 @@ def match_gated_mlp(down: fx.Node) -> GatedMlp | str | None:
     return None
 
 
-def _is(node: object, target: object) -> bool:
+def _is(node: object, target: object) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
 
 
 def _activation(node: object) -> str | None:
-    """The name in `sirius_runtime.ops.mlp.ACTIVATIONS` of the activation that `node` is, or None."""
+    """The name in `sirius_runtime.ops.mlp.ACTIVATIONS` of the activation that `node` is, or
+    None.
+    """
     if _is(node, aten.silu.default):
         return "silu"
     if _is(node, aten.relu.default):
         return "relu"
     if _is(node, aten.gelu.default):
-        assert isinstance(node, fx.Node)
         return "gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu"
     return None
 

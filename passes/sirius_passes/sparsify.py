@@ -1,4 +1,6 @@
-"""What the `sparsify_*` passes share: finding the sparse path's MLPs, and the density they reach."""
+"""What the `sparsify_*` passes share: finding the sparse path's MLPs, and the density they
+reach.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def kept_neurons(neurons: int, keep: float) -> int:
 
 
 def replace_mlp(mlp: fx.Node, target: Callable[..., Any], *extra: Any, origin: str) -> fx.Node:
-    """Puts a call of `target` with the MLP's arguments and `extra` before `mlp`; does not remove it."""
+    """Puts a call of `target` with the MLP's arguments and `extra` before `mlp`; does not remove
+    it.
+    """
     with mlp.graph.inserting_before(mlp):
         return call(mlp.graph, target, (*mlp.args, *extra), origin=f"{origin}({mlp.name})")
 
@@ -62,8 +66,8 @@ def sparsity_spec(
 ) -> SparsitySpec:
     """The spec of the sparse path, to be made while its MLPs are still dense.
 
-    `kept` [layers]: neurons that a step reads; `matrices`: how many of gate, up and down skip the rows
-    of the others. Density counts every parameter of the model, embeddings and head included.
+    `kept` [layers]: neurons that a step reads; `matrices`: how many of gate, up and down skip the
+    rows of the others. Density counts every parameter of the model, embeddings and head included.
     """
     found = mlps(program.graphs[SPARSE].graph)
     neurons = tuple(neurons_of(mlp) for mlp in found)

@@ -1,4 +1,5 @@
-"""The thresholded sparse path: per token, the neurons with |act(gate x)| above a calibrated threshold.
+"""The thresholded sparse path: per token, the neurons with |act(gate x)| above a calibrated
+threshold.
 
     Before (sparse)                              After (sparse)
     %1 = sirius.gated_mlp(%x, …, 'silu', 0)      %1 = sirius.cats_mlp(%x, …, 'silu', 0, 0.0713)
@@ -6,8 +7,8 @@
                                                  %9 = aten.stack([%3, …])
                                                  return logits=%8, kept=%9
 
-`kept` [layers, B, T] counts the neurons that were kept. Reads all of gate, and the kept rows of up and
-down. One threshold a layer (CATS, arXiv 2404.08763).
+`kept` [layers, B, T] counts the neurons that were kept. Reads all of gate, and the kept rows of up
+and down. One threshold a layer (CATS, arXiv 2404.08763).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class SparsifyCats(Pass):
         found = mlps(graph)
         if len(found) != len(self.thresholds):
             raise CalibrationError(
-                f"{len(self.thresholds)} thresholds for {len(found)} MLPs: calibrate this model anew"
+                f"{len(self.thresholds)} thresholds for {len(found)} MLPs: calibrate anew"
             )
         expected = [kept_neurons(neurons_of(mlp), self.keep) for mlp in found]
         program.sparsity = sparsity_spec(

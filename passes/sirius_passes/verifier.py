@@ -44,7 +44,9 @@ _GRAPHS = {
 
 
 def verify(program: Program, after: str) -> None:
-    """Raises PassError, naming the pass `after` which it was found, where an invariant does not hold."""
+    """Raises PassError, naming the pass `after` which it was found, where an invariant does not
+    hold.
+    """
     for graph_name, finding in _findings(program):
         raise PassError(
             f"after {after}: graph {graph_name!r} at stage {program.stage.name}: {finding}; "
@@ -90,7 +92,7 @@ def _graph_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
     target, other = (cached, cacheless) if stage >= Stage.CACHED else (cacheless, cached)
     layers = [node.args[9 if target is cached else 3] for node in calls(graph, target)]
     if layers != list(range(program.state.layers)):
-        yield f"{target} stands at layers {layers}, expected 0..{program.state.layers - 1} once each"
+        yield f"{target} stands at layers {layers}, expected 0..{program.state.layers - 1}"
     if stray := calls(graph, other):
         yield f"{stray[0].name}: {other} does not belong at this stage"
     if stage >= Stage.LAID_OUT:

@@ -2,14 +2,14 @@
 
 One ZIP, every entry stored, its data at a multiple of 64 bytes of the file:
 
-    manifest.json                 to_json(Manifest): version, program, size and sha256 of the other files
-    graphs/<entry>.json           one graph document an entry
-    weights/<nnn>.safetensors     shards; each weight of the manifest once
+    manifest.json                a Manifest: version, program, size and sha256 of the other files
+    graphs/<entry>.json          one graph document an entry
+    weights/<nnn>.safetensors    shards; each weight of the manifest once
     tokenizer/…, generation_config.json, …
 
-The reader maps the file once. Nothing is unpickled and nothing is extracted: weights are views of the
-mapping. The safetensors library is the oracle of our tests, but it reads and writes whole files or whole
-buffers; using a shard in place inside a ZIP takes the few lines of header code here and in
+The reader maps the file once. Nothing is unpickled and nothing is extracted: weights are views of
+the mapping. The safetensors library is the oracle of our tests, but it reads and writes whole files
+or whole buffers; using a shard in place inside a ZIP takes the few lines of header code here and in
 `artifact_writer`.
 """
 
@@ -29,6 +29,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -107,9 +108,9 @@ class Artifact:
     def open(cls, path: str | os.PathLike[str], verify: bool = True) -> Artifact:
         """Opens and checks the artifact at `path`.
 
-        With `verify`, the sha256 of every file is compared with the manifest's; without, those of the
-        weight shards are not. All other checks are always made. Raises ArtifactError naming the path,
-        what is wrong with it and what to do.
+        With `verify`, the sha256 of every file is compared with the manifest's; without, those of
+        the weight shards are not. All other checks are always made. Raises ArtifactError naming the
+        path, what is wrong with it and what to do.
         """
         image, infos = _map(Path(path))
         spans = _spans(image, infos)
@@ -142,17 +143,17 @@ class Artifact:
     def weights(self) -> dict[str, torch.Tensor]:
         """Every weight by name, with the dtype and shape of its spec, without a copy.
 
-        The tensors are views of one private mapping of the file, which lives as long as any of them:
-        pages are shared with other processes until written, and what is written never reaches the file
-        (but is seen by every view of this `Artifact`).
+        The tensors are views of one private mapping of the file, which lives as long as any of
+        them: pages are shared with other processes until written, and what is written never reaches
+        the file (but is seen by every view of this `Artifact`).
         """
         buffer = self._opened().buffer
         return {name: _tensor(buffer, slot) for name, slot in self._slots.items()}
 
     def close(self) -> None:
         """Lets go of the file; tensors from `weights` stay valid."""
-        # Not mmap.close(): torch keeps the mmap object alive but holds no buffer export, so closing it
-        # would pull the memory away from under the tensors.
+        # Not mmap.close(): torch keeps the mmap object alive but holds no buffer export, so closing
+        # it would pull the memory away from under the tensors.
         self._image = None
 
     def __enter__(self) -> Self:
@@ -210,7 +211,7 @@ class _Image:
 
 
 class _Span(NamedTuple):
-    """Where an entry lies in the file: its local header, its data [start, end); crc32 of the data."""
+    """Where an entry lies: its local header, its data [start, end); and the data's crc32."""
 
     header: int
     start: int
@@ -290,7 +291,7 @@ def _spans(image: _Image, infos: Iterable[zipfile.ZipInfo]) -> dict[str, _Span]:
             raise image.fault(f"entry {name!r} {reason}")
         spans[name] = _span(image, info)
     in_order = sorted(spans.items(), key=lambda item: item[1].header)
-    for (first, before), (second, after) in zip(in_order, in_order[1:], strict=False):
+    for (first, before), (second, after) in pairwise(in_order):
         if after.header < before.end:
             raise image.fault(f"the data of entries {first!r} and {second!r} overlap")
     return spans
@@ -325,8 +326,8 @@ def _span(image: _Image, info: zipfile.ZipInfo) -> _Span:
     if start + info.file_size > size:
         raise image.fault(f"the data of entry {name!r} end outside the file")
     if start % ALIGNMENT:
-        what = f"the data of entry {name!r} are not aligned to {ALIGNMENT} bytes: repacked by a ZIP tool?"
-        raise image.fault(what)
+        what = f"the data of entry {name!r} are not aligned to {ALIGNMENT} bytes"
+        raise image.fault(f"{what}: was the file repacked by a ZIP tool?")
     return _Span(header, start, start + info.file_size, info.CRC)
 
 
@@ -353,13 +354,14 @@ def _manifest(image: _Image, spans: dict[str, _Span]) -> Manifest:
 
 
 def _check_version(image: _Image, document: JSON) -> None:
-    """Compares the major version before anything else is read: all else may have changed with it."""
+    """Compares the major version before anything else is read: all else may differ with it."""
     version = document.get("format_version") if isinstance(document, dict) else None
     if not (isinstance(version, list) and [type(v) for v in version] == [int, int]):
         raise image.fault(f"{MANIFEST} is malformed (format_version is not a pair of numbers)")
     if version[0] != FORMAT_VERSION[0]:
-        what = f"its format version is {version[0]}.{version[1]}, this reader knows {FORMAT_VERSION[0]}.x"
-        raise image.fault(what, _UPDATE if version[0] > FORMAT_VERSION[0] else "compile it again")
+        known = FORMAT_VERSION[0]
+        what = f"its format version is {version[0]}.{version[1]}, this reader knows {known}.x"
+        raise image.fault(what, _UPDATE if version[0] > known else "compile it again")
 
 
 def _check_files(image: _Image, spans: dict[str, _Span], files: dict[str, FileRecord]) -> None:
@@ -388,7 +390,7 @@ def _check_hashes(
 
 
 def _slots(image: _Image, spans: dict[str, _Span], specs: Sequence[WeightSpec]) -> dict[str, _Slot]:
-    """The place of every weight, once the shards and the manifest agree; in the manifest's order."""
+    """The place of every weight, in the manifest's order, once the shards agree with it."""
     found: dict[str, _Slot] = {}
     for shard in sorted(name for name in spans if name.startswith(WEIGHTS)):
         for name, slot in _shard_slots(image, shard, spans[shard]).items():
@@ -426,7 +428,7 @@ def _shard_slots(image: _Image, shard: str, span: _Span) -> dict[str, _Slot]:
         if name != "__metadata__":  # free text, by the format; of no use here
             slots[name] = _slot(image, f"weight {name!r} of {shard}", fields, data)
     in_order = sorted((slot.start, slot.end, name) for name, slot in slots.items())
-    for (_, end, first), (start, _, second) in zip(in_order, in_order[1:], strict=False):
+    for (_, end, first), (start, _, second) in pairwise(in_order):
         if start < end:
             raise image.fault(f"the data of weights {first!r} and {second!r} of {shard} overlap")
     return slots

@@ -52,9 +52,10 @@ _REGULAR_FILE = 0o100644 << 16
 class ArtifactWriter:
     """Writes an artifact under a temporary name beside `path`; `finish` renames it into place.
 
-    Leaving the block without `finish` removes the temporary file; an older artifact stays as it was.
-    Raises ConfigError where `path` exists (unless `force`) or its folder doesn't, ArtifactError where
-    the disk refuses. Wrong names, tensors or calls are the compiler's faults: SiriusError.
+    Leaving the block without `finish` removes the temporary file; an older artifact stays as it
+    was. Raises ConfigError where `path` exists (unless `force`) or its folder doesn't, and
+    ArtifactError where the disk refuses. Wrong names, tensors or calls are the compiler's faults:
+    SiriusError.
     """
 
     def __init__(self, path: str | os.PathLike[str], force: bool = False) -> None:
@@ -88,10 +89,7 @@ class ArtifactWriter:
             return
         file, archive = self._opened
         self._opened = None
-        for close in (
-            archive.close,
-            file.close,
-        ):  # both, and in this order: neither may close later
+        for close in (archive.close, file.close):  # a full disk may refuse the last bytes of both
             with contextlib.suppress(OSError):
                 close()
         self._temporary.unlink(missing_ok=True)
@@ -119,8 +117,8 @@ class ArtifactWriter:
     ) -> None:
         """Adds the shards of `specs`, each of about `shard_bytes`.
 
-        `get` is called once for each spec, in the order of writing; its tensor, of the spec's dtype and
-        shape and on any device, is dropped before the next call.
+        `get` is called once for each spec, in the order of writing; its tensor, of the spec's dtype
+        and shape and on any device, is dropped before the next call.
         """
         for spec in specs:
             if spec.name in self._weights:
@@ -148,8 +146,8 @@ class ArtifactWriter:
             os.fsync(file.fileno())
             file.close()
             self._temporary.replace(self.path)
-            self._opened = None
-            _sync_folder(self.path.parent)
+        self._opened = None
+        _sync_folder(self.path.parent)
 
     @contextlib.contextmanager
     def _entry(self, name: str, size: int) -> Iterator[_Sink]:
@@ -162,6 +160,7 @@ class ArtifactWriter:
         info = zipfile.ZipInfo(name)  # its time is 1980: equal contents give equal bytes
         info.external_attr = _REGULAR_FILE
         info.file_size = size
+        info.CRC = info.compress_size = 0  # filled in by zipfile when the entry is closed
         zip64 = size >= _ZIP64_BYTES
         unpadded = file.tell() + len(info.FileHeader(zip64)) + _PADDING_BYTES
         zeros = -unpadded % ALIGNMENT
@@ -215,7 +214,7 @@ def _size_of(spec: WeightSpec) -> int:
 
 
 def _shards(specs: Sequence[WeightSpec], shard_bytes: int) -> Iterator[list[WeightSpec]]:
-    """Cuts `specs` into runs of at most `shard_bytes`, or of one larger tensor; never an empty run."""
+    """Cuts `specs` into runs of at most `shard_bytes`, or of one larger tensor."""
     shard: list[WeightSpec] = []
     total = 0
     for spec in specs:
@@ -239,7 +238,7 @@ def _alignment_order(spec: WeightSpec) -> tuple[bool, int]:
 
 
 def _safetensors_header(shard: Sequence[WeightSpec]) -> bytes:
-    """8 bytes little-endian length and the JSON, padded with spaces to a multiple of `ALIGNMENT`."""
+    """8 bytes little-endian length and the JSON, space-padded to a multiple of `ALIGNMENT`."""
     fields: dict[str, JSON] = {}
     end = 0
     for spec in shard:
@@ -260,15 +259,14 @@ def _write_tensor(sink: _Sink, spec: WeightSpec, get: Callable[[WeightSpec], tor
             f"weight {spec.name!r} is {given}, its spec says {spec.dtype} {list(spec.shape)}"
         )
     flat = tensor.detach().cpu().contiguous().view(-1)  # a 0-d tensor can't be viewed as bytes
-    sink.write(memoryview(flat.view(torch.uint8).numpy()))
+    sink.write(flat.view(torch.uint8).numpy().data)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` durable, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Makes a rename in `folder` durable, where the system can (Windows and some mounts can't)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,7 +1,8 @@
 """Errors: one root; every message names the thing, the reason and the way out.
 
-`UserError` is for faults that the user can mend (a wrong flag, a bad file, an unsupported model); the
-command lines print its message alone and exit with its `exit_code`. Any other `SiriusError` is a bug.
+`UserError` is for faults that the user can mend (a wrong flag, a bad file, an unsupported model);
+the command lines print its message alone and exit with its `exit_code`. Any other `SiriusError` is
+a bug.
 """
 
 from __future__ import annotations

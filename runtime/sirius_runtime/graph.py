@@ -1,10 +1,11 @@
 """Graphs as data: an `fx.GraphModule` to and from plain JSON, without pickle and without code.
 
 A document lists nodes in order. Inputs and weights are named; calls name an operator of an allowed
-namespace (`aten`, `sirius`) or one of a few Python functions on sizes; arguments are literals or references
-to earlier nodes. Reading a document can therefore run nothing but those operators. The dtype that
-graphs are captured in (`CAPTURE_DTYPE`) stands for "the program's dtype" and is written as ``model``, so
-one graph runs in any floating point type; devices are written as ``model`` likewise.
+namespace (`aten`, `sirius`) or one of a few Python functions on sizes; arguments are literals or
+references to earlier nodes. Reading a document can therefore run nothing but those operators. The
+dtype that graphs are captured in (`CAPTURE_DTYPE`) stands for "the program's dtype" and is written
+as ``model``, so one graph runs in any floating point type; devices are written as ``model``
+likewise.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     )
 }
 _FUNCTION_NAMES = {f: name for name, f in _FUNCTIONS.items()}
-_ENUMS = {
+_ENUMS: dict[str, dict[str, Any]] = {
     "layout": {"torch.strided": torch.strided},
     "memory_format": {
         "torch.contiguous_format": torch.contiguous_format,
@@ -70,12 +71,16 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def placeholders(graph: fx.Graph, kind: str) -> dict[str, fx.Node]:
-    """The placeholders bound to a weight (`WEIGHT`) or an input (`INPUT`), by bound name, in order."""
+    """The placeholders bound to a weight (`WEIGHT`) or an input (`INPUT`), by bound name, in
+    order.
+    """
     return {n.meta[kind]: n for n in graph.nodes if n.op == "placeholder" and kind in n.meta}
 
 
 def to_document(module: fx.GraphModule) -> JSON:
-    """`module`'s graph as JSON values. Every placeholder must be bound (`WEIGHT` or `INPUT` in meta)."""
+    """`module`'s graph as JSON values. Every placeholder must be bound (`WEIGHT` or `INPUT` in
+    meta).
+    """
     nodes = []
     for node in module.graph.nodes:
         record: dict[str, JSON] = {"name": node.name}
@@ -98,8 +103,8 @@ def to_document(module: fx.GraphModule) -> JSON:
 def from_document(document: JSON, dtype: torch.dtype, device: torch.device) -> fx.GraphModule:
     """The graph of a document, computing in `dtype` on `device`.
 
-    Raises ArtifactError for a document that names an operator outside the allowed namespaces, refers to
-    a node not yet defined, or is not of the form that `to_document` writes.
+    Raises ArtifactError for a document that names an operator outside the allowed namespaces,
+    refers to a node not yet defined, or is not of the form that `to_document` writes.
     """
     graph = fx.Graph()
     env: dict[str, fx.Node] = {}

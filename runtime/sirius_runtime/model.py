@@ -98,10 +98,11 @@ class SiriusModel:
         """Generates greedily from one prompt or a batch.
 
         inputs: text, token ids, a list of either, or input_ids [B, T] (with `attention_mask` [B, T]
-        where rows are padded, left or right). max_new_tokens: by default what is left of the model's
-        length, at most 256. threshold, period, verify_temperature: the artifact's defaults unless
-        given. stop: strings that end a row once they stand in its text. eos_token_id: replaces the
-        model's own EOS ids. streamer: one row only; is given committed tokens, never taken back.
+        where rows are padded, left or right). max_new_tokens: by default what is left of the
+        model's length, at most 256. threshold, period, verify_temperature: the artifact's defaults
+        unless given. stop: strings that end a row once they stand in its text. eos_token_id:
+        replaces the model's own EOS ids. streamer: one row only; is given committed tokens, never
+        taken back.
 
         Raises GenerationError for a request that can't be served and ConfigError for an option out
         of range, each naming the limit; the model serves the next call all the same.
@@ -240,9 +241,7 @@ class _Row:
         self.reason: FinishReason | None = None
         self.prompt_length = prompt_length
         self._request = request
-        self._scanner = (
-            StopScanner(tokenizer, request.stop) if tokenizer and request.stop else None
-        )
+        self._scanner = StopScanner(tokenizer, request.stop) if tokenizer and request.stop else None
 
     def take(self, tokens: Sequence[int]) -> list[int]:
         """Takes committed tokens up to the row's end; returns those taken."""
@@ -296,9 +295,7 @@ class _Generation:
             if request.mode in (Mode.SIRIUS, Mode.EXACT):
                 self._period()
             else:
-                step = (
-                    session.full_step if request.mode is Mode.FULL else session.sparse_step
-                )
+                step = session.full_step if request.mode is Mode.FULL else session.sparse_step
                 self._commit([[token] for token in step().tolist()])
         return self._rows, self._recorder.close(session.density())
 
@@ -308,7 +305,10 @@ class _Generation:
         verdict = self._session.period(size, self._request.acceptance)
         # The one read of device values in a period.
         *columns, advances = torch.cat([verdict.tokens, verdict.advance[:, None]], 1).T.tolist()
-        committed = [list(row)[:advance] for row, advance in zip(zip(*columns, strict=True), advances, strict=True)]
+        committed = [
+            list(row)[:advance]
+            for row, advance in zip(zip(*columns, strict=True), advances, strict=True)
+        ]
         for index, advance in enumerate(advances):
             if active[index]:
                 self._recorder.period(index, size, advance)

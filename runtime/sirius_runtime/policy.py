@@ -1,7 +1,8 @@
-"""Acceptance, correction and neuron choice: pure tensor functions with static shapes, no host reads.
+"""Acceptance, correction and neuron choice: pure tensor functions with static shapes, no host
+reads.
 
-The Session calls them; nothing here knows of caches or graphs. Shape letters: `B` rows, `K` tokens of a
-period's chunk (the root and K - 1 drafted tokens), `V` vocabulary, `I` neurons.
+The Session calls them; nothing here knows of caches or graphs. Shape letters: `B` rows, `K` tokens
+of a period's chunk (the root and K - 1 drafted tokens), `V` vocabulary, `I` neurons.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class ExactAcceptance:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a period commits: the first `advance` [B] of `tokens` [B, K]; the last of them is `root` [B]."""
+    """What a period commits: the first `advance` [B] of `tokens` [B, K]; the last of them is `root`
+    [B].
+    """
 
     tokens: Tensor
     advance: Tensor
@@ -66,9 +69,9 @@ class Verdict:
 def judge(chunk_BK: Tensor, logits_BKV: Tensor, acceptance: Acceptance) -> Verdict:
     """Accepts the leading run of drafted tokens that pass, and corrects the one after it.
 
-    `chunk_BK` is [root, s_1 .. s_{K-1}], `logits_BKV` the full path's logits after each of its tokens.
-    The correction is the argmax after the last kept token: it replaces the first refused token, or is
-    a bonus where all pass.
+    `chunk_BK` is [root, s_1 .. s_{K-1}], `logits_BKV` the full path's logits after each of its
+    tokens. The correction is the argmax after the last kept token: it replaces the first refused
+    token, or is a bonus where all pass.
     """
     drafted = chunk_BK[:, 1:]
     passes = acceptance.passes(logits_BKV[:, :-1], drafted)
@@ -89,5 +92,7 @@ def chain_mask(tokens: int, device: torch.device) -> Tensor:
 
 
 def select_neurons(statistic: Tensor, count: int) -> Tensor:
-    """The `count` neurons of largest statistic [layers, B, I], ascending, int64 [layers, B, count]."""
+    """The `count` neurons of largest statistic [layers, B, I], ascending, int64 [layers, B,
+    count].
+    """
     return statistic.topk(count, -1, sorted=False).indices.sort(-1).values

@@ -1,7 +1,9 @@
-"""The Session: state of a batch of sequences, and the period that drives a program's entries over it.
+"""The Session: state of a batch of sequences, and the period that drives a program's entries over
+it.
 
-Shape letters: `B` rows, `T` tokens of a call, `K` tokens of a chunk, `V` vocabulary. Every row has its
-own length. Nothing here reads a device value: what the host wants it takes from the returned tensors.
+Shape letters: `B` rows, `T` tokens of a call, `K` tokens of a chunk, `V` vocabulary. Every row has
+its own length. Nothing here reads a device value: what the host wants it takes from the returned
+tensors.
 """
 
 from __future__ import annotations
@@ -34,13 +36,11 @@ class Backend(Protocol):
 class Session:
     """A batch of sequences in progress.
 
-    After `prefill`, each row's `root` is its last committed token, whose K/V is not in the cache yet;
-    `length` counts the tokens before it. A finished row is made inactive and stays as it is.
+    After `prefill`, each row's `root` is its last committed token, whose K/V is not in the cache
+    yet; `length` counts the tokens before it. A finished row is made inactive and stays as it is.
     """
 
-    def __init__(
-        self, backend: Backend, rows: int, capacity: int, recorder: StatsRecorder
-    ) -> None:
+    def __init__(self, backend: Backend, rows: int, capacity: int, recorder: StatsRecorder) -> None:
         """Room for `capacity` cache slots a row."""
         self._backend = backend
         self._recorder = recorder
@@ -95,7 +95,9 @@ class Session:
         return self.root
 
     def draft(self, size: int) -> Tensor:
-        """`size` - 1 sparse steps from the root; returns the chunk [B, K] = [root, s_1 .. s_{K-1}]."""
+        """`size` - 1 sparse steps from the root; returns the chunk [B, K] = [root, s_1 ..
+        s_{K-1}].
+        """
         mask = chain_mask(size, self._backend.device)
         chunk = [self.root]
         with self._recorder.clock(Phase.DRAFT):
@@ -139,7 +141,9 @@ class Session:
         return self._advance(token)
 
     def density(self) -> float:
-        """Share of the parameters that a sparse step read so far: measured for `cats`, else static."""
+        """Share of the parameters that a sparse step read so far: measured for `cats`, else
+        static.
+        """
         sparsity = self._backend.program.sparsity
         tokens = int(self._kept_tokens)
         if sparsity.method is not Method.CATS or tokens == 0:

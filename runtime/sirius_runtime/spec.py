@@ -1,8 +1,8 @@
 """What an artifact says of itself: frozen dataclasses, and their one way to and from JSON.
 
-The compiler fills these in, the artifact's `manifest.json` holds them, the runtime reads them. Shapes
-use letters for symbolic sizes: `B` rows of the batch, `T` tokens of the call, `M` block slots, `S` cache
-slots; numbers are static.
+The compiler fills these in, the artifact's `manifest.json` holds them, the runtime reads them.
+Shapes use letters for symbolic sizes: `B` rows of the batch, `T` tokens of the call, `M` block
+slots, `S` cache slots; numbers are static.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from typing import Any, TypeVar
 
 from sirius_runtime.errors import ArtifactError
 
-FORMAT_VERSION = (1, 0)  # major: readers refuse another one; minor: additions that old readers ignore
+FORMAT_VERSION = (
+    1,
+    0,
+)  # major: readers refuse another one; minor: additions that old readers ignore
 
 JSON = Any  # None, bool, int, float, str, list[JSON], dict[str, JSON]
 _T = TypeVar("_T")
@@ -41,7 +44,9 @@ class DType(StrEnum):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A named tensor of an entry. `dtype` is a torch dtype name, or ``model`` for the program's own."""
+    """A named tensor of an entry. `dtype` is a torch dtype name, or ``model`` for the program's
+    own.
+    """
 
     name: str
     dtype: str
@@ -61,9 +66,9 @@ class EntrySpec:
 class WeightSpec:
     """One stored tensor.
 
-    `shape` and `dtype` are those of the stored bytes. `transposed`: the checkpoint's tensor was stored
-    transposed, in the layout that kernels stream. `retype`: a floating point parameter that follows the
-    dtype asked for at load (constants such as rotary frequencies do not).
+    `shape` and `dtype` are those of the stored bytes. `transposed`: the checkpoint's tensor was
+    stored transposed, in the layout that kernels stream. `retype`: a floating point parameter that
+    follows the dtype asked for at load (constants such as rotary frequencies do not).
     """
 
     name: str
@@ -75,7 +80,9 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """The key/value cache: k [layers, B, kv_heads, S, key_dim], v [layers, B, kv_heads, S, value_dim]."""
+    """The key/value cache: k [layers, B, kv_heads, S, key_dim], v [layers, B, kv_heads, S,
+    value_dim].
+    """
 
     layers: int
     kv_heads: int
@@ -87,10 +94,10 @@ class StateSpec:
 class SparsitySpec:
     """The sparse path: `keep` is the share of neurons asked for.
 
-    `neurons` [layers]: neurons of each sparse MLP; `kept` [layers]: how many a step keeps (for `cats` the
-    number expected from calibration); `thresholds` [layers]: `cats` only. `neuron_params` [layers]: the
-    parameters that one skipped neuron saves a step. `density`: share of all parameters that a sparse
-    step reads, embeddings and lm_head counted.
+    `neurons` [layers]: neurons of each sparse MLP; `kept` [layers]: how many a step keeps (for
+    `cats` the number expected from calibration); `thresholds` [layers]: `cats` only.
+    `neuron_params` [layers]: the parameters that one skipped neuron saves a step. `density`: share
+    of all parameters that a sparse step reads, embeddings and lm_head counted.
     """
 
     method: Method
@@ -104,7 +111,9 @@ class SparsitySpec:
 
 @dataclass(frozen=True)
 class PeriodSpec:
-    """Defaults of the period: `period` tokens, acceptance `threshold`, `verify_temperature` (T_v)."""
+    """Defaults of the period: `period` tokens, acceptance `threshold`, `verify_temperature`
+    (T_v).
+    """
 
     period: int = 16
     threshold: float = 0.1

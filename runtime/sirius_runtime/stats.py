@@ -27,11 +27,12 @@ class Phase(StrEnum):
 class GenerationStats:
     """Counts over all rows of one `generate` call.
 
-    `advances` counts periods by the tokens they committed, `aal` (average advance length) leaves each
-    row's last period out, which the end cuts short. `corrections`: periods that refused a drafted token.
-    `acceptance_rate`: accepted over drafted tokens. `density`: share of the parameters that one sparse
-    step read. `effective_density`: weight reads per committed token over the periods that `aal` counts,
-    dense = 1. `weight_bytes`: bytes of the model's parameters, as one dense step reads them.
+    `advances` counts periods by the tokens they committed, `aal` (average advance length) leaves
+    each row's last period out, which the end cuts short. `corrections`: periods that refused a
+    drafted token. `acceptance_rate`: accepted over drafted tokens. `density`: share of the
+    parameters that one sparse step read. `effective_density`: weight reads per committed token over
+    the periods that `aal` counts, dense = 1. `weight_bytes`: bytes of the model's parameters, as
+    one dense step reads them.
     """
 
     rows: int
@@ -76,7 +77,7 @@ class PhaseClock:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._start = time.perf_counter()
-        self._seconds: Counter[Phase] = Counter()
+        self._seconds = dict.fromkeys(Phase, 0.0)
         self._events: list[tuple[Phase, torch.cuda.Event, torch.cuda.Event]] = []
         self.prefill_seconds = 0.0
 
@@ -141,8 +142,8 @@ class StatsRecorder:
         if advance:
             effective = weight_reads / advance
         else:  # modes without periods
-            steps = self.draft_steps * density + self.full_passes
-            effective = steps / max(self.draft_steps + self.full_passes, 1)
+            step_reads = self.draft_steps * density + self.full_passes
+            effective = step_reads / max(self.draft_steps + self.full_passes, 1)
         return GenerationStats(
             rows=self.rows,
             prompt_tokens=self.prompt_tokens,

@@ -62,10 +62,11 @@ def cut_at_stop(text: str, stop: Iterable[str]) -> str:
 
 
 class TextStream:
-    """A streamer in transformers' manner (`put`, `end`) that hands out text which is never taken back.
+    """A streamer in transformers' manner (`put`, `end`) that hands out text which is never taken
+    back.
 
-    Text that might be the beginning of a stop string is held until the next tokens decide. The prompt,
-    which comes first, is skipped.
+    Text that might be the beginning of a stop string is held until the next tokens decide. The
+    prompt, which comes first, is skipped.
     """
 
     def __init__(
@@ -104,11 +105,6 @@ class TextStream:
     def _possible_stop(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
         return max(
-            (
-                n
-                for s in self._stop
-                for n in range(1, len(s))
-                if self._held.endswith(s[:n])
-            ),
+            (n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])),
             default=0,
         )

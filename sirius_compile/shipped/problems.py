@@ -9,14 +9,14 @@ question asks for one of them, the answer is a worked chain, one line a step, cl
      Hal=32-2=30
     #### 30
 
-The relations form one path that starts at the only absolute quantity, and the chain follows that path
-up to the person asked for, so the text determines every token of the answer. People beyond the one
-asked for are distractors.
+The relations form one path that starts at the only absolute quantity, and the chain follows that
+path up to the person asked for, so the text determines every token of the answer. People beyond the
+one asked for are distractors.
 
 `understanding` asks to find, copy or count facts that stand in the text (no arithmetic, no hops).
 
-Training and test problems are disjoint by construction: a hash of the problem's text decides which of
-the two splits it belongs to, whatever the seed (see `Problem.split`).
+Training and test problems are disjoint by construction: a hash of the problem's text decides which
+of the two splits it belongs to, whatever the seed (see `Problem.split`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 NAMES = (
-    "Ann Bob Cal Dan Eve Fay Gus Hal Ida Jon Kim Leo Mia Ned Ola Pam Quin Roy Sue Tom Una Val Wes Zoe"
+    "Ann Bob Cal Dan Eve Fay Gus Hal Ida Jon Kim Leo "
+    "Mia Ned Ola Pam Quin Roy Sue Tom Una Val Wes Zoe"
 ).split()
 THINGS = "hats pens cups keys eggs nuts pins bags".split()
 COLOURS = "red blue green black white".split()
@@ -47,7 +49,9 @@ class Task(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem: `prompt` ends with ``A:``; `answer` starts with a newline and ends with ``#### N``."""
+    """One problem: `prompt` ends with ``A:``; `answer` starts with a newline and ends with ``####
+    N``.
+    """
 
     prompt: str
     answer: str
@@ -55,7 +59,9 @@ class Problem:
 
     @property
     def split(self) -> str:
-        """``"test"`` for one problem in `TEST_SHARE`, else ``"train"``; depends on the prompt alone."""
+        """``"test"`` for one problem in `TEST_SHARE`, else ``"train"``; depends on the prompt
+        alone.
+        """
         digest = hashlib.sha256(self.prompt.encode()).digest()
         return "test" if int.from_bytes(digest[:4], "big") % TEST_SHARE == 0 else "train"
 
@@ -95,7 +101,7 @@ def reasoning_problem(rng: random.Random, steps: int, distractors: int) -> Probl
     facts = [f"{people[0]} has {value} {thing}."]
     lines = [f" {people[0]}={value}"]
     result = value
-    for index, (before, person) in enumerate(zip(people, people[1:], strict=False), start=1):
+    for index, (before, person) in enumerate(pairwise(people), start=1):
         sentence, arithmetic, value = _relation(rng, value)
         facts.append(sentence.format(person, before))
         if index <= steps:

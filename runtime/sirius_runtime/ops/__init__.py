@@ -1,8 +1,8 @@
 """The `sirius::` operators: schema, fake (shapes only) and plain-PyTorch reference of each.
 
-Importing this package registers them with torch. Shape letters in all its modules: `B` rows, `T` tokens
-of the call, `M` block slots, `S` cache slots, `H` query heads, `G` key/value heads, `D` head dim,
-`C` hidden size, `I` neurons of an MLP, `K` kept neurons.
+Importing this package registers them with torch. Shape letters in all its modules: `B` rows, `T`
+tokens of the call, `M` block slots, `S` cache slots, `H` query heads, `G` key/value heads, `D` head
+dim, `C` hidden size, `I` neurons of an MLP, `K` kept neurons.
 """
 
 from __future__ import annotations

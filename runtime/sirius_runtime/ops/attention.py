@@ -1,8 +1,9 @@
 """Attention: the cacheless form that capture emits, and the cached tree attention that runs.
 
-A *block* is the run of tokens that follows the committed history of a row: a prompt chunk, a draft, or a
-tree of drafts. Its j-th token lives in cache slot `length + j` (slot), at position `length + depth(j)`
-(position); in a chain the two agree, in a tree they do not. `tree_mask` says who in the block sees whom.
+A *block* is the run of tokens that follows the committed history of a row: a prompt chunk, a draft,
+or a tree of drafts. Its j-th token lives in cache slot `length + j` (slot), at position `length +
+depth(j)` (position); in a chain the two agree, in a tree they do not. `tree_mask` says who in the
+block sees whom.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def _attend(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Softmax attention of q [B, H, T, D] over k, v [B, G, S, D] where `visible` [B | 1, 1, T, S]."""
+    """Softmax attention of q [B, H, T, D] over k, v [B, G, S, D] where `visible` [B | 1, 1, T,
+    S].
+    """
     if softcap is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -49,9 +52,9 @@ def attention(
 ) -> Tensor:
     """Causal self-attention without a cache: what capture emits, one a layer.
 
-    q [B, H, T, D]; k [B, G, T, D]; v [B, G, T, Dv]; returns [B, H, T, Dv]. A query sees the `window` last
-    positions up to its own (all of them where None); `softcap` bounds scores to ±softcap by tanh.
-    `layer` is the index of the layer, kept for the passes.
+    q [B, H, T, D]; k [B, G, T, D]; v [B, G, T, Dv]; returns [B, H, T, Dv]. A query sees the
+    `window` last positions up to its own (all of them where None); `softcap` bounds scores to
+    ±softcap by tanh. `layer` is the index of the layer, kept for the passes.
     """
     index = torch.arange(q.shape[2], device=q.device)
     distance_TT = index[:, None] - index[None, :]
@@ -76,14 +79,16 @@ def cached_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Writes k, v to their slots, then attends to the committed history and to the block's ancestors.
+    """Writes k, v to their slots, then attends to the committed history and to the block's
+    ancestors.
 
-    q [B, H, T, D], k [B, G, T, D], v [B, G, T, Dv] of the call's T tokens; k_cache [layers, B, G, S, D]
-    and v_cache [layers, B, G, S, Dv] are written at `layer` and `slots` [B, T]. `positions` [B, T] are the
-    tokens' positions, `length` [B] the committed tokens of each row: slots below it hold the token of
-    the same position. `tree_mask` [B | 1, T, M], int: for block slot `length + j`, the depth of the query
-    minus that of the slot's token, or -1 where it is not the query or its ancestor (a depth, not a flag,
-    so that windows hold inside a block). Slots from `length + M` on are never seen. Returns [B, H, T, Dv].
+    q [B, H, T, D], k [B, G, T, D], v [B, G, T, Dv] of the call's T tokens; k_cache [layers, B, G,
+    S, D] and v_cache [layers, B, G, S, Dv] are written at `layer` and `slots` [B, T]. `positions`
+    [B, T] are the tokens' positions, `length` [B] the committed tokens of each row: slots below it
+    hold the token of the same position. `tree_mask` [B | 1, T, M], int: for block slot `length +
+    j`, the depth of the query minus that of the slot's token, or -1 where it is not the query or
+    its ancestor (a depth, not a flag, so that windows hold inside a block). Slots from `length + M`
+    on are never seen. Returns [B, H, T, Dv].
     """
     B, _, T, _ = q.shape
     M = tree_mask.shape[-1]

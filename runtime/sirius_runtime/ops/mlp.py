@@ -1,8 +1,9 @@
 """Gated MLPs, dense and sparse: ``down(act(gate(x)) * up(x))`` and its contextually sparse forms.
 
-`down` is neuron-major, [I, C]: a neuron is one row of `gate`, of `up` and of `down`, so that skipping it
-skips three contiguous rows. The references compute every neuron and mask: obviously right, no faster
-than dense. Kernels that skip the reads stand beside them, behind the same operators.
+`down` is neuron-major, [I, C]: a neuron is one row of `gate`, of `up` and of `down`, so that
+skipping it skips three contiguous rows. The references compute every neuron and mask: obviously
+right, no faster than dense. Kernels that skip the reads stand beside them, behind the same
+operators.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def gated_mlp(
     act: str,
     layer: int,
 ) -> Tensor:
-    """The dense MLP. x [B, T, C]; gate, up, down [I, C]; biases [I], [I], [C]; returns [B, T, C]."""
+    """The dense MLP. x [B, T, C]; gate, up, down [I, C]; biases [I], [I], [C]; returns [B, T,
+    C].
+    """
     z = _gate(x, gate, gate_bias, act) * F.linear(x, up, up_bias)
     return _down(z, down, down_bias)
 
@@ -62,8 +65,9 @@ def gated_mlp_statistic(
 ) -> tuple[Tensor, Tensor]:
     """The dense MLP, and GRIFFIN's neuron statistic of the tokens where `valid` [B, T] (bool).
 
-    Returns y [B, T, C] and, float32 [B, I], the sum over tokens of (z / ‖z‖₂)² with z = act(gate x) · up x
-    (GRIFFIN, arXiv 2404.01365): its square root is the paper's score, and sums of chunks add up.
+    Returns y [B, T, C] and, float32 [B, I], the sum over tokens of (z / ‖z‖₂)² with z = act(gate x)
+    · up x (GRIFFIN, arXiv 2404.01365): its square root is the paper's score, and sums of chunks add
+    up.
     """
     z = _gate(x, gate, gate_bias, act) * F.linear(x, up, up_bias)
     unit = F.normalize(z.float(), dim=-1)
@@ -83,7 +87,9 @@ def topk_mlp(
     layer: int,
     keep: int,
 ) -> Tensor:
-    """Per token, only the `keep` neurons of largest |act(gate x)| (the paper's fine-grained path)."""
+    """Per token, only the `keep` neurons of largest |act(gate x)| (the paper's fine-grained
+    path).
+    """
     g = _gate(x, gate, gate_bias, act)
     kept = torch.zeros_like(g).scatter_(-1, g.abs().topk(keep, -1, sorted=False).indices, 1.0)
     return _down(g * kept * F.linear(x, up, up_bias), down, down_bias)

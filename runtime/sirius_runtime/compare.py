@@ -1,0 +1,66 @@
+"""One prompt by three paths: the dense model, the sparse path alone, and Sirius."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sirius_runtime.model import GenerationOutput, Mode, Prompt, SiriusModel
+
+COMPARED = (Mode.FULL, Mode.SPARSE, Mode.SIRIUS)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One mode's run, beside the dense run of the same call.
+
+    `same_tokens`: leading tokens equal to the dense run's. `speed`: its tokens per second over the
+    dense run's.
+    """
+
+    mode: Mode
+    output: GenerationOutput
+    same_tokens: int
+    speed: float
+
+
+def compare(
+    model: SiriusModel,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int | None = None,
+    threshold: float | None = None,
+    period: int | None = None,
+    verify_temperature: float | None = None,
+    stop: tuple[str, ...] = (),
+) -> list[Comparison]:
+    """Generates from `prompt` by each of `COMPARED`, the dense path first (after one warm-up)."""
+
+    def run(mode: Mode, new_tokens: int | None) -> GenerationOutput:
+        return model.generate(
+            prompt,
+            mode=mode,
+            max_new_tokens=new_tokens,
+            threshold=threshold,
+            period=period,
+            verify_temperature=verify_temperature,
+            stop=stop,
+        )
+
+    for mode in COMPARED:  # first calls pay for allocation and code paths
+        run(mode, min(2, max_new_tokens or 2))
+    outputs = {mode: run(mode, max_new_tokens) for mode in COMPARED}
+    dense = outputs[Mode.FULL]
+    return [
+        Comparison(
+            mode=mode,
+            output=output,
+            same_tokens=_common_prefix(output.tokens[0], dense.tokens[0]),
+            speed=output.stats.tokens_per_second / dense.stats.tokens_per_second,
+        )
+        for mode, output in outputs.items()
+    ]
+
+
+def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
