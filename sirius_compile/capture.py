@@ -27,8 +27,9 @@ from transformers import (
 
 import sirius_runtime.ops  # noqa: F401  (registers sirius::attention)
 from sirius_passes.program import DENSE, OUTPUTS, Program, Stage, calls
+from sirius_runtime.dtypes import dtype_name
 from sirius_runtime.errors import UnsupportedModelError
-from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, dtype_name
+from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT
 from sirius_runtime.spec import StateSpec, WeightSpec
 
 _NAME = "sirius"  # of our attention and mask functions in transformers' registries

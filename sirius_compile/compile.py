@@ -37,8 +37,9 @@ from sirius_passes.program import Program
 from sirius_passes.sparsify import parameters
 from sirius_runtime.artifact_writer import ArtifactWriter
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.dtypes import dtype_name, dtype_of
 from sirius_runtime.errors import CalibrationError, ConfigError
-from sirius_runtime.graph import dtype_name, dtype_of, to_document
+from sirius_runtime.graph import to_document
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.spec import (
     JSON,

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from sirius_compile.compile import Compiled
-from sirius_runtime.graph import dtype_of
+from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.spec import JSON, to_json
 
 

@@ -27,10 +27,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sirius_runtime import artifact as artifact_module
 from sirius_runtime import artifact_writer as writer_module
-from sirius_runtime.artifact import ALIGNMENT, DTYPES, MANIFEST, Artifact, dtype_name
+from sirius_runtime import artifact_zip as zip_module
+from sirius_runtime.artifact import DTYPES, MANIFEST, Artifact
 from sirius_runtime.artifact_writer import ArtifactWriter
+from sirius_runtime.artifact_zip import ALIGNMENT
+from sirius_runtime.dtypes import dtype_name
 from sirius_runtime.errors import ArtifactError, ConfigError, SiriusError
 from sirius_runtime.spec import (
     DType,
@@ -762,7 +764,7 @@ def test_two_records_of_one_place(path: Path) -> None:
 
 def test_over_size_json(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rebuild(path, lambda entries: entries.update({"graphs/full.json": b" " * 9000 + b"1"}))
-    monkeypatch.setattr(artifact_module, "MAX_JSON_BYTES", 9000)
+    monkeypatch.setattr(zip_module, "MAX_JSON_BYTES", 9000)
     refused(path, r"graphs/full\.json' is too large")
 
 

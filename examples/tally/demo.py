@@ -3,9 +3,9 @@
     python examples/tally/demo.py                                      # what `make demo` runs
     python examples/tally/demo.py --problems 500 --keep 0.5 0.4 0.3 --sparsity griffin topk cats
 
-For each sparse path and kept share, fresh test problems (never trained on) of both tasks are answered
-by the dense model, by the sparse path alone, and by Sirius; exact match compares the final number.
-Prints one row each; `--markdown` prints the table as the README has it.
+For each sparse path and kept share, fresh test problems (never trained on) of both tasks are
+answered by the dense model, by the sparse path alone, and by Sirius; exact match compares the final
+number. Prints one row each; `--markdown` prints the table as the README has it.
 """
 
 from __future__ import annotations
@@ -50,8 +50,16 @@ def score(model: SiriusModel, batch: list[Problem], mode: Mode, period: int | No
 
 
 HEADER = (
-    "task", "sparse path", "kept", "dense", "sparse alone", "Sirius", "AAL", "density", "eff. density"
-)  # fmt: skip
+    "task",
+    "sparse path",
+    "kept",
+    "dense",
+    "sparse alone",
+    "Sirius",
+    "AAL",
+    "density",
+    "effective density",
+)
 
 
 def rows(
@@ -98,7 +106,8 @@ def main() -> None:
         for row in lines:
             print("| " + " | ".join(row) + " |", flush=True)
     else:
-        table = Table(*HEADER, title=f"{MODEL}: exact match on {args.problems} fresh problems a task")
+        title = f"{MODEL}: exact match on {args.problems} fresh problems a task"
+        table = Table(*HEADER, title=title)
         for row in lines:
             table.add_row(*row)
         Console().print(table)

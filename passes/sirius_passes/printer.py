@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from sirius_passes.program import CALIBRATED, INPUTS, OUTPUTS
-from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, dtype_name, placeholders
+from sirius_runtime.dtypes import dtype_name
+from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders
 
 
 def print_graph(module: fx.GraphModule) -> str:

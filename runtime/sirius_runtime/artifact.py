@@ -20,22 +20,27 @@ import json
 import math
 import mmap
 import os
-import re
-import stat
-import struct
-import sys
-import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 
+from sirius_runtime.artifact_zip import (
+    MAX_JSON_BYTES,
+    NOT_OURS,
+    UPDATE,
+    Image,
+    Span,
+    find_spans,
+    map_file,
+)
+from sirius_runtime.dtypes import dtype_name
 from sirius_runtime.errors import ArtifactError, SiriusError
 from sirius_runtime.spec import (
     FORMAT_VERSION,
@@ -49,8 +54,6 @@ from sirius_runtime.spec import (
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/"
-ALIGNMENT = 64  # of every entry's data: a cache line, and the widest vector load of today's CPUs
-MAX_JSON_BYTES = 256 * 2**20
 
 DTYPES = {
     "F64": torch.float64,
@@ -74,18 +77,7 @@ DTYPES = {
 }
 """safetensors' names of dtypes."""
 
-_AGAIN = "the file is damaged or was altered: download it again, or compile it again"
-_NOT_OURS = "give the path of a model.sirius that sirius-compile wrote"
-_UPDATE = "update sirius-compile"
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
-_LOCAL_SIGNATURE = b"PK\x03\x04"
-_UTF8_NAME, _ENCRYPTED = 0x800, 0x1 | 0x40 | 0x2000  # general purpose flags: APPNOTE.TXT 4.4.4
 _HASH_THREADS = min(8, os.cpu_count() or 1)
-# Linux counts a private writable mapping against memory and refuses one larger than RAM, unless it
-# reserves nothing. Python names the flag from 3.13 on.
-_PRIVATE = (
-    mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else None
-)
 
 
 class Artifact:
@@ -93,14 +85,14 @@ class Artifact:
 
     def __init__(
         self,
-        image: _Image,
-        spans: dict[str, _Span],
+        image: Image,
+        spans: dict[str, Span],
         manifest: Manifest,
         slots: dict[str, _Slot],
     ) -> None:
         self.path = image.path
         self.manifest = manifest
-        self._image: _Image | None = image
+        self._image: Image | None = image
         self._spans = spans
         self._slots = slots
 
@@ -112,8 +104,8 @@ class Artifact:
         the weight shards are not. All other checks are always made. Raises ArtifactError naming the
         path, what is wrong with it and what to do.
         """
-        image, infos = _map(Path(path))
-        spans = _spans(image, infos)
+        image, infos = map_file(Path(path))
+        spans = find_spans(image, infos)
         manifest = _manifest(image, spans)
         _check_files(image, spans, manifest.files)
         names = [n for n in manifest.files if verify or not n.startswith(WEIGHTS)]
@@ -167,56 +159,10 @@ class Artifact:
     ) -> None:
         self.close()
 
-    def _opened(self) -> _Image:
+    def _opened(self) -> Image:
         if self._image is None:
             raise SiriusError(f"{self.path}: the artifact is closed; open it again")
         return self._image
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` → ``float32``, as a WeightSpec spells it."""
-    return str(dtype).removeprefix("torch.")
-
-
-def name_fault(name: str) -> str | None:
-    """Why `name` can't name an entry, or None where it can."""
-    parts = name.split("/")
-    if name.startswith("/"):
-        return "is an absolute path"
-    if re.match("[A-Za-z]:", name):
-        return "starts with a drive letter"
-    if "\\" in name:
-        return "has a backslash"
-    if ".." in parts:
-        return "has a '..' component"
-    if "" in parts or "." in parts:
-        return "has an empty or '.' component"
-    if not name.isprintable():
-        return "has characters that can't be printed"
-    return None
-
-
-@dataclass(frozen=True)
-class _Image:
-    """The mapped file."""
-
-    path: Path
-    buffer: mmap.mmap
-
-    def fault(self, what: str, remedy: str = _AGAIN) -> ArtifactError:
-        return _fault(self.path, what, remedy)
-
-    def view(self, span: _Span) -> memoryview:
-        return memoryview(self.buffer)[span.start : span.end]
-
-
-class _Span(NamedTuple):
-    """Where an entry lies: its local header, its data [start, end); and the data's crc32."""
-
-    header: int
-    start: int
-    end: int
-    crc: int
 
 
 class _Slot(NamedTuple):
@@ -237,110 +183,16 @@ class _TensorHeader:
     data_offsets: tuple[int, int]
 
 
-def _fault(path: Path, what: str, remedy: str = _AGAIN) -> ArtifactError:
-    return ArtifactError(f"{path}: {what}; {remedy}")
-
-
-def _map(path: Path) -> tuple[_Image, list[zipfile.ZipInfo]]:
-    """The mapped file and its directory, both read through one file descriptor."""
-    if not path.exists():
-        raise _fault(path, "there is no such file", _NOT_OURS)
-    if not path.is_file():
-        raise _fault(path, "it is a folder or a device, not a file", _NOT_OURS)
-    try:
-        with path.open("rb") as file:
-            infos = _directory(path, file)
-            fd = file.fileno()
-            if _PRIVATE is None:
-                return _Image(path, mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)), infos
-            protection = mmap.PROT_READ | mmap.PROT_WRITE
-            return _Image(path, mmap.mmap(fd, 0, flags=_PRIVATE, prot=protection)), infos
-    except OSError as error:
-        remedy = "check its permissions and the disk"
-        raise _fault(path, f"it can't be read ({error.strerror or error})", remedy) from error
-
-
-def _directory(path: Path, file: BinaryIO) -> list[zipfile.ZipInfo]:
-    start = file.read(len(_LOCAL_SIGNATURE))
-    if not start:
-        raise _fault(path, "the file is empty")
-    if start != _LOCAL_SIGNATURE:
-        raise _fault(path, "it is not a ZIP file, so not an artifact", _NOT_OURS)
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.infolist()
-    # Of a damaged directory zipfile raises whatever its parts raise.
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        what = (
-            f"the ZIP directory at the end is missing or broken ({error}): is the file truncated?"
-        )
-        raise _fault(path, what) from error
-
-
-def _spans(image: _Image, infos: Iterable[zipfile.ZipInfo]) -> dict[str, _Span]:
-    """Each entry's place, once its name, kind and place have been checked."""
-    spans: dict[str, _Span] = {}
-    for info in infos:
-        # `filename` is what zipfile made of it: cut at a NUL, separators replaced.
-        name = info.orig_filename
-        if reason := name_fault(name):
-            raise image.fault(f"the name of entry {name!r} {reason}")
-        if name in spans:
-            raise image.fault(f"entry {name!r} is a duplicate: the name occurs twice")
-        if reason := _kind_fault(info):
-            raise image.fault(f"entry {name!r} {reason}")
-        spans[name] = _span(image, info)
-    in_order = sorted(spans.items(), key=lambda item: item[1].header)
-    for (first, before), (second, after) in pairwise(in_order):
-        if after.header < before.end:
-            raise image.fault(f"the data of entries {first!r} and {second!r} overlap")
-    return spans
-
-
-def _kind_fault(info: zipfile.ZipInfo) -> str | None:
-    kind = stat.S_IFMT(info.external_attr >> 16)
-    if kind == stat.S_IFLNK:
-        return "is a symbolic link"
-    if kind not in (0, stat.S_IFREG):
-        return "is not a regular file"
-    if info.flag_bits & _ENCRYPTED:
-        return "is encrypted"
-    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-        return "is compressed, but must be stored"
-    if info.orig_filename.endswith(".json") and info.file_size > MAX_JSON_BYTES:
-        return f"is too large for JSON: {info.file_size} bytes, at most {MAX_JSON_BYTES}"
-    return None
-
-
-def _span(image: _Image, info: zipfile.ZipInfo) -> _Span:
-    name, header, size = info.orig_filename, info.header_offset, len(image.buffer)
-    if not 0 <= header <= size - _LOCAL_HEADER.size:
-        raise image.fault(f"entry {name!r} lies outside the file")
-    fields = _LOCAL_HEADER.unpack_from(image.buffer, header)
-    name_start = header + _LOCAL_HEADER.size
-    name_end = name_start + fields[-2]
-    start = name_end + fields[-1]
-    raw_name = name.encode("utf-8" if info.flag_bits & _UTF8_NAME else "cp437")
-    if fields[0] != _LOCAL_SIGNATURE or image.buffer[name_start:name_end] != raw_name:
-        raise image.fault(f"the local header of entry {name!r} contradicts the ZIP directory")
-    if start + info.file_size > size:
-        raise image.fault(f"the data of entry {name!r} end outside the file")
-    if start % ALIGNMENT:
-        what = f"the data of entry {name!r} are not aligned to {ALIGNMENT} bytes"
-        raise image.fault(f"{what}: was the file repacked by a ZIP tool?")
-    return _Span(header, start, start + info.file_size, info.CRC)
-
-
-def _parse(image: _Image, name: str, data: bytes) -> JSON:
+def _parse(image: Image, name: str, data: bytes) -> JSON:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise image.fault(f"{name} is not JSON ({error})") from error
 
 
-def _manifest(image: _Image, spans: dict[str, _Span]) -> Manifest:
+def _manifest(image: Image, spans: dict[str, Span]) -> Manifest:
     if MANIFEST not in spans:
-        raise image.fault(f"it has no {MANIFEST}, so it is not an artifact", _NOT_OURS)
+        raise image.fault(f"it has no {MANIFEST}, so it is not an artifact", NOT_OURS)
     data = bytes(image.view(spans[MANIFEST]))
     # No hash covers the manifest; the ZIP's own checksum finds accidents.
     if zlib.crc32(data) != spans[MANIFEST].crc:
@@ -353,7 +205,7 @@ def _manifest(image: _Image, spans: dict[str, _Span]) -> Manifest:
         raise image.fault(f"{MANIFEST} is malformed ({error})") from error
 
 
-def _check_version(image: _Image, document: JSON) -> None:
+def _check_version(image: Image, document: JSON) -> None:
     """Compares the major version before anything else is read: all else may differ with it."""
     version = document.get("format_version") if isinstance(document, dict) else None
     if not (isinstance(version, list) and [type(v) for v in version] == [int, int]):
@@ -361,10 +213,10 @@ def _check_version(image: _Image, document: JSON) -> None:
     if version[0] != FORMAT_VERSION[0]:
         known = FORMAT_VERSION[0]
         what = f"its format version is {version[0]}.{version[1]}, this reader knows {known}.x"
-        raise image.fault(what, _UPDATE if version[0] > known else "compile it again")
+        raise image.fault(what, UPDATE if version[0] > known else "compile it again")
 
 
-def _check_files(image: _Image, spans: dict[str, _Span], files: dict[str, FileRecord]) -> None:
+def _check_files(image: Image, spans: dict[str, Span], files: dict[str, FileRecord]) -> None:
     found = spans.keys() - {MANIFEST}
     for name in sorted(files.keys() - found):
         raise image.fault(f"entry {name!r} of the manifest is missing")
@@ -377,7 +229,7 @@ def _check_files(image: _Image, spans: dict[str, _Span], files: dict[str, FileRe
 
 
 def _check_hashes(
-    image: _Image, spans: dict[str, _Span], files: dict[str, FileRecord], names: Sequence[str]
+    image: Image, spans: dict[str, Span], files: dict[str, FileRecord], names: Sequence[str]
 ) -> None:
     def digest(name: str) -> str:
         return hashlib.sha256(image.view(spans[name])).hexdigest()  # hashlib lets go of the GIL
@@ -389,7 +241,7 @@ def _check_hashes(
         raise image.fault(f"wrong sha256 of {', '.join(map(repr, wrong))}")
 
 
-def _slots(image: _Image, spans: dict[str, _Span], specs: Sequence[WeightSpec]) -> dict[str, _Slot]:
+def _slots(image: Image, spans: dict[str, Span], specs: Sequence[WeightSpec]) -> dict[str, _Slot]:
     """The place of every weight, in the manifest's order, once the shards agree with it."""
     found: dict[str, _Slot] = {}
     for shard in sorted(name for name in spans if name.startswith(WEIGHTS)):
@@ -413,7 +265,7 @@ def _slots(image: _Image, spans: dict[str, _Span], specs: Sequence[WeightSpec]) 
     return slots
 
 
-def _shard_slots(image: _Image, shard: str, span: _Span) -> dict[str, _Slot]:
+def _shard_slots(image: Image, shard: str, span: Span) -> dict[str, _Slot]:
     """Reads a safetensors header: 8 bytes little-endian length, then JSON; the tensors follow."""
     view = image.view(span)
     length = int.from_bytes(view[:8], "little")
@@ -434,14 +286,14 @@ def _shard_slots(image: _Image, shard: str, span: _Span) -> dict[str, _Slot]:
     return slots
 
 
-def _slot(image: _Image, what: str, fields: JSON, data: range) -> _Slot:
+def _slot(image: Image, what: str, fields: JSON, data: range) -> _Slot:
     """The place of one tensor; `data`: the bytes of the file that hold its shard's tensors."""
     try:
         header = from_json(_TensorHeader, fields, what)
     except ArtifactError as error:
         raise image.fault(f"malformed safetensors header ({error})") from error
     if header.dtype not in DTYPES:
-        raise image.fault(f"{what} has the unknown dtype {header.dtype!r}", _UPDATE)
+        raise image.fault(f"{what} has the unknown dtype {header.dtype!r}", UPDATE)
     dtype, shape = DTYPES[header.dtype], header.shape
     begin, end = (data.start + offset for offset in header.data_offsets)
     if not data.start <= begin <= end <= data.stop:

@@ -17,15 +17,9 @@ from typing import IO, BinaryIO, Self
 
 import torch
 
-from sirius_runtime.artifact import (
-    ALIGNMENT,
-    DTYPES,
-    MANIFEST,
-    MAX_JSON_BYTES,
-    WEIGHTS,
-    dtype_name,
-    name_fault,
-)
+from sirius_runtime.artifact import DTYPES, MANIFEST, WEIGHTS
+from sirius_runtime.artifact_zip import ALIGNMENT, MAX_JSON_BYTES, name_fault
+from sirius_runtime.dtypes import dtype_name
 from sirius_runtime.errors import ArtifactError, ConfigError, SiriusError
 from sirius_runtime.spec import (
     FORMAT_VERSION,

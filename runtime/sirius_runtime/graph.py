@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 import sirius_runtime.ops  # noqa: F401  (registers the sirius:: operators that documents name)
+from sirius_runtime.dtypes import dtype_name, dtype_of
 from sirius_runtime.errors import ArtifactError
 from sirius_runtime.spec import JSON
 
@@ -55,19 +56,6 @@ _ENUMS: dict[str, dict[str, Any]] = {
         "torch.preserve_format": torch.preserve_format,
     },
 }
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` → ``float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """``float32`` → ``torch.float32``; raises ArtifactError for an unknown name."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ArtifactError(f"unknown dtype {name!r}")
-    return dtype
 
 
 def placeholders(graph: fx.Graph, kind: str) -> dict[str, fx.Node]:

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from sirius_runtime.artifact import Artifact
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.errors import ArtifactError, ConfigError
-from sirius_runtime.graph import dtype_of
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.spec import DType
 

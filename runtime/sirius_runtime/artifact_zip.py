@@ -1,0 +1,170 @@
+"""The ZIP layer of an artifact: one mapping of the file, and where each entry lies in it.
+
+Nothing of the file is trusted: names, kinds, sizes and places are checked before anything is read.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import stat
+import struct
+import sys
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from sirius_runtime.errors import ArtifactError
+
+ALIGNMENT = 64  # of every entry's data: a cache line, and the widest vector load of today's CPUs
+MAX_JSON_BYTES = 256 * 2**20
+
+AGAIN = "the file is damaged or was altered: download it again, or compile it again"
+NOT_OURS = "give the path of a model.sirius that sirius-compile wrote"
+UPDATE = "update sirius-compile"
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_LOCAL_SIGNATURE = b"PK\x03\x04"
+_UTF8_NAME, _ENCRYPTED = 0x800, 0x1 | 0x40 | 0x2000  # general purpose flags: APPNOTE.TXT 4.4.4
+# Linux counts a private writable mapping against memory and refuses one larger than RAM, unless it
+# reserves nothing. Python names the flag from 3.13 on.
+_PRIVATE = (
+    mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else None
+)
+
+
+@dataclass(frozen=True)
+class Image:
+    """The mapped file."""
+
+    path: Path
+    buffer: mmap.mmap
+
+    def fault(self, what: str, remedy: str = AGAIN) -> ArtifactError:
+        return _fault(self.path, what, remedy)
+
+    def view(self, span: Span) -> memoryview:
+        return memoryview(self.buffer)[span.start : span.end]
+
+
+class Span(NamedTuple):
+    """Where an entry lies: its local header, its data [start, end); and the data's crc32."""
+
+    header: int
+    start: int
+    end: int
+    crc: int
+
+
+def name_fault(name: str) -> str | None:
+    """Why `name` can't name an entry, or None where it can."""
+    parts = name.split("/")
+    if name.startswith("/"):
+        return "is an absolute path"
+    if re.match("[A-Za-z]:", name):
+        return "starts with a drive letter"
+    if "\\" in name:
+        return "has a backslash"
+    if ".." in parts:
+        return "has a '..' component"
+    if "" in parts or "." in parts:
+        return "has an empty or '.' component"
+    if not name.isprintable():
+        return "has characters that can't be printed"
+    return None
+
+
+def _fault(path: Path, what: str, remedy: str = AGAIN) -> ArtifactError:
+    return ArtifactError(f"{path}: {what}; {remedy}")
+
+
+def map_file(path: Path) -> tuple[Image, list[zipfile.ZipInfo]]:
+    """The mapped file and its directory, both read through one file descriptor."""
+    if not path.exists():
+        raise _fault(path, "there is no such file", NOT_OURS)
+    if not path.is_file():
+        raise _fault(path, "it is a folder or a device, not a file", NOT_OURS)
+    try:
+        with path.open("rb") as file:
+            infos = _directory(path, file)
+            fd = file.fileno()
+            if _PRIVATE is None:
+                return Image(path, mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)), infos
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            return Image(path, mmap.mmap(fd, 0, flags=_PRIVATE, prot=protection)), infos
+    except OSError as error:
+        remedy = "check its permissions and the disk"
+        raise _fault(path, f"it can't be read ({error.strerror or error})", remedy) from error
+
+
+def _directory(path: Path, file: BinaryIO) -> list[zipfile.ZipInfo]:
+    start = file.read(len(_LOCAL_SIGNATURE))
+    if not start:
+        raise _fault(path, "the file is empty")
+    if start != _LOCAL_SIGNATURE:
+        raise _fault(path, "it is not a ZIP file, so not an artifact", NOT_OURS)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.infolist()
+    # Of a damaged directory zipfile raises whatever its parts raise.
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        what = (
+            f"the ZIP directory at the end is missing or broken ({error}): is the file truncated?"
+        )
+        raise _fault(path, what) from error
+
+
+def find_spans(image: Image, infos: Iterable[zipfile.ZipInfo]) -> dict[str, Span]:
+    """Each entry's place, once its name, kind and place have been checked."""
+    spans: dict[str, Span] = {}
+    for info in infos:
+        # `filename` is what zipfile made of it: cut at a NUL, separators replaced.
+        name = info.orig_filename
+        if reason := name_fault(name):
+            raise image.fault(f"the name of entry {name!r} {reason}")
+        if name in spans:
+            raise image.fault(f"entry {name!r} is a duplicate: the name occurs twice")
+        if reason := _kind_fault(info):
+            raise image.fault(f"entry {name!r} {reason}")
+        spans[name] = _span(image, info)
+    in_order = sorted(spans.items(), key=lambda item: item[1].header)
+    for (first, before), (second, after) in pairwise(in_order):
+        if after.header < before.end:
+            raise image.fault(f"the data of entries {first!r} and {second!r} overlap")
+    return spans
+
+
+def _kind_fault(info: zipfile.ZipInfo) -> str | None:
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    if kind == stat.S_IFLNK:
+        return "is a symbolic link"
+    if kind not in (0, stat.S_IFREG):
+        return "is not a regular file"
+    if info.flag_bits & _ENCRYPTED:
+        return "is encrypted"
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+        return "is compressed, but must be stored"
+    if info.orig_filename.endswith(".json") and info.file_size > MAX_JSON_BYTES:
+        return f"is too large for JSON: {info.file_size} bytes, at most {MAX_JSON_BYTES}"
+    return None
+
+
+def _span(image: Image, info: zipfile.ZipInfo) -> Span:
+    name, header, size = info.orig_filename, info.header_offset, len(image.buffer)
+    if not 0 <= header <= size - _LOCAL_HEADER.size:
+        raise image.fault(f"entry {name!r} lies outside the file")
+    fields = _LOCAL_HEADER.unpack_from(image.buffer, header)
+    name_start = header + _LOCAL_HEADER.size
+    name_end = name_start + fields[-2]
+    start = name_end + fields[-1]
+    raw_name = name.encode("utf-8" if info.flag_bits & _UTF8_NAME else "cp437")
+    if fields[0] != _LOCAL_SIGNATURE or image.buffer[name_start:name_end] != raw_name:
+        raise image.fault(f"the local header of entry {name!r} contradicts the ZIP directory")
+    if start + info.file_size > size:
+        raise image.fault(f"the data of entry {name!r} end outside the file")
+    if start % ALIGNMENT:
+        what = f"the data of entry {name!r} are not aligned to {ALIGNMENT} bytes"
+        raise image.fault(f"{what}: was the file repacked by a ZIP tool?")
+    return Span(header, start, start + info.file_size, info.CRC)
