@@ -120,8 +120,7 @@ def _feature_ranges(user: fx.Node, linear: fx.Node) -> dict[fx.Node, tuple[int, 
             return None
         if not isinstance(end, int | None):
             return None
-        low = min((start or 0) % features if start and start < 0 else start or 0, features)
-        high = features if end is None else min(end + features if end < 0 else end, features)
+        low, high, _ = slice(start, end).indices(features)
         return {user: (low, high)} if low < high else None
     if user.target in (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
         dim = user.args[2] if len(user.args) > 2 else user.kwargs.get("dim", 0)

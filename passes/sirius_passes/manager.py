@@ -18,7 +18,8 @@ from sirius_runtime.spec import PassRecord
 class Pass(ABC):
     """One rewrite of a program. `takes` is the stage it needs, `gives` the one it reaches.
 
-    Run a second time at the stage it gives, a pass whose stages are equal makes no rewrite.
+    Run again on its own output, a pass makes no rewrite: it returns 0, or refuses with
+    UnsupportedModelError where it must find something and nothing is left.
     """
 
     name: ClassVar[str]

@@ -45,6 +45,8 @@ class PairPaths(Pass):
     gives: ClassVar[Stage] = Stage.PAIRED
 
     def run(self, program: Program) -> int:
+        if DENSE not in program.graphs:
+            return 0
         dense = program.graphs.pop(DENSE)
         program.graphs = {PREFILL: copy_graph(dense), SPARSE: copy_graph(dense), FULL: dense}
         _keep_last_logits(program.graphs[PREFILL])

@@ -41,12 +41,17 @@ def print_graph(module: fx.GraphModule) -> str:
             for i, a in enumerate(node.args)
         ]
         arguments += [f"{k}={_argument(v, names)}" for k, v in node.kwargs.items()]
-        target = str(getattr(node.target, "_name", None) or getattr(node.target, "__name__", ""))
         lines.append(
             f"{names[node]}: {_value(node.meta['val'], letters)} = "
-            f"{target.replace('::', '.')}({', '.join(arguments)})"
+            f"{target_name(node)}({', '.join(arguments)})"
         )
     return "\n".join(lines) + "\n"
+
+
+def target_name(node: fx.Node) -> str:
+    """What a call calls, as graphs print it: ``aten.linear``, ``aten.slice.Tensor``, ``getitem``."""
+    name = str(getattr(node.target, "_name", None) or getattr(node.target, "__name__", ""))
+    return name.replace("::", ".")
 
 
 def _size_letters(graph: fx.Graph) -> dict[str, str]:

@@ -77,10 +77,10 @@ def _graph_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
         yield str(error)
         return
     for node in graph.nodes:
-        if node.op == "placeholder":
-            yield from _placeholder_findings(program, node)
-        elif node.op == "call_function" and "val" not in node.meta:
+        if node.op != "output" and "val" not in node.meta:
             yield f"node {node.name} has no meta['val']"
+        elif node.op == "placeholder":
+            yield from _placeholder_findings(program, node)
         elif node.op == "call_function" and not node.users and not _mutates(node):
             yield f"node {node.name} is dead"
     names = graph.output_node().meta.get(OUTPUTS, ())
@@ -103,12 +103,12 @@ def _graph_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
 
 
 def _placeholder_findings(program: Program, node: fx.Node) -> Iterator[str]:
-    value = node.meta.get("val")
+    value = node.meta["val"]
     if WEIGHT in node.meta:
         name = node.meta[WEIGHT]
         if name not in program.weights:
             yield f"placeholder {node.name} is bound to {name!r}, which is not in the weight table"
-        elif value is None or tuple(value.shape) != program.weights[name].shape:
+        elif tuple(value.shape) != program.weights[name].shape:
             yield f"placeholder {node.name} has another shape than weight {name!r} in the table"
     elif node.meta.get(INPUT) not in INPUTS:
         yield f"placeholder {node.name} is bound to neither a weight nor a known input"

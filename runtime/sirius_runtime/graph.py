@@ -10,6 +10,7 @@ likewise.
 
 from __future__ import annotations
 
+import keyword
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -74,6 +75,8 @@ def to_document(module: fx.GraphModule) -> JSON:
         record: dict[str, JSON] = {"name": node.name}
         if node.op == "placeholder":
             kind = WEIGHT if WEIGHT in node.meta else INPUT
+            if kind not in node.meta:
+                raise ArtifactError(f"placeholder {node.name} is bound to no weight and no input")
             record |= {"op": kind, "bound": node.meta[kind]}
         elif node.op == "call_function":
             record |= {"op": "call", "target": _target_name(node.target)}
@@ -115,13 +118,15 @@ def from_document(document: JSON, dtype: torch.dtype, device: torch.device) -> f
 
     try:
         for record in document["nodes"]:
-            name, op = record["name"], record["op"]
+            name, op = _identifier(record["name"]), record["op"]
             if op in (WEIGHT, INPUT):
+                if not isinstance(record["bound"], str):
+                    raise ArtifactError(f"graph: placeholder {name} is bound to no name")
                 node = graph.placeholder(name)
                 node.meta[op] = record["bound"]
             elif op == "call":
                 args = tuple(decode(a) for a in record["args"])
-                kwargs = {k: decode(v) for k, v in record.get("kwargs", {}).items()}
+                kwargs = {_identifier(k): decode(v) for k, v in record.get("kwargs", {}).items()}
                 node = graph.create_node(
                     "call_function", _target_of(record["target"]), args, kwargs, name=name
                 )
@@ -130,10 +135,21 @@ def from_document(document: JSON, dtype: torch.dtype, device: torch.device) -> f
             else:
                 raise ArtifactError(f"graph: node {name!r} has the unknown op {op!r}")
             env[name] = node
+        if [n for n in graph.nodes if n.op == "output"] != [next(iter(reversed(graph.nodes)))]:
+            raise ArtifactError("graph: its last node, and no other, must be the output")
         graph.lint()
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        return fx.GraphModule(torch.nn.Module(), graph)
+    except ArtifactError:
+        raise
+    except Exception as error:  # whatever fx, or Python's compiler of its code, makes of nonsense
         raise ArtifactError(f"graph: not a graph document ({error!r})") from error
-    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _identifier(name: JSON) -> str:
+    """`name`, checked: fx pastes the names of placeholders and keywords into code that it runs."""
+    if not (isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)):
+        raise ArtifactError(f"graph: {name!r} is not a name")
+    return name
 
 
 def _target_name(target: Any) -> str:

@@ -255,7 +255,10 @@ def _decode(hint: Any, value: JSON, where: str) -> Any:
             raise ArtifactError(f"{where}: {value!r} is not one of {', '.join(hint)}")
         return hint(value)
     if hint is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ArtifactError(f"{where}: an integer of this size is no float") from None
     if type(value) is not hint:
         expected = "null" if hint is types.NoneType else getattr(hint, "__name__", hint)
         raise ArtifactError(f"{where}: {expected} is expected, found {value!r}")
