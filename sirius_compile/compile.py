@@ -40,6 +40,7 @@ from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.dtypes import dtype_name, dtype_of
 from sirius_runtime.errors import CalibrationError, ConfigError
 from sirius_runtime.graph import to_document
+from sirius_runtime.loading import find_device
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.spec import (
     JSON,
@@ -100,7 +101,7 @@ class Compiled:
             self._documents(),
             {spec.name: self._weights(spec) for spec in self.spec.weights},
             dtype=dtype_of(dtype or self.spec.model.dtype),
-            device=torch.device(device),
+            device=find_device(device),
         )
 
     def _tokenizer(self) -> Tokenizer | None:
@@ -210,6 +211,7 @@ class _Compilation:
 
     def __init__(self, config: CompileConfig, dump: Path | None, progress: Progress) -> None:
         self._config, self._dump, self._progress = config, dump, progress
+        self._method = Method(config.sparsity)
         self._records: tuple[PassRecord, ...] = ()
 
     def run(self, source: _Source) -> Compiled:
@@ -220,7 +222,7 @@ class _Compilation:
         with self._stage("open weights"):
             weights = source.open_weights(captured)
         program = captured.program
-        dtype = config.dtype or DType(dtype_name(source.dtype))
+        dtype = DType(config.dtype or dtype_name(source.dtype))
         for name, spec in program.weights.items():
             constant = captured.constants.get(name)
             stored = (
@@ -240,13 +242,13 @@ class _Compilation:
                 _weights=lambda spec: _materialise(spec, captured, weights),
             )
 
-        self._passes(program, front(config.sparsity))
+        self._passes(program, front(self._method))
         calibration = None
-        if config.sparsity is Method.CATS:
+        if self._method is Method.CATS:
             with self._stage("calibrate"):
                 calibration = self._calibrate(compiled(None), source)
         thresholds = calibration.thresholds if calibration else ()
-        self._passes(program, back(config.sparsity, config.keep, thresholds))
+        self._passes(program, back(self._method, config.keep, thresholds))
         return compiled(calibration)
 
     def _passes(self, program: Program, passes: list[Any]) -> None:

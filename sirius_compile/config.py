@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+from typing import TypeVar
 
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.model import MAX_PERIOD
 from sirius_runtime.spec import DType, Method
 
 BUILTIN = "builtin"
+_E = TypeVar("_E", bound=StrEnum)
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,13 @@ class CompileConfig:
     Raises ConfigError for a value out of its range, with the range.
     """
 
-    sparsity: Method = Method.CATS
+    sparsity: Method | str = Method.CATS
     keep: float = 0.5
     period: int = 16
     threshold: float = 0.1
     verify_temperature: float = 0.6
     max_seq_len: int | None = None
-    dtype: DType | None = None
+    dtype: DType | str | None = None
     device: str = "cpu"
     calibration: str | Path = BUILTIN
     revision: str | None = None
@@ -39,6 +42,10 @@ class CompileConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        # Names are taken from Python as from the command line.
+        object.__setattr__(self, "sparsity", _member(Method, self.sparsity, "--sparsity"))
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", _member(DType, self.dtype, "--dtype"))
         if not 0.0 < self.keep <= 1.0:
             raise ConfigError(f"--keep must be in (0, 1], got {self.keep}")
         if not 1 <= self.period <= MAX_PERIOD:
@@ -49,3 +56,9 @@ class CompileConfig:
             raise ConfigError(f"--verify-temperature must be > 0, got {self.verify_temperature}")
         if self.max_seq_len is not None and self.max_seq_len < 2:
             raise ConfigError(f"--max-seq-len must be at least 2, got {self.max_seq_len}")
+
+
+def _member(kind: type[_E], value: str, flag: str) -> _E:
+    if value not in list(kind):
+        raise ConfigError(f"{flag} must be one of {', '.join(kind)}, got {value!r}")
+    return kind(value)

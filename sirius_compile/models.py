@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -19,15 +21,24 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from sirius_runtime.errors import ModelNotFoundError, UnsupportedModelError
+from sirius_runtime.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+"""The names that save_pretrained gives to weights in one file, and to the index of several."""
 
 _SHIPPED_FOLDER = Path(__file__).parent / "shipped"
-_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_CONFIG_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+# Folders of a repository hold other formats (onnx/, original/, runs/), and `consolidated` files the
+# same weights once more under their publisher's names: gigabytes that nobody would read.
+_NEVER_FETCHED = ["*/*", "consolidated*"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_REMOTE_CODE = "pass --trust-remote-code if you have read that code and trust it"
+_CAUSAL_LM = "AutoModelForCausalLM"
 
-SHORT_NAMES = {
+SHORT_NAMES: dict[str, str] = {
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "llama-2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
     "llama-2-13b": "meta-llama/Llama-2-13b-hf",
@@ -36,15 +47,20 @@ SHORT_NAMES = {
     "llama-3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
     "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
     "llama-3-70b-instruct": "meta-llama/Meta-Llama-3-70B-Instruct",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
     "llama-3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
     "llama-3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
-    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "mistral-7b": "mistralai/Mistral-7B-v0.3",
     "mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.3",
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
     "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5-1.5b-instruct": "Qwen/Qwen2.5-1.5B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
     "qwen3-1.7b": "Qwen/Qwen3-1.7B",
     "qwen3-4b": "Qwen/Qwen3-4B",
@@ -57,12 +73,16 @@ SHORT_NAMES = {
     "gemma-3-1b-it": "google/gemma-3-1b-it",
     "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-360m-instruct": "HuggingFaceTB/SmolLM2-360M-Instruct",
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+    "smollm2-1.7b-instruct": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
     "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
     "olmo-2-1b": "allenai/OLMo-2-0425-1B",
     "olmo-2-7b": "allenai/OLMo-2-1124-7B",
     "granite-3.3-2b": "ibm-granite/granite-3.3-2b-base",
+    "granite-3.3-2b-instruct": "ibm-granite/granite-3.3-2b-instruct",
 }
 """Short name → hub id."""
 
@@ -71,8 +91,8 @@ SHORT_NAMES = {
 class ModelSource:
     """A model's directory on this machine, and where it is from.
 
-    `name` is what to call it: the shipped name, the hub id, or the directory. `revision`: the commit,
-    for one from the hub.
+    `name` is what to call it: the shipped name, the hub id, or the directory as it was given.
+    `revision`: the commit, for one from the hub.
     """
 
     directory: Path
@@ -92,121 +112,209 @@ def resolve_model(
     revision: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> ModelSource:
     """Finds `model`: a shipped name, a directory, a short name, or a hub id, in this order.
 
     From the hub (HF_TOKEN and the cache are honoured) only configuration, tokenizer and safetensors
-    are fetched, and Python files only with `trust_remote_code`. Raises ModelNotFoundError, with the
-    remedy, where it leads nowhere.
+    are fetched, and Python files only with `trust_remote_code`. Without `weights` there need not be
+    any, and none are fetched. Raises ModelNotFoundError, with the remedy, where the name leads
+    nowhere, and ConfigError for a `revision` of a model that is not from the hub.
     """
     name = str(model)
-    shipped = shipped_models()
+    shipped, path = shipped_models(), Path(model).expanduser()
     if name in shipped:
+        _check_no_revision(name, revision)
         return ModelSource(shipped[name], name, None, False)
-    path = Path(model)
     if path.is_dir():
-        return ModelSource(_checked_directory(path), str(path), None, trust_remote_code)
-    if path.exists() or isinstance(model, Path) or name.startswith((".", "~", os.sep)):
-        fault = "is a file, not a directory" if path.exists() else "does not exist"
+        _check_no_revision(name, revision)
+        _check_files(path, name, weights=weights)
+        return ModelSource(path, name, None, trust_remote_code)
+    if path.exists() or isinstance(model, Path) or _is_path(name):
+        fault = "is a file" if path.exists() else "does not exist"
         raise ModelNotFoundError(
-            f"model {name!r} {fault}; give the directory that save_pretrained wrote (config.json and "
-            "safetensors)"
+            f"model {name!r} {fault}; give the directory that save_pretrained wrote (config.json "
+            "and safetensors)"
         )
     hub_id = SHORT_NAMES.get(name.lower(), name)
-    if hub_id.count("/") != 1:
-        raise ModelNotFoundError(_unknown(name, [*shipped, *SHORT_NAMES]))
-    patterns = [*_FILES, "*.py"] if trust_remote_code else _FILES
-    with _explained(hub_id, revision):
-        directory = Path(
-            snapshot_download(
-                hub_id, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
-            )
-        )
+    if "/" not in hub_id:
+        raise ModelNotFoundError(_unknown(name, shipped))
+    patterns = [
+        *_CONFIG_FILES,
+        *(["*.safetensors"] if weights else []),
+        *(["*.py"] if trust_remote_code else []),
+    ]
+    directory = _fetch(hub_id, revision, cache_dir, patterns)
+    _check_files(directory, hub_id, weights=weights)
     # The hub's cache keeps each revision in a folder named by its commit.
-    return ModelSource(_checked_directory(directory), hub_id, directory.name, trust_remote_code)
+    return ModelSource(directory, hub_id, directory.name, trust_remote_code)
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
     """The model's configuration; runs no code of the model's repository unless it was trusted.
 
-    Raises UnsupportedModelError for a model that is not a causal decoder, or that needs such code.
+    Raises UnsupportedModelError, with the model's type, for one that is not a decoder of text, that
+    needs such code, or that this transformers does not know; ModelNotFoundError for a config.json
+    that can't be read.
     """
+    raw = _read_config(source.directory / "config.json")
+    _check_known(source, raw)
     try:
         config = AutoConfig.from_pretrained(
             source.directory, trust_remote_code=source.trust_remote_code
         )
-    except (ValueError, OSError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        remedy = (
-            "pass --trust-remote-code if you trust that repository's code"
-            if "trust_remote_code" in str(error)
-            else "it may need a newer transformers"
-        )
-        raise UnsupportedModelError(f"{source.name}: {first}; {remedy}") from error
-    if config.is_encoder_decoder:
+    except Exception as error:  # of any class: the values decide which code trips over them
         raise UnsupportedModelError(
-            f"{source.name} ({config.model_type}) is an encoder-decoder; only decoders are supported"
-        )
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
-        raise UnsupportedModelError(
-            f"{source.name}: model type {config.model_type!r} has no causal language model in "
-            "transformers"
-        )
+            f"{source.name}: transformers can't read its config.json ({_summary(error)}); compare "
+            "it with the original model's"
+        ) from error
+    reason = _refusal(config, source.trust_remote_code)
+    if reason is not None:
+        raise UnsupportedModelError(f"{source.name} (model type {config.model_type!r}) {reason}")
     return config
 
 
-def _checked_directory(path: Path) -> Path:
-    if not (path / "config.json").exists():
-        raise ModelNotFoundError(
-            f"{path} holds no config.json, so it is not a model; give the directory that "
-            "save_pretrained wrote"
+def _check_no_revision(name: str, revision: str | None) -> None:
+    if revision is not None:
+        raise ConfigError(
+            f"--revision {revision} goes with a model from the hub, and {name} is on this machine; "
+            "leave it out"
         )
-    if not list(path.glob("*.safetensors")):
-        pickles = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in path.glob(kind))
-        reason = (
-            f"only pickled weights ({pickles[0]}), which are never loaded" if pickles else "no weights"
-        )
-        raise ModelNotFoundError(
-            f"{path} holds {reason}; convert them to safetensors: load the model with transformers "
-            "where you trust it, and save_pretrained it"
-        )
-    return path
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.5)
-    meant = f"did you mean {', '.join(near)}? " if near else ""
-    return (
-        f"no model is called {name!r}; {meant}Give a shipped model ({', '.join(shipped_models())}), a "
-        f"directory, a hub id (organisation/name), or a short name such as {', '.join(known[-3:])}"
+def _is_path(name: str) -> bool:
+    """Whether a name can only be meant as a path; `a/b` is a hub id where no such directory is."""
+    return name.startswith((".", "~", os.sep)) or name.endswith("/") or name.count("/") > 1
+
+
+def _check_files(directory: Path, name: str, *, weights: bool) -> None:
+    if not (directory / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"{name} holds no config.json, so it is not a transformers model; give a directory "
+            "that save_pretrained wrote, or a hub id of such a model"
+        )
+    if not weights or any((directory / file).is_file() for file in (SINGLE_FILE, INDEX_FILE)):
+        return
+    pickles = sorted(p.name for kind in _PICKLES for p in directory.glob(kind))
+    found = (
+        f"its weights are pickled ({pickles[0]}), and no pickle is ever loaded; " if pickles else ""
+    )
+    raise ModelNotFoundError(
+        f"{name} has neither {SINGLE_FILE} nor {INDEX_FILE}: {found}convert it to safetensors "
+        "(load it with transformers where you trust it, save_pretrained) and give that directory"
     )
 
 
-@contextmanager
-def _explained(hub_id: str, revision: str | None) -> Iterator[None]:
-    """Turns the hub's errors into what the user can do about them."""
+def _unknown(name: str, shipped: Mapping[str, Path]) -> str:
+    near = difflib.get_close_matches(name.lower(), [*shipped, *SHORT_NAMES], n=4, cutoff=0.5)
+    meant = f"did you mean {', '.join(near)}? " if near else ""
+    here = ", ".join(shipped) or "none"
+    return (
+        f"no model is called {name!r}; {meant}Give a shipped model ({here}), a directory, a hub id "
+        "(organisation/name), or a short name such as llama-3-8b"
+    )
+
+
+def _fetch(hub_id: str, revision: str | None, cache_dir: Path | None, patterns: list[str]) -> Path:
     try:
-        yield
-    except GatedRepoError as error:
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=patterns,
+                ignore_patterns=_NEVER_FETCHED,
+            )
+        )
+    except Exception as error:  # the HTTP library's errors differ from one hub release to the next
+        raise ModelNotFoundError(_hub_fault(error, hub_id, revision)) from error
+
+
+def _hub_fault(error: Exception, hub_id: str, revision: str | None) -> str:
+    """What the user can do about an error of the hub."""
+    elsewhere = f"download it where there is network (hf download {hub_id}) and give its directory"
+    cause = error.__cause__ or error
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{hub_id} is gated: accept its licence on https://huggingface.co/{hub_id}, then set "
+            "HF_TOKEN to a token of that account"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{hub_id} has no revision {revision!r}; give a branch, a tag or a commit of it"
+    if isinstance(error, RepositoryNotFoundError):
+        near = difflib.get_close_matches(hub_id, SHORT_NAMES.values(), n=3, cutoff=0.7)
+        meant = f" (did you mean {', '.join(near)}?)" if near else ""
+        return (
+            f"the hub has no model {hub_id!r}, or it is private, and there is no such directory: "
+            f"check the spelling{meant}, or set HF_TOKEN to a token that may read it"
+        )
+    if isinstance(error, HFValidationError):
+        return f"{hub_id!r} is neither a directory nor a hub id ({_summary(error)})"
+    if isinstance(cause, OfflineModeIsEnabled):
+        return f"{hub_id} is not in the cache and HF_HUB_OFFLINE is set: unset it, or {elsewhere}"
+    if isinstance(error, LocalEntryNotFoundError | ConnectionError):
+        return (
+            f"{hub_id} is not in the cache and the hub can't be reached ({_summary(cause)}): try "
+            f"again later, or {elsewhere}"
+        )
+    if isinstance(error, HfHubHTTPError):
+        return f"the hub refused {hub_id} ({_summary(error)}); check HF_TOKEN, or {elsewhere}"
+    return f"{hub_id} could not be fetched ({_summary(error)}); try again, or {elsewhere}"
+
+
+def _summary(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"{hub_id} is gated: accept its licence on its page on the hub, then set HF_TOKEN to a "
-            "token of that account"
+            f"{path} can't be read ({_summary(error)}); download the model again"
         ) from error
-    except RevisionNotFoundError as error:
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise ModelNotFoundError(
-            f"{hub_id} has no revision {revision!r}; give a branch, tag or commit of it"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"the hub has no model {hub_id!r}, or it is private: check the spelling, or set HF_TOKEN"
-        ) from error
-    except HFValidationError as error:
-        raise ModelNotFoundError(f"{hub_id!r} is not a hub id ({error})") from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, OSError) as error:
-        raise ModelNotFoundError(
-            f"{hub_id} is not in the local cache and the hub can't be reached (HF_HUB_OFFLINE is set, "
-            "or there is no network); download it where there is one and give its directory"
-        ) from error
-    except HfHubHTTPError as error:
-        raise ModelNotFoundError(f"the hub refused {hub_id}: {error}") from error
+            f"{path} names no model_type, so it is not a transformers model's; give the directory "
+            "that save_pretrained wrote"
+        )
+    return raw
+
+
+def _check_known(source: ModelSource, raw: Mapping[str, Any]) -> None:
+    """Refuses a type that only the model's own code knows, unless that code was trusted."""
+    model_type, auto_map = raw["model_type"], raw.get("auto_map") or {}
+    if model_type in CONFIG_MAPPING or (source.trust_remote_code and "AutoConfig" in auto_map):
+        return
+    if auto_map:
+        raise UnsupportedModelError(
+            f"{source.name} (model type {model_type!r}) brings its own code, which is not run "
+            f"unasked; {_REMOTE_CODE}"
+        )
+    raise UnsupportedModelError(
+        f"{source.name}: this transformers knows no model type {model_type!r}; a newer one may"
+    )
+
+
+def _refusal(config: PretrainedConfig, trusted: bool) -> str | None:
+    """Why a model is not a decoder that can be compiled; None for one that may be."""
+    own_code = _CAUSAL_LM in (getattr(config, "auto_map", None) or {})
+    text = getattr(config, "text_config", None)
+    if config.is_encoder_decoder:
+        return "is an encoder-decoder; only decoders are supported"
+    if text is not None:
+        return (
+            "is multimodal; only decoders of text are supported: save its text decoder "
+            f"(model type {getattr(text, 'model_type', '?')!r}) as a checkpoint of its own"
+        )
+    if own_code and trusted:
+        return None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        remedy = f" but in its own code; {_REMOTE_CODE}" if own_code else ""
+        return f"has no causal language model in transformers{remedy}"
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+        return "is an encoder (is_decoder is false in its config.json); only decoders are supported"
+    heads = config.architectures or []
+    if heads and all(re.search(r"For(?!CausalLM)[A-Z]", head) for head in heads):
+        return f"is a {heads[0]}, which does not predict the next token; only causal models do"
+    return None

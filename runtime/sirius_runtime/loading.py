@@ -53,7 +53,7 @@ def load(
             {e.name: artifact.read_json(f"graphs/{e.name}.json") for e in program.entries},
             artifact.weights(),
             dtype=dtype_of(dtype or program.model.dtype),
-            device=_device(device),
+            device=find_device(device),
         )
         tokenizer = None
         if artifact.names(TOKENIZER):
@@ -61,7 +61,8 @@ def load(
         return SiriusModel(runner, tokenizer)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name, or a GPU if there is one; raises ConfigError where it can't be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -70,7 +71,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"device {str(device)!r} can't be used here ({reason}); leave --device out, or use cpu"
+            f"device {str(device)!r} can't be used here ({reason}); leave it out, or use cpu"
         ) from error
     return found
 

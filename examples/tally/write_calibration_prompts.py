@@ -1,0 +1,30 @@
+"""Writes the prompts that calibration of the shipped model starts from: training problems, both tasks.
+
+python examples/tally/write_calibration_prompts.py sirius_compile/shipped/tally-3m
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+from sirius_compile.shipped.problems import Task, problems
+
+COUNTS = {Task.REASONING: 48, Task.UNDERSTANDING: 16}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="the model's directory")
+    path = parser.parse_args().model / "calibration_prompts.jsonl"
+    with path.open("w") as file:
+        for task, count in COUNTS.items():
+            for problem in itertools.islice(problems(task, "train", seed=1), count):
+                file.write(json.dumps({"prompt": problem.prompt}) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""`sirius-compile`: what it writes, what it says, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.cli import Cli
+
+import sirius_runtime
+from sirius_compile.models import shipped_models
+from sirius_runtime.artifact import Artifact
+
+FAST = ("--sparsity", "topk")  # needs no calibration
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    return Cli(capsys, monkeypatch)
+
+
+def test_compiles_runs_and_reports(cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "tally.sirius"
+    done = cli.compile("tally-3m", "--sparsity", "cats", "--out", out, "--json")
+    assert done.code == 0, done.err
+    summary = json.loads(done.out)
+    assert summary["sparsity"]["method"] == "cats"
+    assert len(summary["sparsity"]["thresholds"]) == 5
+    assert summary["artifact_bytes"] == out.stat().st_size
+    assert summary["artifact_bytes"] <= 1.02 * summary["dense_bytes"] + 1e6
+    assert abs(summary["sparsity"]["density"] - 0.75) < 0.05
+    for stage in ("capture", "calibrate", "pass sparsify_cats", "write artifact"):
+        assert stage in done.err
+    assert sirius_runtime.load(out).generate("Q: Zoe has 25 nuts.", max_new_tokens=4).texts
+
+
+def test_summary_for_a_reader(cli: Cli, tmp_path: Path) -> None:
+    done = cli.compile("tally-3m", *FAST, "--out", tmp_path / "m.sirius")
+    assert done.code == 0, done.err
+    for word in ("parameters", "5 of 5 layers", "density", "x the dense weights", "sparsify_topk"):
+        assert word in done.out
+
+
+def test_a_directory_compiles_like_the_shipped_name(cli: Cli, tmp_path: Path) -> None:
+    directory = shipped_models()["tally-3m"]
+    assert cli.compile(directory, *FAST, "--out", tmp_path / "a.sirius").code == 0
+    assert cli.compile("tally-3m", *FAST, "--out", tmp_path / "b.sirius").code == 0
+    with Artifact.open(tmp_path / "a.sirius") as a, Artifact.open(tmp_path / "b.sirius") as b:
+        files = [{n: r for n, r in x.manifest.files.items()} for x in (a, b)]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--keep", "0"), "--keep must be in (0, 1], got 0.0"),
+        (("--keep", "1.5"), "--keep must be in (0, 1], got 1.5"),
+        (("--period", "0"), "--period must be in 1..512, got 0"),
+        (("--threshold", "2"), "--threshold must be in [0, 1], got 2.0"),
+        (("--verify-temperature", "0"), "--verify-temperature must be > 0, got 0.0"),
+        (("--max-seq-len", "1"), "--max-seq-len must be at least 2, got 1"),
+        (("--max-seq-len", "9999"), "--max-seq-len must be in 2..512"),
+        (("--calibration", "nowhere.txt", "--sparsity", "cats"), "nowhere.txt can't be read"),
+        (("--expect-graphs", "nowhere"), "nowhere holds no graphs"),
+        (("--device", "abacus", "--sparsity", "cats"), "abacus"),
+    ],
+)
+def test_values_out_of_range(
+    cli: Cli, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    out = tmp_path / "m.sirius"
+    done = cli.compile("tally-3m", *FAST, "--out", out, *flags)
+    assert done.code == 2
+    assert message in done.err.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_sparsity_is_refused_with_the_choices(cli: Cli, tmp_path: Path) -> None:
+    done = cli.compile("tally-3m", "--sparsity", "magic", "--out", tmp_path / "m.sirius")
+    assert done.code == 2
+    assert "'cats', 'topk', 'griffin'" in done.err
+
+
+def test_an_existing_artifact_stays_unless_forced(cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "m.sirius"
+    out.write_bytes(b"precious")
+    refused = cli.compile("tally-3m", *FAST, "--out", out)
+    assert refused.code == 2
+    assert "exists" in refused.err
+    assert "--force" in refused.err
+    assert out.read_bytes() == b"precious"
+    assert cli.compile("tally-3m", *FAST, "--out", out, "--force").code == 0
+    assert out.stat().st_size > 1_000_000
+
+
+def test_a_killed_compile_leaves_the_old_artifact(tmp_path: Path) -> None:
+    out = tmp_path / "m.sirius"
+    out.write_bytes(b"precious")
+    code = (
+        f"import sys; sys.argv = ['sirius-compile', 'tally-3m', '--force', '--out', {str(out)!r}]"
+    )
+    script = f"{code}\nimport sirius_compile.cli; sirius_compile.cli.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:  # killed while it calibrates, well before it is done
+        if "pass pair_paths" in line:
+            break
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert out.read_bytes() == b"precious"
+
+
+def test_graphs_are_dumped_and_guarded(cli: Cli, tmp_path: Path) -> None:
+    graphs = tmp_path / "graphs"
+    dump = ("tally-3m", *FAST, "--out", tmp_path / "a.sirius", "--dump-graphs", graphs)
+    assert cli.compile(*dump).code == 0
+    names = sorted(p.name for p in graphs.iterdir())
+    assert names[0] == "00_capture.dense.txt"
+    assert "06_lay_out_weights.sparse.txt" in names
+    same = cli.compile("tally-3m", *FAST, "--out", tmp_path / "b.sirius", "--expect-graphs", graphs)
+    assert same.code == 0, same.err
+    assert f"{len(names)} compared" in same.err
+    other = cli.compile(
+        "tally-3m",
+        *FAST,
+        "--keep",
+        "0.25",
+        "--out",
+        tmp_path / "c.sirius",
+        "--expect-graphs",
+        graphs,
+    )
+    assert other.code == 1
+    assert "05_sparsify_topk.sparse.txt" in other.err
+    assert "-%" in other.err
+    assert "+%" in other.err
+    assert "'silu', 0, 384)" in other.err
+    assert "'silu', 0, 192)" in other.err
+    assert not (tmp_path / "c.sirius").exists()

@@ -1,0 +1,135 @@
+"""`sirius run` and `sirius inspect`: what they print, and how they refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from support.cli import Cli
+
+from sirius_compile import CompileConfig, compile_model
+from sirius_compile.shipped.problems import Task, problems
+
+PROMPT = next(problems(Task.REASONING, "test", seed=11)).prompt
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiled = compile_model("tally-3m", CompileConfig(sparsity="griffin", keep=0.4))
+    return compiled.save(tmp_path_factory.mktemp("artifact") / "tally.sirius")
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    return Cli(capsys, monkeypatch)
+
+
+def generated(cli: Cli, artifact: Path, *flags: str) -> dict[str, object]:
+    done = cli.run("run", artifact, "--prompt", PROMPT, "--json", *flags)
+    assert done.code == 0, done.err
+    document: dict[str, object] = json.loads(done.out)
+    return document
+
+
+def test_streams_the_text_to_stdout_and_stats_to_stderr(cli: Cli, artifact: Path) -> None:
+    done = cli.run("run", artifact, "--prompt", PROMPT.replace("\n", "\\n"))
+    assert done.code == 0
+    assert done.out == f"{generated(cli, artifact)['text']}\n"
+    for word in ("tokens/s", "periods", "AAL", "corrections", "density 0.553", "effective"):
+        assert word in done.err
+
+
+def test_prompt_from_file_and_from_stdin(
+    cli: Cli, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text(PROMPT + "\n")
+    from_file = cli.run("run", artifact, "--prompt-file", path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT + "\n"))
+    from_stdin = cli.run("run", artifact)
+    assert from_file.code == from_stdin.code == 0
+    assert from_file.out == from_stdin.out == f"{generated(cli, artifact)['text']}\n"
+
+
+def test_exact_mode_equals_full(cli: Cli, artifact: Path) -> None:
+    exact = generated(cli, artifact, "--mode", "exact", "--dtype", "float32")
+    full = generated(cli, artifact, "--mode", "full", "--dtype", "float32")
+    assert exact["tokens"] == full["tokens"]
+
+
+def test_json_has_the_stats(cli: Cli, artifact: Path) -> None:
+    stats = generated(cli, artifact, "--period", "8")["stats"]
+    assert isinstance(stats, dict)
+    assert sum(stats["advances"].values()) == stats["periods"]
+    assert set(stats["bytes_per_token"]) == {"draft", "verify", "rest"}
+    assert set(stats["seconds"]) == {"draft", "verify", "rest"}
+
+
+def test_stop_string_ends_the_text(cli: Cli, artifact: Path) -> None:
+    whole = str(generated(cli, artifact)["text"])
+    done = cli.run("run", artifact, "--prompt", PROMPT, "--stop", "=")
+    assert done.out == whole.split("=")[0] + "\n"
+
+
+def test_compare_prints_the_three_paths(cli: Cli, artifact: Path) -> None:
+    done = cli.run("run", artifact, "--prompt", PROMPT, "--compare")
+    assert done.code == 0
+    for word in ("--- full ---", "--- sparse ---", "--- sirius ---", "x full", "AAL"):
+        assert word in done.out
+    document = json.loads(cli.run("run", artifact, "-p", PROMPT, "--compare", "--json").out)
+    assert list(document) == ["full", "sparse", "sirius"]
+    assert document["full"]["speed"] == 1.0
+
+
+def test_unknown_words_are_named(cli: Cli, artifact: Path) -> None:
+    done = cli.run("run", artifact, "-p", "Zoe has 25 zebras", "--max-new-tokens", "2")
+    assert done.code == 0
+    assert "' zebras'" in done.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--mode", "dense"), "mode must be one of sirius, exact, full, sparse, got 'dense'"),
+        (("--period", "0"), "period must be in 1..512, got 0"),
+        (("--threshold", "-1"), "threshold must be >= 0, got -1.0"),
+        (("--max-new-tokens", "5000"), "max_new_tokens must be in 1.."),
+        (("--dtype", "int4"), "dtype must be one of float32, bfloat16, float16"),
+        (("--device", "abacus"), "device 'abacus' can't be used here"),
+        (("--backend", "magic"), "backend must be one of eager, got 'magic'"),
+        (("--stop", ""), "a stop string is empty"),
+    ],
+)
+def test_bad_options(cli: Cli, artifact: Path, flags: tuple[str, ...], message: str) -> None:
+    done = cli.run("run", artifact, "--prompt", PROMPT, *flags)
+    assert done.code == 2
+    assert message in done.err
+    assert done.out.strip() == ""
+
+
+def test_empty_prompt_and_missing_files(cli: Cli, artifact: Path, tmp_path: Path) -> None:
+    assert "is empty" in cli.run("run", artifact, "--prompt", "").err
+    missing = cli.run("run", artifact, "--prompt-file", tmp_path / "no.txt")
+    assert missing.code == 2
+    assert "no.txt can't be read" in missing.err
+    nowhere = cli.run("run", tmp_path / "no.sirius", "--prompt", PROMPT)
+    assert nowhere.code == 2
+    assert "there is no such file" in nowhere.err
+
+
+def test_inspect_shows_what_the_file_holds(cli: Cli, artifact: Path) -> None:
+    done = cli.run("inspect", artifact)
+    assert done.code == 0
+    for word in (
+        "tally-3m (llama)",
+        "griffin",
+        "layer 4",
+        "entry      sparse(",
+        "sparsify_griffin",
+    ):
+        assert word in done.out
+    manifest = json.loads(cli.run("inspect", artifact, "--json").out)
+    assert manifest["program"]["sparsity"]["method"] == "griffin"

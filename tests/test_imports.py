@@ -1,0 +1,59 @@
+"""What importing and running the packages may load, and that nothing asks for a network."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from sirius_compile import CompileConfig, compile_model
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def test_the_runtime_needs_neither_transformers_nor_typer(tmp_path: Path) -> None:
+    path = compile_model("tally-3m", CompileConfig(sparsity="topk")).save(tmp_path / "m.sirius")
+    code = (
+        "import sys, sirius_runtime\n"
+        f"model = sirius_runtime.load({str(path)!r})\n"
+        "assert model.generate('Q: Zoe has 25 nuts.', max_new_tokens=3).tokens\n"
+        "import sirius_runtime.cli\n"
+        "bad = {'transformers', 'typer', 'rich', 'huggingface_hub', 'onnxruntime'}\n"
+        "assert not bad & set(sys.modules), bad & set(sys.modules)\n"
+    )
+    assert python(code).stderr == ""
+
+
+def test_importing_the_runtime_loads_no_torch() -> None:
+    done = python("import sys, sirius_runtime; assert 'torch' not in sys.modules")
+    assert done.stderr == ""
+
+
+def test_compiling_a_directory_opens_no_connection(tmp_path: Path) -> None:
+    code = (
+        "import socket\n"
+        "def refuse(*_, **__): raise AssertionError('a connection was opened')\n"
+        "socket.socket.connect = refuse\n"
+        "socket.create_connection = refuse\n"
+        "from sirius_compile import CompileConfig, compile_model\n"
+        "compile_model('tally-3m', CompileConfig(sparsity='topk'))"
+        f".save({str(tmp_path / 'm.sirius')!r})\n"
+        "print('compiled')\n"
+    )
+    done = python(code)
+    assert done.stdout.endswith("compiled\n"), done.stderr
+
+
+def test_a_hub_model_without_a_network_says_what_to_do() -> None:
+    code = (
+        "import sys; sys.argv = ['sirius-compile', 'llama-3-8b', '--out', 'never.sirius']\n"
+        "import sirius_compile.cli; sirius_compile.cli.main()\n"
+    )
+    done = python(code, HF_HUB_OFFLINE="1", HF_HOME="/nonexistent")
+    assert done.returncode == 2
+    assert "meta-llama/Meta-Llama-3-8B" in done.stderr
+    assert "download it" in done.stderr
