@@ -132,8 +132,8 @@ def open_weights(
     if missing:
         raise UnsupportedModelError(
             f"{source.name}: its checkpoint holds no {_some(missing)} of the shape that "
-            f"config.json gives the model ({list(names[missing[0]])} for the first); use a complete "
-            "checkpoint of a causal language model and its own config.json"
+            f"config.json gives the model ({list(names[missing[0]])} for the first); use a "
+            "complete checkpoint of a causal language model and its own config.json"
         )
     return _Renamed(loaded, homes)
 
