@@ -53,6 +53,7 @@ from sirius_runtime.spec import (
     ToolVersions,
     WeightSpec,
 )
+from sirius_runtime.text import read_tokenizer
 
 Progress = Callable[[str, float], None]
 """Called after each stage with its name and its seconds."""
@@ -106,7 +107,7 @@ class Compiled:
 
     def _tokenizer(self) -> Tokenizer | None:
         content = self.tokenizer_files.get("tokenizer.json")
-        return None if content is None else Tokenizer.from_str(content.decode())
+        return None if content is None else read_tokenizer(content)
 
 
 def compile_model(

@@ -236,7 +236,7 @@ def _hub_fault(error: Exception, hub_id: str, revision: str | None) -> str:
     cause = error.__cause__ or error
     if isinstance(error, GatedRepoError):
         return (
-            f"{hub_id} is gated: accept its licence on https://huggingface.co/{hub_id}, then set "
+            f"{hub_id} is gated: accept its licence on its page there, then set "
             "HF_TOKEN to a token of that account"
         )
     if isinstance(error, RevisionNotFoundError):

@@ -52,7 +52,7 @@ def test_a_directory_compiles_like_the_shipped_name(cli: Cli, tmp_path: Path) ->
     assert cli.compile(directory, *FAST, "--out", tmp_path / "a.sirius").code == 0
     assert cli.compile("tally-3m", *FAST, "--out", tmp_path / "b.sirius").code == 0
     with Artifact.open(tmp_path / "a.sirius") as a, Artifact.open(tmp_path / "b.sirius") as b:
-        files = [{n: r for n, r in x.manifest.files.items()} for x in (a, b)]
+        files = [dict(x.manifest.files) for x in (a, b)]
     assert files[0] == files[1]
 
 

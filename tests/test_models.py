@@ -279,7 +279,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
     [
         (
             http(GatedRepoError),
-            ["gated", "https://huggingface.co/meta-llama/Lama-3.2-1B", "HF_TOKEN"],
+            ["gated", "meta-llama/Lama-3.2-1B is gated", "HF_TOKEN"],
         ),
         (
             http(RepositoryNotFoundError),

@@ -1,6 +1,8 @@
 """Train the shipped model `tally-3m` from scratch: a small Llama on synthetic reasoning problems.
 
-    python examples/tally/train.py --out build/tally-3m --log examples/tally/train.log
+    python examples/tally/train.py --until 3500 --out build/first --log examples/tally/train.log
+    python examples/tally/train.py --resume build/first --steps 1200 --cooldown 1 --seed 1 \
+        --out build/tally-3m --log examples/tally/train.log
 
 Everything is seeded; the problems come from `sirius_compile.shipped.problems`, whose hash split
 keeps the test problems out of training. The loss counts answer tokens only. Batches are sorted by
@@ -17,7 +19,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -128,9 +130,9 @@ def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer
     ]
 
 
-def schedule(step: int, steps: int) -> float:
-    """Warm-up over 100 steps, constant, then linear to zero over the last 40 %."""
-    return min(1.0, (step + 1) / 100, (steps - step) / (0.4 * steps))
+def schedule(step: int, steps: int, cooldown: float) -> float:
+    """Warm-up over 100 steps, constant, then linear to zero over the last share `cooldown`."""
+    return min(1.0, (step + 1) / 100, (steps - step) / (cooldown * steps))
 
 
 @torch.no_grad()
@@ -186,11 +188,89 @@ def log(file: TextIO, **fields: object) -> None:
     file.flush()
 
 
+def backward(
+    model: LlamaForCausalLM,
+    trunk: Callable[..., Any],
+    batches: list[tuple[torch.Tensor, torch.Tensor]],
+    device: torch.device,
+) -> torch.Tensor:
+    """Accumulates the gradient of the mean loss over the answer tokens of `batches`; returns it."""
+    answers = sum(int((labels != IGNORED).sum()) for _, labels in batches)
+    total = torch.zeros((), device=device)
+    for ids, labels in batches:
+        ids, labels = ids.to(device), labels.to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
+            picked = labels != IGNORED
+            logits = model.lm_head(hidden[picked])
+        loss = F.cross_entropy(logits.float(), labels[picked], reduction="sum") / answers
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    args: argparse.Namespace,
+    device: torch.device,
+    file: TextIO,
+) -> None:
+    """The training loop; see the module's docstring."""
+    # The fused attention's backward took half of a training step on CPU at these short lengths.
+    model.set_attn_implementation("eager")
+    trunk = torch.compile(model.model, dynamic=True)
+    optims = optimizers(model, args.lr)
+    step = 0
+    stream = mixture(args.seed, lambda: MAX_STEPS if args.resume else curriculum(step / args.steps))
+    start, tokens = time.perf_counter(), 0
+    for step in range(args.until or args.steps):
+        for optim in optims:
+            for group in optim.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+                group["lr"] = group["initial_lr"] * schedule(step, args.steps, args.cooldown)
+        batches = list(micro_batches(tokenizer, list(itertools.islice(stream, args.batch))))
+        loss = backward(model, trunk, batches, device)
+        tokens += sum(ids.numel() for ids, _ in batches)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optim in optims:
+            optim.step()
+            optim.zero_grad(set_to_none=True)
+        if step % 50 == 0:
+            elapsed = time.perf_counter() - start
+            log(
+                file,
+                step=step,
+                loss=round(float(loss), 4),
+                tokens_per_second=round(tokens / elapsed),
+                seconds=round(elapsed),
+            )
+        if (step + 1) % args.eval_every == 0:
+            log(file, step=step, exact_match=evaluate(model, tokenizer, 128, device))
+
+
+def ship(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, device: torch.device
+) -> dict[str, float]:
+    """Saves the model in bfloat16 with its tokenizer, and evaluates what was saved."""
+    model = model.to(torch.bfloat16)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    shipped = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).to(device)
+    return evaluate(shipped, tokenizer, 500, device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--until", type=int, help="stop after this step of --steps")
+    parser.add_argument("--resume", type=Path, help="go on from the weights of an earlier run")
+    parser.add_argument("--cooldown", type=float, default=0.4, help="share of steps, at the end")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
@@ -200,15 +280,12 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer).to(device)
-    # The fused attention's backward took half of a training step on CPU at these short lengths.
-    model.set_attn_implementation("eager")
-    trunk = torch.compile(model.model, dynamic=True)
-    optims = optimizers(model, args.lr)
-    step = 0
-    stream = mixture(args.seed, lambda: curriculum(step / args.steps))
+    if args.resume is None:
+        model = build_model(tokenizer).to(device)
+    else:  # the weights only: optimizers start anew, and problems have their full length
+        model = LlamaForCausalLM.from_pretrained(args.resume, dtype=torch.float32).to(device)
     args.log.parent.mkdir(parents=True, exist_ok=True)
-    with args.log.open("w") as file:
+    with args.log.open("a") as file:
         log(
             file,
             arguments={k: str(v) for k, v in vars(args).items()},
@@ -216,50 +293,11 @@ def main() -> None:
             torch=torch.__version__,
             device=str(device),
         )
-        start, tokens = time.perf_counter(), 0
-        for step in range(args.steps):
-            for optim in optims:
-                for group in optim.param_groups:
-                    group.setdefault("initial_lr", group["lr"])
-                    group["lr"] = group["initial_lr"] * schedule(step, args.steps)
-            total = torch.zeros((), device=device)
-            batches = list(micro_batches(tokenizer, list(itertools.islice(stream, args.batch))))
-            answers = sum(int((labels != IGNORED).sum()) for _, labels in batches)
-            for ids, labels in batches:
-                ids, labels = ids.to(device), labels.to(device)
-                with torch.autocast(device.type, dtype=torch.bfloat16):
-                    hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
-                    picked = labels != IGNORED
-                    logits = model.lm_head(hidden[picked])
-                loss = F.cross_entropy(logits.float(), labels[picked], reduction="sum") / answers
-                loss.backward()
-                total += loss.detach()
-                tokens += ids.numel()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optim in optims:
-                optim.step()
-                optim.zero_grad(set_to_none=True)
-            if step % 50 == 0:
-                elapsed = time.perf_counter() - start
-                log(
-                    file,
-                    step=step,
-                    loss=round(float(total), 4),
-                    tokens_per_second=round(tokens / elapsed),
-                    seconds=round(elapsed),
-                )
-            if (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-                log(file, step=step, exact_match=evaluate(model, tokenizer, 128, device))
-                model.save_pretrained(args.out.with_name(args.out.name + ".last"))
-
-        model = model.to(torch.bfloat16)  # what ships, and what is evaluated
-        model.generation_config = GenerationConfig(
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-        )
-        model.save_pretrained(args.out)
-        tokenizer.save_pretrained(args.out)
-        shipped = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(device)
-        log(file, final=evaluate(shipped, tokenizer, 500, device))
+        train(model, tokenizer, args, device, file)
+        if args.until is None:
+            log(file, final=ship(model, tokenizer, args.out, device))
+        else:
+            model.save_pretrained(args.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the prompts that calibration of the shipped model starts from: training problems, both tasks.
+"""Writes the prompts that calibration of the shipped model starts from: training problems.
 
 python examples/tally/write_calibration_prompts.py sirius_compile/shipped/tally-3m
 """

@@ -49,7 +49,7 @@ def print_graph(module: fx.GraphModule) -> str:
 
 
 def target_name(node: fx.Node) -> str:
-    """What a call calls, as graphs print it: ``aten.linear``, ``aten.slice.Tensor``, ``getitem``."""
+    """What a call calls, as printed: ``aten.linear``, ``aten.slice.Tensor``, ``getitem``."""
     name = str(getattr(node.target, "_name", None) or getattr(node.target, "__name__", ""))
     return name.replace("::", ".")
 

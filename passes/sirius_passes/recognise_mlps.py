@@ -23,6 +23,7 @@ from torch import fx
 from sirius_passes.manager import Pass
 from sirius_passes.program import Program, Stage, call, calls
 from sirius_runtime.errors import UnsupportedModelError
+from sirius_runtime.ops.mlp import ACTIVATIONS
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
 
@@ -92,6 +93,10 @@ def match_gated_mlp(down: fx.Node) -> GatedMlp | str | None:
                 return f"{down.name}: {inner.name} inside the MLP is read from outside it"
         assert isinstance(x, fx.Node)
         return GatedMlp(x, gate, up, down, act)
+    for activated, up in (product.args, product.args[::-1]):
+        if _is(up, aten.linear.default) and isinstance(activated, fx.Node):
+            known = ", ".join(ACTIVATIONS)
+            return f"{down.name}: {activated.target} is none of the known activations ({known})"
     return None
 
 
@@ -100,9 +105,7 @@ def _is(node: object, target: object) -> TypeGuard[fx.Node]:
 
 
 def _activation(node: object) -> str | None:
-    """The name in `sirius_runtime.ops.mlp.ACTIVATIONS` of the activation that `node` is, or
-    None.
-    """
+    """The name in `ACTIVATIONS` of the activation that `node` is, or None."""
     if _is(node, aten.silu.default):
         return "silu"
     if _is(node, aten.relu.default):

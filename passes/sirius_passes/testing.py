@@ -7,16 +7,13 @@
         assert snapshot(program.graphs["dense"]) == EXPECTED
 
 Numbers are compared by running both programs, in float32 on the CPU, over the same random weights
-and the same three calls: two ragged prompts, a chain of tokens after each, then a tree of tokens.
-Shape letters as in `sirius_runtime.ops`.
+and calls (`sirius_passes.testing_runs`).
 """
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,26 +24,18 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sirius_passes.manager import Pass, run_passes
 from sirius_passes.printer import print_graph, target_name
-from sirius_passes.program import (
-    DENSE,
-    ORIGIN,
-    OUTPUTS,
-    PREFILL,
-    Program,
-    Stage,
-    calls,
-    copy_graph,
-    fake_mode,
+from sirius_passes.program import DENSE, ORIGIN, PREFILL, Program, copy_graph, fake_mode
+from sirius_passes.testing_runs import (
+    Reference,
+    Subject,
+    make_calls,
+    random_weights,
+    run_graph,
+    runnable,
 )
-from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.errors import PassError, UnsupportedModelError
-from sirius_runtime.graph import INPUT, WEIGHT, from_document, placeholders, to_document
 
-Tensors = Mapping[str, Tensor]
-
-Reference = Callable[[str, fx.GraphModule, Tensors, Tensors], Tensors]
-"""Expected outputs of a graph: called with the graph's name, the graph before the pass, its named
-inputs and weights. As the graph would, it writes the caches among the inputs in place."""
+__all__ = ["PassCheck", "Reference", "check_pass", "random_weights", "run_graph", "snapshot"]
 
 _KNOWN = "check_pass"  # key of a node's meta while a pass is watched: the node was there before
 
@@ -75,36 +64,31 @@ def check_pass(
     atol: float = 1e-5,
     seed: int = 0,
 ) -> PassCheck:
-    """Runs `step` over `program`, in place, and checks it; raises AssertionError saying what failed.
+    """Runs `step` over `program`, in place, and checks it; AssertionError says what does not hold.
 
-    * Stage: the program is at the one that the pass takes, and what comes out passes the verifier.
-    * Counts: `expect` maps an operator to its calls before and after, over all graphs
-      (``"sirius.gated_mlp"``) or in one (``"sparse/sirius.gated_mlp"``).
+    * Stage: the program is at the one the pass takes, and what comes out passes the verifier.
     * Metadata: every node's ``meta["val"]`` agrees in shape and dtype with a recomputation; every
       new node has ``meta["origin"]``.
+    * Counts: `expect` maps an operator to its calls before and after, over all graphs
+      (``"sirius.gated_mlp"``) or in one (``"sparse/sirius.gated_mlp"``).
+    * Rewrites: none are reported if and only if the program is unchanged.
     * Numbers: an output that a graph had before, and has now, is equal within `rtol` and `atol`.
       A graph that is new is held against `dense` before. `reference` gives the expected outputs of
       every graph instead, for a pass that changes what is computed.
-    * Count of rewrites: zero if and only if the program is unchanged.
     * Re-run: run again on its own output, the pass changes nothing, and returns 0 or refuses with
-      UnsupportedModelError, whether or not the manager would let it run at that stage.
+      UnsupportedModelError. This holds of a pass that moves the program on to a later stage too:
+      its `run` is called directly, past the manager's check of the stage.
 
-    A refusal (UserError) of the first run passes through.
+    A refusal of the first run (UserError) passes through.
     """
     old = _copy(program)
     old.drop_unused_weights()
-    with_marks = [node for module in program.graphs.values() for node in module.graph.nodes]
-    for node in with_marks:
-        node.meta[_KNOWN] = True
+    _mark(program)
     try:
         (record,) = run_passes(program, [step])
-        _check_metadata(program)
     except PassError as error:
         raise AssertionError(str(error)) from error
-    finally:
-        for module in program.graphs.values():
-            for node in module.graph.nodes:
-                node.meta.pop(_KNOWN, None)
+    _check_metadata(program)
     before, after = _counts(old), _counts(program)
     _check_counts(before, after, expect or {})
     changed = _text(old) != _text(program)
@@ -112,7 +96,7 @@ def check_pass(
         f"{step.name} reports {record.rewrites} rewrites, "
         f"but the program is {'changed' if changed else 'as before'}"
     )
-    differences = _compare(old, program, reference, rtol, atol, seed)
+    differences = _check_numbers(old, program, reference, rtol, atol, seed)
     _check_rerun(program, step)
     return PassCheck(record.rewrites, before, after, differences)
 
@@ -122,53 +106,15 @@ def snapshot(module: fx.GraphModule) -> str:
     return print_graph(module)
 
 
-def run_graph(
-    module: fx.GraphModule,
-    inputs: Tensors,
-    weights: Tensors,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
-    """Runs one graph of a program on the CPU, computing in `dtype`; returns its named outputs.
-
-    `inputs` and `weights` hold at least what the graph reads, in `dtype` where they follow the
-    program's. Caches among the inputs are written in place.
-    """
-    return _runnable(module, dtype)(inputs, weights)
-
-
-def random_weights(
-    program: Program, seed: int, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """Random values for the weight table, those that follow the program's dtype in `dtype`.
-
-    A weight's values depend on its name, the seed and its shape in the checkpoint alone: however
-    passes lay a weight out, it is the same matrix. Integer constants are zeros.
-    """
-    weights = {}
-    for name, spec in program.weights.items():
-        shape = spec.shape[::-1] if spec.transposed else spec.shape
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-        value = torch.rand(shape, generator=generator)
-        if len(shape) > 1:
-            value = (2 * value - 1) * math.sqrt(3 / shape[-1])  # keeps the scale of what it maps
-        else:
-            value = value + 0.5
-        value = value.t().contiguous() if spec.transposed else value
-        stored = dtype if spec.retype else dtype_of(spec.dtype)
-        weights[name] = (
-            value.to(stored) if stored.is_floating_point else torch.zeros_like(value, dtype=stored)
-        )
-    return weights
-
-
 def _copy(program: Program) -> Program:
     graphs = {name: copy_graph(module) for name, module in program.graphs.items()}
     return replace(program, graphs=graphs, weights=dict(program.weights))
 
 
 def _text(program: Program) -> tuple[object, ...]:
+    """All that a pass may change, in a form that can be compared."""
     graphs = {name: print_graph(module) for name, module in program.graphs.items()}
-    return graphs, program.weights, program.sparsity
+    return graphs, program.weights, program.state, program.sparsity
 
 
 def _counts(program: Program) -> dict[str, Counter[str]]:
@@ -195,24 +141,19 @@ def _check_counts(
         )
 
 
-def _check_rerun(program: Program, step: Pass) -> None:
-    text = _text(program)
-    try:
-        rewrites = step.run(program)
-    except UnsupportedModelError:
-        rewrites = 0
-    assert rewrites == 0, f"{step.name}, run again on its own output, made {rewrites} rewrites"
-    assert _text(program) == text, f"{step.name}, run again on its own output, changed it"
+def _mark(program: Program) -> None:
+    for module in program.graphs.values():
+        for node in module.graph.nodes:
+            node.meta[_KNOWN] = True
 
 
 def _check_metadata(program: Program) -> None:
     for name, module in program.graphs.items():
         mode = fake_mode(module.graph)
         for node in module.graph.nodes:
+            known = node.meta.pop(_KNOWN, False)  # a copied node carries the mark along
             where = f"graph {name!r}, {node.format_node()}"
-            if node.op == "output":
-                continue
-            assert _KNOWN in node.meta or ORIGIN in node.meta, (
+            assert known or node.op == "output" or ORIGIN in node.meta, (
                 f"{where}: a new node without meta[{ORIGIN!r}]; make nodes with program.call"
             )
             if node.op == "call_function":
@@ -230,8 +171,7 @@ def _alike(recorded: Any, value: Any) -> bool:
         return (
             isinstance(value, Tensor)
             and recorded.dtype is value.dtype
-            and len(recorded.shape) == len(value.shape)
-            and all(map(_alike, recorded.shape, value.shape))
+            and _alike(tuple(recorded.shape), tuple(value.shape))
         )
     if isinstance(recorded, tuple | list):
         return (
@@ -242,126 +182,7 @@ def _alike(recorded: Any, value: Any) -> bool:
     return bool(statically_known_true(recorded == value))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a graph: a block of tokens [B, T] after the committed `history` of each row.
-
-    `distance` [T, T]: a token's depth minus that of the tokens it sees, -1 for those it does not.
-    `valid` [B, T]: the tokens that are no padding.
-    """
-
-    history: tuple[Tensor, ...]
-    tokens: Tensor
-    distance: Tensor
-    valid: Tensor
-
-    @property
-    def last(self) -> Tensor:
-        """The index [B] of each row's last valid token."""
-        return self.valid.sum(1) - 1
-
-    def inputs(self) -> dict[str, Tensor]:
-        """The inputs that a cached graph may read, but for the state."""
-        length = torch.tensor([len(tokens) for tokens in self.history])
-        return {
-            "input_ids": self.tokens,
-            "positions": length[:, None] + self.distance[:, 0],
-            "slots": length[:, None] + torch.arange(self.tokens.shape[1]),
-            "length": length,
-            "tree_mask": self.distance[None],
-            "last": self.last,
-            "valid": self.valid,
-        }
-
-    def path(self, row: int, token: int) -> Tensor:
-        """The tokens that lead to one of the block, itself included."""
-        seen = [int(i) for i in (self.distance[token] >= 0).nonzero()]
-        seen.sort(key=lambda i: -int(self.distance[token, i]))
-        return torch.cat([self.history[row], self.tokens[row, seen]])
-
-
-_LENGTHS = (4, 2)  # tokens of the two prompts
-_CHAIN = 3
-_TREE = ((0, -1, -1, -1), (1, 0, -1, -1), (1, -1, 0, -1), (2, -1, 1, 0))  # 0 ── 1, 0 ── 2 ── 3
-_CACHE_SLOTS = 16
-
-
-def _calls(vocabulary: int, generator: torch.Generator) -> list[_Call]:
-    rows, prompt = len(_LENGTHS), max(_LENGTHS)
-
-    def tokens(count: int) -> Tensor:
-        return torch.randint(vocabulary, (rows, count), generator=generator)
-
-    def chain(count: int) -> Tensor:
-        index = torch.arange(count)
-        return (index[:, None] - index).clamp(min=-1)
-
-    prompts, drafts, tree = tokens(prompt), tokens(_CHAIN), tokens(len(_TREE))
-    after_prompt = tuple(prompts[row, :length] for row, length in enumerate(_LENGTHS))
-    after_draft = tuple(map(torch.cat, zip(after_prompt, drafts, strict=True)))
-    nothing = tuple(prompts[:, :0])
-    valid = torch.arange(prompt) < torch.tensor(_LENGTHS)[:, None]
-    return [
-        _Call(nothing, prompts, chain(prompt), valid),
-        _Call(after_prompt, drafts, chain(_CHAIN), torch.ones_like(drafts).bool()),
-        _Call(after_draft, tree, torch.tensor(_TREE), torch.ones_like(tree).bool()),
-    ]
-
-
-class _Subject:
-    """A graph with its weights and its own state, called as the runtime would call it."""
-
-    def __init__(
-        self,
-        program: Program,
-        module: fx.GraphModule,
-        evaluate: Callable[[Tensors, Tensors], Tensors],
-        seed: int,
-    ) -> None:
-        self._program, self._evaluate = program, evaluate
-        self._wanted = set(placeholders(module.graph, INPUT))
-        self._weights = random_weights(program, seed)
-        self._state = _state(program, torch.Generator().manual_seed(seed))
-
-    def __call__(self, call: _Call) -> Tensors:
-        if self._program.stage < Stage.CACHED:
-            return self._by_paths(call)
-        known = call.inputs() | self._state
-        assert self._wanted <= known.keys(), (
-            f"check_pass has no values for the inputs {sorted(self._wanted - known.keys())}"
-        )
-        return self._evaluate({name: known[name] for name in self._wanted}, self._weights)
-
-    def _by_paths(self, call: _Call) -> Tensors:
-        """What a graph without a cache gives for each token: that of the path to it, run alone."""
-        rows, tokens = call.tokens.shape
-        logits = []
-        for row in range(rows):
-            for token in range(tokens):
-                path = call.path(row, token)[None]
-                inputs = {"input_ids": path, "positions": torch.arange(path.shape[1])[None]}
-                logits.append(self._evaluate(inputs, self._weights)["logits"][0, -1])
-        return {"logits": torch.stack(logits).unflatten(0, (rows, tokens))}
-
-
-def _state(program: Program, generator: torch.Generator) -> dict[str, Tensor]:
-    """Caches full of what no query may see, and the neurons that griffin chose."""
-    state, rows = program.state, len(_LENGTHS)
-    shape = (state.layers, rows, state.kv_heads, _CACHE_SLOTS)
-    values = {
-        "k_cache": 9 * torch.randn(*shape, state.key_dim, generator=generator),
-        "v_cache": 9 * torch.randn(*shape, state.value_dim, generator=generator),
-    }
-    chosen = [
-        torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(rows)])
-        for n, k in zip(program.sparsity.neurons, program.sparsity.kept, strict=True)
-    ]
-    if len({len(row) for rows_of_layer in chosen for row in rows_of_layer}) == 1:
-        values["neurons"] = torch.stack(chosen)
-    return values
-
-
-def _compare(
+def _check_numbers(
     old: Program,
     new: Program,
     reference: Reference | None,
@@ -375,64 +196,38 @@ def _compare(
         source = old.graphs.get(name) or old.graphs.get(DENSE)
         if source is None:
             continue
-        expected_of = (
-            _runnable(source, torch.float32)
-            if reference is None
-            else partial(reference, name, source)
-        )
-        expect = _Subject(replace(old, sparsity=new.sparsity), source, expected_of, seed)
-        actual = _Subject(new, module, _runnable(module, torch.float32), seed)
-        for index, call in enumerate(
-            _calls(_vocabulary(source), torch.Generator().manual_seed(seed))
-        ):
-            for output, value, wanted in _common(actual(call), expect(call), reference is not None):
-                if name == PREFILL and output == "logits" and wanted.shape[1] != value.shape[1]:
-                    wanted = wanted[torch.arange(len(wanted)), call.last][:, None]
+        run = partial(reference, name, source) if reference else runnable(source, torch.float32)
+        # The reference of griffin's sparse path needs the neurons that the pass will have kept.
+        expect = Subject(replace(old, sparsity=new.sparsity), source, run, seed)
+        actual = Subject(new, module, runnable(module, torch.float32), seed)
+        for call in make_calls(source, seed):
+            wanted, found = dict(expect(call)), actual(call)
+            missing = wanted.keys() - found.keys()
+            assert reference is None or not missing, f"{name} has no outputs {sorted(missing)}"
+            if name == PREFILL and name not in old.graphs:
+                wanted["logits"] = wanted["logits"][torch.arange(call.rows), call.last][:, None]
+            for output in wanted.keys() & found.keys():
                 where = f"{name}.{output}"
-                torch.testing.assert_close(
-                    value,
-                    wanted,
-                    rtol=rtol,
-                    atol=atol,
-                    msg=lambda text, where=where, index=index: f"{where}, call {index}: {text}",
+                difference = _difference(
+                    f"{where} of {call.what}", found[output], wanted[output], rtol, atol
                 )
-                difference = float((value.double() - wanted.double()).abs().max())
                 differences[where] = max(differences.get(where, 0.0), difference)
-    assert differences, "no output is there before and after the pass: there is nothing to compare"
+    assert differences, "no output is there before and after the pass: nothing can be compared"
     return differences
 
 
-def _common(
-    actual: Tensors, expected: Tensors, all_wanted: bool
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    missing = expected.keys() - actual.keys()
-    assert not (all_wanted and missing), (
-        f"the reference gives {sorted(missing)}, the graph does not"
+def _difference(what: str, found: Tensor, wanted: Tensor, rtol: float, atol: float) -> float:
+    torch.testing.assert_close(
+        found, wanted, rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}"
     )
-    for output in actual.keys() & expected.keys():
-        yield output, actual[output], expected[output]
+    return float((found.double() - wanted.double()).abs().max())
 
 
-def _vocabulary(module: fx.GraphModule) -> int:
-    """How many tokens the graph embeds; a few where it does not embed by a table."""
-    tokens = placeholders(module.graph, INPUT).get("input_ids")
-    tables = [
-        n for n in calls(module.graph, torch.ops.aten.embedding.default) if n.args[1] is tokens
-    ]
-    return min((int(n.args[0].meta["val"].shape[0]) for n in tables), default=8)  # type: ignore[union-attr]
-
-
-def _runnable(
-    module: fx.GraphModule, dtype: torch.dtype
-) -> Callable[[Tensors, Tensors], dict[str, Tensor]]:
-    """The graph as the runtime reads it: by way of its document."""
-    graph = from_document(to_document(module), dtype, torch.device("cpu"))
-    bound = [node.meta for node in graph.graph.nodes if node.op == "placeholder"]
-    names = module.graph.output_node().meta[OUTPUTS]
-
-    def run(inputs: Tensors, weights: Tensors) -> dict[str, Tensor]:
-        arguments = [weights[m[WEIGHT]] if WEIGHT in m else inputs[m[INPUT]] for m in bound]
-        with torch.no_grad():
-            return dict(zip(names, graph(*arguments), strict=True))
-
-    return run
+def _check_rerun(program: Program, step: Pass) -> None:
+    text = _text(program)
+    try:
+        rewrites = step.run(program)
+    except UnsupportedModelError:
+        rewrites = 0
+    assert rewrites == 0, f"{step.name}, run again on its own output, made {rewrites} rewrites"
+    assert _text(program) == text, f"{step.name}, run again on its own output, changed it"

@@ -14,6 +14,7 @@ from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.errors import ArtifactError, ConfigError
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.spec import DType
+from sirius_runtime.text import read_tokenizer
 
 TOKENIZER = "tokenizer/tokenizer.json"
 
@@ -62,7 +63,7 @@ def load(
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name, or a GPU if there is one; raises ConfigError where it can't be used."""
+    """The device of that name, a GPU if there is one for None; ConfigError where it has none."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -78,7 +79,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
 
 def _tokenizer(content: bytes, path: str | Path) -> Tokenizer:
     try:
-        return Tokenizer.from_buffer(content)
+        return read_tokenizer(content)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ArtifactError(
             f"{path}: {TOKENIZER} can't be read by this version of tokenizers ({error}); "

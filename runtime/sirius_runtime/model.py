@@ -17,7 +17,7 @@ from sirius_runtime.policy import Acceptance, ExactAcceptance, ThresholdAcceptan
 from sirius_runtime.session import PREFILL_CHUNK, Backend, Session
 from sirius_runtime.spec import ProgramSpec
 from sirius_runtime.stats import GenerationStats, PhaseClock, StatsRecorder
-from sirius_runtime.text import StopScanner, cut_at_stop
+from sirius_runtime.text import StopScanner, cut_at_stop, decode
 
 DEFAULT_NEW_TOKENS = 256
 MAX_PERIOD = PREFILL_CHUNK
@@ -59,7 +59,8 @@ class GenerationOutput:
     """What `generate` returns: `tokens` and `texts` are the new ones of each row, prompts left out.
 
     A row that ended by an EOS token or a stop string has it as the end of its tokens; its text ends
-    before it. `texts` is None for a model without a tokenizer.
+    before the stop string, and leaves special tokens out. `texts` is None for a model without a
+    tokenizer.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -134,17 +135,13 @@ class SiriusModel:
 
     def _text(self, row: _Row, stop: Sequence[str]) -> str:
         assert self.tokenizer is not None
-        return cut_at_stop(self.tokenizer.decode(row.tokens), stop)
+        return cut_at_stop(decode(self.tokenizer, row.tokens), stop)
 
     def _prompts(
         self, inputs: Prompt | Sequence[Prompt] | Tensor, mask: Tensor | None
     ) -> list[list[int]]:
         if isinstance(inputs, Tensor):
-            rows = inputs if inputs.ndim == 2 else inputs[None]
-            keep = torch.ones_like(rows) if mask is None else mask.reshape(rows.shape)
-            prompts = [
-                row[kept.bool()].tolist() for row, kept in zip(rows.cpu(), keep.cpu(), strict=True)
-            ]
+            prompts = _unpadded(inputs, mask)
         elif mask is not None:
             raise GenerationError("attention_mask goes with a tensor of input_ids only")
         elif isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], int)):
@@ -217,6 +214,23 @@ class SiriusModel:
         return stop
 
 
+def _unpadded(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """The rows of input_ids, without the tokens that attention_mask leaves out."""
+    if ids.ndim not in (1, 2) or ids.is_floating_point() or ids.dtype is torch.bool:
+        raise GenerationError(
+            f"input_ids must be integers of shape [B, T] or [T], got {ids.dtype} {list(ids.shape)}"
+        )
+    mask = torch.ones_like(ids) if mask is None else mask
+    if mask.shape != ids.shape:
+        raise GenerationError(
+            f"attention_mask has shape {list(mask.shape)}, which must be that of input_ids, "
+            f"{list(ids.shape)}"
+        )
+    if ids.ndim == 1:
+        ids, mask = ids[None], mask[None]
+    return [row[kept.bool()].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
+
+
 def _mode(mode: Mode | str) -> Mode:
     if mode not in list(Mode):
         raise ConfigError(f"mode must be one of {', '.join(Mode)}, got {mode!r}")
@@ -236,10 +250,9 @@ class _Request:
 class _Row:
     """What the host knows of one sequence: its committed tokens, and why it ended."""
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt_length: int, request: _Request) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, request: _Request) -> None:
         self.tokens: list[int] = []
         self.reason: FinishReason | None = None
-        self.prompt_length = prompt_length
         self._request = request
         self._scanner = StopScanner(tokenizer, request.stop) if tokenizer and request.stop else None
 
@@ -271,8 +284,7 @@ class _Generation:
         streamer: Streamer | None,
     ) -> None:
         self._prompts, self._request, self._streamer = prompts, request, streamer
-        self._max_seq_len = model.program.model.max_seq_len
-        self._rows = [_Row(model.tokenizer, len(p), request) for p in prompts]
+        self._rows = [_Row(model.tokenizer, request) for _ in prompts]
         self._recorder = StatsRecorder(
             rows=len(prompts),
             prompt_tokens=sum(map(len, prompts)),
@@ -300,9 +312,11 @@ class _Generation:
         return self._rows, self._recorder.close(session.density())
 
     def _period(self) -> None:
-        size = self._chunk_size()
+        # Each row's chunk is as long as in a run of its own: a batch changes no row's tokens.
+        sizes = [self._chunk_size(row) for row in self._rows]
         active = [row.reason is None for row in self._rows]
-        verdict = self._session.period(size, self._request.acceptance)
+        most = torch.tensor(sizes, device=self._session.length.device)
+        verdict = self._session.period(max(sizes), self._request.acceptance, most)
         # The one read of device values in a period.
         *columns, advances = torch.cat([verdict.tokens, verdict.advance[:, None]], 1).T.tolist()
         committed = [
@@ -311,18 +325,17 @@ class _Generation:
         ]
         for index, advance in enumerate(advances):
             if active[index]:
-                self._recorder.period(index, size, advance)
+                self._recorder.period(index, sizes[index], advance)
         self._commit(committed)
 
-    def _chunk_size(self) -> int:
-        """Tokens of the next chunk: the period, or what the unfinished rows still have room for."""
-        open_rows = [row for row in self._rows if row.reason is None]
-        wanted = max(self._request.max_new_tokens - len(row.tokens) for row in open_rows)
-        # The root is the last of a row's tokens: it takes the position after those before it.
-        room = min(
-            self._max_seq_len - (row.prompt_length + len(row.tokens) - 1) for row in open_rows
-        )
-        return min(self._request.period, wanted, room)
+    def _chunk_size(self, row: _Row) -> int:
+        """Tokens of the row's next chunk: the period, or what is still wanted; 1 once it ended.
+
+        What is wanted fits into the model's length: `generate` has seen to that.
+        """
+        if row.reason is not None:
+            return 1
+        return min(self._request.period, self._request.max_new_tokens - len(row.tokens))
 
     def _commit(self, tokens: list[list[int]]) -> None:
         ended = False

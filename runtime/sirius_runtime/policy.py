@@ -66,17 +66,22 @@ class Verdict:
     root: Tensor
 
 
-def judge(chunk_BK: Tensor, logits_BKV: Tensor, acceptance: Acceptance) -> Verdict:
+def judge(
+    chunk_BK: Tensor, logits_BKV: Tensor, acceptance: Acceptance, most_B: Tensor | None = None
+) -> Verdict:
     """Accepts the leading run of drafted tokens that pass, and corrects the one after it.
 
     `chunk_BK` is [root, s_1 .. s_{K-1}], `logits_BKV` the full path's logits after each of its
     tokens. The correction is the argmax after the last kept token: it replaces the first refused
-    token, or is a bonus where all pass.
+    token, or is a bonus where all pass. A row commits `most_B` tokens at the most, as if that were
+    the size of its chunk.
     """
     drafted = chunk_BK[:, 1:]
     passes = acceptance.passes(logits_BKV[:, :-1], drafted)
     # A running count of refusals rather than a running product of passes: ONNX has no product scan.
     accepted = (passes.logical_not().cumsum(1) == 0).sum(1)
+    if most_B is not None:
+        accepted = accepted.minimum(most_B - 1)
     after_kept = accepted[:, None, None].expand(-1, 1, logits_BKV.shape[-1])
     correction = logits_BKV.gather(1, after_kept)[:, 0].argmax(-1)
     tokens = torch.cat([drafted, torch.zeros_like(chunk_BK[:, :1])], 1)

@@ -114,20 +114,27 @@ class Session:
         self._recorder.full_passes += 1
         return logits
 
-    def commit(self, chunk_BK: Tensor, logits_BKV: Tensor, acceptance: Acceptance) -> Verdict:
+    def commit(
+        self,
+        chunk_BK: Tensor,
+        logits_BKV: Tensor,
+        acceptance: Acceptance,
+        most_B: Tensor | None = None,
+    ) -> Verdict:
         """Accepts, corrects and rolls back: the length moves past the kept tokens, no further.
 
-        Slots beyond the new length hold stale K/V, which is overwritten before it can be seen.
+        A row commits `most_B` tokens at the most, as if its chunk were that short. Slots beyond the
+        new length hold stale K/V, which is overwritten before it can be seen.
         """
-        verdict = judge(chunk_BK, logits_BKV, acceptance)
+        verdict = judge(chunk_BK, logits_BKV, acceptance, most_B)
         self.length = self.length + verdict.advance * self.active
         self.root = torch.where(self.active, verdict.root, self.root)
         return verdict
 
-    def period(self, size: int, acceptance: Acceptance) -> Verdict:
+    def period(self, size: int, acceptance: Acceptance, most_B: Tensor | None = None) -> Verdict:
         """One period over a chunk of `size` tokens: draft, verify, commit."""
         chunk = self.draft(size)
-        return self.commit(chunk, self.verify(chunk), acceptance)
+        return self.commit(chunk, self.verify(chunk), acceptance, most_B)
 
     def full_step(self) -> Tensor:
         """One dense greedy step; returns the new root [B]."""
@@ -180,7 +187,7 @@ class Session:
         inputs = {
             "input_ids": ids_BT,
             "slots": slots,
-            # Only rows that are finished, or prompt padding, can reach beyond the last position.
+            # Prompt padding, and tokens that their row will not commit, may lie beyond the last.
             "positions": slots.clamp(max=self._last_position),
             "length": self.length,
             "tree_mask": tree_mask,

@@ -13,6 +13,18 @@ from tokenizers import Tokenizer
 _UNFINISHED = "�"  # what an incomplete byte sequence decodes to
 
 
+def read_tokenizer(content: bytes) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`, made to encode a text as it is.
+
+    The file carries the padding and truncation that were set when it was saved: they belong to
+    batches of that time, and would change prompts in silence.
+    """
+    tokenizer = Tokenizer.from_buffer(content)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
 class IncrementalDecoder:
     """Text of a growing list of token ids, special tokens left out."""
 
@@ -37,6 +49,16 @@ class IncrementalDecoder:
         before = self._tokenizer.decode(self._ids[self._start : self._read])
         self._read = len(self._ids)
         return self._tokenizer.decode(self._ids[self._start :])[len(before) :]
+
+
+def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
+    """The text of `tokens` as a stream of them shows it.
+
+    Decoding them at once would differ where bytes never make a character: some decoders then take
+    back what came before.
+    """
+    decoder = IncrementalDecoder(tokenizer)
+    return "".join(map(decoder.add, tokens)) + decoder.flush()
 
 
 class StopScanner:
@@ -77,7 +99,6 @@ class TextStream:
         self._stop = tuple(stop)
         self._held = ""
         self._prompt_seen = False
-        self._stopped = False
 
     def put(self, value: Iterable[int]) -> None:
         """Takes committed token ids; the first call brings the prompt."""
@@ -97,10 +118,10 @@ class TextStream:
         before_stop = cut_at_stop(self._held, self._stop)
         stops = len(before_stop) < len(self._held)
         cut = len(before_stop) if stops else len(self._held) - keep
-        if cut and not self._stopped:
+        if cut:
             self._write(self._held[:cut])
+        # A stop string stays at the head of what is held, so nothing after it is ever written.
         self._held = self._held[cut:]
-        self._stopped |= stops
 
     def _possible_stop(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""

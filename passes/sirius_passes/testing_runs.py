@@ -1,0 +1,210 @@
+"""Runs the graphs of a program on random weights and on calls that the runtime could make.
+
+A cached graph is called three times, each row with its own length: ragged prompts, a chain of
+tokens after them, then a tree. A graph without a cache gives the same tokens' values by running the
+path to each of them alone. Shape letters as in `sirius_runtime.ops`.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from sirius_passes.program import OUTPUTS, Program, Stage, calls
+from sirius_runtime.dtypes import dtype_of
+from sirius_runtime.graph import INPUT, WEIGHT, from_document, placeholders, to_document
+
+Tensors = Mapping[str, Tensor]
+
+Run = Callable[[Tensors, Tensors], Tensors]
+"""Outputs by name of a graph, from its inputs and weights by name."""
+
+Reference = Callable[[str, fx.GraphModule, Tensors, Tensors], Tensors]
+"""Expected outputs of a graph: called with the graph's name, the graph before the pass, and by name
+the inputs (of `program.INPUTS`) and weights. As the graph would, it writes the caches in place.
+Before stage CACHED it is asked for the logits [1, T, V] of one path of tokens at a time.
+"""
+
+_LENGTHS = (4, 2)  # tokens of the prompts
+_CHAIN = 3  # tokens
+_TREE = ((0, -1, -1, -1), (1, 0, -1, -1), (1, -1, 0, -1), (2, -1, 1, 0))  # 0 ── 1, 0 ── 2 ── 3
+_CACHE_SLOTS = 16
+
+
+def run_graph(
+    module: fx.GraphModule,
+    inputs: Tensors,
+    weights: Tensors,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Runs one graph of a program on the CPU, computing in `dtype`; returns its outputs by name.
+
+    `inputs` and `weights` hold at least what the graph reads, those that follow the program's dtype
+    in `dtype`. Caches among the inputs are written in place.
+    """
+    return runnable(module, dtype)(inputs, weights)
+
+
+def runnable(
+    module: fx.GraphModule, dtype: torch.dtype
+) -> Callable[[Tensors, Tensors], dict[str, Tensor]]:
+    """`run_graph` of one graph, to be called many times. Goes by way of the graph's document."""
+    graph = from_document(to_document(module), dtype, torch.device("cpu"))
+    bound = [node.meta for node in graph.graph.nodes if node.op == "placeholder"]
+    names = module.graph.output_node().meta[OUTPUTS]
+
+    def run(inputs: Tensors, weights: Tensors) -> dict[str, Tensor]:
+        arguments = [weights[m[WEIGHT]] if WEIGHT in m else inputs[m[INPUT]] for m in bound]
+        with torch.no_grad():
+            return dict(zip(names, graph(*arguments), strict=True))
+
+    return run
+
+
+def random_weights(
+    program: Program, seed: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Random values for the weight table, those that follow the program's dtype in `dtype`.
+
+    They depend on the weight's name, its shape in the checkpoint and the seed alone: however passes
+    lay a weight out, it stays the same matrix. Matrices keep the scale of what they map, vectors
+    are in [0.5, 1.5), integers 0.
+    """
+    weights = {}
+    for name, spec in program.weights.items():
+        shape = spec.shape[::-1] if spec.transposed else spec.shape
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        uniform = torch.rand(shape, generator=generator)
+        value = (uniform - 0.5) * math.sqrt(12 / shape[-1]) if len(shape) > 1 else uniform + 0.5
+        stored = dtype if spec.retype else dtype_of(spec.dtype)
+        if not stored.is_floating_point:
+            value = torch.zeros(shape)
+        weights[name] = (value.t() if spec.transposed else value).to(stored).contiguous()
+    return weights
+
+
+@dataclass(frozen=True)
+class Call:
+    """A block of tokens [B, T] after the committed `history` of each row.
+
+    `distance` [T, T]: a token's depth minus that of the tokens it sees, -1 for those it does not.
+    `valid` [B, T]: the tokens that are no padding.
+    """
+
+    what: str
+    history: tuple[Tensor, ...]
+    tokens: Tensor
+    distance: Tensor
+    valid: Tensor
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.tokens.shape[0]
+
+    @property
+    def last(self) -> Tensor:
+        """The index [B] of each row's last valid token."""
+        return self.valid.sum(1) - 1
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Every input that a cached graph may read, but for the state."""
+        length = torch.tensor([len(tokens) for tokens in self.history])
+        return {
+            "input_ids": self.tokens,
+            "positions": length[:, None] + self.distance[:, 0],
+            "slots": length[:, None] + torch.arange(self.tokens.shape[1]),
+            "length": length,
+            "tree_mask": self.distance[None],
+            "last": self.last,
+            "valid": self.valid,
+        }
+
+    def path(self, row: int, token: int) -> Tensor:
+        """The tokens that lead to one of the block, from the row's first to itself."""
+        seen = [i for i, distance in enumerate(self.distance[token].tolist()) if distance >= 0]
+        seen.sort(key=lambda i: -int(self.distance[token, i]))
+        return torch.cat([self.history[row], self.tokens[row, seen]])
+
+
+def make_calls(module: fx.GraphModule, seed: int) -> list[Call]:
+    """Prompts, a chain and a tree of random tokens that `module` can embed."""
+    vocabulary = _vocabulary(module)
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(count: int) -> Tensor:
+        return torch.randint(vocabulary, (len(_LENGTHS), count), generator=generator)
+
+    def chain(count: int) -> Tensor:
+        index = torch.arange(count)
+        return (index[:, None] - index).clamp(min=-1)
+
+    prompt, draft, tree = tokens(max(_LENGTHS)), tokens(_CHAIN), tokens(len(_TREE))
+    no_padding = torch.tensor(True)
+    empty = tuple(prompt[:, :0])
+    prompted = tuple(row[:length] for row, length in zip(prompt, _LENGTHS, strict=True))
+    drafted = tuple(map(torch.cat, zip(prompted, draft, strict=True)))
+    in_prompt = torch.arange(max(_LENGTHS)) < torch.tensor(_LENGTHS)[:, None]
+    return [
+        Call("the prompts", empty, prompt, chain(max(_LENGTHS)), in_prompt),
+        Call("a chain", prompted, draft, chain(_CHAIN), no_padding.expand_as(draft)),
+        Call("a tree", drafted, tree, torch.tensor(_TREE), no_padding.expand_as(tree)),
+    ]
+
+
+def _vocabulary(module: fx.GraphModule) -> int:
+    """How many tokens the graph embeds; a few where it does not embed by a table."""
+    tokens = placeholders(module.graph, INPUT).get("input_ids")
+    embeddings = calls(module.graph, torch.ops.aten.embedding.default)
+    tables = [n.args[0].meta["val"] for n in embeddings if n.args[1] is tokens]  # type: ignore[union-attr]
+    return min((int(table.shape[0]) for table in tables), default=8)
+
+
+class Subject:
+    """A graph on random weights, with a state of its own, answering calls by `run`."""
+
+    def __init__(self, program: Program, module: fx.GraphModule, run: Run, seed: int) -> None:
+        self._run = run
+        self._inputs = set(placeholders(module.graph, INPUT))
+        self._cached = program.stage >= Stage.CACHED
+        self._weights = random_weights(program, seed)
+        self._state = _state(program, torch.Generator().manual_seed(seed))
+
+    def __call__(self, call: Call) -> Tensors:
+        if not self._cached:
+            return self._by_paths(call)
+        known = call.inputs() | self._state
+        unknown = self._inputs - known.keys()
+        assert not unknown, f"no values are known for the inputs {sorted(unknown)}"
+        return self._run(known, self._weights)
+
+    def _by_paths(self, call: Call) -> Tensors:
+        rows, tokens = call.tokens.shape
+        logits = []
+        for row in range(rows):
+            for token in range(tokens):
+                path = call.path(row, token)[None]
+                inputs = {"input_ids": path, "positions": torch.arange(path.shape[1])[None]}
+                logits.append(self._run(inputs, self._weights)["logits"][0, -1])
+        return {"logits": torch.stack(logits).unflatten(0, (rows, tokens))}
+
+
+def _state(program: Program, generator: torch.Generator) -> dict[str, Tensor]:
+    """Caches full of what no query may see, and neurons as griffin could have chosen them."""
+    state, rows = program.state, len(_LENGTHS)
+    shape = (state.layers, rows, state.kv_heads, _CACHE_SLOTS)
+    values = {
+        "k_cache": 9 * torch.randn(*shape, state.key_dim, generator=generator),
+        "v_cache": 9 * torch.randn(*shape, state.value_dim, generator=generator),
+    }
+    sizes = set(zip(program.sparsity.neurons, program.sparsity.kept, strict=True))
+    if len(sizes) == 1:
+        ((neurons, kept),) = sizes
+        scores = torch.rand(len(program.sparsity.neurons), rows, neurons, generator=generator)
+        values["neurons"] = scores.topk(kept).indices
+    return values

@@ -1,0 +1,23 @@
+"""Fixtures of all tests. Nothing here reaches a network, and every run draws the same examples."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.support.models import TinyModels, write_calibration
+
+torch.set_num_threads(1)
+settings.register_profile("sirius", derandomize=True, deadline=None, max_examples=25)
+settings.load_profile("sirius")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """Tiny random decoders by family, sparsity and config: see `tests.support.models`."""
+    return TinyModels(write_calibration(tmp_path_factory.mktemp("calibration") / "words.txt"))

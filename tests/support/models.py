@@ -1,0 +1,145 @@
+"""Tiny random decoders, compiled in memory, beside the transformers model that they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from sirius_compile import CompileConfig, compile_model
+from sirius_compile.compile import Compiled
+from sirius_runtime.model import SiriusModel
+from sirius_runtime.session import Session
+from sirius_runtime.spec import Method
+from sirius_runtime.stats import PhaseClock, StatsRecorder
+
+VOCABULARY = 101
+MAX_SEQ_LEN = 128
+EOS = (2, 5)
+METHODS = ("griffin", "topk", "cats", "none")
+SMALL: dict[str, object] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": MAX_SEQ_LEN,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": list(EOS),
+}
+
+Rows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A transformers model, the same compiled, and that ready to generate."""
+
+    reference: PreTrainedModel
+    compiled: Compiled
+    model: SiriusModel
+
+    def greedy(self, prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
+        """The new tokens of transformers' own greedy `generate`, up to an EOS token."""
+        with torch.no_grad():
+            output = self.reference.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt)),
+                do_sample=False,
+                max_new_tokens=new_tokens,
+            )
+        return tuple(output[0, len(prompt) :].tolist())
+
+
+class TinyModels:
+    """Makes a `Tiny`, once for each set of arguments."""
+
+    def __init__(self, calibration: Path) -> None:
+        """`calibration`: text for `cats`, in the words of `word_tokenizer`."""
+        self._calibration = calibration
+        self._made: dict[object, Tiny] = {}
+
+    def __call__(
+        self,
+        model_type: str = "llama",
+        method: Method | str = "topk",
+        keep: float = 0.5,
+        **config: object,
+    ) -> Tiny:
+        key = (model_type, str(method), keep, tuple(sorted(config.items())))
+        if key not in self._made:
+            reference = random_decoder(model_type, **config)
+            options = CompileConfig(sparsity=method, keep=keep, calibration=self._calibration)
+            compiled = compile_model(reference, options, tokenizer=word_tokenizer())
+            self._made[key] = Tiny(reference, compiled, compiled.to_runtime())
+        return self._made[key]
+
+
+def random_decoder(model_type: str, **config: object) -> PreTrainedModel:
+    """A decoder of random weights, the same on each call, in float32.
+
+    They are large enough that its text varies, that the head is often sure of a token, and that
+    what the sparse path leaves out changes many tokens.
+    """
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **{**SMALL, **config}), dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.mul_(6)
+        model.get_output_embeddings().weight.mul_(4)
+    return model
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A word for each token id: ``w7`` is 7; pad, bos and the EOS ids are special tokens."""
+    special = {0: "<pad>", 1: "<s>", **{token: f"</s{token}>" for token in EOS}}
+    words = {special.get(token, f"w{token}"): token for token in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in special.values()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+
+
+def write_calibration(path: Path, words: int = 512) -> Path:
+    """Writes a text of random words for `word_tokenizer`; returns `path`."""
+    tokens = torch.randint(6, VOCABULARY, (words,), generator=torch.Generator().manual_seed(0))
+    path.write_text(" ".join(f"w{token}" for token in tokens.tolist()))
+    return path
+
+
+def open_session(model: SiriusModel, rows: int, capacity: int = MAX_SEQ_LEN) -> Session:
+    """A fresh Session over the model's back end."""
+    clock = PhaseClock(model.backend.device)
+    recorder = StatsRecorder(rows=rows, prompt_tokens=0, weight_bytes=0, clock=clock)
+    return Session(model.backend, rows, capacity, recorder)
+
+
+def state_of(session: Session) -> dict[str, Tensor]:
+    """The Session's caches, and `neurons` where there are some; by name of the entries' inputs."""
+    return session._state
+
+
+def bound_weights(model: SiriusModel, entry: str) -> dict[str, Tensor]:
+    """The very tensors that an entry of the eager back end reads as weights, by name."""
+    bound = model.backend._entries[entry]  # type: ignore[attr-defined]
+    nodes = [node for node in bound.module.graph.nodes if node.op == "placeholder"]
+    pairs = zip(nodes, bound._arguments, strict=True)
+    return {node.meta["weight"]: tensor for node, tensor in pairs if tensor is not None}

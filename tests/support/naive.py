@@ -1,0 +1,200 @@
+"""What the `sirius::` operators mean, as loops over rows, heads, tokens and neurons in float64.
+
+Each function is named as its operator, or takes what defines the result (a tree's parents, a row's
+history) in place of what the operator is given (a mask, slots of a cache).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[float], float]] = {
+    "silu": lambda v: v / (1 + math.exp(-v)),
+    "gelu": lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))),
+    "gelu_tanh": lambda v: (
+        0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+    ),
+    "relu": lambda v: max(v, 0.0),
+}
+
+Choice = Callable[[int, list[float]], Iterable[int]]
+"""The neurons that a token of a row (its index) may use, given its activations."""
+
+
+def dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return math.fsum(x * y for x, y in zip(a, b, strict=True))
+
+
+def linear(x: list[float], weight: Tensor, bias: Tensor | None) -> list[float]:
+    rows: list[list[float]] = weight.double().tolist()
+    offsets = [0.0] * len(rows) if bias is None else bias.double().tolist()
+    return [dot(row, x) + offset for row, offset in zip(rows, offsets, strict=True)]
+
+
+# attention
+
+
+def ancestors(parents: Sequence[int], node: int) -> list[int]:
+    """`node`, its parent, and so on up to the root; a root's parent is -1."""
+    path = []
+    while node >= 0:
+        path.append(node)
+        node = parents[node]
+    return path
+
+
+def tree_mask(parents: Sequence[int]) -> Tensor:
+    """[N, N]: how far up the tree a node's ancestor is, -1 for a node that is none."""
+    mask = torch.full((len(parents), len(parents)), -1)
+    for node in range(len(parents)):
+        for distance, ancestor in enumerate(ancestors(parents, node)):
+            mask[node, ancestor] = distance
+    return mask
+
+
+def tree_attention(
+    q_HND: Tensor,
+    k_GND: Tensor,
+    v_GND: Tensor,
+    history_k_GLD: Tensor,
+    history_v_GLD: Tensor,
+    parents: Sequence[int],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """One row: each node of a tree sees the history, its ancestors and itself; [H, N, Dv]."""
+    (heads, nodes, _), length = q_HND.shape, history_k_GLD.shape[1]
+    shared = heads // k_GND.shape[0]
+    rows = []
+    for head in range(heads):
+        q, k, v, history_k, history_v = (
+            tensor.double().tolist()
+            for tensor in (
+                q_HND[head],
+                k_GND[head // shared],
+                v_GND[head // shared],
+                history_k_GLD[head // shared],
+                history_v_GLD[head // shared],
+            )
+        )
+        for node in range(nodes):
+            path = ancestors(parents, node)
+            position = length + len(path) - 1
+            seen = [(i, history_k[i], history_v[i]) for i in range(length)]
+            seen += [(position - up, k[other], v[other]) for up, other in enumerate(path)]
+            if window is not None:
+                seen = [entry for entry in seen if position - entry[0] < window]
+            scores = [dot(q[node], key) * scale for _, key, _ in seen]
+            if softcap is not None:
+                scores = [softcap * math.tanh(score / softcap) for score in scores]
+            rows.append(_mix(scores, [value for _, _, value in seen]))
+    return torch.tensor(rows).unflatten(0, (heads, nodes)).to(q_HND.dtype)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """A tree without branches, after no history."""
+    chain = list(range(-1, q.shape[2] - 1))
+    rows = [
+        tree_attention(q[b], k[b], v[b], k[b, :, :0], v[b, :, :0], chain, scale, window, softcap)
+        for b in range(q.shape[0])
+    ]
+    return torch.stack(rows)
+
+
+def _mix(scores: list[float], values: list[list[float]]) -> list[float]:
+    exponentials = [math.exp(score - max(scores)) for score in scores]
+    shares = [e / math.fsum(exponentials) for e in exponentials]
+    return [dot(shares, column) for column in zip(*values, strict=True)]
+
+
+# gated MLPs; arguments as the operators take them
+
+
+def _neurons(
+    x: list[float],
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    act: str,
+) -> tuple[list[float], list[float]]:
+    """Of one token: act(gate x), and act(gate x) · up x."""
+    g = [ACTIVATIONS[act](v) for v in linear(x, gate, gate_bias)]
+    return g, [a * b for a, b in zip(g, linear(x, up, up_bias), strict=True)]
+
+
+def _mlp(
+    x_BTC: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    choice: Choice,
+) -> Tensor:
+    rows = down.double().tolist()
+    result = torch.zeros_like(x_BTC)
+    for b, tokens in enumerate(x_BTC.double().tolist()):
+        for t, x in enumerate(tokens):
+            g, z = _neurons(x, gate, up, gate_bias, up_bias, act)
+            y = [0.0] * len(x) if down_bias is None else down_bias.double().tolist()
+            for i in choice(b, g):
+                y = [total + z[i] * d for total, d in zip(y, rows[i], strict=True)]
+            result[b, t] = torch.tensor(y)
+    return result
+
+
+def gated_mlp(*args: Any) -> Tensor:
+    *tensors, act, _layer = args
+    return _mlp(*tensors, act, lambda row, g: range(len(g)))
+
+
+def gated_mlp_statistic(*args: Any) -> tuple[Tensor, Tensor]:
+    *dense, valid = args
+    x, gate, up, _, gate_bias, up_bias, _, act, _layer = dense
+    statistic = torch.zeros(x.shape[0], gate.shape[0])
+    for b, tokens in enumerate(x.double().tolist()):
+        for t, token in enumerate(tokens):
+            _, z = _neurons(token, gate, up, gate_bias, up_bias, act)
+            norm = math.sqrt(dot(z, z))
+            if valid[b, t]:
+                statistic[b] += torch.tensor([(value / norm) ** 2 for value in z])
+    return gated_mlp(*dense), statistic
+
+
+def topk_mlp(*args: Any) -> Tensor:
+    *tensors, act, _layer, keep = args
+
+    def largest(row: int, g: list[float]) -> list[int]:
+        return sorted(range(len(g)), key=lambda i: -abs(g[i]))[:keep]
+
+    return _mlp(*tensors, act, largest)
+
+
+def cats_mlp(*args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, act, _layer, threshold = args
+    counts: list[int] = []
+
+    def above(row: int, g: list[float]) -> list[int]:
+        kept = [i for i, value in enumerate(g) if abs(value) > threshold]
+        counts.append(len(kept))
+        return kept
+
+    y = _mlp(*tensors, act, above)
+    return y, torch.tensor(counts).view(y.shape[:2])
+
+
+def griffin_mlp(*args: Any) -> Tensor:
+    *tensors, act, layer, neurons = args
+    chosen = neurons[layer].tolist()
+    return _mlp(*tensors, act, lambda row, g: chosen[row])

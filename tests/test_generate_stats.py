@@ -1,0 +1,285 @@
+"""What `generate` says of a run: counts against a replay of its periods; host reads, counted."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.model import Mode, SiriusModel
+from sirius_runtime.ops.attention import cached_attention
+from sirius_runtime.policy import ExactAcceptance, ThresholdAcceptance, Verdict, chain_mask
+from sirius_runtime.session import Session
+from sirius_runtime.stats import GenerationStats, Phase
+from tests.support.models import METHODS, VOCABULARY, Rows, TinyModels, open_session
+
+PROMPT = [7, 8, 9]
+
+token_ids = st.integers(6, VOCABULARY - 1)
+batches = st.lists(st.lists(token_ids, min_size=1, max_size=9), min_size=1, max_size=3)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyModels) -> SiriusModel:
+    return tiny(method="griffin").model
+
+
+def replay(
+    model: SiriusModel, batch: Rows, **options: Any
+) -> tuple[GenerationStats, list[list[tuple[int, int]]]]:
+    """A run that no EOS ends: its stats, and each row's periods as (chunk size, advance)."""
+    verdicts: list[list[int]] = []
+    commit = Session.commit
+
+    def spy(session: Session, *args: Any) -> Verdict:
+        verdict = commit(session, *args)
+        verdicts.append(verdict.advance.tolist())
+        return verdict
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "commit", spy)
+        stats = model.generate(batch, eos_token_id=[], **options).stats
+    periods: list[list[tuple[int, int]]] = []
+    for row in range(len(batch)):
+        left = options["max_new_tokens"] - 1  # the first token is the prefill's
+        periods.append([])
+        for advances in verdicts:
+            if left:
+                periods[row].append((min(options["period"], left), advances[row]))
+                left -= advances[row]
+    return stats, periods
+
+
+@given(batches, st.integers(1, 9), st.integers(1, 25), st.sampled_from([0.0, 0.1, 0.3, 2.0]))
+def test_counts_are_those_of_the_periods(
+    model: SiriusModel, batch: Rows, period: int, new_tokens: int, threshold: float
+) -> None:
+    stats, rows = replay(
+        model, batch, period=period, max_new_tokens=new_tokens, threshold=threshold
+    )
+    every = [entry for row in rows for entry in row]
+    counted = [entry for row in rows for entry in row[:-1]]
+    assert stats.rows == len(batch)
+    assert stats.prompt_tokens == sum(map(len, batch))
+    assert stats.tokens == len(batch) * new_tokens
+    assert stats.periods == len(every) == sum(stats.advances.values())
+    assert stats.advances == Counter(advance for _, advance in every)
+    assert stats.tokens == len(batch) + sum(a * n for a, n in stats.advances.items())
+    assert stats.corrections == sum(advance < size for size, advance in every)
+    drafted = sum(size - 1 for size, _ in every)
+    if drafted:
+        assert stats.acceptance_rate == sum(advance - 1 for _, advance in every) / drafted
+    else:
+        assert stats.acceptance_rate is None
+    if counted:
+        aal = sum(advance for _, advance in counted) / len(counted)
+        assert stats.aal == aal
+        sizes = {size for size, _ in counted}
+        if len(sizes) == 1:
+            expected = ((sizes.pop() - 1) * stats.density + 1) / aal
+            assert stats.effective_density == pytest.approx(expected, rel=1e-12)
+    else:
+        assert stats.aal is None
+
+
+@given(batches, st.integers(1, 9), st.integers(1, 25))
+def test_weight_bytes_are_those_of_the_forwards(
+    model: SiriusModel, batch: Rows, period: int, new_tokens: int
+) -> None:
+    """A forward reads the weights once for all rows."""
+    calls: Counter[str] = Counter()
+    run = EagerBackend.run
+
+    def spy(backend: EagerBackend, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        calls[entry] += 1
+        return run(backend, entry, inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EagerBackend, "run", spy)
+        stats = model.generate(batch, period=period, max_new_tokens=new_tokens).stats
+    dense = model.program.model.parameters * 4  # float32
+    assert stats.weight_bytes == dense
+    assert stats.bytes_read == {
+        Phase.DRAFT: pytest.approx(calls["sparse"] * stats.density * dense),
+        Phase.VERIFY: calls["full"] * dense,
+        Phase.REST: calls["prefill"] * dense,
+    }
+    for phase, read in stats.bytes_read.items():
+        assert stats.bytes_per_token[phase] == read / stats.tokens
+
+
+@pytest.mark.parametrize(("method", "matrices"), [("griffin", 3), ("topk", 2), ("none", 0)])
+def test_density_counts_the_rows_not_read(tiny: TinyModels, method: str, matrices: int) -> None:
+    made = tiny(method=method)
+    total = sum(parameter.numel() for parameter in made.reference.parameters())
+    skipped = 2 * 48 * matrices * 64  # layers, neurons not kept, matrices of hidden size
+    stats = made.model.generate(PROMPT, max_new_tokens=5).stats
+    assert stats.density == pytest.approx(1 - skipped / total)
+
+
+def test_density_of_cats_is_measured(tiny: TinyModels) -> None:
+    made = tiny(method="cats")
+    kept: list[Tensor] = []
+    run = EagerBackend.run
+
+    def spy(backend: EagerBackend, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        outputs = run(backend, entry, inputs)
+        if entry == "sparse":
+            kept.append(outputs["kept"][:, 0, 0])
+        return outputs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EagerBackend, "run", spy)
+        stats = made.model.generate(PROMPT, max_new_tokens=30, eos_token_id=[]).stats
+    mean_L = torch.stack(kept).double().mean(0)
+    total = sum(parameter.numel() for parameter in made.reference.parameters())
+    skipped = float((96 - mean_L).sum()) * 2 * 64  # up and down; gate is read to choose
+    assert stats.density == pytest.approx(1 - skipped / total)
+    assert stats.density != made.model.program.sparsity.density
+
+
+def test_finished_rows_do_not_count_for_density(tiny: TinyModels) -> None:
+    model = tiny(method="cats").model
+    alone = model.generate(PROMPT, max_new_tokens=20, eos_token_id=[])
+    first = model.generate([50, 30], max_new_tokens=1).tokens[0][0]
+    assert first not in alone.tokens[0]
+    both = model.generate([PROMPT, [50, 30]], max_new_tokens=20, eos_token_id=first)
+    assert both.tokens == (alone.tokens[0], (first,))
+    assert both.stats.density == pytest.approx(alone.stats.density, rel=1e-12)
+
+
+def test_modes_without_periods(model: SiriusModel) -> None:
+    def run(mode: Mode) -> GenerationStats:
+        return model.generate(PROMPT, mode=mode, max_new_tokens=11, eos_token_id=[]).stats
+
+    full, sparse = run(Mode.FULL), run(Mode.SPARSE)
+    for stats in (full, sparse):
+        assert (stats.tokens, stats.periods, stats.advances, stats.aal) == (11, 0, {}, None)
+        assert (stats.corrections, stats.acceptance_rate) == (0, None)
+    assert full.effective_density == 1.0
+    assert full.bytes_read[Phase.DRAFT] == 0
+    assert full.bytes_read[Phase.VERIFY] == 10 * full.weight_bytes
+    assert sparse.effective_density == pytest.approx(sparse.density)
+    assert sparse.density < 1
+    assert sparse.bytes_read[Phase.VERIFY] == 0
+    assert sparse.bytes_read[Phase.DRAFT] == pytest.approx(
+        10 * sparse.density * sparse.weight_bytes
+    )
+
+
+def test_seconds_add_up(model: SiriusModel) -> None:
+    start = time.perf_counter()
+    stats = model.generate(PROMPT, max_new_tokens=20, eos_token_id=[]).stats
+    wall = time.perf_counter() - start
+    assert set(stats.seconds) == set(Phase)
+    assert min(stats.seconds.values()) > 0
+    assert stats.total_seconds == sum(stats.seconds.values())
+    assert 0.5 * wall < stats.total_seconds <= wall
+    assert 0 < stats.prefill_seconds < stats.seconds[Phase.REST]
+    assert stats.tokens_per_second == 20 / (stats.total_seconds - stats.prefill_seconds)
+    assert sum(stats.seconds_per_token.values()) == pytest.approx(stats.total_seconds / 20)
+
+
+# host reads
+
+READS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy"}
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what brings a tensor's value to the host, but for what a back end does inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self._in_backend = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        if func.__name__ in READS and not self._in_backend:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+    def measure(self, model: SiriusModel, **options: Any) -> int:
+        run = EagerBackend.run
+
+        def inside(backend: EagerBackend, *args: Any) -> dict[str, Tensor]:
+            self._in_backend = True
+            try:
+                return run(backend, *args)
+            finally:
+                self._in_backend = False
+
+        self.count = 0
+        with pytest.MonkeyPatch.context() as patch, self:
+            patch.setattr(EagerBackend, "run", inside)
+            model.generate([PROMPT, [50, 30]], eos_token_id=[], **options)
+        return self.count
+
+
+@pytest.mark.parametrize("read", ["tolist", "item", "__bool__", "__int__", "__float__"])
+def test_reads_are_seen(read: str) -> None:
+    with HostReads() as reads:
+        getattr(torch.ones(1), read)()
+    assert reads.count == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_read_a_period(tiny: TinyModels, method: str) -> None:
+    def reads(periods: int) -> int:
+        new_tokens = 1 + 8 * periods
+        return HostReads().measure(
+            tiny(method=method).model, threshold=0.0, period=8, max_new_tokens=new_tokens
+        )
+
+    assert reads(5) - reads(1) == 4
+
+
+@pytest.mark.parametrize("mode", [Mode.FULL, Mode.SPARSE])
+def test_one_read_a_step(model: SiriusModel, mode: Mode) -> None:
+    many, few = (HostReads().measure(model, mode=mode, max_new_tokens=n) for n in (12, 4))
+    assert many - few == 8
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_period_needs_no_values(tiny: TinyModels, method: str) -> None:
+    """On the meta device tensors have none: to read one is an error."""
+    session = open_session(tiny(method=method).compiled.to_runtime(device="meta"), 2)
+    session.prefill([PROMPT, [50, 30]])
+    for acceptance in (ThresholdAcceptance(0.1, 0.6), ExactAcceptance()):
+        verdict = session.period(5, acceptance)
+        assert verdict.tokens.shape == (2, 5)
+    session.full_step()
+    session.sparse_step()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        session.length.tolist()
+
+
+def test_attention_needs_no_values_off_the_cpu() -> None:
+    """Its fake stands in on the meta device, so the reference is called by itself."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    output = cached_attention(
+        *(meta(2, heads, 3, 8) for heads in (4, 2, 2)),
+        *(meta(1, 2, 2, 64, 8) for _ in range(2)),
+        positions=meta(2, 3, dtype=torch.int64),
+        slots=meta(2, 3, dtype=torch.int64),
+        length=meta(2, dtype=torch.int64),
+        tree_mask=chain_mask(3, torch.device("meta")),
+        layer=0,
+        scale=1.0,
+        window=5,
+        softcap=None,
+    )
+    assert output.shape == (2, 4, 3, 8)
