@@ -20,17 +20,17 @@ demo: setup            ## compile the shipped model and show what sparsity break
 	$(BIN)/python examples/tally/demo.py
 
 test: setup            ## the fast suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-all: setup        ## the fast suite and the slow tests
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto -m "slow or not slow"
 
 check: setup           ## the gate: style, types, import contracts, fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 format: setup
 	$(BIN)/ruff check --fix .

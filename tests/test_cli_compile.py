@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.cli import Cli
+from tests.support.cli import Cli
 
 import sirius_runtime
 from sirius_compile.models import shipped_models

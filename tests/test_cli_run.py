@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.cli import Cli
+from tests.support.cli import Cli
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.shipped.problems import Task, problems

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from support.naive_decoder import Sparsity, naive_sirius
+from tests.support.naive_decoder import Sparsity, naive_sirius
 from transformers import LlamaForCausalLM
 
 from sirius_compile import CompileConfig, compile_model

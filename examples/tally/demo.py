@@ -1,7 +1,7 @@
 """What sparsity breaks and Sirius repairs, on the shipped model.
 
     python examples/tally/demo.py                                      # what `make demo` runs
-    python examples/tally/demo.py --problems 500 --keep 0.5 0.4 0.3 --sparsity griffin topk cats
+    python examples/tally/demo.py --problems 500 --sparsity griffin --keep 0.5 0.4 0.3 --markdown
 
 For each sparse path and kept share, fresh test problems (never trained on) of both tasks are
 answered by the dense model, by the sparse path alone, and by Sirius; exact match compares the final
@@ -51,14 +51,14 @@ def score(model: SiriusModel, batch: list[Problem], mode: Mode, period: int | No
 
 HEADER = (
     "task",
-    "sparse path",
+    "path",
     "kept",
     "dense",
-    "sparse alone",
+    "sparse",
     "Sirius",
     "AAL",
     "density",
-    "effective density",
+    "effective",
 )
 
 
@@ -107,7 +107,7 @@ def main() -> None:
             print("| " + " | ".join(row) + " |", flush=True)
     else:
         title = f"{MODEL}: exact match on {args.problems} fresh problems a task"
-        table = Table(*HEADER, title=title)
+        table = Table(*HEADER, title=title, box=None)
         for row in lines:
             table.add_row(*row)
         Console().print(table)
