@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.support.cli import Cli
 
 import sirius_runtime
 from sirius_compile.models import shipped_models
 from sirius_runtime.artifact import Artifact
+from tests.support.cli import Cli
 
 FAST = ("--sparsity", "topk")  # needs no calibration
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.support.cli import Cli
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.shipped.problems import Task, problems
+from tests.support.cli import Cli
 
 PROMPT = next(problems(Task.REASONING, "test", seed=11)).prompt
 

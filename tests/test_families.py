@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sirius_compile import CompileConfig, compile_model
+from sirius_runtime import Mode, SiriusModel
 from sirius_runtime.policy import chain_mask
 from sirius_runtime.session import Backend
 
@@ -53,7 +54,11 @@ class Family:
     """A tiny random model of one family, and its compiled program."""
 
     model: PreTrainedModel
-    backend: Backend
+    compiled: SiriusModel
+
+    @property
+    def backend(self) -> Backend:
+        return self.compiled.backend
 
     def reference(self, ids: list[int]) -> Tensor:
         """Logits [T, V] of transformers' eager attention, without a cache."""
@@ -75,7 +80,7 @@ def family(request: pytest.FixtureRequest) -> Family:
             else:
                 parameter.mul_(4)
     compiled = compile_model(model, CompileConfig(sparsity="topk"))
-    return Family(model, compiled.to_runtime().backend)
+    return Family(model, compiled.to_runtime())
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +155,18 @@ def test_chunks_over_ragged_rows(family: Family, rows: list[list[int]]) -> None:
     for row, tokens in enumerate(rows):
         expected = family.reference(tokens)[counts[row] :]
         assert_close(logits[row, : len(rest[row])], expected)
+
+
+def test_exact_mode_gives_transformers_greedy_tokens(family: Family, rows: list[list[int]]) -> None:
+    output = family.compiled.generate(
+        rows, mode=Mode.EXACT, period=5, max_new_tokens=24, eos_token_id=[]
+    )
+    for tokens, row in zip(output.tokens, rows, strict=True):
+        greedy = family.model.generate(
+            torch.tensor([row]),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert list(tokens) == greedy[0, len(row) :].tolist()

@@ -150,8 +150,11 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "different inputs": (TwoInputs, r"gate and up read different inputs, \w+ and tanh"),
     "up is no linear": (UpIsNoLinear, r"gate or up is not a linear"),
     "gate is up": (OneLinear, r"linear inside the MLP is read from outside it"),
-    "unknown activation": (lambda: Mlp(torch.tanh), "no activation feeds a linear"),
-    "scaled activation": (lambda: Mlp(lambda x: F.silu(x) * 2), "no activation feeds a linear"),
+    "unknown activation": (lambda: Mlp(torch.tanh), "aten.tanh.default is none of the known"),
+    "scaled activation": (
+        lambda: Mlp(lambda x: F.silu(x) * 2),
+        "aten.mul.Tensor is none of the known",
+    ),
 }
 
 
