@@ -11,6 +11,7 @@ import pytest
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.shipped.problems import Task, problems
+from sirius_runtime.cli import _side_by_side
 from tests.support.cli import Cli
 
 PROMPT = next(problems(Task.REASONING, "test", seed=11)).prompt
@@ -82,6 +83,11 @@ def test_compare_prints_the_three_paths(cli: Cli, artifact: Path) -> None:
     document = json.loads(cli.run("run", artifact, "-p", PROMPT, "--compare", "--json").out)
     assert list(document) == ["full", "sparse", "sirius"]
     assert document["full"]["speed"] == 1.0
+
+
+def test_texts_stand_side_by_side() -> None:
+    lines = _side_by_side(["a\n b\nc", "x" * 20], width=34)
+    assert lines == ["a" + " " * 17 + "x" * 16, " b" + " " * 16 + "x" * 4, "c"]
 
 
 def test_unknown_words_are_named(cli: Cli, artifact: Path) -> None:

@@ -6,8 +6,11 @@ Tokens and JSON go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -179,14 +182,36 @@ def _print_comparison(model: Any, prompt: str, options: dict[str, Any], as_json:
         }
         print(json.dumps(document))
         return
-    for run in runs:
-        text = run.output.texts[0] if run.output.texts else run.output.tokens[0]
-        print(f"--- {run.mode} ---\n{text}\n")
+    width = shutil.get_terminal_size().columns
+    for line in _side_by_side([f"--- {r.mode} ---\n{_shown(r.output)}" for r in runs], width):
+        print(line)
+    print()
     header = ("mode", "tokens", "as full", "AAL", "density", "eff.", "tokens/s", "x full")
     rows = [header] + [_comparison_row(run) for run in runs]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     for row in rows:
         print("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)))
+
+
+def _shown(output: Any) -> str:
+    return str(output.texts[0] if output.texts else output.tokens[0]).strip("\n")
+
+
+def _side_by_side(texts: list[str], width: int) -> list[str]:
+    """The texts as columns of equal width, each line wrapped to its column."""
+    column = max((width - 2 * (len(texts) - 1)) // len(texts), 16)
+    wrapped = [
+        [
+            part
+            for line in text.splitlines()
+            for part in textwrap.wrap(line, column, drop_whitespace=False) or [""]
+        ]
+        for text in texts
+    ]
+    return [
+        "  ".join(cell.ljust(column) for cell in row).rstrip()
+        for row in itertools.zip_longest(*wrapped, fillvalue="")
+    ]
 
 
 def _comparison_row(run: Any) -> tuple[str, ...]:
