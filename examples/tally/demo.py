@@ -110,7 +110,7 @@ def main() -> None:
         table = Table(*HEADER, title=title, box=None)
         for row in lines:
             table.add_row(*row)
-        Console().print(table)
+        Console(width=100).print(table)
     print(f"{time.perf_counter() - start:.0f} s")
 
 
