@@ -27,7 +27,8 @@ def expect_graphs(expected: Path, actual: Path) -> int:
     if old == new:
         return len(old)
     differing = sorted(n for n in old.keys() | new.keys() if old.get(n) != new.get(n))
-    first = differing[0]
+    # A graph that is in both folders says more than one that is missing or new.
+    first = next((n for n in differing if n in old and n in new), differing[0])
     diff = list(
         difflib.unified_diff(
             old.get(first, "").splitlines(),
