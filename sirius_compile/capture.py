@@ -179,12 +179,13 @@ class _MaskRecorder:
             zero = torch.zeros((), dtype=torch.int64)
             try:
                 seen = torch.as_tensor(mask_function(zero, zero, query, key)).expand_as(expected)
+                matches = torch.equal(seen, expected)  # a mask made of traced values fails here
             except Exception as error:
                 raise UnsupportedModelError(
                     "the attention mask depends on more than positions (chunked or blockwise "
                     "attention is not supported)"
                 ) from error
-            if not torch.equal(seen, expected):
+            if not matches:
                 raise UnsupportedModelError(
                     "the attention mask is neither causal nor causal within a window"
                 )

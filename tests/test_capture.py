@@ -1,0 +1,45 @@
+"""What capture refuses, and in which words."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoConfig
+
+from sirius_compile.capture import capture
+from sirius_compile.pipeline import front
+from sirius_passes.manager import run_passes
+from sirius_runtime.errors import UnsupportedModelError
+from sirius_runtime.spec import Method
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 101,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gpt_oss", "GptOssAttention: attention sinks are not supported"),
+        ("llama4_text", "chunked or blockwise attention is not supported"),
+        ("bloom", "model type 'bloom' can't be captured"),
+    ],
+)
+def test_attention_that_can_not_be_expressed_is_refused(model_type: str, reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        capture(AutoConfig.for_model(model_type, **SMALL))
+
+
+@pytest.mark.parametrize("model_type", ["opt", "mixtral"])
+def test_a_model_without_gated_mlps_is_refused_by_the_sparse_methods(model_type: str) -> None:
+    program = capture(AutoConfig.for_model(model_type, **SMALL)).program
+    with pytest.raises(UnsupportedModelError, match="no gated MLP was found"):
+        run_passes(program, front(Method.TOPK))
