@@ -1,27 +1,99 @@
-"""Acceptance, correction and neuron choice: pure tensor functions with static shapes, no host
-reads.
+"""Acceptance, correction, sampling and neuron choice: pure tensor functions with static shapes, no
+host reads.
 
-The Session calls them; nothing here knows of caches or graphs. Shape letters: `B` rows, `K` tokens
-of a period's chunk (the root and K - 1 drafted tokens), `V` vocabulary, `I` neurons.
+The Session calls them, and the pass `build_period` traces them into the period's graph. Shape
+letters: `B` rows, `N` nodes of a draft tree, `K` tokens of a path, `V` vocabulary, `I` neurons.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from enum import IntEnum
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sirius_runtime.errors import ConfigError
+from sirius_runtime.tree import Tree, longest_path
+
+Scalar = Tensor | float
+
+
+class Rule(IntEnum):
+    """How drafted tokens are accepted: by a `…Acceptance` of this name."""
+
+    THRESHOLD = 0
+    EXACT = 1
+    SAMPLE = 2
+
+
+class Draft(NamedTuple):
+    """What the sparse path proposes.
+
+    `depth` [B] int64: the levels that count for each row. `distributions` [B, K - 1, V]: of a
+    sampled chain, the distribution that each token was drawn from; else None.
+    """
+
+    tree: Tree
+    depth: Tensor
+    distributions: Tensor | None
+
+
+class Decision(NamedTuple):
+    """What the full path makes of a draft, node by node.
+
+    `passes` [B, N] bool: the node's token is kept if its parent's is. `corrections` [B, N] int64:
+    the token to emit after the node where a token after it was refused, `bonuses` where none was
+    judged.
+    """
+
+    passes: Tensor
+    corrections: Tensor
+    bonuses: Tensor
 
 
 class Acceptance(Protocol):
-    """Decides which drafted tokens pass."""
+    """Decides which drafted tokens pass, by the full path's logits after each node [B, N, V]."""
 
-    def passes(self, logits_BKV: Tensor, drafted_BK: Tensor) -> Tensor:
-        """True [B, K - 1] where the drafted token passes; its full-path logits stand beside it."""
-        ...
+    def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision: ...
+
+
+class Verdict(NamedTuple):
+    """What a period commits: the first `advance` [B] of `tokens` [B, K]; the last of them is `root`
+    [B]. `nodes` [B, K]: the kept path through the tree, root first, 0 after its end.
+    """
+
+    tokens: Tensor
+    advance: Tensor
+    root: Tensor
+    nodes: Tensor
+
+
+def judge(
+    draft: Draft, logits_BNV: Tensor, acceptance: Acceptance, most_B: Tensor, size: int
+) -> Verdict:
+    """Keeps the longest path of tokens that pass, and emits one token of the full path after it.
+
+    The emitted token comes from the logits of the last kept node: it corrects the token that was
+    refused there, or is a bonus where the path ends with the draft. A row commits `most_B` tokens,
+    at least 1, at the most, as if that were the size of its draft; `draft.depth` is within the
+    levels that the draft has. `size` is K.
+    """
+    decision = acceptance.decide(draft, logits_BNV)
+    deepest = draft.depth.minimum(most_B - 1)
+    path = longest_path(draft.tree, decision.passes, deepest, size)
+    last = path.last[:, None]
+    root = torch.where(
+        path.depth < deepest,
+        decision.corrections.gather(1, last)[:, 0],
+        decision.bonuses.gather(1, last)[:, 0],
+    )
+    kept = draft.tree.tokens.gather(1, path.nodes[:, 1:])
+    tokens = torch.cat([kept, torch.zeros_like(last)], 1).scatter(
+        1, path.depth[:, None], root[:, None]
+    )
+    return Verdict(tokens, path.depth + 1, root, path.nodes)
 
 
 @dataclass(frozen=True)
@@ -32,68 +104,139 @@ class ThresholdAcceptance:
     A threshold of 0 accepts all, one above 1 none.
     """
 
-    threshold: float
-    temperature: float
+    threshold: Scalar
+    temperature: Scalar
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0.0:
+        if not isinstance(self.threshold, Tensor) and not self.threshold >= 0.0:
             raise ConfigError(f"threshold must be >= 0, got {self.threshold}")
-        if not 0.0 < self.temperature < float("inf"):
+        if not isinstance(self.temperature, Tensor) and not 0.0 < self.temperature < float("inf"):
             raise ConfigError(f"verify_temperature must be > 0, got {self.temperature}")
 
-    def passes(self, logits_BKV: Tensor, drafted_BK: Tensor) -> Tensor:
-        scaled = logits_BKV.float() / self.temperature
-        chosen = scaled.gather(-1, drafted_BK[..., None])[..., 0]
-        return (chosen - scaled.logsumexp(-1)).exp() >= self.threshold
+    def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
+        scaled = logits_BNV.float() / self.temperature
+        chosen = _after_parent(scaled, draft.tree) - scaled.logsumexp(-1).gather(
+            1, draft.tree.parents
+        )
+        choice = logits_BNV.argmax(-1)
+        return Decision(chosen.exp() >= self.threshold, choice, choice)
 
 
 @dataclass(frozen=True)
 class ExactAcceptance:
     """A token passes if it is the full path's argmax: the output is the dense greedy one."""
 
-    def passes(self, logits_BKV: Tensor, drafted_BK: Tensor) -> Tensor:
-        return logits_BKV.argmax(-1) == drafted_BK
+    def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
+        choice = logits_BNV.argmax(-1)
+        return Decision(_is_choice(choice, draft.tree), choice, choice)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a period commits: the first `advance` [B] of `tokens` [B, K]; the last of them is `root`
-    [B].
+class Sampling:
+    """A distribution over the vocabulary: softmax(logits / temperature), cut to the `top_k`
+    likeliest tokens and then to the smallest set of probability `top_p` (transformers' order).
+
+    top_k 0 and top_p 1 cut nothing.
     """
 
-    tokens: Tensor
-    advance: Tensor
-    root: Tensor
+    temperature: Scalar = 1.0
+    top_k: Tensor | int = 0
+    top_p: Scalar = 1.0
+
+    def __post_init__(self) -> None:
+        for value, allowed, range_ in (
+            (self.temperature, lambda v: 0.0 < v < float("inf"), "temperature must be > 0"),
+            (self.top_k, lambda v: v >= 0, "top_k must be >= 0 (0: no limit)"),
+            (self.top_p, lambda v: 0.0 < v <= 1.0, "top_p must be in (0, 1]"),
+        ):
+            if not isinstance(value, Tensor) and not allowed(value):
+                raise ConfigError(f"{range_}, got {value}")
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """Probabilities [..., V], float32, of logits [..., V]."""
+        scaled = logits.float() / self.temperature
+        if self._cuts_nothing():
+            return scaled.softmax(-1)
+        values, order = scaled.sort(dim=-1, descending=True, stable=True)
+        rank = torch.arange(values.shape[-1], device=values.device)
+        limit = torch.where(torch.as_tensor(self.top_k) > 0, self.top_k, values.shape[-1])
+        values = values.masked_fill(rank >= limit, float("-inf"))
+        # In float32 the sum over a large vocabulary reaches 1 before its tail.
+        p = values.softmax(-1, dtype=torch.float64)
+        likelier = p.cumsum(-1) - p
+        beyond = (likelier >= self.top_p) & (rank > 0)
+        values = values.masked_fill(beyond & torch.as_tensor(self.top_p < 1.0), float("-inf"))
+        return torch.zeros_like(values).scatter(-1, order, values.softmax(-1))
+
+    def _cuts_nothing(self) -> bool:
+        """Known only of plain numbers: a graph that takes them at run time always sorts."""
+        if isinstance(self.top_k, Tensor) or isinstance(self.top_p, Tensor):
+            return False
+        return self.top_k == 0 and self.top_p == 1.0
 
 
-def judge(
-    chunk_BK: Tensor, logits_BKV: Tensor, acceptance: Acceptance, most_B: Tensor | None = None
-) -> Verdict:
-    """Accepts the leading run of drafted tokens that pass, and corrects the one after it.
+class Noise(NamedTuple):
+    """A period's uniform random numbers in [0, 1), float64: all that sampling needs of chance.
 
-    `chunk_BK` is [root, s_1 .. s_{K-1}], `logits_BKV` the full path's logits after each of its
-    tokens. The correction is the argmax after the last kept token: it replaces the first refused
-    token, or is a bonus where all pass. A row commits `most_B` tokens at the most, as if that were
-    the size of its chunk.
+    `draft` [B, K - 1]: one a drafted token; `verify` [B, K]: one a depth; `last` [B]: for the token
+    that ends the period. Any of them may be longer: a row uses the same numbers whatever K is.
     """
-    drafted = chunk_BK[:, 1:]
-    passes = acceptance.passes(logits_BKV[:, :-1], drafted)
-    # A running count of refusals rather than a running product of passes: ONNX has no product scan.
-    accepted = (passes.logical_not().cumsum(1) == 0).sum(1)
-    if most_B is not None:
-        accepted = accepted.minimum(most_B - 1)
-    after_kept = accepted[:, None, None].expand(-1, 1, logits_BKV.shape[-1])
-    correction = logits_BKV.gather(1, after_kept)[:, 0].argmax(-1)
-    tokens = torch.cat([drafted, torch.zeros_like(chunk_BK[:, :1])], 1)
-    tokens = tokens.scatter(1, accepted[:, None], correction[:, None])
-    return Verdict(tokens, accepted + 1, correction)
+
+    draft: Tensor
+    verify: Tensor
+    last: Tensor
+
+    @classmethod
+    def unpack(cls, uniform: Tensor) -> Noise:
+        """Of a period's numbers in one tensor [B, 2, K]."""
+        return cls(uniform[:, 0, 1:], uniform[:, 1], uniform[:, 0, 0])
 
 
-def chain_mask(tokens: int, device: torch.device) -> Tensor:
-    """The tree mask [1, T, T] of a chain: each token's distance to those before it, -1 after it."""
-    index = torch.arange(tokens, device=device)
-    distance = index[:, None] - index[None, :]
-    return distance.clamp(min=-1)[None]
+@dataclass(frozen=True)
+class SampleAcceptance:
+    """Lossless sampling: committed tokens have the full path's distribution, whatever the draft.
+
+    A sampled chain: a token s drawn from the sparse path's q passes with probability min(1, p(s) /
+    q(s)) under the full path's p; the correction is drawn from max(p - q, 0), renormalised
+    (Leviathan et al., arXiv 2211.17192, theorem 1).
+
+    A tree of deterministic candidates: child after child is accepted with its probability, each
+    refusal removing it from p and renormalising. One draw from p that is followed where it is a
+    child, and emitted where it is not, is the same law, and is what is computed.
+    """
+
+    sampling: Sampling
+    noise: Noise
+
+    def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
+        p = self.sampling.distribution(logits_BNV)
+        if draft.distributions is None:
+            choice = draw(p, self.noise.verify.gather(1, draft.tree.depth.clamp(min=0)))
+            return Decision(_is_choice(choice, draft.tree), choice, choice)
+        q, last = draft.distributions, self.noise.last[:, None]
+        drafted = draft.tree.tokens[:, 1:, None]
+        p_s, q_s = p[:, :-1].gather(-1, drafted)[..., 0], q.gather(-1, drafted)[..., 0]
+        passes = torch.cat(
+            [
+                torch.ones_like(last, dtype=torch.bool),
+                self.noise.verify[:, : q.shape[1]] * q_s < p_s,
+            ],
+            1,
+        )
+        bonuses = draw(p, last.expand(p.shape[:-1]))
+        residual = (p[:, :-1] - q).clamp(min=0.0)
+        corrections = draw(residual, last.expand(residual.shape[:-1]))
+        return Decision(passes, torch.cat([corrections, bonuses[:, -1:]], 1), bonuses)
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """One index of `weights` [..., V], unnormalised, per `uniform` number [...], by the inverse of
+    the distribution function; never one of weight 0 (where all are 0, the last).
+    """
+    # float32 sums over a large vocabulary would shift the tail's probabilities.
+    sums = weights.double().cumsum(-1)
+    below = sums <= (uniform * sums[..., -1])[..., None]
+    return below.sum(-1).clamp(max=weights.shape[-1] - 1)
 
 
 def select_neurons(statistic: Tensor, count: int) -> Tensor:
@@ -101,3 +244,27 @@ def select_neurons(statistic: Tensor, count: int) -> Tensor:
     count].
     """
     return statistic.topk(count, -1, sorted=False).indices.sort(-1).values
+
+
+def observed(activity: Tensor, nodes_BK: Tensor, advance_B: Tensor) -> Tensor:
+    """GRIFFIN's statistic [layers, B, I] of the tokens that a period ran and kept.
+
+    `activity` [layers, B, N, I]: the terms of the nodes (`gated_mlp_activity`); `nodes_BK`: the
+    kept path, of which the first `advance_B` nodes were run.
+    """
+    kept = torch.arange(nodes_BK.shape[1], device=nodes_BK.device) < advance_B[:, None]
+    weights = activity.new_zeros(activity.shape[1:3]).scatter_add(
+        1, nodes_BK, kept.to(activity.dtype)
+    )
+    return torch.einsum("lbni,bn->lbi", activity, weights)
+
+
+def _is_choice(choice_BN: Tensor, tree: Tree) -> Tensor:
+    """Whether each node's token [B, N] is what was chosen after its parent."""
+    return choice_BN.gather(1, tree.parents) == tree.tokens
+
+
+def _after_parent(values_BNV: Tensor, tree: Tree) -> Tensor:
+    """The value [B, N] that each node's token has after its parent."""
+    V = values_BNV.shape[-1]
+    return values_BNV.flatten(1).gather(1, tree.parents * V + tree.tokens)
