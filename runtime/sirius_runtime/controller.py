@@ -1,0 +1,442 @@
+"""The online controller of `generate(period="auto")`: which period K and tree width w come next.
+
+It maximises committed tokens per second, E[advance] / seconds of a period, by what the generation's
+own periods showed. All rows share (K, w), so their number cancels out.
+
+    E[advance]  1 + sum over d < K of a_w(1) .. a_w(d)
+    seconds     (K - 1) draft_w + verify(N) + rest,  N = (K - 1) w + 1
+
+What is measured:
+
+- a_w(d), the chance that level d passes given that the levels above it did. A row tries each level
+  up to the first refused one; where nothing was refused it says nothing of the level after its last
+  (it is censored). Counts fade by the period, so that a change of the text is followed. A level
+  tried little leans on those just above, and these on the width's pooled rate: one never tried
+  continues the trend. With the pooled rate alone, a chain that grows safer with depth would not
+  look worth lengthening.
+- Drafts may stop early (`confidence`, the end of a row), so K is a cap: the chances that a row
+  drafts on, and that any row of the batch does, scale the advance and the levels that are paid for.
+- Seconds are low quantiles of the last few samples, as slow outliers are common and fast ones are
+  not. The first period of each K and w may be setting up its shapes: alone it is believed only
+  where it is fast. verify(N) is that of N's own samples where two agree (kernels change at some N),
+  else it lies on a line through those N, which one bad point does not move (Theil-Sen).
+- A width that never ran is taken to be as good as it could be: refusals fall as 1 / w and its steps
+  cost no more. Of one that hardly ran, a step costs at most what its nodes would in narrower steps.
+
+Exploration is bounded. The opening is short: a long and a dense period, repeated until their times
+agree, then each width once, at the K that suits it best, and again if it was slow. Later a width's
+best K is sought up to twice the longest that it ran, and every `PROBE_EVERY` periods comes a probe,
+in turn a longer period, a dense one, another width. By prediction it loses some seconds against the
+best choice; all probes together may lose `PROBE_SHARE` of the time. A probe that wins is repeated,
+so that what got better is soon found. A choice is kept until another is better by `HYSTERESIS`, and
+K comes from a ladder, because a new K or w may be a new shape to allocate or compile.
+
+Pure Python without random numbers: the same observations give the same choices.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import NamedTuple
+
+from sirius_runtime.errors import ConfigError
+
+# Simulated rates hardly depend on these: halving or doubling one moves their mean by 1% at most.
+OPENING_PERIOD = 5
+"""The greatest K of the opening: enough to see some levels, and little to lose where most is
+refused."""
+OPENING_ROUNDS, AGREE = 3, 1.5
+"""The opening repeats until the two least times agree within this factor, so often at most."""
+FORGET = 0.96
+"""What a period's counts are worth one period later: a memory of 25 periods."""
+LEAST_TRIALS = 6.0
+"""Trials that a width's counts stay worth however long it does not run: it is still taken for what
+it was, but its next periods soon outweigh that."""
+RATE, RATE_TRIALS = 0.8, 8.0
+"""Prior of the narrowest width's pooled rate, and what any width's prior is worth, in trials."""
+NEAR, NEAR_TRIALS, LEVEL_TRIALS = 0.75, 16.0, 8.0
+"""How a level's rate is shrunk: the levels above count `NEAR` times less per level between; the
+pooled rate is worth `NEAR_TRIALS` of theirs, and they are worth `LEVEL_TRIALS` of its own."""
+STOP_TRIALS = 8.0
+"""Trials that the prior is worth that no draft stops early."""
+SAMPLES, SURE_SAMPLES = 9, 2
+"""Samples kept of a step or the rest, and how many make a width's own steps sure."""
+VERIFY_SAMPLES, VERIFY_POINTS, ONE_NODE = 5, 6, 1.0
+"""Samples kept of each N, for how many different N, and what N = 1 weighs on the line, where others
+weigh as much as they have samples: one token alone often runs a faster kernel."""
+PROBE_EVERY, PROBE_SHARE, PROBE_WINS = 24, 0.02, 1.2
+"""Periods between probes, the share of the time that they may lose, and how many times the best
+choice's tokens per second a probe must bring to be repeated."""
+HYSTERESIS = 0.01
+"""How much better another choice must be, as a share."""
+LEAST_SECONDS, LONGEST_SECONDS = 1e-9, 1e9
+"""Of a period, and of a sample: whatever a clock says, rates stay finite."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One period as it ran.
+
+    `size` K, `width` w and `nodes` N of its tree; `levels`: sparse steps that ran; `rows`:
+    (drafted, accepted) levels of each live row: accepted < drafted means that the token after the
+    accepted ones was refused. Seconds are those of all sparse steps, of the verify pass, and of the
+    rest of the period.
+    """
+
+    size: int
+    width: int
+    levels: int
+    nodes: int
+    draft_seconds: float
+    verify_seconds: float
+    rest_seconds: float
+    rows: tuple[tuple[int, int], ...]
+
+
+class Controller:
+    """Chooses each next period of one generation; tell it how every period went.
+
+    most_period: the greatest K it may choose, at least 1 (1: always dense). widths: those it may
+    choose. A dense period (K = 1) has no tree; it is given the narrowest width.
+    """
+
+    def __init__(self, most_period: int, widths: Sequence[int] = (1,)) -> None:
+        if most_period < 1:
+            raise ConfigError(f"the longest period is {most_period}; it must be at least 1")
+        if not widths or any(width < 1 for width in widths):
+            raise ConfigError(f"tree widths are {tuple(widths)}; give at least one, each 1 or more")
+        self._ladder = tuple(_ladder(most_period))
+        self._widths = [_Width(width, most_period) for width in sorted(set(widths))]
+        self._verify = _VerifyCost()
+        self._rest = _Samples(SAMPLES)
+        self._shapes: set[tuple[int, int]] = set()  # those that ran
+        self._periods = 0
+        self._best = self._forecast(self._widths[0], 1)
+        self._probed: _Forecast | None = None  # the choice, where it is a probe
+        self._winner: _Forecast | None = None  # the last period, where it was a probe that won
+        self._turn = self._last_probe = 0
+        self._credit = 0.0  # seconds that probes may lose
+        self._opening = self._openings()
+        self._choice = next(self._opening)
+
+    def choose(self) -> tuple[int, int]:
+        """The next period's K and w; the same until the next observation."""
+        return self._choice
+
+    def observe(self, observation: Observation) -> None:
+        """Learns from a period that ran, be it the chosen one or another."""
+        self._periods += 1
+        self._winner, self._probed = self._won(observation), None
+        shape = observation.size, observation.width
+        first = shape not in self._shapes
+        self._shapes.add(shape)
+        self._verify.add(observation.nodes, observation.verify_seconds, first)
+        self._rest.add(observation.rest_seconds)
+        for model in self._widths:
+            if model.width == observation.width and observation.levels > 0:
+                model.observe(observation, self._periods, first)
+        narrower = None
+        for model in self._widths:
+            model.assume(narrower)
+            narrower = model
+        self._choice = next(self._opening, None) or self._next()
+
+    def _openings(self) -> Iterator[tuple[int, int]]:
+        """The first choices, each made when it is due."""
+        narrowest, most = self._widths[0], min(OPENING_PERIOD, self._ladder[-1])
+        yield most, narrowest.width
+        # Where much is refused, shorter ones show as much.
+        size = min(most, round(2.0 * narrowest.advance[most]))
+        nodes = (size - 1) * narrowest.width + 1
+        for _ in range(OPENING_ROUNDS):
+            if not self._verify.settled(1):
+                yield 1, narrowest.width
+            if size > 1 and not (self._verify.settled(nodes) and narrowest.steps.count):
+                yield size, narrowest.width
+        if most > 1:
+            for narrower, model in pairwise(self._widths):
+                choice = self._best_of(model).choice
+                yield choice
+                if model.step > AGREE * narrower.step:
+                    yield choice
+
+    def _next(self) -> tuple[int, int]:
+        """The best choice, or a probe."""
+        drafting = self._widths if self._ladder[-1] > 1 else []
+        of_width = [self._best_of(model) for model in drafting]
+        best = max([self._forecast(self._widths[0], 1), *of_width], key=_rate)
+        kept = self._forecast(self._best.model, self._best.size)
+        self._best = best if best.rate > kept.rate * (1.0 + HYSTERESIS) else kept
+        self._credit += PROBE_SHARE * self._best.seconds
+        if self._winner is not None:
+            self._probed = self._affordable(self._winner.model, (self._winner.size,))
+        elif self._periods - self._last_probe >= PROBE_EVERY:
+            self._probed = self._probe([one for one in of_width if one.model != self._best.model])
+        return (self._probed or self._best).choice
+
+    def _probe(self, others: list[_Forecast]) -> _Forecast | None:
+        """The next probe in turn that is not too dear; `others`: the best of the other widths."""
+        size = self._best.size
+        longer = self._ladder[min(self._ladder.index(size) + 2, len(self._ladder) - 1)]
+        # Of a width first what shows most, a period as long as the one in use.
+        turns: list[tuple[_Width, tuple[int, ...]]] = [
+            (self._best.model, (longer, 2)),
+            (self._widths[0], (1,)),
+            *((one.model, (max(size, one.size), one.size, 2)) for one in others),
+        ]
+        for turn in range(self._turn, self._turn + len(turns)):
+            probe = self._affordable(*turns[turn % len(turns)])
+            if probe is not None:
+                self._turn, self._last_probe = turn + 1, self._periods
+                return probe
+        return None
+
+    def _affordable(self, model: _Width, sizes: Sequence[int]) -> _Forecast | None:
+        """The first of these that is not the best choice and that the credit pays for; pays."""
+        for size in sizes:
+            probe = self._forecast(model, min(size, self._ladder[-1]))
+            loss = max(0.0, probe.seconds - probe.advance / self._best.rate)
+            if probe.choice != self._best.choice and loss <= self._credit:
+                self._credit -= loss
+                return probe
+        return None
+
+    def _won(self, observation: Observation) -> _Forecast | None:
+        """The probe, if this was it and brought more than the best choice should have."""
+        probe, rows = self._probed, observation.rows
+        if probe is None or not rows or (observation.size, observation.width) != probe.choice:
+            return None
+        advance = 1.0 + sum(accepted for _, accepted in rows) / len(rows)
+        return probe if advance > PROBE_WINS * self._best.rate * probe.seconds else None
+
+    def _best_of(self, model: _Width) -> _Forecast:
+        """The best choice of a width that drafts at all."""
+        end = bisect_right(self._ladder, 2 * model.longest or OPENING_PERIOD)
+        best, best_rate = 2, 0.0
+        advance, seconds = model.advance, self._seconds
+        for size in self._ladder[1 : max(2, end)]:
+            rate = advance[size] / seconds(model, size)
+            if rate > best_rate:
+                best, best_rate = size, rate
+        return self._forecast(model, best)
+
+    def _forecast(self, model: _Width, size: int) -> _Forecast:
+        return _Forecast(model, size, model.advance[size], self._seconds(model, size))
+
+    def _seconds(self, model: _Width, size: int) -> float:
+        levels = model.levels[size]
+        verify = self._verify.seconds(levels * model.width + 1.0)
+        return levels * model.step + verify + self._rest.typical + LEAST_SECONDS
+
+
+class _Forecast(NamedTuple):
+    """What a period of this width and K should bring: tokens of a row, in seconds."""
+
+    model: _Width
+    size: int
+    advance: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.advance / self.seconds
+
+    @property
+    def choice(self) -> tuple[int, int]:
+        return self.size, self.model.width
+
+
+def _rate(forecast: _Forecast) -> float:
+    return forecast.rate
+
+
+def _ladder(most: int) -> Iterator[int]:
+    """The K to choose from: 1 to 6, then a third more each, then `most`."""
+    size = 1
+    while size < most:
+        yield size
+        size += max(1, size // 3)
+    yield most
+
+
+class _Samples:
+    """The lower tertile of the last samples, in seconds: of up to three the least."""
+
+    __slots__ = ("_last", "_sure", "settled", "typical")
+
+    def __init__(self, most: int) -> None:
+        self._last: deque[float] = deque(maxlen=most)
+        self.typical = 0.0
+        self._sure = False
+        self.settled = False  # whether the two least agree, and not all may have been setting up
+
+    @property
+    def count(self) -> int:
+        return len(self._last)
+
+    def add(self, seconds: float, first: bool = False) -> None:
+        self._sure = self._sure or not first
+        if seconds >= 0.0:  # nan is not
+            self._last.append(min(seconds, LONGEST_SECONDS))
+            ranked = sorted(self._last)
+            self.typical = ranked[(len(ranked) - 1) // 3]
+            self.settled = self._sure and len(ranked) > 1 and ranked[1] <= AGREE * ranked[0]
+
+
+class _VerifyCost:
+    """Seconds of a verify pass by its nodes N."""
+
+    def __init__(self) -> None:
+        self._points: dict[int, _Samples] = {}  # the latest last
+        self._known: dict[float, float] = {}
+        self._base = self._slope = 0.0
+
+    def seconds(self, nodes: float) -> float:
+        known = self._known.get(nodes)
+        return self._base + self._slope * nodes if known is None else known
+
+    def settled(self, nodes: int) -> bool:
+        """Whether samples of this N agree."""
+        return nodes in self._points and self._points[nodes].settled
+
+    def add(self, nodes: int, seconds: float, first: bool) -> None:
+        """Counts a pass, maybe that of the first period of a K and w."""
+        point = self._points.pop(nodes, None) or _Samples(VERIFY_SAMPLES)
+        point.add(seconds, first)
+        if not point.count:
+            return
+        if len(self._points) == VERIFY_POINTS:
+            doubtful = [n for n, one in self._points.items() if not one.settled]
+            del self._points[next(iter(doubtful or self._points))]
+        self._points[nodes] = point
+        self._fit()
+        self._known = {
+            float(n): one.typical if one.settled else min(one.typical, self._base + self._slope * n)
+            for n, one in self._points.items()
+        }
+
+    def _fit(self) -> None:
+        """Weighted medians of the slopes between points, then of what the slope leaves."""
+        settled = {n: one for n, one in self._points.items() if one.settled}
+        points = [
+            (float(n), one.typical, one.count if n > 1 else ONE_NODE)
+            for n, one in (settled if len(settled) > 1 else self._points).items()
+        ]
+        slopes = [
+            ((t - s) / (n - m), i * j * abs(n - m))
+            for (m, s, i), (n, t, j) in combinations(points, 2)
+        ]
+        self._slope = max(0.0, _weighted_median(slopes))
+        self._base = _weighted_median([(t - self._slope * n, i) for n, t, i in points])
+        if self._base < 0.0:
+            self._base = 0.0
+            self._slope = _weighted_median([(t / max(n, 1.0), i) for n, t, i in points])
+
+
+class _Width:
+    """What is known of a tree width: tables by K (index 0 is unused) and the cost of a step.
+
+    `advance`: tokens that a row should commit; `levels`: sparse steps that should run; `step`:
+    seconds of one; `rate`: pooled chance that a level passes; `longest`: the longest K that ran.
+    """
+
+    def __init__(self, width: int, most_period: int) -> None:
+        self.width = width
+        self.longest = 0
+        self.steps = _Samples(SAMPLES)
+        self._first_steps = _Samples(SAMPLES)  # of the first period of each K
+        self.step = 0.0
+        self._seen, self._passed = [0.0] * most_period, [0.0] * most_period  # trials by level
+        self._row, self._batch = _DraftsOn(), _DraftsOn()
+        self._last = 0  # the period that was observed last
+        self._prior = RATE
+        self._tabulate()
+
+    def assume(self, narrower: _Width | None) -> None:
+        """Takes what ran little for what the next narrower width makes likely."""
+        samples = [some.typical for some in (self.steps, self._first_steps) if some.count]
+        if self.steps.count >= SURE_SAMPLES:
+            samples = samples[:1]
+        elif narrower is not None:
+            samples.append(narrower.step * (self.width / narrower.width if samples else 1.0))
+        self.step = min(samples, default=0.0)
+        if narrower is not None and not self.longest:
+            self._prior = 1.0 - (1.0 - narrower.rate) * narrower.width / self.width
+            self._tabulate()
+
+    def observe(self, observation: Observation, now: int, first: bool) -> None:
+        """Counts a period of at least one level, number `now`, maybe the first of its K."""
+        size, levels, deepest = observation.size, observation.levels, len(self._seen) - 1
+        self.longest = max(self.longest, size)
+        steps = self._first_steps if first else self.steps
+        steps.add(observation.draft_seconds / levels)
+        fade = FORGET ** (now - self._last)
+        if now > self._last + 1:
+            fade = max(fade, min(FORGET, LEAST_TRIALS / max(sum(self._seen), 1.0)))
+        self._last = now
+        ends, refusals = [0] * (deepest + 1), [0] * (deepest + 1)  # by accepted levels
+        for drafted, accepted in observation.rows:
+            accepted = min(max(accepted, 0), deepest)
+            ends[accepted] += 1
+            refusals[accepted] += accepted < drafted
+        through = 0
+        for level in range(deepest, 0, -1):
+            through += ends[level]
+            self._passed[level] = self._passed[level] * fade + through
+            self._seen[level] = self._seen[level] * fade + through + refusals[level - 1]
+        drafts = [drafted for drafted, _ in observation.rows if drafted > 0]
+        self._row.add(sum(drafts) - len(drafts), sum(d < size - 1 for d in drafts), fade)
+        self._batch.add(levels - 1, int(levels < size - 1), fade)
+        self._tabulate()
+
+    def _tabulate(self) -> None:
+        total = sum(self._seen) + RATE_TRIALS
+        self.rate = pooled = (sum(self._passed) + RATE_TRIALS * self._prior) / total
+        row_drafts_on, batch_drafts_on = self._row.rate, self._batch.rate
+        near_seen, near_passed = NEAR_TRIALS, NEAR_TRIALS * pooled
+        prior_seen, prior_passed = (1.0 - NEAR) * near_seen, (1.0 - NEAR) * near_passed
+        commits = runs = 1.0  # chances that the level is committed, and that it is drafted
+        advance, levels = [0.0, 1.0], [0.0, 0.0]
+        for seen, passed in zip(self._seen[1:], self._passed[1:], strict=True):
+            near = near_passed / near_seen
+            commits *= (passed + LEVEL_TRIALS * near) / (seen + LEVEL_TRIALS)
+            near_seen = NEAR * near_seen + seen + prior_seen
+            near_passed = NEAR * near_passed + passed + prior_passed
+            advance.append(advance[-1] + commits)
+            levels.append(levels[-1] + runs)
+            commits *= row_drafts_on
+            runs *= batch_drafts_on
+        self.advance, self.levels = advance, levels
+
+
+class _DraftsOn:
+    """The chance that a draft goes on after a level: 1 until one stopped early."""
+
+    __slots__ = ("_stopped", "_went_on")
+
+    def __init__(self) -> None:
+        self._went_on = self._stopped = 0.0
+
+    def add(self, went_on: int, stopped: int, fade: float) -> None:
+        self._went_on = self._went_on * fade + went_on
+        self._stopped = self._stopped * fade + stopped
+
+    @property
+    def rate(self) -> float:
+        went_on = self._went_on + STOP_TRIALS
+        return went_on / (went_on + self._stopped)
+
+
+def _weighted_median(pairs: list[tuple[float, float]]) -> float:
+    """The lower median of (value, weight) pairs; 0 of none."""
+    pairs.sort()
+    half, total = sum(weight for _, weight in pairs) / 2.0, 0.0
+    for value, weight in pairs:
+        total += weight
+        if total >= half:
+            return value
+    return 0.0
