@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sirius_passes.build_period import BuildPeriod
 from sirius_passes.canonicalize import Canonicalize
 from sirius_passes.insert_kv_cache import InsertKvCache
 from sirius_passes.lay_out_weights import LayOutWeights
@@ -19,20 +20,24 @@ from sirius_passes.printer import print_graph
 from sirius_passes.program import (
     DENSE,
     FULL,
+    OBSERVE,
     ORIGIN,
     OUTPUTS,
+    PERIOD,
     SPARSE,
     Program,
     Stage,
     call,
     calls,
     set_outputs,
+    subgraphs,
 )
 from sirius_passes.recognise_mlps import RecogniseMlps
+from sirius_passes.sparsify_griffin import SparsifyGriffin
 from sirius_runtime.errors import PassError
 from sirius_runtime.graph import INPUT, WEIGHT, placeholders
 from sirius_runtime.spec import PassRecord, WeightSpec
-from tests.support.graphs import Attention, Decoder, Mlp, after, trace
+from tests.support.graphs import POSITIONS, Attention, Decoder, Mlp, after, trace, two_layers
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
 
@@ -42,6 +47,7 @@ PASSES: list[Pass] = [
     InsertKvCache(),
     PairPaths(),
     LayOutWeights(),
+    BuildPeriod(3, 2, POSITIONS),
 ]
 
 
@@ -62,6 +68,7 @@ def test_passes_move_a_program_through_the_stages() -> None:
         Stage.CACHED,
         Stage.PAIRED,
         Stage.LAID_OUT,
+        Stage.FINAL,
     ]
 
 
@@ -91,7 +98,7 @@ def test_records_say_what_each_pass_did() -> None:
     records = run_passes(program, PASSES, progress=seen.append)
     assert records == tuple(seen)
     assert [r.name for r in records] == [step.name for step in PASSES]
-    assert [r.rewrites for r in records] == [0, 1, 1, 3, 1]
+    assert [r.rewrites for r in records] == [0, 1, 1, 3, 1, 1]
     assert [r.nodes_before for r in records] == [nodes, *(r.nodes_after for r in records[:-1])]
     assert records[-1].nodes_after == program.nodes()
     assert (
@@ -114,9 +121,11 @@ def test_graphs_are_dumped_before_the_first_and_after_each_pass(tmp_path: Path) 
         "03_insert_kv_cache.dense.txt",
         *(f"04_pair_paths.{graph}.txt" for graph in ("full", "prefill", "sparse")),
         *(f"05_lay_out_weights.{graph}.txt" for graph in ("full", "prefill", "sparse")),
+        *(f"06_build_period.{graph}.txt" for graph in ("full", "period", "prefill", "sparse")),
     ]
     assert files["00_capture.dense.txt"] == captured
     assert files["05_lay_out_weights.full.txt"] == print_graph(program.graphs[FULL])
+    assert files["06_build_period.period.txt"] == print_graph(program.graphs[PERIOD])
 
 
 def test_no_dump_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,10 +172,11 @@ class Finding:
     stage: Stage
     do: Callable[[Program], None]
     message: str
+    build: Callable[[], Decoder] = one_layer
 
 
-def program_at(stage: Stage) -> Program:
-    program = trace(one_layer)
+def program_at(stage: Stage, build: Callable[[], Decoder] = one_layer) -> Program:
+    program = trace(build)
     run_passes(program, [step for step in PASSES if step.gives <= stage])
     return program
 
@@ -204,7 +214,7 @@ def drop_binding(program: Program) -> None:
 
 
 def bind_to_unknown_input(program: Program) -> None:
-    placeholders(program.graphs[DENSE].graph, INPUT)["positions"].meta[INPUT] = "temperature"
+    placeholders(program.graphs[DENSE].graph, INPUT)["positions"].meta[INPUT] = "colour"
 
 
 def forget_weight(program: Program) -> None:
@@ -294,12 +304,46 @@ def read_another_weight(program: Program) -> None:
     program.weights["own_head"] = WeightSpec("own_head", "bfloat16", (11, 6))
 
 
-CANONICAL, CACHED, PAIRED, LAID_OUT = (
-    Stage.CANONICAL,
-    Stage.CACHED,
-    Stage.PAIRED,
-    Stage.LAID_OUT,
-)
+def drop_period(program: Program) -> None:
+    del program.graphs[PERIOD]
+
+
+def drop_observe(program: Program) -> None:
+    SparsifyGriffin(0.5).run(program)
+    del program.graphs[OBSERVE]
+
+
+def loop_body(program: Program) -> torch.fx.Graph:
+    """The graph of one draft step, within the period's loop."""
+    steps = [
+        part.graph
+        for part in subgraphs(program.graphs[PERIOD])
+        if calls(part.graph, sirius.block_attention.default)
+    ]
+    return steps[0]
+
+
+def add_dead_node_to_the_loop(program: Program) -> None:
+    (attention, *_) = calls(loop_body(program), sirius.block_attention.default)
+    with attention.graph.inserting_before(attention):
+        call(attention.graph, aten.neg.default, (attention.args[0],), origin="test")
+
+
+def write_a_cache_in_the_loop(program: Program) -> None:
+    (attention, *_) = calls(loop_body(program), sirius.block_attention.default)
+    cache = attention.args[3]
+    with attention.graph.inserting_before(attention):
+        written = call(attention.graph, aten.mul_.Scalar, (cache, 1), origin="test")
+    attention.update_arg(3, written)
+
+
+def repeat_a_layer_in_the_loop(program: Program) -> None:
+    """A layer's attention over the K/V of the layer below."""
+    attention = calls(loop_body(program), sirius.block_attention.default)[1]
+    attention.update_arg(11, 0)
+
+
+CANONICAL, CACHED, PAIRED, LAID_OUT, FINAL = list(Stage)[1:]
 FINDINGS = [
     Finding(CANONICAL, add_dead_node, r"node neg_default is dead"),
     Finding(CANONICAL, drop_value, r"node linear_\d+ has no meta\['val'\]"),
@@ -311,7 +355,7 @@ FINDINGS = [
     Finding(CANONICAL, call_python, r"a call of <built-in function len> can't be stored"),
     Finding(CANONICAL, use_before_definition, "used before it has been defined"),
     Finding(CANONICAL, name_no_output, r"outputs are named \(\)"),
-    Finding(CANONICAL, name_unknown_output, r"outputs are named \('hidden',\), known are \['kept'"),
+    Finding(CANONICAL, name_unknown_output, r"outputs are named \('hidden',\), known are \['act"),
     Finding(CANONICAL, leave_noise, r"export noise is left: alias"),
     Finding(CANONICAL, drop_attention, r"attention.* stands at layers \[\], expected 0..0"),
     Finding(CANONICAL, renumber_attention, r"attention.* stands at layers \[1\], expected 0..0"),
@@ -321,12 +365,22 @@ FINDINGS = [
     Finding(PAIRED, keep_dense, r"graphs are \['dense', 'full', 'prefill', 'sparse'\], expected"),
     Finding(PAIRED, read_another_weight, r"reads weights that the full path does not: \['own_he"),
     Finding(LAID_OUT, read_transposed, "weight head.weight is read transposed; it should be stor"),
+    Finding(PAIRED, drop_observe, r"graphs are .*, expected \['full', 'observe', 'prefill', 'sp"),
+    Finding(FINAL, drop_period, r"graphs are .*, expected \['full', 'period', 'prefill', 'sparse"),
+    Finding(FINAL, add_dead_node_to_the_loop, r"'period' .* node neg_default is dead"),
+    Finding(FINAL, write_a_cache_in_the_loop, r"aten.mul_.Scalar\) mutates; state goes in and com"),
+    Finding(
+        FINAL,
+        repeat_a_layer_in_the_loop,
+        r"block_attention stands at layers \[.*\], each is expected as often",
+        two_layers,
+    ),
 ]
 
 
 @pytest.mark.parametrize("finding", FINDINGS, ids=lambda finding: finding.do.__name__)
 def test_the_verifier_finds(finding: Finding) -> None:
-    program = program_at(finding.stage)
+    program = program_at(finding.stage, finding.build)
     with pytest.raises(PassError, match=finding.message) as error:
         run_passes(program, [Broken(finding.do, finding.stage)])
     assert "after broken: graph" in str(error.value)

@@ -86,12 +86,12 @@ def test_before_and_after() -> None:
         %14: model[B, T, 6] = aten.embedding(%place.weight, %positions)
         %15: model[B, T, 6] = aten.add.Tensor(%13, %14)
         %16: model[10, 6] = aten.t(%layers.0.down.weight)
-        %17: (model[B, T, 6], int64[B, T]) = sirius.cats_mlp(%15, %layers.0.gate.weight, %layers.0.up.weight, %16, None, None, None, 'silu', 0, <calibrated>)
+        %17: (model[B, T, 6], int64[B]) = sirius.cats_mlp(%15, %layers.0.gate.weight, %layers.0.up.weight, %16, None, None, None, 'silu', 0, <calibrated>)
         %18: model[B, T, 6] = getitem(%17, 0)
-        %19: int64[B, T] = getitem(%17, 1)
+        %19: int64[B] = getitem(%17, 1)
         %20: model[B, T, 6] = aten.add.Tensor(%15, %18)
         %21: model[B, T, 11] = aten.linear(%20, %head.weight)
-        %22: int64[1, B, T] = aten.stack([%19])
+        %22: int64[1, B] = aten.stack([%19])
         return logits=%21, kept=%22
         """,  # noqa: E501
     )

@@ -1,4 +1,5 @@
-"""sparsify_griffin: prefill scores the neurons, the sparse path uses the chosen ones only."""
+"""sparsify_griffin: prefill scores the neurons, the sparse path uses the chosen ones only, and a
+copy of the full path says what its tokens add to the scores."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from sirius_passes.program import FULL, PREFILL, SPARSE
+from sirius_passes.program import FULL, OBSERVE, PREFILL, SPARSE
 from sirius_passes.recognise_mlps import GATED_MLP
 from sirius_passes.sparsify_griffin import SparsifyGriffin
-from sirius_passes.testing import check_pass, run_graph, snapshot
+from sirius_passes.testing import check_pass, random_weights, run_graph, snapshot
+from sirius_passes.testing_runs import make_calls
 from sirius_runtime.errors import ConfigError, UnsupportedModelError
 from sirius_runtime.graph import INPUT, placeholders
 from sirius_runtime.spec import Method
@@ -27,6 +29,8 @@ from tests.support.graphs import (
     two_layers,
 )
 
+OUTPUTS = {PREFILL: "statistic", OBSERVE: "activity"}
+
 
 def reference(
     name: str, before: fx.GraphModule, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]
@@ -36,15 +40,18 @@ def reference(
     if name == SPARSE:
         chosen = {GATED_MLP: lambda *args: naive.griffin_mlp(*args, inputs["neurons"])}
         return run_replacing(before, inputs, weights, chosen)
-    statistics = []
+    second = []
 
     def gated_mlp(*args: object) -> Tensor:
-        y, statistic = naive.gated_mlp_statistic(*args, inputs["valid"])
-        statistics.append(statistic)
+        if name == OBSERVE:
+            y, value = naive.gated_mlp_activity(*args)
+        else:
+            y, value = naive.gated_mlp_statistic(*args, inputs["valid"])
+        second.append(value)
         return y
 
     outputs = run_replacing(before, inputs, weights, {GATED_MLP: gated_mlp})
-    return outputs | {"statistic": torch.stack(statistics)}
+    return outputs | {OUTPUTS[name]: torch.stack(second)}
 
 
 def test_before_and_after() -> None:
@@ -78,9 +85,10 @@ def test_before_and_after() -> None:
         "sirius.gated_mlp": (3, 1),
         "prefill/sirius.gated_mlp_statistic": (0, 1),
         "sparse/sirius.griffin_mlp": (0, 1),
+        "observe/sirius.gated_mlp_activity": (0, 1),
     }
     check = check_pass(program, SparsifyGriffin(0.35), reference=reference, expect=expect)
-    assert check.rewrites == 2
+    assert check.rewrites == 3
     assert snapshot(program.graphs[FULL]) == full
     assert_prints(
         program.graphs[PREFILL],
@@ -120,7 +128,7 @@ def test_before_and_after() -> None:
         input %tree_mask: int64[R, T, M]
         input %k_cache: model[layers, B, G, S, D]
         input %v_cache: model[layers, B, G, S, Dv]
-        input %neurons: int64[layers, B, K]
+        input %neurons: int64[layers, B, kept]
         %14: model[B, T, 6] = aten.embedding(%embed.weight, %input_ids)
         %15: model[B, T, 6] = aten.embedding(%place.weight, %positions)
         %16: model[B, T, 6] = aten.add.Tensor(%14, %15)
@@ -131,12 +139,35 @@ def test_before_and_after() -> None:
         return logits=%20
         """,  # noqa: E501
     )
+    assert_prints(
+        program.graphs[OBSERVE],
+        """
+        input %input_ids: int64[B, T]
+        input %positions: int64[B, T]
+        input %slots: int64[B, T]
+        input %length: int64[B]
+        input %tree_mask: int64[R, T, M]
+        input %k_cache: model[layers, B, G, S, D]
+        input %v_cache: model[layers, B, G, S, Dv]
+        %13: model[B, T, 6] = aten.embedding(%embed.weight, %input_ids)
+        %14: model[B, T, 6] = aten.embedding(%place.weight, %positions)
+        %15: model[B, T, 6] = aten.add.Tensor(%13, %14)
+        %16: model[10, 6] = aten.t(%layers.0.down.weight)
+        %17: (model[B, T, 6], float32[B, T, 10]) = sirius.gated_mlp_activity(%15, %layers.0.gate.weight, %layers.0.up.weight, %16, None, None, None, 'silu', 0)
+        %18: model[B, T, 6] = getitem(%17, 0)
+        %19: float32[B, T, 10] = getitem(%17, 1)
+        %20: model[B, T, 6] = aten.add.Tensor(%15, %18)
+        %21: model[B, T, 11] = aten.linear(%20, %head.weight)
+        %22: float32[1, B, T, 10] = aten.stack([%19])
+        return logits=%21, activity=%22
+        """,  # noqa: E501
+    )
 
 
 def test_every_layer_equals_loops_over_its_neurons() -> None:
     check = check_pass(paired(two_layers), SparsifyGriffin(0.35), reference=reference)
-    assert check.rewrites == 4
-    assert "prefill.statistic" in check.differences
+    assert check.rewrites == 6
+    assert {"prefill.statistic", "observe.activity"} <= check.differences.keys()
 
 
 def test_all_neurons_kept_is_dense() -> None:
@@ -155,6 +186,23 @@ def test_only_the_paths_that_use_them_have_the_new_inputs() -> None:
     inputs = {name: placeholders(m.graph, INPUT).keys() for name, m in program.graphs.items()}
     assert {name for name in inputs if "neurons" in inputs[name]} == {SPARSE}
     assert {name for name in inputs if "valid" in inputs[name]} == {PREFILL}
+
+
+def test_to_observe_is_to_verify() -> None:
+    """Whoever refreshes commits by these logits: they are bit for bit the full path's."""
+    program = paired(two_layers)
+    check_pass(program, SparsifyGriffin(0.35), reference=reference)
+    weights = random_weights(program, seed=0)
+    for call in make_calls(program.graphs[FULL], seed=0):
+        full, observe = (
+            run_graph(
+                program.graphs[name],
+                call.inputs() | {c: torch.zeros(2, 2, 1, 16, 2) for c in ("k_cache", "v_cache")},
+                weights,
+            )
+            for name in (FULL, OBSERVE)
+        )
+        assert torch.equal(full["logits"], observe["logits"])
 
 
 def test_the_spec_says_what_a_step_reads() -> None:

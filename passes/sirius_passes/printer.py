@@ -11,7 +11,7 @@ from torch import fx
 
 from sirius_passes.program import CALIBRATED, INPUTS, OUTPUTS
 from sirius_runtime.dtypes import dtype_name
-from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders
+from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders, subgraph
 
 
 def print_graph(module: fx.GraphModule) -> str:
@@ -21,31 +21,44 @@ def print_graph(module: fx.GraphModule) -> str:
     the text depends on the graph alone. The program's dtype prints as ``model``, numbers that
     calibration chose as ``<calibrated>``.
     """
-    letters = _size_letters(module.graph)
+    return "\n".join(_lines(module, _size_letters(module.graph))) + "\n"
+
+
+def _lines(module: fx.GraphModule, letters: dict[str, str], nested: bool = False) -> list[str]:
     names: dict[fx.Node, str] = {}
     lines = []
     for node in module.graph.nodes:
-        if node.op == "output":
+        if node.op == "output" and nested:
+            lines.append(f"return {_argument(node.args[0], names)}")
+        elif node.op == "output":
             pairs = zip(node.meta[OUTPUTS], node.args[0], strict=True)
             lines.append("return " + ", ".join(f"{o}={names[v]}" for o, v in pairs))
-            continue
-        if node.op == "placeholder":
+        elif node.op == "placeholder" and nested:
+            names[node] = f"%{len(names)}"
+            lines.append(f"argument {names[node]}: {_value(node.meta['val'], letters)}")
+        elif node.op == "placeholder":
             kind = WEIGHT if WEIGHT in node.meta else INPUT
             names[node] = f"%{node.meta[kind]}"
             lines.append(f"{kind} {names[node]}: {_value(node.meta['val'], letters)}")
-            continue
-        names[node] = f"%{len(names)}"
-        calibrated = node.meta.get(CALIBRATED, ())
-        arguments = [
-            "<calibrated>" if i in calibrated else _argument(a, names)
-            for i, a in enumerate(node.args)
-        ]
-        arguments += [f"{k}={_argument(v, names)}" for k, v in node.kwargs.items()]
-        lines.append(
-            f"{names[node]}: {_value(node.meta['val'], letters)} = "
-            f"{target_name(node)}({', '.join(arguments)})"
-        )
-    return "\n".join(lines) + "\n"
+        elif node.op == "get_attr":
+            names[node] = f"%{len(names)}"
+            inner = subgraph(node)
+            lines.append(f"{names[node]} = graph:")
+            lines += [f"    {line}" for line in _lines(inner, letters, nested=True)]
+        else:
+            names[node] = f"%{len(names)}"
+            lines.append(_call_line(node, names, letters))
+    return lines
+
+
+def _call_line(node: fx.Node, names: dict[fx.Node, str], letters: dict[str, str]) -> str:
+    calibrated = node.meta.get(CALIBRATED, ())
+    arguments = [
+        "<calibrated>" if i in calibrated else _argument(a, names) for i, a in enumerate(node.args)
+    ]
+    arguments += [f"{k}={_argument(v, names)}" for k, v in node.kwargs.items()]
+    value = f": {_value(node.meta['val'], letters)}" if "val" in node.meta else ""
+    return f"{names[node]}{value} = {target_name(node)}({', '.join(arguments)})"
 
 
 def target_name(node: fx.Node) -> str:

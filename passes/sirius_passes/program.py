@@ -30,6 +30,7 @@ ORIGIN = "origin"  # key of a node's meta: the pass that made it, and from what
 CALIBRATED = "calibrated"  # key of a node's meta: positions of arguments that calibration chose
 
 DENSE, PREFILL, SPARSE, FULL = "dense", "prefill", "sparse", "full"
+OBSERVE, PERIOD = "observe", "period"
 
 INPUTS: dict[str, TensorSpec] = {
     spec.name: spec
@@ -43,7 +44,25 @@ INPUTS: dict[str, TensorSpec] = {
         TensorSpec("v_cache", "model", ("layers", "B", "G", "S", "Dv")),
         TensorSpec("last", "int64", ("B",)),
         TensorSpec("valid", "bool", ("B", "T")),
-        TensorSpec("neurons", "int64", ("layers", "B", "K")),
+        TensorSpec("neurons", "int64", ("layers", "B", "kept")),
+        # of the functional forms
+        TensorSpec("k_block", "model", ("layers", "B", "G", "M", "D")),
+        TensorSpec("v_block", "model", ("layers", "B", "G", "M", "Dv")),
+        TensorSpec("nodes", "int64", ("T",)),
+        # of the period
+        TensorSpec("root", "int64", ("B",)),
+        TensorSpec("active", "bool", ("B",)),
+        TensorSpec("most", "int64", ("B",)),
+        TensorSpec("rule", "int64", ()),
+        TensorSpec("threshold", "float32", ()),
+        TensorSpec("verify_temperature", "float32", ()),
+        TensorSpec("confidence", "float32", ()),
+        TensorSpec("temperature", "float32", ()),
+        TensorSpec("top_k", "int64", ()),
+        TensorSpec("top_p", "float32", ()),
+        TensorSpec("noise", "float64", ("B", 2, "K")),
+        TensorSpec("statistic", "float32", ("layers", "B", "I")),
+        TensorSpec("refresh", "bool", ()),
     )
 }
 """Every input that a graph may have; shape letters as in `sirius_runtime.ops`."""
@@ -53,7 +72,21 @@ RESULTS: dict[str, TensorSpec] = {
     for spec in (
         TensorSpec("logits", "model", ("B", "T", "V")),
         TensorSpec("statistic", "float32", ("layers", "B", "I")),
-        TensorSpec("kept", "int64", ("layers", "B", "T")),
+        TensorSpec("activity", "float32", ("layers", "B", "T", "I")),
+        TensorSpec("kept", "int64", ("layers", "B")),
+        # of the functional forms
+        TensorSpec("k_block", "model", ("layers", "B", "G", "M", "D")),
+        TensorSpec("v_block", "model", ("layers", "B", "G", "M", "Dv")),
+        # of the period
+        TensorSpec("tokens", "int64", ("B", "K")),
+        TensorSpec("advance", "int64", ("B",)),
+        TensorSpec("drafted", "int64", ("B",)),
+        TensorSpec("root", "int64", ("B",)),
+        TensorSpec("length", "int64", ("B",)),
+        TensorSpec("levels", "int64", ()),
+        TensorSpec("k_kept", "model", ("layers", "B", "G", "K", "D")),
+        TensorSpec("v_kept", "model", ("layers", "B", "G", "K", "Dv")),
+        TensorSpec("neurons", "int64", ("layers", "B", "kept")),
     )
 }
 """Every output that a graph may have. `prefill` gives the logits of one token a row (T = 1)."""
@@ -72,6 +105,8 @@ class Stage(IntEnum):
     """`prefill`, `full` and `sparse` over one weight table."""
     LAID_OUT = 4
     """Weights stored as their kernels stream them."""
+    FINAL = 5
+    """`period` too: draft, verify, accept and roll back as one graph."""
 
 
 @dataclass
@@ -186,6 +221,11 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
 def calls(graph: fx.Graph, *targets: Callable[..., Any]) -> list[fx.Node]:
     """The graph's calls of any of `targets`, in order."""
     return [n for n in graph.nodes if n.op == "call_function" and n.target in targets]
+
+
+def subgraphs(module: fx.GraphModule) -> list[fx.GraphModule]:
+    """Every graph within `module`: what its control flow runs."""
+    return [m for m in module.modules() if isinstance(m, fx.GraphModule) and m is not module]
 
 
 def set_outputs(graph: fx.Graph, values: dict[str, fx.Node]) -> None:

@@ -7,7 +7,7 @@ threshold.
                                                  %9 = aten.stack([%3, …])
                                                  return logits=%8, kept=%9
 
-`kept` [layers, B, T] counts the neurons that were kept. Reads all of gate, and the kept rows of up
+`kept` [layers, B] counts the neurons that were kept. Reads all of gate, and the kept rows of up
 and down. One threshold a layer (CATS, arXiv 2404.08763).
 """
 

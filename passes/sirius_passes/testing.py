@@ -24,7 +24,16 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sirius_passes.manager import Pass, run_passes
 from sirius_passes.printer import print_graph, target_name
-from sirius_passes.program import DENSE, ORIGIN, PREFILL, Program, copy_graph, fake_mode
+from sirius_passes.program import (
+    DENSE,
+    FULL,
+    OBSERVE,
+    ORIGIN,
+    PREFILL,
+    Program,
+    copy_graph,
+    fake_mode,
+)
 from sirius_passes.testing_runs import (
     Reference,
     Subject,
@@ -193,7 +202,8 @@ def _check_numbers(
     """Runs both programs; returns the largest difference of each output that both have."""
     differences: dict[str, float] = {}
     for name, module in new.graphs.items():
-        source = old.graphs.get(name) or old.graphs.get(DENSE)
+        # A new graph is a form of an old one: the paths of `dense`, `observe` of `full`.
+        source = old.graphs.get(name) or old.graphs.get(FULL if name == OBSERVE else DENSE)
         if source is None:
             continue
         run = partial(reference, name, source) if reference else runnable(source, torch.float32)

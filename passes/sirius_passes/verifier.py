@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,16 +12,21 @@ from sirius_passes.program import (
     DENSE,
     FULL,
     INPUTS,
+    OBSERVE,
     OUTPUTS,
+    PERIOD,
     PREFILL,
     RESULTS,
     SPARSE,
     Program,
     Stage,
     calls,
+    outputs,
+    subgraphs,
 )
 from sirius_runtime.errors import ArtifactError, PassError
 from sirius_runtime.graph import INPUT, WEIGHT, placeholders, to_document
+from sirius_runtime.spec import Method
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
 
@@ -40,6 +46,7 @@ _GRAPHS = {
     Stage.CACHED: {DENSE},
     Stage.PAIRED: {PREFILL, SPARSE, FULL},
     Stage.LAID_OUT: {PREFILL, SPARSE, FULL},
+    Stage.FINAL: {PREFILL, SPARSE, FULL, PERIOD},
 }
 
 
@@ -56,10 +63,13 @@ def verify(program: Program, after: str) -> None:
 
 def _findings(program: Program) -> Iterator[tuple[str, str]]:
     expected = _GRAPHS[program.stage]
+    if program.sparsity.method is Method.GRIFFIN:
+        expected = expected | {OBSERVE}
     if set(program.graphs) != expected:
         yield "*", f"graphs are {sorted(program.graphs)}, expected {sorted(expected)}"
     for name, module in program.graphs.items():
-        for finding in _graph_findings(program, module):
+        findings = _period_findings if name == PERIOD else _graph_findings
+        for finding in findings(program, module):
             yield name, finding
     if program.stage >= Stage.PAIRED:
         full = set(placeholders(program.graphs[FULL].graph, WEIGHT))
@@ -68,8 +78,9 @@ def _findings(program: Program) -> Iterator[tuple[str, str]]:
                 yield name, f"reads weights that the full path does not: {sorted(extra)[:3]}"
 
 
-def _graph_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
-    graph, stage = module.graph, program.stage
+def _sound_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
+    """What holds of every graph."""
+    graph = module.graph
     try:
         graph.lint()
         to_document(module)
@@ -77,15 +88,43 @@ def _graph_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
         yield str(error)
         return
     for node in graph.nodes:
-        if node.op != "output" and "val" not in node.meta:
-            yield f"node {node.name} has no meta['val']"
-        elif node.op == "placeholder":
+        if node.op == "placeholder":
             yield from _placeholder_findings(program, node)
-        elif node.op == "call_function" and not node.users and not _mutates(node):
-            yield f"node {node.name} is dead"
+    for part in (module, *subgraphs(module)):
+        yield from _node_findings(part.graph)
     names = graph.output_node().meta.get(OUTPUTS, ())
     if not names or set(names) - set(RESULTS):
         yield f"outputs are named {names}, known are {sorted(RESULTS)}"
+
+
+def _node_findings(graph: fx.Graph) -> Iterator[str]:
+    for node in graph.nodes:
+        has_value = node.op == "placeholder" or (node.op == "call_function" and node.users)
+        if has_value and "val" not in node.meta:
+            yield f"node {node.name} has no meta['val']"
+        if node.op == "call_function" and not node.users and not node.is_impure():
+            yield f"node {node.name} is dead"
+
+
+def _period_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
+    yield from _sound_findings(program, module)
+    layers: list[Any] = []
+    for part in (module, *subgraphs(module)):
+        for node in part.graph.nodes:
+            if _mutates(node):
+                yield f"node {node.name} ({node.target}) mutates; state goes in and comes out here"
+        layers += [node.args[11] for node in calls(part.graph, sirius.block_attention.default)]
+    tokens = outputs(module.graph).get("tokens")
+    drafts = tokens is not None and tokens.meta["val"].shape[1] > 1
+    every = set(range(program.state.layers))
+    counts = {layers.count(layer) for layer in every}
+    if set(layers) != every or len(counts) > 1 or min(counts) < 1 + drafts:
+        yield f"sirius.block_attention stands at layers {layers}, each is expected as often"
+
+
+def _graph_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
+    graph, stage = module.graph, program.stage
+    yield from _sound_findings(program, module)
     if stage >= Stage.CANONICAL and (noise := calls(graph, *EXPORT_NOISE)):
         yield f"export noise is left: {noise[0].name} ({noise[0].target})"
     cached, cacheless = sirius.cached_attention.default, sirius.attention.default
@@ -103,6 +142,8 @@ def _graph_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
 
 
 def _placeholder_findings(program: Program, node: fx.Node) -> Iterator[str]:
+    if "val" not in node.meta:
+        return  # said of every node
     value = node.meta["val"]
     if WEIGHT in node.meta:
         name = node.meta[WEIGHT]

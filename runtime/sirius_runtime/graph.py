@@ -1,11 +1,12 @@
 """Graphs as data: an `fx.GraphModule` to and from plain JSON, without pickle and without code.
 
 A document lists nodes in order. Inputs and weights are named; calls name an operator of an allowed
-namespace (`aten`, `sirius`) or one of a few Python functions on sizes; arguments are literals or
-references to earlier nodes. Reading a document can therefore run nothing but those operators. The
-dtype that graphs are captured in (`CAPTURE_DTYPE`) stands for "the program's dtype" and is written
-as ``model``, so one graph runs in any floating point type; devices are written as ``model``
-likewise.
+namespace (`aten`, `sirius`), control flow (`while_loop`, `cond`) or one of a few Python functions
+on sizes; arguments are literals or references to earlier nodes. What control flow runs is a
+document within the document, whose placeholders are its arguments, by position. Reading a document
+can therefore run nothing but those operators. The dtype that graphs are captured in
+(`CAPTURE_DTYPE`) stands for "the program's dtype" and is written as ``model``, so one graph runs in
+any floating point type; devices are written as ``model`` likewise.
 """
 
 from __future__ import annotations
@@ -27,9 +28,15 @@ CAPTURE_DTYPE = torch.bfloat16
 """Graphs are captured in this dtype, which no model computes in unless it is the model's own: every
 constant of this dtype in a graph therefore means "the program's dtype"."""
 
+_MAX_DEPTH = 4  # of graphs within graphs
+
 WEIGHT, INPUT = "weight", "input"  # keys of a placeholder's meta: what it is bound to, by name
 
 _NAMESPACES = ("aten", "sirius")
+_CONTROL_FLOW = {
+    "while_loop": torch.ops.higher_order.while_loop,
+    "cond": torch.ops.higher_order.cond,
+}
 _REFUSED = {"aten::from_file"}  # the one dispatcher operator that touches the file system
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f.__name__: f
@@ -70,14 +77,22 @@ def to_document(module: fx.GraphModule) -> JSON:
     """`module`'s graph as JSON values. Every placeholder must be bound (`WEIGHT` or `INPUT` in
     meta).
     """
+    return _to_document(module, nested=False)
+
+
+def _to_document(module: fx.GraphModule, nested: bool) -> JSON:
     nodes = []
     for node in module.graph.nodes:
         record: dict[str, JSON] = {"name": node.name}
-        if node.op == "placeholder":
+        if node.op == "placeholder" and nested:
+            record |= {"op": "argument"}
+        elif node.op == "placeholder":
             kind = WEIGHT if WEIGHT in node.meta else INPUT
             if kind not in node.meta:
                 raise ArtifactError(f"placeholder {node.name} is bound to no weight and no input")
             record |= {"op": kind, "bound": node.meta[kind]}
+        elif node.op == "get_attr" and isinstance(inner := subgraph(node), fx.GraphModule):
+            record |= {"op": "graph", "graph": _to_document(inner, nested=True)}
         elif node.op == "call_function":
             record |= {"op": "call", "target": _target_name(node.target)}
             record["args"] = [_encode(a) for a in node.args]
@@ -91,13 +106,25 @@ def to_document(module: fx.GraphModule) -> JSON:
     return {"nodes": nodes}
 
 
+def subgraph(node: fx.Node) -> Any:
+    """What a ``get_attr`` node stands for: the graph that control flow runs."""
+    owner = node.graph.owning_module
+    return None if owner is None else getattr(owner, str(node.target), None)
+
+
 def from_document(document: JSON, dtype: torch.dtype, device: torch.device) -> fx.GraphModule:
     """The graph of a document, computing in `dtype` on `device`.
 
     Raises ArtifactError for a document that names an operator outside the allowed namespaces,
     refers to a node not yet defined, or is not of the form that `to_document` writes.
     """
-    graph = fx.Graph()
+    return _from_document(document, dtype, device, depth=0)
+
+
+def _from_document(
+    document: JSON, dtype: torch.dtype, device: torch.device, depth: int
+) -> fx.GraphModule:
+    root, graph = torch.nn.Module(), fx.Graph()
     env: dict[str, fx.Node] = {}
 
     def decode(value: JSON) -> Any:
@@ -119,7 +146,15 @@ def from_document(document: JSON, dtype: torch.dtype, device: torch.device) -> f
     try:
         for record in document["nodes"]:
             name, op = _identifier(record["name"]), record["op"]
-            if op in (WEIGHT, INPUT):
+            if op == "argument" and depth:
+                node = graph.placeholder(name)
+            elif op == "graph" and depth < _MAX_DEPTH:
+                inner = _from_document(record["graph"], dtype, device, depth + 1)
+                # Of our own making: the document's name could be one that every module has.
+                own = f"graph_{len(env)}"
+                root.add_module(own, inner)
+                node = graph.create_node("get_attr", own, name=name)
+            elif op in (WEIGHT, INPUT) and not depth:
                 if not isinstance(record["bound"], str):
                     raise ArtifactError(f"graph: placeholder {name} is bound to no name")
                 node = graph.placeholder(name)
@@ -131,14 +166,15 @@ def from_document(document: JSON, dtype: torch.dtype, device: torch.device) -> f
                     "call_function", _target_of(record["target"]), args, kwargs, name=name
                 )
             elif op == "output":
-                node = graph.output(decode(record["args"]))
+                returned = decode(record["args"])
+                node = graph.output(tuple(returned) if isinstance(returned, list) else returned)
             else:
                 raise ArtifactError(f"graph: node {name!r} has the unknown op {op!r}")
             env[name] = node
         if [n for n in graph.nodes if n.op == "output"] != [next(iter(reversed(graph.nodes)))]:
             raise ArtifactError("graph: its last node, and no other, must be the output")
         graph.lint()
-        return fx.GraphModule(torch.nn.Module(), graph)
+        return fx.GraphModule(root, graph)
     except ArtifactError:
         raise
     except Exception as error:  # whatever fx, or Python's compiler of its code, makes of nonsense
@@ -155,6 +191,9 @@ def _identifier(name: JSON) -> str:
 def _target_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
         return f"{target.namespace}.{target._opname}.{target._overloadname}"
+    for name, operator_ in _CONTROL_FLOW.items():
+        if target is operator_:
+            return f"control_flow.{name}"
     if target in _FUNCTION_NAMES:
         return f"python.{_FUNCTION_NAMES[target]}"
     raise ArtifactError(f"a call of {target} can't be stored; allowed: {', '.join(_NAMESPACES)}")
@@ -164,6 +203,8 @@ def _target_of(name: str) -> Callable[..., Any]:
     namespace, _, rest = name.partition(".")
     if namespace == "python" and rest in _FUNCTIONS:
         return _FUNCTIONS[rest]
+    if namespace == "control_flow" and rest in _CONTROL_FLOW:
+        return _CONTROL_FLOW[rest]
     opname, _, overload = rest.partition(".")
     if namespace in _NAMESPACES and opname.isidentifier() and overload.isidentifier():
         packet = getattr(getattr(torch.ops, namespace), opname, None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -22,6 +23,7 @@ from sirius_runtime.model import SiriusModel
 from sirius_runtime.session import Session
 from sirius_runtime.spec import Method
 from sirius_runtime.stats import PhaseClock, StatsRecorder
+from tests.support.naive import tree_mask
 
 VOCABULARY = 101
 MAX_SEQ_LEN = 128
@@ -52,6 +54,11 @@ class Tiny:
     compiled: Compiled
     model: SiriusModel
 
+    def __repr__(self) -> str:
+        """Short: hypothesis prints what a failing example was given."""
+        model, sparsity = self.compiled.spec.model, self.compiled.spec.sparsity
+        return f"<tiny {model.model_type}, {sparsity.method} {sparsity.keep}>"
+
     def greedy(self, prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
         """The new tokens of transformers' own greedy `generate`, up to an EOS token."""
         with torch.no_grad():
@@ -79,11 +86,14 @@ class TinyModels:
         keep: float = 0.5,
         **config: object,
     ) -> Tiny:
+        keep = 1.0 if method == Method.NONE else keep
         key = (model_type, str(method), keep, tuple(sorted(config.items())))
         if key not in self._made:
-            reference = random_decoder(model_type, **config)
             options = CompileConfig(sparsity=method, keep=keep, calibration=self._calibration)
-            compiled = compile_model(reference, options, tokenizer=word_tokenizer())
+            model = random_decoder(model_type, **config)
+            compiled = compile_model(model, options, tokenizer=word_tokenizer())
+            # A model of its own: the reference is transformers' alone.
+            reference = random_decoder(model_type, **config)
             self._made[key] = Tiny(reference, compiled, compiled.to_runtime())
         return self._made[key]
 
@@ -125,16 +135,67 @@ def write_calibration(path: Path, words: int = 512) -> Path:
     return path
 
 
-def open_session(model: SiriusModel, rows: int, capacity: int = MAX_SEQ_LEN) -> Session:
-    """A fresh Session over the model's back end."""
+def open_session(
+    model: SiriusModel, rows: int, capacity: int = 2 * MAX_SEQ_LEN, *, refresh: int = 0
+) -> Session:
+    """A fresh Session over the model's back end; by default with room for large trees."""
     clock = PhaseClock(model.backend.device)
     recorder = StatsRecorder(rows=rows, prompt_tokens=0, weight_bytes=0, clock=clock)
-    return Session(model.backend, rows, capacity, recorder)
+    return Session(model.backend, rows, capacity, recorder, refresh=refresh)
 
 
 def state_of(session: Session) -> dict[str, Tensor]:
     """The Session's caches, and `neurons` where there are some; by name of the entries' inputs."""
     return session._state
+
+
+@st.composite
+def trees(draw: st.DrawFn, most: int = 8) -> list[int]:
+    """The parent of each node, one of the three before it: deep trees; -1 for the root."""
+    size = draw(st.integers(1, most))
+    return [-1] + [draw(st.integers(max(0, node - 3), node - 1)) for node in range(1, size)]
+
+
+def chain_mask(size: int) -> Tensor:
+    """[T, T], as `naive.tree_mask`, of a tree without branches."""
+    return tree_mask(range(-1, size - 1))
+
+
+class TreeRun:
+    """Prompts in the cache, and blocks of tokens after them that leave the Session as it was."""
+
+    def __init__(self, model: SiriusModel, batch: Rows) -> None:
+        self._backend = model.backend
+        self.session = open_session(model, len(batch))
+        self.session.prefill(batch)
+        self._length = self.session.length
+        self._state = {name: tensor.clone() for name, tensor in state_of(self.session).items()}
+
+    def copy(self) -> dict[str, Tensor]:
+        """The state after the prompts, for `run` to write to."""
+        return {name: tensor.clone() for name, tensor in self._state.items()}
+
+    def run(
+        self,
+        entry: str,
+        ids_BT: Tensor,
+        nodes: Sequence[int],
+        mask_NN: Tensor,
+        state: dict[str, Tensor],
+    ) -> Tensor:
+        """Logits [B, T, V] of some `nodes` of a tree; writes their K/V to `state`."""
+        slots = self._length[:, None] + torch.tensor(nodes)
+        depth = (mask_NN >= 0).sum(1) - 1
+        known = {
+            "input_ids": ids_BT,
+            "slots": slots,
+            "positions": self._length[:, None] + depth[list(nodes)],
+            "length": self._length,
+            "tree_mask": mask_NN[list(nodes)][None],
+            **state,
+        }
+        uses = self._backend.program.entry(entry).inputs
+        return self._backend.run(entry, {i.name: known[i.name] for i in uses})["logits"]
 
 
 def bound_weights(model: SiriusModel, entry: str) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ ACTIVATIONS: dict[str, Callable[[float], float]] = {
     "relu": lambda v: max(v, 0.0),
 }
 
-Choice = Callable[[int, list[float]], Iterable[int]]
-"""The neurons that a token of a row (its index) may use, given its activations."""
+Choice = Callable[[int, list[list[float]]], Iterable[int]]
+"""The neurons that the tokens of a row (its index) may use, given the activations of each."""
 
 
 def dot(a: Sequence[float], b: Sequence[float]) -> float:
@@ -145,10 +145,11 @@ def _mlp(
     rows = down.double().tolist()
     result = torch.zeros_like(x_BTC)
     for b, tokens in enumerate(x_BTC.double().tolist()):
-        for t, x in enumerate(tokens):
-            g, z = _neurons(x, gate, up, gate_bias, up_bias, act)
-            y = [0.0] * len(x) if down_bias is None else down_bias.double().tolist()
-            for i in choice(b, g):
+        neurons = [_neurons(x, gate, up, gate_bias, up_bias, act) for x in tokens]
+        chosen = list(choice(b, [g for g, _ in neurons]))
+        for t, (_, z) in enumerate(neurons):
+            y = [0.0] * len(tokens[t]) if down_bias is None else down_bias.double().tolist()
+            for i in chosen:
                 y = [total + z[i] * d for total, d in zip(y, rows[i], strict=True)]
             result[b, t] = torch.tensor(y)
     return result
@@ -156,27 +157,42 @@ def _mlp(
 
 def gated_mlp(*args: Any) -> Tensor:
     *tensors, act, _layer = args
-    return _mlp(*tensors, act, lambda row, g: range(len(g)))
+    return _mlp(*tensors, act, lambda row, gs: range(len(gs[0])))
 
 
-def gated_mlp_statistic(*args: Any) -> tuple[Tensor, Tensor]:
-    *dense, valid = args
-    x, gate, up, _, gate_bias, up_bias, _, act, _layer = dense
-    statistic = torch.zeros(x.shape[0], gate.shape[0])
+def gated_mlp_activity(*args: Any) -> tuple[Tensor, Tensor]:
+    x, gate, up, _, gate_bias, up_bias, _, act, _layer = args
+    activity = torch.zeros(*x.shape[:2], gate.shape[0])
     for b, tokens in enumerate(x.double().tolist()):
         for t, token in enumerate(tokens):
             _, z = _neurons(token, gate, up, gate_bias, up_bias, act)
             norm = math.sqrt(dot(z, z))
-            if valid[b, t]:
-                statistic[b] += torch.tensor([(value / norm) ** 2 for value in z])
-    return gated_mlp(*dense), statistic
+            activity[b, t] = torch.tensor([(value / norm) ** 2 for value in z])
+    return gated_mlp(*args), activity
+
+
+def gated_mlp_statistic(*args: Any) -> tuple[Tensor, Tensor]:
+    *dense, valid = args
+    y, activity = gated_mlp_activity(*dense)
+    statistic = torch.zeros(activity.shape[0], activity.shape[2])
+    for b, tokens in enumerate(valid.tolist()):
+        for t, counts in enumerate(tokens):
+            if counts:
+                statistic[b] += activity[b, t]
+    return y, statistic
+
+
+def scores(gs: list[list[float]]) -> list[float]:
+    """How much each neuron matters to the tokens of a row together."""
+    return [math.fsum(abs(g[i]) for g in gs) for i in range(len(gs[0]))]
 
 
 def topk_mlp(*args: Any) -> Tensor:
     *tensors, act, _layer, keep = args
 
-    def largest(row: int, g: list[float]) -> list[int]:
-        return sorted(range(len(g)), key=lambda i: -abs(g[i]))[:keep]
+    def largest(row: int, gs: list[list[float]]) -> list[int]:
+        score = scores(gs)
+        return sorted(range(len(score)), key=lambda i: -score[i])[:keep]
 
     return _mlp(*tensors, act, largest)
 
@@ -185,16 +201,15 @@ def cats_mlp(*args: Any) -> tuple[Tensor, Tensor]:
     *tensors, act, _layer, threshold = args
     counts: list[int] = []
 
-    def above(row: int, g: list[float]) -> list[int]:
-        kept = [i for i, value in enumerate(g) if abs(value) > threshold]
+    def above(row: int, gs: list[list[float]]) -> list[int]:
+        kept = [i for i, score in enumerate(scores(gs)) if score / len(gs) > threshold]
         counts.append(len(kept))
         return kept
 
-    y = _mlp(*tensors, act, above)
-    return y, torch.tensor(counts).view(y.shape[:2])
+    return _mlp(*tensors, act, above), torch.tensor(counts)
 
 
 def griffin_mlp(*args: Any) -> Tensor:
     *tensors, act, layer, neurons = args
     chosen = neurons[layer].tolist()
-    return _mlp(*tensors, act, lambda row, g: chosen[row])
+    return _mlp(*tensors, act, lambda row, gs: chosen[row])

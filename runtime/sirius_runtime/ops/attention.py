@@ -8,6 +8,8 @@ block sees whom.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -115,6 +117,109 @@ def cached_attention(
     )
 
 
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_block: Tensor,
+    v_block: Tensor,
+    positions: Tensor,
+    nodes: Tensor,
+    length: Tensor,
+    tree_mask: Tensor,
+    layer: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`cached_attention` without a mutation: the block's K/V stands apart from the caches.
+
+    As `cached_attention`, but the caches are read only, below `length`; k_block [layers, B, G, M,
+    D] and v_block [layers, B, G, M, Dv] hold the block's K/V so far, and the call's tokens are its
+    `nodes` [T] in every row. Returns the output [B, H, T, Dv], and the layer's block with the
+    call's K/V in place: [B, G, M, D] and [B, G, M, Dv]. A loop that drafts carries the block alone,
+    never a copy of the caches.
+    """
+    extent = k_cache.shape[3]
+    if length.device.type == "cpu":  # as above
+        extent = min(extent, int(length.max()))
+    return _block_attention(
+        q, k, v, k_cache, v_cache, k_block, v_block, positions, nodes, length, tree_mask,
+        layer, scale, window, softcap, extent=extent,
+    )  # fmt: skip
+
+
+def decomposed_block_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`block_attention` in PyTorch's operators alone, for lowering: all slots, no host read."""
+    return _block_attention(q, k, v, k_cache, *rest, extent=k_cache.shape[3])
+
+
+def _block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_block: Tensor,
+    v_block: Tensor,
+    positions: Tensor,
+    nodes: Tensor,
+    length: Tensor,
+    tree_mask: Tensor,
+    layer: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    *,
+    extent: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, T, D = q.shape
+    G = k.shape[1]
+    k_new = k_block[layer].index_copy(2, nodes, k)
+    v_new = v_block[layer].index_copy(2, nodes, v)
+    slot_E = torch.arange(extent, device=q.device)
+    distance_BTE = positions[:, :, None] - slot_E
+    committed = slot_E < length[:, None, None]
+    in_block = tree_mask.expand(B, T, tree_mask.shape[-1])
+    visible = torch.cat([committed.expand(B, T, extent), in_block >= 0], -1)
+    if window is not None:
+        visible = visible & (torch.cat([distance_BTE, in_block], -1) < window)
+
+    # The heads that share a key/value head are rows of one product: no key is copied.
+    q_BGRD = q.reshape(B, G, H // G * T, D)
+    scores = torch.cat(
+        [
+            q_BGRD @ k_cache[layer, :, :, :extent].transpose(-1, -2),
+            q_BGRD @ k_new.transpose(-1, -2),
+        ],
+        -1,
+    ).float()
+    scores = scores.view(B, H, T, -1) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(visible[:, None].logical_not(), torch.finfo(torch.float32).min)
+    p = scores.softmax(-1).to(q.dtype).view(B, G, H // G * T, -1)
+    out = p[..., :extent] @ v_cache[layer, :, :, :extent] + p[..., extent:] @ v_new
+    return out.view(B, H, T, -1), k_new, v_new
+
+
+def _fake_block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kc: Tensor,
+    vc: Tensor,
+    k_block: Tensor,
+    v_block: Tensor,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _output_like(q, v), torch.empty_like(k_block[0]), torch.empty_like(v_block[0])
+
+
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     return _output_like(q, v)
 
@@ -126,4 +231,11 @@ define(
     f"Tensor positions, Tensor slots, Tensor length, Tensor tree_mask, {_KIND}) -> Tensor",
     cached_attention,
     _fake_attention,
+)
+define(
+    "block_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, "
+    "Tensor k_block, Tensor v_block, Tensor positions, Tensor nodes, Tensor length, "
+    f"Tensor tree_mask, {_KIND}) -> (Tensor, Tensor, Tensor)",
+    block_attention,
+    _fake_block_attention,
 )

@@ -75,6 +75,26 @@ def gated_mlp_statistic(
     return _down(z, down, down_bias), statistic
 
 
+def gated_mlp_activity(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+) -> tuple[Tensor, Tensor]:
+    """The dense MLP, and the terms of GRIFFIN's statistic token by token.
+
+    Returns y [B, T, C] and (z / ‖z‖₂)², float32 [B, T, I]: summed over the tokens that were kept,
+    it is what `gated_mlp_statistic` says of them.
+    """
+    z = _gate(x, gate, gate_bias, act) * F.linear(x, up, up_bias)
+    return _down(z, down, down_bias), F.normalize(z.float(), dim=-1).square()
+
+
 def topk_mlp(
     x: Tensor,
     gate: Tensor,
@@ -87,11 +107,14 @@ def topk_mlp(
     layer: int,
     keep: int,
 ) -> Tensor:
-    """Per token, only the `keep` neurons of largest |act(gate x)| (the paper's fine-grained
-    path).
+    """Per row, only the `keep` neurons of largest |act(gate x)|, summed over the call's T tokens.
+
+    One token is the paper's fine-grained path; the beams of a tree share their neurons, because
+    the union of sets of their own would soon be all neurons (Sirius, arXiv 2409.03856).
     """
     g = _gate(x, gate, gate_bias, act)
-    kept = torch.zeros_like(g).scatter_(-1, g.abs().topk(keep, -1, sorted=False).indices, 1.0)
+    score = g.abs().sum(1, keepdim=True)
+    kept = torch.zeros_like(score).scatter(-1, score.topk(keep, -1, sorted=False).indices, 1.0)
     return _down(g * kept * F.linear(x, up, up_bias), down, down_bias)
 
 
@@ -107,14 +130,15 @@ def cats_mlp(
     layer: int,
     threshold: float,
 ) -> tuple[Tensor, Tensor]:
-    """Per token, only neurons with |act(gate x)| > `threshold` (CATS, arXiv 2404.08763).
+    """Per row, only neurons whose |act(gate x)|, the mean over the call's T tokens, is above
+    `threshold` (CATS, arXiv 2404.08763; the beams of a tree share their neurons).
 
-    Returns y [B, T, C] and the number of neurons kept, int64 [B, T].
+    Returns y [B, T, C] and the number of neurons kept, int64 [B].
     """
     g = _gate(x, gate, gate_bias, act)
-    kept = g.abs() > threshold
+    kept = g.abs().mean(1, keepdim=True) > threshold
     y = _down(g * kept * F.linear(x, up, up_bias), down, down_bias)
-    return y, kept.sum(-1)
+    return y, kept.sum((1, 2))
 
 
 def griffin_mlp(
@@ -131,7 +155,7 @@ def griffin_mlp(
 ) -> Tensor:
     """Only the row's own `neurons` [layers, B, K] at `layer`, chosen once per prompt (GRIFFIN)."""
     z = _gate(x, gate, gate_bias, act) * F.linear(x, up, up_bias)
-    kept = z.new_zeros(z.shape[0], z.shape[-1]).scatter_(1, neurons[layer], 1.0)
+    kept = z.new_zeros(z.shape[0], z.shape[-1]).scatter(1, neurons[layer], 1.0)
     return _down(z * kept[:, None, :], down, down_bias)
 
 
@@ -144,7 +168,11 @@ def _like_and_statistic(x: Tensor, gate: Tensor, *_: object) -> tuple[Tensor, Te
 
 
 def _like_and_count(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.int64)
+    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+def _like_and_activity(x: Tensor, gate: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(*x.shape[:-1], gate.shape[0], dtype=torch.float32)
 
 
 _MLP = (
@@ -157,6 +185,7 @@ define(
     gated_mlp_statistic,
     _like_and_statistic,
 )
+define(f"gated_mlp_activity({_MLP}) -> (Tensor, Tensor)", gated_mlp_activity, _like_and_activity)
 define(f"topk_mlp({_MLP}, int keep) -> Tensor", topk_mlp, _like)
 define(f"cats_mlp({_MLP}, float threshold) -> (Tensor, Tensor)", cats_mlp, _like_and_count)
 define(f"griffin_mlp({_MLP}, Tensor neurons) -> Tensor", griffin_mlp, _like)

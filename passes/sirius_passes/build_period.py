@@ -1,0 +1,434 @@
+"""Makes one period one graph: draft, verify, accept, compact and roll back, as control flow.
+
+    Before                  After
+    prefill, sparse, full   prefill, sparse, full, and period:
+
+    period(root, active, most, length, k_cache, v_cache, rule, …, weights)
+        %tree, %block = …                                   # the root alone
+        while %level < K and any row is live:               # higher_order.while_loop
+            %logits, %block = sparse(nodes of %level, %block)
+            %tree = attach(propose(%tree, %logits))         # higher_order.cond: drawn, or the best
+        %logits, %block = full(%tree[: n])                  # only the levels that were drafted
+        %tokens, %advance, %root, %nodes = judge(%tree, %logits)
+        return tokens, advance, root, length, k_kept, v_kept, …
+
+State goes in and comes out; nothing is mutated. The caches are only read (`sirius.block_attention`
+in place of `sirius.cached_attention`): the loop carries the draft block's K/V, and what comes out
+is the accepted path's K/V [layers, B, G, K, D], in order, which the runtime writes to the slots
+after `length`, once a period. Caches that came out would be copied whole for these few slots.
+ What is drafted and accepted is decided by the functions that the
+Session calls (`sirius_runtime.drafting`, `.policy`, `.tree`), traced. Shapes as there; K and w are
+static, rows B and cache slots S are not.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from sirius_passes.manager import Pass
+from sirius_passes.program import (
+    FULL,
+    INPUTS,
+    OBSERVE,
+    ORIGIN,
+    OUTPUTS,
+    PERIOD,
+    RESULTS,
+    SPARSE,
+    Program,
+    Stage,
+    add_input,
+    call,
+    calls,
+    copy_graph,
+    outputs,
+    set_outputs,
+    subgraphs,
+)
+from sirius_passes.runtime_policy import Parameters, RuntimeAcceptance, RuntimeProposer
+from sirius_runtime.drafting import DraftState, begin, extend
+from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders
+from sirius_runtime.policy import Verdict, judge, observed, select_neurons
+from sirius_runtime.spec import Method
+from sirius_runtime.tree import Tree, beams, node_count
+
+aten, sirius = torch.ops.aten, torch.ops.sirius
+higher_order = torch.ops.higher_order
+
+
+class BuildPeriod(Pass):
+    """For drafts of `size` K tokens (the root counts), `width` w, sequences of `max_seq_len`."""
+
+    name: ClassVar[str] = "build_period"
+    takes: ClassVar[Stage] = Stage.LAID_OUT
+    gives: ClassVar[Stage] = Stage.FINAL
+
+    def __init__(self, size: int, width: int, max_seq_len: int) -> None:
+        self.size, self.width, self.max_seq_len = size, width, max_seq_len
+
+    def run(self, program: Program) -> int:
+        if PERIOD in program.graphs:
+            return 0
+        program.graphs[PERIOD] = _Builder(self, program).build()
+        return 1
+
+
+class _Builder:
+    def __init__(self, options: BuildPeriod, program: Program) -> None:
+        self.size, self.width = options.size, options.width
+        self.last_position = options.max_seq_len - 1
+        self.program = program
+        self.refreshes = program.sparsity.method is Method.GRIFFIN
+        full = OBSERVE if self.refreshes else FULL
+        self.sparse = _Functional(program.graphs[SPARSE])
+        self.full = _Functional(program.graphs[full])
+        self.weights = list(placeholders(program.graphs[full].graph, WEIGHT))
+        names = [
+            *("root", "active", "most", "length", "k_cache", "v_cache", "rule", "threshold"),
+            *("verify_temperature", "confidence", "temperature", "top_k", "top_p", "noise"),
+        ]
+        self.inputs = names + (["neurons", "statistic", "refresh"] if self.refreshes else [])
+
+    def build(self) -> fx.GraphModule:
+        graph = self.program.graphs[FULL].graph
+        order = self.inputs + self.weights
+        names: tuple[str, ...] = ()
+
+        def traced(*flat: Tensor) -> tuple[Tensor, ...]:
+            nonlocal names
+            results = self.period(dict(zip(order, flat, strict=True)))
+            names = tuple(results)
+            return tuple(results.values())
+
+        # A mode of its own: the entries' sizes are not the period's.
+        with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+            values = _fake_inputs(self.inputs, self.program, self.size)
+            for name, node in placeholders(graph, WEIGHT).items():
+                value = node.meta["val"]
+                values[name] = torch.empty(value.shape, dtype=value.dtype)
+            module = make_fx(traced, pre_dispatch=True)(*(values[name] for name in order))
+        for part in (module, *subgraphs(module)):
+            with mode:
+                _inline(part)
+            part.graph.eliminate_dead_code()
+            part.recompile()
+        _CALLED.clear()
+        for name, node in zip(order, module.graph.find_nodes(op="placeholder"), strict=True):
+            node.meta[INPUT if name in INPUTS else WEIGHT] = name
+        module.graph.output_node().meta[OUTPUTS] = names
+        return module
+
+    def period(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One period as a function of tensors; `given` has the inputs and weights by name."""
+        size, width = self.size, self.width
+        length, k_cache = given["length"], given["k_cache"]
+        vocabulary = self.sparse.vocabulary if width == 1 else None
+        state = begin(
+            given["root"],
+            given["active"],
+            given["most"],
+            size=size,
+            width=width,
+            sampled_from=vocabulary,
+        )
+        N = node_count(size, width)
+        k_block, v_block = (
+            cache.new_zeros(*cache.shape[:3], N, cache.shape[4])
+            for cache in (k_cache, given["v_cache"])
+        )
+        level = torch.ones_like(length[0])
+        carry = _Carry(level, state, k_block, v_block, self._no_counts(k_cache))
+        if width > 1 and size > 1:  # level 1 grows from one node, the others from w
+            carry = self._step(carry, given, count=1)
+        if size > (1 if width == 1 else 2):
+            carry = self._draft(carry, given)
+        return self._finish(carry, given)
+
+    def _no_counts(self, k_cache: Tensor) -> Tensor | None:
+        if "kept" not in self.sparse.outputs:
+            return None
+        return torch.zeros(k_cache.shape[:2], dtype=torch.int64, device=k_cache.device)
+
+    def _draft(self, carry: _Carry, given: dict[str, Tensor]) -> _Carry:
+        """Levels until the last, or until no row is live."""
+        flat, names = carry.flatten(), list(given)
+
+        def goes_on(*values: Tensor) -> Tensor:
+            now = carry.unflatten(values[: len(flat)])
+            # Level 1 always: a draft of nothing would be another shape.
+            return (now.level < self.size) & (now.state.live.any() | (now.level == 1))
+
+        def step(*values: Tensor) -> tuple[Tensor, ...]:
+            now = carry.unflatten(values[: len(flat)])
+            inside = dict(zip(names, values[len(flat) :], strict=True))
+            return self._step(now, inside, count=self.width).flatten()
+
+        looped = higher_order.while_loop(goes_on, step, flat, tuple(given.values()))
+        return carry.unflatten(looped)
+
+    def _step(self, carry: _Carry, given: dict[str, Tensor], count: int) -> _Carry:
+        """One level more, by one sparse step over the `count` nodes above it."""
+        level, state = carry.level, carry.state
+        nodes = beams(level - 1, self.width, count)
+        result = self._run(self.sparse, given, carry, state.tree, nodes)
+        proposer = RuntimeProposer(_parameters(given))
+        grown = extend(
+            state,
+            result["logits"],
+            level,
+            self.width,
+            proposer,
+            given["most"],
+            given["confidence"],
+        )
+        kept = carry.kept
+        if kept is not None:
+            kept = kept + result["kept"] * state.live
+        return _Carry(level + 1, grown, result["k_block"], result["v_block"], kept)
+
+    def _run(
+        self,
+        entry: _Functional,
+        given: dict[str, Tensor],
+        carry: _Carry,
+        tree: Tree,
+        nodes: Tensor,
+    ) -> dict[str, Tensor]:
+        """Runs an entry's functional form over these nodes [T] of every row's tree."""
+        depth = tree.depth.index_select(1, nodes).clamp(min=0)
+        return entry(
+            given
+            | {
+                "input_ids": tree.tokens.index_select(1, nodes),
+                "positions": (given["length"][:, None] + depth).clamp(max=self.last_position),
+                "nodes": nodes,
+                "tree_mask": tree.mask.index_select(1, nodes),
+                "k_block": carry.k_block,
+                "v_block": carry.v_block,
+            }
+        )
+
+    def _finish(self, carry: _Carry, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Verifies the levels that were drafted, accepts, and picks the kept K/V."""
+        size, draft = self.size, carry.state.draft
+        levels: Any = 0
+        if size > 1:
+            levels = (carry.level - 1).item()
+            # Said in the graph: without a known range, no compiler takes a size read from a tensor.
+            aten.sym_constrain_range.default(levels, min=1, max=size - 1)
+        nodes = torch.arange(levels * self.width + 1, device=carry.level.device)
+        result = self._run(self.full, given, carry, draft.tree, nodes)
+        # Logits of nodes that were not drafted are read by nothing, but give what follows one size.
+        logits = result["logits"]
+        B, _, V = logits.shape
+        padded = logits.new_zeros(B, draft.tree.tokens.shape[1], V).index_copy(1, nodes, logits)
+        verdict = judge(draft, padded, RuntimeAcceptance(_parameters(given)), given["most"], size)
+        active, length = given["active"], given["length"]
+        found = {
+            "tokens": verdict.tokens,
+            "advance": verdict.advance,
+            "drafted": draft.depth,
+            "root": torch.where(active, verdict.root, given["root"]),
+            "length": length + verdict.advance * active,
+            "levels": carry.level - 1,
+        }
+        for kept, block in (("k_kept", "k_block"), ("v_kept", "v_block")):
+            found[kept] = _kept(result[block], verdict.nodes)
+        if carry.kept is not None:
+            found["kept"] = carry.kept
+        if self.refreshes:
+            found |= _refreshed(given, result["activity"], verdict)
+        return found
+
+
+class _Carry(NamedTuple):
+    """What the draft loop carries. `level`: the next to draft; `kept`: counts [layers, B] of
+    `cats`."""
+
+    level: Tensor
+    state: DraftState
+    k_block: Tensor
+    v_block: Tensor
+    kept: Tensor | None
+
+    def flatten(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in pytree.tree_leaves(self) if t is not None)
+
+    def unflatten(self, values: Sequence[Tensor]) -> _Carry:
+        """`values` in the form of this carry."""
+        left = iter(values)
+        return pytree.tree_map(lambda leaf: None if leaf is None else next(left), self)
+
+
+class _Functional:
+    """An entry that takes the block's K/V and returns it, and mutates nothing; called by name."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        module = copy_graph(module)
+        graph = module.graph
+        names = ("k_block", "v_block", "nodes")
+        k_block, v_block, nodes = (add_input(graph, name) for name in names)
+        blocks: tuple[list[fx.Node], list[fx.Node]] = ([], [])
+        for node in calls(graph, sirius.cached_attention.default):
+            *front, _slots, length, tree_mask, layer, scale, window, softcap = node.args
+            q, k, v, k_cache, v_cache, positions = front
+            with graph.inserting_before(node):
+                args: tuple[Any, ...] = (q, k, v, k_cache, v_cache, k_block, v_block)
+                args += (positions, nodes, length, tree_mask, layer, scale, window, softcap)
+                every = _call(graph, sirius.block_attention.default, args)
+                out, *new = (_call(graph, operator.getitem, (every, i)) for i in range(3))
+            node.replace_all_uses_with(out)
+            graph.erase_node(node)
+            for block, value in zip(blocks, new, strict=True):
+                block.append(value)
+        values = outputs(graph)
+        with graph.inserting_before(graph.output_node()):
+            for name, block in zip(names, blocks, strict=False):
+                values[name] = _call(graph, aten.stack.default, (block,))
+        set_outputs(graph, values)
+        for node in list(placeholders(graph, INPUT).values()):
+            if not node.users:
+                graph.erase_node(node)
+        module.recompile()
+        self.graph = graph
+        self._arguments = [
+            node.meta.get(INPUT) or node.meta[WEIGHT] for node in graph.find_nodes(op="placeholder")
+        ]
+        self.outputs = tuple(values)
+        self.vocabulary = int(values["logits"].meta["val"].shape[-1])
+
+    def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One node of the graph that is traced; `inline` puts the entry's own in its place."""
+        _CALLED[id(self)] = self
+        results = _entry([given[name] for name in self._arguments], id(self))
+        return dict(zip(self.outputs, results, strict=True))
+
+    def empty_outputs(self, arguments: Sequence[Tensor]) -> list[Tensor]:
+        """Values of the outputs' shapes, for these arguments."""
+        given = dict(zip(self._arguments, arguments, strict=True))
+        extents: dict[str, Any] = {"V": self.vocabulary}
+        for name, value in given.items():
+            if name in INPUTS:
+                extents |= zip(map(str, INPUTS[name].shape), value.shape, strict=True)
+        values = []
+        for name, node in outputs(self.graph).items():
+            own, spec = node.meta["val"], RESULTS[name]
+            pairs = zip(map(str, spec.shape), own.shape, strict=True)
+            shape = [extents.get(letter, extent) for letter, extent in pairs]
+            values.append(arguments[0].new_empty(shape, dtype=own.dtype))
+        return values
+
+
+_CALLED: dict[int, _Functional] = {}
+"""The entries that the trace in progress calls."""
+
+
+@torch.library.custom_op("sirius_passes::entry", mutates_args=())
+def _entry(arguments: list[Tensor], called: int) -> list[Tensor]:
+    raise NotImplementedError("stands for an entry while a period is traced")
+
+
+@_entry.register_fake
+def _(arguments: list[Tensor], called: int) -> list[Tensor]:
+    return _CALLED[called].empty_outputs(arguments)
+
+
+def _inline(module: fx.GraphModule) -> None:
+    """Replaces what `_Functional` left in a graph by the entries' nodes."""
+    for node in calls(module.graph, torch.ops.sirius_passes.entry.default):
+        arguments: Any = node.args[0]
+        called: Any = node.args[1]
+        entry = _CALLED[called].graph
+        env = dict(zip(entry.find_nodes(op="placeholder"), arguments, strict=True))
+        with module.graph.inserting_before(node):
+            for inner in entry.nodes:
+                if inner.op not in ("placeholder", "output"):
+                    copy = env[inner] = module.graph.node_copy(inner, env.__getitem__)
+                    # The entry's sizes are not the period's: its values are computed anew.
+                    args, kwargs = fx.node.map_arg((copy.args, copy.kwargs), _value)
+                    copy.meta = {"val": inner.target(*args, **kwargs), ORIGIN: inner.name}
+        returned = list(outputs(entry).values())
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            index: Any = user.args[1]
+            user.replace_all_uses_with(env[returned[index]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+    for node in module.graph.nodes:
+        node.meta.setdefault(ORIGIN, BuildPeriod.name)
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
+def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    return call(graph, target, args, origin=BuildPeriod.name)
+
+
+def _parameters(given: Mapping[str, Tensor]) -> Parameters:
+    return Parameters(**{field.name: given[field.name] for field in fields(Parameters)})
+
+
+def _kept(block: Tensor, nodes_BK: Tensor) -> Tensor:
+    """The block's K/V of a path's nodes [layers, B, G, K, D], in order."""
+    shape = (*block.shape[:3], nodes_BK.shape[1], block.shape[4])
+    return block.gather(3, nodes_BK[None, :, None, :, None].expand(shape))
+
+
+def _refreshed(
+    given: Mapping[str, Tensor], activity: Tensor, verdict: Verdict
+) -> dict[str, Tensor]:
+    """The statistic with what verified tokens add to it, and the neurons, chosen anew if asked."""
+    statistic = given["statistic"] + observed(activity, verdict.nodes, verdict.advance)
+    count = given["neurons"].shape[-1]
+    (neurons,) = higher_order.cond(
+        given["refresh"],
+        lambda statistic, neurons: (select_neurons(statistic, count),),
+        lambda statistic, neurons: (neurons.clone(),),
+        (statistic, given["neurons"]),
+    )
+    return {"statistic": statistic, "neurons": neurons}
+
+
+def _fake_inputs(names: Sequence[str], program: Program, size: int) -> dict[str, Tensor]:
+    """Fake values of the period's inputs; rows B and cache slots S are symbols, all else is not."""
+    state, sparsity = program.state, program.sparsity
+    extents: dict[str, Any] = {
+        "K": size,
+        "layers": state.layers,
+        "G": state.kv_heads,
+        "D": state.key_dim,
+        "Dv": state.value_dim,
+        "I": (*sparsity.neurons, 0)[0],
+        "kept": (*sparsity.kept, 0)[0],
+    }
+    extents["B"], extents["S"] = _symbols(3, 1024)
+    values = {}
+    for name in names:
+        spec = INPUTS[name]
+        dtype = CAPTURE_DTYPE if spec.dtype == "model" else getattr(torch, spec.dtype)
+        values[name] = torch.empty([extents.get(str(e), e) for e in spec.shape], dtype=dtype)
+    return values
+
+
+def _symbols(*hints: int) -> torch.Size:
+    """Symbolic sizes of the current fake mode."""
+    mode = detect_fake_mode()
+    assert mode is not None
+    dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(hints))
+    with unset_fake_temporarily():
+        example = torch.empty(hints, device="meta")
+    return mode.from_tensor(example, symbolic_context=dynamic).shape

@@ -1,0 +1,33 @@
+"""The `sirius::` operators in terms of PyTorch's own, for compilers that know no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sirius_runtime.ops import attention, mlp
+
+_MLPS = (
+    mlp.gated_mlp,
+    mlp.gated_mlp_statistic,
+    mlp.gated_mlp_activity,
+    mlp.topk_mlp,
+    mlp.cats_mlp,
+    mlp.griffin_mlp,
+)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """A table for `ExportedProgram.run_decompositions`: PyTorch's, and the functional operators'.
+
+    `sirius::cached_attention` writes in place and has none; lower the entry `period`, which holds
+    `sirius::block_attention` instead.
+    """
+    sirius = torch.ops.sirius
+    own: dict[Any, Callable[..., Any]] = {
+        getattr(sirius, reference.__name__).default: reference for reference in _MLPS
+    }
+    own[sirius.block_attention.default] = attention.decomposed_block_attention
+    return {**torch.export.default_decompositions(), **own}
