@@ -8,6 +8,7 @@ of a tensor. A rule other than "causal" or "causal within a window" is refused.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def _refusing(model_type: str) -> Iterator[None]:
 
 def _build(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
     model: nn.Module = AutoModelForCausalLM.from_config(
-        config,
+        copy.deepcopy(config),  # which it writes the dtype and the attention's name into
         dtype=CAPTURE_DTYPE,
         attn_implementation=_NAME,
         trust_remote_code=trust_remote_code,

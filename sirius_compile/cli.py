@@ -32,8 +32,15 @@ def sirius_compile(
     sparsity: Annotated[Method, typer.Option(help="The sparse path.")] = Method.CATS,
     keep: Annotated[float, typer.Option(help="Share of neurons kept, in (0, 1].")] = 0.5,
     period: Annotated[int, typer.Option(help="Tokens per verification.")] = 16,
+    tree_width: Annotated[int, typer.Option(help="Paths drafted side by side.")] = 1,
     threshold: Annotated[float, typer.Option(help="Probability a drafted token needs.")] = 0.1,
     verify_temperature: Annotated[float, typer.Option(help="Softmax temperature for it.")] = 0.6,
+    confidence: Annotated[
+        float, typer.Option(help="Probability a draft needs to go on, 0: none.")
+    ] = 0.0,
+    refresh: Annotated[
+        int, typer.Option(help="griffin: periods until neurons are chosen anew, 0: never.")
+    ] = 0,
     max_seq_len: Annotated[int | None, typer.Option(help="Default: the model's own.")] = None,
     dtype: Annotated[DType | None, typer.Option(help="Default: the checkpoint's.")] = None,
     device: Annotated[str, typer.Option(help="Where calibration runs.")] = "cpu",
@@ -65,8 +72,11 @@ def sirius_compile(
         sparsity=sparsity,
         keep=keep,
         period=period,
+        tree_width=tree_width,
         threshold=threshold,
         verify_temperature=verify_temperature,
+        confidence=confidence,
+        refresh=refresh,
         max_seq_len=max_seq_len,
         dtype=dtype,
         device=device,

@@ -33,15 +33,15 @@ from sirius_compile.models import ModelSource, load_config, resolve_model
 from sirius_compile.pipeline import back, front
 from sirius_compile.tokenizer import tokenizer_files
 from sirius_passes.manager import run_passes
-from sirius_passes.program import Program
+from sirius_passes.program import PREFILL, Program
 from sirius_passes.sparsify import parameters
 from sirius_runtime.artifact_writer import ArtifactWriter
-from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.dtypes import dtype_name, dtype_of
 from sirius_runtime.errors import CalibrationError, ConfigError
 from sirius_runtime.graph import to_document
-from sirius_runtime.loading import find_device
+from sirius_runtime.loading import BackendName, find_device, make_backend
 from sirius_runtime.model import SiriusModel
+from sirius_runtime.request import check_tree
 from sirius_runtime.spec import (
     JSON,
     DType,
@@ -86,24 +86,39 @@ class Compiled:
         return path
 
     def to_runtime(
-        self, *, device: str | torch.device = "cpu", dtype: DType | str | None = None
+        self,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: DType | str | None = None,
+        backend: BackendName | str = BackendName.EAGER,
+        rows: int = 1,
+        context: int | None = None,
     ) -> SiriusModel:
-        """The program ready to generate, without a file."""
-        return SiriusModel(self._backend(EagerBackend, device, dtype), self._tokenizer())
-
-    def _documents(self) -> dict[str, JSON]:
-        return {name: to_document(module) for name, module in self.program.graphs.items()}
-
-    def _backend(
-        self, kind: type[EagerBackend], device: str | torch.device, dtype: DType | str | None
-    ) -> Any:
-        return kind(
+        """The program ready to generate, without a file; arguments as for `sirius_runtime.load`."""
+        runner = make_backend(
+            backend,
             self.spec,
-            self._documents(),
+            lambda name: to_document(self.program.graphs[name]),
             {spec.name: self._weights(spec) for spec in self.spec.weights},
             dtype=dtype_of(dtype or self.spec.model.dtype),
             device=find_device(device),
+            rows=rows,
+            context=context,
         )
+        return SiriusModel(runner, self._tokenizer())
+
+    def observing(self, device: str | torch.device) -> ObservingBackend:
+        """The prefill alone, for calibration."""
+        return ObservingBackend(
+            self.spec,
+            {PREFILL: to_document(self.program.graphs[PREFILL])},
+            {spec.name: self._weights(spec) for spec in self.spec.weights},
+            dtype=dtype_of(self.spec.model.dtype),
+            device=find_device(device),
+        )
+
+    def _documents(self) -> dict[str, JSON]:
+        return {name: to_document(module) for name, module in self.program.graphs.items()}
 
     def _tokenizer(self) -> Tokenizer | None:
         content = self.tokenizer_files.get("tokenizer.json")
@@ -218,6 +233,7 @@ class _Compilation:
     def run(self, source: _Source) -> Compiled:
         config = self._config
         max_seq_len = _max_seq_len(source.config, config.max_seq_len)
+        check_tree(config.period, config.tree_width, source.config.vocab_size, flag="--")
         with self._stage("capture"):
             captured = capture(source.config, trust_remote_code=source.trust_remote_code)
         with self._stage("open weights"):
@@ -249,7 +265,15 @@ class _Compilation:
             with self._stage("calibrate"):
                 calibration = self._calibrate(compiled(None), source)
         thresholds = calibration.thresholds if calibration else ()
-        self._passes(program, back(self._method, config.keep, thresholds))
+        last = back(
+            self._method,
+            config.keep,
+            thresholds,
+            period=config.period,
+            tree_width=config.tree_width,
+            max_seq_len=max_seq_len,
+        )
+        self._passes(program, last)
         return compiled(calibration)
 
     def _passes(self, program: Program, passes: list[Any]) -> None:
@@ -268,7 +292,7 @@ class _Compilation:
                 f"{source.name} has no tokenizer to read calibration text with; add tokenizer.json "
                 "to the model's directory, or use --sparsity topk or griffin"
             )
-        backend = compiled._backend(ObservingBackend, self._config.device, None)
+        backend = compiled.observing(self._config.device)
         if self._config.calibration == BUILTIN:
             plain = compiled.to_runtime(device=self._config.device)
             sequences = on_policy(read_prompts(source.prompts), plain)
@@ -297,7 +321,14 @@ class _Compilation:
             weights=tuple(program.weights.values()),
             state=program.state,
             sparsity=program.sparsity,
-            period=PeriodSpec(config.period, config.threshold, config.verify_temperature),
+            period=PeriodSpec(
+                period=config.period,
+                tree_width=config.tree_width,
+                threshold=config.threshold,
+                verify_temperature=config.verify_temperature,
+                confidence=config.confidence,
+                refresh=config.refresh,
+            ),
             eos_token_ids=tuple([] if eos is None else [eos] if isinstance(eos, int) else eos),
             pad_token_id=source.generation.pad_token_id,
             passes=self._records,

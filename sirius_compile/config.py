@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sirius_runtime.errors import ConfigError
-from sirius_runtime.model import MAX_PERIOD
+from sirius_runtime.request import check_ranges, check_tree
 from sirius_runtime.spec import DType, Method
 
 BUILTIN = "builtin"
@@ -19,11 +19,12 @@ _E = TypeVar("_E", bound=StrEnum)
 class CompileConfig:
     """Options of `compile_model`; the command line's flags under the same names.
 
-    sparsity, keep: the sparse path and the share of neurons that it keeps. period, threshold,
-    verify_temperature: defaults that the artifact carries, which a run can change. max_seq_len: the
-    longest sequence served, by default the model's own. dtype: of the stored weights, by default
-    the checkpoint's. device: where calibration runs. calibration: a text or JSONL file, or
-    ``builtin``.
+    sparsity, keep: the sparse path and the share of neurons that it keeps. period, tree_width: of
+    a draft, the static shapes of the graph `period`. They, threshold, verify_temperature,
+    confidence and refresh are defaults that the artifact carries, which a run can change.
+    max_seq_len: the longest sequence served, by default the model's own. dtype: of the stored
+    weights, by default the checkpoint's. device: where calibration runs. calibration: a text or
+    JSONL file, or ``builtin``.
 
     Raises ConfigError for a value out of its range, with the range.
     """
@@ -31,8 +32,11 @@ class CompileConfig:
     sparsity: Method | str = Method.CATS
     keep: float = 0.5
     period: int = 16
+    tree_width: int = 1
     threshold: float = 0.1
     verify_temperature: float = 0.6
+    confidence: float = 0.0
+    refresh: int = 0
     max_seq_len: int | None = None
     dtype: DType | str | None = None
     device: str = "cpu"
@@ -48,8 +52,13 @@ class CompileConfig:
             object.__setattr__(self, "dtype", _member(DType, self.dtype, "--dtype"))
         if not 0.0 < self.keep <= 1.0:
             raise ConfigError(f"--keep must be in (0, 1], got {self.keep}")
-        if not 1 <= self.period <= MAX_PERIOD:
-            raise ConfigError(f"--period must be in 1..{MAX_PERIOD}, got {self.period}")
+        check_tree(self.period, self.tree_width, max(self.tree_width, 1), flag="--")
+        check_ranges(self.confidence, self.refresh, flag="--")
+        if self.refresh and self.sparsity != Method.GRIFFIN:
+            raise ConfigError(
+                f"--refresh chooses griffin's neurons anew; --sparsity {self.sparsity} chooses "
+                "them for every token"
+            )
         if not 0.0 <= self.threshold <= 1.0:
             raise ConfigError(f"--threshold must be in [0, 1], got {self.threshold}")
         if not 0.0 < self.verify_temperature < float("inf"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sirius_passes.build_period import BuildPeriod
 from sirius_passes.canonicalize import Canonicalize
 from sirius_passes.insert_kv_cache import InsertKvCache
 from sirius_passes.lay_out_weights import LayOutWeights
@@ -30,7 +31,15 @@ def front(method: Method) -> list[Pass]:
     ]
 
 
-def back(method: Method, keep: float, thresholds: Sequence[float]) -> list[Pass]:
+def back(
+    method: Method,
+    keep: float,
+    thresholds: Sequence[float],
+    *,
+    period: int,
+    tree_width: int,
+    max_seq_len: int,
+) -> list[Pass]:
     """From the paired paths to the program that is packaged. `thresholds` [layers]: cats only."""
     sparsify: dict[Method, list[Pass]] = {
         Method.CATS: [SparsifyCats(keep, thresholds)],
@@ -43,4 +52,6 @@ def back(method: Method, keep: float, thresholds: Sequence[float]) -> list[Pass]
         *sparsify[method],
         # one stored copy of each weight, as the kernels stream it
         LayOutWeights(),
+        # draft, verify, accept and roll back as one graph
+        BuildPeriod(period, tree_width, max_seq_len),
     ]

@@ -1,4 +1,4 @@
-"""`generate` at its boundaries: ends of rows, limits of length, batches, streams, bad requests."""
+"""`generate` at its boundaries: ends of rows, limits of length, streams, bad requests."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from transformers import TextStreamer
 
 import sirius_runtime
 from sirius_runtime import session as session_module
-from sirius_runtime.errors import GenerationError, UserError
+from sirius_runtime.errors import GenerationError
 from sirius_runtime.model import FinishReason, GenerationOutput, Mode, SiriusModel
-from sirius_runtime.policy import Verdict
-from sirius_runtime.session import Session
+from sirius_runtime.policy import Draft, Verdict
+from sirius_runtime.session import Pick, Session
 from tests.support.models import (
     EOS,
     MAX_SEQ_LEN,
@@ -58,18 +58,27 @@ def endless(model: SiriusModel, prompt: Sequence[int], **options: Any) -> tuple[
     return model.generate(prompt, eos_token_id=[], **options).tokens[0]
 
 
-class Periods:
-    """Spies on the periods of a Session: chunks [K] and verdicts of one row."""
+def draws(mode: Mode) -> dict[str, Any]:
+    """What makes a run of this mode the same again."""
+    return {"seed": 3} if mode is Mode.SAMPLE else {}
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, row: int = 0) -> None:
-        self.chunks: list[list[int]] = []
+
+class Periods:
+    """Spies on the periods of a Session of one row."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
         self.advances: list[int] = []
+        self.refused: set[int] = set()  # tokens of nodes off the kept paths
         commit = Session.commit
 
-        def spy(session: Session, chunk_BK: Tensor, *args: Any) -> Verdict:
-            verdict = commit(session, chunk_BK, *args)
-            self.chunks.append(chunk_BK[row].tolist())
-            self.advances.append(int(verdict.advance[row]))
+        def spy(session: Session, draft: Draft, *args: Any) -> Verdict:
+            verdict = commit(session, draft, *args)
+            self.sizes.append(int(draft.depth[0]) + 1)
+            self.advances.append(int(verdict.advance[0]))
+            kept = {0, *verdict.nodes[0].tolist()}
+            tokens = draft.tree.tokens[0].tolist()
+            self.refused |= {token for node, token in enumerate(tokens) if node not in kept}
             return verdict
 
         monkeypatch.setattr(Session, "commit", spy)
@@ -82,15 +91,23 @@ def test_every_eos_id_of_the_model_is_known(model: SiriusModel) -> None:
     assert model.program.eos_token_ids == EOS
 
 
-@given(prompts, st.sampled_from(list(Mode)), st.integers(1, 9), st.data())
+@st.composite
+def runs(draw: st.DrawFn) -> dict[str, Any]:
+    """Options of a run of 20 tokens."""
+    mode = draw(st.sampled_from(list(Mode)))
+    period, width = draw(st.integers(1, 9)), draw(st.integers(1, 4))
+    run = {"mode": mode, "period": period, "tree_width": width, "max_new_tokens": 20}
+    return run | draws(mode)
+
+
+@given(prompts, runs(), st.data())
 def test_each_eos_id_ends_the_row(
-    model: SiriusModel, prompt: list[int], mode: Mode, period: int, data: st.DataObject
+    model: SiriusModel, prompt: list[int], options: dict[str, Any], data: st.DataObject
 ) -> None:
-    tokens = endless(model, prompt, mode=mode, period=period, max_new_tokens=20)
+    tokens = endless(model, prompt, **options)
     eos = set(data.draw(st.lists(st.sampled_from(tokens), min_size=1, max_size=3)))
     first = min(index for index, token in enumerate(tokens) if token in eos)
-    options = {"mode": mode, "period": period, "max_new_tokens": 20, "eos_token_id": list(eos)}
-    output = model.generate(prompt, **options)
+    output = model.generate(prompt, eos_token_id=list(eos), **options)
     assert output.tokens[0] == tokens[: first + 1]
     assert output.finish_reasons == (FinishReason.EOS,)
     assert output.stats.tokens == first + 1
@@ -100,7 +117,7 @@ def test_each_eos_id_ends_the_row(
 def test_eos_ids_of_the_model_end_rows_unless_replaced(
     model: SiriusModel, monkeypatch: pytest.MonkeyPatch, eos: int
 ) -> None:
-    def prefill(session: Session, prompts: Rows) -> Tensor:
+    def prefill(session: Session, prompts: Rows, pick: Pick) -> Tensor:
         return torch.tensor([eos])
 
     monkeypatch.setattr(Session, "prefill", prefill)
@@ -109,29 +126,26 @@ def test_eos_ids_of_the_model_end_rows_unless_replaced(
     assert len(replaced.tokens[0]) == 2
 
 
+@pytest.mark.parametrize("width", [1, 3])
 def test_drafted_eos_that_is_refused_ends_nothing(
-    model: SiriusModel, monkeypatch: pytest.MonkeyPatch
+    model: SiriusModel, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     periods = Periods(monkeypatch)
-    options = {"mode": Mode.EXACT, "period": 6, "max_new_tokens": 40}
+    options = {"mode": Mode.EXACT, "period": 6, "tree_width": width, "max_new_tokens": 40}
     tokens = endless(model, PROMPT, **options)
-    refused = {
-        token
-        for chunk, advance in zip(periods.chunks, periods.advances, strict=True)
-        for token in chunk[advance:]
-    }
-    eos = sorted(refused - set(tokens))
+    eos = sorted(periods.refused - set(tokens))
     assert eos
     output = model.generate(PROMPT, eos_token_id=eos, **options)
     assert output.tokens[0] == tokens
     assert output.finish_reasons == (FinishReason.LENGTH,)
 
 
+@pytest.mark.parametrize("width", [1, 3])
 def test_eos_in_the_middle_of_a_period_drops_what_follows(
-    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     model = tiny(method="topk").model
-    options = {"threshold": 0.0, "period": 8, "max_new_tokens": 40}
+    options = {"threshold": 0.0, "period": 8, "tree_width": width, "max_new_tokens": 40}
     tokens = endless(model, PROMPT, **options)
     middle = next(
         index
@@ -164,11 +178,11 @@ def first_stop(model: SiriusModel, tokens: Sequence[int], stop: Sequence[str]) -
     return len(tokens)
 
 
-@given(prompts, st.sampled_from(list(Mode)), st.integers(1, 9), st.data())
+@given(prompts, runs(), st.data())
 def test_stop_strings_wherever_they_lie(
-    model: SiriusModel, prompt: list[int], mode: Mode, period: int, data: st.DataObject
+    model: SiriusModel, prompt: list[int], run: dict[str, Any], data: st.DataObject
 ) -> None:
-    options = {"mode": mode, "period": period, "max_new_tokens": 20, "eos_token_id": []}
+    options = {**run, "eos_token_id": []}
     plain = model.generate(prompt, **options)
     assert plain.texts is not None
     tokens, text = plain.tokens[0], plain.texts[0]
@@ -239,13 +253,25 @@ def test_chunks_of_a_prompt_change_nothing(
 # lengths
 
 
-@given(prompts, st.integers(1, 9), st.integers(1, 25), st.sampled_from([0.0, 0.1, 2.0]))
+@given(
+    prompts,
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.integers(1, 25),
+    st.sampled_from([0.0, 0.1, 2.0]),
+)
 def test_max_new_tokens_is_met_exactly(
-    model: SiriusModel, prompt: list[int], period: int, new_tokens: int, threshold: float
+    model: SiriusModel,
+    prompt: list[int],
+    period: int,
+    width: int,
+    new_tokens: int,
+    threshold: float,
 ) -> None:
     output = model.generate(
         prompt,
         period=period,
+        tree_width=width,
         max_new_tokens=new_tokens,
         threshold=threshold,
         eos_token_id=[],
@@ -259,7 +285,7 @@ def test_last_period_is_cut_to_what_is_wanted(
 ) -> None:
     periods = Periods(monkeypatch)
     endless(model, PROMPT, threshold=0.0, period=8, max_new_tokens=20)
-    assert list(map(len, periods.chunks)) == [8, 8, 3]
+    assert periods.sizes == [8, 8, 3]
 
 
 @pytest.mark.parametrize("mode", [Mode.EXACT, Mode.FULL])
@@ -300,7 +326,7 @@ def test_period_of_one_is_dense_greedy(subject: Tiny, threshold: float) -> None:
     assert output.stats.acceptance_rate is None
 
 
-@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("mode", [mode for mode in Mode if mode is not Mode.SAMPLE])
 def test_one_new_token_is_the_dense_one(subject: Tiny, mode: Mode) -> None:
     output = subject.model.generate(PROMPT, mode=mode, max_new_tokens=1)
     assert output.tokens[0] == subject.greedy(PROMPT, 1)
@@ -314,73 +340,7 @@ def test_sparse_mode_is_never_corrected(model: SiriusModel) -> None:
     assert sparse != endless(model, PROMPT, mode=Mode.FULL, max_new_tokens=21)
 
 
-# batches
-
-
-@given(
-    st.lists(prompts, min_size=2, max_size=4),
-    st.sampled_from(list(Mode)),
-    st.integers(1, 9),
-    st.sampled_from([0.0, 0.1, 0.3]),
-    st.integers(1, 20),
-)
-def test_rows_of_a_batch_are_their_own_runs(
-    subject: Tiny, batch: Rows, mode: Mode, period: int, threshold: float, new_tokens: int
-) -> None:
-    options: dict[str, Any] = {
-        "mode": mode,
-        "period": period,
-        "threshold": threshold,
-        "max_new_tokens": new_tokens,
-    }
-    single = [subject.model.generate(prompt, **options) for prompt in batch]
-    output = subject.model.generate(batch, **options)
-    assert output.tokens == tuple(run.tokens[0] for run in single)
-    assert output.finish_reasons == tuple(run.finish_reasons[0] for run in single)
-    assert output.texts == tuple(run.texts[0] for run in single if run.texts)
-    assert output.stats.tokens == sum(run.stats.tokens for run in single)
-    assert output.stats.periods == sum(run.stats.periods for run in single)
-    assert output.stats.corrections == sum(run.stats.corrections for run in single)
-
-
-@pytest.mark.parametrize("mode", list(Mode))
-def test_rows_near_the_length_limit_are_their_own_runs(subject: Tiny, mode: Mode) -> None:
-    generator = torch.Generator().manual_seed(2)
-    batch = [
-        torch.randint(6, VOCABULARY, (size,), generator=generator).tolist()
-        for size in (MAX_SEQ_LEN - 20, MAX_SEQ_LEN - 33, 2)
-    ]
-    options: dict[str, Any] = {"mode": mode, "period": 8, "max_new_tokens": 20}
-    expected = tuple(endless(subject.model, prompt, **options) for prompt in batch)
-    assert subject.model.generate(batch, eos_token_id=[], **options).tokens == expected
-
-
-def test_row_that_ended_stays_as_it_is(model: SiriusModel) -> None:
-    options: dict[str, Any] = {"period": 4, "max_new_tokens": 24}
-    alone = [endless(model, prompt, **options) for prompt in RAGGED]
-    eos = next(token for token in alone[0][2:] if token not in {*alone[1], *alone[2]})
-    output = model.generate(RAGGED, eos_token_id=eos, **options)
-    assert output.tokens == (alone[0][: alone[0].index(eos) + 1], alone[1], alone[2])
-    assert output.finish_reasons == (FinishReason.EOS, FinishReason.LENGTH, FinishReason.LENGTH)
-
-
-def padded(rows: Rows, side: str) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask, padded by token 0."""
-    width = max(map(len, rows))
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[index, where] = torch.tensor(row)
-        mask[index, where] = 1
-    return ids, mask
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_tensors(model: SiriusModel, side: str) -> None:
-    ids, mask = padded(RAGGED, side)
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=10)
-    assert output.prompts == tuple(map(tuple, RAGGED))
-    assert output.tokens == model.generate(RAGGED, max_new_tokens=10).tokens
+# forms of a request
 
 
 def test_forms_of_one_prompt(model: SiriusModel) -> None:
@@ -414,64 +374,7 @@ def test_streamer_with_a_batch_is_refused(model: SiriusModel) -> None:
         model.generate(RAGGED, streamer=streamer)
 
 
-# bad requests
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"mode": "dense"}, "mode must be one of sirius, exact, full, sparse, got 'dense'"),
-        ({"period": 0}, r"period must be in 1\.\.512, got 0"),
-        ({"period": 513}, r"period must be in 1\.\.512, got 513"),
-        ({"threshold": -0.5}, r"threshold must be >= 0, got -0\.5"),
-        ({"threshold": math.nan}, "threshold must be >= 0, got nan"),
-        ({"verify_temperature": 0.0}, "verify_temperature must be > 0, got 0"),
-        ({"verify_temperature": math.inf}, "verify_temperature must be > 0, got inf"),
-        ({"max_new_tokens": 0}, r"max_new_tokens must be in 1\.\.125 "),
-        ({"max_new_tokens": -1}, r"max_new_tokens must be in 1\.\.125 "),
-        ({"stop": ""}, "stop string is empty"),
-        ({"stop": ["a", ""]}, "stop string is empty"),
-        ({"attention_mask": torch.ones(1, 3)}, "attention_mask goes with a tensor"),
-    ],
-)
-def test_bad_options_are_refused(model: SiriusModel, options: dict[str, Any], match: str) -> None:
-    with pytest.raises(UserError, match=match):
-        model.generate(PROMPT, **options)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "match"),
-    [
-        ([], "no prompt was given"),
-        ([[]], "prompt 0 is empty"),
-        (["w7", ""], "prompt 1 is empty"),
-        (torch.zeros(0, 3, dtype=torch.int64), "no prompt was given"),
-        (torch.zeros(1, 0, dtype=torch.int64), "prompt 0 is empty"),
-        ([7, VOCABULARY], r"prompt 0 has a token id outside of the vocabulary \(0\.\.100\)"),
-        ([[7], [7, -1]], r"prompt 1 has a token id outside of the vocabulary \(0\.\.100\)"),
-        (torch.tensor([[7.0, 8.0]]), "input_ids must be integers"),
-        (
-            torch.zeros(1, 1, 3, dtype=torch.int64),
-            r"shape \[B, T\] or \[T\], got torch\.int64 \[1, 1, 3\]",
-        ),
-    ],
-)
-def test_bad_prompts_are_refused(model: SiriusModel, inputs: Any, match: str) -> None:
-    with pytest.raises(GenerationError, match=match):
-        model.generate(inputs, max_new_tokens=2)
-
-
-@pytest.mark.parametrize("shape", [(3, 2), (2, 4), (6,)])
-def test_mask_of_another_shape_is_refused(model: SiriusModel, shape: tuple[int, ...]) -> None:
-    ids = torch.full((2, 3), 7)
-    with pytest.raises(GenerationError, match="attention_mask"):
-        model.generate(ids, attention_mask=torch.ones(shape), max_new_tokens=2)
-
-
-def test_row_that_is_all_padding_is_refused(model: SiriusModel) -> None:
-    mask = torch.tensor([[1, 1], [0, 0]])
-    with pytest.raises(GenerationError, match="prompt 1 is empty"):
-        model.generate(torch.full((2, 2), 7), attention_mask=mask)
+# tokenizers
 
 
 def test_model_without_a_tokenizer_takes_ids_only(model: SiriusModel) -> None:

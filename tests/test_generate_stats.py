@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.model import Mode, SiriusModel
 from sirius_runtime.ops.attention import cached_attention
-from sirius_runtime.policy import ExactAcceptance, ThresholdAcceptance, Verdict, chain_mask
+from sirius_runtime.plan import Plan
+from sirius_runtime.policy import Draft, Rule, Verdict
 from sirius_runtime.session import Session
 from sirius_runtime.stats import GenerationStats, Phase
 from tests.support.models import METHODS, VOCABULARY, Rows, TinyModels, open_session
@@ -33,38 +34,64 @@ def model(tiny: TinyModels) -> SiriusModel:
     return tiny(method="griffin").model
 
 
+Period = tuple[int, int]
+"""Levels drafted, and tokens committed."""
+
+
 def replay(
     model: SiriusModel, batch: Rows, **options: Any
-) -> tuple[GenerationStats, list[list[tuple[int, int]]]]:
-    """A run that no EOS ends: its stats, and each row's periods as (chunk size, advance)."""
-    verdicts: list[list[int]] = []
-    commit = Session.commit
+) -> tuple[GenerationStats, list[list[Period]]]:
+    """A run that no EOS ends: its stats, and each row's periods."""
+    rows: list[list[Period]] = [[] for _ in batch]
+    held = rows  # those of the rows that the Session still holds
+    commit, select = Session.commit, Session.select
 
-    def spy(session: Session, *args: Any) -> Verdict:
-        verdict = commit(session, *args)
-        verdicts.append(verdict.advance.tolist())
+    def spy_commit(session: Session, draft: Draft, *args: Any) -> Verdict:
+        active = session.active.tolist()
+        verdict = commit(session, draft, *args)
+        periods = zip(draft.depth.tolist(), verdict.advance.tolist(), strict=True)
+        for row, going, period in zip(held, active, periods, strict=True):
+            if going:
+                row.append(period)
         return verdict
 
+    def spy_select(session: Session, kept: Tensor) -> None:
+        nonlocal held
+        select(session, kept)
+        held = [held[index] for index in kept.tolist()]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "commit", spy)
+        patch.setattr(Session, "commit", spy_commit)
+        patch.setattr(Session, "select", spy_select)
         stats = model.generate(batch, eos_token_id=[], **options).stats
-    periods: list[list[tuple[int, int]]] = []
-    for row in range(len(batch)):
-        left = options["max_new_tokens"] - 1  # the first token is the prefill's
-        periods.append([])
-        for advances in verdicts:
-            if left:
-                periods[row].append((min(options["period"], left), advances[row]))
-                left -= advances[row]
-    return stats, periods
+    return stats, rows
 
 
-@given(batches, st.integers(1, 9), st.integers(1, 25), st.sampled_from([0.0, 0.1, 0.3, 2.0]))
+@given(
+    batches,
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.integers(1, 25),
+    st.sampled_from([0.0, 0.1, 0.3, 2.0]),
+    st.sampled_from([0.0, 0.4]),
+)
 def test_counts_are_those_of_the_periods(
-    model: SiriusModel, batch: Rows, period: int, new_tokens: int, threshold: float
+    model: SiriusModel,
+    batch: Rows,
+    period: int,
+    width: int,
+    new_tokens: int,
+    threshold: float,
+    confidence: float,
 ) -> None:
     stats, rows = replay(
-        model, batch, period=period, max_new_tokens=new_tokens, threshold=threshold
+        model,
+        batch,
+        period=period,
+        tree_width=width,
+        max_new_tokens=new_tokens,
+        threshold=threshold,
+        confidence=confidence,
     )
     every = [entry for row in rows for entry in row]
     counted = [entry for row in rows for entry in row[:-1]]
@@ -74,26 +101,41 @@ def test_counts_are_those_of_the_periods(
     assert stats.periods == len(every) == sum(stats.advances.values())
     assert stats.advances == Counter(advance for _, advance in every)
     assert stats.tokens == len(batch) + sum(a * n for a, n in stats.advances.items())
-    assert stats.corrections == sum(advance < size for size, advance in every)
-    drafted = sum(size - 1 for size, _ in every)
+    assert stats.corrections == sum(advance < levels + 1 for levels, advance in every)
+    drafted = sum(levels for levels, _ in every)
     if drafted:
         assert stats.acceptance_rate == sum(advance - 1 for _, advance in every) / drafted
     else:
         assert stats.acceptance_rate is None
     if counted:
-        aal = sum(advance for _, advance in counted) / len(counted)
-        assert stats.aal == aal
-        sizes = {size for size, _ in counted}
-        if len(sizes) == 1:
-            expected = ((sizes.pop() - 1) * stats.density + 1) / aal
-            assert stats.effective_density == pytest.approx(expected, rel=1e-12)
+        committed = sum(advance for _, advance in counted)
+        assert stats.aal == committed / len(counted)
+        reads = sum(levels * stats.density + 1 for levels, _ in counted)
+        assert stats.effective_density == pytest.approx(reads / committed, rel=1e-12)
     else:
         assert stats.aal is None
 
 
-@given(batches, st.integers(1, 9), st.integers(1, 25))
+def test_a_draft_that_stops_early_counts_as_long_as_it_is(model: SiriusModel) -> None:
+    """A level that confidence left out was neither drafted nor refused, and cost nothing."""
+    options: dict[str, Any] = {"period": 9, "max_new_tokens": 40}
+    stats, (periods,) = replay(model, [PROMPT], confidence=0.9, **options)
+    whole, (whole_periods,) = replay(model, [PROMPT], **options)
+    left = 39
+    for levels, advance in whole_periods:
+        assert levels == min(9, left) - 1
+        left -= advance
+    assert len({levels for levels, _ in periods}) > 2
+    assert stats.acceptance_rate is not None
+    assert whole.acceptance_rate is not None
+    assert stats.acceptance_rate > whole.acceptance_rate
+    drafts, whole_drafts = (s.bytes_read[Phase.DRAFT] / s.periods for s in (stats, whole))
+    assert drafts < whole_drafts
+
+
+@given(batches, st.integers(1, 9), st.integers(1, 4), st.integers(1, 25), st.integers(0, 2))
 def test_weight_bytes_are_those_of_the_forwards(
-    model: SiriusModel, batch: Rows, period: int, new_tokens: int
+    model: SiriusModel, batch: Rows, period: int, width: int, new_tokens: int, refresh: int
 ) -> None:
     """A forward reads the weights once for all rows."""
     calls: Counter[str] = Counter()
@@ -105,12 +147,15 @@ def test_weight_bytes_are_those_of_the_forwards(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EagerBackend, "run", spy)
-        stats = model.generate(batch, period=period, max_new_tokens=new_tokens).stats
+        stats = model.generate(
+            batch, period=period, tree_width=width, max_new_tokens=new_tokens, refresh=refresh
+        ).stats
     dense = model.program.model.parameters * 4  # float32
     assert stats.weight_bytes == dense
     assert stats.bytes_read == {
         Phase.DRAFT: pytest.approx(calls["sparse"] * stats.density * dense),
-        Phase.VERIFY: calls["full"] * dense,
+        Phase.VERIFY: calls["observe" if refresh else "full"] * dense,
+        Phase.PERIOD: 0,
         Phase.REST: calls["prefill"] * dense,
     }
     for phase, read in stats.bytes_read.items():
@@ -126,7 +171,8 @@ def test_density_counts_the_rows_not_read(tiny: TinyModels, method: str, matrice
     assert stats.density == pytest.approx(1 - skipped / total)
 
 
-def test_density_of_cats_is_measured(tiny: TinyModels) -> None:
+@pytest.mark.parametrize("width", [1, 3])
+def test_density_of_cats_is_measured(tiny: TinyModels, width: int) -> None:
     made = tiny(method="cats")
     kept: list[Tensor] = []
     run = EagerBackend.run
@@ -134,12 +180,14 @@ def test_density_of_cats_is_measured(tiny: TinyModels) -> None:
     def spy(backend: EagerBackend, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         outputs = run(backend, entry, inputs)
         if entry == "sparse":
-            kept.append(outputs["kept"][:, 0, 0])
+            kept.append(outputs["kept"][:, 0])
         return outputs
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EagerBackend, "run", spy)
-        stats = made.model.generate(PROMPT, max_new_tokens=30, eos_token_id=[]).stats
+        stats = made.model.generate(
+            PROMPT, tree_width=width, max_new_tokens=30, eos_token_id=[]
+        ).stats
     mean_L = torch.stack(kept).double().mean(0)
     total = sum(parameter.numel() for parameter in made.reference.parameters())
     skipped = float((96 - mean_L).sum()) * 2 * 64  # up and down; gate is read to choose
@@ -181,7 +229,8 @@ def test_seconds_add_up(model: SiriusModel) -> None:
     stats = model.generate(PROMPT, max_new_tokens=20, eos_token_id=[]).stats
     wall = time.perf_counter() - start
     assert set(stats.seconds) == set(Phase)
-    assert min(stats.seconds.values()) > 0
+    assert stats.seconds[Phase.PERIOD] == 0  # of back ends whose period is one graph
+    assert min(s for phase, s in stats.seconds.items() if phase is not Phase.PERIOD) > 0
     assert stats.total_seconds == sum(stats.seconds.values())
     assert 0.5 * wall < stats.total_seconds <= wall
     assert 0 < stats.prefill_seconds < stats.seconds[Phase.REST]
@@ -233,15 +282,34 @@ def test_reads_are_seen(read: str) -> None:
     assert reads.count == 1
 
 
+@pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
-def test_one_read_a_period(tiny: TinyModels, method: str) -> None:
+def test_one_read_a_period(tiny: TinyModels, method: str, width: int) -> None:
     def reads(periods: int) -> int:
-        new_tokens = 1 + 8 * periods
         return HostReads().measure(
-            tiny(method=method).model, threshold=0.0, period=8, max_new_tokens=new_tokens
+            tiny(method=method).model,
+            threshold=0.0,
+            period=8,
+            tree_width=width,
+            max_new_tokens=1 + 8 * periods,
         )
 
     assert reads(5) - reads(1) == 4
+
+
+def test_confidence_reads_once_a_level(model: SiriusModel) -> None:
+    """Whether any row drafts on; so little confidence stops none. A threshold of 0 keeps all."""
+
+    def reads(periods: int) -> int:
+        return HostReads().measure(
+            model,
+            threshold=0.0,
+            period=8,
+            confidence=1e-30,
+            max_new_tokens=1 + 8 * periods,
+        )
+
+    assert reads(5) - reads(1) == 4 * (1 + 7)
 
 
 @pytest.mark.parametrize("mode", [Mode.FULL, Mode.SPARSE])
@@ -253,11 +321,15 @@ def test_one_read_a_step(model: SiriusModel, mode: Mode) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_period_needs_no_values(tiny: TinyModels, method: str) -> None:
     """On the meta device tensors have none: to read one is an error."""
-    session = open_session(tiny(method=method).compiled.to_runtime(device="meta"), 2)
+    model = tiny(method=method).compiled.to_runtime(device="meta")
+    session = open_session(model, 2, refresh=1 if method == "griffin" else 0)
     session.prefill([PROMPT, [50, 30]])
-    for acceptance in (ThresholdAcceptance(0.1, 0.6), ExactAcceptance()):
-        verdict = session.period(5, acceptance)
-        assert verdict.tokens.shape == (2, 5)
+    most = torch.tensor([5, 3], device="meta")
+    noise = torch.empty(2, 2, 5, dtype=torch.float64, device="meta")
+    for rule in Rule:
+        for width in (1, 3):
+            outcome = session.period(Plan(5, width, rule=rule, noise=noise), most)
+            assert outcome.tokens.shape == (2, 5)
     session.full_step()
     session.sparse_step()
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -276,7 +348,7 @@ def test_attention_needs_no_values_off_the_cpu() -> None:
         positions=meta(2, 3, dtype=torch.int64),
         slots=meta(2, 3, dtype=torch.int64),
         length=meta(2, dtype=torch.int64),
-        tree_mask=chain_mask(3, torch.device("meta")),
+        tree_mask=meta(1, 3, 3, dtype=torch.int64),
         layer=0,
         scale=1.0,
         window=5,

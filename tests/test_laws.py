@@ -1,15 +1,12 @@
-"""The laws of Sirius that concern the chain and the tree-ready operators, over random requests.
+"""The laws of Sirius that concern tokens, over random requests, for chains and for trees.
 
-1 thresholds 0 and above 1, 2 exact mode is dense greedy, 3 a tree's node is its path, 4 committed
-K/V is the dense one, 5 nothing skipped is nothing changed, 6 nothing shown is taken back, 7 one
-copy of each weight.
+1 thresholds 0 and above 1, 2 exact mode is dense greedy, 3 the tokens are the naive decoder's, 6
+nothing shown is taken back. The others are in `test_laws_state`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
 
 import pytest
 import torch
@@ -17,10 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import sirius_runtime
-from sirius_runtime.model import Mode, SiriusModel
-from sirius_runtime.policy import ExactAcceptance, ThresholdAcceptance, chain_mask
-from sirius_runtime.session import Session
+from sirius_runtime.model import Mode
+from sirius_runtime.plan import Plan
 from sirius_runtime.text import TextStream
 from tests.support.models import (
     METHODS,
@@ -28,21 +23,20 @@ from tests.support.models import (
     Rows,
     Tiny,
     TinyModels,
-    bound_weights,
     open_session,
-    state_of,
+    random_decoder,
 )
-from tests.support.naive import ancestors, tree_mask
+from tests.support.naive_decoder import Sparsity, naive_sirius, naive_sirius_tree
 
-TEMPERATURE = 0.6
 ABOVE_ONE = 1.01
-CPU = torch.device("cpu")
 
 token_ids = st.integers(6, VOCABULARY - 1)
 prompts = st.lists(token_ids, min_size=1, max_size=20)
 batches = st.lists(prompts, min_size=1, max_size=3)
 periods = st.integers(1, 9)
+widths = st.integers(1, 8)
 thresholds = st.sampled_from([0.0, 0.02, 0.1, 0.3, 1.0, ABOVE_ONE])
+confidences = st.sampled_from([0.0, 0.2, 0.8])
 lengths = st.integers(1, 20)
 
 
@@ -54,27 +48,31 @@ def subject(request: pytest.FixtureRequest, tiny: TinyModels) -> Tiny:
 # 1: thresholds
 
 
-@given(batches, periods, st.floats(0.1, 3.0))
-def test_threshold_zero_accepts_every_draft(
-    subject: Tiny, batch: Rows, size: int, temperature: float
+@given(batches, periods, widths, st.floats(0.1, 3.0))
+def test_threshold_zero_accepts_a_whole_deepest_path(
+    subject: Tiny, batch: Rows, size: int, width: int, temperature: float
 ) -> None:
     session = open_session(subject.model, len(batch))
     session.prefill(batch)
+    plan = Plan(size, width, threshold=0.0, verify_temperature=temperature)
+    most = torch.full((len(batch),), size)
+    deepest = (size - 2) * width + 1 if size > 1 else 0  # the likeliest node of the last level
     for _ in range(2):
-        chunk = session.draft(size)
-        verdict = session.commit(
-            chunk, session.verify(chunk), ThresholdAcceptance(0.0, temperature)
-        )
+        draft = session.draft(plan, most)
+        verdict = session.commit(draft, session.verify(draft.tree)["logits"], plan, most)
         assert verdict.advance.tolist() == [size] * len(batch)
-        assert torch.equal(verdict.tokens[:, :-1], chunk[:, 1:])
+        path = verdict.nodes
+        assert path[:, -1].tolist() == [deepest] * len(batch)
+        assert torch.equal(draft.tree.parents.gather(1, path[:, 1:]), path[:, :-1])
+        assert torch.equal(verdict.tokens[:, :-1], draft.tree.tokens.gather(1, path[:, 1:]))
 
 
-@given(batches, periods, lengths)
+@given(batches, periods, widths, lengths)
 def test_threshold_above_one_is_dense_greedy_a_token_a_period(
-    subject: Tiny, batch: Rows, period: int, new_tokens: int
+    subject: Tiny, batch: Rows, period: int, width: int, new_tokens: int
 ) -> None:
     output = subject.model.generate(
-        batch, threshold=ABOVE_ONE, period=period, max_new_tokens=new_tokens
+        batch, threshold=ABOVE_ONE, period=period, tree_width=width, max_new_tokens=new_tokens
     )
     assert output.tokens == tuple(subject.greedy(prompt, new_tokens) for prompt in batch)
     assert output.stats.advances.keys() <= {1}
@@ -83,214 +81,159 @@ def test_threshold_above_one_is_dense_greedy_a_token_a_period(
 # 2: exact mode
 
 
-@given(batches, periods, lengths)
+@given(batches, periods, widths, lengths, confidences)
 def test_exact_mode_is_transformers_greedy(
-    subject: Tiny, batch: Rows, period: int, new_tokens: int
+    subject: Tiny, batch: Rows, period: int, width: int, new_tokens: int, confidence: float
 ) -> None:
     output = subject.model.generate(
-        batch, mode=Mode.EXACT, period=period, max_new_tokens=new_tokens
+        batch,
+        mode=Mode.EXACT,
+        period=period,
+        tree_width=width,
+        confidence=confidence,
+        max_new_tokens=new_tokens,
     )
     assert output.tokens == tuple(subject.greedy(prompt, new_tokens) for prompt in batch)
 
 
+@given(batches, periods, widths, lengths, st.integers(1, 3))
+def test_exact_mode_is_transformers_greedy_whatever_neurons_are_chosen_anew(
+    tiny: TinyModels, batch: Rows, period: int, width: int, new_tokens: int, refresh: int
+) -> None:
+    subject = tiny(method="griffin")
+    output = subject.model.generate(
+        batch,
+        mode=Mode.EXACT,
+        period=period,
+        tree_width=width,
+        refresh=refresh,
+        max_new_tokens=new_tokens,
+    )
+    assert output.tokens == tuple(subject.greedy(prompt, new_tokens) for prompt in batch)
+
+
+@pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("method", ["griffin", "topk", "cats"])
-def test_exact_mode_refuses_some_drafts_and_accepts_others(tiny: TinyModels, method: str) -> None:
+def test_exact_mode_refuses_some_drafts_and_accepts_others(
+    tiny: TinyModels, method: str, width: int
+) -> None:
     """What the law above is worth: the sparse path is neither always right nor always wrong."""
     batch = [[7, 8, 9], [50, 30, 11, 22, 60]]
     output = tiny(method=method).model.generate(
-        batch, mode=Mode.EXACT, period=8, max_new_tokens=40, eos_token_id=[]
+        batch, mode=Mode.EXACT, period=8, tree_width=width, max_new_tokens=40, eos_token_id=[]
     )
     assert output.stats.corrections > 3
     assert max(output.stats.advances) > 3
 
 
-# 3: trees
-
-
-@st.composite
-def trees(draw: st.DrawFn, most: int = 8) -> list[int]:
-    """The parent of each node, one of the three before it: deep trees; -1 for the root."""
-    size = draw(st.integers(1, most))
-    return [-1] + [draw(st.integers(max(0, node - 3), node - 1)) for node in range(1, size)]
-
-
-class TreeRun:
-    """Prompts in the cache, and blocks of tokens after them that leave the Session as it was."""
-
-    def __init__(self, model: SiriusModel, batch: Rows) -> None:
-        self._backend = model.backend
-        session = open_session(model, len(batch))
-        session.prefill(batch)
-        self._length = session.length
-        self._state = state_of(session)
-
-    def copy(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in self._state.items()}
-
-    def run(
-        self,
-        entry: str,
-        ids_BT: Tensor,
-        nodes: Sequence[int],
-        mask_NN: Tensor,
-        state: dict[str, Tensor],
-    ) -> Tensor:
-        """Logits [B, T, V] of some `nodes` of a tree; writes their K/V to `state`."""
-        slots = self._length[:, None] + torch.tensor(nodes)
-        depth = (mask_NN >= 0).sum(1) - 1
-        known = {
-            "input_ids": ids_BT,
-            "slots": slots,
-            "positions": self._length[:, None] + depth[list(nodes)],
-            "length": self._length,
-            "tree_mask": mask_NN[list(nodes)][None],
-            **state,
-        }
-        uses = self._backend.program.entry(entry).inputs
-        return self._backend.run(entry, {i.name: known[i.name] for i in uses})["logits"]
-
-
-FAMILIES = {
-    "llama": ("llama", {}),
-    "gemma2": ("gemma2", {"sliding_window": 3}),  # windows, which count depth, and softcap
-}
-
-
-@pytest.mark.parametrize("entry", ["full", "sparse"])
-@pytest.mark.parametrize("family", FAMILIES)
-@given(data=st.data())
-def test_node_of_a_tree_is_its_path_alone(
-    tiny: TinyModels, family: str, entry: str, data: st.DataObject
-) -> None:
-    model_type, config = FAMILIES[family]
-    batch, parents = data.draw(batches), data.draw(trees())
-    run = TreeRun(tiny(model_type, "griffin", **config).model, batch)
-    nodes = range(len(parents))
-    ids = torch.tensor([data.draw(st.lists(token_ids, min_size=8, max_size=8)) for _ in batch])
-    logits = run.run(entry, ids[:, : len(parents)], nodes, tree_mask(parents), run.copy())
-    for node in nodes:
-        path = ancestors(parents, node)[::-1]
-        mask = chain_mask(len(path), CPU)[0]
-        alone = run.run(entry, ids[:, path], range(len(path)), mask, run.copy())
-        torch.testing.assert_close(logits[:, node], alone[:, -1], rtol=0, atol=2e-5)
-
-
-@given(batches, trees(), st.integers(0, 2**32))
-def test_tree_run_level_by_level_is_the_tree(
-    tiny: TinyModels, batch: Rows, parents: list[int], seed: int
-) -> None:
-    run = TreeRun(tiny(method="griffin").model, batch)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(VOCABULARY, (len(batch), len(parents)), generator=generator)
-    mask = tree_mask(parents)
-    together = run.run("full", ids, range(len(parents)), mask, run.copy())
-    state = run.copy()
-    depth = [len(ancestors(parents, node)) for node in range(len(parents))]
-    for level in range(1, max(depth) + 1):
-        nodes = [node for node in range(len(parents)) if depth[node] == level]
-        logits = run.run("full", ids[:, nodes], nodes, mask, state)
-        torch.testing.assert_close(logits, together[:, nodes], rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("size", [1, 2, 7])
-def test_tree_of_width_one_has_the_mask_of_the_chain(size: int) -> None:
-    assert torch.equal(tree_mask(range(-1, size - 1)), chain_mask(size, CPU)[0])
-
-
-# 4: committed K/V
-
-
-def committed(session: Session, row: int, length: int) -> tuple[Tensor, Tensor]:
-    """K and V [layers, kv_heads, length, D] of a row."""
-    state = state_of(session)
-    return state["k_cache"][:, row, :, :length], state["v_cache"][:, row, :, :length]
-
-
-def assert_dense(session: Session, model: SiriusModel, histories: Rows) -> None:
-    """Every row's committed K/V is that of a prefill of the same tokens."""
-    dense = open_session(model, len(histories))
-    dense.prefill(histories)
-    assert session.length.tolist() == [len(history) for history in histories]
-    for row, history in enumerate(histories):
-        found, expected = (committed(s, row, len(history)) for s in (session, dense))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-@given(batches, st.lists(periods, min_size=1, max_size=4), thresholds, st.booleans())
-def test_committed_kv_is_the_dense_one_after_each_period(
-    subject: Tiny, batch: Rows, sizes: list[int], threshold: float, exact: bool
-) -> None:
-    acceptance = ExactAcceptance() if exact else ThresholdAcceptance(threshold, TEMPERATURE)
-    session = open_session(subject.model, len(batch))
-    roots = session.prefill(batch).tolist()
-    histories = [list(prompt) for prompt in batch]
-    for size in sizes:
-        verdict = session.period(size, acceptance)
-        rows = zip(verdict.tokens.tolist(), verdict.advance.tolist(), strict=True)
-        for row, (tokens, advance) in enumerate(rows):
-            *kept, roots[row] = [roots[row], *tokens[:advance]]
-            histories[row] += kept
-        assert session.root.tolist() == roots
-        assert_dense(session, subject.model, histories)
-
-
-def test_drafting_leaves_sparse_kv_for_the_verification_to_overwrite(tiny: TinyModels) -> None:
-    """What the law above is worth: without the rewriting it would not hold."""
+def test_a_tree_accepts_what_a_chain_does_not(tiny: TinyModels) -> None:
+    """What trees are worth: more tokens a period, and still the dense ones."""
     model = tiny(method="griffin").model
-    session = open_session(model, 1)
-    prompt = [7, 8, 9]
-    session.prefill([prompt])
-    chunk = session.draft(5)
-    sparse_k = state_of(session)["k_cache"][1, 0, :, 3:8].clone()
-    session.verify(chunk)
-    full_k = state_of(session)["k_cache"][1, 0, :, 3:8]
-    assert ((sparse_k - full_k).abs().amax((0, 2)) > 0.1).all()
-
-
-def test_finished_rows_keep_their_state(tiny: TinyModels) -> None:
-    model = tiny(method="griffin").model
-    session = open_session(model, 2)
-    session.prefill([[7, 8, 9], [50, 30]])
-    session.active = torch.tensor([True, False])
-    root = session.root.clone()
-    session.period(4, ThresholdAcceptance(0.0, TEMPERATURE))
-    assert session.length.tolist() == [7, 2]
-    assert session.root[1] == root[1]
-
-
-# 5: nothing skipped
-
-
-@pytest.mark.parametrize("method", METHODS)
-@given(batch=batches)
-def test_sparse_logits_of_all_neurons_are_the_full_ones(
-    tiny: TinyModels, method: str, batch: Rows
-) -> None:
-    run = TreeRun(tiny(method=method, keep=1.0).model, batch)
-    ids = torch.tensor([[prompt[0]] for prompt in batch])
-    sparse, full = (
-        run.run(entry, ids, [0], torch.zeros(1, 1, dtype=torch.int64), run.copy())
-        for entry in ("sparse", "full")
+    chain, tree = (
+        model.generate(
+            [[7, 8, 9], [50, 30, 11]],
+            mode=Mode.EXACT,
+            period=8,
+            tree_width=width,
+            max_new_tokens=60,
+            eos_token_id=[],
+        )
+        for width in (1, 8)
     )
-    assert torch.equal(sparse, full)
+    assert tree.tokens == chain.tokens
+    assert tree.stats.periods < chain.stats.periods
 
 
-@pytest.mark.parametrize("method", METHODS)
-@given(batch=batches, period=periods, mode=st.sampled_from([Mode.EXACT, Mode.SIRIUS]))
-def test_all_neurons_advance_by_the_period(
-    tiny: TinyModels, method: str, batch: Rows, period: int, mode: Mode
+# 3: the naive decoder, on transformers' own model and cache
+
+
+class Naive:
+    """The same model anew, its MLPs patched."""
+
+    def __init__(self, subject: Tiny) -> None:
+        spec = subject.model.program.sparsity
+        self.model = random_decoder("llama")
+        self.sparsity = Sparsity(spec.method, spec.kept[0], spec.thresholds)
+        self.sparsity.patch(self.model)
+
+
+NAIVE: dict[str, Naive] = {}
+
+
+def naive(tiny: TinyModels, method: str) -> tuple[Tiny, Naive]:
+    """Made once for each method."""
+    subject = tiny(method=method)
+    if method not in NAIVE:
+        NAIVE[method] = Naive(subject)
+    return subject, NAIVE[method]
+
+
+@pytest.mark.parametrize("method", ["griffin", "topk", "cats"])
+@given(prompts, periods, thresholds, st.floats(0.3, 3.0), lengths)
+def test_a_tree_of_width_one_is_the_naive_decoder_s_chain(
+    tiny: TinyModels,
+    method: str,
+    prompt: list[int],
+    period: int,
+    threshold: float,
+    temperature: float,
+    new_tokens: int,
 ) -> None:
-    output = tiny(method=method, keep=1.0).model.generate(
-        batch,
-        mode=mode,
-        threshold=1 / VOCABULARY,  # the likeliest token always has that much
+    subject, other = naive(tiny, method)
+    output = subject.model.generate(
+        prompt,
         period=period,
-        max_new_tokens=1 + 3 * period,
-        eos_token_id=[],
+        tree_width=1,
+        threshold=threshold,
+        verify_temperature=temperature,
+        max_new_tokens=new_tokens,
     )
-    assert output.stats.advances == {period: 3 * len(batch)}
-    assert output.stats.aal == period
-    assert output.stats.corrections == 0
+    expected = naive_sirius(
+        other.model,
+        other.sparsity,
+        prompt,
+        period=period,
+        threshold=threshold,
+        temperature=temperature,
+        max_new_tokens=new_tokens,
+        eos=set(subject.model.program.eos_token_ids),
+    )
+    assert list(output.tokens[0]) == expected.tokens
+    assert output.stats.advances == Counter(expected.advances)
+
+
+@given(prompts, st.integers(2, 6), st.integers(2, 8), thresholds, st.floats(0.3, 3.0), lengths)
+def test_a_tree_is_the_naive_decoder_s_whose_paths_are_run_alone(
+    tiny: TinyModels,
+    prompt: list[int],
+    period: int,
+    width: int,
+    threshold: float,
+    temperature: float,
+    new_tokens: int,
+) -> None:
+    subject, other = naive(tiny, "griffin")
+    output = subject.model.generate(
+        prompt,
+        period=period,
+        tree_width=width,
+        threshold=threshold,
+        verify_temperature=temperature,
+        max_new_tokens=new_tokens,
+    )
+    expected = naive_sirius_tree(
+        other.model,
+        other.sparsity,
+        prompt,
+        period=period,
+        width=width,
+        threshold=threshold,
+        temperature=temperature,
+        max_new_tokens=new_tokens,
+        eos=set(subject.model.program.eos_token_ids),
+    )
+    assert list(output.tokens[0]) == expected.tokens
+    assert output.stats.advances == Counter(expected.advances)
 
 
 # 6: streaming
@@ -311,17 +254,27 @@ class Recorder:
         self.ended = True
 
 
-@given(prompts, periods, thresholds, lengths, st.sampled_from(list(Mode)))
+@given(prompts, periods, widths, thresholds, lengths, st.sampled_from(list(Mode)), confidences)
 def test_streamed_tokens_are_a_prefix_of_the_final_ones(
-    subject: Tiny, prompt: list[int], period: int, threshold: float, new_tokens: int, mode: Mode
+    subject: Tiny,
+    prompt: list[int],
+    period: int,
+    width: int,
+    threshold: float,
+    new_tokens: int,
+    mode: Mode,
+    confidence: float,
 ) -> None:
     recorder = Recorder()
     output = subject.model.generate(
         prompt,
         mode=mode,
         period=period,
+        tree_width=width,
         threshold=threshold,
+        confidence=confidence,
         max_new_tokens=new_tokens,
+        seed=3 if mode is Mode.SAMPLE else None,
         streamer=recorder,
     )
     assert recorder.ended
@@ -335,11 +288,12 @@ def test_streamed_tokens_are_a_prefix_of_the_final_ones(
     assert tuple(streamed) == output.tokens[0]
 
 
-@given(prompts, periods, thresholds, lengths, st.data())
+@given(prompts, periods, widths, thresholds, lengths, st.data())
 def test_streamed_text_is_the_final_text(
     subject: Tiny,
     prompt: list[int],
     period: int,
+    width: int,
     threshold: float,
     new_tokens: int,
     data: st.DataObject,
@@ -351,6 +305,7 @@ def test_streamed_text_is_the_final_text(
         output = model.generate(
             prompt,
             period=period,
+            tree_width=width,
             threshold=threshold,
             max_new_tokens=new_tokens,
             stop=stop,
@@ -367,71 +322,3 @@ def test_streamed_text_is_the_final_text(
         stop = text[start : data.draw(st.integers(start + 1, min(len(text), start + 9)))]
         stopped: list[str] = []
         assert run((stop,), stopped) == "".join(stopped) == text[: text.index(stop)]
-
-
-# 7: one copy of each weight
-
-
-def assert_one_copy(model: SiriusModel) -> None:
-    """All entries read the same storage; no two weights overlap, and none is there twice."""
-    entries = {entry.name: bound_weights(model, entry.name) for entry in model.program.entries}
-    assert {"full", "sparse", "prefill"} == entries.keys()
-    assert entries["full"].keys() == entries["sparse"].keys() == entries["prefill"].keys()
-    pointers = {name: tensor.data_ptr() for name, tensor in entries["full"].items()}
-    for bound in entries.values():
-        assert {name: tensor.data_ptr() for name, tensor in bound.items()} == pointers
-    assert len(set(pointers.values())) == len(pointers)
-    elements = sum(tensor.numel() for tensor in entries["full"].values())
-    constants = sum(
-        tensor.numel() for name, tensor in entries["full"].items() if "inv_freq" in name
-    )
-    assert elements - constants == model.program.model.parameters
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_paths_share_every_weight(tiny: TinyModels, method: str) -> None:
-    assert_one_copy(tiny(method=method).model)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_paths_share_every_weight_of_a_loaded_artifact(
-    tiny: TinyModels, method: str, tmp_path: Path
-) -> None:
-    made = tiny(method=method)
-    loaded = sirius_runtime.load(made.compiled.save(tmp_path / "model.sirius"), device="cpu")
-    assert_one_copy(loaded)
-    prompt = [7, 8, 9]
-    assert loaded.generate(prompt, max_new_tokens=20).tokens == (
-        made.model.generate(prompt, max_new_tokens=20).tokens
-    )
-
-
-def test_tied_embeddings_are_one_weight(tiny: TinyModels, tmp_path: Path) -> None:
-    made = tiny(tie_word_embeddings=True)
-    expected = sum(parameter.numel() for parameter in made.reference.parameters())
-    assert made.model.program.model.parameters == expected
-    assert_one_copy(made.model)
-    assert_one_copy(sirius_runtime.load(made.compiled.save(tmp_path / "m.sirius"), device="cpu"))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loaded_weights_lie_inside_the_file(tiny: TinyModels, tmp_path: Path) -> None:
-    path = tiny(method="griffin").compiled.save(tmp_path / "model.sirius")
-    model = sirius_runtime.load(path, device="cpu")
-    mapped = [
-        range(*(int(end, 16) for end in line.split()[0].split("-")))
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if line.endswith(str(path))
-    ]
-    weights = bound_weights(model, "sparse")
-    assert weights
-    for tensor in weights.values():
-        start = tensor.data_ptr()
-        assert any(start in r and start + tensor.nbytes - 1 in r for r in mapped)
-
-
-def test_weights_of_another_dtype_are_still_shared(tiny: TinyModels, tmp_path: Path) -> None:
-    path = tiny(method="griffin").compiled.save(tmp_path / "model.sirius")
-    model = sirius_runtime.load(path, device="cpu", dtype="bfloat16")
-    assert_one_copy(model)
-    assert len(model.generate([7, 8, 9], max_new_tokens=5).tokens[0]) == 5

@@ -48,16 +48,36 @@ def _parser() -> argparse.ArgumentParser:
     source = run.add_mutually_exclusive_group()
     source.add_argument("-p", "--prompt", help="the prompt; \\n stands for a line break")
     source.add_argument("--prompt-file", type=Path, help="a file with the prompt (default: stdin)")
-    run.add_argument("--mode", default="sirius", help="sirius (default), exact, full or sparse")
+    run.add_argument(
+        "--mode", default="sirius", help="sirius (default), exact, sample, full or sparse"
+    )
     run.add_argument("--compare", action="store_true", help="full, sparse and Sirius side by side")
     run.add_argument("--max-new-tokens", type=int, metavar="N")
-    run.add_argument("--period", type=int, metavar="K", help="tokens per verification")
+    run.add_argument("--period", metavar="K", help="tokens per verification, or auto")
+    run.add_argument("--tree-width", type=int, metavar="W", help="paths drafted side by side")
     run.add_argument("--threshold", type=float, metavar="R", help="probability that a token needs")
     run.add_argument("--verify-temperature", type=float, metavar="T")
+    run.add_argument(
+        "--confidence", type=float, metavar="C", help="probability that a draft needs to go on"
+    )
+    run.add_argument(
+        "--refresh", type=int, metavar="N", help="periods until griffin chooses neurons anew"
+    )
+    run.add_argument("--temperature", type=float, metavar="T", help="of sampling (mode sample)")
+    run.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    run.add_argument("--top-p", type=float, metavar="P", help="sample from this much probability")
+    run.add_argument("--seed", type=int, help="of sampling, for the same tokens again")
     run.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
     run.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
     run.add_argument("--dtype", help="float32, bfloat16, float16 (default: as stored)")
-    run.add_argument("--backend", default="eager", help="eager (default)")
+    run.add_argument(
+        "--backend",
+        default="eager",
+        help="eager (default), period (a period as one graph) or aoti (that graph, compiled once)",
+    )
+    run.add_argument(
+        "--context", type=int, metavar="N", help="aoti: tokens of prompt and answer to compile for"
+    )
     run.add_argument("--no-verify", action="store_true", help="do not hash the weights at load")
     run.add_argument("--json", action="store_true", help="print one JSON object, no stream")
 
@@ -77,16 +97,25 @@ def _run(args: argparse.Namespace) -> None:
         device=args.device,
         dtype=args.dtype,
         backend=args.backend,
+        context=args.context,
         verify=not args.no_verify,
     )
     options: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
         "threshold": args.threshold,
-        "period": args.period,
+        "period": _number_or_auto(args.period),
+        "tree_width": args.tree_width,
         "verify_temperature": args.verify_temperature,
+        "confidence": args.confidence,
+        "refresh": args.refresh,
         "stop": tuple(args.stop),
     }
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
     _warn_of_unknown_tokens(model, prompt)
+    if args.compare and any(value is not None for value in sampling.values()):
+        raise ConfigError("--compare is greedy: leave out --temperature, --top-k, --top-p, --seed")
+    if not args.compare:
+        options |= sampling
     if args.compare:
         _print_comparison(model, prompt, options, args.json)
     elif args.json:
@@ -94,6 +123,10 @@ def _run(args: argparse.Namespace) -> None:
         print(json.dumps(_output_json(output)))
     else:
         _stream(model, prompt, args.mode, options)
+
+
+def _number_or_auto(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.lstrip("-").isdigit() else text
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -147,6 +180,8 @@ def _stream(model: Any, prompt: str, mode: str, options: dict[str, Any]) -> None
     if stats.periods:
         aal = "-" if stats.aal is None else f"{stats.aal:.2f}"
         parts += [f"{stats.periods} periods", f"AAL {aal}", f"{stats.corrections} corrections"]
+    if output.seeds:
+        parts.append(f"seed {output.seeds[0]}")
     parts += [f"density {stats.density:.3f}", f"effective {stats.effective_density:.3f}"]
     print(f"sirius: {', '.join(parts)}", file=sys.stderr)
 
@@ -166,6 +201,7 @@ def _output_json(output: Any) -> dict[str, Any]:
         "text": output.texts[0] if output.texts else None,
         "tokens": list(output.tokens[0]),
         "finish_reason": output.finish_reasons[0],
+        "seed": output.seeds[0] if output.seeds else None,
         "stats": stats,
     }
 
@@ -255,8 +291,10 @@ def describe(manifest: Any) -> list[str]:
         f"EOS {', '.join(map(str, program.eos_token_ids)) or 'none'}",
         f"cache      {state.layers} layers x {state.kv_heads} heads x {state.key_dim}",
         f"sparsity   {sparsity.method}, kept share {sparsity.keep}, density {sparsity.density:.3f}",
-        f"period     {program.period.period} tokens, threshold {program.period.threshold}, "
-        f"verify temperature {program.period.verify_temperature}",
+        f"period     {program.period.period} tokens, tree width {program.period.tree_width}, "
+        f"threshold {program.period.threshold}, verify temperature "
+        f"{program.period.verify_temperature}, confidence {program.period.confidence}, refresh "
+        f"{program.period.refresh or 'never'}",
         f"files      {len(manifest.files)}, {size:,} bytes, {weights:,} of them weights",
         f"compiled   sirius-compile {program.tools.sirius}, torch {program.tools.torch}, "
         f"transformers {program.tools.transformers}; "

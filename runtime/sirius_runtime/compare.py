@@ -29,11 +29,17 @@ def compare(
     *,
     max_new_tokens: int | None = None,
     threshold: float | None = None,
-    period: int | None = None,
+    period: int | str | None = None,
+    tree_width: int | None = None,
     verify_temperature: float | None = None,
+    confidence: float | None = None,
+    refresh: int | None = None,
     stop: tuple[str, ...] = (),
 ) -> list[Comparison]:
-    """Generates from `prompt` by each of `COMPARED`, the dense path first (after one warm-up)."""
+    """Generates from `prompt` by each of `COMPARED`, the dense path first (after one warm-up).
+
+    Options as for `SiriusModel.generate`.
+    """
 
     def run(mode: Mode, new_tokens: int | None) -> GenerationOutput:
         return model.generate(
@@ -42,7 +48,10 @@ def compare(
             max_new_tokens=new_tokens,
             threshold=threshold,
             period=period,
+            tree_width=tree_width,
             verify_temperature=verify_temperature,
+            confidence=confidence,
+            refresh=refresh,
             stop=stop,
         )
 

@@ -32,6 +32,10 @@ class GenerationError(UserError):
     """A request that the loaded model can't serve (too long, empty, unknown stop, …)."""
 
 
+class BackendError(UserError):
+    """A back end that can't be made to work on this machine, with the reason."""
+
+
 class UnsupportedModelError(UserError):
     """A model that the compiler refuses, with the module or node and the reason."""
 

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from sirius_runtime.artifact import Artifact
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.backends.period import PERIOD, AotiBackend, PeriodBackend
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.errors import ArtifactError, ConfigError
 from sirius_runtime.model import SiriusModel
-from sirius_runtime.spec import DType
+from sirius_runtime.spec import JSON, DType, ProgramSpec
 from sirius_runtime.text import read_tokenizer
 
 TOKENIZER = "tokenizer/tokenizer.json"
+
+
+def _to_stderr(message: str) -> None:
+    print(f"sirius: {message}", file=sys.stderr)  # noqa: T201  (a minute of silence is no answer)
 
 
 class BackendName(StrEnum):
     """The back ends that `load` knows."""
 
     EAGER = "eager"
+    """The entries, operator by operator; the Session drafts, verifies and commits."""
+    PERIOD = "period"
+    """The graph `period`, operator by operator."""
+    AOTI = "aoti"
+    """The graph `period`, compiled by AOTInductor once, for a number of rows and cache slots."""
 
 
 def load(
@@ -31,35 +44,86 @@ def load(
     device: str | torch.device | None = None,
     dtype: DType | str | None = None,
     backend: BackendName | str = BackendName.EAGER,
+    rows: int = 1,
+    context: int | None = None,
     verify: bool = True,
+    progress: Callable[[str], None] = _to_stderr,
 ) -> SiriusModel:
     """Loads an artifact.
 
     Weights are used in place, mapped from the file, where `device` is the CPU and `dtype` the
     stored one; otherwise they are converted once. device: by default a GPU if there is one. dtype:
-    by default the stored one. verify: check the sha256 of the weights too (everything else is
-    always checked).
+    by default the stored one. rows, context: of backend `aoti`, the largest batch and the most
+    tokens of prompt and answer to compile for, by default the model's longest sequence; progress is
+    told when it compiles, which happens once. verify: check the sha256 of the weights too
+    (everything else is always checked).
 
     Raises ArtifactError for a file that is not a sound artifact and ConfigError for an option that
     can't be met, each with the remedy.
     """
-    if backend not in list(BackendName):
-        raise ConfigError(f"backend must be one of {', '.join(BackendName)}, got {backend!r}")
+    _check_backend(backend, rows)
     if dtype is not None and dtype not in list(DType):
         raise ConfigError(f"dtype must be one of {', '.join(DType)}, got {dtype!r}")
     with Artifact.open(path, verify=verify) as artifact:
         program = artifact.program
-        runner = EagerBackend(
+        runner = make_backend(
+            backend,
             program,
-            {e.name: artifact.read_json(f"graphs/{e.name}.json") for e in program.entries},
+            lambda name: artifact.read_json(f"graphs/{name}.json"),
             artifact.weights(),
             dtype=dtype_of(dtype or program.model.dtype),
             device=find_device(device),
+            rows=rows,
+            context=context,
+            progress=progress,
         )
         tokenizer = None
         if artifact.names(TOKENIZER):
             tokenizer = _tokenizer(artifact.read_bytes(TOKENIZER), path)
         return SiriusModel(runner, tokenizer)
+
+
+def make_backend(
+    backend: BackendName | str,
+    program: ProgramSpec,
+    document: Callable[[str], JSON],
+    weights: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: int = 1,
+    context: int | None = None,
+    progress: Callable[[str], None] = _to_stderr,
+) -> EagerBackend:
+    """The back end of that name; `document` gives an entry's graph, the rest is as for `load`."""
+    _check_backend(backend, rows)
+    eager = backend == BackendName.EAGER  # has no use for the graph of a whole period
+    names = [e.name for e in program.entries if not eager or e.name != PERIOD]
+    documents = {name: document(name) for name in names}
+    if eager:
+        return EagerBackend(program, documents, weights, dtype=dtype, device=device)
+    if backend == BackendName.PERIOD:
+        return PeriodBackend(program, documents, weights, dtype=dtype, device=device)
+    longest = program.model.max_seq_len
+    if context is not None and not 2 <= context <= longest:
+        raise ConfigError(f"context must be in 2..{longest} (max_seq_len), got {context}")
+    return AotiBackend(
+        program,
+        documents,
+        weights,
+        dtype=dtype,
+        device=device,
+        rows=rows,
+        context=context or longest,
+        progress=progress,
+    )
+
+
+def _check_backend(backend: str, rows: int) -> None:
+    if backend not in list(BackendName):
+        raise ConfigError(f"backend must be one of {', '.join(BackendName)}, got {backend!r}")
+    if rows < 1:
+        raise ConfigError(f"rows must be >= 1, got {rows}")
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

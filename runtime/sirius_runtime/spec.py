@@ -55,7 +55,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class EntrySpec:
-    """One callable graph of the program: `prefill`, `sparse` or `full`."""
+    """One callable graph of the program: `prefill`, `sparse`, `full`, `observe` or `period`."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -111,13 +111,19 @@ class SparsitySpec:
 
 @dataclass(frozen=True)
 class PeriodSpec:
-    """Defaults of the period: `period` tokens, acceptance `threshold`, `verify_temperature`
-    (T_v).
+    """Defaults of the period: `period` tokens (K) in trees of `tree_width` (w), acceptance
+    `threshold`, `verify_temperature` (T_v), the `confidence` that a draft needs to go on, and the
+    periods after which `griffin` chooses its neurons anew (`refresh`; 0: never).
+
+    `period` and `tree_width` are also the static shapes of the entry `period`.
     """
 
     period: int = 16
+    tree_width: int = 1
     threshold: float = 0.1
     verify_temperature: float = 0.6
+    confidence: float = 0.0
+    refresh: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ class Phase(StrEnum):
     """Sparse steps."""
     VERIFY = "verify"
     """Full forwards over chunks, or over one token in mode `full`."""
+    PERIOD = "period"
+    """Whole periods that run as one graph, drafts and verification together."""
     REST = "rest"
     """Everything else: prefill, acceptance, host work."""
 
@@ -106,8 +108,10 @@ class PhaseClock:
                 self._seconds[phase] += begin.elapsed_time(end) / 1e3
             self._events.clear()
         total = time.perf_counter() - self._start
-        draft, verify = self._seconds[Phase.DRAFT], self._seconds[Phase.VERIFY]
-        return {Phase.DRAFT: draft, Phase.VERIFY: verify, Phase.REST: total - draft - verify}
+        claimed = {
+            phase: value for phase, value in self._seconds.items() if phase is not Phase.REST
+        }
+        return claimed | {Phase.REST: total - sum(claimed.values())}
 
 
 @dataclass
@@ -128,7 +132,7 @@ class StatsRecorder:
         self._periods = [[] for _ in range(self.rows)]
 
     def period(self, row: int, size: int, advance: int) -> None:
-        """Notes that a period over `size` chunk tokens committed `advance` tokens of `row`."""
+        """Notes that a period of `size` - 1 drafted levels committed `advance` tokens of `row`."""
         self._periods[row].append((size, advance))
 
     def close(self, density: float) -> GenerationStats:
@@ -161,6 +165,7 @@ class StatsRecorder:
             bytes_read={
                 Phase.DRAFT: self.draft_steps * density * self.weight_bytes,
                 Phase.VERIFY: float(self.full_passes * self.weight_bytes),
+                Phase.PERIOD: 0.0,  # counted as the drafts and verifications that it holds
                 Phase.REST: float(self.prefill_passes * self.weight_bytes),
             },
         )

@@ -9,11 +9,14 @@ from torch import Tensor, fx
 
 from sirius_runtime.errors import ArtifactError
 from sirius_runtime.graph import INPUT, WEIGHT, from_document
+from sirius_runtime.plan import Limits
 from sirius_runtime.spec import JSON, ProgramSpec
 
 
 class EagerBackend:
     """Runs the graphs node by node over one copy of each weight."""
+
+    limits: Limits | None = None
 
     def __init__(
         self,
@@ -34,8 +37,8 @@ class EagerBackend:
             for spec in program.weights
         }
         self._entries = {
-            entry.name: _Entry(from_document(documents[entry.name], dtype, device), self.weights)
-            for entry in program.entries
+            name: _Entry(from_document(document, dtype, device), self.weights)
+            for name, document in documents.items()
         }
         self._outputs = {e.name: [o.name for o in e.outputs] for e in program.entries}
 

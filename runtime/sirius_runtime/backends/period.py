@@ -1,0 +1,178 @@
+"""Whole periods as one graph: run operator by operator, or compiled ahead of time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.errors import BackendError
+from sirius_runtime.plan import Limits
+from sirius_runtime.session import cache_slots
+from sirius_runtime.spec import JSON, ProgramSpec
+
+PERIOD = "period"
+CACHE_VARIABLE = "SIRIUS_CACHE"
+
+Progress = Callable[[str], None]
+
+
+class PeriodBackend(EagerBackend):
+    """As `EagerBackend`, but a period is one call: of the graph `period`, node by node."""
+
+    def __init__(
+        self,
+        program: ProgramSpec,
+        documents: Mapping[str, JSON],
+        weights: Mapping[str, Tensor],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(program, documents, weights, dtype=dtype, device=device)
+        self.limits = Limits(program.period.period, program.period.tree_width)
+
+
+class AotiBackend(PeriodBackend):
+    """As `PeriodBackend`, with `period` compiled by AOTInductor for `rows` of `context` tokens.
+
+    The machine code takes the weights as inputs, so there is one copy of them. It is built once and
+    kept in the user's cache folder (``$SIRIUS_CACHE``, else ``~/.cache/sirius``), under a name made
+    of everything that it depends on.
+    """
+
+    def __init__(
+        self,
+        program: ProgramSpec,
+        documents: Mapping[str, JSON],
+        weights: Mapping[str, Tensor],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: int,
+        context: int,
+        progress: Progress,
+    ) -> None:
+        """Raises BackendError where the graph can't be compiled here."""
+        super().__init__(program, documents, weights, dtype=dtype, device=device)
+        own = program.period
+        self.limits = Limits(own.period, own.tree_width, rows, context)
+        path = cache_folder() / f"{_fingerprint(self, documents[PERIOD])}.pt2"
+        if not path.exists():
+            _build(self, path, progress)
+        try:
+            self._compiled = torch._inductor.aoti_load_package(str(path))
+        except Exception as error:  # whatever the loader makes of a damaged file
+            raise BackendError(
+                f"the compiled period {path} can't be loaded ({error!r}); delete it, and it is "
+                "built again"
+            ) from error
+
+    @torch.inference_mode()
+    def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if entry != PERIOD:
+            return super().run(entry, inputs)
+        return self._named(entry, self._compiled(*self._entries[entry].arguments(inputs)))
+
+
+def cache_folder() -> Path:
+    """Where compiled periods are kept."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen) if chosen else Path.home() / ".cache" / "sirius"
+
+
+def _fingerprint(backend: AotiBackend, document: JSON) -> str:
+    """A name for all that the machine code depends on; the weights' values are not among it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if backend.device.type == "cuda":
+        capability = torch.cuda.get_device_name(backend.device)
+    identity = {
+        "document": document,
+        "weights": [[w.name, list(w.shape), w.dtype, w.retype] for w in backend.program.weights],
+        "rows": backend.limits and backend.limits.rows,
+        "context": backend.limits and backend.limits.context,
+        "dtype": str(backend.dtype),
+        "device": backend.device.type,
+        "machine": [platform.machine(), capability],
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _build(backend: AotiBackend, path: Path, progress: Progress) -> None:
+    """Compiles the period to `path`: to a temporary name first, then renamed."""
+    limits = backend.limits
+    assert limits is not None
+    progress(
+        f"compiling the period of {limits.period} tokens, width {limits.tree_width}, for "
+        f"{limits.rows} rows of {limits.context} tokens; this takes a minute or more, once "
+        f"(kept in {path.parent})"
+    )
+    from sirius_runtime.lowering import decompositions
+
+    entry = backend._entries[PERIOD]
+    inputs = {spec.name: spec for spec in backend.program.entry(PERIOD).inputs}
+    extents = _extents(backend)
+    examples = {
+        name: torch.zeros(
+            [extents.get(str(extent), extent) for extent in spec.shape],
+            dtype=backend.dtype if spec.dtype == "model" else getattr(torch, spec.dtype),
+            device=backend.device,
+        )
+        for name, spec in inputs.items()
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            tempfile.TemporaryDirectory(dir=path.parent) as scratch,
+        ):
+            warnings.simplefilter("ignore")  # of torch's own code about itself
+            program = torch.export.export(
+                entry.module, tuple(entry.arguments(examples)), strict=False
+            ).run_decompositions(decompositions())
+            package = Path(scratch) / path.name
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+            package.replace(path)
+    except OSError as error:
+        raise BackendError(
+            f"the compiled period can't be kept in {path.parent} ({error}); name another folder by "
+            f"the environment variable {CACHE_VARIABLE}"
+        ) from error
+    except Exception as error:  # inductor raises what its compilers and torch do
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise BackendError(
+            f"AOTInductor can't compile the period here ({reason:.300}); it "
+            "needs a C++ compiler (g++ or clang++). Use backend period or eager"
+        ) from error
+    progress("compiled")
+
+
+def _extents(backend: AotiBackend) -> dict[str, Any]:
+    """What the letters in the period's shapes stand for here."""
+    program, limits = backend.program, backend.limits
+    assert limits is not None
+    assert limits.context is not None
+    state, sparsity = program.state, program.sparsity
+    return {
+        "B": limits.rows,
+        "S": cache_slots(limits.context, limits.period, limits.tree_width),
+        "K": limits.period,
+        "layers": state.layers,
+        "G": state.kv_heads,
+        "D": state.key_dim,
+        "Dv": state.value_dim,
+        "I": (*sparsity.neurons, 0)[0],
+        "kept": (*sparsity.kept, 0)[0],
+    }

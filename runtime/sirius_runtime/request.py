@@ -1,0 +1,255 @@
+"""What `generate` is asked for: its options, checked once against program and back end."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from sirius_runtime.errors import ConfigError, GenerationError
+from sirius_runtime.plan import Limits, Plan
+from sirius_runtime.policy import Rule, Sampling
+from sirius_runtime.session import PREFILL_CHUNK
+from sirius_runtime.spec import Method, ProgramSpec
+from sirius_runtime.tree import node_count
+
+DEFAULT_NEW_TOKENS = 256
+MAX_PERIOD = PREFILL_CHUNK
+MAX_NODES = 1024
+AUTO: Literal["auto"] = "auto"
+AUTO_PERIOD = 32  # the longest period that `auto` tries
+AUTO_WIDTHS = (1, 2, 4, 8)
+
+
+class Mode(StrEnum):
+    """Which paths write and which decide."""
+
+    SIRIUS = "sirius"
+    """The sparse path writes; the full path checks each period by the threshold."""
+    EXACT = "exact"
+    """The same, but only the full path's own argmax passes: dense greedy tokens."""
+    SAMPLE = "sample"
+    """The same, but tokens have the full path's own distribution: lossless sampling."""
+    FULL = "full"
+    """The dense model, token by token."""
+    SPARSE = "sparse"
+    """The sparse path alone, never checked."""
+
+
+RULES = {Mode.SIRIUS: Rule.THRESHOLD, Mode.EXACT: Rule.EXACT, Mode.SAMPLE: Rule.SAMPLE}
+
+
+class FinishReason(StrEnum):
+    """Why a row ended."""
+
+    EOS = "eos"
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `generate` that concern how tokens are chosen; None: the artifact's default.
+
+    See `SiriusModel.generate` for their meaning.
+    """
+
+    mode: Mode | str = Mode.SIRIUS
+    threshold: float | None = None
+    period: int | str | None = None
+    tree_width: int | None = None
+    verify_temperature: float | None = None
+    confidence: float | None = None
+    refresh: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: what the generation loop follows.
+
+    `widths`: the tree width, or those to choose from where `adaptive`, as `period` is then the
+    longest one. `seeds` [rows]: None where nothing is drawn.
+    """
+
+    mode: Mode
+    period: int
+    widths: tuple[int, ...]
+    adaptive: bool
+    plan: Plan
+    refresh: int
+    seeds: tuple[int, ...] | None
+    max_new_tokens: int
+    eos: frozenset[int]
+    stop: tuple[str, ...]
+
+
+def check_tree(period: int, width: int, vocabulary: int, *, flag: str = "") -> None:
+    """Raises ConfigError for a tree that can't be drafted; `flag` is put before the names."""
+    if not 1 <= period <= MAX_PERIOD:
+        raise ConfigError(f"{flag}period must be in 1..{MAX_PERIOD}, got {period}")
+    name = "--tree-width" if flag else "tree_width"
+    if not 1 <= width <= vocabulary:
+        raise ConfigError(f"{name} must be in 1..{vocabulary} (the vocabulary), got {width}")
+    if node_count(period, width) > MAX_NODES:
+        raise ConfigError(
+            f"a period of {period} tokens in a tree of width {width} has "
+            f"{node_count(period, width)} nodes, more than {MAX_NODES}: lower {flag}period or "
+            f"{name}"
+        )
+
+
+def check_ranges(confidence: float, refresh: int, *, flag: str = "") -> None:
+    """Raises ConfigError for values that no program takes."""
+    if not 0.0 <= confidence <= 1.0:
+        raise ConfigError(f"{flag}confidence must be in [0, 1], got {confidence}")
+    if refresh < 0:
+        raise ConfigError(f"{flag}refresh must be >= 0 (0: never), got {refresh}")
+
+
+def read_options(
+    options: Options,
+    program: ProgramSpec,
+    limits: Limits | None,
+    *,
+    prompt_lengths: Sequence[int],
+    max_new_tokens: int | None,
+    eos: frozenset[int],
+    stop: tuple[str, ...],
+) -> Request:
+    """Checks `options` against the program and the back end's limits.
+
+    Raises ConfigError, or GenerationError for prompts that have no room, naming the limit.
+    """
+    mode = options.mode
+    if mode not in list(Mode):
+        raise ConfigError(f"mode must be one of {', '.join(Mode)}, got {mode!r}")
+    mode, default = Mode(mode), program.period
+    limits = limits if mode in RULES else None  # other modes run the entries
+    rows = len(prompt_lengths)
+    new_tokens = check_new_tokens(max(prompt_lengths), rows, max_new_tokens, program, limits)
+    adaptive = options.period == AUTO
+    period, widths = _tree(options, program, limits)
+    sampling, seeds = _sampling(options, mode, rows)
+    confidence = default.confidence if options.confidence is None else options.confidence
+    refresh = _refresh(options, program)
+    check_ranges(confidence, refresh)
+    plan = Plan(
+        size=period,
+        width=widths[0],
+        rule=RULES.get(mode, Rule.THRESHOLD),
+        threshold=default.threshold if options.threshold is None else options.threshold,
+        verify_temperature=(
+            default.verify_temperature
+            if options.verify_temperature is None
+            else options.verify_temperature
+        ),
+        confidence=confidence,
+        sampling=sampling,
+    )
+    return Request(mode, period, widths, adaptive, plan, refresh, seeds, new_tokens, eos, stop)
+
+
+def _tree(
+    options: Options, program: ProgramSpec, limits: Limits | None
+) -> tuple[int, tuple[int, ...]]:
+    """The (longest) period, and the tree widths that it may have."""
+    vocabulary, default = program.model.vocab_size, program.period
+    if isinstance(options.period, str):
+        if options.period != AUTO:
+            raise ConfigError(f"period must be a number or 'auto', got {options.period!r}")
+        if limits is not None:
+            raise ConfigError(
+                "period 'auto' compares draft and verify times, which a compiled period does not "
+                "tell apart: give a number, or use backend eager"
+            )
+        if options.tree_width is None:
+            return AUTO_PERIOD, tuple(width for width in AUTO_WIDTHS if width <= vocabulary)
+        check_tree(AUTO_PERIOD, options.tree_width, vocabulary)
+        return AUTO_PERIOD, (options.tree_width,)
+    period = default.period if options.period is None else options.period
+    width = default.tree_width if options.tree_width is None else options.tree_width
+    check_tree(period, width, vocabulary)
+    if limits is not None and period > limits.period:
+        raise ConfigError(
+            f"period must be in 1..{limits.period} here, got {period}: the period was compiled for "
+            "that; compile the model with a larger --period, or use backend eager"
+        )
+    if limits is not None and width != limits.tree_width:
+        raise ConfigError(
+            f"tree_width must be {limits.tree_width} here, got {width}: the period was compiled "
+            "for that; compile the model with another --tree-width, or use backend eager"
+        )
+    return period, (width,)
+
+
+def _sampling(options: Options, mode: Mode, rows: int) -> tuple[Sampling, tuple[int, ...] | None]:
+    """The distribution to draw from, and each row's seed; none where the run is greedy."""
+    given = {
+        name: value
+        for name in ("temperature", "top_k", "top_p", "seed")
+        if (value := getattr(options, name)) is not None
+    }
+    if mode in (Mode.SIRIUS, Mode.EXACT) and given:
+        raise ConfigError(
+            f"{', '.join(given)}: mode {mode} is greedy; use mode sample (or full, or sparse)"
+        )
+    if mode is not Mode.SAMPLE and not given:
+        return Sampling(), None
+    seed = given.pop("seed", None)
+    if seed is None:
+        seed = secrets.randbits(32)
+    seeds = tuple(range(seed, seed + rows)) if isinstance(seed, int) else tuple(seed)
+    if len(seeds) != rows:
+        raise ConfigError(f"seed: {len(seeds)} seeds for {rows} rows; give one, or one a row")
+    if min(seeds) < 0:
+        raise ConfigError(f"seed must be >= 0, got {min(seeds)}")
+    return Sampling(**given), seeds
+
+
+def _refresh(options: Options, program: ProgramSpec) -> int:
+    if options.refresh is None:
+        return program.period.refresh
+    if options.refresh and program.sparsity.method is not Method.GRIFFIN:
+        raise ConfigError(
+            f"refresh chooses griffin's neurons anew, but the artifact's sparse path is "
+            f"{program.sparsity.method}, which chooses them for every token"
+        )
+    return options.refresh
+
+
+def check_new_tokens(
+    longest: int, rows: int, wanted: int | None, program: ProgramSpec, limits: Limits | None
+) -> int:
+    """How many tokens to generate after prompts of `longest` tokens at the most.
+
+    Raises GenerationError, naming the limit, where there is no room, or none for so many rows.
+    """
+    limit, name = program.model.max_seq_len, "max_seq_len"
+    remedy = "compile with a larger --max-seq-len"
+    if limits is not None and limits.context is not None and limits.context < limit:
+        limit, name, remedy = limits.context, "context", "load the artifact with a larger context"
+    if limits is not None and limits.rows is not None and rows > limits.rows:
+        raise GenerationError(
+            f"the batch has {rows} rows, but the period was compiled for {limits.rows}; split it, "
+            "or load the artifact with more rows"
+        )
+    room = limit - longest
+    if room < 1:
+        raise GenerationError(
+            f"the prompt has {longest} tokens, but the artifact serves sequences of {limit} "
+            f"({name}); shorten it, or {remedy}"
+        )
+    if wanted is None:
+        return min(room, DEFAULT_NEW_TOKENS)
+    if not 1 <= wanted <= room:
+        raise GenerationError(
+            f"max_new_tokens must be in 1..{room} here ({limit} tokens of {name} less {longest} of "
+            f"the prompt), got {wanted}"
+        )
+    return wanted

@@ -1,0 +1,312 @@
+"""The graph `period`, run operator by operator, does what the Session's own periods do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sirius_compile import CompileConfig, compile_model
+from sirius_runtime.errors import ConfigError, GenerationError
+from sirius_runtime.model import FinishReason, GenerationOutput, SiriusModel
+from sirius_runtime.period_session import PeriodSession
+from sirius_runtime.plan import Plan
+from sirius_runtime.policy import Rule
+from sirius_runtime.session import Session, cache_slots
+from sirius_runtime.stats import PhaseClock, StatsRecorder
+from tests.support.models import (
+    MAX_SEQ_LEN,
+    Rows,
+    random_decoder,
+    word_tokenizer,
+    write_calibration,
+)
+
+RAGGED = [[7, 8, 9], [50, 30, 11, 22, 60], [4 * i + 7 for i in range(15)]]
+NEW = 24
+
+METHODS, WIDTHS, SIZES = ("griffin", "topk", "cats"), (1, 2, 4, 8), (2, 4, 8, 16)
+COVERING = [
+    ("griffin", 1, 4),
+    ("cats", 1, 8),
+    ("griffin", 2, 4),
+    ("cats", 2, 4),
+    ("topk", 2, 16),
+    ("topk", 4, 8),
+    ("griffin", 8, 2),
+]
+WINDOWED = [pytest.param("griffin", 1, marks=pytest.mark.slow), ("topk", 2)]
+MATRIX = [
+    pytest.param(*case, marks=() if case in COVERING else pytest.mark.slow)
+    for case in ((m, w, k) for m in METHODS for w in WIDTHS for k in SIZES)
+]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One compiled model behind both back ends, and what it was compiled from."""
+
+    reference: PreTrainedModel
+    eager: SiriusModel
+    period: SiriusModel
+
+    def agree(self, prompts: Rows, **options: Any) -> GenerationOutput:
+        """What both generate, which is the same."""
+        options = {"max_new_tokens": NEW, "eos_token_id": []} | options
+        wanted = self.eager.generate(prompts, **options)
+        found = self.period.generate(prompts, **options)
+        assert found.tokens == wanted.tokens
+        assert found.finish_reasons == wanted.finish_reasons
+        # the last two count what was drafted
+        names = "tokens periods advances aal corrections density effective_density acceptance_rate"
+        for name in names.split():
+            assert getattr(found.stats, name) == getattr(wanted.stats, name), name
+        return found
+
+    def greedy(self, prompt: list[int]) -> tuple[int, ...]:
+        """The tokens of transformers' own greedy `generate`, with no EOS."""
+        with torch.no_grad():
+            output = self.reference.generate(
+                torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW, eos_token_id=-1
+            )
+        return tuple(output[0, len(prompt) :].tolist())
+
+
+Pairs = Callable[..., Pair]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    """Compiles each (method, width, size) of a model once."""
+    text = write_calibration(tmp_path_factory.mktemp("calibration") / "words.txt")
+    made: dict[object, Pair] = {}
+
+    def make(
+        method: str, width: int, size: int, model_type: str = "llama", **config: object
+    ) -> Pair:
+        key = (method, width, size, model_type, *config.items())
+        if key not in made:
+            reference = random_decoder(model_type, **config)
+            options = CompileConfig(
+                sparsity=method, period=size, tree_width=width, calibration=text
+            )
+            compiled = compile_model(reference, options, tokenizer=word_tokenizer())
+            eager, period = compiled.to_runtime(), compiled.to_runtime(backend="period")
+            made[key] = Pair(reference, eager, period)
+        return made[key]
+
+    return make
+
+
+def test_the_fast_cases_cover_every_value() -> None:
+    assert [set(values) for values in zip(*COVERING, strict=True)] == [
+        set(METHODS),
+        set(WIDTHS),
+        set(SIZES),
+    ]
+
+
+@pytest.mark.parametrize(("method", "width", "size"), MATRIX)
+def test_tokens_advances_and_densities(pairs: Pairs, method: str, width: int, size: int) -> None:
+    pair = pairs(method, width, size)
+    for prompts in (RAGGED[:1], RAGGED):
+        pair.agree(prompts)
+        exact = pair.agree(prompts, mode="exact")
+        assert exact.tokens == tuple(map(pair.greedy, prompts))
+        assert exact.stats.periods < NEW * len(prompts)  # some draft was accepted
+
+
+@pytest.mark.parametrize(("method", "width"), [("cats", 1), ("topk", 4)])
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.9}],
+    ids=str,
+)
+def test_sampling(pairs: Pairs, method: str, width: int, sampling: dict[str, Any]) -> None:
+    pair = pairs(method, width, 8)
+    drawn = pair.agree(RAGGED, mode="sample", seed=3, **sampling).tokens
+    assert pair.agree(RAGGED, mode="sample", seed=40, **sampling).tokens != drawn
+    alone = pair.agree(RAGGED[1:2], mode="sample", seed=4, **sampling)
+    assert alone.tokens[0] == drawn[1]
+
+
+@pytest.mark.parametrize(("width", "size"), [(1, 8), (2, 4)])
+@pytest.mark.parametrize("mode", ["sirius", "exact", "sample"])
+def test_drafts_that_stop_early(pairs: Pairs, width: int, size: int, mode: str) -> None:
+    pair = pairs("cats", width, size)
+    options = {"mode": mode} | ({"seed": 3} if mode == "sample" else {})
+    whole = pair.agree(RAGGED, **options).stats
+    for confidence in (0.3, 0.9):
+        early = pair.agree(RAGGED, confidence=confidence, **options).stats
+        assert early.effective_density != whole.effective_density  # it counts what was drafted
+    assert pair.agree(RAGGED, confidence=1.0, **options).stats.periods > whole.periods
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("mode", ["sirius", "exact"])
+def test_neurons_chosen_anew(pairs: Pairs, width: int, mode: str) -> None:
+    pair = pairs("griffin", width, 4)
+    never, often = (pair.agree(RAGGED, mode=mode, refresh=every).stats for every in (0, 1))
+    pair.agree(RAGGED, mode=mode, refresh=3)
+    assert never.advances != often.advances
+
+
+@pytest.mark.parametrize(("method", "width", "size"), [("griffin", 1, 4), ("topk", 2, 16)])
+@pytest.mark.parametrize("period", [1, 2, 3])
+def test_periods_shorter_than_compiled(
+    pairs: Pairs, method: str, width: int, size: int, period: int
+) -> None:
+    pair = pairs(method, width, size)
+    for mode, options in (("sirius", {}), ("exact", {}), ("sample", {"seed": 1})):
+        output = pair.agree(RAGGED, mode=mode, period=period, **options)
+        assert max(output.stats.advances) == period
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("mode", ["sirius", "exact"])
+def test_rows_that_end_at_different_times(pairs: Pairs, width: int, mode: str) -> None:
+    pair = pairs("griffin", width, 4)
+    endless = pair.agree(RAGGED, mode=mode).tokens
+    ends = {endless[0][2], endless[1][11]}
+    output = pair.agree(RAGGED, mode=mode, eos_token_id=list(ends))
+    assert len({len(tokens) for tokens in output.tokens}) == 3
+    assert FinishReason.EOS in output.finish_reasons
+    for tokens, reason, whole in zip(output.tokens, output.finish_reasons, endless, strict=True):
+        assert tokens == whole[: len(tokens)]
+        assert (tokens[-1] in ends) == (reason is FinishReason.EOS)
+
+
+def test_a_dense_sparse_path(pairs: Pairs) -> None:
+    pair = pairs("none", 1, 4)
+    assert pair.agree(RAGGED, mode="exact", max_new_tokens=25).stats.aal == 4
+    pair.agree(RAGGED, mode="sample", seed=2)
+    assert pair.agree(RAGGED, threshold=0.0).stats.aal == 4
+
+
+@pytest.mark.parametrize("width", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_period_of_one_token_drafts_nothing(pairs: Pairs, width: int) -> None:
+    pair = pairs("griffin", width, 1)
+    for mode in ("sirius", "exact"):
+        output = pair.agree(RAGGED, mode=mode, refresh=2)
+        assert output.tokens == tuple(map(pair.greedy, RAGGED))
+        assert output.stats.advances == {1: len(RAGGED) * (NEW - 1)}
+    pair.agree(RAGGED, mode="sample", seed=2)
+
+
+@pytest.mark.parametrize(("method", "width"), WINDOWED)
+def test_windows_and_soft_caps(pairs: Pairs, method: str, width: int) -> None:
+    pair = pairs(method, width, 4, "gemma2", sliding_window=3)
+    assert pair.agree(RAGGED, mode="exact").tokens == tuple(map(pair.greedy, RAGGED))
+    pair.agree(RAGGED)
+
+
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_modes_without_periods(pairs: Pairs, mode: str) -> None:
+    pair = pairs("griffin", 1, 4)
+    pair.agree(RAGGED, mode=mode)
+    pair.agree(RAGGED, mode=mode, seed=3)
+
+
+def test_a_prompt_of_all_but_one_token_of_the_length(pairs: Pairs) -> None:
+    prompt = [7 + i % 90 for i in range(MAX_SEQ_LEN - 2)]
+    pair = pairs("topk", 4, 8)
+    output = pair.agree([prompt, prompt[:9]], mode="exact", max_new_tokens=2)
+    assert [len(tokens) for tokens in output.tokens] == [2, 2]
+
+
+# period by period
+
+
+def opened(kind: type[Session], model: SiriusModel, refresh: int) -> Session:
+    period = model.program.period
+    recorder = StatsRecorder(len(RAGGED), 0, 0, PhaseClock(model.backend.device))
+    capacity = cache_slots(64, period.period, period.tree_width)
+    return kind(model.backend, len(RAGGED), capacity, recorder, refresh=refresh)
+
+
+@pytest.mark.parametrize(
+    ("method", "width", "size", "refresh"),
+    [("griffin", 1, 4, 2), ("griffin", 2, 4, 0), ("cats", 1, 8, 0), ("topk", 4, 8, 0)],
+)
+@pytest.mark.parametrize("rule", [Rule.THRESHOLD, Rule.EXACT])
+def test_caches_agree_below_the_length_after_each_period(
+    pairs: Pairs, method: str, width: int, size: int, refresh: int, rule: Rule
+) -> None:
+    pair = pairs(method, width, size)
+    eager = opened(Session, pair.eager, refresh)
+    whole = opened(PeriodSession, pair.period, refresh)
+    assert eager.prefill(RAGGED).equal(whole.prefill(RAGGED))
+    for index in range(4):
+        plan = Plan(size=size, width=width, rule=rule, threshold=0.1, verify_temperature=0.6)
+        most = torch.tensor([size, max(size - 1, 1), size])
+        if index == 2:
+            for session in (eager, whole):
+                session.set_active(torch.tensor([True, True, False]))
+            most[2] = 1
+        with torch.inference_mode():
+            wanted, found = eager.period(plan, most), whole.period(plan, most)
+        assert found.advance.equal(wanted.advance)
+        assert found.drafted.equal(wanted.drafted)
+        assert whole.length.equal(eager.length)
+        assert whole.root.equal(eager.root)
+        for row, advance in enumerate(wanted.advance.tolist()):
+            assert found.tokens[row, :advance].equal(wanted.tokens[row, :advance])
+        for name, value in eager._state.items():
+            assert_same_below(whole._state[name], value, eager.length, name)
+
+
+def assert_same_below(found: Tensor, wanted: Tensor, length: Tensor, name: str) -> None:
+    """`neurons` are the same; of the caches, the slots below each row's length."""
+    for row, slots in enumerate(length.tolist()):
+        if name == "neurons":
+            assert found[:, row].equal(wanted[:, row])
+            continue
+        held = wanted[:, row, :, :slots]
+        assert held.count_nonzero() == held.numel()
+        torch.testing.assert_close(found[:, row, :, :slots], held)
+
+
+# requests that the graph can't serve
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"period": 5}, ConfigError, r"period must be in 1..4 here, got 5: .*larger --period"),
+    ({"period": 512}, ConfigError, r"period must be in 1..4 here, got 512"),
+    ({"period": 0}, ConfigError, r"period must be in 1..512, got 0"),
+    ({"tree_width": 2}, ConfigError, r"tree_width must be 1 here, got 2: .*--tree-width"),
+    ({"tree_width": 0}, ConfigError, r"tree_width must be in 1..101 \(the vocabulary\), got 0"),
+    ({"period": "auto"}, ConfigError, r"period 'auto' .*use backend eager"),
+    ({"mode": "exact", "period": "auto"}, ConfigError, r"period 'auto' .*use backend eager"),
+    (
+        {"max_new_tokens": MAX_SEQ_LEN - 14},
+        GenerationError,
+        r"max_new_tokens must be in 1..113 here \(128 tokens of max_seq_len less 15",
+    ),
+    ({"max_new_tokens": 0}, GenerationError, r"max_new_tokens must be in 1..113 here"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REFUSED, ids=lambda v: str(v)[:24])
+def test_a_refused_request_names_the_limit_and_leaves_the_model_as_it_was(
+    pairs: Pairs, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    pair = pairs("griffin", 1, 4)
+    with pytest.raises(error, match=message):
+        pair.period.generate(RAGGED, **options)
+    assert pair.agree(RAGGED, mode="exact").tokens == tuple(map(pair.greedy, RAGGED))
+
+
+def test_a_prompt_that_is_too_long_is_refused(pairs: Pairs) -> None:
+    pair = pairs("griffin", 1, 4)
+    with pytest.raises(GenerationError, match=r"has 128 tokens, .*sequences of 128 .*max_seq_len"):
+        pair.period.generate([[7] * MAX_SEQ_LEN])
+    pair.agree(RAGGED)
+
+
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_modes_without_periods_know_no_limits_of_the_period(pairs: Pairs, mode: str) -> None:
+    pairs("griffin", 1, 4).agree(RAGGED, mode=mode, period=7)
