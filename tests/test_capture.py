@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sirius_compile.capture import capture
 from sirius_compile.pipeline import front
@@ -43,3 +44,13 @@ def test_a_model_without_gated_mlps_is_refused_by_the_sparse_methods(model_type:
     program = capture(AutoConfig.for_model(model_type, **SMALL)).program
     with pytest.raises(UnsupportedModelError, match="no gated MLP was found"):
         run_passes(program, front(Method.TOPK))
+
+
+def test_the_config_of_the_caller_s_model_stays_as_it_was() -> None:
+    """A model in memory goes on as it was: with its own attention, saved as of its own dtype."""
+    config = AutoConfig.for_model("llama", **SMALL)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    before = model.config.to_dict()
+    capture(model.config)
+    assert model.config._attn_implementation == "sdpa"
+    assert model.config.to_dict() == before

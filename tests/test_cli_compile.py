@@ -62,6 +62,15 @@ def test_a_directory_compiles_like_the_shipped_name(cli: Cli, tmp_path: Path) ->
         (("--keep", "0"), "--keep must be in (0, 1], got 0.0"),
         (("--keep", "1.5"), "--keep must be in (0, 1], got 1.5"),
         (("--period", "0"), "--period must be in 1..512, got 0"),
+        (("--tree-width", "0"), "--tree-width must be"),
+        (("--tree-width", "999", "--period", "2"), "(the vocabulary), got 999"),
+        (
+            ("--tree-width", "8", "--period", "200"),
+            "has 1593 nodes, more than 1024",
+        ),
+        (("--confidence", "-0.1"), "--confidence must be in [0, 1], got -0.1"),
+        (("--refresh", "-1"), "--refresh must be >= 0 (0: never), got -1"),
+        (("--refresh", "4"), "--refresh chooses griffin's neurons anew; --sparsity topk"),
         (("--threshold", "2"), "--threshold must be in [0, 1], got 2.0"),
         (("--verify-temperature", "0"), "--verify-temperature must be > 0, got 0.0"),
         (("--max-seq-len", "1"), "--max-seq-len must be at least 2, got 1"),
@@ -127,6 +136,7 @@ def test_graphs_are_dumped_and_guarded(cli: Cli, tmp_path: Path) -> None:
     names = sorted(p.name for p in graphs.iterdir())
     assert names[0] == "00_capture.dense.txt"
     assert "06_lay_out_weights.sparse.txt" in names
+    assert "07_build_period.period.txt" in names
     same = cli.compile("tally-3m", *FAST, "--out", tmp_path / "b.sirius", "--expect-graphs", graphs)
     assert same.code == 0, same.err
     assert f"{len(names)} compared" in same.err

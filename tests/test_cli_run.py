@@ -56,17 +56,36 @@ def test_prompt_from_file_and_from_stdin(
 
 
 def test_exact_mode_equals_full(cli: Cli, artifact: Path) -> None:
-    exact = generated(cli, artifact, "--mode", "exact", "--dtype", "float32")
     full = generated(cli, artifact, "--mode", "full", "--dtype", "float32")
-    assert exact["tokens"] == full["tokens"]
+    for flags in (
+        (),
+        ("--tree-width", "3", "--refresh", "2"),
+        ("--confidence", "0.5"),
+        ("--period", "auto"),
+    ):
+        exact = generated(cli, artifact, "--mode", "exact", "--dtype", "float32", *flags)
+        assert exact["tokens"] == full["tokens"]
+        assert exact["seed"] is None
+
+
+def test_sampled_tokens_come_again_by_their_seed(cli: Cli, artifact: Path) -> None:
+    flags = ("--mode", "sample", "--temperature", "3", "--top-k", "40", "--top-p", "0.99")
+    unseeded = generated(cli, artifact, *flags)
+    again = generated(cli, artifact, *flags, "--seed", str(unseeded["seed"]))
+    assert (again["tokens"], again["seed"]) == (unseeded["tokens"], unseeded["seed"])
+    others = [generated(cli, artifact, *flags, "--seed", seed) for seed in "123"]
+    assert len({str(other["tokens"]) for other in others}) > 1
+    done = cli.run("run", artifact, "--prompt", PROMPT, *flags, "--seed", "1")
+    assert done.out == f"{others[0]['text']}\n"
+    assert "seed 1," in done.err
 
 
 def test_json_has_the_stats(cli: Cli, artifact: Path) -> None:
     stats = generated(cli, artifact, "--period", "8")["stats"]
     assert isinstance(stats, dict)
     assert sum(stats["advances"].values()) == stats["periods"]
-    assert set(stats["bytes_per_token"]) == {"draft", "verify", "rest"}
-    assert set(stats["seconds"]) == {"draft", "verify", "rest"}
+    phases = {"draft", "verify", "period", "rest"}
+    assert set(stats["bytes_per_token"]) == set(stats["seconds"]) == phases
 
 
 def test_stop_string_ends_the_text(cli: Cli, artifact: Path) -> None:
@@ -99,13 +118,26 @@ def test_unknown_words_are_named(cli: Cli, artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--mode", "dense"), "mode must be one of sirius, exact, full, sparse, got 'dense'"),
+        (
+            ("--mode", "dense"),
+            "mode must be one of sirius, exact, sample, full, sparse, got 'dense'",
+        ),
         (("--period", "0"), "period must be in 1..512, got 0"),
+        (("--period", "-3"), "period must be in 1..512, got -3"),
+        (("--period", "often"), "period must be a number or 'auto', got 'often'"),
+        (("--tree-width", "0"), "tree_width must be in 1.."),
+        (("--confidence", "1.5"), "confidence must be in [0, 1], got 1.5"),
+        (("--refresh", "-1"), "refresh must be >= 0 (0: never), got -1"),
+        (("--seed", "1"), "seed: mode sirius is greedy; use mode sample"),
+        (("--mode", "sample", "--temperature", "0"), "temperature must be > 0, got 0.0"),
+        (("--mode", "full", "--top-k", "-1"), "top_k must be >= 0 (0: no limit), got -1"),
+        (("--mode", "sparse", "--top-p", "0"), "top_p must be in (0, 1], got 0.0"),
+        (("--compare", "--seed", "1"), "--compare is greedy"),
         (("--threshold", "-1"), "threshold must be >= 0, got -1.0"),
         (("--max-new-tokens", "5000"), "max_new_tokens must be in 1.."),
         (("--dtype", "int4"), "dtype must be one of float32, bfloat16, float16"),
         (("--device", "abacus"), "device 'abacus' can't be used here"),
-        (("--backend", "magic"), "backend must be one of eager, got 'magic'"),
+        (("--backend", "magic"), "backend must be one of eager, period, aoti, got 'magic'"),
         (("--stop", ""), "a stop string is empty"),
     ],
 )

@@ -25,6 +25,8 @@ LLAMA_3_8B = LlamaConfig(
 def test_llama_3_8b_at_half_the_neurons(method: Method, density: float) -> None:
     """arXiv 2409.03856: .65 and .76; captured without storage, so any machine can."""
     program = capture(LLAMA_3_8B).program
-    run_passes(program, front(method) + back(method, 0.5, ()))
+    # The last pass adds the period, which reads what its entries read, and takes long to trace.
+    *passes, _ = back(method, 0.5, (), period=16, tree_width=1, max_seq_len=8192)
+    run_passes(program, front(method) + passes)
     assert program.sparsity.density == pytest.approx(density, abs=5e-4)
     assert sum(len(w.shape) == 2 for w in program.weights.values()) == 32 * 7 + 2

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_runtime import Mode, SiriusModel
-from sirius_runtime.policy import chain_mask
 from sirius_runtime.session import Backend
+from tests.support.models import chain_mask
 
 TOLERANCE = 1e-4
 LENGTHS = (5, 19, 11)
@@ -66,11 +66,11 @@ class Family:
             return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> Family:
+def random_model(model_type: str) -> PreTrainedModel:
+    """The same on each call: what is compiled and the reference share nothing."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(request.param, **{**SMALL, **FAMILIES[request.param]})
-    model = AutoModelForCausalLM.from_config(
+    config = AutoConfig.for_model(model_type, **{**SMALL, **FAMILIES[model_type]})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     with torch.no_grad():
@@ -79,8 +79,13 @@ def family(request: pytest.FixtureRequest) -> Family:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
                 parameter.mul_(4)
-    compiled = compile_model(model, CompileConfig(sparsity="topk"))
-    return Family(model, compiled.to_runtime())
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    compiled = compile_model(random_model(request.param), CompileConfig(sparsity="topk"))
+    return Family(random_model(request.param), compiled.to_runtime())
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +112,7 @@ class Caches:
             "positions": slots,
             "slots": slots,
             "length": self.length,
-            "tree_mask": chain_mask(ids_BT.shape[1], torch.device("cpu")),
+            "tree_mask": chain_mask(ids_BT.shape[1])[None],
             "k_cache": self.k,
             "v_cache": self.v,
         }
@@ -157,9 +162,12 @@ def test_chunks_over_ragged_rows(family: Family, rows: list[list[int]]) -> None:
         assert_close(logits[row, : len(rest[row])], expected)
 
 
-def test_exact_mode_gives_transformers_greedy_tokens(family: Family, rows: list[list[int]]) -> None:
+@pytest.mark.parametrize("width", [1, 3])
+def test_exact_mode_gives_transformers_greedy_tokens(
+    family: Family, rows: list[list[int]], width: int
+) -> None:
     output = family.compiled.generate(
-        rows, mode=Mode.EXACT, period=5, max_new_tokens=24, eos_token_id=[]
+        rows, mode=Mode.EXACT, period=5, tree_width=width, max_new_tokens=24, eos_token_id=[]
     )
     for tokens, row in zip(output.tokens, rows, strict=True):
         greedy = family.model.generate(
