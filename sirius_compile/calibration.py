@@ -103,7 +103,7 @@ class _Observer(fx.Interpreter):
         self._observe = observe
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is torch.ops.sirius.gated_mlp.default:
+        if target is torch.ops.sirius.dense_mlp.default:
             x, gate, _, _, gate_bias, _, _, act, layer = args
             self._observe(layer, ACTIVATIONS[act](F.linear(x, gate, gate_bias)).abs())
         return super().call_function(target, args, kwargs)

@@ -54,7 +54,7 @@ class CompileConfig:
             raise ConfigError(f"--keep must be in (0, 1], got {self.keep}")
         check_tree(self.period, self.tree_width, max(self.tree_width, 1), flag="--")
         check_ranges(self.confidence, self.refresh, flag="--")
-        if self.refresh and self.sparsity != Method.GRIFFIN:
+        if self.refresh and not Method(self.sparsity).per_prompt:
             raise ConfigError(
                 f"--refresh chooses griffin's neurons anew; --sparsity {self.sparsity} chooses "
                 "them for every token"

@@ -46,7 +46,8 @@ class Summary:
         table.add_column()
         table.add_row("model", f"{model.source} ({model.model_type}), {model.dtype}")
         table.add_row("parameters", f"{model.parameters:,}")
-        table.add_row("MLPs matched", f"{len(sparsity.neurons)} of {spec.state.layers} layers")
+        sparse = len({site.layer for site in sparsity.sites})
+        table.add_row("sparse layers", f"{sparse} of {spec.state.layers}")
         table.add_row("sparse path", f"{sparsity.method}, {sparsity.keep:.0%} of the neurons kept")
         table.add_row("density", f"{sparsity.density:.3f} of the weights read by a sparse step")
         if calibration is not None:

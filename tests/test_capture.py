@@ -40,7 +40,7 @@ def test_attention_that_can_not_be_expressed_is_refused(model_type: str, reason:
 
 
 @pytest.mark.parametrize("model_type", ["opt", "mixtral"])
-def test_a_model_without_gated_mlps_is_refused_by_the_sparse_methods(model_type: str) -> None:
+def test_a_model_without_dense_mlps_is_refused_by_the_sparse_methods(model_type: str) -> None:
     program = capture(AutoConfig.for_model(model_type, **SMALL)).program
     with pytest.raises(UnsupportedModelError, match="no gated MLP was found"):
         run_passes(program, front(Method.TOPK))

@@ -31,7 +31,7 @@ def test_compiles_runs_and_reports(cli: Cli, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     summary = json.loads(done.out)
     assert summary["sparsity"]["method"] == "cats"
-    assert len(summary["sparsity"]["thresholds"]) == 5
+    assert [site["layer"] for site in summary["sparsity"]["sites"]] == list(range(5))
     assert summary["artifact_bytes"] == out.stat().st_size
     assert summary["artifact_bytes"] <= 1.02 * summary["dense_bytes"] + 1e6
     assert abs(summary["sparsity"]["density"] - 0.75) < 0.05

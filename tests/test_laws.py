@@ -153,7 +153,7 @@ class Naive:
     def __init__(self, subject: Tiny) -> None:
         spec = subject.model.program.sparsity
         self.model = random_decoder("llama")
-        self.sparsity = Sparsity(spec.method, spec.kept[0], spec.thresholds)
+        self.sparsity = Sparsity(spec.method, spec.sites)
         self.sparsity.patch(self.model)
 
 

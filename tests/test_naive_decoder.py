@@ -39,7 +39,7 @@ class Both:
             shipped_models()["tally-3m"], dtype=torch.float32
         )
         spec = compiled.spec.sparsity
-        self._sparsity = Sparsity(method, spec.kept[0], spec.thresholds)
+        self._sparsity = Sparsity(method, spec.sites)
         self._sparsity.patch(self._reference)
 
     def ids(self, prompt: str) -> list[int]:

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.operators import LAYER, ROWS, TOKENS, TREE, Block, mlp_args, sirius
+from tests.support.operators import (
+    LAYER,
+    ROWS,
+    TOKENS,
+    TREE,
+    Block,
+    linear_args,
+    mlp_args,
+    sirius,
+)
 
 
 def samples() -> dict[str, tuple[Any, ...]]:
@@ -21,12 +30,14 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "attention": (*qkv, 0, 0.4, 3, 0.7),
         "cached_attention": (*qkv, block.k_cache, block.v_cache, *where, LAYER, 0.4, None, None),
         "block_attention": block.apart([1, 2]),
-        "gated_mlp": mlp,
-        "gated_mlp_statistic": (*mlp, valid),
-        "gated_mlp_activity": mlp,
+        "dense_mlp": mlp,
+        "dense_mlp_statistic": (*mlp, valid),
+        "dense_mlp_activity": mlp,
         "topk_mlp": (*mlp, 4),
         "cats_mlp": (*mlp, 0.1),
         "griffin_mlp": (*mlp, neurons),
+        "griffin_cats_mlp": (*mlp, neurons, 0.1),
+        "sparse_linear": (*linear_args(), 0.3),
     }
 
 

@@ -1,4 +1,4 @@
-"""Gated MLPs, dense and sparse, against the loops of `tests.support.naive`."""
+"""MLPs, dense and sparse, against the loops of `tests.support.naive`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tests.support.operators import (
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_gated_mlp(act: str, bias: bool, dtype: torch.dtype) -> None:
+def test_dense_mlp(act: str, bias: bool, dtype: torch.dtype) -> None:
     args = mlp_args(act, dtype, bias=bias)
-    assert_near(sirius.gated_mlp(*args), naive.gated_mlp(*args))
+    assert_near(sirius.dense_mlp(*args), naive.dense_mlp(*args))
 
 
 def test_every_activation_has_a_naive_form() -> None:
@@ -36,11 +36,11 @@ def test_every_activation_has_a_naive_form() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_gated_mlp_statistic_counts_valid_tokens_only(bias: bool, dtype: torch.dtype) -> None:
+def test_dense_mlp_statistic_counts_valid_tokens_only(bias: bool, dtype: torch.dtype) -> None:
     args = mlp_args(dtype=dtype, bias=bias)
     valid = torch.tensor([[True, True, False], [False, False, False]])
-    y, statistic = sirius.gated_mlp_statistic(*args, valid)
-    wanted_y, wanted = naive.gated_mlp_statistic(*args, valid)
+    y, statistic = sirius.dense_mlp_statistic(*args, valid)
+    wanted_y, wanted = naive.dense_mlp_statistic(*args, valid)
     assert_near(y, wanted_y)
     assert statistic.dtype is torch.float32
     torch.testing.assert_close(statistic, wanted, rtol=0, atol=TOLERANCE[dtype])
@@ -49,22 +49,22 @@ def test_gated_mlp_statistic_counts_valid_tokens_only(bias: bool, dtype: torch.d
 
 def test_each_token_adds_one_to_the_statistic_over_neurons() -> None:
     args = mlp_args()
-    _, statistic = sirius.gated_mlp_statistic(*args, torch.ones(ROWS, TOKENS).bool())
+    _, statistic = sirius.dense_mlp_statistic(*args, torch.ones(ROWS, TOKENS).bool())
     torch.testing.assert_close(statistic.sum(1), torch.full((ROWS,), float(TOKENS)))
 
 
 def test_statistics_of_chunks_add_up() -> None:
     x, *rest = mlp_args()
     valid = torch.ones(ROWS, TOKENS).bool()
-    _, whole = sirius.gated_mlp_statistic(x, *rest, valid)
-    _, first = sirius.gated_mlp_statistic(x[:, :1], *rest, valid[:, :1])
-    _, second = sirius.gated_mlp_statistic(x[:, 1:], *rest, valid[:, 1:])
+    _, whole = sirius.dense_mlp_statistic(x, *rest, valid)
+    _, first = sirius.dense_mlp_statistic(x[:, :1], *rest, valid[:, :1])
+    _, second = sirius.dense_mlp_statistic(x[:, 1:], *rest, valid[:, 1:])
     torch.testing.assert_close(first + second, whole)
 
 
 def test_a_token_without_any_activation_adds_nothing_to_the_statistic() -> None:
     x, *rest = mlp_args()
-    _, statistic = sirius.gated_mlp_statistic(
+    _, statistic = sirius.dense_mlp_statistic(
         torch.zeros_like(x), *rest, torch.ones(ROWS, TOKENS).bool()
     )
     assert statistic.count_nonzero() == 0
@@ -73,10 +73,10 @@ def test_a_token_without_any_activation_adds_nothing_to_the_statistic() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_gated_mlp_activity(act: str, bias: bool, dtype: torch.dtype) -> None:
+def test_dense_mlp_activity(act: str, bias: bool, dtype: torch.dtype) -> None:
     args = mlp_args(act, dtype, bias=bias)
-    y, activity = sirius.gated_mlp_activity(*args)
-    wanted_y, wanted = naive.gated_mlp_activity(*args)
+    y, activity = sirius.dense_mlp_activity(*args)
+    wanted_y, wanted = naive.dense_mlp_activity(*args)
     assert_near(y, wanted_y)
     assert activity.dtype is torch.float32
     torch.testing.assert_close(activity, wanted, rtol=0, atol=TOLERANCE[dtype])
@@ -86,8 +86,8 @@ def test_gated_mlp_activity(act: str, bias: bool, dtype: torch.dtype) -> None:
 def test_activity_summed_over_valid_tokens_is_the_statistic(dtype: torch.dtype) -> None:
     args = mlp_args(dtype=dtype, bias=True)
     valid = torch.tensor([[True, False, True], [False, True, False]])
-    y, activity = sirius.gated_mlp_activity(*args)
-    same_y, statistic = sirius.gated_mlp_statistic(*args, valid)
+    y, activity = sirius.dense_mlp_activity(*args)
+    same_y, statistic = sirius.dense_mlp_statistic(*args, valid)
     assert torch.equal(y, same_y)
     torch.testing.assert_close((activity * valid[..., None]).sum(1), statistic)
 
@@ -140,7 +140,7 @@ def test_topk_mlp_chooses_by_magnitude_with_a_gate_bias() -> None:
 def test_topk_mlp_of_all_neurons_is_dense(dtype: torch.dtype) -> None:
     args = mlp_args(dtype=dtype, bias=True)
     torch.testing.assert_close(
-        sirius.topk_mlp(*args, NEURONS), sirius.gated_mlp(*args), rtol=0, atol=0
+        sirius.topk_mlp(*args, NEURONS), sirius.dense_mlp(*args), rtol=0, atol=0
     )
 
 
@@ -206,3 +206,39 @@ def test_griffin_mlp_uses_the_row_s_own_neurons_of_its_layer(
     for keep in (1, 6, NEURONS):
         neurons = order[..., :keep]
         assert_near(sirius.griffin_mlp(*args, neurons), naive.griffin_mlp(*args, neurons))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_griffin_cats_mlp(threshold: float, tokens: int, dtype: torch.dtype) -> None:
+    args = mlp_args("silu", dtype, tokens=tokens, distinct=True)
+    neurons = randn(2, ROWS, NEURONS, seed=9).argsort(-1)[..., :8]
+    y, counts = sirius.griffin_cats_mlp(*args, neurons, threshold)
+    wanted_y, wanted = naive.griffin_cats_mlp(*args, neurons, threshold)
+    assert_near(y, wanted_y)
+    assert torch.equal(counts, wanted)
+    assert int(counts.max()) <= 8
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("operator", "extra"),
+    [
+        ("dense_mlp", ()),
+        ("dense_mlp_activity", ()),
+        ("dense_mlp_statistic", (torch.ones(ROWS, TOKENS).bool(),)),
+        ("topk_mlp", (5,)),
+        ("cats_mlp", (0.5,)),
+        ("griffin_mlp", (torch.arange(6).expand(2, ROWS, 6),)),
+        ("griffin_cats_mlp", (torch.arange(6).expand(2, ROWS, 6), 0.5)),
+    ],
+)
+def test_a_plain_mlp_is_one_without_up(operator: str, extra: tuple[Any, ...], bias: bool) -> None:
+    args = mlp_args("gelu_tanh", bias=bias)
+    args[2] = args[5] = None
+    found = getattr(sirius, operator)(*args, *extra)
+    wanted = getattr(naive, operator)(*args, *extra)
+    found, wanted = (v if isinstance(v, tuple) else (v,) for v in (found, wanted))
+    for value, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)

@@ -132,7 +132,7 @@ def test_before_and_after() -> None:
     assert after == before
     assert "\n".join(outline(program.graphs[PERIOD])) == inspect.cleandoc(
         """
-        period: aten.embedding 2, aten.item 1, aten.linear 5, cond 1, sirius.block_attention 1, sirius.gated_mlp 1, while_loop 1
+        period: aten.embedding 2, aten.item 1, aten.linear 5, cond 1, sirius.block_attention 1, sirius.dense_mlp 1, while_loop 1
             while_loop_cond_graph_0: -
             while_loop_body_graph_0: aten.embedding 2, aten.linear 5, cond 1, sirius.block_attention 1, sirius.topk_mlp 1
                 true_graph_0: -
@@ -168,7 +168,7 @@ def test_before_and_after() -> None:
 def test_a_tree_s_first_step_is_not_in_the_loop() -> None:
     assert "\n".join(outline(shared(2).graphs[PERIOD])) == inspect.cleandoc(
         """
-        period: aten.embedding 4, aten.item 1, aten.linear 10, cond 1, sirius.block_attention 2, sirius.gated_mlp 1, sirius.topk_mlp 1, while_loop 1
+        period: aten.embedding 4, aten.item 1, aten.linear 10, cond 1, sirius.block_attention 2, sirius.dense_mlp 1, sirius.topk_mlp 1, while_loop 1
             while_loop_cond_graph_0: -
             while_loop_body_graph_0: aten.embedding 2, aten.linear 5, sirius.block_attention 1, sirius.topk_mlp 1
             true_graph_0: -

@@ -162,4 +162,4 @@ def test_phi3_is_split_into_q_k_v_gate_and_up() -> None:
     program = capture(Phi3Config(**sizes, **heads, eos_token_id=1)).program
     check_pass(program, Canonicalize(), expect={"aten.linear": (9, 15), "aten.dropout": (4, 0)})
     assert len(program.weights) == 16  # as captured: the slices are views
-    check_pass(program, RecogniseMlps(), expect={"sirius.gated_mlp": (0, 2)})
+    check_pass(program, RecogniseMlps(), expect={"sirius.dense_mlp": (0, 2)})

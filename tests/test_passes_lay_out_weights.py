@@ -48,7 +48,7 @@ def test_before_and_after() -> None:
         %14: model[B, T, 6] = aten.embedding(%place.weight, %positions)
         %15: model[B, T, 6] = aten.add.Tensor(%13, %14)
         %16: model[10, 6] = aten.t(%layers.0.down.weight)
-        %17: model[B, T, 6] = sirius.gated_mlp(%15, %layers.0.gate.weight, %layers.0.up.weight, %16, None, None, None, 'silu', 0)
+        %17: model[B, T, 6] = sirius.dense_mlp(%15, %layers.0.gate.weight, %layers.0.up.weight, %16, None, None, None, 'silu', 0)
         %18: model[B, T, 6] = aten.add.Tensor(%15, %17)
         %19: model[B, T, 11] = aten.linear(%18, %head.weight)
         return logits=%19
@@ -68,7 +68,7 @@ def test_before_and_after() -> None:
         %13: model[B, T, 6] = aten.embedding(%embed.weight, %input_ids)
         %14: model[B, T, 6] = aten.embedding(%place.weight, %positions)
         %15: model[B, T, 6] = aten.add.Tensor(%13, %14)
-        %16: model[B, T, 6] = sirius.gated_mlp(%15, %layers.0.gate.weight, %layers.0.up.weight, %layers.0.down.weight, None, None, None, 'silu', 0)
+        %16: model[B, T, 6] = sirius.dense_mlp(%15, %layers.0.gate.weight, %layers.0.up.weight, %layers.0.down.weight, None, None, None, 'silu', 0)
         %17: model[B, T, 6] = aten.add.Tensor(%15, %16)
         %18: model[B, T, 11] = aten.linear(%17, %head.weight)
         return logits=%18

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sirius_passes.canonicalize import Canonicalize
 from sirius_passes.program import DENSE, Program, calls
-from sirius_passes.recognise_mlps import GATED_MLP, RecogniseMlps
+from sirius_passes.recognise_mlps import DENSE_MLP, RecogniseMlps
 from sirius_passes.testing import check_pass
 from sirius_runtime.errors import UnsupportedModelError
 from tests.support.graphs import Decoder, FusedMlp, Mlp, Plain, after, assert_prints
@@ -41,7 +41,7 @@ def test_before_and_after() -> None:
         return logits=%17
         """,
     )
-    expect = {"sirius.gated_mlp": (0, 1), "aten.linear": (4, 1), "aten.silu": (1, 0)}
+    expect = {"sirius.dense_mlp": (0, 1), "aten.linear": (4, 1), "aten.silu": (1, 0)}
     assert check_pass(program, RecogniseMlps(), expect=expect).rewrites == 1
     assert_prints(
         program.graphs[DENSE],
@@ -52,7 +52,7 @@ def test_before_and_after() -> None:
         %9: model[B, T, 6] = aten.embedding(%place.weight, %positions)
         %10: model[B, T, 6] = aten.add.Tensor(%8, %9)
         %11: model[10, 6] = aten.t(%layers.0.down.weight)
-        %12: model[B, T, 6] = sirius.gated_mlp(%10, %layers.0.gate.weight, %layers.0.up.weight, %11, None, None, None, 'silu', 0)
+        %12: model[B, T, 6] = sirius.dense_mlp(%10, %layers.0.gate.weight, %layers.0.up.weight, %11, None, None, None, 'silu', 0)
         %13: model[B, T, 6] = aten.add.Tensor(%10, %12)
         %14: model[B, T, 11] = aten.linear(%13, %head.weight)
         return logits=%14
@@ -72,8 +72,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations_and_biases(act: str, bias: bool) -> None:
     program = canonical(lambda: Mlp(ACTIVATIONS[act], bias=bias))
-    check_pass(program, RecogniseMlps(), expect={"sirius.gated_mlp": (0, 1)})
-    (mlp,) = calls(program.graphs[DENSE].graph, GATED_MLP)
+    check_pass(program, RecogniseMlps(), expect={"sirius.dense_mlp": (0, 1)})
+    (mlp,) = calls(program.graphs[DENSE].graph, DENSE_MLP)
     *_, gate_bias, up_bias, down_bias, name, _layer = mlp.args
     assert name == act
     assert [b is not None for b in (gate_bias, up_bias, down_bias)] == [bias] * 3
@@ -82,7 +82,7 @@ def test_activations_and_biases(act: str, bias: bool) -> None:
 def test_layers_are_numbered_in_order() -> None:
     program = canonical(Mlp, Mlp, Mlp)
     assert check_pass(program, RecogniseMlps()).rewrites == 3
-    assert [n.args[-1] for n in calls(program.graphs[DENSE].graph, GATED_MLP)] == [0, 1, 2]
+    assert [n.args[-1] for n in calls(program.graphs[DENSE].graph, DENSE_MLP)] == [0, 1, 2]
 
 
 class UpFirst(Mlp):
@@ -91,13 +91,13 @@ class UpFirst(Mlp):
 
 
 def test_up_may_come_before_gate() -> None:
-    check_pass(canonical(UpFirst), RecogniseMlps(), expect={"sirius.gated_mlp": (0, 1)})
+    check_pass(canonical(UpFirst), RecogniseMlps(), expect={"sirius.dense_mlp": (0, 1)})
 
 
 def test_a_fused_gate_up_is_recognised_once_it_is_split() -> None:
     program = canonical(lambda: FusedMlp(lambda y: y.chunk(2, -1), bias=True))
     check_pass(
-        program, RecogniseMlps(), expect={"sirius.gated_mlp": (0, 1), "aten.slice.Tensor": (4, 4)}
+        program, RecogniseMlps(), expect={"sirius.dense_mlp": (0, 1), "aten.slice.Tensor": (4, 4)}
     )
 
 
@@ -159,7 +159,7 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("case", NEAR_MISSES)
-def test_a_model_without_a_gated_mlp_is_refused_with_the_nearest_miss(case: str) -> None:
+def test_a_model_without_a_dense_mlp_is_refused_with_the_nearest_miss(case: str) -> None:
     layer, reason = NEAR_MISSES[case]
     with pytest.raises(UnsupportedModelError, match=reason) as refusal:
         RecogniseMlps().run(canonical(layer))
@@ -167,11 +167,11 @@ def test_a_model_without_a_gated_mlp_is_refused_with_the_nearest_miss(case: str)
 
 
 @pytest.mark.parametrize("case", NEAR_MISSES)
-def test_near_misses_stay_beside_a_gated_mlp(case: str) -> None:
+def test_near_misses_stay_beside_a_dense_mlp(case: str) -> None:
     layer, _ = NEAR_MISSES[case]
     program = canonical(layer, Mlp)
     linears = len(calls(program.graphs[DENSE].graph, torch.ops.aten.linear.default))
-    expect = {"sirius.gated_mlp": (0, 1), "aten.linear": (linears, linears - 3)}
+    expect = {"sirius.dense_mlp": (0, 1), "aten.linear": (linears, linears - 3)}
     assert check_pass(program, RecogniseMlps(), expect=expect).rewrites == 1
 
 

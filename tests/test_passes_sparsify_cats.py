@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from sirius_passes.program import FULL, PREFILL, SPARSE
-from sirius_passes.recognise_mlps import GATED_MLP
+from sirius_passes.recognise_mlps import DENSE_MLP
 from sirius_passes.sparsify_cats import SparsifyCats
 from sirius_passes.testing import check_pass, run_graph, snapshot
 from sirius_runtime.errors import CalibrationError, ConfigError
-from sirius_runtime.spec import Method
+from sirius_runtime.spec import Method, SiteSpec
 from tests.support import naive
 from tests.support.graphs import (
     Decoder,
@@ -41,7 +41,7 @@ def reference(
         counts.append(count)
         return y
 
-    outputs = run_replacing(before, inputs, weights, {GATED_MLP: cats_mlp})
+    outputs = run_replacing(before, inputs, weights, {DENSE_MLP: cats_mlp})
     return outputs | {"kept": torch.stack(counts)}
 
 
@@ -62,13 +62,13 @@ def test_before_and_after() -> None:
         %14: model[B, T, 6] = aten.embedding(%place.weight, %positions)
         %15: model[B, T, 6] = aten.add.Tensor(%13, %14)
         %16: model[10, 6] = aten.t(%layers.0.down.weight)
-        %17: model[B, T, 6] = sirius.gated_mlp(%15, %layers.0.gate.weight, %layers.0.up.weight, %16, None, None, None, 'silu', 0)
+        %17: model[B, T, 6] = sirius.dense_mlp(%15, %layers.0.gate.weight, %layers.0.up.weight, %16, None, None, None, 'silu', 0)
         %18: model[B, T, 6] = aten.add.Tensor(%15, %17)
         %19: model[B, T, 11] = aten.linear(%18, %head.weight)
         return logits=%19
         """,  # noqa: E501
     )
-    expect = {"sirius.gated_mlp": (3, 2), "sparse/sirius.cats_mlp": (0, 1)}
+    expect = {"sirius.dense_mlp": (3, 2), "sparse/sirius.cats_mlp": (0, 1)}
     step = SparsifyCats(0.5, THRESHOLDS[:1])
     assert check_pass(program, step, reference=reference, expect=expect).rewrites == 1
     assert {name: snapshot(program.graphs[name]) for name in dense} == dense
@@ -126,8 +126,13 @@ def test_the_spec_says_what_a_step_is_expected_to_read() -> None:
     program = paired(two_layers)
     SparsifyCats(0.45, THRESHOLDS).run(program)
     spec = program.sparsity
-    assert (spec.method, spec.keep, spec.thresholds) == (Method.CATS, 0.45, THRESHOLDS)
-    assert (spec.neurons, spec.kept, spec.neuron_params) == ((10, 10), (5, 5), (12, 12))
+    assert (spec.method, spec.keep) == (Method.CATS, 0.45)
+    assert spec.sites == tuple(
+        # Attention stands before each.
+        SiteSpec(index, f"layers.{2 * index + 1}.gate.weight", 10, 5, 12, threshold, counted=True)
+        for index, threshold in enumerate(THRESHOLDS)
+    )
+    assert spec.counted == spec.sites
     attention = 6 * (4 + 2 + 2 + 4)
     parameters = (11 + 32 + 11) * 6 + 2 * (attention + 180) + 26  # 26 biases
     assert spec.density == pytest.approx(1 - 2 * 5 * 12 / parameters)

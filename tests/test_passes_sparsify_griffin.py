@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from sirius_passes.program import FULL, OBSERVE, PREFILL, SPARSE
-from sirius_passes.recognise_mlps import GATED_MLP
+from sirius_passes.recognise_mlps import DENSE_MLP
 from sirius_passes.sparsify_griffin import SparsifyGriffin
 from sirius_passes.testing import check_pass, random_weights, run_graph, snapshot
 from sirius_passes.testing_runs import make_calls
 from sirius_runtime.errors import ConfigError, UnsupportedModelError
 from sirius_runtime.graph import INPUT, placeholders
-from sirius_runtime.spec import Method
+from sirius_runtime.spec import Method, SiteSpec
 from tests.support import naive
 from tests.support.graphs import (
     Decoder,
@@ -38,19 +38,19 @@ def reference(
     if name == FULL:
         return run_graph(before, inputs, weights)
     if name == SPARSE:
-        chosen = {GATED_MLP: lambda *args: naive.griffin_mlp(*args, inputs["neurons"])}
+        chosen = {DENSE_MLP: lambda *args: naive.griffin_mlp(*args, inputs["neurons"])}
         return run_replacing(before, inputs, weights, chosen)
     second = []
 
-    def gated_mlp(*args: object) -> Tensor:
+    def dense_mlp(*args: object) -> Tensor:
         if name == OBSERVE:
-            y, value = naive.gated_mlp_activity(*args)
+            y, value = naive.dense_mlp_activity(*args)
         else:
-            y, value = naive.gated_mlp_statistic(*args, inputs["valid"])
+            y, value = naive.dense_mlp_statistic(*args, inputs["valid"])
         second.append(value)
         return y
 
-    outputs = run_replacing(before, inputs, weights, {GATED_MLP: gated_mlp})
+    outputs = run_replacing(before, inputs, weights, {DENSE_MLP: dense_mlp})
     return outputs | {OUTPUTS[name]: torch.stack(second)}
 
 
@@ -72,7 +72,7 @@ def test_before_and_after() -> None:
         %15: model[B, T, 6] = aten.embedding(%place.weight, %positions)
         %16: model[B, T, 6] = aten.add.Tensor(%14, %15)
         %17: model[10, 6] = aten.t(%layers.0.down.weight)
-        %18: model[B, T, 6] = sirius.gated_mlp(%16, %layers.0.gate.weight, %layers.0.up.weight, %17, None, None, None, 'silu', 0)
+        %18: model[B, T, 6] = sirius.dense_mlp(%16, %layers.0.gate.weight, %layers.0.up.weight, %17, None, None, None, 'silu', 0)
         %19: model[B, T, 6] = aten.add.Tensor(%16, %18)
         %20: int64[B, 1, 1] = aten.view(%last, [-1, 1, 1])
         %21: int64[B, 1, 6] = aten.expand(%20, [-1, -1, 6])
@@ -82,10 +82,10 @@ def test_before_and_after() -> None:
         """,  # noqa: E501
     )
     expect = {
-        "sirius.gated_mlp": (3, 1),
-        "prefill/sirius.gated_mlp_statistic": (0, 1),
+        "sirius.dense_mlp": (3, 1),
+        "prefill/sirius.dense_mlp_statistic": (0, 1),
         "sparse/sirius.griffin_mlp": (0, 1),
-        "observe/sirius.gated_mlp_activity": (0, 1),
+        "observe/sirius.dense_mlp_activity": (0, 1),
     }
     check = check_pass(program, SparsifyGriffin(0.35), reference=reference, expect=expect)
     assert check.rewrites == 3
@@ -106,7 +106,7 @@ def test_before_and_after() -> None:
         %16: model[B, T, 6] = aten.embedding(%place.weight, %positions)
         %17: model[B, T, 6] = aten.add.Tensor(%15, %16)
         %18: model[10, 6] = aten.t(%layers.0.down.weight)
-        %19: (model[B, T, 6], float32[B, 10]) = sirius.gated_mlp_statistic(%17, %layers.0.gate.weight, %layers.0.up.weight, %18, None, None, None, 'silu', 0, %valid)
+        %19: (model[B, T, 6], float32[B, 10]) = sirius.dense_mlp_statistic(%17, %layers.0.gate.weight, %layers.0.up.weight, %18, None, None, None, 'silu', 0, %valid)
         %20: model[B, T, 6] = getitem(%19, 0)
         %21: float32[B, 10] = getitem(%19, 1)
         %22: model[B, T, 6] = aten.add.Tensor(%17, %20)
@@ -153,7 +153,7 @@ def test_before_and_after() -> None:
         %14: model[B, T, 6] = aten.embedding(%place.weight, %positions)
         %15: model[B, T, 6] = aten.add.Tensor(%13, %14)
         %16: model[10, 6] = aten.t(%layers.0.down.weight)
-        %17: (model[B, T, 6], float32[B, T, 10]) = sirius.gated_mlp_activity(%15, %layers.0.gate.weight, %layers.0.up.weight, %16, None, None, None, 'silu', 0)
+        %17: (model[B, T, 6], float32[B, T, 10]) = sirius.dense_mlp_activity(%15, %layers.0.gate.weight, %layers.0.up.weight, %16, None, None, None, 'silu', 0)
         %18: model[B, T, 6] = getitem(%17, 0)
         %19: float32[B, T, 10] = getitem(%17, 1)
         %20: model[B, T, 6] = aten.add.Tensor(%15, %18)
@@ -209,9 +209,10 @@ def test_the_spec_says_what_a_step_reads() -> None:
     program = paired(one_mlp)
     SparsifyGriffin(0.35).run(program)
     spec = program.sparsity
-    assert (spec.method, spec.keep, spec.thresholds) == (Method.GRIFFIN, 0.35, ())
-    assert (spec.neurons, spec.kept) == ((10,), (4,))
-    assert spec.neuron_params == (18,)  # a row of gate, of up and of down, 6 wide
+    assert (spec.method, spec.keep) == (Method.GRIFFIN, 0.35)
+    assert (spec.neurons, spec.kept_neurons, spec.counted) == (10, 4, ())
+    # 18: a row of gate, of up and of down, 6 wide
+    assert spec.sites == (SiteSpec(0, "layers.0.gate.weight", 10, 4, 18),)
     assert spec.density == pytest.approx(1 - 6 * 18 / ((11 + 32 + 30 + 11) * 6))
 
 

@@ -11,11 +11,11 @@ from sirius_passes.canonicalize import Canonicalize
 from sirius_passes.insert_kv_cache import InsertKvCache
 from sirius_passes.pair_paths import PairPaths
 from sirius_passes.program import FULL, PREFILL, SPARSE
-from sirius_passes.recognise_mlps import GATED_MLP
+from sirius_passes.recognise_mlps import DENSE_MLP
 from sirius_passes.sparsify_topk import SparsifyTopk
 from sirius_passes.testing import check_pass, run_graph, snapshot
 from sirius_runtime.errors import ConfigError, UnsupportedModelError
-from sirius_runtime.spec import Method
+from sirius_runtime.spec import Method, SiteSpec
 from tests.support import naive
 from tests.support.graphs import (
     Decoder,
@@ -37,7 +37,7 @@ def reference(
 ) -> dict[str, Tensor]:
     if name != SPARSE:
         return run_graph(before, inputs, weights)
-    topk = {GATED_MLP: lambda *args: naive.topk_mlp(*args, KEPT)}
+    topk = {DENSE_MLP: lambda *args: naive.topk_mlp(*args, KEPT)}
     return run_replacing(before, inputs, weights, topk)
 
 
@@ -58,13 +58,13 @@ def test_before_and_after() -> None:
         %14: model[B, T, 6] = aten.embedding(%place.weight, %positions)
         %15: model[B, T, 6] = aten.add.Tensor(%13, %14)
         %16: model[10, 6] = aten.t(%layers.0.down.weight)
-        %17: model[B, T, 6] = sirius.gated_mlp(%15, %layers.0.gate.weight, %layers.0.up.weight, %16, None, None, None, 'silu', 0)
+        %17: model[B, T, 6] = sirius.dense_mlp(%15, %layers.0.gate.weight, %layers.0.up.weight, %16, None, None, None, 'silu', 0)
         %18: model[B, T, 6] = aten.add.Tensor(%15, %17)
         %19: model[B, T, 11] = aten.linear(%18, %head.weight)
         return logits=%19
         """,  # noqa: E501
     )
-    expect = {"sirius.gated_mlp": (3, 2), "sparse/sirius.topk_mlp": (0, 1)}
+    expect = {"sirius.dense_mlp": (3, 2), "sparse/sirius.topk_mlp": (0, 1)}
     check = check_pass(program, SparsifyTopk(KEEP), reference=reference, expect=expect)
     assert check.rewrites == 1
     assert {name: snapshot(program.graphs[name]) for name in dense} == dense
@@ -111,8 +111,8 @@ def test_the_spec_says_what_a_step_reads(keep: float, kept: int) -> None:
     SparsifyTopk(keep).run(program)
     spec = program.sparsity
     assert (spec.method, spec.keep) == (Method.TOPK, keep)
-    assert (spec.neurons, spec.kept, spec.thresholds) == ((10,), (kept,), ())
-    assert spec.neuron_params == (12,)  # a row of up and a row of down, 6 wide
+    # 12: a row of up and a row of down, 6 wide
+    assert spec.sites == (SiteSpec(0, "layers.0.gate.weight", 10, kept, 12),)
     parameters = 11 * 6 + 32 * 6 + 3 * 10 * 6 + 11 * 6
     assert spec.density == pytest.approx(1 - (10 - kept) * 12 / parameters)
 
@@ -126,5 +126,5 @@ def test_a_share_out_of_range_is_refused(keep: float) -> None:
 
 def test_a_model_whose_mlps_were_not_recognised_is_refused() -> None:
     program = after(one_mlp, Canonicalize(), InsertKvCache(), PairPaths())
-    with pytest.raises(UnsupportedModelError, match=r"looked for sirius\.gated_mlp, which recog"):
+    with pytest.raises(UnsupportedModelError, match=r"looked for sirius\.dense_mlp, which recog"):
         check_pass(program, SparsifyTopk(KEEP))

@@ -23,6 +23,7 @@ from sirius_runtime.spec import (
     PassRecord,
     PeriodSpec,
     ProgramSpec,
+    SiteSpec,
     SparsitySpec,
     StateSpec,
     TensorSpec,
@@ -50,7 +51,17 @@ PROGRAM = ProgramSpec(
         WeightSpec("scalar", "float32", ()),
     ),
     state=StateSpec(2, 1, 4, 6),
-    sparsity=SparsitySpec(Method.CATS, 0.5, (12, 12), (6, 6), (0.1, 1e-9), (16, 16), 0.75),
+    sparsity=SparsitySpec(
+        Method.CATS,
+        0.5,
+        sites=(
+            SiteSpec(0, "gate.0", 12, 6.0, 16, 0.1, counted=True),
+            SiteSpec(2, "gate.2", 12, 6.5, 16),
+        ),
+        dense_layers=(1,),
+        step=768,
+        density=0.75,
+    ),
     period=PeriodSpec(8, 3, 0.25, 1.5, 0.5, 4),
     eos_token_ids=(2, 3),
     pad_token_id=None,
@@ -99,13 +110,13 @@ def test_unknown_fields_are_ignored() -> None:
 
 def test_a_field_with_a_default_may_be_missing() -> None:
     written = plain(PROGRAM)
-    del written["weights"][0]["transposed"], written["sparsity"]["thresholds"]
+    del written["weights"][0]["transposed"], written["sparsity"]["dense_layers"]
     # `tree_width`, `confidence` and `refresh` are younger than the format: files may lack them.
     for name in ("threshold", "tree_width", "confidence", "refresh"):
         del written["period"][name]
     back = from_json(ProgramSpec, written)
     assert back.weights[0] == PROGRAM.weights[0]
-    assert back.sparsity.thresholds == ()
+    assert back.sparsity.dense_layers == ()
     assert back.period == PeriodSpec(period=8, verify_temperature=1.5)
 
 
@@ -131,10 +142,10 @@ FAULTS: list[tuple[str, JSON, str]] = [
     ("program.model.dtype", "float8", "dtype: 'float8' is not one of float32, bfloat16, float16"),
     ("program.model.dtype", [], "dtype: [] is not one of float32, bfloat16, float16"),
     ("program.model.revision", 1, "revision: 1 is not one of str | None"),
-    ("program.sparsity.method", "teal", "method: 'teal' is not one of cats, topk, griffin, none"),
+    ("program.sparsity.method", "relu", "method: 'relu' is not one of cats, topk, griffin, teal,"),
     ("program.sparsity.keep", "half", "keep: float is expected, found 'half'"),
     ("program.sparsity.keep", 10**400, "keep: an integer of this size is no float"),
-    ("program.sparsity.kept.1", "6", "kept[1]: int is expected, found '6'"),
+    ("program.sparsity.sites.1.units", "6", "sites[1].units: int is expected, found '6'"),
     ("program.weights.1.transposed", 1, "weights[1].transposed: bool is expected, found 1"),
     ("program.weights.0.shape", [8, None], "weights[0].shape[1]: int is expected, found None"),
     ("program.entries.0.inputs.0.shape.0", 1.5, "shape[0]: 1.5 is not one of int | str"),

@@ -61,7 +61,6 @@ from sirius_passes.runtime_policy import Parameters, RuntimeAcceptance, RuntimeP
 from sirius_runtime.drafting import DraftState, begin, extend
 from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders
 from sirius_runtime.policy import Verdict, judge, observed, select_neurons
-from sirius_runtime.spec import Method
 from sirius_runtime.tree import Tree, beams, node_count
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
@@ -90,7 +89,7 @@ class _Builder:
         self.size, self.width = options.size, options.width
         self.last_position = options.max_seq_len - 1
         self.program = program
-        self.refreshes = program.sparsity.method is Method.GRIFFIN
+        self.refreshes = program.sparsity.method.per_prompt
         full = OBSERVE if self.refreshes else FULL
         self.sparse = _Functional(program.graphs[SPARSE])
         self.full = _Functional(program.graphs[full])
@@ -159,7 +158,8 @@ class _Builder:
     def _no_counts(self, k_cache: Tensor) -> Tensor | None:
         if "kept" not in self.sparse.outputs:
             return None
-        return torch.zeros(k_cache.shape[:2], dtype=torch.int64, device=k_cache.device)
+        sites = len(self.program.sparsity.counted)
+        return torch.zeros(sites, k_cache.shape[1], dtype=torch.int64, device=k_cache.device)
 
     def _draft(self, carry: _Carry, given: dict[str, Tensor]) -> _Carry:
         """Levels until the last, or until no row is live."""
@@ -254,8 +254,8 @@ class _Builder:
 
 
 class _Carry(NamedTuple):
-    """What the draft loop carries. `level`: the next to draft; `kept`: counts [layers, B] of
-    `cats`."""
+    """What the draft loop carries. `level`: the next to draft; `kept`: counts [sites, B] where
+    tokens differ in what they keep."""
 
     level: Tensor
     state: DraftState
@@ -412,8 +412,8 @@ def _fake_inputs(names: Sequence[str], program: Program, size: int) -> dict[str,
         "G": state.kv_heads,
         "D": state.key_dim,
         "Dv": state.value_dim,
-        "I": (*sparsity.neurons, 0)[0],
-        "kept": (*sparsity.kept, 0)[0],
+        "I": sparsity.neurons,
+        "kept": sparsity.kept_neurons,
     }
     extents["B"], extents["S"] = _symbols(3, 1024)
     values = {}

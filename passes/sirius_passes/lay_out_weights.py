@@ -2,8 +2,8 @@
 
     Before                                           After
     weight %down: model[192, 768]                    weight %down: model[768, 192]
-    %1 = aten.t(%down)                               %1 = sirius.gated_mlp(%x, %gate, %up, %down, …)
-    %2 = sirius.gated_mlp(%x, %gate, %up, %1, …)
+    %1 = aten.t(%down)                               %1 = sirius.dense_mlp(%x, %gate, %up, %down, …)
+    %2 = sirius.dense_mlp(%x, %gate, %up, %1, …)
 
 A weight that every graph reads transposed, and only so, is stored transposed, and the transposes
 go. A weight that is read both ways is refused: one copy could not serve both.

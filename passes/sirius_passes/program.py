@@ -73,7 +73,7 @@ RESULTS: dict[str, TensorSpec] = {
         TensorSpec("logits", "model", ("B", "T", "V")),
         TensorSpec("statistic", "float32", ("layers", "B", "I")),
         TensorSpec("activity", "float32", ("layers", "B", "T", "I")),
-        TensorSpec("kept", "int64", ("layers", "B")),
+        TensorSpec("kept", "int64", ("sites", "B")),
         # of the functional forms
         TensorSpec("k_block", "model", ("layers", "B", "G", "M", "D")),
         TensorSpec("v_block", "model", ("layers", "B", "G", "M", "Dv")),

@@ -2,7 +2,7 @@
 
     Before                               After
     %1 = aten.linear(%x, %gate)          %1 = aten.t(%down)
-    %2 = aten.silu(%1)                   %2 = sirius.gated_mlp(%x, %gate, %up, %1,
+    %2 = aten.silu(%1)                   %2 = sirius.dense_mlp(%x, %gate, %up, %1,
     %3 = aten.linear(%x, %up)                                  None, None, None, 'silu', 0)
     %4 = aten.mul(%2, %3)
     %5 = aten.linear(%4, %down)
@@ -27,7 +27,7 @@ from sirius_runtime.ops.mlp import ACTIVATIONS
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
 
-GATED_MLP = sirius.gated_mlp.default
+DENSE_MLP = sirius.dense_mlp.default
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class RecogniseMlps(Pass):
     def run(self, program: Program) -> int:
         count = 0
         for module in program.graphs.values():
-            layer = len(calls(module.graph, GATED_MLP))
+            layer = len(calls(module.graph, DENSE_MLP))
             misses = []
             for node in calls(module.graph, aten.linear.default):
-                match = match_gated_mlp(node)
+                match = match_dense_mlp(node)
                 if isinstance(match, GatedMlp):
                     _raise(match, layer)
                     layer, count = layer + 1, count + 1
@@ -71,7 +71,7 @@ class RecogniseMlps(Pass):
         return count
 
 
-def match_gated_mlp(down: fx.Node) -> GatedMlp | str | None:
+def match_dense_mlp(down: fx.Node) -> GatedMlp | str | None:
     """The gated MLP that ends in the linear `down`; a reason where it nearly is one; else None."""
     product = down.args[0]
     if not _is(product, aten.mul.Tensor):
@@ -129,7 +129,7 @@ def _raise(match: GatedMlp, layer: int) -> None:
         down = call(graph, aten.t.default, (down,), origin=origin)
         node = call(
             graph,
-            GATED_MLP,
+            DENSE_MLP,
             (match.x, gate, up, down, gate_bias, up_bias, down_bias, match.act, layer),
             origin=origin,
         )

@@ -5,27 +5,32 @@ reach.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from sirius_passes.program import SPARSE, Program, call, calls
-from sirius_passes.recognise_mlps import GATED_MLP
+from sirius_passes.program import Program, call, calls, outputs, set_outputs
+from sirius_passes.recognise_mlps import DENSE_MLP
 from sirius_runtime.errors import ConfigError, UnsupportedModelError
-from sirius_runtime.spec import Method, SparsitySpec
+from sirius_runtime.graph import WEIGHT
+from sirius_runtime.spec import Method, SiteSpec, SparsitySpec
+
+LAYER = 8  # of the operators' arguments
 
 
-def mlps(graph: fx.Graph) -> list[fx.Node]:
-    """The dense MLP operators of a graph; raises UnsupportedModelError where there are none."""
-    found = calls(graph, GATED_MLP)
+def mlps(graph: fx.Graph, dense_layers: Collection[int] = ()) -> list[fx.Node]:
+    """The dense MLP operators of a graph, but those of `dense_layers`; raises
+    UnsupportedModelError where there are none.
+    """
+    found = calls(graph, DENSE_MLP)
     if not found:
         raise UnsupportedModelError(
-            "there is no dense MLP operator to make sparse: looked for sirius.gated_mlp, which "
+            "there is no dense MLP operator to make sparse: looked for sirius.dense_mlp, which "
             "recognise_mlps makes"
         )
-    return found
+    return [mlp for mlp in found if mlp.args[LAYER] not in dense_layers]
 
 
 def neurons_of(mlp: fx.Node) -> int:
@@ -50,43 +55,80 @@ def replace_mlp(mlp: fx.Node, target: Callable[..., Any], *extra: Any, origin: s
         return call(mlp.graph, target, (*mlp.args, *extra), origin=f"{origin}({mlp.name})")
 
 
-def take_over(mlp: fx.Node, replacement: fx.Node) -> None:
-    """Every reader of `mlp` reads `replacement` instead; `mlp` goes."""
-    mlp.replace_all_uses_with(replacement)
-    mlp.graph.erase_node(mlp)
+def take_over(node: fx.Node, replacement: fx.Node) -> None:
+    """Every reader of `node` reads `replacement` instead; `node` goes."""
+    node.replace_all_uses_with(replacement)
+    node.graph.erase_node(node)
 
 
-def sparsity_spec(
+def mlp_site(
+    mlp: fx.Node,
+    units: int,
+    kept: float,
+    *,
+    gate: bool,
+    threshold: float | None = None,
+    counted: bool = False,
+) -> SiteSpec:
+    """An MLP's neurons as a site: `kept` of `units` are. `gate`: a skipped one saves its row of the
+    gate too, not of up and down alone.
+    """
+    x, up, layer = mlp.args[0], mlp.args[2], mlp.args[LAYER]
+    assert isinstance(x, fx.Node)
+    assert isinstance(layer, int)
+    rows = gate + (up is not None) + 1
+    width = int(x.meta["val"].shape[-1])
+    return SiteSpec(layer, weight_name(mlp.args[1]), units, kept, rows * width, threshold, counted)
+
+
+def weight_name(node: Any) -> str:
+    """The name of the weight that a node is, or is a part of."""
+    while WEIGHT not in node.meta:
+        node = node.args[0]
+    return str(node.meta[WEIGHT])
+
+
+def add_sites(
     program: Program,
     method: Method,
     keep: float,
-    kept: Sequence[int],
-    matrices: int,
-    thresholds: Sequence[float] = (),
-) -> SparsitySpec:
-    """The spec of the sparse path, to be made while its MLPs are still dense.
-
-    `kept` [layers]: neurons that a step reads; `matrices`: how many of gate, up and down skip the
-    rows of the others. Density counts every parameter of the model, embeddings and head included.
-    """
-    found = mlps(program.graphs[SPARSE].graph)
-    neurons = tuple(neurons_of(mlp) for mlp in found)
-    saved = tuple(matrices * int(mlp.args[0].meta["val"].shape[-1]) for mlp in found)  # type: ignore[union-attr]
-    skipped = sum((n - k) * s for n, k, s in zip(neurons, kept, saved, strict=True))
-    return SparsitySpec(
+    sites: Iterable[SiteSpec],
+    dense_layers: Collection[int] = (),
+) -> None:
+    """Says in the program's spec that its sparse path skips at `sites` (too)."""
+    step = step_parameters(program)
+    every = program.sparsity.sites + tuple(sites)
+    program.sparsity = SparsitySpec(
         method=method,
         keep=keep,
-        neurons=neurons,
-        kept=tuple(kept),
-        thresholds=tuple(thresholds),
-        neuron_params=saved,
-        density=1.0 - skipped / parameters(program),
+        sites=every,
+        dense_layers=tuple(sorted(dense_layers)),
+        step=step,
+        density=1.0 - sum((s.units - s.kept) * s.params for s in every) / step,
     )
+
+
+def add_counts(module: fx.GraphModule, counts: Sequence[fx.Node], origin: str) -> None:
+    """Adds counts [B], one a counted site in order, to the graph's output `kept` [sites, B]."""
+    if not counts:
+        return
+    graph, values = module.graph, outputs(module.graph)
+    kept = stack(graph, counts, origin)
+    if "kept" in values:
+        with graph.inserting_before(graph.output_node()):
+            both = ([values["kept"], kept],)
+            kept = call(graph, torch.ops.aten.cat.default, both, origin=origin)
+    set_outputs(graph, values | {"kept": kept})
 
 
 def parameters(program: Program) -> int:
     """The model's parameters, each stored tensor counted once; constants are not parameters."""
     return sum(math.prod(spec.shape) for spec in program.weights.values() if spec.retype)
+
+
+def step_parameters(program: Program) -> int:
+    """Parameters that a full step over one token reads."""
+    return parameters(program)
 
 
 def stack(graph: fx.Graph, values: Sequence[fx.Node], origin: str) -> fx.Node:

@@ -1,13 +1,14 @@
 """The fine-grained sparse path: per token, the neurons of largest |act(gate x)| (Sirius' FSparse).
 
     Before (sparse)                              After (sparse)
-    %1 = sirius.gated_mlp(%x, …, 'silu', 0)      %1 = sirius.topk_mlp(%x, …, 'silu', 0, 384)
+    %1 = sirius.dense_mlp(%x, …, 'silu', 0)      %1 = sirius.topk_mlp(%x, …, 'silu', 0, 384)
 
 Reads all of gate, and the kept rows of up and down.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar
 
 import torch
@@ -15,11 +16,12 @@ import torch
 from sirius_passes.manager import Pass
 from sirius_passes.program import SPARSE, Program, Stage
 from sirius_passes.sparsify import (
+    add_sites,
     kept_neurons,
+    mlp_site,
     mlps,
     neurons_of,
     replace_mlp,
-    sparsity_spec,
     take_over,
 )
 from sirius_runtime.spec import Method
@@ -32,16 +34,19 @@ class SparsifyTopk(Pass):
     takes: ClassVar[Stage] = Stage.PAIRED
     gives: ClassVar[Stage] = Stage.PAIRED
 
-    def __init__(self, keep: float) -> None:
-        self.keep = keep
+    def __init__(self, keep: float, dense_layers: Collection[int] = ()) -> None:
+        self.keep, self.dense_layers = keep, dense_layers
 
     def run(self, program: Program) -> int:
         module = program.graphs[SPARSE]
-        found = mlps(module.graph)
-        kept = [kept_neurons(neurons_of(mlp), self.keep) for mlp in found]
-        program.sparsity = sparsity_spec(program, Method.TOPK, self.keep, kept, matrices=2)
-        for mlp, count in zip(found, kept, strict=True):
+        found = mlps(module.graph, self.dense_layers)
+        sites = []
+        for mlp in found:
+            neurons = neurons_of(mlp)
+            kept = kept_neurons(neurons, self.keep)
+            sites.append(mlp_site(mlp, neurons, kept, gate=False))
             target = torch.ops.sirius.topk_mlp.default
-            take_over(mlp, replace_mlp(mlp, target, count, origin=self.name))
+            take_over(mlp, replace_mlp(mlp, target, kept, origin=self.name))
+        add_sites(program, Method.TOPK, self.keep, sites, self.dense_layers)
         module.recompile()
         return len(found)

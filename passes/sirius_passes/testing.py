@@ -79,7 +79,7 @@ def check_pass(
     * Metadata: every node's ``meta["val"]`` agrees in shape and dtype with a recomputation; every
       new node has ``meta["origin"]``.
     * Counts: `expect` maps an operator to its calls before and after, over all graphs
-      (``"sirius.gated_mlp"``) or in one (``"sparse/sirius.gated_mlp"``).
+      (``"sirius.dense_mlp"``) or in one (``"sparse/sirius.dense_mlp"``).
     * Rewrites: none are reported if and only if the program is unchanged.
     * Numbers: an output that a graph had before, and has now, is equal within `rtol` and `atol`.
       A graph that is new is held against `dense` before. `reference` gives the expected outputs of

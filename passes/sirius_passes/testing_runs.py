@@ -197,14 +197,14 @@ class Subject:
 def _state(program: Program, generator: torch.Generator) -> dict[str, Tensor]:
     """Caches full of what no query may see, and neurons as griffin could have chosen them."""
     state, rows = program.state, len(_LENGTHS)
-    shape = (state.layers, rows, state.kv_heads, _CACHE_SLOTS)
+    cache = (state.layers, rows, state.kv_heads, _CACHE_SLOTS)
     values = {
-        "k_cache": 9 * torch.randn(*shape, state.key_dim, generator=generator),
-        "v_cache": 9 * torch.randn(*shape, state.value_dim, generator=generator),
+        "k_cache": 9 * torch.randn(*cache, state.key_dim, generator=generator),
+        "v_cache": 9 * torch.randn(*cache, state.value_dim, generator=generator),
     }
-    sizes = set(zip(program.sparsity.neurons, program.sparsity.kept, strict=True))
-    if len(sizes) == 1:
-        ((neurons, kept),) = sizes
-        scores = torch.rand(len(program.sparsity.neurons), rows, neurons, generator=generator)
-        values["neurons"] = scores.topk(kept).indices
+    if program.sparsity.neurons:
+        layers = max(program.state.layers, len(program.sparsity.sites))
+        shape = (layers, rows, program.sparsity.neurons)
+        scores = torch.rand(*shape, generator=generator)
+        values["neurons"] = scores.topk(program.sparsity.kept_neurons).indices
     return values

@@ -26,7 +26,6 @@ from sirius_passes.program import (
 )
 from sirius_runtime.errors import ArtifactError, PassError
 from sirius_runtime.graph import INPUT, WEIGHT, placeholders, to_document
-from sirius_runtime.spec import Method
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
 
@@ -63,7 +62,7 @@ def verify(program: Program, after: str) -> None:
 
 def _findings(program: Program) -> Iterator[tuple[str, str]]:
     expected = _GRAPHS[program.stage]
-    if program.sparsity.method is Method.GRIFFIN:
+    if program.sparsity.method.per_prompt:
         expected = expected | {OBSERVE}
     if set(program.graphs) != expected:
         yield "*", f"graphs are {sorted(program.graphs)}, expected {sorted(expected)}"

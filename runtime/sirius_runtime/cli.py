@@ -300,10 +300,13 @@ def describe(manifest: Any) -> list[str]:
         f"transformers {program.tools.transformers}; "
         f"format {'.'.join(map(str, manifest.format_version))}",
     ]
-    for index, kept in enumerate(sparsity.kept):
-        threshold = f", threshold {sparsity.thresholds[index]:.4g}" if sparsity.thresholds else ""
-        total = sparsity.neurons[index]
-        lines.append(f"layer {index:<4} keeps {kept} of {total} neurons{threshold}")
+    if sparsity.dense_layers:
+        lines.append(f"dense      layers {', '.join(map(str, sparsity.dense_layers))}")
+    for site in sparsity.sites:
+        above = "" if site.threshold is None else f", above {site.threshold:.4g}"
+        lines.append(
+            f"layer {site.layer:<4} keeps {site.kept:g} of {site.units} of {site.weight}{above}"
+        )
     for entry in program.entries:
         inputs = ", ".join(f"{t.name}{_shape(t)}" for t in entry.inputs)
         outputs = ", ".join(f"{t.name}{_shape(t)}" for t in entry.outputs)

@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 
-from sirius_runtime.ops import attention, mlp
+from sirius_runtime.ops import attention, linear, mlp
 
-_MLPS = (
-    mlp.gated_mlp,
-    mlp.gated_mlp_statistic,
-    mlp.gated_mlp_activity,
+_REFERENCES = (
+    mlp.dense_mlp,
+    mlp.dense_mlp_statistic,
+    mlp.dense_mlp_activity,
     mlp.topk_mlp,
     mlp.cats_mlp,
     mlp.griffin_mlp,
+    mlp.griffin_cats_mlp,
+    linear.sparse_linear,
 )
 
 
@@ -27,7 +29,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """
     sirius = torch.ops.sirius
     own: dict[Any, Callable[..., Any]] = {
-        getattr(sirius, reference.__name__).default: reference for reference in _MLPS
+        getattr(sirius, reference.__name__).default: reference for reference in _REFERENCES
     }
     own[sirius.block_attention.default] = attention.decomposed_block_attention
     return {**torch.export.default_decompositions(), **own}

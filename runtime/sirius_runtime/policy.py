@@ -249,7 +249,7 @@ def select_neurons(statistic: Tensor, count: int) -> Tensor:
 def observed(activity: Tensor, nodes_BK: Tensor, advance_B: Tensor) -> Tensor:
     """GRIFFIN's statistic [layers, B, I] of the tokens that a period ran and kept.
 
-    `activity` [layers, B, N, I]: the terms of the nodes (`gated_mlp_activity`); `nodes_BK`: the
+    `activity` [layers, B, N, I]: the terms of the nodes (`dense_mlp_activity`); `nodes_BK`: the
     kept path, of which the first `advance_B` nodes were run.
     """
     kept = torch.arange(nodes_BK.shape[1], device=nodes_BK.device) < advance_B[:, None]

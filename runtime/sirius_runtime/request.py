@@ -12,7 +12,7 @@ from sirius_runtime.errors import ConfigError, GenerationError
 from sirius_runtime.plan import Limits, Plan
 from sirius_runtime.policy import Rule, Sampling
 from sirius_runtime.session import PREFILL_CHUNK
-from sirius_runtime.spec import Method, ProgramSpec
+from sirius_runtime.spec import ProgramSpec
 from sirius_runtime.tree import node_count
 
 DEFAULT_NEW_TOKENS = 256
@@ -215,7 +215,7 @@ def _sampling(options: Options, mode: Mode, rows: int) -> tuple[Sampling, tuple[
 def _refresh(options: Options, program: ProgramSpec) -> int:
     if options.refresh is None:
         return program.period.refresh
-    if options.refresh and program.sparsity.method is not Method.GRIFFIN:
+    if options.refresh and not program.sparsity.method.per_prompt:
         raise ConfigError(
             f"refresh chooses griffin's neurons anew, but the artifact's sparse path is "
             f"{program.sparsity.method}, which chooses them for every token"

@@ -19,7 +19,7 @@ from torch import Tensor
 from sirius_runtime.drafting import DraftState, begin, extend, first_levels
 from sirius_runtime.plan import Limits, Plan
 from sirius_runtime.policy import Draft, Verdict, judge, observed, select_neurons
-from sirius_runtime.spec import Method, ProgramSpec
+from sirius_runtime.spec import ProgramSpec
 from sirius_runtime.stats import Phase, StatsRecorder
 from sirius_runtime.tree import Tree, beams, node_count
 
@@ -103,7 +103,7 @@ class Session:
         }
         self._uses = {e.name: {i.name for i in e.inputs} for e in program.entries}
         self._last_position = program.model.max_seq_len - 1
-        self._kept = torch.zeros(len(program.sparsity.neurons), dtype=torch.float64, device=device)
+        self._kept = torch.zeros(len(program.sparsity.counted), dtype=torch.float64, device=device)
         self._kept_tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._statistic: Tensor | None = None
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -235,20 +235,16 @@ class Session:
         )
 
     def density(self) -> float:
-        """Share of the parameters that a sparse step read so far: measured for `cats`, else
-        static.
+        """Share of the parameters that a sparse step read so far: measured where tokens differ in
+        what they keep, else static.
         """
         sparsity = self._backend.program.sparsity
         tokens = int(self._kept_tokens)
-        if sparsity.method is not Method.CATS or tokens == 0:
+        if tokens == 0:
             return sparsity.density
-        skipped = sum(
-            (total - kept / tokens) * params
-            for total, kept, params in zip(
-                sparsity.neurons, self._kept.tolist(), sparsity.neuron_params, strict=True
-            )
-        )
-        return 1.0 - skipped / self._backend.program.model.parameters
+        measured = zip(sparsity.counted, self._kept.tolist(), strict=True)
+        more = sum((kept / tokens - site.kept) * site.params for site, kept in measured)
+        return sparsity.density + more / sparsity.step
 
     def _advance(self, token: Tensor) -> Tensor:
         self.root = torch.where(self.active, token, self.root)
@@ -291,7 +287,7 @@ class Session:
 
     def _choose_neurons(self) -> None:
         if self._statistic is not None:
-            kept = self._backend.program.sparsity.kept[0]
+            kept = self._backend.program.sparsity.kept_neurons
             self._state["neurons"] = select_neurons(self._statistic, kept)
 
     def _step(self, entry: str) -> dict[str, Tensor]:

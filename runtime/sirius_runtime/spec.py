@@ -31,7 +31,14 @@ class Method(StrEnum):
     CATS = "cats"
     TOPK = "topk"
     GRIFFIN = "griffin"
+    TEAL = "teal"
+    GRIFFIN_TEAL = "griffin+teal"
     NONE = "none"
+
+    @property
+    def per_prompt(self) -> bool:
+        """Whether neurons are chosen from the prompt: the state then holds `neurons`."""
+        return self in (Method.GRIFFIN, Method.GRIFFIN_TEAL)
 
 
 class DType(StrEnum):
@@ -91,22 +98,61 @@ class StateSpec:
 
 
 @dataclass(frozen=True)
-class SparsitySpec:
-    """The sparse path: `keep` is the share of neurons asked for.
+class SiteSpec:
+    """A place where a sparse step skips: the neurons of an MLP, or the input channels of a linear.
 
-    `neurons` [layers]: neurons of each sparse MLP; `kept` [layers]: how many a step keeps (for
-    `cats` the number expected from calibration); `thresholds` [layers]: `cats` only.
-    `neuron_params` [layers]: the parameters that one skipped neuron saves a step. `density`: share
-    of all parameters that a sparse step reads, embeddings and lm_head counted.
+    `weight`: the (first) weight whose rows or columns are skipped; `units`: neurons or channels
+    there are; `kept`: how many a step keeps, a mean expected from calibration where `threshold` is
+    given; `params`: the parameters that one skipped unit saves a step. `counted`: the step counts
+    what it keeps, in the output `kept`, because tokens differ.
+    """
+
+    layer: int
+    weight: str
+    units: int
+    kept: float
+    params: int
+    threshold: float | None = None
+    counted: bool = False
+
+
+@dataclass(frozen=True)
+class SparsitySpec:
+    """The sparse path: `keep` is the share of neurons or channels asked for.
+
+    `sites`: where it skips, in the graph's order. `dense_layers`: those that skip nothing. `step`:
+    parameters that a full step over one token reads, which is all of them but the experts that a
+    token is not routed to. `density`: share of these that a sparse step reads, embeddings and
+    lm_head counted.
     """
 
     method: Method
     keep: float
-    neurons: tuple[int, ...] = ()
-    kept: tuple[int, ...] = ()
-    thresholds: tuple[float, ...] = ()
-    neuron_params: tuple[int, ...] = ()
+    sites: tuple[SiteSpec, ...] = ()
+    dense_layers: tuple[int, ...] = ()
+    step: int = 0
     density: float = 1.0
+
+    @property
+    def counted(self) -> tuple[SiteSpec, ...]:
+        """The sites that a step counts, in the order of its output `kept`."""
+        return tuple(site for site in self.sites if site.counted)
+
+    @property
+    def neurons(self) -> int:
+        """griffin: neurons of each MLP; else 0."""
+        return self._fixed.units if self._fixed else 0
+
+    @property
+    def kept_neurons(self) -> int:
+        """griffin: neurons that a prompt keeps of each MLP; else 0."""
+        return int(self._fixed.kept) if self._fixed else 0
+
+    @property
+    def _fixed(self) -> SiteSpec | None:
+        if not self.method.per_prompt:
+            return None
+        return next((site for site in self.sites if not site.counted), None)
 
 
 @dataclass(frozen=True)

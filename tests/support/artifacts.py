@@ -27,6 +27,7 @@ from sirius_runtime.spec import (
     ModelSpec,
     PeriodSpec,
     ProgramSpec,
+    SiteSpec,
     SparsitySpec,
     StateSpec,
     TensorSpec,
@@ -47,7 +48,9 @@ def program_of(tensors: Tensors) -> ProgramSpec:
             WeightSpec(n, dtype_name(t.dtype), tuple(t.shape)) for n, t in tensors.items()
         ),
         state=StateSpec(1, 1, 4, 4),
-        sparsity=SparsitySpec(Method.CATS, 0.5, (8,), (4,), (0.25,), (12,), 0.75),
+        sparsity=SparsitySpec(
+            Method.CATS, 0.5, (SiteSpec(0, "gate", 8, 4.0, 12, 0.25, True),), step=192, density=0.75
+        ),
         period=PeriodSpec(),
         eos_token_ids=(2,),
         pad_token_id=None,

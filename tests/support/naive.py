@@ -115,26 +115,28 @@ def _mix(scores: list[float], values: list[list[float]]) -> list[float]:
     return [dot(shares, column) for column in zip(*values, strict=True)]
 
 
-# gated MLPs; arguments as the operators take them
+# MLPs and linears; arguments as the operators take them
 
 
 def _neurons(
     x: list[float],
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     act: str,
 ) -> tuple[list[float], list[float]]:
     """Of one token: act(gate x), and act(gate x) · up x."""
     g = [ACTIVATIONS[act](v) for v in linear(x, gate, gate_bias)]
+    if up is None:
+        return g, g
     return g, [a * b for a, b in zip(g, linear(x, up, up_bias), strict=True)]
 
 
 def _mlp(
     x_BTC: Tensor,
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     down: Tensor,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
@@ -155,12 +157,12 @@ def _mlp(
     return result
 
 
-def gated_mlp(*args: Any) -> Tensor:
+def dense_mlp(*args: Any) -> Tensor:
     *tensors, act, _layer = args
     return _mlp(*tensors, act, lambda row, gs: range(len(gs[0])))
 
 
-def gated_mlp_activity(*args: Any) -> tuple[Tensor, Tensor]:
+def dense_mlp_activity(*args: Any) -> tuple[Tensor, Tensor]:
     x, gate, up, _, gate_bias, up_bias, _, act, _layer = args
     activity = torch.zeros(*x.shape[:2], gate.shape[0])
     for b, tokens in enumerate(x.double().tolist()):
@@ -168,12 +170,12 @@ def gated_mlp_activity(*args: Any) -> tuple[Tensor, Tensor]:
             _, z = _neurons(token, gate, up, gate_bias, up_bias, act)
             norm = math.sqrt(dot(z, z))
             activity[b, t] = torch.tensor([(value / norm) ** 2 for value in z])
-    return gated_mlp(*args), activity
+    return dense_mlp(*args), activity
 
 
-def gated_mlp_statistic(*args: Any) -> tuple[Tensor, Tensor]:
+def dense_mlp_statistic(*args: Any) -> tuple[Tensor, Tensor]:
     *dense, valid = args
-    y, activity = gated_mlp_activity(*dense)
+    y, activity = dense_mlp_activity(*dense)
     statistic = torch.zeros(activity.shape[0], activity.shape[2])
     for b, tokens in enumerate(valid.tolist()):
         for t, counts in enumerate(tokens):
@@ -213,3 +215,33 @@ def griffin_mlp(*args: Any) -> Tensor:
     *tensors, act, layer, neurons = args
     chosen = neurons[layer].tolist()
     return _mlp(*tensors, act, lambda row, gs: chosen[row])
+
+
+def griffin_cats_mlp(*args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, act, layer, neurons, threshold = args
+    counts: list[int] = []
+
+    def above(row: int, gs: list[list[float]]) -> list[int]:
+        score = scores(gs)
+        kept = [i for i in neurons[layer, row].tolist() if score[i] / len(gs) > threshold]
+        counts.append(len(kept))
+        return kept
+
+    return _mlp(*tensors, act, above), torch.tensor(counts)
+
+
+def sparse_linear(
+    x_BTC: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor]:
+    norms = [1.0] * x_BTC.shape[2] if norm is None else norm.double().tolist()
+    result, counts = x_BTC.new_zeros(*x_BTC.shape[:2], weight.shape[1]), []
+    for b, tokens in enumerate(x_BTC.double().tolist()):
+        means = [
+            math.fsum(map(abs, channel)) / len(tokens) for channel in zip(*tokens, strict=True)
+        ]
+        kept = [i for i, mean in enumerate(means) if mean * norms[i] > threshold]
+        counts.append(len(kept))
+        for t, x in enumerate(tokens):
+            only = [value if i in kept else 0.0 for i, value in enumerate(x)]
+            result[b, t] = torch.tensor(linear(only, weight.t(), bias))
+    return result, torch.tensor(counts)

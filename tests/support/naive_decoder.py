@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
+from sirius_runtime.spec import SiteSpec
+
 Path = tuple[int, ...]
 """Tokens from the root on."""
 
@@ -23,8 +25,7 @@ class Sparsity:
     """What the patched MLPs do: nothing while `on` is False."""
 
     method: str
-    kept: int
-    thresholds: tuple[float, ...] = ()
+    sites: tuple[SiteSpec, ...]
     on: bool = False
     record: bool = False
     scores: dict[int, Tensor] = field(default_factory=dict)
@@ -47,14 +48,15 @@ class Sparsity:
                 kept[..., self.neurons[layer]] = 1
             elif self.method == "topk":
                 order = g.abs().argsort(dim=-1, descending=True)
-                kept.scatter_(-1, order[..., : self.kept], 1)
+                kept.scatter_(-1, order[..., : int(self.sites[layer].kept)], 1)
             else:
-                kept[g.abs() > self.thresholds[layer]] = 1
+                kept[g.abs() > self.sites[layer].threshold] = 1
             g = g * kept
         return mlp.down_proj(g * u)
 
     def choose(self) -> None:
-        self.neurons = {i: s.argsort(descending=True)[: self.kept] for i, s in self.scores.items()}
+        kept = int(self.sites[0].kept)
+        self.neurons = {i: s.argsort(descending=True)[:kept] for i, s in self.scores.items()}
 
 
 @dataclass

@@ -183,3 +183,25 @@ def mlp_args(
     sizes = (NEURONS, NEURONS, HIDDEN)
     biases = [randn(n, seed=4 + i, dtype=dtype) if bias else None for i, n in enumerate(sizes)]
     return [x[:, :tokens], gate, up, down, *biases, act, 1]
+
+
+CHANNELS, FEATURES = 7, 4
+
+
+def linear_args(
+    dtype: torch.dtype = torch.float32,
+    *,
+    tokens: int = TOKENS,
+    bias: bool = True,
+    norm: bool = True,
+) -> list[Any]:
+    """x, the weight, the bias and the norm of its channels; |x| are multiples of 1/4, below 3."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-11, 12, (ROWS, TOKENS, CHANNELS), generator=generator).to(dtype) / 4
+    weight = randn(CHANNELS, FEATURES, seed=1, dtype=dtype)
+    return [
+        x[:, :tokens],
+        weight,
+        randn(FEATURES, seed=2, dtype=dtype) if bias else None,
+        weight.float().norm(dim=1) if norm else None,
+    ]

@@ -173,6 +173,6 @@ def _extents(backend: AotiBackend) -> dict[str, Any]:
         "G": state.kv_heads,
         "D": state.key_dim,
         "Dv": state.value_dim,
-        "I": (*sparsity.neurons, 0)[0],
-        "kept": (*sparsity.kept, 0)[0],
+        "I": sparsity.neurons,
+        "kept": sparsity.kept_neurons,
     }

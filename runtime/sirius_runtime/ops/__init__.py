@@ -2,11 +2,12 @@
 
 Importing this package registers them with torch. Shape letters in all its modules: `B` rows, `T`
 tokens of the call, `M` block slots, `S` cache slots, `H` query heads, `G` key/value heads, `D` head
-dim, `C` hidden size, `I` neurons of an MLP, `K` kept neurons.
+dim, `C` hidden size, `I` neurons of an MLP, `K` kept neurons, `O`
+output features of a linear.
 """
 
 from __future__ import annotations
 
-from sirius_runtime.ops import attention, mlp
+from sirius_runtime.ops import attention, linear, mlp
 
-__all__ = ["attention", "mlp"]
+__all__ = ["attention", "linear", "mlp"]

@@ -1,0 +1,40 @@
+"""Linears that skip input channels (TEAL, arXiv 2408.14690).
+
+The weight is input-major, [C, O]: a channel is one contiguous row, so that skipping it skips the
+row. The reference computes every channel and masks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sirius_runtime.ops.registry import define
+
+
+def sparse_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Per row, only the input channels with |x|, the mean over the call's T tokens, above
+    `threshold`; with `norm`, |x| times the L2 norm of the channel's weights.
+
+    x [B, T, C]; weight [C, O]; bias [O]; norm [C], float32. Returns y [B, T, O] and the number of
+    channels kept, int64 [B]. The beams of a tree share their channels, because the union of sets of
+    their own would soon be all channels.
+    """
+    score = x.float().abs().mean(1, keepdim=True)
+    kept = (score if norm is None else score * norm) > threshold
+    y = (x * kept) @ weight
+    return y if bias is None else y + bias, kept.sum((1, 2))
+
+
+def _fake_sparse_linear(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], weight.shape[1]), x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+define(
+    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float threshold) -> "
+    "(Tensor, Tensor)",
+    sparse_linear,
+    _fake_sparse_linear,
+)
