@@ -5,7 +5,9 @@ reach.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +15,21 @@ from torch import fx
 
 from sirius_passes.program import Program, call, calls, outputs, set_outputs
 from sirius_passes.recognise_mlps import DENSE_MLP
-from sirius_runtime.errors import ConfigError, UnsupportedModelError
+from sirius_runtime.errors import CalibrationError, ConfigError, UnsupportedModelError
 from sirius_runtime.graph import WEIGHT
 from sirius_runtime.spec import Method, SiteSpec, SparsitySpec
 
 LAYER = 8  # of the operators' arguments
+KEEP_ALL = -1.0
+"""A threshold that every |x| is above."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Of one counted site: the threshold, and the share of its units that it should keep."""
+
+    value: float
+    keep: float
 
 
 def mlps(graph: fx.Graph, dense_layers: Collection[int] = ()) -> list[fx.Node]:
@@ -59,6 +71,25 @@ def take_over(node: fx.Node, replacement: fx.Node) -> None:
     """Every reader of `node` reads `replacement` instead; `node` goes."""
     node.replace_all_uses_with(replacement)
     node.graph.erase_node(node)
+
+
+def both_values(node: fx.Node, pair: fx.Node, origin: str) -> tuple[fx.Node, fx.Node]:
+    """The two values of an operator's node `pair`, before `node`."""
+    graph = node.graph
+    with graph.inserting_before(node):
+        y, value = (call(graph, operator.getitem, (pair, i), origin=origin) for i in range(2))
+    return y, value
+
+
+def each(
+    thresholds: Sequence[Threshold] | None, count: int, keep: float, what: str
+) -> Sequence[Threshold]:
+    """One threshold for each of `count` sites; where None are given yet, ones that keep all."""
+    if thresholds is None:
+        return (Threshold(KEEP_ALL, keep),) * count
+    if len(thresholds) != count:
+        raise CalibrationError(f"{len(thresholds)} thresholds for {count} {what}: calibrate anew")
+    return thresholds
 
 
 def mlp_site(

@@ -73,7 +73,8 @@ def _findings(program: Program) -> Iterator[tuple[str, str]]:
     if program.stage >= Stage.PAIRED:
         full = set(placeholders(program.graphs[FULL].graph, WEIGHT))
         for name, module in program.graphs.items():
-            if extra := set(placeholders(module.graph, WEIGHT)) - full:
+            read = placeholders(module.graph, WEIGHT)
+            if extra := {w for w in read if program.weights[w].norm is None} - full:
                 yield name, f"reads weights that the full path does not: {sorted(extra)[:3]}"
 
 

@@ -179,6 +179,11 @@ def paired(build: Callable[[], nn.Module]) -> Program:
     return after(build, Canonicalize(), RecogniseMlps(), InsertKvCache(), PairPaths())
 
 
+def plainly_paired(build: Callable[[], nn.Module]) -> Program:
+    """The same at stage PAIRED, its MLPs left as linears."""
+    return after(build, Canonicalize(), InsertKvCache(), PairPaths())
+
+
 def one_mlp() -> Decoder:
     """One layer: an MLP."""
     return Decoder(Mlp())
