@@ -359,4 +359,4 @@ def _materialise(spec: WeightSpec, captured: Capture, weights: WeightSource) -> 
     constant = captured.constants.get(spec.name)
     tensor = weights.get(spec.name) if constant is None else constant
     tensor = tensor.to(dtype_of(spec.dtype))
-    return (tensor.t() if spec.transposed else tensor).contiguous()
+    return (tensor.mT if spec.transposed else tensor).contiguous()

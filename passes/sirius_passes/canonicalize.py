@@ -9,18 +9,24 @@
     %6 = aten.slice(%4, 2, 64, 96)                 %3 = aten.slice(%qkv_w, 0, 64, 96)
                                                    %4 = aten.linear(%0, %3)
 
+    %1 = aten.view(%0, [-1, 6])
+    %2 = aten.addmm(%b, %1, %w)                    %1 = aten.t(%w)
+    %3 = aten.view(%2, [%B, %T, 10])               %2 = aten.linear(%0, %1, %b)
+
 A fused projection (gate_up, qkv) whose result is only ever sliced along its features becomes one
 linear a slice, over views of the one weight: later passes see separate gate, up, q, k, v
-everywhere.
+everywhere. A product with a weight [in, out] over flattened tokens (transformers' Conv1D) becomes a
+linear over its transpose.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sirius_passes.manager import Pass
 from sirius_passes.program import Program, Stage, call, calls
@@ -28,6 +34,8 @@ from sirius_passes.verifier import EXPORT_NOISE
 from sirius_runtime.graph import WEIGHT
 
 aten = torch.ops.aten
+
+_VIEWS = (aten.view.default, aten.reshape.default)
 
 
 class Canonicalize(Pass):
@@ -45,6 +53,7 @@ def canonicalize(module: fx.GraphModule) -> int:
     """Canonicalizes one graph in place; returns the number of rewrites."""
     graph = module.graph
     rewrites = sum(_remove_if_noise(node) for node in list(graph.nodes))
+    rewrites += sum(_linear_from_addmm(node) for node in calls(graph, aten.addmm.default))
     rewrites += sum(_split_linear(node) for node in calls(graph, aten.linear.default))
     before = len(graph.nodes)
     graph.eliminate_dead_code()
@@ -79,11 +88,45 @@ def _remove_if_noise(node: fx.Node) -> bool:
     return False
 
 
+def _linear_from_addmm(product: fx.Node) -> bool:
+    """Replaces bias + x @ weight, and the views that flatten x and restore its dimensions."""
+    bias, x, weight = product.args
+    assert isinstance(x, fx.Node)
+    if not (isinstance(weight, fx.Node) and WEIGHT in weight.meta) or product.kwargs:
+        return False
+    graph = product.graph
+    restored: list[fx.Node] = []
+    if x.target in _VIEWS and _same(_sizes(x.args[0])[-1:], _sizes(x)[-1:]):
+        rows = _sizes(x.args[0])[:-1]
+        restored = [u for u in product.users if u.target in _VIEWS and _same(rows, _sizes(u)[:-1])]
+    whole = x.args[0] if restored and len(restored) == len(product.users) else x
+    with graph.inserting_before(product):
+        turned = call(graph, aten.t.default, (weight,), origin="canonicalize")
+        linear = call(graph, aten.linear.default, (whole, turned, bias), origin="canonicalize")
+    for node in (product,) if whole is x else restored:
+        node.replace_all_uses_with(linear)
+        graph.erase_node(node)
+    if whole is not x:
+        graph.erase_node(product)
+    return True
+
+
+def _sizes(node: object) -> tuple[Any, ...]:
+    assert isinstance(node, fx.Node)
+    return tuple(node.meta["val"].shape)
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return len(a) == len(b) and all(
+        statically_known_true(x == y) for x, y in zip(a, b, strict=True)
+    )
+
+
 def _split_linear(linear: fx.Node) -> bool:
     """Replaces a linear over a weight that is only sliced by features by one linear a slice."""
     weight = linear.args[1]
     bias = linear.args[2] if len(linear.args) > 2 else None
-    if not (isinstance(weight, fx.Node) and WEIGHT in weight.meta and linear.users):
+    if not (isinstance(weight, fx.Node) and _is_weight(weight) and linear.users):
         return False
     ranges: dict[fx.Node, tuple[int, int]] = {}
     for user in list(linear.users):
@@ -108,6 +151,12 @@ def _split_linear(linear: fx.Node) -> bool:
         graph.erase_node(user)
     graph.erase_node(linear)
     return True
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a node is a whole weight, as it is or transposed."""
+    source = node.args[0] if node.target is aten.t.default else node
+    return isinstance(source, fx.Node) and WEIGHT in source.meta
 
 
 def _feature_ranges(user: fx.Node, linear: fx.Node) -> dict[fx.Node, tuple[int, int]] | None:

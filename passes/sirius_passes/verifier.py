@@ -24,6 +24,7 @@ from sirius_passes.program import (
     outputs,
     subgraphs,
 )
+from sirius_passes.weight_views import readers
 from sirius_runtime.errors import ArtifactError, PassError
 from sirius_runtime.graph import INPUT, WEIGHT, placeholders, to_document
 
@@ -134,10 +135,13 @@ def _graph_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
     if stray := calls(graph, other):
         yield f"{stray[0].name}: {other} does not belong at this stage"
     if stage >= Stage.LAID_OUT:
-        for node in calls(graph, aten.t.default):
-            source = node.args[0]
-            if isinstance(source, fx.Node) and WEIGHT in source.meta:
-                yield f"weight {source.meta[WEIGHT]} is read transposed; it should be stored so"
+        for name, node in placeholders(graph, WEIGHT).items():
+            for reader in readers(node):
+                if reader.transposed and not reader.takes_views:
+                    yield (
+                        f"weight {name} is read transposed by {reader.node.name} "
+                        f"({reader.node.target}); it should be stored so"
+                    )
 
 
 def _placeholder_findings(program: Program, node: fx.Node) -> Iterator[str]:

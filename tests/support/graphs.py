@@ -68,12 +68,13 @@ class FusedMlp(nn.Module):
 class Plain(nn.Module):
     """An MLP of two matrices."""
 
-    def __init__(self) -> None:
+    def __init__(self, act: Callable[[Tensor], Tensor] = F.gelu) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(HIDDEN, NEURONS), nn.Linear(NEURONS, HIDDEN)
+        self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class Attention(nn.Module):
@@ -175,7 +176,7 @@ def after(build: Callable[[], nn.Module], *passes: Pass) -> Program:
 
 
 def paired(build: Callable[[], nn.Module]) -> Program:
-    """The same at stage PAIRED, its gated MLPs raised to operators."""
+    """The same at stage PAIRED, its MLPs raised to operators."""
     return after(build, Canonicalize(), RecogniseMlps(), InsertKvCache(), PairPaths())
 
 

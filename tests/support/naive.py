@@ -19,7 +19,9 @@ ACTIVATIONS: dict[str, Callable[[float], float]] = {
     "gelu_tanh": lambda v: (
         0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
     ),
+    "quick_gelu": lambda v: v / (1 + math.exp(-1.702 * v)),
     "relu": lambda v: max(v, 0.0),
+    "relu2": lambda v: max(v, 0.0) ** 2,
 }
 
 Choice = Callable[[int, list[list[float]]], Iterable[int]]

@@ -156,7 +156,7 @@ def blocks(draw: st.DrawFn) -> Block:
 
 
 ROWS, TOKENS, HIDDEN, NEURONS = 2, 3, 5, 13
-NO_NEAR_TIES = 481  # a seed of which a test says that no rounding decides its choices of neurons
+NO_NEAR_TIES = 490  # a seed of which a test says that no rounding decides its choices of neurons
 
 
 def mlp_args(
