@@ -134,12 +134,11 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **kwargs: Any,
+    s_aux: Tensor | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: emits one `sirius::attention` a layer."""
+    """transformers' attention function: emits one `sirius::attention` a layer. `s_aux`: sinks."""
     where = type(module).__name__
-    if kwargs.get("s_aux") is not None:
-        raise UnsupportedModelError(f"{where}: attention sinks are not supported")
     if getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{where}: attention that is not causal is not supported")
     layer = getattr(module, "layer_idx", None)
@@ -152,7 +151,9 @@ def _attention(
             f"but its mask has {rule.window}"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    output = torch.ops.sirius.attention(query, key, value, layer, scale, rule.window, softcap)
+    output = torch.ops.sirius.attention(
+        query, key, value, layer, scale, rule.window, softcap, s_aux
+    )
     return output.transpose(1, 2), None
 
 

@@ -80,8 +80,16 @@ class Plain(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention of 2 heads over 1, as capture emits it."""
 
-    def __init__(self, layer: int, window: int | None = None, softcap: float | None = None) -> None:
+    def __init__(
+        self,
+        layer: int,
+        window: int | None = None,
+        softcap: float | None = None,
+        *,
+        sinks: bool = False,
+    ) -> None:
         super().__init__()
+        self.sinks = nn.Parameter(torch.empty(2)) if sinks else None
         self.kind = layer, 0.5, window, softcap
         self.q = nn.Linear(HIDDEN, 4, bias=False)
         self.k = nn.Linear(HIDDEN, 2, bias=False)
@@ -92,7 +100,7 @@ class Attention(nn.Module):
         q, k, v = (
             linear(x).unflatten(-1, (-1, 2)).transpose(1, 2) for linear in (self.q, self.k, self.v)
         )
-        y = torch.ops.sirius.attention(q, k, v, *self.kind)
+        y = torch.ops.sirius.attention(q, k, v, *self.kind, self.sinks)
         return self.o(y.transpose(1, 2).flatten(2))
 
 

@@ -69,6 +69,7 @@ def tree_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One row: each node of a tree sees the history, its ancestors and itself; [H, N, Dv]."""
     (heads, nodes, _), length = q_HND.shape, history_k_GLD.shape[1]
@@ -95,17 +96,21 @@ def tree_attention(
             scores = [dot(q[node], key) * scale for _, key, _ in seen]
             if softcap is not None:
                 scores = [softcap * math.tanh(score / softcap) for score in scores]
-            rows.append(_mix(scores, [value for _, _, value in seen]))
+            values = [value for _, _, value in seen]
+            if sinks is not None:  # a token that every query sees, and that has no value
+                scores.append(sinks.double().tolist()[head])
+                values.append([0.0] * v_GND.shape[2])
+            rows.append(_mix(scores, values))
     return torch.tensor(rows).unflatten(0, (heads, nodes)).to(q_HND.dtype)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *kind: Any
 ) -> Tensor:
-    """A tree without branches, after no history."""
+    """A tree without branches, after no history. kind: window, softcap and sinks."""
     chain = list(range(-1, q.shape[2] - 1))
     rows = [
-        tree_attention(q[b], k[b], v[b], k[b, :, :0], v[b, :, :0], chain, scale, window, softcap)
+        tree_attention(q[b], k[b], v[b], k[b, :, :0], v[b, :, :0], chain, scale, *kind)
         for b in range(q.shape[0])
     ]
     return torch.stack(rows)

@@ -43,6 +43,7 @@ class Block:
     dtype: torch.dtype = torch.float32
     seed: int = 0
     groups: int = GROUPS
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         rows, nodes = len(self.lengths), len(self.parents[0])
@@ -60,6 +61,7 @@ class Block:
         for row, length in enumerate(self.lengths):
             self.k_cache[LAYER, row, :, :length] /= 20
             self.v_cache[LAYER, row, :, :length] /= 20
+        self.sink = random(7, HEADS) if self.sinks else None
         self.length = torch.tensor(self.lengths)
         self.mask = torch.stack([naive.tree_mask(tree) for tree in self.parents])
         self.slots = self.length[:, None] + torch.arange(nodes)
@@ -82,6 +84,7 @@ class Block:
             0.4,
             window,
             softcap,
+            self.sink,
         )
 
     def apart(
@@ -105,6 +108,7 @@ class Block:
             0.4,
             window,
             softcap,
+            self.sink,
         )
 
     def run(self, window: int | None = None, softcap: float | None = None) -> Tensor:
@@ -141,7 +145,7 @@ class Block:
             )
             tree = self.parents[row % len(self.parents)]
             block = self.q[row], self.k[row], self.v[row], history_k, history_v
-            rows.append(naive.tree_attention(*block, tree, 0.4, window, softcap))
+            rows.append(naive.tree_attention(*block, tree, 0.4, window, softcap, self.sink))
         return torch.stack(rows)
 
 
@@ -152,7 +156,8 @@ def blocks(draw: st.DrawFn) -> Block:
     tree = [-1, *(draw(st.integers(0, node - 1)) for node in range(1, nodes))]
     lengths = draw(st.lists(st.integers(0, SLOTS - nodes), min_size=1, max_size=3))
     groups = draw(st.sampled_from([1, 2, 4]))
-    return Block(lengths, [tree], seed=draw(st.integers(0, 9)), groups=groups)
+    seed, sinks = draw(st.integers(0, 9)), draw(st.booleans())
+    return Block(lengths, [tree], seed=seed, groups=groups, sinks=sinks)
 
 
 ROWS, TOKENS, HIDDEN, NEURONS = 2, 3, 5, 13
