@@ -25,8 +25,10 @@ from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import sirius_runtime.ops  # noqa: F401  (registers sirius::attention)
+from sirius_compile.experts import Experts
 from sirius_passes.program import DENSE, OUTPUTS, Program, Stage, calls
 from sirius_runtime.dtypes import dtype_name
 from sirius_runtime.errors import UnsupportedModelError
@@ -66,13 +68,17 @@ def capture(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Cap
     Raises UnsupportedModelError, naming the module or the reason, for a model that can't be
     captured.
     """
-    AttentionInterface.register(_NAME, _attention)
-    masks = _MaskRecorder()
+    experts, masks = Experts(), _MaskRecorder()
+    AttentionInterface.register(_NAME, _Attention(experts))
     AttentionMaskInterface.register(_NAME, masks)
+    ALL_EXPERTS_FUNCTIONS.register(_NAME, experts)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _refusing(config.model_type), fake, torch.no_grad():
-        model = _build(config, trust_remote_code)
-        exported = _export(model)
+    with _refusing(config.model_type), torch.no_grad():
+        with fake:
+            model = _build(config, trust_remote_code)
+        experts.look_at(model)
+        with fake:
+            exported = _export(model)
     masks.check()
     aliases = _aliases(model)
     program = _program(exported, model, aliases)
@@ -97,8 +103,10 @@ def _refusing(model_type: str) -> Iterator[None]:
 
 
 def _build(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
+    config = copy.deepcopy(config)  # which the dtype and the functions' names are written into
+    config._experts_implementation = _NAME
     model: nn.Module = AutoModelForCausalLM.from_config(
-        copy.deepcopy(config),  # which it writes the dtype and the attention's name into
+        config,
         dtype=CAPTURE_DTYPE,
         attn_implementation=_NAME,
         trust_remote_code=trust_remote_code,
@@ -125,36 +133,48 @@ def _export(model: nn.Module) -> ExportedProgram:
     )
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: MaskRule | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: emits one `sirius::attention` a layer. `s_aux`: sinks."""
-    where = type(module).__name__
-    if getattr(module, "is_causal", True) is False:
-        raise UnsupportedModelError(f"{where}: attention that is not causal is not supported")
-    layer = getattr(module, "layer_idx", None)
-    if layer is None:
-        raise UnsupportedModelError(f"{where} has no layer_idx: its cache could not be told apart")
-    rule = attention_mask if isinstance(attention_mask, MaskRule) else MaskRule(sliding_window)
-    if sliding_window not in (None, rule.window):
-        raise UnsupportedModelError(
-            f"{where} of layer {layer}: a window of {sliding_window} is asked for, "
-            f"but its mask has {rule.window}"
+class _Attention:
+    """transformers' attention function: emits one `sirius::attention` a layer, and tells the
+    experts function which layer it is in.
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        self._experts = experts
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: MaskRule | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Emits the operator. `s_aux`: sinks."""
+        where = type(module).__name__
+        if getattr(module, "is_causal", True) is False:
+            raise UnsupportedModelError(f"{where}: attention that is not causal is not supported")
+        layer = getattr(module, "layer_idx", None)
+        if layer is None:
+            raise UnsupportedModelError(
+                f"{where} has no layer_idx: its cache could not be told apart"
+            )
+        self._experts.layer = layer
+        rule = attention_mask if isinstance(attention_mask, MaskRule) else MaskRule(sliding_window)
+        if sliding_window not in (None, rule.window):
+            raise UnsupportedModelError(
+                f"{where} of layer {layer}: a window of {sliding_window} is asked for, "
+                f"but its mask has {rule.window}"
+            )
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        output = torch.ops.sirius.attention(
+            query, key, value, layer, scale, rule.window, softcap, s_aux
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    output = torch.ops.sirius.attention(
-        query, key, value, layer, scale, rule.window, softcap, s_aux
-    )
-    return output.transpose(1, 2), None
+        return output.transpose(1, 2), None
 
 
 class _MaskRecorder:

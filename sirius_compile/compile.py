@@ -33,6 +33,7 @@ from sirius_compile.models import ModelSource, load_config, resolve_model
 from sirius_compile.pipeline import back, front
 from sirius_compile.tokenizer import tokenizer_files
 from sirius_passes.manager import run_passes
+from sirius_passes.mixtures import check_method
 from sirius_passes.program import PREFILL, Program
 from sirius_passes.sparsify import parameters
 from sirius_runtime.artifact_writer import ArtifactWriter
@@ -236,6 +237,7 @@ class _Compilation:
         check_tree(config.period, config.tree_width, source.config.vocab_size, flag="--")
         with self._stage("capture"):
             captured = capture(source.config, trust_remote_code=source.trust_remote_code)
+        check_method(captured.program, self._method)
         with self._stage("open weights"):
             weights = source.open_weights(captured)
         program = captured.program

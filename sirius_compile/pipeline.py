@@ -12,6 +12,7 @@ from sirius_passes.manager import Pass
 from sirius_passes.pair_paths import PairPaths
 from sirius_passes.recognise_mlps import RecogniseMlps
 from sirius_passes.sparsify_cats import SparsifyCats
+from sirius_passes.sparsify_experts import SparsifyExperts
 from sirius_passes.sparsify_griffin import SparsifyGriffin
 from sirius_passes.sparsify_topk import SparsifyTopk
 from sirius_runtime.spec import Method
@@ -45,6 +46,7 @@ def back(
         Method.CATS: [SparsifyCats(keep, thresholds)],
         Method.TOPK: [SparsifyTopk(keep)],
         Method.GRIFFIN: [SparsifyGriffin(keep)],
+        Method.EXPERTS: [SparsifyExperts(keep)],
         Method.NONE: [],
     }
     return [

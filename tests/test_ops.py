@@ -15,12 +15,14 @@ from tests.support.operators import (
     Block,
     linear_args,
     mlp_args,
+    moe_args,
     sirius,
 )
 
 
 def samples() -> dict[str, tuple[Any, ...]]:
     mlp = tuple(mlp_args(bias=True))
+    moe = tuple(moe_args(bias=True))
     block = Block([3, 0], [TREE], sinks=True)
     qkv = block.q, block.k, block.v
     where = block.positions, block.slots, block.length, block.mask
@@ -38,6 +40,9 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "griffin_mlp": (*mlp, neurons),
         "griffin_cats_mlp": (*mlp, neurons, 0.1),
         "sparse_linear": (*linear_args(), 0.3),
+        "dense_moe": moe,
+        "topk_moe": (*moe, 7),
+        "experts_moe": (*moe, 2, True),
     }
 
 

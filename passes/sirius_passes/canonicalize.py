@@ -9,6 +9,8 @@
     %6 = aten.slice(%4, 2, 64, 96)                 %3 = aten.slice(%qkv_w, 0, 64, 96)
                                                    %4 = aten.linear(%0, %3)
 
+    %1 = aten.div_.Tensor(%0, %s)                  %1 = aten.div.Tensor(%0, %s)
+
     %1 = aten.view(%0, [-1, 6])
     %2 = aten.addmm(%b, %1, %w)                    %1 = aten.t(%w)
     %3 = aten.view(%2, [%B, %T, 10])               %2 = aten.linear(%0, %1, %b)
@@ -30,11 +32,18 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sirius_passes.manager import Pass
 from sirius_passes.program import Program, Stage, call, calls
-from sirius_passes.verifier import EXPORT_NOISE
+from sirius_passes.verifier import EXPORT_NOISE, mutates
+from sirius_runtime.errors import UnsupportedModelError
 from sirius_runtime.graph import WEIGHT
 
 aten = torch.ops.aten
 
+_IN_PLACE = {
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.div_.Tensor: aten.div.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.sub_.Tensor: aten.sub.Tensor,
+}
 _VIEWS = (aten.view.default, aten.reshape.default)
 
 
@@ -53,6 +62,7 @@ def canonicalize(module: fx.GraphModule) -> int:
     """Canonicalizes one graph in place; returns the number of rewrites."""
     graph = module.graph
     rewrites = sum(_remove_if_noise(node) for node in list(graph.nodes))
+    rewrites += sum(_write_apart(node) for node in list(graph.nodes))
     rewrites += sum(_linear_from_addmm(node) for node in calls(graph, aten.addmm.default))
     rewrites += sum(_split_linear(node) for node in calls(graph, aten.linear.default))
     before = len(graph.nodes)
@@ -86,6 +96,37 @@ def _remove_if_noise(node: fx.Node) -> bool:
             node.graph.erase_node(node)
             return True
     return False
+
+
+def _write_apart(node: fx.Node) -> bool:
+    """Makes arithmetic that writes into its first operand give a value of its own; refuses what
+    else writes in place: a compiled period mutates nothing.
+    """
+    if node.op != "call_function" or not mutates(node):
+        return False
+    written = node.args[0]
+    order = {other: index for index, other in enumerate(node.graph.nodes)}
+    read_later = isinstance(written, fx.Node) and any(
+        order[user] > order[node] or (user is not node and _is_view(user)) for user in written.users
+    )
+    if node.target not in _IN_PLACE or read_later or _is_view(written):
+        raise UnsupportedModelError(
+            f"node {node.name} ({node.target}) of the model's graph writes in place, into "
+            f"{written}, in a way that can't be undone; please open an issue with the model's "
+            "config.json"
+        )
+    node.target = _IN_PLACE[node.target]
+    return True
+
+
+def _is_view(node: object) -> bool:
+    """Whether what a node gives may share memory with something else that is read."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return True
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(value.alias_info is not None for value in schema.returns)
 
 
 def _linear_from_addmm(product: fx.Node) -> bool:

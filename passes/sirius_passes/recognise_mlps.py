@@ -15,7 +15,7 @@ Shapes: x [B, T, C]; gate, up [I, C]; down [C, I] in the checkpoint, neuron-majo
 operator takes it (`lay_out_weights` later stores it so and drops the transpose). Biases may be
 present; an activation may be spelled in any way (`activations`). Where the model flattens its
 tokens, x [B*T, C], views restore [B, T, C] around the operator. An MLP's layer is that of the
-attention before it.
+attention before it. Mixtures of experts are one operator a layer from capture on.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from sirius_runtime.ops.mlp import ACTIVATIONS
 aten, sirius = torch.ops.aten, torch.ops.sirius
 
 DENSE_MLP = sirius.dense_mlp.default
+DENSE_MOE = sirius.dense_moe.default  # which capture emits
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Mlp:
 
 
 class RecogniseMlps(Pass):
-    """See the module's docstring. A model without a single MLP is refused."""
+    """See the module's docstring. A model without a single MLP or mixture of experts is refused."""
 
     name: ClassVar[str] = "recognise_mlps"
     takes: ClassVar[Stage] = Stage.CANONICAL
@@ -72,7 +73,7 @@ class RecogniseMlps(Pass):
                     count += 1
                 elif match is not None:
                     misses.append(match)
-            if not calls(graph, DENSE_MLP):
+            if not calls(graph, DENSE_MLP, DENSE_MOE):
                 raise UnsupportedModelError(
                     "no MLP was found: looked for down(act(gate(x)) * up(x)) and fc2(act(fc1(x))) "
                     "of linears; "

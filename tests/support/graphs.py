@@ -77,6 +77,29 @@ class Plain(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class Mixture(nn.Module):
+    """Two of three experts a token, as capture emits it: fused gate_up, and down not neuron-major.
+
+    `normalised`: weights sum to 1, written in place as routers do.
+    """
+
+    def __init__(self, layer: int = 0, *, normalised: bool = True) -> None:
+        super().__init__()
+        self.layer, self.normalised = layer, normalised
+        self.router = nn.Linear(HIDDEN, 3, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(3, 2 * NEURONS, HIDDEN))
+        self.down = nn.Parameter(torch.empty(3, HIDDEN, NEURONS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, HIDDEN)
+        weights, experts = self.router(flat).float().softmax(-1).topk(2)
+        if self.normalised:
+            weights /= weights.sum(-1, keepdim=True)
+        gate, up = self.gate_up[:, :NEURONS], self.gate_up[:, NEURONS:]
+        mlps = gate, up, self.down.transpose(1, 2), None, None, None, "silu", self.layer
+        return torch.ops.sirius.dense_moe(flat, experts, weights, *mlps).reshape(x.shape)
+
+
 class Attention(nn.Module):
     """Grouped-query attention of 2 heads over 1, as capture emits it."""
 
@@ -191,6 +214,11 @@ def paired(build: Callable[[], nn.Module]) -> Program:
 def one_mlp() -> Decoder:
     """One layer: an MLP."""
     return Decoder(Mlp())
+
+
+def two_mixtures() -> Decoder:
+    """Two layers of attention and experts, the second beside an MLP that all tokens share."""
+    return Decoder(Attention(0), Mixture(0), Attention(1), Mixture(1, normalised=False), Mlp())
 
 
 def two_layers() -> Decoder:

@@ -210,3 +210,29 @@ def linear_args(
         randn(FEATURES, seed=2, dtype=dtype) if bias else None,
         weight.float().norm(dim=1) if norm else None,
     ]
+
+
+EXPERTS, ROUTED = 5, 3
+
+
+def moe_args(
+    act: str = "silu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    bias: bool = False,
+    plain: bool = False,
+) -> list[Any]:
+    """x of 4 tokens, their experts and weights, the weights and biases of all experts, the
+    activation and the layer. `plain`: no up.
+    """
+    x = randn(4, HIDDEN, seed=0, dtype=dtype)
+    scores = randn(4, EXPERTS, seed=1).softmax(-1)
+    weights, experts = scores.topk(ROUTED)
+    gate, up, down = (randn(EXPERTS, NEURONS, HIDDEN, seed=i, dtype=dtype) / 2 for i in (2, 3, 4))
+    sizes = (NEURONS, NEURONS, HIDDEN)
+    biases = [
+        randn(EXPERTS, n, seed=5 + i, dtype=dtype) if bias else None for i, n in enumerate(sizes)
+    ]
+    if plain:
+        return [x, experts, weights, gate, None, down, biases[0], None, biases[2], act, 1]
+    return [x, experts, weights, gate, up, down, *biases, act, 1]
