@@ -9,6 +9,7 @@ of a tensor. A rule other than "causal" or "causal within a window" is refused.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import sirius_runtime.ops  # noqa: F401  (registers sirius::attention)
 from sirius_compile.experts import Experts
+from sirius_compile.rope import place_tokens_alone
 from sirius_passes.program import DENSE, OUTPUTS, Program, Stage, calls
 from sirius_runtime.dtypes import dtype_name
 from sirius_runtime.errors import UnsupportedModelError
@@ -77,6 +79,7 @@ def capture(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Cap
         with fake:
             model = _build(config, trust_remote_code)
         experts.look_at(model)
+        place_tokens_alone(model, config)
         with fake:
             exported = _export(model)
     masks.check()
@@ -105,6 +108,7 @@ def _refusing(model_type: str) -> Iterator[None]:
 def _build(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
     config = copy.deepcopy(config)  # which the dtype and the functions' names are written into
     config._experts_implementation = _NAME
+    config.use_cache = False
     model: nn.Module = AutoModelForCausalLM.from_config(
         config,
         dtype=CAPTURE_DTYPE,
@@ -115,6 +119,12 @@ def _build(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
 
 
 def _export(model: nn.Module) -> ExportedProgram:
+    takes = inspect.signature(model.forward).parameters
+    if "position_ids" not in takes:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes no position_ids: its tokens are placed by their order "
+            "in a call (ALiBi, a recurrent state), which drafts and ragged rows do not keep"
+        )
     rows, tokens = Dim("B", min=1, max=1 << 16), Dim("T", min=1, max=_MAX_TOKENS)
     example = torch.zeros(2, 8, dtype=torch.int64)
     inputs: dict[str, Any] = {
@@ -124,13 +134,9 @@ def _export(model: nn.Module) -> ExportedProgram:
         "attention_mask": torch.ones_like(example),
     }
     dynamic: dict[str, Any] = {name: {0: rows, 1: tokens} for name in inputs}
-    return torch.export.export(
-        model,
-        (),
-        {**inputs, "use_cache": False},
-        dynamic_shapes={**dynamic, "use_cache": None},
-        strict=False,
-    )
+    if "use_cache" in takes:
+        inputs["use_cache"], dynamic["use_cache"] = False, None
+    return torch.export.export(model, (), inputs, dynamic_shapes=dynamic, strict=False)
 
 
 class _Attention:
@@ -174,7 +180,7 @@ class _Attention:
         output = torch.ops.sirius.attention(
             query, key, value, layer, scale, rule.window, softcap, s_aux
         )
-        return output.transpose(1, 2), None
+        return output.transpose(1, 2).contiguous(), None  # some models take a view of it
 
 
 class _MaskRecorder:

@@ -41,7 +41,10 @@ aten = torch.ops.aten
 _IN_PLACE = {
     aten.add_.Tensor: aten.add.Tensor,
     aten.div_.Tensor: aten.div.Tensor,
+    aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
     aten.mul_.Tensor: aten.mul.Tensor,
+    aten.scatter_.src: aten.scatter.src,
+    aten.scatter_.value: aten.scatter.value,
     aten.sub_.Tensor: aten.sub.Tensor,
 }
 _VIEWS = (aten.view.default, aten.reshape.default)
