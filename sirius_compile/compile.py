@@ -21,6 +21,7 @@ from sirius_compile.checkpoint import WeightSource, checkpoint_dtype, open_weigh
 from sirius_compile.config import BUILTIN, CompileConfig
 from sirius_compile.models import ModelSource, load_config, resolve_model
 from sirius_compile.pipeline import back, front
+from sirius_compile.rope import longest_sequence
 from sirius_compile.sparse_path import Chooser, SparsePath
 from sirius_compile.texts import (
     BUILTIN_PROMPTS,
@@ -32,6 +33,7 @@ from sirius_compile.texts import (
 )
 from sirius_compile.tokenizer import tokenizer_files
 from sirius_passes.manager import run_passes
+from sirius_passes.mixtures import check_method
 from sirius_passes.program import Program
 from sirius_passes.sparsify import parameters
 from sirius_runtime.artifact_writer import ArtifactWriter
@@ -229,6 +231,7 @@ class _Compilation:
         check_tree(config.period, config.tree_width, source.config.vocab_size, flag="--")
         with self._stage("capture"):
             captured = capture(source.config, trust_remote_code=source.trust_remote_code)
+        check_method(captured.program, self._method)
         with self._stage("open weights"):
             weights = source.open_weights(captured)
         program = captured.program
@@ -348,11 +351,10 @@ class _Compilation:
 
 
 def _max_seq_len(config: PretrainedConfig, wanted: int | None) -> int:
-    limit = getattr(config, "max_position_embeddings", None) or wanted or 2048
+    limit = longest_sequence(config) or wanted or 2048
     if wanted is not None and wanted > limit:
         raise ConfigError(
-            f"--max-seq-len must be in 2..{limit} (the model's max_position_embeddings), "
-            f"got {wanted}"
+            f"--max-seq-len must be in 2..{limit} (what the model's positions allow), got {wanted}"
         )
     return int(wanted or limit)
 

@@ -14,6 +14,7 @@ from sirius_passes.pair_paths import PairPaths
 from sirius_passes.recognise_mlps import RecogniseMlps
 from sirius_passes.sparsify import Threshold
 from sirius_passes.sparsify_cats import SparsifyCats
+from sirius_passes.sparsify_experts import SparsifyExperts
 from sirius_passes.sparsify_griffin import SparsifyGriffin
 from sirius_passes.sparsify_griffin_cats import SparsifyGriffinCats
 from sirius_passes.sparsify_teal import SparsifyTeal
@@ -72,6 +73,8 @@ def sparsify(
                 # what is left: the linears of attention
                 SparsifyTeal(keep, channels, dense, score=score, method=method),
             ]
+        case Method.EXPERTS:
+            return [SparsifyExperts(keep, dense)]
         case Method.NONE:
             return []
 

@@ -30,6 +30,8 @@ Operators = (
     sirius.griffin_mlp.default,
     sirius.griffin_cats_mlp.default,
     sirius.sparse_linear.default,
+    sirius.topk_moe.default,
+    sirius.experts_moe.default,
 )
 COUNTED = (
     sirius.cats_mlp.default,

@@ -16,6 +16,7 @@ from sirius_passes.lay_out_weights import LayOutWeights
 from sirius_passes.manager import Pass, run_passes
 from sirius_passes.pair_paths import PairPaths
 from sirius_passes.program import FULL, SPARSE, Program, call, calls
+from sirius_passes.sparsify import Threshold
 from sirius_passes.sparsify_cats import SparsifyCats
 from sirius_passes.sparsify_griffin import SparsifyGriffin
 from sirius_passes.sparsify_topk import SparsifyTopk
@@ -242,7 +243,11 @@ def test_linears_that_read_a_weight_both_ways_leave_it_as_it_is() -> None:
     assert check_pass(program, LayOutWeights(), expect={"aten.t": (1, 1)}).rewrites == 0
 
 
-SPARSIFY: list[Pass] = [SparsifyTopk(0.4), SparsifyCats(0.4, (0.1, 0.1)), SparsifyGriffin(0.4)]
+SPARSIFY: list[Pass] = [
+    SparsifyTopk(0.4),
+    SparsifyCats(0.4, (Threshold(0.1, 0.4),) * 2),
+    SparsifyGriffin(0.4),
+]
 
 
 @pytest.mark.parametrize("sparsify", SPARSIFY, ids=lambda step: step.name)

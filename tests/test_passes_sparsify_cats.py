@@ -109,8 +109,8 @@ def test_a_threshold_that_all_neurons_pass_is_dense() -> None:
     check_pass(paired(two_layers), SparsifyCats(0.5, None))
 
 
-def test_a_plain_mlp_stays_dense() -> None:
-    program = paired(lambda: Decoder(Plain(), Mlp()))
+def test_an_mlp_of_unknown_activation_stays_dense() -> None:
+    program = paired(lambda: Decoder(Plain(torch.tanh), Mlp()))
     expect = {"sparse/aten.linear": (3, 3), "sparse/sirius.cats_mlp": (0, 1)}
     check_pass(program, SparsifyCats(0.5, THRESHOLDS[:1]), reference=reference, expect=expect)
 

@@ -283,11 +283,10 @@ class _Functional:
         k_block, v_block, nodes = (add_input(graph, name) for name in names)
         blocks: tuple[list[fx.Node], list[fx.Node]] = ([], [])
         for node in calls(graph, sirius.cached_attention.default):
-            *front, _slots, length, tree_mask, layer, scale, window, softcap = node.args
-            q, k, v, k_cache, v_cache, positions = front
+            q, k, v, k_cache, v_cache, positions, _slots, length, tree_mask, *kind = node.args
             with graph.inserting_before(node):
                 args: tuple[Any, ...] = (q, k, v, k_cache, v_cache, k_block, v_block)
-                args += (positions, nodes, length, tree_mask, layer, scale, window, softcap)
+                args += (positions, nodes, length, tree_mask, *kind)
                 every = _call(graph, sirius.block_attention.default, args)
                 out, *new = (_call(graph, operator.getitem, (every, i)) for i in range(3))
             node.replace_all_uses_with(out)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from sirius_passes.program import Program, call, calls, outputs, set_outputs
+from sirius_passes.mixtures import mixtures
+from sirius_passes.program import DENSE, FULL, Program, call, calls, outputs, set_outputs
 from sirius_passes.recognise_mlps import DENSE_MLP
+from sirius_passes.weight_views import weight_name
 from sirius_runtime.errors import CalibrationError, ConfigError, UnsupportedModelError
-from sirius_runtime.graph import WEIGHT
 from sirius_runtime.spec import Method, SiteSpec, SparsitySpec
 
 LAYER = 8  # of the operators' arguments
@@ -112,13 +113,6 @@ def mlp_site(
     return SiteSpec(layer, weight_name(mlp.args[1]), units, kept, rows * width, threshold, counted)
 
 
-def weight_name(node: Any) -> str:
-    """The name of the weight that a node is, or is a part of."""
-    while WEIGHT not in node.meta:
-        node = node.args[0]
-    return str(node.meta[WEIGHT])
-
-
 def add_sites(
     program: Program,
     method: Method,
@@ -158,8 +152,13 @@ def parameters(program: Program) -> int:
 
 
 def step_parameters(program: Program) -> int:
-    """Parameters that a full step over one token reads."""
-    return parameters(program)
+    """Parameters that a full step over one token reads: all but those of the experts that the token
+    is not routed to.
+    """
+    module = program.graphs.get(FULL) or program.graphs[DENSE]
+    mixed = mixtures(module.graph)
+    unread = sum((m.experts - m.per_token) * m.expert_parameters(program) for m in mixed)
+    return parameters(program) - unread
 
 
 def stack(graph: fx.Graph, values: Sequence[fx.Node], origin: str) -> fx.Node:

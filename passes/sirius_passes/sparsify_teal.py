@@ -34,6 +34,7 @@ from sirius_passes.program import (
     calls,
 )
 from sirius_passes.sparsify import Threshold, add_counts, add_sites, both_values, each, take_over
+from sirius_passes.weight_views import is_transpose
 from sirius_runtime.errors import UnsupportedModelError
 from sirius_runtime.graph import WEIGHT
 from sirius_runtime.spec import Method, NormSpec, Score, SiteSpec, WeightSpec
@@ -115,7 +116,7 @@ def _source(weight: fx.Node) -> NormSpec:
     transposed, start, end = False, 0, int(weight.meta["val"].shape[0])
     node = weight
     while WEIGHT not in node.meta:
-        if node.target is aten.t.default:
+        if is_transpose(node):
             transposed = not transposed
         elif node.target is aten.slice.Tensor and int(node.args[1]) == int(transposed):  # type: ignore[arg-type]
             start += int(node.args[2])  # type: ignore[arg-type]

@@ -112,7 +112,7 @@ def _period_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
     layers: list[Any] = []
     for part in (module, *subgraphs(module)):
         for node in part.graph.nodes:
-            if _mutates(node):
+            if mutates(node):
                 yield f"node {node.name} ({node.target}) mutates; state goes in and comes out here"
         layers += [node.args[11] for node in calls(part.graph, sirius.block_attention.default)]
     tokens = outputs(module.graph).get("tokens")
@@ -159,6 +159,7 @@ def _placeholder_findings(program: Program, node: fx.Node) -> Iterator[str]:
         yield f"placeholder {node.name} is bound to neither a weight nor a known input"
 
 
-def _mutates(node: fx.Node) -> bool:
+def mutates(node: fx.Node) -> bool:
+    """Whether a node writes into what it is given."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable

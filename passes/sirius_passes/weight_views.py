@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from sirius_passes.program import call
+from sirius_runtime.graph import WEIGHT
 
 aten = torch.ops.aten
 
@@ -33,6 +34,13 @@ class Reader:
     def takes_views(self) -> bool:
         """Whether it reads the weight in either layout equally well: a linear does."""
         return self.node.target is aten.linear.default and self.node.args[1] is self.view
+
+
+def weight_name(node: Any) -> str:
+    """The name of the weight that a node is, or is a part of."""
+    while WEIGHT not in node.meta:
+        node = node.args[0]
+    return str(node.meta[WEIGHT])
 
 
 def readers(weight: fx.Node) -> Iterator[Reader]:

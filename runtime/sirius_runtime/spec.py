@@ -33,6 +33,7 @@ class Method(StrEnum):
     GRIFFIN = "griffin"
     TEAL = "teal"
     GRIFFIN_TEAL = "griffin+teal"
+    EXPERTS = "experts"
     NONE = "none"
 
     @property
@@ -127,12 +128,14 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """A place where a sparse step skips: the neurons of an MLP, or the input channels of a linear.
+    """A place where a sparse step skips: the neurons of an MLP, the input channels of a linear, or
+    a token's experts.
 
-    `weight`: the (first) weight whose rows or columns are skipped; `units`: neurons or channels
-    there are; `kept`: how many a step keeps, a mean expected from calibration where `threshold` is
-    given; `params`: the parameters that one skipped unit saves a step. `counted`: the step counts
-    what it keeps, in the output `kept`, because tokens differ.
+    `weight`: the (first) weight whose rows or columns are skipped; `units`: neurons, channels or
+    experts there are, of a mixture those that a token is routed to; `kept`: how many a step keeps,
+    a mean expected from calibration where `threshold` is given; `params`: the parameters that one
+    skipped unit saves a step. `counted`: the step counts what it keeps, in the output `kept`,
+    because tokens differ.
     """
 
     layer: int
