@@ -12,7 +12,23 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 """Numbers of the activations in ``csrc/activations.h``; others are left to the references."""
 
 MOST_TOKENS = 64
-"""Tokens of a row that a kernel takes; its buffers in ``csrc/mlp.h`` have room for no more."""
+"""Tokens that a kernel takes; its buffers in ``csrc/mlp.h`` have room for no more of a row."""
+
+# Up to where a kernel was no slower than torch's matrix products, on one Zen 5 core at hidden size
+# 2048: float32 by half at 64 tokens still; bfloat16, which torch multiplies by oneDNN, equal at 16
+# tokens (row-major) or 48 (MLPs and input-major), and 0.8 or 0.5 of its speed at 64.
+BFLOAT16_LINEAR, BFLOAT16_MLP = 16, 32
+
+
+def fits(tokens: int, rows: int, dtype: torch.dtype, bfloat16: int) -> bool:
+    """Whether a call of `rows` rows of `tokens` is one for kernels, which in bfloat16 take
+    `bfloat16` tokens in all.
+
+    In other types that is MOST_TOKENS, whatever the kernel: so the full path and the sparse path,
+    one token and a period, are added up in the same order, and what is equal is so to the bit.
+    """
+    most = bfloat16 if dtype is torch.bfloat16 else MOST_TOKENS
+    return 1 <= tokens * rows <= most
 
 
 def is_matrix(weight: Tensor, dtype: torch.dtype) -> bool:

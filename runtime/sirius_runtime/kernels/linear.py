@@ -6,19 +6,18 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.kernels.arguments import (
+    BFLOAT16_LINEAR,
+    BFLOAT16_MLP,
     MOST_TOKENS,
     TYPES,
     address,
     check,
+    fits,
     is_matrix,
     is_vector,
 )
 from sirius_runtime.kernels.native import kernels
 from sirius_runtime.ops import linear as reference
-
-DENSE_TOKENS = 16
-"""Tokens, of all rows, from which on a linear is left to torch's matrix products."""
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `reference.linear`. A weight that is the transpose of a matrix is read as that matrix."""
@@ -29,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tokens = x.numel() // C if C else 0
     by_inputs = weight.stride(1) != 1
     if not (
-        1 <= tokens <= DENSE_TOKENS
+        fits(tokens, 1, x.dtype, BFLOAT16_MLP if by_inputs else BFLOAT16_LINEAR)
         and x.shape[-1] == C
         and is_matrix(weight.t() if by_inputs else weight, x.dtype)
         and is_vector(bias, x.dtype, O)
@@ -63,8 +62,8 @@ def sparse_linear(
     if not (
         kind is not None
         and x.ndim == 3
-        and x.shape[0] > 0
-        and 1 <= x.shape[1] <= MOST_TOKENS
+        and x.shape[1] <= MOST_TOKENS
+        and fits(x.shape[1], x.shape[0], x.dtype, x.shape[0] * MOST_TOKENS)
         and is_matrix(weight, x.dtype)
         and x.shape[2] == weight.shape[0]
         and is_vector(bias, x.dtype, weight.shape[1])

@@ -16,18 +16,17 @@ from torch import Tensor
 
 from sirius_runtime.kernels.arguments import (
     ACTIVATIONS,
+    BFLOAT16_MLP,
     MOST_TOKENS,
     TYPES,
     address,
     check,
+    fits,
     is_matrix,
     is_vector,
 )
 from sirius_runtime.kernels.native import kernels
 from sirius_runtime.ops import mlp as reference
-
-DENSE_TOKENS = 16
-"""Tokens, of all rows, from which on a dense MLP is left to torch's matrix products."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,12 @@ def _run(
     B, T, C = x.shape
     I = gate.shape[0]  # noqa: E741
     chooses = choice.neurons is not None or choice.keep > 0 or choice.threshold is not None
-    if not chooses:
+    if not chooses:  # nothing tells rows from tokens
         B, T = 1, B * T
     if not (
-        1 <= T <= (MOST_TOKENS if chooses else DENSE_TOKENS)
-        and B > 0
+        # What skips is worth it in bfloat16 for as many rows as there are.
+        T <= MOST_TOKENS
+        and fits(T, B, dtype, B * MOST_TOKENS if chooses else BFLOAT16_MLP)
         and is_matrix(gate, dtype)
         and (up is None or (is_matrix(up, dtype) and up.shape == gate.shape))
         and is_matrix(down, dtype)

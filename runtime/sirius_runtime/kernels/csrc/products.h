@@ -8,6 +8,8 @@
 // the bit whatever its neighbours.
 #pragma once
 
+#include <algorithm>
+
 #include "vectors.h"
 
 namespace sirius {
@@ -17,14 +19,16 @@ constexpr size_t TILE = 4;    // tokens whose sums dots keep in registers
 constexpr size_t LIVE = 8;    // weight rows in one pass of accumulate over y
 constexpr size_t PAD = 32;    // activations and y are padded to a multiple of this
 
-inline size_t padded(size_t n) { return (n + PAD - 1) / PAD * PAD; }
+// One multiple more than is needed: were tokens a power of two apart, they would share the few
+// places that a cache has for such addresses.
+inline size_t padded(size_t n) { return (n + PAD - 1) / PAD * PAD + PAD; }
 
 // How weights of type T meet activations: as floats, by fused multiply and add.
 template <class T>
 struct Meet {
   typedef float X;
   typedef Floats Operand;
-  static constexpr size_t STEP = W;
+  static constexpr size_t STEP = size_t(W);
   static Operand weights(const T* p) { return load(p); }
   static Operand weights_part(const T* p, size_t n) { return load_part(p, n); }
   static Operand activations(const X* p) { return load(p); }
@@ -168,15 +172,19 @@ template <class T>
 void accumulate(const T* const* rows, size_t count, const X<T>* z, size_t z_stride, size_t N,
                 size_t begin, size_t end, float* y, size_t y_stride) {
   typedef Meet<T> M;
-  for (size_t j = 0; j < count; j += LIVE) {
-    const T* own[LIVE];
-    for (size_t r = 0; r < LIVE; r++) own[r] = rows[j + r < count ? j + r : count - 1];
-    for (size_t c = begin; c < end; c += M::STEP) {
-      const size_t here = end - c < M::STEP ? end - c : M::STEP;
-      const typename M::Columns columns =
-          here == M::STEP ? M::columns(own, c, M::STEP) : M::columns(own, c, here);
-      for (size_t n = 0; n < N; n++)
-        M::add(columns, z + n * z_stride + j, y + n * y_stride + c);
+  // One token streams whole rows; many take as many columns as leave their y in the first cache.
+  const size_t block = N <= 2 ? end - begin : std::max(PAD, 4096 / N / PAD * PAD);
+  for (size_t left = begin; left < end; left += block) {
+    const size_t right = std::min(end, left + block);
+    for (size_t j = 0; j < count; j += LIVE) {
+      const T* own[LIVE];
+      for (size_t r = 0; r < LIVE; r++) own[r] = rows[j + r < count ? j + r : count - 1];
+      for (size_t c = left; c < right; c += M::STEP) {
+        const size_t here = std::min(M::STEP, right - c);
+        const typename M::Columns columns =
+            here == M::STEP ? M::columns(own, c, M::STEP) : M::columns(own, c, here);
+        for (size_t n = 0; n < N; n++) M::add(columns, z + n * z_stride + j, y + n * y_stride + c);
+      }
     }
   }
 }
