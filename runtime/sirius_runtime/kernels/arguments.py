@@ -57,4 +57,4 @@ def check(status: int, operator: str) -> None:
     if status == 1:
         raise MemoryError(f"sirius::{operator}: no memory for its sums; run fewer rows at once")
     if status == 2:
-        raise IndexError(f"sirius::{operator}: `neurons` names one that the MLP does not have")
+        raise IndexError(f"sirius::{operator}: an index of its neurons or slots names none there is")

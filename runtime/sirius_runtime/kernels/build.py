@@ -66,14 +66,14 @@ def library(isa: InstructionSet, folder: Path) -> Path:
 
     Says so on stderr when it builds. Raises BackendError where it can't, with the reason.
     """
-    compiler, version = _compiler()
+    found, version = compiler()
     path = folder / f"kernels-{isa}-{_fingerprint(isa, version)}.so"
     if not _is_sound(path):
-        _build(compiler, isa, path)
+        _build(found, isa, path)
     return path
 
 
-def _compiler() -> tuple[str, str]:
+def compiler() -> tuple[str, str]:
     """The compiler's path, and what it says of itself."""
     chosen = os.environ.get("CXX")
     candidates = (chosen,) if chosen else _COMPILERS
@@ -110,13 +110,13 @@ def _is_sound(path: Path) -> bool:
     return len(content) > size and hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
-def _build(compiler: str, isa: InstructionSet, path: Path) -> None:
+def _build(cxx: str, isa: InstructionSet, path: Path) -> None:
     """Compiles to a temporary name, then renames: processes that build at once do no harm."""
     print(  # noqa: T201  (seconds of silence are no answer)
-        f"sirius: compiling the CPU kernels ({isa}) with {compiler}; once, kept in {path.parent}",
+        f"sirius: compiling the CPU kernels ({isa}) with {cxx}; once, kept in {path.parent}",
         file=sys.stderr,
     )
-    command = [compiler, *_FLAGS, *_TARGETS[isa], str(_SOURCES / "cpu.cpp"), "-o"]
+    command = [cxx, *_FLAGS, *_TARGETS[isa], str(_SOURCES / "cpu.cpp"), "-o"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -127,14 +127,14 @@ def _build(compiler: str, isa: InstructionSet, path: Path) -> None:
             if done.returncode:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), "")
                 raise BackendError(
-                    f"{compiler} can't compile the CPU kernels ({reason or done.stderr:.300}); "
+                    f"{cxx} can't compile the CPU kernels ({reason or done.stderr:.300}); "
                     "name another compiler by the environment variable CXX"
                 )
             content = built.read_bytes()
             built.write_bytes(content + hashlib.sha256(content).digest())
             built.replace(path)
     except subprocess.SubprocessError as error:
-        raise BackendError(f"{compiler} can't compile the CPU kernels ({error})") from error
+        raise BackendError(f"{cxx} can't compile the CPU kernels ({error})") from error
     except OSError as error:
         raise BackendError(
             f"the CPU kernels can't be kept in {path.parent} ({error}); name another folder by the "

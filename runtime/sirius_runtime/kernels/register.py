@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from sirius_runtime.kernels import linear, mlp
+from sirius_runtime.kernels import attention, linear, mlp
 from sirius_runtime.ops.registry import define_cpu
 
 _KERNELS = (
+    attention.cached_attention,
     linear.linear,
     linear.sparse_linear,
     mlp.dense_mlp,

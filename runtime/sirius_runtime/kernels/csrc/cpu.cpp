@@ -4,6 +4,7 @@
 #include <functional>
 #include <new>
 
+#include "attention.h"
 #include "linear.h"
 #include "mlp.h"
 
@@ -75,6 +76,27 @@ int sirius_mlp(int type, int64_t B, int64_t N, int64_t C, int64_t I, const void*
     mlp.y = (T*)y, mlp.counts = (int64_t*)counts, mlp.z = (T*)z;
     mlp.threads = threads;
     return mlp.run() ? DONE : BAD_INDEX;
+  });
+}
+
+int sirius_attention(int type, int64_t B, int64_t H, int64_t G, int64_t N, int64_t D, int64_t V,
+                     int64_t S, int64_t M, const void* q, const void* k, const void* v, void* keys,
+                     void* values, const void* positions, const void* slots, const void* length,
+                     const void* mask, int64_t mask_stride, int64_t window, float scale,
+                     float softcap, void* out, int threads) {
+  return with_type(type, [&](auto zero) {
+    typedef decltype(zero) T;
+    Attention<T> own;
+    own.B = size_t(B), own.H = size_t(H), own.G = size_t(G), own.N = size_t(N);
+    own.D = size_t(D), own.V = size_t(V), own.S = size_t(S), own.M = size_t(M);
+    own.q = (const T*)q, own.k = (const T*)k, own.v = (const T*)v;
+    own.keys = (T*)keys, own.values = (T*)values;
+    own.positions = (const int64_t*)positions, own.slots = (const int64_t*)slots;
+    own.length = (const int64_t*)length, own.mask = (const int64_t*)mask;
+    own.mask_stride = size_t(mask_stride), own.window = window;
+    own.scale = scale, own.softcap = softcap;
+    own.out = (T*)out, own.threads = threads;
+    return own.run() ? DONE : BAD_INDEX;
   });
 }
 
