@@ -135,18 +135,18 @@ def mlp_cases(pool: Pool, tokens: int) -> Iterator[Case]:
 
 
 def channel_cases(pool: Pool, tokens: int) -> Iterator[Case]:
-    for C, O in ((HIDDEN, HIDDEN), (HIDDEN, NEURONS), (NEURONS, HIDDEN)):
-        x = torch.randn(1, tokens, C).to(pool.buffer.dtype)
+    for inputs, outputs in ((HIDDEN, HIDDEN), (HIDDEN, NEURONS), (NEURONS, HIDDEN)):
+        x = torch.randn(1, tokens, inputs).to(pool.buffer.dtype)
         score = x.float().abs().mean((0, 1))
         for skipped in SKIPPED:
             threshold = score.quantile(skipped).item()
             kept = int((score > threshold).sum())
             yield Case(
-                f"sparse_linear [{C}, {O}], {skipped:.0%} skipped",
+                f"sparse_linear [{inputs}, {outputs}], {skipped:.0%} skipped",
                 tokens,
-                kept * O * x.itemsize,
-                lambda x=x, C=C, O=O, threshold=threshold: sirius.sparse_linear(
-                    x, pool.take(C, O), None, None, threshold
+                kept * outputs * x.itemsize,
+                lambda x=x, shape=(inputs, outputs), threshold=threshold: sirius.sparse_linear(
+                    x, pool.take(*shape), None, None, threshold
                 ),
             )
 
@@ -221,8 +221,9 @@ def main() -> None:
                     case.seconds = {side: [] for side in case.seconds}
     roofs = [POOL / best(reads) / 1e9 for best in (statistics.median, min)]
     print(
-        f"{args.dtype}; torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu_name()}; "
-        f"{args.rounds} rounds; read loop {roofs[0]:.1f} GB/s, fastest {roofs[1]:.1f} GB/s\n"
+        f"{args.dtype}; torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{cpu_name()}; {args.rounds} rounds; "
+        f"read loop {roofs[0]:.1f} GB/s, fastest {roofs[1]:.1f} GB/s\n"
     )
     header = ["call", "tokens", "ms", "GB/s", "of read", "torch / ours"]
     header += ["fastest ms", "GB/s", "of read", "torch / ours"]

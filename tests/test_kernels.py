@@ -144,7 +144,9 @@ def test_sparse_linear(threshold: float, norm: bool) -> None:
 
 
 def pairs(actual: Any, expected: Any) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(*(v if isinstance(v, tuple) else (v,) for v in (actual, expected)), strict=True))
+    return list(
+        zip(*(v if isinstance(v, tuple) else (v,) for v in (actual, expected)), strict=True)
+    )
 
 
 # against the references, in types that round
@@ -240,7 +242,10 @@ def test_a_token_s_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) 
         assert torch.equal(together, torch.stack([torch.stack(row) for row in alone]))
     x, *mlp = mlp_args(dtype=dtype, tokens=7, bias=True)
     together = sirius.dense_mlp(x, *mlp)
-    alone = [torch.cat([sirius.dense_mlp(x[b : b + 1, t : t + 1], *mlp) for t in range(7)], 1) for b in range(B)]
+    alone = [
+        torch.cat([sirius.dense_mlp(x[b : b + 1, t : t + 1], *mlp) for t in range(7)], 1)
+        for b in range(B)
+    ]
     assert torch.equal(together, torch.cat(alone))
 
 
@@ -280,9 +285,7 @@ def test_all_neurons_are_the_dense_mlp(dtype: torch.dtype) -> None:
 def test_a_neuron_named_twice_counts_once() -> None:
     args = mlp_args()
     twice = torch.cat([some_neurons(9), some_neurons(9)], -1)
-    assert torch.equal(
-        sirius.griffin_mlp(*args, twice), sirius.griffin_mlp(*args, some_neurons(9))
-    )
+    assert torch.equal(sirius.griffin_mlp(*args, twice), sirius.griffin_mlp(*args, some_neurons(9)))
 
 
 # threads
@@ -407,7 +410,9 @@ def test_what_no_kernel_serves_is_left_to_the_references(change: Any) -> None:
     sirius.dense_mlp(*args)
     change(args)
     if args[0].device.type == "meta":
-        assert sirius.dense_mlp(*[a.to("meta") if isinstance(a, Tensor) else a for a in args]).is_meta
+        assert sirius.dense_mlp(
+            *[a.to("meta") if isinstance(a, Tensor) else a for a in args]
+        ).is_meta
         return
     with pytest.raises(Fallback):
         sirius.dense_mlp(*args)

@@ -43,9 +43,7 @@ def is_matrix(weight: Tensor, dtype: torch.dtype) -> bool:
 
 def is_vector(bias: Tensor | None, dtype: torch.dtype, size: int) -> bool:
     """Whether `bias` is none, or a contiguous vector of that type and size."""
-    return bias is None or (
-        bias.dtype is dtype and bias.shape == (size,) and bias.stride(0) == 1
-    )
+    return bias is None or (bias.dtype is dtype and bias.shape == (size,) and bias.stride(0) == 1)
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -57,4 +55,4 @@ def check(status: int, operator: str) -> None:
     if status == 1:
         raise MemoryError(f"sirius::{operator}: no memory for its sums; run fewer rows at once")
     if status == 2:
-        raise IndexError(f"sirius::{operator}: an index of its neurons or slots names none there is")
+        raise IndexError(f"sirius::{operator}: neurons or slots hold an index out of range")

@@ -1,4 +1,4 @@
-"""The CPU kernels' shared library: compiled from ``csrc`` once, and kept in the user's cache folder.
+"""The CPU kernels' shared library: compiled from ``csrc`` once, kept in the user's cache folder.
 
 The library has a C interface and knows nothing of torch, so it takes seconds to compile and serves
 every version of torch. Its file's name is made of all that it depends on; its last bytes are the
@@ -21,8 +21,10 @@ from sirius_runtime.errors import BackendError
 
 _SOURCES = Path(__file__).parent / "csrc"
 _COMPILERS = ("g++", "clang++", "c++")
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=fast")
-_FLAGS += ("-fno-math-errno", "-fno-trapping-math", "-w")
+_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 _SECONDS = 300  # it takes five; a compiler that hangs must not hang the program

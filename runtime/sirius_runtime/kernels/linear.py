@@ -19,24 +19,25 @@ from sirius_runtime.kernels.arguments import (
 from sirius_runtime.kernels.native import kernels
 from sirius_runtime.ops import linear as reference
 
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `reference.linear`. A weight that is the transpose of a matrix is read as that matrix."""
     kind = TYPES.get(x.dtype)
     if kind is None or weight.ndim != 2 or x.ndim == 0:
         return reference.linear(x, weight, bias)
-    O, C = weight.shape
+    outputs, C = weight.shape
     tokens = x.numel() // C if C else 0
     by_inputs = weight.stride(1) != 1
     if not (
         fits(tokens, 1, x.dtype, BFLOAT16_MLP if by_inputs else BFLOAT16_LINEAR)
         and x.shape[-1] == C
         and is_matrix(weight.t() if by_inputs else weight, x.dtype)
-        and is_vector(bias, x.dtype, O)
+        and is_vector(bias, x.dtype, outputs)
         and (library := kernels()) is not None
     ):
         return reference.linear(x, weight, bias)
     given = x.contiguous()
-    y = given.new_empty(*x.shape[:-1], O)
+    y = given.new_empty(*x.shape[:-1], outputs)
     status = library.sirius_linear(
         kind,
         given.data_ptr(),
@@ -47,7 +48,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y.data_ptr(),
         tokens,
         C,
-        O,
+        outputs,
         torch.get_num_threads(),
     )
     check(status, "linear")
@@ -72,9 +73,9 @@ def sparse_linear(
     ):
         return reference.sparse_linear(x, weight, bias, norm, threshold)
     B, T, C = x.shape
-    O = weight.shape[1]
+    outputs = weight.shape[1]
     given = x.contiguous()
-    y, counts = given.new_empty(B, T, O), given.new_empty(B, dtype=torch.int64)
+    y, counts = given.new_empty(B, T, outputs), given.new_empty(B, dtype=torch.int64)
     status = library.sirius_sparse_linear(
         kind,
         given.data_ptr(),
@@ -88,7 +89,7 @@ def sparse_linear(
         B,
         T,
         C,
-        O,
+        outputs,
         torch.get_num_threads(),
     )
     check(status, "sparse_linear")

@@ -21,8 +21,10 @@ _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "sirius_linear": [_I, _P, _P, _N, _I, _P, _P, _N, _N, _N, _I],
     "sirius_sparse_linear": [_I, _P, _P, _N, _P, _P, _F, _P, _P, _N, _N, _N, _N, _I],
-    "sirius_mlp": [_I, _N, _N, _N, _N, _P, _P, _N, _P, _N, _P, _N, _P, _P, _P]
-    + [_I, _P, _N, _N, _I, _F, _P, _P, _P, _I],
+    "sirius_mlp": [
+        *(_I, _N, _N, _N, _N, _P, _P, _N, _P, _N, _P, _N, _P, _P, _P),
+        *(_I, _P, _N, _N, _I, _F, _P, _P, _P, _I),
+    ],
     "sirius_attention": [_I, *[_N] * 8, *[_P] * 9, _N, _N, _F, _F, _P, _I],
 }
 

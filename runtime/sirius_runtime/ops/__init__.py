@@ -1,18 +1,16 @@
 """The `sirius::` operators: schema, fake (shapes only) and plain-PyTorch reference of each.
 
 Importing this package registers them with torch, and the CPU kernels (`sirius_runtime.kernels`)
-behind them; those are built when one is first called. Shape letters in all its modules: `B` rows, `T`
-tokens of the call, `M` block slots, `S` cache slots, `H` query heads, `G` key/value heads, `D` head
-dim, `C` hidden size, `I` neurons of an MLP, `K` kept neurons, `O`
-output features of a linear.
+behind them; those are built when one is first called. Shape letters in all its modules: `B` rows,
+`T` tokens of the call, `M` block slots, `S` cache slots, `H` query heads, `G` key/value heads, `D`
+head dim, `C` hidden size, `I` neurons of an MLP, `K` kept neurons, `O` output features of a linear.
 """
 
 from __future__ import annotations
 
+from sirius_runtime.kernels.register import register
 from sirius_runtime.ops import attention, linear, mlp
 
 __all__ = ["attention", "linear", "mlp"]
-
-from sirius_runtime.kernels.register import register  # noqa: E402  (it reads the references above)
 
 register()
