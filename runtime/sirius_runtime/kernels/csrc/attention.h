@@ -74,14 +74,16 @@ struct Attention {
       const T* rows[BLOCK];
       for (size_t j = 0; j < count; j++) rows[j] = keys + ((b * G + g) * S + slot + j) * D;
       dots<T>(rows, count, queries, q_width, Q, D, scores, BLOCK);
+      float hidden[TILE][BLOCK];
+      for (size_t n = 0; n < tokens; n++) look(b, first + n, slot, count, history, hidden[n]);
       for (size_t i = 0; i < Q; i++) {
-        uint8_t seen[BLOCK];
         float* at = scores + i * BLOCK;
-        look(b, first + i % tokens, slot, count, history, seen);
-        const float factor = softmax(at, seen, count, &highest[i], &total[i]);
+        const float factor = softmax(at, hidden[i % tokens], &highest[i], &total[i]);
         if (factor != 1.0f)
-          for (size_t c = 0; c < width; c++) sums[i * width + c] *= factor;
-        for (size_t j = 0; j < BLOCK; j++) shares[i * BLOCK + j] = Meet<T>::from_float(at[j]);
+          for (size_t c = 0; c < width; c += W)
+            store(sums + i * width + c, load(sums + i * width + c) * factor);
+        for (size_t j = 0; j < BLOCK; j += PAD)
+          Meet<T>::from_floats(at + j, shares + i * BLOCK + j);
       }
       for (size_t j = 0; j < count; j++) rows[j] = values + ((b * G + g) * S + slot + j) * V;
       accumulate<T>(rows, count, shares, BLOCK, Q, 0, V, sums, width);
@@ -103,31 +105,34 @@ struct Attention {
     return least <= 0 ? 0 : size_t(least) / BLOCK * BLOCK;
   }
 
-  // Which of `count` slots from `slot` on token n of row b sees.
-  void look(size_t b, size_t n, size_t slot, size_t count, size_t history, uint8_t* seen) const {
+  // Of the slots from `slot` on: 0 for those that token n of row b sees, else minus infinity.
+  void look(size_t b, size_t n, size_t slot, size_t count, size_t history, float* hidden) const {
     const int64_t position = positions[b * N + n];
     const int64_t* depth = mask + b * mask_stride + n * M;
-    for (size_t j = 0; j < count; j++) {
+    for (size_t j = 0; j < BLOCK; j++) {
       const size_t at = slot + j;
-      const int64_t distance = at < history ? position - int64_t(at) : depth[at - history];
-      seen[j] = distance >= 0 && (!window || distance < window);
+      int64_t distance = -1;
+      if (j < count) distance = at < history ? position - int64_t(at) : depth[at - history];
+      hidden[j] = distance >= 0 && (!window || distance < window) ? 0.0f : -INFINITY;
     }
   }
 
-  // Turns BLOCK scores into e^(score - highest), zero where not seen; moves `highest` and `total`
-  // on. Returns the factor that earlier sums are to be multiplied by.
-  float softmax(float* scores, const uint8_t* seen, size_t count, float* highest,
-                float* total) const {
-    float most = *highest;
-    for (size_t j = 0; j < BLOCK; j++) {
-      if (j >= count || !seen[j]) {
-        scores[j] = -INFINITY;
-        continue;
-      }
-      scores[j] *= scale;
-      if (softcap != 0.0f) scores[j] = std::tanh(scores[j] / softcap) * softcap;
-      most = std::max(most, scores[j]);
+  // Turns BLOCK scores into e^(score - highest), zero where hidden; moves `highest` and `total` on.
+  // Returns the factor that earlier sums are to be multiplied by.
+  float softmax(float* scores, const float* hidden, float* highest, float* total) const {
+    if (softcap != 0.0f)
+      for (size_t j = 0; j < BLOCK; j++)
+        scores[j] = std::tanh(scores[j] * scale / softcap) * softcap / scale;
+    Floats top = splat(-INFINITY);
+    for (size_t j = 0; j < BLOCK; j += W) {
+      // A slot beyond `count` holds what an earlier block left there: no number, maybe.
+      const Floats own = load(hidden + j);
+      const Floats score = own == 0.0f ? load(scores + j) * scale : own;
+      store(scores + j, score);
+      top = score > top ? score : top;
     }
+    float most = *highest;
+    for (int i = 0; i < W; i++) most = std::max(most, float(top[i]));
     if (most == -INFINITY) {  // nothing seen yet
       std::fill(scores, scores + BLOCK, 0.0f);
       return 1.0f;

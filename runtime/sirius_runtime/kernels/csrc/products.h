@@ -35,6 +35,7 @@ struct Meet {
   static Floats mac(Floats sum, Operand w, Operand x) { return sum + w * x; }
   static X from(T v) { return to_float(v); }
   static X from_float(float v) { return v; }
+  static void from_floats(const float* v, X* to) { memcpy(to, v, PAD * sizeof(float)); }
   static size_t place(size_t column) { return column; }
 
   // One pass over columns [begin, begin + STEP) of `count` <= LIVE rows.
@@ -79,6 +80,10 @@ struct Meet<bf16> {
     round_into(&stored, v);
     return stored;
   }
+  static void from_floats(const float* v, X* to) {  // PAD of them
+    const __m512bh stored = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(v + 16), _mm512_loadu_ps(v));
+    memcpy(to, &stored, sizeof stored);
+  }
 
   // Rows are interleaved in pairs, within each 128 bits: 32 columns become two vectors, which y
   // keeps as they come. `place` says where in y a column is.
@@ -122,9 +127,10 @@ using X = typename Meet<T>::X;
 
 template <class T, size_t N>
 inline void dots_tile(const T* const* rows, const X<T>* x, size_t x_stride, size_t C,
-                      float sums[ROWS][TILE]) {
+                      float sums[TILE][ROWS]) {
   typedef Meet<T> M;
-  Floats acc[ROWS][N] = {};
+  static_assert(ROWS == 4, "as many sums as sum_four makes");
+  Floats acc[N][ROWS] = {};
   const auto step = [&](size_t k, auto weights) __attribute__((always_inline)) {
     typename M::Operand own[N];
 #pragma GCC unroll 4
@@ -133,14 +139,13 @@ inline void dots_tile(const T* const* rows, const X<T>* x, size_t x_stride, size
     for (size_t r = 0; r < ROWS; r++) {
       const typename M::Operand w = weights(rows[r] + k);
 #pragma GCC unroll 4
-      for (size_t n = 0; n < N; n++) acc[r][n] = M::mac(acc[r][n], w, own[n]);
+      for (size_t n = 0; n < N; n++) acc[n][r] = M::mac(acc[n][r], w, own[n]);
     }
   };
   size_t k = 0;
   for (; k + M::STEP <= C; k += M::STEP) step(k, [](const T* p) { return M::weights(p); });
   if (k < C) step(k, [&](const T* p) { return M::weights_part(p, C - k); });
-  for (size_t r = 0; r < ROWS; r++)
-    for (size_t n = 0; n < N; n++) sums[r][n] = sum(acc[r][n]);
+  for (size_t n = 0; n < N; n++) sum_four(acc[n], sums[n]);
 }
 
 // out[n * out_stride + j] = rows[j] · x_n, of `count` rows of C weights and N tokens. x_n, at
@@ -148,7 +153,7 @@ inline void dots_tile(const T* const* rows, const X<T>* x, size_t x_stride, size
 template <class T>
 void dots(const T* const* rows, size_t count, const X<T>* x, size_t x_stride, size_t N, size_t C,
           float* out, size_t out_stride) {
-  float sums[ROWS][TILE];
+  float sums[TILE][ROWS];
   for (size_t j = 0; j < count; j += ROWS) {
     const T* own[ROWS];  // the last row again where there are fewer: read from the cache
     for (size_t r = 0; r < ROWS; r++) own[r] = rows[j + r < count ? j + r : count - 1];
@@ -159,8 +164,9 @@ void dots(const T* const* rows, size_t count, const X<T>* x, size_t x_stride, si
       if (wide == 3) dots_tile<T, 3>(own, tile, x_stride, C, sums);
       if (wide == 2) dots_tile<T, 2>(own, tile, x_stride, C, sums);
       if (wide == 1) dots_tile<T, 1>(own, tile, x_stride, C, sums);
-      for (size_t r = 0; r < ROWS && j + r < count; r++)
-        for (size_t t = 0; t < wide; t++) out[(n + t) * out_stride + j + r] = sums[r][t];
+      const size_t here = std::min(ROWS, count - j);
+      for (size_t t = 0; t < wide; t++)
+        memcpy(out + (n + t) * out_stride + j, sums[t], here * sizeof(float));
     }
   }
 }
