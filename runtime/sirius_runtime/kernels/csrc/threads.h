@@ -14,6 +14,10 @@
 #include <mutex>
 #include <thread>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -42,6 +46,7 @@ class Helpers {
       started++;
     }
     job = body, job_data = data, seats = int(others);
+    number++;
     open = true;
     if (sleepers > 0) {
       std::lock_guard<std::mutex> lock(sleep);
@@ -67,9 +72,10 @@ class Helpers {
           sleepers--;
         }
       }
+      const unsigned own = number;
       if (working++ < seats && open) job(job_data);
       working--;
-      while (open) relax();  // no task is left: those that others have are the last
+      while (open && number == own) relax();  // no task is left: what others have is the last
     }
   }
 
@@ -79,15 +85,22 @@ class Helpers {
   std::atomic<bool> open{false};
   std::atomic<int> working{0}, sleepers{0};
   std::atomic<int> seats{0};
+  std::atomic<unsigned> number{0};  // of the job
   unsigned started = 0;
   Body job = nullptr;
   void* job_data = nullptr;
 };
 
-// Never destroyed: helpers outlive whatever the process tears down when it ends.
-inline Helpers& helpers() {
-  static Helpers* own = new Helpers;
-  return *own;
+// Never destroyed: helpers outlive whatever the process tears down when it ends. A forked process
+// has none of its parent's threads, and starts its own.
+inline Helpers*& helpers() {
+  static Helpers* own = [] {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { helpers() = new Helpers; });
+#endif
+    return new Helpers;
+  }();
+  return own;
 }
 
 // Runs task(0) … task(count - 1), each once, on `threads` threads. A thread takes the next task when
@@ -105,7 +118,7 @@ void parallel(size_t count, int threads, const Task& task) {
   };
   const size_t wanted = count < size_t(threads) ? count : size_t(threads);
   if (wanted <= 1) return body(&shared);
-  helpers().run(body, &shared, unsigned(wanted) - 1);
+  helpers()->run(body, &shared, unsigned(wanted) - 1);
 }
 
 }  // namespace sirius
