@@ -28,6 +28,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
     where = block.positions, block.slots, block.length, block.mask
     valid = torch.ones(ROWS, TOKENS).bool()
     neurons = torch.arange(4).expand(2, ROWS, 4).contiguous()
+    linear = linear_args()
     return {
         "attention": (*qkv, 0, 0.4, 3, 0.7, block.sink),
         "cached_attention": (*qkv, block.k_cache, block.v_cache, *where, LAYER, 0.4, None, None),
@@ -39,7 +40,8 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "cats_mlp": (*mlp, 0.1),
         "griffin_mlp": (*mlp, neurons),
         "griffin_cats_mlp": (*mlp, neurons, 0.1),
-        "sparse_linear": (*linear_args(), 0.3),
+        "linear": (linear[0], linear[1].t(), linear[2]),
+        "sparse_linear": (*linear, 0.3),
         "dense_moe": moe,
         "topk_moe": (*moe, 7),
         "experts_moe": (*moe, 2, True),

@@ -1,15 +1,25 @@
-"""Linears that skip input channels (TEAL, arXiv 2408.14690).
+"""Linears, and linears that skip input channels (TEAL, arXiv 2408.14690).
 
-The weight is input-major, [C, O]: a channel is one contiguous row, so that skipping it skips the
-row. The reference computes every channel and masks.
+The weight of those that skip is input-major, [C, O]: a channel is one contiguous row, so that
+skipping it skips the row. The reference computes every channel and masks.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sirius_runtime.ops.registry import define
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., C], weight [O, C], bias [O]; returns [..., O].
+
+    Graphs say ``aten.linear``; the eager back end runs this in its place on the CPU, where a kernel
+    stands behind it.
+    """
+    return F.linear(x, weight, bias)
 
 
 def sparse_linear(
@@ -32,6 +42,11 @@ def _fake_sparse_linear(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, 
     return x.new_empty(*x.shape[:-1], weight.shape[1]), x.new_empty(x.shape[0], dtype=torch.int64)
 
 
+def _fake_linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", linear, _fake_linear)
 define(
     "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float threshold) -> "
     "(Tensor, Tensor)",

@@ -21,3 +21,8 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sirius::{name}", fake, lib=_LIBRARY)
+
+
+def define_cpu(kernel: Callable[..., Any]) -> None:
+    """Registers the CPU kernel of the operator that has the function's name."""
+    _LIBRARY.impl(kernel.__name__, kernel, "CPU")

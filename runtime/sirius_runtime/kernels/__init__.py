@@ -1,0 +1,1 @@
+"""Kernels behind the `sirius::` operators: what skips the reads that the references only mask."""

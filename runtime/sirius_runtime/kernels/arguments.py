@@ -1,0 +1,58 @@
+"""What tensors the CPU kernels take, and how they are handed over. Shape letters as in `ops`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Numbers of the types in ``csrc/cpu.cpp``."""
+
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+"""Numbers of the activations in ``csrc/activations.h``; others are left to the references."""
+
+MOST_TOKENS = 64
+"""Tokens that a kernel takes; its buffers in ``csrc/mlp.h`` have room for no more of a row."""
+
+# Up to where a kernel was no slower than torch's matrix products, on one Zen 5 core at hidden size
+# 2048: float32 by half at 64 tokens still; bfloat16, which torch multiplies by oneDNN, equal at 16
+# tokens (row-major) or 48 (MLPs and input-major), and 0.8 or 0.5 of its speed at 64.
+BFLOAT16_LINEAR, BFLOAT16_MLP = 16, 32
+
+
+def fits(tokens: int, rows: int, dtype: torch.dtype, bfloat16: int) -> bool:
+    """Whether a call of `rows` rows of `tokens` is one for kernels, which in bfloat16 take
+    `bfloat16` tokens in all.
+
+    In other types that is MOST_TOKENS, whatever the kernel: so the full path and the sparse path,
+    one token and a period, are added up in the same order, and what is equal is so to the bit.
+    """
+    most = bfloat16 if dtype is torch.bfloat16 else MOST_TOKENS
+    return 1 <= tokens * rows <= most
+
+
+def is_matrix(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `weight` is a matrix of that type on the CPU whose rows are contiguous."""
+    return (
+        weight.dtype is dtype
+        and weight.ndim == 2
+        and weight.stride(1) == 1
+        and weight.device.type == "cpu"
+    )
+
+
+def is_vector(bias: Tensor | None, dtype: torch.dtype, size: int) -> bool:
+    """Whether `bias` is none, or a contiguous vector of that type and size."""
+    return bias is None or (bias.dtype is dtype and bias.shape == (size,) and bias.stride(0) == 1)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def check(status: int, operator: str) -> None:
+    """Raises for what a kernel returned."""
+    if status == 1:
+        raise MemoryError(f"sirius::{operator}: no memory for its sums; run fewer rows at once")
+    if status == 2:
+        raise IndexError(f"sirius::{operator}: neurons or slots hold an index out of range")

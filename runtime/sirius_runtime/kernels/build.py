@@ -1,0 +1,144 @@
+"""The CPU kernels' shared library: compiled from ``csrc`` once, kept in the user's cache folder.
+
+The library has a C interface and knows nothing of torch, so it takes seconds to compile and serves
+every version of torch. Its file's name is made of all that it depends on; its last bytes are the
+hash of the others, so that a damaged file is seen before it is loaded, and built again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+
+from sirius_runtime.errors import BackendError
+
+_SOURCES = Path(__file__).parent / "csrc"
+_COMPILERS = ("g++", "clang++", "c++")
+_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_SECONDS = 300  # it takes five; a compiler that hangs must not hang the program
+
+
+class InstructionSet(StrEnum):
+    """What the library is compiled for; the best comes first."""
+
+    AVX512_BF16 = "avx512_bf16"
+    AVX512 = "avx512"
+    AVX2 = "avx2"
+    PORTABLE = "portable"
+
+
+_TARGETS = {
+    InstructionSet.AVX512_BF16: (*_AVX512, "-mavx512bf16"),
+    InstructionSet.AVX512: _AVX512,
+    InstructionSet.AVX2: _AVX2,
+    InstructionSet.PORTABLE: (),
+}
+_NEEDED = {  # flags of /proc/cpuinfo
+    InstructionSet.AVX512_BF16: {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+    InstructionSet.AVX512: {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    InstructionSet.AVX2: {"avx2", "fma", "f16c"},
+    InstructionSet.PORTABLE: set(),
+}
+
+
+def instruction_sets() -> list[InstructionSet]:
+    """What this machine's CPU can run, the best first."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux: the compiler's own default for the machine
+        lines = []
+    flags = set(next((line for line in lines if line.startswith("flags")), "").split())
+    return [isa for isa, needed in _NEEDED.items() if needed <= flags]
+
+
+def library(isa: InstructionSet, folder: Path) -> Path:
+    """The library for `isa`, in `folder`, built there if it isn't.
+
+    Says so on stderr when it builds. Raises BackendError where it can't, with the reason.
+    """
+    found, version = compiler()
+    path = folder / f"kernels-{isa}-{_fingerprint(isa, version)}.so"
+    if not _is_sound(path):
+        _build(found, isa, path)
+    return path
+
+
+def compiler() -> tuple[str, str]:
+    """The compiler's path, and what it says of itself."""
+    chosen = os.environ.get("CXX")
+    candidates = (chosen,) if chosen else _COMPILERS
+    found = next((p for c in candidates if (p := shutil.which(c)) is not None), None)
+    if found is None:
+        raise BackendError(
+            f"no C++ compiler was found (looked for {', '.join(candidates)}); install g++ or "
+            "clang++, or name one by the environment variable CXX"
+        )
+    try:
+        said = subprocess.run(
+            [found, "--version"], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BackendError(f"the C++ compiler {found} does not run ({error})") from error
+    return found, said
+
+
+def _fingerprint(isa: InstructionSet, version: str) -> str:
+    digest = hashlib.sha256()
+    for source in sorted(_SOURCES.iterdir()):
+        digest.update(f"{source.name}\0".encode() + source.read_bytes() + b"\0")
+    words = (*_FLAGS, *_TARGETS[isa], platform.system(), platform.machine(), version)
+    digest.update("\0".join(words).encode())
+    return digest.hexdigest()[:24]
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    size = hashlib.sha256().digest_size
+    return len(content) > size and hashlib.sha256(content[:-size]).digest() == content[-size:]
+
+
+def _build(cxx: str, isa: InstructionSet, path: Path) -> None:
+    """Compiles to a temporary name, then renames: processes that build at once do no harm."""
+    print(  # noqa: T201  (seconds of silence are no answer)
+        f"sirius: compiling the CPU kernels ({isa}) with {cxx}; once, kept in {path.parent}",
+        file=sys.stderr,
+    )
+    command = [cxx, *_FLAGS, *_TARGETS[isa], str(_SOURCES / "cpu.cpp"), "-o"]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            built = Path(scratch) / path.name
+            done = subprocess.run(
+                [*command, str(built)], capture_output=True, text=True, timeout=_SECONDS
+            )
+            if done.returncode:
+                reason = next((line for line in done.stderr.splitlines() if "error" in line), "")
+                raise BackendError(
+                    f"{cxx} can't compile the CPU kernels ({reason or done.stderr:.300}); "
+                    "name another compiler by the environment variable CXX"
+                )
+            content = built.read_bytes()
+            built.write_bytes(content + hashlib.sha256(content).digest())
+            built.replace(path)
+    except subprocess.SubprocessError as error:
+        raise BackendError(f"{cxx} can't compile the CPU kernels ({error})") from error
+    except OSError as error:
+        raise BackendError(
+            f"the CPU kernels can't be kept in {path.parent} ({error}); name another folder by the "
+            "environment variable SIRIUS_CACHE"
+        ) from error

@@ -1,0 +1,154 @@
+// Cached tree attention of few tokens, over the slots in use and no others.
+//
+// A task has some tokens' queries of the heads that share a key/value head, and goes through the
+// slots in blocks, with the running maximum and sum of a softmax (Milakov and Gimelshein, arXiv
+// 1805.02867). Blocks begin at fixed slots and what a query does not see adds zero to its sums, so
+// that a token's result is the same to the bit alone and in a chain.
+#pragma once
+
+#include <cmath>
+
+#include "activations.h"
+#include "sums.h"
+
+namespace sirius {
+
+template <class T>
+struct Attention {
+  size_t B, H, G, N, D, V;       // rows, heads, key/value heads, tokens, sizes of keys and values
+  size_t S, M;                   // slots of the cache and of the block
+  const T *q, *k, *v;            // [B, H, N, D], [B, G, N, D], [B, G, N, V]
+  T *keys, *values;              // the layer's caches: [B, G, S, D], [B, G, S, V]
+  const int64_t *positions, *slots, *length;  // [B, N], [B, N], [B]
+  const int64_t* mask;           // [B or 1, N, M]
+  size_t mask_stride;            // of a row; 0 where all share one
+  int64_t window;                // 0 for none
+  float scale, softcap;          // softcap: 0 for none
+  T* out;                        // [B, H, N, V]
+  int threads;
+
+  // Returns false where `slots` names one that is not there.
+  bool run() {
+    for (size_t i = 0; i < B * N; i++)
+      if (slots[i] < 0 || slots[i] >= int64_t(S)) return false;
+    for (size_t bg = 0; bg < B * G; bg++)
+      for (size_t n = 0; n < N; n++) {
+        const size_t slot = bg * S + size_t(slots[bg / G * N + n]), from = bg * N + n;
+        memcpy(keys + slot * D, k + from * D, D * sizeof(T));
+        memcpy(values + slot * V, v + from * V, V * sizeof(T));
+      }
+    const size_t tiles = (N + TILE - 1) / TILE;
+    parallel(B * G * tiles, threads, [&](size_t task) {
+      attend(task / tiles / G, task / tiles % G, task % tiles * TILE);
+    });
+    return true;
+  }
+
+ private:
+  static constexpr size_t BLOCK = 64;  // slots
+
+  // What a task holds between blocks of slots; a query's sums lie as Meet<T>::place says.
+  struct Running {
+    Scratch<X<T>> queries, shares;
+    Scratch<float> scores, sums, highest, total;
+  };
+
+  void attend(size_t b, size_t g, size_t first) {
+    thread_local Running own;
+    const size_t shared = H / G, tokens = std::min(TILE, N - first), Q = shared * tokens;
+    const size_t q_width = padded(D), width = padded(V);
+    X<T>* queries = own.queries.take(Q * q_width);
+    for (size_t h = 0; h < shared; h++)
+      take_activations(q + (((b * H + g * shared + h) * N) + first) * D, D, tokens, D,
+                       queries + h * tokens * q_width);
+    float *sums = own.sums.take(Q * width), *scores = own.scores.take(Q * BLOCK);
+    float *highest = own.highest.take(Q), *total = own.total.take(Q);
+    X<T>* shares = own.shares.take(Q * BLOCK);
+    std::fill(sums, sums + Q * width, 0.0f);
+    std::fill(highest, highest + Q, -INFINITY);
+    std::fill(total, total + Q, 0.0f);
+
+    const size_t history = size_t(length[b]), end = std::min(S, history + M);
+    for (size_t slot = start(b, first, tokens, history); slot < end; slot += BLOCK) {
+      const size_t count = std::min(BLOCK, end - slot);
+      const T* rows[BLOCK];
+      for (size_t j = 0; j < count; j++) rows[j] = keys + ((b * G + g) * S + slot + j) * D;
+      dots<T>(rows, count, queries, q_width, Q, D, scores, BLOCK);
+      float hidden[TILE][BLOCK];
+      for (size_t n = 0; n < tokens; n++) look(b, first + n, slot, count, history, hidden[n]);
+      for (size_t i = 0; i < Q; i++) {
+        float* at = scores + i * BLOCK;
+        const float factor = softmax(at, hidden[i % tokens], &highest[i], &total[i]);
+        if (factor != 1.0f)
+          for (size_t c = 0; c < width; c += W)
+            store(sums + i * width + c, load(sums + i * width + c) * factor);
+        for (size_t j = 0; j < BLOCK; j += PAD)
+          Meet<T>::from_floats(at + j, shares + i * BLOCK + j);
+      }
+      for (size_t j = 0; j < count; j++) rows[j] = values + ((b * G + g) * S + slot + j) * V;
+      accumulate<T>(rows, count, shares, BLOCK, Q, 0, V, sums, width);
+    }
+    for (size_t i = 0; i < Q; i++) {
+      T* to = out + ((b * H + g * shared + i / tokens) * N + first + i % tokens) * V;
+      const float whole = total[i] > 0.0f ? total[i] : 1.0f;
+      for (size_t c = 0; c < V; c++)
+        round_into(to + c, sums[i * width + Meet<T>::place(c)] / whole);
+    }
+  }
+
+  // The first slot that one of the tokens may see, rounded down to a block.
+  size_t start(size_t b, size_t first, size_t tokens, size_t history) const {
+    if (!window) return 0;
+    int64_t least = int64_t(history);
+    for (size_t n = first; n < first + tokens; n++)
+      least = std::min(least, positions[b * N + n] - window + 1);
+    return least <= 0 ? 0 : size_t(least) / BLOCK * BLOCK;
+  }
+
+  // Of the slots from `slot` on: 0 for those that token n of row b sees, else minus infinity.
+  void look(size_t b, size_t n, size_t slot, size_t count, size_t history, float* hidden) const {
+    const int64_t position = positions[b * N + n];
+    const int64_t* depth = mask + b * mask_stride + n * M;
+    for (size_t j = 0; j < BLOCK; j++) {
+      const size_t at = slot + j;
+      int64_t distance = -1;
+      if (j < count) distance = at < history ? position - int64_t(at) : depth[at - history];
+      hidden[j] = distance >= 0 && (!window || distance < window) ? 0.0f : -INFINITY;
+    }
+  }
+
+  // Turns BLOCK scores into e^(score - highest), zero where hidden; moves `highest` and `total` on.
+  // Returns the factor that earlier sums are to be multiplied by.
+  float softmax(float* scores, const float* hidden, float* highest, float* total) const {
+    if (softcap != 0.0f)
+      for (size_t j = 0; j < BLOCK; j++)
+        scores[j] = std::tanh(scores[j] * scale / softcap) * softcap / scale;
+    Floats top = splat(-INFINITY);
+    for (size_t j = 0; j < BLOCK; j += W) {
+      // A slot beyond `count` holds what an earlier block left there: no number, maybe.
+      const Floats own = load(hidden + j);
+      const Floats score = own == 0.0f ? load(scores + j) * scale : own;
+      store(scores + j, score);
+      top = score > top ? score : top;
+    }
+    float most = *highest;
+    for (int i = 0; i < W; i++) most = std::max(most, float(top[i]));
+    if (most == -INFINITY) {  // nothing seen yet
+      std::fill(scores, scores + BLOCK, 0.0f);
+      return 1.0f;
+    }
+    const float factor = *highest == most ? 1.0f : std::exp(*highest - most);
+    *highest = most;
+    Floats sum = {};
+    for (size_t j = 0; j < BLOCK; j += W) {
+      const Floats given = load(scores + j);
+      const Floats e = given == -INFINITY ? Floats{} : exp(given - most);
+      store(scores + j, e);
+      sum += e;
+    }
+    *total = *total * factor + sirius::sum(sum);
+    return factor;
+  }
+};
+
+}  // namespace sirius

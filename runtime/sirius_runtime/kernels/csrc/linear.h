@@ -1,0 +1,109 @@
+// Linears at few tokens: x W' + bias, the weight by outputs or by inputs, all inputs or some.
+#pragma once
+
+#include <cmath>
+
+#include "sums.h"
+
+namespace sirius {
+
+// y [N, O] of x [N, C] and a weight [O, C] with rows `stride` apart.
+template <class T>
+void linear_by_outputs(const T* x, const T* weight, size_t stride, const T* bias, T* y, size_t N,
+                       size_t C, size_t O, int threads) {
+  thread_local Scratch<X<T>> activations;
+  X<T>* own = activations.take(N * padded(C));
+  take_activations(x, C, N, C, own);
+  constexpr size_t BLOCK = 32;  // outputs a task
+  parallel((O + BLOCK - 1) / BLOCK, threads, [&](size_t task) {
+    const size_t begin = task * BLOCK, count = std::min(BLOCK, O - begin);
+    const T* rows[BLOCK];
+    for (size_t j = 0; j < count; j++) rows[j] = weight + (begin + j) * stride;
+    for (size_t n = 0; n < N; n += 16) {
+      const size_t wide = std::min<size_t>(16, N - n);
+      float sums[16 * BLOCK];
+      dots<T>(rows, count, own + n * padded(C), padded(C), wide, C, sums, BLOCK);
+      for (size_t t = 0; t < wide; t++)
+        for (size_t j = 0; j < count; j++) {
+          const float offset = bias ? to_float(bias[begin + j]) : 0.0f;
+          round_into(y + (n + t) * O + begin + j, sums[t * BLOCK + j] + offset);
+        }
+    }
+  });
+}
+
+// y [N, O] of the channels live[0 … count) of x, whose values z [N, count padded to LIVE] holds,
+// and a weight [C, O] with rows `stride` apart.
+template <class T>
+void linear_of_channels(const X<T>* z, const int32_t* live, size_t count, const T* weight,
+                        size_t stride, const T* bias, bool apart, T* y, size_t N, size_t O,
+                        int threads) {
+  thread_local Scratch<float> scratch;
+  constexpr size_t SLAB = 2048, CHUNK = 64;
+  const size_t slabs = (O + SLAB - 1) / SLAB, z_stride = (count + LIVE - 1) / LIVE * LIVE;
+  const size_t units = (count + CHUNK - 1) / CHUNK;
+  const size_t groups = std::max<size_t>(1, parts(units, threads) / slabs);
+  const size_t width = padded(O);
+  float* sums = scratch.take(groups * N * width);
+  parallel(groups * slabs, threads, [&](size_t task) {
+    const size_t group = task / slabs, begin = task % slabs * SLAB, end = std::min(O, begin + SLAB);
+    float* own = sums + group * N * width;
+    for (size_t n = 0; n < N; n++)
+      std::fill(own + n * width + begin, own + n * width + std::min(width, begin + SLAB), 0.0f);
+    for (size_t unit = units * group / groups; unit < units * (group + 1) / groups; unit++) {
+      const size_t first = unit * CHUNK, here = std::min(CHUNK, count - first);
+      const T* rows[CHUNK];
+      for (size_t j = 0; j < here; j++) rows[j] = weight + size_t(live[first + j]) * stride;
+      accumulate<T>(rows, here, z + first, z_stride, N, begin, end, own, width);
+    }
+  });
+  finish(sums, groups, N, O, bias, apart, y, threads);
+}
+
+// As `linear_by_outputs`, of a weight [C, O].
+template <class T>
+void linear_by_inputs(const T* x, const T* weight, size_t stride, const T* bias, T* y, size_t N,
+                      size_t C, size_t O, int threads) {
+  thread_local Scratch<X<T>> activations;
+  thread_local Scratch<int32_t> channels;
+  X<T>* z = activations.take(N * padded(C));
+  int32_t* all = channels.take(C);
+  const size_t z_stride = (C + LIVE - 1) / LIVE * LIVE;
+  for (size_t c = 0; c < C; c++) all[c] = int32_t(c);
+  for (size_t n = 0; n < N; n++)
+    for (size_t c = 0; c < z_stride; c++)
+      z[n * z_stride + c] = c < C ? Meet<T>::from(x[n * C + c]) : Meet<T>::from_float(0.0f);
+  linear_of_channels<T>(z, all, C, weight, stride, bias, false, y, N, O, threads);
+}
+
+// As `linear_by_inputs` of x [B, N, C], row by row and only of its channels whose mean |x| over the
+// row's tokens, times norm[c] where there is one, is above the threshold. counts [B].
+template <class T>
+void sparse_linear(const T* x, const T* weight, size_t stride, const T* bias, const float* norm,
+                   float threshold, T* y, int64_t* counts, size_t B, size_t N, size_t C, size_t O,
+                   int threads) {
+  thread_local Scratch<X<T>> activations;
+  thread_local Scratch<int32_t> channels;
+  X<T>* z = activations.take(N * padded(C));
+  int32_t* live = channels.take(C);
+  for (size_t b = 0; b < B; b++) {
+    const T* own = x + b * N * C;
+    size_t count = 0;
+    for (size_t c = 0; c < C; c++) {
+      float score = 0.0f;
+      for (size_t n = 0; n < N; n++) score += std::fabs(to_float(own[n * C + c]));
+      score /= float(N);
+      live[count] = int32_t(c);
+      count += (norm ? score * norm[c] : score) > threshold;
+    }
+    const size_t z_stride = (count + LIVE - 1) / LIVE * LIVE;
+    for (size_t n = 0; n < N; n++)
+      for (size_t j = 0; j < z_stride; j++)
+        z[n * z_stride + j] =
+            j < count ? Meet<T>::from(own[n * C + live[j]]) : Meet<T>::from_float(0.0f);
+    counts[b] = int64_t(count);
+    linear_of_channels<T>(z, live, count, weight, stride, bias, true, y + b * N * O, N, O, threads);
+  }
+}
+
+}  // namespace sirius

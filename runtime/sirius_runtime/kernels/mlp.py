@@ -1,0 +1,275 @@
+"""MLPs on the CPU: the kernels where they serve, else the references of `sirius_runtime.ops.mlp`.
+
+Choices of neurons are the references': products, activations and their means are rounded to the
+tensors' type as torch rounds them. Only where scores are equal, which torch's ``topk`` decides as
+it comes, the kernel takes the first neurons.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sirius_runtime.kernels.arguments import (
+    ACTIVATIONS,
+    BFLOAT16_MLP,
+    MOST_TOKENS,
+    TYPES,
+    address,
+    check,
+    fits,
+    is_matrix,
+    is_vector,
+)
+from sirius_runtime.kernels.native import kernels
+from sirius_runtime.ops import mlp as reference
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which neurons a kernel uses; all of them by default."""
+
+    neurons: Tensor | None = None
+    keep: int = 0
+    threshold: float | None = None
+    counts: bool = False
+    product: bool = False
+    """Whether act(gate x) · up x is returned too."""
+
+
+_ALL = _Choice()
+
+
+def _run(
+    operator: str,
+    choice: _Choice,
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+) -> tuple[Tensor, Tensor | None] | None:
+    """y [B, T, C], and counts [B] or z [B, T, I] where asked for; None where no kernel serves."""
+    dtype = x.dtype
+    kind, code = TYPES.get(dtype), ACTIVATIONS.get(act)
+    if kind is None or code is None or x.ndim != 3:
+        return None
+    B, T, C = x.shape
+    I = gate.shape[0]  # noqa: E741
+    chooses = choice.neurons is not None or choice.keep > 0 or choice.threshold is not None
+    if not chooses:  # nothing tells rows from tokens
+        B, T = 1, B * T
+    if not (
+        # What skips is worth it in bfloat16 for as many rows as there are.
+        T <= MOST_TOKENS
+        and fits(T, B, dtype, B * MOST_TOKENS if chooses else BFLOAT16_MLP)
+        and is_matrix(gate, dtype)
+        and (up is None or (is_matrix(up, dtype) and up.shape == gate.shape))
+        and is_matrix(down, dtype)
+        and gate.shape == down.shape == (I, C)
+        and is_vector(gate_bias, dtype, I)
+        and is_vector(up_bias, dtype, I)
+        and is_vector(down_bias, dtype, C)
+    ):
+        return None
+    neurons = choice.neurons
+    if neurons is not None:
+        if neurons.dtype is not torch.int64 or neurons.shape[0] != B:
+            return None
+        neurons = neurons.contiguous()
+    library = kernels()
+    if library is None:
+        return None
+    given = x.contiguous()
+    y = torch.empty_like(given)
+    extra = None
+    if choice.counts:
+        extra = given.new_empty(B, dtype=torch.int64)
+    elif choice.product:
+        extra = given.new_empty(*x.shape[:2], I)
+    threshold = choice.threshold
+    status = library.sirius_mlp(
+        kind, B, T, C, I,
+        given.data_ptr(),
+        gate.data_ptr(), gate.stride(0),
+        address(up), 0 if up is None else up.stride(0),
+        down.data_ptr(), down.stride(0),
+        address(gate_bias), address(up_bias), address(down_bias),
+        code,
+        address(neurons), 0 if neurons is None else neurons.shape[1],
+        choice.keep,
+        threshold is not None,
+        0.0 if threshold is None else _as_stored(threshold, dtype),
+        y.data_ptr(),
+        address(extra if choice.counts else None),
+        address(extra if choice.product else None),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    check(status, operator)
+    return y, extra
+
+
+@functools.cache
+def _as_stored(threshold: float, dtype: torch.dtype) -> float:
+    """`threshold` in that type, as torch takes a number that is compared with a tensor."""
+    return torch.tensor(threshold, dtype=dtype).item()
+
+
+def dense_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+) -> Tensor:
+    """As `reference.dense_mlp`."""
+    weights = gate, up, down, gate_bias, up_bias, down_bias, act
+    done = _run("dense_mlp", _ALL, x, *weights)
+    return reference.dense_mlp(x, *weights, layer) if done is None else done[0]
+
+
+def _with_product(
+    operator: str,
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+) -> tuple[Tensor, Tensor] | None:
+    """y [B, T, C] and (z / ‖z‖₂)² [B, T, I], float32."""
+    weights = gate, up, down, gate_bias, up_bias, down_bias, act
+    done = _run(operator, _Choice(product=True), x, *weights)
+    if done is None or done[1] is None:
+        return None
+    return done[0], F.normalize(done[1].float(), dim=-1).square()
+
+
+def dense_mlp_statistic(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+    valid: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.dense_mlp_statistic`."""
+    weights = gate, up, down, gate_bias, up_bias, down_bias, act
+    done = _with_product("dense_mlp_statistic", x, *weights)
+    if done is None:
+        return reference.dense_mlp_statistic(x, *weights, layer, valid)
+    return done[0], (done[1] * valid[..., None]).sum(1)
+
+
+def dense_mlp_activity(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.dense_mlp_activity`."""
+    weights = gate, up, down, gate_bias, up_bias, down_bias, act
+    done = _with_product("dense_mlp_activity", x, *weights)
+    return reference.dense_mlp_activity(x, *weights, layer) if done is None else done
+
+
+def topk_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+    keep: int,
+) -> Tensor:
+    """As `reference.topk_mlp`; of neurons with equal scores, the first."""
+    weights = gate, up, down, gate_bias, up_bias, down_bias, act
+    done = None
+    if 1 <= keep <= gate.shape[0]:
+        done = _run("topk_mlp", _Choice(keep=keep), x, *weights)
+    return reference.topk_mlp(x, *weights, layer, keep) if done is None else done[0]
+
+
+def cats_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.cats_mlp`."""
+    weights = gate, up, down, gate_bias, up_bias, down_bias, act
+    done = _run("cats_mlp", _Choice(threshold=threshold, counts=True), x, *weights)
+    if done is None or done[1] is None:
+        return reference.cats_mlp(x, *weights, layer, threshold)
+    return done[0], done[1]
+
+
+def griffin_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+    neurons: Tensor,
+) -> Tensor:
+    """As `reference.griffin_mlp`; IndexError for a neuron that is not there."""
+    weights = gate, up, down, gate_bias, up_bias, down_bias, act
+    done = _run("griffin_mlp", _Choice(neurons=neurons[layer]), x, *weights)
+    return reference.griffin_mlp(x, *weights, layer, neurons) if done is None else done[0]
+
+
+def griffin_cats_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+    neurons: Tensor,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.griffin_cats_mlp`; IndexError for a neuron that is not there."""
+    weights = gate, up, down, gate_bias, up_bias, down_bias, act
+    choice = _Choice(neurons=neurons[layer], threshold=threshold, counts=True)
+    done = _run("griffin_cats_mlp", choice, x, *weights)
+    if done is None or done[1] is None:
+        return reference.griffin_cats_mlp(x, *weights, layer, neurons, threshold)
+    return done[0], done[1]

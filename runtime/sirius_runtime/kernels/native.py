@@ -1,0 +1,114 @@
+"""The loaded library, whether it is to be used, and the one warning where there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sirius_runtime.errors import BackendError
+from sirius_runtime.kernels.build import InstructionSet, instruction_sets, library
+
+VARIABLE = "SIRIUS_KERNELS"
+"""Environment variable: ``0`` keeps the references; the name of an instruction set (``avx2``, …)
+compiles for that one; unset or empty, for the best that the CPU has."""
+
+_P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {
+    "sirius_linear": [_I, _P, _P, _N, _I, _P, _P, _N, _N, _N, _I],
+    "sirius_sparse_linear": [_I, _P, _P, _N, _P, _P, _F, _P, _P, _N, _N, _N, _N, _I],
+    "sirius_mlp": [
+        *(_I, _N, _N, _N, _N, _P, _P, _N, _P, _N, _P, _N, _P, _P, _P),
+        *(_I, _P, _N, _N, _I, _F, _P, _P, _P, _I),
+    ],
+    "sirius_attention": [_I, *[_N] * 8, *[_P] * 9, _N, _N, _F, _F, _P, _I],
+}
+
+
+class KernelWarning(RuntimeWarning):
+    """The CPU kernels can't be used, and why; the references, slower, take their place."""
+
+
+_lock = threading.Lock()
+_loaded: dict[InstructionSet | None, ctypes.CDLL | None] = {}
+_chosen: InstructionSet | None = None  # by `using`, before the environment variable
+_off = 0  # contexts of `references` entered
+
+
+def kernels() -> ctypes.CDLL | None:
+    """The library, built and loaded at the first call; None where the references are to be used."""
+    if _off:
+        return None
+    try:
+        return _loaded[_chosen]
+    except KeyError:
+        with _lock:  # threads that come at once wait for the one that builds
+            if _chosen not in _loaded:
+                _loaded[_chosen] = _load(_chosen)
+            return _loaded[_chosen]
+
+
+@contextmanager
+def references() -> Iterator[None]:
+    """Within it, operators run their plain-PyTorch references, on all threads."""
+    global _off
+    _off += 1
+    try:
+        yield
+    finally:
+        _off -= 1
+
+
+@contextmanager
+def using(isa: InstructionSet) -> Iterator[None]:
+    """Within it, kernels are those compiled for `isa`, on all threads."""
+    global _chosen
+    before, _chosen = _chosen, isa
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def _load(isa: InstructionSet | None) -> ctypes.CDLL | None:
+    wish = os.environ.get(VARIABLE, "")
+    if isa is None and wish == "0":
+        return None
+    # Here, because back ends import the operators, and these the kernels.
+    from sirius_runtime.backends.period import cache_folder
+
+    try:
+        return _bind(library(isa or _wished(wish), cache_folder()))
+    except BackendError as error:
+        warnings.warn(
+            f"the CPU kernels can't be used: {error}. The reference operators, which read what "
+            f"they skip, take their place; set {VARIABLE}=0 to choose them without this warning",
+            KernelWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _wished(wish: str) -> InstructionSet:
+    able = instruction_sets()
+    if not wish:
+        return able[0]
+    if wish not in able:
+        raise BackendError(f"{VARIABLE} must be 0 or one of {', '.join(able)} here, got {wish!r}")
+    return InstructionSet(wish)
+
+
+def _bind(path: Path) -> ctypes.CDLL:
+    try:
+        bound = ctypes.CDLL(str(path))
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(bound, name)
+            function.argtypes, function.restype = arguments, ctypes.c_int
+    except (OSError, AttributeError) as error:
+        raise BackendError(f"{path} can't be loaded ({error}); delete it") from error
+    bound.sirius_read.argtypes, bound.sirius_read.restype = [_P, _N, _I], ctypes.c_uint64
+    return bound

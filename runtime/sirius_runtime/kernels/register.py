@@ -1,0 +1,25 @@
+"""Puts the CPU kernels behind the operators, where the operators are registered."""
+
+from __future__ import annotations
+
+from sirius_runtime.kernels import attention, linear, mlp
+from sirius_runtime.ops.registry import define_cpu
+
+_KERNELS = (
+    attention.cached_attention,
+    linear.linear,
+    linear.sparse_linear,
+    mlp.dense_mlp,
+    mlp.dense_mlp_statistic,
+    mlp.dense_mlp_activity,
+    mlp.topk_mlp,
+    mlp.cats_mlp,
+    mlp.griffin_mlp,
+    mlp.griffin_cats_mlp,
+)
+
+
+def register() -> None:
+    """Called once, when `sirius_runtime.ops` has defined its operators."""
+    for kernel in _KERNELS:
+        define_cpu(kernel)

@@ -1,0 +1,121 @@
+"""The CPU kernel of cached attention: against loops, bit for bit, and where it does not serve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sirius_runtime.kernels.attention import cached_attention
+from sirius_runtime.kernels.build import InstructionSet
+from sirius_runtime.kernels.native import references, using
+from tests.support.kernels import SETS, Fallback, forbid_references, require
+from tests.support.operators import CHAIN, TREE, Block, blocks, randn, sirius
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture(params=SETS)
+def isa(request: pytest.FixtureRequest) -> Iterator[InstructionSet]:
+    require(request.param)
+    with using(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def only_kernels(isa: InstructionSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_references(monkeypatch)
+
+
+@pytest.fixture
+def best(monkeypatch: pytest.MonkeyPatch) -> None:
+    require(InstructionSet.PORTABLE)
+    forbid_references(monkeypatch)
+
+
+def near(actual: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("only_kernels")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parents", [[-1], CHAIN, TREE], ids=["token", "chain", "tree"])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (2, None), (4, 0.7)])
+def test_it_is_tree_attention(
+    dtype: torch.dtype, parents: list[int], window: int | None, softcap: float | None
+) -> None:
+    block = Block([3, 0, 11], [parents], dtype)
+    near(block.run(window, softcap), block.expected(window, softcap))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("best")
+@given(blocks(), st.none() | st.integers(1, 6))
+def test_every_tree(block: Block, window: int | None) -> None:
+    near(block.run(window), block.expected(window))
+
+
+def long_arguments(dtype: torch.dtype, tokens: int) -> list[object]:
+    """A chain after histories that fill some blocks of slots and a part of one more."""
+    B, H, G, S, D, V = 2, 6, 2, 300, 20, 36
+    length = torch.tensor([201, 128])
+    index = torch.arange(tokens)
+    at = length[:, None] + index
+    distance = (index[:, None] - index).clamp(min=-1)[None]
+    q = randn(B, H, tokens, D, seed=0, dtype=dtype)
+    k, v = randn(B, G, tokens, D, seed=1, dtype=dtype), randn(B, G, tokens, V, seed=2, dtype=dtype)
+    caches = [randn(2, B, G, S, n, seed=3, dtype=dtype) for n in (D, V)]
+    return [q, k, v, *caches, at, at, length, distance, 1, 0.2]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 70])
+def test_histories_of_several_blocks(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int | None
+) -> None:
+    args = long_arguments(dtype, 9)
+    with references():
+        expected = sirius.cached_attention(*args, window, None)
+    forbid_references(monkeypatch)
+    near(sirius.cached_attention(*args, window, None), expected)
+
+
+@pytest.mark.usefixtures("only_kernels")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_alone_and_in_a_chain_is_the_same_to_the_bit(dtype: torch.dtype) -> None:
+    q, k, v, k_cache, v_cache, at, _, length, _, *rest = long_arguments(dtype, 9)
+    together = sirius.cached_attention(*long_arguments(dtype, 9), None, None)
+    zero = torch.zeros(1, 1, 1, dtype=torch.int64)
+    for t in range(9):
+        part = (tensor[:, :, t : t + 1] for tensor in (q, k, v))
+        here = at[:, t : t + 1]
+        alone = sirius.cached_attention(
+            *part, k_cache, v_cache, here, here, length + t, zero, *rest, None, None
+        )
+        assert torch.equal(alone[:, :, 0], together[:, :, t])
+
+
+@pytest.mark.usefixtures("best")
+def test_a_slot_that_is_not_there_is_refused() -> None:
+    args = long_arguments(torch.float32, 2)
+    args[6] = torch.full((2, 2), 300)
+    with pytest.raises(IndexError, match="cached_attention"):
+        sirius.cached_attention(*args, None, None)
+
+
+@pytest.mark.usefixtures("best")
+def test_prompts_and_unknown_arguments_are_left_to_the_reference() -> None:
+    sirius.cached_attention(*long_arguments(torch.float32, 64), None, None)
+    with pytest.raises(Fallback):
+        sirius.cached_attention(*long_arguments(torch.float32, 65), None, None)
+    args = long_arguments(torch.float32, 2)
+    cached_attention(*args, None, None, None)
+    with pytest.raises(Fallback):
+        cached_attention(*args, None, None, torch.zeros(6))
