@@ -9,6 +9,7 @@ of a tensor. A rule other than "causal" or "causal within a window" is refused.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import sirius_runtime.ops  # noqa: F401  (registers sirius::attention)
+from sirius_compile.experts import Experts
+from sirius_compile.rope import place_tokens_alone
 from sirius_passes.program import DENSE, OUTPUTS, Program, Stage, calls
 from sirius_runtime.dtypes import dtype_name
 from sirius_runtime.errors import UnsupportedModelError
@@ -66,13 +70,18 @@ def capture(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Cap
     Raises UnsupportedModelError, naming the module or the reason, for a model that can't be
     captured.
     """
-    AttentionInterface.register(_NAME, _attention)
-    masks = _MaskRecorder()
+    experts, masks = Experts(), _MaskRecorder()
+    AttentionInterface.register(_NAME, _Attention(experts))
     AttentionMaskInterface.register(_NAME, masks)
+    ALL_EXPERTS_FUNCTIONS.register(_NAME, experts)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _refusing(config.model_type), fake, torch.no_grad():
-        model = _build(config, trust_remote_code)
-        exported = _export(model)
+    with _refusing(config.model_type), torch.no_grad():
+        with fake:
+            model = _build(config, trust_remote_code)
+        experts.look_at(model)
+        place_tokens_alone(model, config)
+        with fake:
+            exported = _export(model)
     masks.check()
     aliases = _aliases(model)
     program = _program(exported, model, aliases)
@@ -97,8 +106,11 @@ def _refusing(model_type: str) -> Iterator[None]:
 
 
 def _build(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
+    config = copy.deepcopy(config)  # which the dtype and the functions' names are written into
+    config._experts_implementation = _NAME
+    config.use_cache = False
     model: nn.Module = AutoModelForCausalLM.from_config(
-        copy.deepcopy(config),  # which it writes the dtype and the attention's name into
+        config,
         dtype=CAPTURE_DTYPE,
         attn_implementation=_NAME,
         trust_remote_code=trust_remote_code,
@@ -107,6 +119,12 @@ def _build(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
 
 
 def _export(model: nn.Module) -> ExportedProgram:
+    takes = inspect.signature(model.forward).parameters
+    if "position_ids" not in takes:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes no position_ids: its tokens are placed by their order "
+            "in a call (ALiBi, a recurrent state), which drafts and ragged rows do not keep"
+        )
     rows, tokens = Dim("B", min=1, max=1 << 16), Dim("T", min=1, max=_MAX_TOKENS)
     example = torch.zeros(2, 8, dtype=torch.int64)
     inputs: dict[str, Any] = {
@@ -116,44 +134,53 @@ def _export(model: nn.Module) -> ExportedProgram:
         "attention_mask": torch.ones_like(example),
     }
     dynamic: dict[str, Any] = {name: {0: rows, 1: tokens} for name in inputs}
-    return torch.export.export(
-        model,
-        (),
-        {**inputs, "use_cache": False},
-        dynamic_shapes={**dynamic, "use_cache": None},
-        strict=False,
-    )
+    if "use_cache" in takes:
+        inputs["use_cache"], dynamic["use_cache"] = False, None
+    return torch.export.export(model, (), inputs, dynamic_shapes=dynamic, strict=False)
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: MaskRule | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: emits one `sirius::attention` a layer."""
-    where = type(module).__name__
-    if kwargs.get("s_aux") is not None:
-        raise UnsupportedModelError(f"{where}: attention sinks are not supported")
-    if getattr(module, "is_causal", True) is False:
-        raise UnsupportedModelError(f"{where}: attention that is not causal is not supported")
-    layer = getattr(module, "layer_idx", None)
-    if layer is None:
-        raise UnsupportedModelError(f"{where} has no layer_idx: its cache could not be told apart")
-    rule = attention_mask if isinstance(attention_mask, MaskRule) else MaskRule(sliding_window)
-    if sliding_window not in (None, rule.window):
-        raise UnsupportedModelError(
-            f"{where} of layer {layer}: a window of {sliding_window} is asked for, "
-            f"but its mask has {rule.window}"
+class _Attention:
+    """transformers' attention function: emits one `sirius::attention` a layer, and tells the
+    experts function which layer it is in.
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        self._experts = experts
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: MaskRule | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Emits the operator. `s_aux`: sinks."""
+        where = type(module).__name__
+        if getattr(module, "is_causal", True) is False:
+            raise UnsupportedModelError(f"{where}: attention that is not causal is not supported")
+        layer = getattr(module, "layer_idx", None)
+        if layer is None:
+            raise UnsupportedModelError(
+                f"{where} has no layer_idx: its cache could not be told apart"
+            )
+        self._experts.layer = layer
+        rule = attention_mask if isinstance(attention_mask, MaskRule) else MaskRule(sliding_window)
+        if sliding_window not in (None, rule.window):
+            raise UnsupportedModelError(
+                f"{where} of layer {layer}: a window of {sliding_window} is asked for, "
+                f"but its mask has {rule.window}"
+            )
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        output = torch.ops.sirius.attention(
+            query, key, value, layer, scale, rule.window, softcap, s_aux
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    output = torch.ops.sirius.attention(query, key, value, layer, scale, rule.window, softcap)
-    return output.transpose(1, 2), None
+        return output.transpose(1, 2).contiguous(), None  # some models take a view of it
 
 
 class _MaskRecorder:

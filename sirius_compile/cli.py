@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from sirius_runtime.errors import SiriusError, UserError
-from sirius_runtime.spec import DType, Method
+from sirius_runtime.spec import DType, Method, Score
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -30,7 +30,16 @@ def sirius_compile(
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="The artifact to write.")],
     sparsity: Annotated[Method, typer.Option(help="The sparse path.")] = Method.CATS,
-    keep: Annotated[float, typer.Option(help="Share of neurons kept, in (0, 1].")] = 0.5,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of neurons or channels kept, in (0, 1]; 0.5.")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of the weights a sparse step reads, for --keep.")
+    ] = None,
+    dense_layers: Annotated[
+        str, typer.Option(help="Layers that skip nothing: 0,31, or auto:N for the N costliest.")
+    ] = "",
+    score: Annotated[Score, typer.Option(help="teal: what thresholds compare.")] = Score.MAGNITUDE,
     period: Annotated[int, typer.Option(help="Tokens per verification.")] = 16,
     tree_width: Annotated[int, typer.Option(help="Paths drafted side by side.")] = 1,
     threshold: Annotated[float, typer.Option(help="Probability a drafted token needs.")] = 0.1,
@@ -71,6 +80,9 @@ def sirius_compile(
     config = CompileConfig(
         sparsity=sparsity,
         keep=keep,
+        density=density,
+        dense_layers=dense_layers,
+        score=score,
         period=period,
         tree_width=tree_width,
         threshold=threshold,

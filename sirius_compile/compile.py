@@ -16,24 +16,25 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from sirius_compile.calibration import (
-    BUILTIN_PROMPTS,
-    Calibration,
-    ObservingBackend,
-    calibrate,
-    encode_texts,
-    on_policy,
-    read_prompts,
-    read_texts,
-)
 from sirius_compile.capture import Capture, capture
 from sirius_compile.checkpoint import WeightSource, checkpoint_dtype, open_weights
 from sirius_compile.config import BUILTIN, CompileConfig
 from sirius_compile.models import ModelSource, load_config, resolve_model
 from sirius_compile.pipeline import back, front
+from sirius_compile.rope import longest_sequence
+from sirius_compile.sparse_path import Chooser, SparsePath
+from sirius_compile.texts import (
+    BUILTIN_PROMPTS,
+    Sample,
+    on_policy,
+    read_prompts,
+    read_texts,
+    windows,
+)
 from sirius_compile.tokenizer import tokenizer_files
 from sirius_passes.manager import run_passes
-from sirius_passes.program import PREFILL, Program
+from sirius_passes.mixtures import check_method
+from sirius_passes.program import Program
 from sirius_passes.sparsify import parameters
 from sirius_runtime.artifact_writer import ArtifactWriter
 from sirius_runtime.dtypes import dtype_name, dtype_of
@@ -50,6 +51,7 @@ from sirius_runtime.spec import (
     PassRecord,
     PeriodSpec,
     ProgramSpec,
+    Score,
     ToolVersions,
     WeightSpec,
 )
@@ -61,11 +63,14 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled program in memory: its spec and graphs, and where its weights come from."""
+    """A compiled program in memory: its spec and graphs, and where its weights come from.
+
+    `sparse`: what its sparse path was found to keep; None while it is dense.
+    """
 
     spec: ProgramSpec
     program: Program
-    calibration: Calibration | None
+    sparse: SparsePath | None
     generation_config: Mapping[str, JSON]
     tokenizer_files: Mapping[str, bytes]
     _weights: Callable[[WeightSpec], Tensor]
@@ -106,16 +111,6 @@ class Compiled:
             context=context,
         )
         return SiriusModel(runner, self._tokenizer())
-
-    def observing(self, device: str | torch.device) -> ObservingBackend:
-        """The prefill alone, for calibration."""
-        return ObservingBackend(
-            self.spec,
-            {PREFILL: to_document(self.program.graphs[PREFILL])},
-            {spec.name: self._weights(spec) for spec in self.spec.weights},
-            dtype=dtype_of(self.spec.model.dtype),
-            device=find_device(device),
-        )
 
     def _documents(self) -> dict[str, JSON]:
         return {name: to_document(module) for name, module in self.program.graphs.items()}
@@ -236,6 +231,7 @@ class _Compilation:
         check_tree(config.period, config.tree_width, source.config.vocab_size, flag="--")
         with self._stage("capture"):
             captured = capture(source.config, trust_remote_code=source.trust_remote_code)
+        check_method(captured.program, self._method)
         with self._stage("open weights"):
             weights = source.open_weights(captured)
         program = captured.program
@@ -249,32 +245,44 @@ class _Compilation:
             )
             program.update_weight(name, dtype=str(stored))
 
-        def compiled(calibration: Calibration | None) -> Compiled:
+        def spec_of(program: Program) -> ProgramSpec:
+            return self._spec(source, program, dtype, max_seq_len)
+
+        def stored_form(spec: WeightSpec) -> Tensor:
+            return _materialise(spec, captured, weights)
+
+        def compiled(sparse: SparsePath | None) -> Compiled:
             return Compiled(
-                spec=self._spec(source, program, dtype, max_seq_len),
+                spec=spec_of(program),
                 program=program,
-                calibration=calibration,
+                sparse=sparse,
                 generation_config=source.generation.to_diff_dict(),
                 tokenizer_files=source.tokenizer_files,
-                _weights=lambda spec: _materialise(spec, captured, weights),
+                _weights=stored_form,
             )
 
         self._passes(program, front(self._method))
-        calibration = None
-        if self._method is Method.CATS:
-            with self._stage("calibrate"):
-                calibration = self._calibrate(compiled(None), source)
-        thresholds = calibration.thresholds if calibration else ()
-        last = back(
-            self._method,
-            config.keep,
-            thresholds,
-            period=config.period,
-            tree_width=config.tree_width,
-            max_seq_len=max_seq_len,
+        chooser = Chooser(
+            config,
+            program,
+            spec_of=spec_of,
+            weights=stored_form,
+            samples=lambda: self._samples(compiled(None), source),
+            dtype=dtype_of(dtype),
+            device=find_device(config.device),
         )
-        self._passes(program, last)
-        return compiled(calibration)
+        with self._stage("calibrate" if self._method.has_thresholds else "choose what to keep"):
+            sparse = chooser.choose()
+        self._passes(program, sparse.passes(self._method, Score(config.score)))
+        self._passes(
+            program,
+            back(
+                period=config.period,
+                tree_width=config.tree_width,
+                max_seq_len=max_seq_len,
+            ),
+        )
+        return compiled(sparse)
 
     def _passes(self, program: Program, passes: list[Any]) -> None:
         self._records += run_passes(
@@ -285,20 +293,18 @@ class _Compilation:
             progress=lambda record: self._progress(f"pass {record.name}", record.seconds),
         )
 
-    def _calibrate(self, compiled: Compiled, source: _Source) -> Calibration:
+    def _samples(self, compiled: Compiled, source: _Source) -> list[Sample]:
+        """The text to calibrate on; `compiled` is dense yet."""
         tokenizer = compiled._tokenizer()
         if tokenizer is None:
             raise CalibrationError(
                 f"{source.name} has no tokenizer to read calibration text with; add tokenizer.json "
                 "to the model's directory, or use --sparsity topk or griffin"
             )
-        backend = compiled.observing(self._config.device)
         if self._config.calibration == BUILTIN:
             plain = compiled.to_runtime(device=self._config.device)
-            sequences = on_policy(read_prompts(source.prompts), plain)
-        else:
-            sequences = encode_texts(read_texts(Path(self._config.calibration)), tokenizer)
-        return calibrate(backend, sequences, self._config.keep)
+            return on_policy(read_prompts(source.prompts), plain)
+        return windows(read_texts(Path(self._config.calibration)), tokenizer)
 
     def _spec(
         self, source: _Source, program: Program, dtype: DType, max_seq_len: int
@@ -345,18 +351,20 @@ class _Compilation:
 
 
 def _max_seq_len(config: PretrainedConfig, wanted: int | None) -> int:
-    limit = getattr(config, "max_position_embeddings", None) or wanted or 2048
+    limit = longest_sequence(config) or wanted or 2048
     if wanted is not None and wanted > limit:
         raise ConfigError(
-            f"--max-seq-len must be in 2..{limit} (the model's max_position_embeddings), "
-            f"got {wanted}"
+            f"--max-seq-len must be in 2..{limit} (what the model's positions allow), got {wanted}"
         )
     return int(wanted or limit)
 
 
 def _materialise(spec: WeightSpec, captured: Capture, weights: WeightSource) -> Tensor:
     """The stored form of a weight: in the program's dtype and layout."""
+    if spec.norm is not None:
+        norm, whole = spec.norm, weights.get(spec.norm.of).float()
+        return whole.narrow(norm.dim, norm.start, norm.end - norm.start).norm(dim=norm.dim)
     constant = captured.constants.get(spec.name)
     tensor = weights.get(spec.name) if constant is None else constant
     tensor = tensor.to(dtype_of(spec.dtype))
-    return (tensor.t() if spec.transposed else tensor).contiguous()
+    return (tensor.mT if spec.transposed else tensor).contiguous()

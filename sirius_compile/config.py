@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -9,28 +10,73 @@ from typing import TypeVar
 
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.request import check_ranges, check_tree
-from sirius_runtime.spec import DType, Method
+from sirius_runtime.spec import DType, Method, Score
 
 BUILTIN = "builtin"
+DEFAULT_KEEP = 0.5
 _E = TypeVar("_E", bound=StrEnum)
+
+
+@dataclass(frozen=True)
+class DenseLayers:
+    """Layers that skip nothing: `fixed` by number, or the `auto` that it costs most."""
+
+    fixed: tuple[int, ...] = ()
+    auto: int = 0
+
+    @classmethod
+    def read(cls, value: DenseLayers | str | Sequence[int]) -> DenseLayers:
+        """From ``0,31``, ``auto:2``, or numbers; raises ConfigError."""
+        if isinstance(value, DenseLayers):
+            return value
+        if not isinstance(value, str):
+            return cls(tuple(value))
+        kind, _, count = value.partition(":")
+        try:
+            if kind.strip() == "auto":
+                return cls(auto=int(count))
+            return cls(tuple(int(part) for part in value.split(",") if part.strip()))
+        except ValueError:
+            raise ConfigError(
+                f"--dense-layers takes layer numbers (0,31) or auto:N, got {value!r}"
+            ) from None
+
+    def check(self, layers: int) -> None:
+        """Raises ConfigError where a model of so many layers has not these, or none but these."""
+        if unknown := [layer for layer in self.fixed if not 0 <= layer < layers]:
+            raise ConfigError(
+                f"--dense-layers: the model has layers 0..{layers - 1}, got {unknown[0]}"
+            )
+        if not 0 <= max(self.auto, len(set(self.fixed))) < layers or self.auto < 0:
+            raise ConfigError(
+                f"--dense-layers must leave some of the {layers} layers sparse; use --sparsity "
+                "none for a dense model"
+            )
 
 
 @dataclass(frozen=True)
 class CompileConfig:
     """Options of `compile_model`; the command line's flags under the same names.
 
-    sparsity, keep: the sparse path and the share of neurons that it keeps. period, tree_width: of
-    a draft, the static shapes of the graph `period`. They, threshold, verify_temperature,
-    confidence and refresh are defaults that the artifact carries, which a run can change.
-    max_seq_len: the longest sequence served, by default the model's own. dtype: of the stored
-    weights, by default the checkpoint's. device: where calibration runs. calibration: a text or
-    JSONL file, or ``builtin``.
+    sparsity, keep: the sparse path and the share of neurons or channels that it keeps (0.5).
+    density: in place of `keep`, the share of the weights that a sparse step should read; the
+    kept share that reaches it is found. dense_layers: layers that skip nothing: their numbers,
+    or ``auto:N`` for the N whose sparsity costs most agreement with the full path. score: of
+    `teal`, what thresholds compare (see `Score`). period, tree_width: of a draft, the static
+    shapes of the graph `period`. They, threshold, verify_temperature, confidence and refresh
+    are defaults that the artifact carries, which a run can change. max_seq_len: the longest
+    sequence served, by default the model's own. dtype: of the stored weights, by default the
+    checkpoint's. device: where calibration runs. calibration: a text or JSONL file, or
+    ``builtin``.
 
     Raises ConfigError for a value out of its range, with the range.
     """
 
     sparsity: Method | str = Method.CATS
-    keep: float = 0.5
+    keep: float | None = None
+    density: float | None = None
+    dense_layers: DenseLayers | str | Sequence[int] = ()
+    score: Score | str = Score.MAGNITUDE
     period: int = 16
     tree_width: int = 1
     threshold: float = 0.1
@@ -50,8 +96,18 @@ class CompileConfig:
         object.__setattr__(self, "sparsity", _member(Method, self.sparsity, "--sparsity"))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", _member(DType, self.dtype, "--dtype"))
-        if not 0.0 < self.keep <= 1.0:
-            raise ConfigError(f"--keep must be in (0, 1], got {self.keep}")
+        object.__setattr__(self, "score", _member(Score, self.score, "--score"))
+        object.__setattr__(self, "dense_layers", DenseLayers.read(self.dense_layers))
+        if self.keep is not None and self.density is not None:
+            raise ConfigError("--keep and --density say the same thing twice: give one of them")
+        for value, flag in ((self.keep, "--keep"), (self.density, "--density")):
+            if value is not None and not 0.0 < value <= 1.0:
+                raise ConfigError(f"{flag} must be in (0, 1], got {value}")
+        if self.score is not Score.MAGNITUDE and Method.TEAL not in self.sparsity:
+            raise ConfigError(
+                f"--score is of teal's thresholds; --sparsity {self.sparsity} has none. Leave it "
+                f"out, or use --sparsity {Method.TEAL} or {Method.GRIFFIN_TEAL}"
+            )
         check_tree(self.period, self.tree_width, max(self.tree_width, 1), flag="--")
         check_ranges(self.confidence, self.refresh, flag="--")
         if self.refresh and not Method(self.sparsity).per_prompt:

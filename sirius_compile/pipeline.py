@@ -1,8 +1,9 @@
-"""The order of the passes, as two literal lists: calibration stands between them."""
+"""The order of the passes, as literal lists: calibration stands between them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from sirius_passes.build_period import BuildPeriod
 from sirius_passes.canonicalize import Canonicalize
@@ -11,10 +12,22 @@ from sirius_passes.lay_out_weights import LayOutWeights
 from sirius_passes.manager import Pass
 from sirius_passes.pair_paths import PairPaths
 from sirius_passes.recognise_mlps import RecogniseMlps
+from sirius_passes.sparsify import Threshold
 from sirius_passes.sparsify_cats import SparsifyCats
+from sirius_passes.sparsify_experts import SparsifyExperts
 from sirius_passes.sparsify_griffin import SparsifyGriffin
+from sirius_passes.sparsify_griffin_cats import SparsifyGriffinCats
+from sirius_passes.sparsify_teal import SparsifyTeal
 from sirius_passes.sparsify_topk import SparsifyTopk
-from sirius_runtime.spec import Method
+from sirius_runtime.spec import Method, Score
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What calibration chose: thresholds of the MLPs and of the linears, in the graph's order."""
+
+    neurons: tuple[Threshold, ...] = ()
+    channels: tuple[Threshold, ...] = ()
 
 
 def front(method: Method) -> list[Pass]:
@@ -22,8 +35,8 @@ def front(method: Method) -> list[Pass]:
     return [
         # one spelling for what models say in many
         Canonicalize(),
-        # neurons instead of matrices; a model that stays dense may have any MLP
-        *([] if method is Method.NONE else [RecogniseMlps()]),
+        # neurons instead of matrices, where the method chooses neurons
+        *([] if method in (Method.NONE, Method.TEAL) else [RecogniseMlps()]),
         # one graph for prefill, chain and tree
         InsertKvCache(),
         # prefill, full and sparse over one weight table
@@ -31,25 +44,44 @@ def front(method: Method) -> list[Pass]:
     ]
 
 
-def back(
+def sparsify(
     method: Method,
     keep: float,
-    thresholds: Sequence[float],
-    *,
-    period: int,
-    tree_width: int,
-    max_seq_len: int,
+    thresholds: Thresholds | None,
+    dense_layers: Collection[int] = (),
+    score: Score = Score.MAGNITUDE,
 ) -> list[Pass]:
-    """From the paired paths to the program that is packaged. `thresholds` [layers]: cats only."""
-    sparsify: dict[Method, list[Pass]] = {
-        Method.CATS: [SparsifyCats(keep, thresholds)],
-        Method.TOPK: [SparsifyTopk(keep)],
-        Method.GRIFFIN: [SparsifyGriffin(keep)],
-        Method.NONE: [],
-    }
+    """What makes the sparse path sparse. thresholds: None to keep whatever a threshold would
+    decide, which is what calibration runs.
+    """
+    dense = frozenset(dense_layers)
+    neurons = None if thresholds is None else thresholds.neurons
+    channels = None if thresholds is None else thresholds.channels
+    match method:
+        case Method.CATS:
+            return [SparsifyCats(keep, neurons, dense)]
+        case Method.TOPK:
+            return [SparsifyTopk(keep, dense)]
+        case Method.GRIFFIN:
+            return [SparsifyGriffin(keep, dense)]
+        case Method.TEAL:
+            return [SparsifyTeal(keep, channels, dense, score=score)]
+        case Method.GRIFFIN_TEAL:
+            return [
+                # the prompt's neurons, and of them a token's
+                SparsifyGriffinCats(keep, neurons, dense),
+                # what is left: the linears of attention
+                SparsifyTeal(keep, channels, dense, score=score, method=method),
+            ]
+        case Method.EXPERTS:
+            return [SparsifyExperts(keep, dense)]
+        case Method.NONE:
+            return []
+
+
+def back(*, period: int, tree_width: int, max_seq_len: int) -> list[Pass]:
+    """From the sparse and full paths to the program that is packaged."""
     return [
-        # the sparse path skips neurons
-        *sparsify[method],
         # one stored copy of each weight, as the kernels stream it
         LayOutWeights(),
         # draft, verify, accept and roll back as one graph

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from rich.table import Table
 
+from sirius_compile.calibration import Calibration
 from sirius_compile.compile import Compiled
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.spec import JSON, to_json
@@ -24,13 +27,15 @@ class Summary:
 
     def to_json(self) -> JSON:
         """The summary as plain values (`--json`)."""
-        spec, calibration = self.compiled.spec, self.compiled.calibration
+        spec, sparse = self.compiled.spec, self.compiled.sparse
+        calibration = sparse and sparse.calibration
         return {
             "artifact": str(self.artifact),
             "model": to_json(spec.model),
             "sparsity": to_json(spec.sparsity),
             "period": to_json(spec.period),
             "calibration": None if calibration is None else to_json(calibration),
+            "ranking": to_json(sparse.ranking if sparse else ()),
             "passes": to_json(spec.passes),
             "artifact_bytes": self.artifact_bytes,
             "dense_bytes": self.dense_bytes,
@@ -39,23 +44,24 @@ class Summary:
 
     def table(self) -> Table:
         """The summary for a reader."""
-        spec, calibration = self.compiled.spec, self.compiled.calibration
+        spec, sparse = self.compiled.spec, self.compiled.sparse
         model, sparsity = spec.model, spec.sparsity
         table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold")
         table.add_column()
         table.add_row("model", f"{model.source} ({model.model_type}), {model.dtype}")
         table.add_row("parameters", f"{model.parameters:,}")
-        sparse = len({site.layer for site in sparsity.sites})
-        table.add_row("sparse layers", f"{sparse} of {spec.state.layers}")
-        table.add_row("sparse path", f"{sparsity.method}, {sparsity.keep:.0%} of the neurons kept")
+        layers = len({site.layer for site in sparsity.sites})
+        table.add_row("sparse layers", f"{layers} of {spec.state.layers}")
+        kept = f"{sparsity.method}, {sparsity.keep:.1%} of the neurons or channels kept"
+        table.add_row("sparse path", kept)
         table.add_row("density", f"{sparsity.density:.3f} of the weights read by a sparse step")
-        if calibration is not None:
-            table.add_row(
-                "calibration",
-                f"{calibration.tokens:,} tokens; kept {min(calibration.reached):.1%} to "
-                f"{max(calibration.reached):.1%} of the neurons on them",
-            )
+        if sparse is not None and sparse.ranking:
+            costs = ", ".join(f"{r.layer} ({1.0 - r.agreement:.2%})" for r in sparse.ranking)
+            table.add_row("costliest", f"agreement lost where one layer is sparse: {costs}")
+        if sparse is not None and sparse.calibration is not None:
+            for row in _calibration_rows(sparse.calibration):
+                table.add_row(*row)
         ratio = self.artifact_bytes / self.dense_bytes
         table.add_row(
             "artifact",
@@ -65,6 +71,22 @@ class Summary:
         table.add_row("passes", passes)
         table.add_row("time", f"{self.seconds:.1f} s")
         return table
+
+
+def _calibration_rows(calibration: Calibration) -> Iterator[tuple[str, str]]:
+    """What was read, and of each layer what its thresholds were to keep and keep, as a mean over
+    its sites.
+    """
+    yield (
+        "calibration",
+        f"{calibration.tokens:,} tokens; kept of {calibration.held_out:,} held out "
+        "(asked for in brackets)",
+    )
+    for layer in sorted({site.layer for site in calibration.sites}):
+        sites = [site for site in calibration.sites if site.layer == layer]
+        reached = fmean(site.reached for site in sites)
+        target = fmean(site.target for site in sites)
+        yield "", f"layer {layer}: {reached:.1%} ({target:.1%})"
 
 
 def summarise(compiled: Compiled, artifact: Path, seconds: float) -> Summary:

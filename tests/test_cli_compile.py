@@ -43,7 +43,13 @@ def test_compiles_runs_and_reports(cli: Cli, tmp_path: Path) -> None:
 def test_summary_for_a_reader(cli: Cli, tmp_path: Path) -> None:
     done = cli.compile("tally-3m", *FAST, "--out", tmp_path / "m.sirius")
     assert done.code == 0, done.err
-    for word in ("parameters", "5 of 5 layers", "density", "x the dense weights", "sparsify_topk"):
+    for word in (
+        "parameters",
+        "sparse layers  5 of 5",
+        "density",
+        "x the dense weights",
+        "sparsify_topk",
+    ):
         assert word in done.out
 
 
@@ -61,6 +67,15 @@ def test_a_directory_compiles_like_the_shipped_name(cli: Cli, tmp_path: Path) ->
     [
         (("--keep", "0"), "--keep must be in (0, 1], got 0.0"),
         (("--keep", "1.5"), "--keep must be in (0, 1], got 1.5"),
+        (("--density", "0"), "--density must be in (0, 1], got 0.0"),
+        (("--density", "0.6", "--keep", "0.5"), "--keep and --density say the same thing twice"),
+        (("--density", "0.1"), "--density 0.1 can't be reached by --sparsity topk: with 1% kept"),
+        (("--dense-layers", "0,5"), "--dense-layers: the model has layers 0..4, got 5"),
+        (("--dense-layers", "first"), "takes layer numbers (0,31) or auto:N, got 'first'"),
+        (("--dense-layers", "auto:"), "takes layer numbers (0,31) or auto:N, got 'auto:'"),
+        (("--dense-layers", "auto:5"), "--dense-layers must leave some of the 5 layers sparse"),
+        (("--dense-layers", "0,1,2,3,4"), "must leave some of the 5 layers sparse; use --sparsity"),
+        (("--score", "weight-norm"), "--score is of teal's thresholds; --sparsity topk has none"),
         (("--period", "0"), "--period must be in 1..512, got 0"),
         (("--tree-width", "0"), "--tree-width must be"),
         (("--tree-width", "999", "--period", "2"), "(the vocabulary), got 999"),
@@ -88,6 +103,27 @@ def test_values_out_of_range(
     assert done.code == 2
     assert message in done.err.replace("\n", " ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_density_is_reached_and_dense_layers_are_told(cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "m.sirius"
+    flags = ("--sparsity", "teal", "--score", "weight-norm", "--density", "0.6")
+    done = cli.compile("tally-3m", *flags, "--dense-layers", "auto:1", "--out", out, "--json")
+    assert done.code == 0, done.err
+    summary = json.loads(done.out)
+    sparsity, ranking = summary["sparsity"], summary["ranking"]
+    assert abs(sparsity["density"] - 0.6) < 1e-3
+    assert [entry["layer"] for entry in ranking[:1]] == sparsity["dense_layers"]
+    assert len(sparsity["sites"]) == 4 * 7
+    for site in summary["calibration"]["sites"]:
+        assert abs(site["reached"] - site["target"]) < 0.05
+    shown = cli.run("inspect", out)
+    assert f"dense      layers {sparsity['dense_layers'][0]}" in shown.out
+    assert "self_attn.q_proj.weight" in shown.out
+    model = sirius_runtime.load(out)
+    output = model.generate("Q: Zoe has 25 nuts. How many nuts does Zoe have?\nA:")
+    assert output.texts[0].strip().startswith("Zoe=25")
+    assert abs(output.stats.density - 0.6) < 0.05  # measured
 
 
 def test_unknown_sparsity_is_refused_with_the_choices(cli: Cli, tmp_path: Path) -> None:

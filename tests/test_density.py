@@ -6,8 +6,11 @@ import pytest
 from transformers import LlamaConfig
 
 from sirius_compile.capture import capture
-from sirius_compile.pipeline import back, front
+from sirius_compile.pipeline import front, sparsify
+from sirius_compile.sparse_path import keep_for_density
 from sirius_passes.manager import run_passes
+from sirius_passes.program import Program, copy_program
+from sirius_runtime.errors import ConfigError
 from sirius_runtime.spec import Method
 
 LLAMA_3_8B = LlamaConfig(
@@ -21,12 +24,79 @@ LLAMA_3_8B = LlamaConfig(
 )
 
 
-@pytest.mark.parametrize(("method", "density"), [(Method.GRIFFIN, 0.649), (Method.TOPK, 0.766)])
-def test_llama_3_8b_at_half_the_neurons(method: Method, density: float) -> None:
-    """arXiv 2409.03856: .65 and .76; captured without storage, so any machine can."""
-    program = capture(LLAMA_3_8B).program
-    # The last pass adds the period, which reads what its entries read, and takes long to trace.
-    *passes, _ = back(method, 0.5, (), period=16, tree_width=1, max_seq_len=8192)
-    run_passes(program, front(method) + passes)
-    assert program.sparsity.density == pytest.approx(density, abs=5e-4)
-    assert sum(len(w.shape) == 2 for w in program.weights.values()) == 32 * 7 + 2
+@pytest.fixture(scope="module")
+def captured() -> Program:
+    return capture(LLAMA_3_8B).program
+
+
+@pytest.fixture(scope="module")
+def neurons(captured: Program) -> Program:
+    """Paired, its MLPs raised to operators."""
+    program = copy_program(captured)
+    run_passes(program, front(Method.TOPK))
+    return program
+
+
+def density(program: Program, method: Method, keep: float) -> float:
+    copy = copy_program(program)
+    run_passes(copy, sparsify(method, keep, None))
+    return copy.sparsity.density
+
+
+# arXiv 2409.03856, table 5: GSM8K keeps half of the neurons, CSQA two fifths.
+@pytest.mark.parametrize(
+    ("method", "keep", "wanted", "paper"),
+    [
+        (Method.GRIFFIN, 0.5, 0.649, 0.65),
+        (Method.TOPK, 0.5, 0.766, 0.76),
+        (Method.CATS, 0.5, 0.766, 0.76),
+        (Method.GRIFFIN, 0.4, 0.579, 0.58),
+        (Method.TOPK, 0.4, 0.719, 0.72),
+        (Method.GRIFFIN_TEAL, 0.5, 0.448, None),
+    ],
+)
+def test_llama_3_8b(
+    neurons: Program, method: Method, keep: float, wanted: float, paper: float | None
+) -> None:
+    found = density(neurons, method, keep)
+    assert found == pytest.approx(wanted, abs=5e-4)
+    assert paper is None or abs(found - paper) < 0.01
+
+
+def test_teal_reads_its_share_of_every_projection(captured: Program) -> None:
+    program = copy_program(captured)
+    run_passes(program, front(Method.TEAL))
+    embeddings = 2 * 128256 * 4096
+    layers = 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)
+    norms = (2 * 32 + 1) * 4096
+    total = embeddings + layers + norms
+    for keep in (0.5, 0.35):
+        expected = (embeddings + norms + keep * layers) / total
+        assert density(program, Method.TEAL, keep) == pytest.approx(expected, rel=1e-9)
+    copy = copy_program(program)
+    run_passes(copy, sparsify(Method.TEAL, 0.5, None))
+    assert len(copy.sparsity.sites) == 32 * 7
+    assert [site.layer for site in copy.sparsity.sites] == [i // 7 for i in range(32 * 7)]
+
+
+@pytest.mark.parametrize("wanted", [0.6, 0.45])
+def test_the_share_that_reaches_a_density_is_found(neurons: Program, wanted: float) -> None:
+    method = Method.GRIFFIN_TEAL if wanted < 0.5 else Method.GRIFFIN
+    keep = keep_for_density(wanted, lambda share: density(neurons, method, share), method)
+    assert density(neurons, method, keep) == pytest.approx(wanted, abs=5e-4)
+
+
+def test_a_density_out_of_reach_is_refused(neurons: Program) -> None:
+    with pytest.raises(ConfigError, match=r"topk: with 1% kept it still reads 0.53\d of the"):
+        keep_for_density(0.4, lambda k: density(neurons, Method.TOPK, k), Method.TOPK)
+
+
+def test_dense_layers_read_everything(neurons: Program) -> None:
+    copy = copy_program(neurons)
+    run_passes(copy, sparsify(Method.TOPK, 0.5, None, dense_layers=(0, 31)))
+    spec = copy.sparsity
+    assert spec.dense_layers == (0, 31)
+    assert [site.layer for site in spec.sites] == list(range(1, 31))
+    assert 1 - spec.density == pytest.approx(
+        (1 - density(neurons, Method.TOPK, 0.5)) * 30 / 32, rel=1e-6
+    )

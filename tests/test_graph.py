@@ -47,13 +47,14 @@ def llama() -> Program:
     from transformers import LlamaConfig
 
     from sirius_compile.capture import capture
-    from sirius_compile.pipeline import back, front
+    from sirius_compile.pipeline import back, front, sparsify
 
     sizes = {"hidden_size": 8, "intermediate_size": 12, "vocab_size": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     program = capture(LlamaConfig(**sizes, **heads)).program
+    method = Method.GRIFFIN
     tree = {"period": SIZE, "tree_width": 1, "max_seq_len": 64}
-    run_passes(program, [*front(Method.GRIFFIN), *back(Method.GRIFFIN, 0.5, (), **tree)])
+    run_passes(program, [*front(method), *sparsify(method, 0.5, None), *back(**tree)])
     return program
 
 

@@ -112,7 +112,7 @@ def test_all_neurons_advance_by_the_period_in_trees(
 def assert_one_copy(model: SiriusModel) -> None:
     """All entries read the same storage; no two weights overlap, and none is there twice."""
     entries = {"full", "sparse", "prefill"}
-    if model.program.sparsity.method == "griffin":
+    if model.program.sparsity.method.per_prompt:
         entries.add("observe")
     assert set(model.backend._entries) == entries  # type: ignore[attr-defined]
     bound = {name: bound_weights(model, name) for name in entries}

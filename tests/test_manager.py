@@ -364,7 +364,11 @@ FINDINGS = [
     Finding(PAIRED, drop_sparse, r"graphs are \['full', 'prefill'\], expected"),
     Finding(PAIRED, keep_dense, r"graphs are \['dense', 'full', 'prefill', 'sparse'\], expected"),
     Finding(PAIRED, read_another_weight, r"reads weights that the full path does not: \['own_he"),
-    Finding(LAID_OUT, read_transposed, "weight head.weight is read transposed; it should be stor"),
+    Finding(
+        LAID_OUT,
+        read_transposed,
+        r"weight head.weight is read transposed by permute_default \(aten.pe",
+    ),
     Finding(PAIRED, drop_observe, r"graphs are .*, expected \['full', 'observe', 'prefill', 'sp"),
     Finding(FINAL, drop_period, r"graphs are .*, expected \['full', 'period', 'prefill', 'sparse"),
     Finding(FINAL, add_dead_node_to_the_loop, r"'period' .* node neg_default is dead"),

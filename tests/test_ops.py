@@ -15,20 +15,22 @@ from tests.support.operators import (
     Block,
     linear_args,
     mlp_args,
+    moe_args,
     sirius,
 )
 
 
 def samples() -> dict[str, tuple[Any, ...]]:
     mlp = tuple(mlp_args(bias=True))
-    block = Block([3, 0], [TREE])
+    moe = tuple(moe_args(bias=True))
+    block = Block([3, 0], [TREE], sinks=True)
     qkv = block.q, block.k, block.v
     where = block.positions, block.slots, block.length, block.mask
     valid = torch.ones(ROWS, TOKENS).bool()
     neurons = torch.arange(4).expand(2, ROWS, 4).contiguous()
     linear = linear_args()
     return {
-        "attention": (*qkv, 0, 0.4, 3, 0.7),
+        "attention": (*qkv, 0, 0.4, 3, 0.7, block.sink),
         "cached_attention": (*qkv, block.k_cache, block.v_cache, *where, LAYER, 0.4, None, None),
         "block_attention": block.apart([1, 2]),
         "dense_mlp": mlp,
@@ -40,6 +42,9 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "griffin_cats_mlp": (*mlp, neurons, 0.1),
         "linear": (linear[0], linear[1].t(), linear[2]),
         "sparse_linear": (*linear, 0.3),
+        "dense_moe": moe,
+        "topk_moe": (*moe, 7),
+        "experts_moe": (*moe, 2, True),
     }
 
 

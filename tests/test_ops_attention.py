@@ -27,17 +27,29 @@ from tests.support.operators import (
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 1, 2, 9])
 @pytest.mark.parametrize("softcap", [None, 0.7])
-def test_attention(dtype: torch.dtype, window: int | None, softcap: float | None) -> None:
+@pytest.mark.parametrize("sinks", [False, True])
+def test_attention(
+    sinks: bool, dtype: torch.dtype, window: int | None, softcap: float | None
+) -> None:
     q = randn(2, 6, 5, 3, seed=0, dtype=dtype)
     k = randn(2, 2, 5, 3, seed=1, dtype=dtype)
     v = randn(2, 2, 5, 4, seed=2, dtype=dtype)
-    actual = sirius.attention(q, k, v, 0, 0.4, window, softcap)
-    assert_near(actual, naive.attention(q, k, v, 0.4, window, softcap))
+    kind = window, softcap, randn(6, seed=3, dtype=dtype) if sinks else None
+    actual = sirius.attention(q, k, v, 0, 0.4, *kind)
+    assert_near(actual, naive.attention(q, k, v, 0.4, *kind))
 
 
 def test_attention_of_one_token_is_its_value() -> None:
     q, k, v = randn(1, 2, 1, 3, seed=0), randn(1, 2, 1, 3, seed=1), randn(1, 2, 1, 5, seed=2)
     assert_near(sirius.attention(q, k, v, 0, 1.0, None, None), v)
+
+
+def test_a_sink_is_a_token_without_a_value() -> None:
+    """Of equal scores, the t-th token's output is t parts of t + 1; no sink is one of -inf."""
+    q, k, v = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), torch.ones(1, 2, 3, 1)
+    kind = None, None, torch.tensor([0.0, -torch.inf])
+    y = sirius.attention(q, k, v, 0, 1.0, *kind)[0, :, :, 0]
+    torch.testing.assert_close(y, torch.tensor([[1 / 2, 2 / 3, 3 / 4], [1.0, 1.0, 1.0]]))
 
 
 # attention with a cache
@@ -47,14 +59,16 @@ def test_attention_of_one_token_is_its_value() -> None:
 @pytest.mark.parametrize("parents", [[-1], CHAIN, TREE], ids=["token", "chain", "tree"])
 @pytest.mark.parametrize("lengths", [[0], [6], [3, 0, 11]], ids=str)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (2, None), (4, 0.7), (None, 0.7)])
+@pytest.mark.parametrize("sinks", [False, True])
 def test_cached_attention(
+    sinks: bool,
     dtype: torch.dtype,
     parents: list[int],
     lengths: list[int],
     window: int | None,
     softcap: float | None,
 ) -> None:
-    block = Block(lengths, [parents], dtype)
+    block = Block(lengths, [parents], dtype, sinks=sinks)
     expected = block.expected(window, softcap)
     assert_near(block.run(window, softcap), expected)
 

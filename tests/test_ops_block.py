@@ -32,14 +32,16 @@ softcaps = st.sampled_from([None, 0.7])
 @pytest.mark.parametrize("parents", [[-1], CHAIN, TREE], ids=["token", "chain", "tree"])
 @pytest.mark.parametrize("lengths", [[0], [6], [3, 0, 11]], ids=str)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (2, None), (4, 0.7), (None, 0.7)])
+@pytest.mark.parametrize("sinks", [False, True])
 def test_block_attention(
+    sinks: bool,
     dtype: torch.dtype,
     parents: list[int],
     lengths: list[int],
     window: int | None,
     softcap: float | None,
 ) -> None:
-    block = Block(lengths, [parents], dtype)
+    block = Block(lengths, [parents], dtype, sinks=sinks)
     actual = block.run_apart([range(len(parents))], window, softcap)
     assert_near(actual, block.expected(window, softcap))
 

@@ -31,13 +31,17 @@ from sirius_passes.program import (
     fake_mode,
     subgraphs,
 )
+from sirius_passes.sparsify import Threshold
 from sirius_passes.sparsify_cats import SparsifyCats
 from sirius_passes.sparsify_griffin import SparsifyGriffin
+from sirius_passes.sparsify_griffin_cats import SparsifyGriffinCats
+from sirius_passes.sparsify_teal import SparsifyTeal
 from sirius_passes.sparsify_topk import SparsifyTopk
 from sirius_passes.testing import snapshot
 from sirius_passes.verifier import verify
 from sirius_runtime.errors import PassError
 from sirius_runtime.graph import INPUT, WEIGHT, placeholders
+from sirius_runtime.spec import Method
 from tests.support.graphs import POSITIONS, Attention, Decoder, Mlp, paired, two_layers
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
@@ -47,7 +51,9 @@ CONTROL_FLOW = (higher_order.while_loop, higher_order.cond)
 SPARSIFY: dict[str, Pass] = {
     "griffin": SparsifyGriffin(0.5),
     "topk": SparsifyTopk(0.5),
-    "cats": SparsifyCats(0.5, (0.1, 0.1)),
+    "cats": SparsifyCats(0.5, (Threshold(0.1, 0.5),) * 2),
+    "griffin+teal": SparsifyGriffinCats(0.5, (Threshold(0.1, 0.5),) * 2),
+    "teal": SparsifyTeal(0.5, None, method=Method.TEAL),
 }
 
 

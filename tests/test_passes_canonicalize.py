@@ -13,7 +13,7 @@ from sirius_passes.canonicalize import Canonicalize
 from sirius_passes.program import DENSE
 from sirius_passes.recognise_mlps import RecogniseMlps
 from sirius_passes.testing import check_pass
-from tests.support.graphs import NEURONS, Decoder, FusedMlp, assert_prints, trace
+from tests.support.graphs import HIDDEN, NEURONS, Decoder, FusedMlp, assert_prints, trace
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -150,6 +150,85 @@ def test_contiguous_goes_only_where_it_copies_nothing() -> None:
 
     program = trace(lambda: Decoder(Lambda(layer)))
     assert check_pass(program, Canonicalize(), expect={"aten.contiguous": (2, 1)}).rewrites == 1
+
+
+class Columns(nn.Module):
+    """x @ weight + bias over flattened tokens, as transformers' Conv1D."""
+
+    def __init__(self, features: int = HIDDEN) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(HIDDEN, features))
+        self.bias = nn.Parameter(torch.empty(features))
+
+    def product(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x).view(*x.shape[:-1], self.weight.shape[1])
+
+
+def test_a_product_with_columns_before_and_after() -> None:
+    program = trace(lambda: Decoder(Columns()))
+    expect = {"aten.addmm": (1, 0), "aten.linear": (1, 2), "aten.view": (2, 0), "aten.t": (0, 1)}
+    check_pass(program, Canonicalize(), expect=expect)
+    assert_prints(
+        program.graphs[DENSE],
+        """
+        input %input_ids: int64[B, T]
+        input %positions: int64[B, T]
+        %7: model[B, T, 6] = aten.embedding(%embed.weight, %input_ids)
+        %8: model[B, T, 6] = aten.embedding(%place.weight, %positions)
+        %9: model[B, T, 6] = aten.add.Tensor(%7, %8)
+        %10: model[6, 6] = aten.t(%layers.0.weight)
+        %11: model[B, T, 6] = aten.linear(%9, %10, %layers.0.bias)
+        %12: model[B, T, 6] = aten.add.Tensor(%9, %11)
+        %13: model[B, T, 11] = aten.linear(%12, %head.weight)
+        return logits=%13
+        """,
+    )
+
+
+class ColumnsInThree(Columns):
+    """Fused, and split by features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = super().forward(x).chunk(3, -1)
+        return a.tanh() * b + c
+
+
+def test_fused_columns_are_split() -> None:
+    program = trace(lambda: Decoder(ColumnsInThree(3 * HIDDEN)))
+    check_pass(program, Canonicalize(), expect={"aten.linear": (1, 4), "aten.slice.Tensor": (0, 6)})
+
+
+class ColumnsStayFlat(Columns):
+    """The product is also read as it is, over [B*T, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x)
+        return (y + y.mean(0)).view(x.shape)
+
+
+def test_a_product_that_stays_flat_is_a_linear_over_flat_tokens() -> None:
+    program = trace(lambda: Decoder(ColumnsStayFlat()))
+    expect = {"aten.addmm": (1, 0), "aten.linear": (1, 2), "aten.view": (2, 2)}
+    check_pass(program, Canonicalize(), expect=expect)
+
+
+class ComputedColumns(Columns):
+    def product(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight * 2)
+
+
+class ScaledColumns(Columns):
+    def product(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight, beta=2)
+
+
+@pytest.mark.parametrize("layer", [ComputedColumns, ScaledColumns])
+def test_a_product_that_is_no_linear_over_a_weight_stays(layer: type[Columns]) -> None:
+    program = trace(lambda: Decoder(layer()))
+    assert check_pass(program, Canonicalize(), expect={"aten.addmm": (1, 1)}).rewrites == 0
 
 
 def test_phi3_is_split_into_q_k_v_gate_and_up() -> None:

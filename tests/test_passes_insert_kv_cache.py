@@ -126,3 +126,10 @@ def test_other_attention_stays() -> None:
     program = after(lambda: Decoder(Attention(0), OwnAttention()), Canonicalize())
     expect = {"aten.scaled_dot_product_attention": (1, 1)}
     assert check_pass(program, InsertKvCache(), expect=expect).rewrites == 1
+
+
+def test_sinks_are_kept() -> None:
+    program = after(lambda: Decoder(Attention(0, 3, sinks=True)), Canonicalize())
+    check_pass(program, InsertKvCache(), expect={"sirius.cached_attention": (0, 1)})
+    (node,) = calls(program.graphs[DENSE].graph, torch.ops.sirius.cached_attention.default)
+    assert node.args[-1].meta["weight"] == "layers.0.sinks"

@@ -1,7 +1,8 @@
-"""recognise_mlps: a gated MLP becomes one operator; what is none is refused with the reason."""
+"""recognise_mlps: an MLP becomes one operator; what is none is refused with the reason."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,17 @@ from sirius_passes.program import DENSE, Program, calls
 from sirius_passes.recognise_mlps import DENSE_MLP, RecogniseMlps
 from sirius_passes.testing import check_pass
 from sirius_runtime.errors import UnsupportedModelError
-from tests.support.graphs import Decoder, FusedMlp, Mlp, Plain, after, assert_prints
+from tests.support.graphs import (
+    HIDDEN,
+    NEURONS,
+    Attention,
+    Decoder,
+    FusedMlp,
+    Mlp,
+    Plain,
+    after,
+    assert_prints,
+)
 
 
 def canonical(*layers: Callable[[], nn.Module]) -> Program:
@@ -65,6 +76,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
@@ -79,10 +91,106 @@ def test_activations_and_biases(act: str, bias: bool) -> None:
     assert [b is not None for b in (gate_bias, up_bias, down_bias)] == [bias] * 3
 
 
-def test_layers_are_numbered_in_order() -> None:
-    program = canonical(Mlp, Mlp, Mlp)
-    assert check_pass(program, RecogniseMlps()).rewrites == 3
-    assert [n.args[-1] for n in calls(program.graphs[DENSE].graph, DENSE_MLP)] == [0, 1, 2]
+def test_a_plain_mlp_before_and_after() -> None:
+    program = canonical(Plain)
+    expect = {"sirius.dense_mlp": (0, 1), "aten.linear": (3, 1), "aten.gelu": (1, 0)}
+    assert check_pass(program, RecogniseMlps(), expect=expect).rewrites == 1
+    assert_prints(
+        program.graphs[DENSE],
+        """
+        input %input_ids: int64[B, T]
+        input %positions: int64[B, T]
+        %9: model[B, T, 6] = aten.embedding(%embed.weight, %input_ids)
+        %10: model[B, T, 6] = aten.embedding(%place.weight, %positions)
+        %11: model[B, T, 6] = aten.add.Tensor(%9, %10)
+        %12: model[10, 6] = aten.t(%layers.0.fc2.weight)
+        %13: model[B, T, 6] = sirius.dense_mlp(%11, %layers.0.fc1.weight, None, %12, %layers.0.fc1.bias, None, %layers.0.fc2.bias, 'gelu', 0)
+        %14: model[B, T, 6] = aten.add.Tensor(%11, %13)
+        %15: model[B, T, 11] = aten.linear(%14, %head.weight)
+        return logits=%15
+        """,  # noqa: E501
+    )
+
+
+class Flattened(Plain):
+    """Over [B*T, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1]).tanh()).view(x.shape)
+
+
+def test_flattened_tokens_are_given_their_rows_back() -> None:
+    program = canonical(Flattened)
+    check_pass(program, RecogniseMlps(), expect={"sirius.dense_mlp": (0, 1)})
+    (mlp,) = calls(program.graphs[DENSE].graph, DENSE_MLP)
+    rows, tokens, _ = mlp.args[0].meta["val"].shape
+    assert (rows, tokens) == program.graphs[DENSE].graph.find_nodes(op="placeholder")[-1].meta[
+        "val"
+    ].shape
+
+
+SPELLINGS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "gelu by erf": ("gelu", lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))),
+    "gelu by tanh": (
+        "gelu_tanh",
+        lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3.0))),
+    ),
+    "gelu by a short tanh": (
+        "gelu_tanh",
+        lambda x: 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+    ),
+    "gelu by sigmoid": ("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
+    "silu by sigmoid": ("silu", lambda x: x * x.sigmoid()),
+    "silu by exp, in float32": (
+        "silu",
+        lambda x: (x.float() / (1 + torch.exp(-x.float()))).to(x.dtype),
+    ),
+    "relu by clamp": ("relu", lambda x: x.clamp(min=0)),
+    "relu squared": ("relu2", lambda x: F.relu(x).square()),
+    "relu to the power of 2": ("relu2", lambda x: F.relu(x).pow(2)),
+    "relu times relu": ("relu2", lambda x: F.relu(x) * F.relu(x)),
+}
+
+
+@pytest.mark.parametrize("mlp", [Mlp, Plain])
+@pytest.mark.parametrize("case", SPELLINGS)
+def test_an_activation_is_what_it_computes(case: str, mlp: type[Mlp | Plain]) -> None:
+    name, function = SPELLINGS[case]
+    program = canonical(lambda: mlp(function))
+    check_pass(
+        program,
+        RecogniseMlps(),
+        expect={"sirius.dense_mlp": (0, 1), "aten.linear": (1 + (3 if mlp is Mlp else 2), 1)},
+    )
+    (found,) = calls(program.graphs[DENSE].graph, DENSE_MLP)
+    assert found.args[-2] == name
+
+
+def test_the_layer_is_that_of_the_attention_before() -> None:
+    def layers() -> Decoder:
+        return Decoder(Attention(0), Plain(torch.tanh), Attention(1), Mlp(), Attention(2), Plain())
+
+    program = after(layers, Canonicalize())
+    assert check_pass(program, RecogniseMlps()).rewrites == 2
+    assert [n.args[-1] for n in calls(program.graphs[DENSE].graph, DENSE_MLP)] == [1, 2]
+
+
+class Parallel(nn.Module):
+    """Attention and an MLP over the same input."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(layer), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x) + self.mlp(x)
+
+
+def test_an_mlp_beside_attention() -> None:
+    program = after(lambda: Decoder(Parallel(0), Parallel(1)), Canonicalize())
+    expect = {"sirius.dense_mlp": (0, 2), "aten.linear": (15, 9)}
+    check_pass(program, RecogniseMlps(), expect=expect)
+    assert [n.args[-1] for n in calls(program.graphs[DENSE].graph, DENSE_MLP)] == [0, 1]
 
 
 class UpFirst(Mlp):
@@ -133,8 +241,46 @@ class OneLinear(Mlp):
         return self.down(F.silu(gate) * gate)
 
 
+class Router(nn.Module):
+    """Weights of three experts, by two matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(HIDDEN, NEURONS), nn.Linear(NEURONS, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(x))).softmax(-1)[..., :1] * x
+
+
+class GatedAttention(nn.Module):
+    """Values times a gate, then projected: no MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.gate, self.o = (nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.v(x) * self.gate(x).sigmoid())
+
+
+class LastToken(Plain):
+    """Over each row's last token, [B, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x[:, -1])[:, None]
+
+
 NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "two matrices": (Plain, r"a plain MLP, fc2\(gelu\(fc1\(x\)\)\)"),
+    "unknown activation of two matrices": (
+        lambda: Plain(torch.tanh),
+        "aten.tanh.default is none of the known",
+    ),
+    "a router": (Router, "3 features come out, but 6 go in"),
+    "gated attention": (GatedAttention, "aten.sigmoid.default is none of the known"),
+    "over a part of the tokens": (
+        LastToken,
+        r"its input \[.*, 6\] is neither \[B, T, C\] nor \[B\*T, C\]",
+    ),
     **{
         f"{which} read elsewhere": (
             lambda which=which: ReadsInside(which),
@@ -149,7 +295,7 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     },
     "different inputs": (TwoInputs, r"gate and up read different inputs, \w+ and tanh"),
     "up is no linear": (UpIsNoLinear, r"gate or up is not a linear"),
-    "gate is up": (OneLinear, r"linear inside the MLP is read from outside it"),
+    "gate is up": (OneLinear, "aten.mul.Tensor is none of the known"),
     "unknown activation": (lambda: Mlp(torch.tanh), "aten.tanh.default is none of the known"),
     "scaled activation": (
         lambda: Mlp(lambda x: F.silu(x) * 2),

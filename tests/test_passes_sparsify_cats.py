@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from sirius_passes.program import FULL, PREFILL, SPARSE
 from sirius_passes.recognise_mlps import DENSE_MLP
+from sirius_passes.sparsify import Threshold
 from sirius_passes.sparsify_cats import SparsifyCats
 from sirius_passes.testing import check_pass, run_graph, snapshot
 from sirius_runtime.errors import CalibrationError, ConfigError
@@ -26,7 +27,8 @@ from tests.support.graphs import (
     two_layers,
 )
 
-THRESHOLDS = (0.11, 0.07)
+VALUES = (0.11, 0.07)
+THRESHOLDS = tuple(Threshold(value, 0.45) for value in VALUES)
 
 
 def reference(
@@ -37,7 +39,7 @@ def reference(
     counts = []
 
     def cats_mlp(*args: object) -> Tensor:
-        y, count = naive.cats_mlp(*args, THRESHOLDS[len(counts)])
+        y, count = naive.cats_mlp(*args, VALUES[len(counts)])
         counts.append(count)
         return y
 
@@ -104,11 +106,11 @@ def test_every_layer_equals_loops_over_its_neurons() -> None:
 
 
 def test_a_threshold_that_all_neurons_pass_is_dense() -> None:
-    check_pass(paired(two_layers), SparsifyCats(0.5, (-1.0, -1.0)))
+    check_pass(paired(two_layers), SparsifyCats(0.5, None))
 
 
-def test_a_plain_mlp_stays_dense() -> None:
-    program = paired(lambda: Decoder(Plain(), Mlp()))
+def test_an_mlp_of_unknown_activation_stays_dense() -> None:
+    program = paired(lambda: Decoder(Plain(torch.tanh), Mlp()))
     expect = {"sparse/aten.linear": (3, 3), "sparse/sirius.cats_mlp": (0, 1)}
     check_pass(program, SparsifyCats(0.5, THRESHOLDS[:1]), reference=reference, expect=expect)
 
@@ -117,7 +119,7 @@ def test_graphs_of_two_calibrations_print_the_same() -> None:
     texts = []
     for thresholds in ((0.1, 0.2), (0.3, 0.4)):
         program = paired(two_layers)
-        SparsifyCats(0.5, thresholds).run(program)
+        SparsifyCats(0.5, [Threshold(value, 0.5) for value in thresholds]).run(program)
         texts.append(snapshot(program.graphs[SPARSE]))
     assert texts[0] == texts[1]
 
@@ -130,7 +132,7 @@ def test_the_spec_says_what_a_step_is_expected_to_read() -> None:
     assert spec.sites == tuple(
         # Attention stands before each.
         SiteSpec(index, f"layers.{2 * index + 1}.gate.weight", 10, 5, 12, threshold, counted=True)
-        for index, threshold in enumerate(THRESHOLDS)
+        for index, threshold in enumerate(VALUES)
     )
     assert spec.counted == spec.sites
     attention = 6 * (4 + 2 + 2 + 4)
@@ -141,10 +143,11 @@ def test_the_spec_says_what_a_step_is_expected_to_read() -> None:
 @pytest.mark.parametrize("thresholds", [(), (0.1,), (0.1, 0.1, 0.1)])
 def test_thresholds_of_another_model_are_refused(thresholds: tuple[float, ...]) -> None:
     message = f"{len(thresholds)} thresholds for 2 MLPs"
+    given = [Threshold(value, 0.5) for value in thresholds]
     with pytest.raises(CalibrationError, match=message):
-        check_pass(paired(two_layers), SparsifyCats(0.5, thresholds))
+        check_pass(paired(two_layers), SparsifyCats(0.5, given))
 
 
 def test_a_share_out_of_range_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"must be in \(0, 1\], got 1.5"):
-        check_pass(paired(two_layers), SparsifyCats(1.5, THRESHOLDS))
+        check_pass(paired(two_layers), SparsifyCats(0.5, (Threshold(0.1, 1.5),) * 2))

@@ -19,6 +19,7 @@ from sirius_runtime.graph import INPUT, placeholders
 from sirius_runtime.spec import Method, SiteSpec
 from tests.support import naive
 from tests.support.graphs import (
+    Attention,
     Decoder,
     Mlp,
     Plain,
@@ -174,8 +175,8 @@ def test_all_neurons_kept_is_dense() -> None:
     check_pass(paired(two_layers), SparsifyGriffin(1.0))
 
 
-def test_a_plain_mlp_stays_dense() -> None:
-    program = paired(lambda: Decoder(Plain(), Mlp()))
+def test_an_mlp_of_unknown_activation_stays_dense() -> None:
+    program = paired(lambda: Decoder(Plain(torch.tanh), Mlp()))
     expect = {"sparse/aten.linear": (3, 3), "sparse/sirius.griffin_mlp": (0, 1)}
     check_pass(program, SparsifyGriffin(0.35), reference=reference, expect=expect)
 
@@ -217,7 +218,7 @@ def test_the_spec_says_what_a_step_reads() -> None:
 
 
 def test_layers_of_different_widths_are_refused() -> None:
-    program = paired(lambda: Decoder(Mlp(), Mlp(neurons=14)))
+    program = paired(lambda: Decoder(Attention(0), Mlp(), Attention(1), Mlp(neurons=14)))
     with pytest.raises(
         UnsupportedModelError, match=r"MLPs have \[10, 14\] neurons. Use --sparsity"
     ):

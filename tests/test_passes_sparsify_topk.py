@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
+import torch
 from torch import Tensor, fx
 
 from sirius_passes.canonicalize import Canonicalize
@@ -99,8 +100,8 @@ def test_all_neurons_kept_is_dense() -> None:
     check_pass(paired(two_layers), SparsifyTopk(1.0))
 
 
-def test_a_plain_mlp_stays_dense() -> None:
-    program = paired(lambda: Decoder(Plain(), Mlp()))
+def test_an_mlp_of_unknown_activation_stays_dense() -> None:
+    program = paired(lambda: Decoder(Plain(torch.tanh), Mlp()))
     expect = {"sparse/aten.linear": (3, 3), "sparse/sirius.topk_mlp": (0, 1)}
     check_pass(program, SparsifyTopk(KEEP), reference=reference, expect=expect)
 

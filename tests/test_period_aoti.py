@@ -182,6 +182,8 @@ CASES = [
     ("topk", 8, 4, 3),
     ("griffin", 8, 16, 3),
     ("none", 1, 4, 2),
+    ("teal", 1, 4, 2),
+    ("griffin+teal", 2, 8, 3),
     ("topk", 1, 1, 3),
 ]
 

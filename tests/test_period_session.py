@@ -30,13 +30,14 @@ from tests.support.models import (
 RAGGED = [[7, 8, 9], [50, 30, 11, 22, 60], [4 * i + 7 for i in range(15)]]
 NEW = 24
 
-METHODS, WIDTHS, SIZES = ("griffin", "topk", "cats"), (1, 2, 4, 8), (2, 4, 8, 16)
+METHODS = ("griffin", "topk", "cats", "teal", "griffin+teal")
+WIDTHS, SIZES = (1, 2, 4, 8), (2, 4, 8, 16)
 COVERING = [
     ("griffin", 1, 4),
     ("cats", 1, 8),
     ("griffin", 2, 4),
-    ("cats", 2, 4),
-    ("topk", 2, 16),
+    ("teal", 2, 4),
+    ("griffin+teal", 2, 16),
     ("topk", 4, 8),
     ("griffin", 8, 2),
 ]

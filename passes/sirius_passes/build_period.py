@@ -93,7 +93,9 @@ class _Builder:
         full = OBSERVE if self.refreshes else FULL
         self.sparse = _Functional(program.graphs[SPARSE])
         self.full = _Functional(program.graphs[full])
-        self.weights = list(placeholders(program.graphs[full].graph, WEIGHT))
+        read = (placeholders(program.graphs[name].graph, WEIGHT) for name in (full, SPARSE))
+        self.placed = {name: node for nodes in read for name, node in nodes.items()}
+        self.weights = list(self.placed)
         names = [
             *("root", "active", "most", "length", "k_cache", "v_cache", "rule", "threshold"),
             *("verify_temperature", "confidence", "temperature", "top_k", "top_p", "noise"),
@@ -101,7 +103,6 @@ class _Builder:
         self.inputs = names + (["neurons", "statistic", "refresh"] if self.refreshes else [])
 
     def build(self) -> fx.GraphModule:
-        graph = self.program.graphs[FULL].graph
         order = self.inputs + self.weights
         names: tuple[str, ...] = ()
 
@@ -114,7 +115,7 @@ class _Builder:
         # A mode of its own: the entries' sizes are not the period's.
         with FakeTensorMode(shape_env=ShapeEnv()) as mode:
             values = _fake_inputs(self.inputs, self.program, self.size)
-            for name, node in placeholders(graph, WEIGHT).items():
+            for name, node in self.placed.items():
                 value = node.meta["val"]
                 values[name] = torch.empty(value.shape, dtype=value.dtype)
             module = make_fx(traced, pre_dispatch=True)(*(values[name] for name in order))
@@ -282,11 +283,10 @@ class _Functional:
         k_block, v_block, nodes = (add_input(graph, name) for name in names)
         blocks: tuple[list[fx.Node], list[fx.Node]] = ([], [])
         for node in calls(graph, sirius.cached_attention.default):
-            *front, _slots, length, tree_mask, layer, scale, window, softcap = node.args
-            q, k, v, k_cache, v_cache, positions = front
+            q, k, v, k_cache, v_cache, positions, _slots, length, tree_mask, *kind = node.args
             with graph.inserting_before(node):
                 args: tuple[Any, ...] = (q, k, v, k_cache, v_cache, k_block, v_block)
-                args += (positions, nodes, length, tree_mask, layer, scale, window, softcap)
+                args += (positions, nodes, length, tree_mask, *kind)
                 every = _call(graph, sirius.block_attention.default, args)
                 out, *new = (_call(graph, operator.getitem, (every, i)) for i in range(3))
             node.replace_all_uses_with(out)

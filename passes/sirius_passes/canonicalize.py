@@ -9,25 +9,45 @@
     %6 = aten.slice(%4, 2, 64, 96)                 %3 = aten.slice(%qkv_w, 0, 64, 96)
                                                    %4 = aten.linear(%0, %3)
 
+    %1 = aten.div_.Tensor(%0, %s)                  %1 = aten.div.Tensor(%0, %s)
+
+    %1 = aten.view(%0, [-1, 6])
+    %2 = aten.addmm(%b, %1, %w)                    %1 = aten.t(%w)
+    %3 = aten.view(%2, [%B, %T, 10])               %2 = aten.linear(%0, %1, %b)
+
 A fused projection (gate_up, qkv) whose result is only ever sliced along its features becomes one
 linear a slice, over views of the one weight: later passes see separate gate, up, q, k, v
-everywhere.
+everywhere. A product with a weight [in, out] over flattened tokens (transformers' Conv1D) becomes a
+linear over its transpose.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sirius_passes.manager import Pass
 from sirius_passes.program import Program, Stage, call, calls
-from sirius_passes.verifier import EXPORT_NOISE
+from sirius_passes.verifier import EXPORT_NOISE, mutates
+from sirius_runtime.errors import UnsupportedModelError
 from sirius_runtime.graph import WEIGHT
 
 aten = torch.ops.aten
+
+_IN_PLACE = {
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.div_.Tensor: aten.div.Tensor,
+    aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.scatter_.src: aten.scatter.src,
+    aten.scatter_.value: aten.scatter.value,
+    aten.sub_.Tensor: aten.sub.Tensor,
+}
+_VIEWS = (aten.view.default, aten.reshape.default)
 
 
 class Canonicalize(Pass):
@@ -45,6 +65,8 @@ def canonicalize(module: fx.GraphModule) -> int:
     """Canonicalizes one graph in place; returns the number of rewrites."""
     graph = module.graph
     rewrites = sum(_remove_if_noise(node) for node in list(graph.nodes))
+    rewrites += sum(_write_apart(node) for node in list(graph.nodes))
+    rewrites += sum(_linear_from_addmm(node) for node in calls(graph, aten.addmm.default))
     rewrites += sum(_split_linear(node) for node in calls(graph, aten.linear.default))
     before = len(graph.nodes)
     graph.eliminate_dead_code()
@@ -79,11 +101,76 @@ def _remove_if_noise(node: fx.Node) -> bool:
     return False
 
 
+def _write_apart(node: fx.Node) -> bool:
+    """Makes arithmetic that writes into its first operand give a value of its own; refuses what
+    else writes in place: a compiled period mutates nothing.
+    """
+    if node.op != "call_function" or not mutates(node):
+        return False
+    written = node.args[0]
+    order = {other: index for index, other in enumerate(node.graph.nodes)}
+    read_later = isinstance(written, fx.Node) and any(
+        order[user] > order[node] or (user is not node and _is_view(user)) for user in written.users
+    )
+    if node.target not in _IN_PLACE or read_later or _is_view(written):
+        raise UnsupportedModelError(
+            f"node {node.name} ({node.target}) of the model's graph writes in place, into "
+            f"{written}, in a way that can't be undone; please open an issue with the model's "
+            "config.json"
+        )
+    node.target = _IN_PLACE[node.target]
+    return True
+
+
+def _is_view(node: object) -> bool:
+    """Whether what a node gives may share memory with something else that is read."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return True
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(value.alias_info is not None for value in schema.returns)
+
+
+def _linear_from_addmm(product: fx.Node) -> bool:
+    """Replaces bias + x @ weight, and the views that flatten x and restore its dimensions."""
+    bias, x, weight = product.args
+    assert isinstance(x, fx.Node)
+    if not (isinstance(weight, fx.Node) and WEIGHT in weight.meta) or product.kwargs:
+        return False
+    graph = product.graph
+    restored: list[fx.Node] = []
+    if x.target in _VIEWS and _same(_sizes(x.args[0])[-1:], _sizes(x)[-1:]):
+        rows = _sizes(x.args[0])[:-1]
+        restored = [u for u in product.users if u.target in _VIEWS and _same(rows, _sizes(u)[:-1])]
+    whole = x.args[0] if restored and len(restored) == len(product.users) else x
+    with graph.inserting_before(product):
+        turned = call(graph, aten.t.default, (weight,), origin="canonicalize")
+        linear = call(graph, aten.linear.default, (whole, turned, bias), origin="canonicalize")
+    for node in (product,) if whole is x else restored:
+        node.replace_all_uses_with(linear)
+        graph.erase_node(node)
+    if whole is not x:
+        graph.erase_node(product)
+    return True
+
+
+def _sizes(node: object) -> tuple[Any, ...]:
+    assert isinstance(node, fx.Node)
+    return tuple(node.meta["val"].shape)
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return len(a) == len(b) and all(
+        statically_known_true(x == y) for x, y in zip(a, b, strict=True)
+    )
+
+
 def _split_linear(linear: fx.Node) -> bool:
     """Replaces a linear over a weight that is only sliced by features by one linear a slice."""
     weight = linear.args[1]
     bias = linear.args[2] if len(linear.args) > 2 else None
-    if not (isinstance(weight, fx.Node) and WEIGHT in weight.meta and linear.users):
+    if not (isinstance(weight, fx.Node) and _is_weight(weight) and linear.users):
         return False
     ranges: dict[fx.Node, tuple[int, int]] = {}
     for user in list(linear.users):
@@ -108,6 +195,12 @@ def _split_linear(linear: fx.Node) -> bool:
         graph.erase_node(user)
     graph.erase_node(linear)
     return True
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a node is a whole weight, as it is or transposed."""
+    source = node.args[0] if node.target is aten.t.default else node
+    return isinstance(source, fx.Node) and WEIGHT in source.meta
 
 
 def _feature_ranges(user: fx.Node, linear: fx.Node) -> dict[fx.Node, tuple[int, int]] | None:

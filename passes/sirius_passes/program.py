@@ -209,6 +209,26 @@ def add_input(graph: fx.Graph, name: str) -> fx.Node:
     return node
 
 
+def add_weight(graph: fx.Graph, spec: WeightSpec) -> fx.Node:
+    """A placeholder bound to a weight that the graph does not read yet, after the last that it
+    does.
+    """
+    last = list(placeholders(graph, WEIGHT).values())[-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(spec.name.replace(".", "_"))
+    with fake_mode(graph):
+        node.meta["val"] = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+    node.meta[WEIGHT] = spec.name
+    node.meta[ORIGIN] = "weight"
+    return node
+
+
+def copy_program(program: Program) -> Program:
+    """A program to try passes on: its own graphs and tables, the same values."""
+    graphs = {name: copy_graph(module) for name, module in program.graphs.items()}
+    return replace(program, graphs=graphs, weights=dict(program.weights))
+
+
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A copy that shares nothing but the fake values."""
     graph = fx.Graph()

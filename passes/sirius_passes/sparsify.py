@@ -5,19 +5,32 @@ reach.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from sirius_passes.program import Program, call, calls, outputs, set_outputs
+from sirius_passes.mixtures import mixtures
+from sirius_passes.program import DENSE, FULL, Program, call, calls, outputs, set_outputs
 from sirius_passes.recognise_mlps import DENSE_MLP
-from sirius_runtime.errors import ConfigError, UnsupportedModelError
-from sirius_runtime.graph import WEIGHT
+from sirius_passes.weight_views import weight_name
+from sirius_runtime.errors import CalibrationError, ConfigError, UnsupportedModelError
 from sirius_runtime.spec import Method, SiteSpec, SparsitySpec
 
 LAYER = 8  # of the operators' arguments
+KEEP_ALL = -1.0
+"""A threshold that every |x| is above."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Of one counted site: the threshold, and the share of its units that it should keep."""
+
+    value: float
+    keep: float
 
 
 def mlps(graph: fx.Graph, dense_layers: Collection[int] = ()) -> list[fx.Node]:
@@ -61,6 +74,25 @@ def take_over(node: fx.Node, replacement: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
+def both_values(node: fx.Node, pair: fx.Node, origin: str) -> tuple[fx.Node, fx.Node]:
+    """The two values of an operator's node `pair`, before `node`."""
+    graph = node.graph
+    with graph.inserting_before(node):
+        y, value = (call(graph, operator.getitem, (pair, i), origin=origin) for i in range(2))
+    return y, value
+
+
+def each(
+    thresholds: Sequence[Threshold] | None, count: int, keep: float, what: str
+) -> Sequence[Threshold]:
+    """One threshold for each of `count` sites; where None are given yet, ones that keep all."""
+    if thresholds is None:
+        return (Threshold(KEEP_ALL, keep),) * count
+    if len(thresholds) != count:
+        raise CalibrationError(f"{len(thresholds)} thresholds for {count} {what}: calibrate anew")
+    return thresholds
+
+
 def mlp_site(
     mlp: fx.Node,
     units: int,
@@ -79,13 +111,6 @@ def mlp_site(
     rows = gate + (up is not None) + 1
     width = int(x.meta["val"].shape[-1])
     return SiteSpec(layer, weight_name(mlp.args[1]), units, kept, rows * width, threshold, counted)
-
-
-def weight_name(node: Any) -> str:
-    """The name of the weight that a node is, or is a part of."""
-    while WEIGHT not in node.meta:
-        node = node.args[0]
-    return str(node.meta[WEIGHT])
 
 
 def add_sites(
@@ -127,8 +152,13 @@ def parameters(program: Program) -> int:
 
 
 def step_parameters(program: Program) -> int:
-    """Parameters that a full step over one token reads."""
-    return parameters(program)
+    """Parameters that a full step over one token reads: all but those of the experts that the token
+    is not routed to.
+    """
+    module = program.graphs.get(FULL) or program.graphs[DENSE]
+    mixed = mixtures(module.graph)
+    unread = sum((m.experts - m.per_token) * m.expert_parameters(program) for m in mixed)
+    return parameters(program) - unread
 
 
 def stack(graph: fx.Graph, values: Sequence[fx.Node], origin: str) -> fx.Node:

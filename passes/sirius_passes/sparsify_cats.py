@@ -13,17 +13,19 @@ and down. One threshold a layer (CATS, arXiv 2404.08763).
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import torch
 
 from sirius_passes.manager import Pass
-from sirius_passes.program import CALIBRATED, SPARSE, Program, Stage, call
+from sirius_passes.program import CALIBRATED, SPARSE, Program, Stage
 from sirius_passes.sparsify import (
+    Threshold,
     add_counts,
     add_sites,
+    both_values,
+    each,
     kept_neurons,
     mlp_site,
     mlps,
@@ -31,44 +33,40 @@ from sirius_passes.sparsify import (
     replace_mlp,
     take_over,
 )
-from sirius_runtime.errors import CalibrationError
 from sirius_runtime.spec import Method
 
 
 class SparsifyCats(Pass):
-    """Thresholds [MLPs] are the (1 - keep) quantiles of |act(gate x)| over calibration tokens."""
+    """`thresholds`: one an MLP, a quantile of |act(gate x)| over calibration tokens."""
 
     name: ClassVar[str] = "sparsify_cats"
     takes: ClassVar[Stage] = Stage.PAIRED
     gives: ClassVar[Stage] = Stage.PAIRED
 
     def __init__(
-        self, keep: float, thresholds: Sequence[float], dense_layers: Collection[int] = ()
+        self,
+        keep: float,
+        thresholds: Sequence[Threshold] | None,
+        dense_layers: Collection[int] = (),
     ) -> None:
-        self.keep, self.dense_layers = keep, dense_layers
-        self.thresholds = tuple(thresholds)
+        """thresholds: None to keep all neurons: to calibrate."""
+        self.keep, self.thresholds, self.dense_layers = keep, thresholds, dense_layers
 
     def run(self, program: Program) -> int:
         module = program.graphs[SPARSE]
         graph = module.graph
         found = mlps(graph, self.dense_layers)
-        if len(found) != len(self.thresholds):
-            raise CalibrationError(
-                f"{len(self.thresholds)} thresholds for {len(found)} MLPs: calibrate anew"
-            )
         sites, counts = [], []
-        for mlp, threshold in zip(found, self.thresholds, strict=True):
+        thresholds = each(self.thresholds, len(found), self.keep, "MLPs")
+        for mlp, own in zip(found, thresholds, strict=True):
             target = torch.ops.sirius.cats_mlp.default
-            both = replace_mlp(mlp, target, float(threshold), origin=self.name)
+            both = replace_mlp(mlp, target, own.value, origin=self.name)
             both.meta[CALIBRATED] = (len(both.args) - 1,)
-            with graph.inserting_before(mlp):
-                y, count = (
-                    call(graph, operator.getitem, (both, i), origin=self.name) for i in range(2)
-                )
+            y, count = both_values(mlp, both, self.name)
             neurons = neurons_of(mlp)
-            kept = kept_neurons(neurons, self.keep)
+            kept = kept_neurons(neurons, own.keep)
             sites.append(
-                mlp_site(mlp, neurons, kept, gate=False, threshold=threshold, counted=True)
+                mlp_site(mlp, neurons, kept, gate=False, threshold=own.value, counted=True)
             )
             take_over(mlp, y)
             counts.append(count)

@@ -2,8 +2,10 @@
 
     Before (sparse)                              After (sparse)
     %1 = sirius.dense_mlp(%x, …, 'silu', 0)      %1 = sirius.topk_mlp(%x, …, 'silu', 0, 384)
+    %2 = sirius.dense_moe(%x, %e, %w, …, 1)      %2 = sirius.topk_moe(%x, %e, %w, …, 1, 768)
 
-Reads all of gate, and the kept rows of up and down.
+Reads all of gate, and the kept rows of up and down. Of a mixture, the neurons of a token's experts
+are one set: an expert of large weight keeps more of its neurons.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import ClassVar
 import torch
 
 from sirius_passes.manager import Pass
-from sirius_passes.program import SPARSE, Program, Stage
+from sirius_passes.mixtures import mixtures
+from sirius_passes.program import SPARSE, Program, Stage, calls
+from sirius_passes.recognise_mlps import DENSE_MLP
 from sirius_passes.sparsify import (
     add_sites,
     kept_neurons,
@@ -24,7 +28,7 @@ from sirius_passes.sparsify import (
     replace_mlp,
     take_over,
 )
-from sirius_runtime.spec import Method
+from sirius_runtime.spec import Method, SiteSpec
 
 
 class SparsifyTopk(Pass):
@@ -39,7 +43,10 @@ class SparsifyTopk(Pass):
 
     def run(self, program: Program) -> int:
         module = program.graphs[SPARSE]
-        found = mlps(module.graph, self.dense_layers)
+        graph = module.graph
+        moes = mixtures(graph, self.dense_layers)
+        # A mixture alone will do; without one, there must be an MLP.
+        found = mlps(graph, self.dense_layers) if calls(graph, DENSE_MLP) or not moes else []
         sites = []
         for mlp in found:
             neurons = neurons_of(mlp)
@@ -47,6 +54,13 @@ class SparsifyTopk(Pass):
             sites.append(mlp_site(mlp, neurons, kept, gate=False))
             target = torch.ops.sirius.topk_mlp.default
             take_over(mlp, replace_mlp(mlp, target, kept, origin=self.name))
+        for moe in moes:
+            neurons = moe.per_token * moe.neurons
+            kept = kept_neurons(neurons, self.keep)
+            site = SiteSpec(moe.layer, moe.weight, neurons, kept, moe.neuron_parameters)
+            sites.append(site)
+            target = torch.ops.sirius.topk_moe.default
+            take_over(moe.node, replace_mlp(moe.node, target, kept, origin=self.name))
         add_sites(program, Method.TOPK, self.keep, sites, self.dense_layers)
         module.recompile()
-        return len(found)
+        return len(sites)

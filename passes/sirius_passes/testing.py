@@ -31,7 +31,7 @@ from sirius_passes.program import (
     ORIGIN,
     PREFILL,
     Program,
-    copy_graph,
+    copy_program,
     fake_mode,
 )
 from sirius_passes.testing_runs import (
@@ -90,7 +90,7 @@ def check_pass(
 
     A refusal of the first run (UserError) passes through.
     """
-    old = _copy(program)
+    old = copy_program(program)
     old.drop_unused_weights()
     _mark(program)
     try:
@@ -113,11 +113,6 @@ def check_pass(
 def snapshot(module: fx.GraphModule) -> str:
     """The graph as text, the same on every run and machine: for an inline snapshot in a test."""
     return print_graph(module)
-
-
-def _copy(program: Program) -> Program:
-    graphs = {name: copy_graph(module) for name, module in program.graphs.items()}
-    return replace(program, graphs=graphs, weights=dict(program.weights))
 
 
 def _text(program: Program) -> tuple[object, ...]:

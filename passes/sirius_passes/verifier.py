@@ -24,6 +24,7 @@ from sirius_passes.program import (
     outputs,
     subgraphs,
 )
+from sirius_passes.weight_views import readers
 from sirius_runtime.errors import ArtifactError, PassError
 from sirius_runtime.graph import INPUT, WEIGHT, placeholders, to_document
 
@@ -73,7 +74,8 @@ def _findings(program: Program) -> Iterator[tuple[str, str]]:
     if program.stage >= Stage.PAIRED:
         full = set(placeholders(program.graphs[FULL].graph, WEIGHT))
         for name, module in program.graphs.items():
-            if extra := set(placeholders(module.graph, WEIGHT)) - full:
+            read = placeholders(module.graph, WEIGHT)
+            if extra := {w for w in read if program.weights[w].norm is None} - full:
                 yield name, f"reads weights that the full path does not: {sorted(extra)[:3]}"
 
 
@@ -110,7 +112,7 @@ def _period_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
     layers: list[Any] = []
     for part in (module, *subgraphs(module)):
         for node in part.graph.nodes:
-            if _mutates(node):
+            if mutates(node):
                 yield f"node {node.name} ({node.target}) mutates; state goes in and comes out here"
         layers += [node.args[11] for node in calls(part.graph, sirius.block_attention.default)]
     tokens = outputs(module.graph).get("tokens")
@@ -134,10 +136,13 @@ def _graph_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
     if stray := calls(graph, other):
         yield f"{stray[0].name}: {other} does not belong at this stage"
     if stage >= Stage.LAID_OUT:
-        for node in calls(graph, aten.t.default):
-            source = node.args[0]
-            if isinstance(source, fx.Node) and WEIGHT in source.meta:
-                yield f"weight {source.meta[WEIGHT]} is read transposed; it should be stored so"
+        for name, node in placeholders(graph, WEIGHT).items():
+            for reader in readers(node):
+                if reader.transposed and not reader.takes_views:
+                    yield (
+                        f"weight {name} is read transposed by {reader.node.name} "
+                        f"({reader.node.target}); it should be stored so"
+                    )
 
 
 def _placeholder_findings(program: Program, node: fx.Node) -> Iterator[str]:
@@ -154,6 +159,7 @@ def _placeholder_findings(program: Program, node: fx.Node) -> Iterator[str]:
         yield f"placeholder {node.name} is bound to neither a weight nor a known input"
 
 
-def _mutates(node: fx.Node) -> bool:
+def mutates(node: fx.Node) -> bool:
+    """Whether a node writes into what it is given."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable

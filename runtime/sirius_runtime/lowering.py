@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sirius_runtime.ops import attention, linear, mlp
+from sirius_runtime.ops import attention, linear, mlp, moe
 
 _REFERENCES = (
     mlp.dense_mlp,
@@ -32,4 +32,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         getattr(sirius, reference.__name__).default: reference for reference in _REFERENCES
     }
     own[sirius.block_attention.default] = attention.decomposed_block_attention
+    own[sirius.dense_moe.default] = moe.decomposed_dense_moe
+    own[sirius.topk_moe.default] = moe.decomposed_topk_moe
+    own[sirius.experts_moe.default] = moe.decomposed_experts_moe
     return {**torch.export.default_decompositions(), **own}

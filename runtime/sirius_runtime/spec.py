@@ -33,12 +33,27 @@ class Method(StrEnum):
     GRIFFIN = "griffin"
     TEAL = "teal"
     GRIFFIN_TEAL = "griffin+teal"
+    EXPERTS = "experts"
     NONE = "none"
 
     @property
     def per_prompt(self) -> bool:
         """Whether neurons are chosen from the prompt: the state then holds `neurons`."""
         return self in (Method.GRIFFIN, Method.GRIFFIN_TEAL)
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether calibration chooses what a token keeps; how much that is varies."""
+        return self in (Method.CATS, Method.TEAL, Method.GRIFFIN_TEAL)
+
+
+class Score(StrEnum):
+    """What an input channel's threshold is compared with."""
+
+    MAGNITUDE = "magnitude"
+    """|x|"""
+    WEIGHT_NORM = "weight-norm"
+    """|x| times the L2 norm of the channel's weights"""
 
 
 class DType(StrEnum):
@@ -70,12 +85,25 @@ class EntrySpec:
 
 
 @dataclass(frozen=True)
+class NormSpec:
+    """L2 norms of a weight's input channels: of the checkpoint's tensor `of`, reduced along `dim`,
+    over the output features `start` to `end` alone.
+    """
+
+    of: str
+    dim: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class WeightSpec:
     """One stored tensor.
 
     `shape` and `dtype` are those of the stored bytes. `transposed`: the checkpoint's tensor was
     stored transposed, in the layout that kernels stream. `retype`: a floating point parameter that
-    follows the dtype asked for at load (constants such as rotary frequencies do not).
+    follows the dtype asked for at load (constants such as rotary frequencies do not). `norm`: not a
+    tensor of the checkpoint, but norms of one.
     """
 
     name: str
@@ -83,6 +111,7 @@ class WeightSpec:
     shape: tuple[int, ...]
     transposed: bool = False
     retype: bool = True
+    norm: NormSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -99,12 +128,14 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """A place where a sparse step skips: the neurons of an MLP, or the input channels of a linear.
+    """A place where a sparse step skips: the neurons of an MLP, the input channels of a linear, or
+    a token's experts.
 
-    `weight`: the (first) weight whose rows or columns are skipped; `units`: neurons or channels
-    there are; `kept`: how many a step keeps, a mean expected from calibration where `threshold` is
-    given; `params`: the parameters that one skipped unit saves a step. `counted`: the step counts
-    what it keeps, in the output `kept`, because tokens differ.
+    `weight`: the (first) weight whose rows or columns are skipped; `units`: neurons, channels or
+    experts there are, of a mixture those that a token is routed to; `kept`: how many a step keeps,
+    a mean expected from calibration where `threshold` is given; `params`: the parameters that one
+    skipped unit saves a step. `counted`: the step counts what it keeps, in the output `kept`,
+    because tokens differ.
     """
 
     layer: int

@@ -68,19 +68,51 @@ class FusedMlp(nn.Module):
 class Plain(nn.Module):
     """An MLP of two matrices."""
 
-    def __init__(self) -> None:
+    def __init__(self, act: Callable[[Tensor], Tensor] = F.gelu) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(HIDDEN, NEURONS), nn.Linear(NEURONS, HIDDEN)
+        self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Mixture(nn.Module):
+    """Two of three experts a token, as capture emits it: fused gate_up, and down not neuron-major.
+
+    `normalised`: weights sum to 1, written in place as routers do.
+    """
+
+    def __init__(self, layer: int = 0, *, normalised: bool = True) -> None:
+        super().__init__()
+        self.layer, self.normalised = layer, normalised
+        self.router = nn.Linear(HIDDEN, 3, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(3, 2 * NEURONS, HIDDEN))
+        self.down = nn.Parameter(torch.empty(3, HIDDEN, NEURONS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, HIDDEN)
+        weights, experts = self.router(flat).float().softmax(-1).topk(2)
+        if self.normalised:
+            weights /= weights.sum(-1, keepdim=True)
+        gate, up = self.gate_up[:, :NEURONS], self.gate_up[:, NEURONS:]
+        mlps = gate, up, self.down.transpose(1, 2), None, None, None, "silu", self.layer
+        return torch.ops.sirius.dense_moe(flat, experts, weights, *mlps).reshape(x.shape)
 
 
 class Attention(nn.Module):
     """Grouped-query attention of 2 heads over 1, as capture emits it."""
 
-    def __init__(self, layer: int, window: int | None = None, softcap: float | None = None) -> None:
+    def __init__(
+        self,
+        layer: int,
+        window: int | None = None,
+        softcap: float | None = None,
+        *,
+        sinks: bool = False,
+    ) -> None:
         super().__init__()
+        self.sinks = nn.Parameter(torch.empty(2)) if sinks else None
         self.kind = layer, 0.5, window, softcap
         self.q = nn.Linear(HIDDEN, 4, bias=False)
         self.k = nn.Linear(HIDDEN, 2, bias=False)
@@ -91,7 +123,7 @@ class Attention(nn.Module):
         q, k, v = (
             linear(x).unflatten(-1, (-1, 2)).transpose(1, 2) for linear in (self.q, self.k, self.v)
         )
-        y = torch.ops.sirius.attention(q, k, v, *self.kind)
+        y = torch.ops.sirius.attention(q, k, v, *self.kind, self.sinks)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -175,13 +207,23 @@ def after(build: Callable[[], nn.Module], *passes: Pass) -> Program:
 
 
 def paired(build: Callable[[], nn.Module]) -> Program:
-    """The same at stage PAIRED, its gated MLPs raised to operators."""
+    """The same at stage PAIRED, its MLPs raised to operators."""
     return after(build, Canonicalize(), RecogniseMlps(), InsertKvCache(), PairPaths())
+
+
+def plainly_paired(build: Callable[[], nn.Module]) -> Program:
+    """The same at stage PAIRED, its MLPs left as linears."""
+    return after(build, Canonicalize(), InsertKvCache(), PairPaths())
 
 
 def one_mlp() -> Decoder:
     """One layer: an MLP."""
     return Decoder(Mlp())
+
+
+def two_mixtures() -> Decoder:
+    """Two layers of attention and experts, the second beside an MLP that all tokens share."""
+    return Decoder(Attention(0), Mixture(0), Attention(1), Mixture(1, normalised=False), Mlp())
 
 
 def two_layers() -> Decoder:

@@ -28,7 +28,7 @@ from tests.support.naive import tree_mask
 VOCABULARY = 101
 MAX_SEQ_LEN = 128
 EOS = (2, 5)
-METHODS = ("griffin", "topk", "cats", "none")
+METHODS = ("griffin", "topk", "cats", "teal", "griffin+teal", "none")
 SMALL: dict[str, object] = {
     "hidden_size": 64,
     "intermediate_size": 96,

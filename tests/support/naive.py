@@ -19,7 +19,9 @@ ACTIVATIONS: dict[str, Callable[[float], float]] = {
     "gelu_tanh": lambda v: (
         0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
     ),
+    "quick_gelu": lambda v: v / (1 + math.exp(-1.702 * v)),
     "relu": lambda v: max(v, 0.0),
+    "relu2": lambda v: max(v, 0.0) ** 2,
 }
 
 Choice = Callable[[int, list[list[float]]], Iterable[int]]
@@ -67,6 +69,7 @@ def tree_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One row: each node of a tree sees the history, its ancestors and itself; [H, N, Dv]."""
     (heads, nodes, _), length = q_HND.shape, history_k_GLD.shape[1]
@@ -93,17 +96,19 @@ def tree_attention(
             scores = [dot(q[node], key) * scale for _, key, _ in seen]
             if softcap is not None:
                 scores = [softcap * math.tanh(score / softcap) for score in scores]
-            rows.append(_mix(scores, [value for _, _, value in seen]))
+            values = [value for _, _, value in seen]
+            if sinks is not None:  # a token that every query sees, and that has no value
+                scores.append(sinks.double().tolist()[head])
+                values.append([0.0] * v_GND.shape[2])
+            rows.append(_mix(scores, values))
     return torch.tensor(rows).unflatten(0, (heads, nodes)).to(q_HND.dtype)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """A tree without branches, after no history."""
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *kind: Any) -> Tensor:
+    """A tree without branches, after no history. kind: window, softcap and sinks."""
     chain = list(range(-1, q.shape[2] - 1))
     rows = [
-        tree_attention(q[b], k[b], v[b], k[b, :, :0], v[b, :, :0], chain, scale, window, softcap)
+        tree_attention(q[b], k[b], v[b], k[b, :, :0], v[b, :, :0], chain, scale, *kind)
         for b in range(q.shape[0])
     ]
     return torch.stack(rows)
@@ -245,3 +250,72 @@ def sparse_linear(
             only = [value if i in kept else 0.0 for i, value in enumerate(x)]
             result[b, t] = torch.tensor(linear(only, weight.t(), bias))
     return result, torch.tensor(counts)
+
+
+# mixtures of experts
+
+EXPERT_ACTIVATIONS: dict[str, Callable[[float], float]] = {
+    **ACTIVATIONS,
+    "clamped_swiglu": lambda v: min(v, 7.0) / (1 + math.exp(-1.702 * min(v, 7.0))),
+}
+
+
+def _expert(
+    x: list[float], expert: int, moe: Sequence[Any], act: str
+) -> tuple[list[float], Callable[[Iterable[int]], list[float]]]:
+    """Of one token and one of its experts: act(gate x), and the output of some of its neurons."""
+    gate, up, down, gate_bias, up_bias, down_bias = (
+        None if tensor is None else tensor[expert] for tensor in moe
+    )
+    g = [EXPERT_ACTIVATIONS[act](v) for v in linear(x, gate, gate_bias)]
+    z = list(g)
+    if up is not None:
+        u = linear(x, up, up_bias)
+        if act == "clamped_swiglu":
+            u = [max(-7.0, min(7.0, v)) + 1 for v in u]
+        z = [a * b for a, b in zip(g, u, strict=True)]
+
+    def output(neurons: Iterable[int]) -> list[float]:
+        only = set(neurons)
+        kept = [value if i in only else 0.0 for i, value in enumerate(z)]
+        return linear(kept, down.t(), down_bias)
+
+    return g, output
+
+
+def topk_moe(*args: Any) -> Tensor:
+    x_NC, experts, weights, *moe, act, _layer, keep = args
+    result = torch.zeros_like(x_NC)
+    for n, x in enumerate(x_NC.double().tolist()):
+        shares: list[float] = weights[n].double().tolist()
+        parts = [_expert(x, e, moe, act) for e in experts[n].tolist()]
+        ranked = sorted(
+            (
+                (abs(v) * share, slot, i)
+                for slot, (share, (g, _)) in enumerate(zip(shares, parts, strict=True))
+                for i, v in enumerate(g)
+            ),
+            reverse=True,
+        )[:keep]
+        total = [0.0] * len(x)
+        for slot, (share, (_, output)) in enumerate(zip(shares, parts, strict=True)):
+            y = output([i for _, of, i in ranked if of == slot])
+            total = [t + share * v for t, v in zip(total, y, strict=True)]
+        result[n] = torch.tensor(total)
+    return result
+
+
+def dense_moe(*args: Any) -> Tensor:
+    gate, experts = args[3], args[1]
+    return topk_moe(*args, gate.shape[1] * experts.shape[1])
+
+
+def experts_moe(*args: Any) -> Tensor:
+    x, experts, weights, *moe, keep, normalised = args
+    best, shares = [], []
+    for chosen, given in zip(experts.tolist(), weights.double().tolist(), strict=True):
+        ranked = sorted(zip(given, chosen, strict=True), reverse=True)[:keep]
+        scale = math.fsum(given) / math.fsum(w for w, _ in ranked) if normalised else 1.0
+        best.append([e for _, e in ranked])
+        shares.append([w * scale for w, _ in ranked])
+    return dense_moe(x, torch.tensor(best), torch.tensor(shares), *moe)

@@ -43,6 +43,7 @@ class Block:
     dtype: torch.dtype = torch.float32
     seed: int = 0
     groups: int = GROUPS
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         rows, nodes = len(self.lengths), len(self.parents[0])
@@ -60,6 +61,7 @@ class Block:
         for row, length in enumerate(self.lengths):
             self.k_cache[LAYER, row, :, :length] /= 20
             self.v_cache[LAYER, row, :, :length] /= 20
+        self.sink = random(7, HEADS) if self.sinks else None
         self.length = torch.tensor(self.lengths)
         self.mask = torch.stack([naive.tree_mask(tree) for tree in self.parents])
         self.slots = self.length[:, None] + torch.arange(nodes)
@@ -82,6 +84,7 @@ class Block:
             0.4,
             window,
             softcap,
+            self.sink,
         )
 
     def apart(
@@ -105,6 +108,7 @@ class Block:
             0.4,
             window,
             softcap,
+            self.sink,
         )
 
     def run(self, window: int | None = None, softcap: float | None = None) -> Tensor:
@@ -141,7 +145,7 @@ class Block:
             )
             tree = self.parents[row % len(self.parents)]
             block = self.q[row], self.k[row], self.v[row], history_k, history_v
-            rows.append(naive.tree_attention(*block, tree, 0.4, window, softcap))
+            rows.append(naive.tree_attention(*block, tree, 0.4, window, softcap, self.sink))
         return torch.stack(rows)
 
 
@@ -152,11 +156,12 @@ def blocks(draw: st.DrawFn) -> Block:
     tree = [-1, *(draw(st.integers(0, node - 1)) for node in range(1, nodes))]
     lengths = draw(st.lists(st.integers(0, SLOTS - nodes), min_size=1, max_size=3))
     groups = draw(st.sampled_from([1, 2, 4]))
-    return Block(lengths, [tree], seed=draw(st.integers(0, 9)), groups=groups)
+    seed, sinks = draw(st.integers(0, 9)), draw(st.booleans())
+    return Block(lengths, [tree], seed=seed, groups=groups, sinks=sinks)
 
 
 ROWS, TOKENS, HIDDEN, NEURONS = 2, 3, 5, 13
-NO_NEAR_TIES = 481  # a seed of which a test says that no rounding decides its choices of neurons
+NO_NEAR_TIES = 490  # a seed of which a test says that no rounding decides its choices of neurons
 
 
 def mlp_args(
@@ -205,3 +210,29 @@ def linear_args(
         randn(FEATURES, seed=2, dtype=dtype) if bias else None,
         weight.float().norm(dim=1) if norm else None,
     ]
+
+
+EXPERTS, ROUTED = 5, 3
+
+
+def moe_args(
+    act: str = "silu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    bias: bool = False,
+    plain: bool = False,
+) -> list[Any]:
+    """x of 4 tokens, their experts and weights, the weights and biases of all experts, the
+    activation and the layer. `plain`: no up.
+    """
+    x = randn(4, HIDDEN, seed=0, dtype=dtype)
+    scores = randn(4, EXPERTS, seed=1).softmax(-1)
+    weights, experts = scores.topk(ROUTED)
+    gate, up, down = (randn(EXPERTS, NEURONS, HIDDEN, seed=i, dtype=dtype) / 2 for i in (2, 3, 4))
+    sizes = (NEURONS, NEURONS, HIDDEN)
+    biases = [
+        randn(EXPERTS, n, seed=5 + i, dtype=dtype) if bias else None for i, n in enumerate(sizes)
+    ]
+    if plain:
+        return [x, experts, weights, gate, None, down, biases[0], None, biases[2], act, 1]
+    return [x, experts, weights, gate, up, down, *biases, act, 1]

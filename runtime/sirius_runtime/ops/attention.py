@@ -24,19 +24,30 @@ def _attend(
     visible: Tensor,
     scale: float,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Softmax attention of q [B, H, T, D] over k, v [B, G, S, D] where `visible` [B | 1, 1, T,
     S].
     """
-    if softcap is None:
+    if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = torch.tanh(q @ k.transpose(-1, -2) * scale / softcap) * softcap
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    return _softmax(scores, sinks).to(q.dtype) @ v
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Shares of scores [B, H, T, S]; a head's sink takes part and its share is dropped."""
+    if sinks is None:
+        return scores.softmax(-1)
+    sink = sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
 
 
 def _output_like(q: Tensor, v: Tensor) -> Tensor:
@@ -51,19 +62,21 @@ def attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal self-attention without a cache: what capture emits, one a layer.
 
     q [B, H, T, D]; k [B, G, T, D]; v [B, G, T, Dv]; returns [B, H, T, Dv]. A query sees the
     `window` last positions up to its own (all of them where None); `softcap` bounds scores to
-    ±softcap by tanh. `layer` is the index of the layer, kept for the passes.
+    ±softcap by tanh. `sinks` [H] are scores of a token without a value, which every query of the
+    head sees. `layer` is the index of the layer, kept for the passes.
     """
     index = torch.arange(q.shape[2], device=q.device)
     distance_TT = index[:, None] - index[None, :]
     visible = distance_TT >= 0
     if window is not None:
         visible = visible & (distance_TT < window)
-    return _attend(q, k, v, visible[None, None], scale, softcap)
+    return _attend(q, k, v, visible[None, None], scale, softcap, sinks)
 
 
 def cached_attention(
@@ -80,6 +93,7 @@ def cached_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Writes k, v to their slots, then attends to the committed history and to the block's
     ancestors.
@@ -113,7 +127,7 @@ def cached_attention(
     if window is not None:
         visible = visible & (distance_BTE < window)
     return _attend(
-        q, k_layer[:, :, :extent], v_layer[:, :, :extent], visible[:, None], scale, softcap
+        q, k_layer[:, :, :extent], v_layer[:, :, :extent], visible[:, None], scale, softcap, sinks
     )
 
 
@@ -133,6 +147,7 @@ def block_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cached_attention` without a mutation: the block's K/V stands apart from the caches.
 
@@ -147,7 +162,7 @@ def block_attention(
         extent = min(extent, int(length.max()))
     return _block_attention(
         q, k, v, k_cache, v_cache, k_block, v_block, positions, nodes, length, tree_mask,
-        layer, scale, window, softcap, extent=extent,
+        layer, scale, window, softcap, sinks, extent=extent,
     )  # fmt: skip
 
 
@@ -174,6 +189,7 @@ def _block_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
     *,
     extent: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,7 +218,7 @@ def _block_attention(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(visible[:, None].logical_not(), torch.finfo(torch.float32).min)
-    p = scores.softmax(-1).to(q.dtype).view(B, G, H // G * T, -1)
+    p = _softmax(scores, sinks).to(q.dtype).view(B, G, H // G * T, -1)
     out = p[..., :extent] @ v_cache[layer, :, :, :extent] + p[..., extent:] @ v_new
     return out.view(B, H, T, -1), k_new, v_new
 
@@ -224,7 +240,7 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     return _output_like(q, v)
 
 
-_KIND = "int layer, float scale, int? window, float? softcap"
+_KIND = "int layer, float scale, int? window, float? softcap, Tensor? sinks=None"
 define(f"attention(Tensor q, Tensor k, Tensor v, {_KIND}) -> Tensor", attention, _fake_attention)
 define(
     "cached_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "

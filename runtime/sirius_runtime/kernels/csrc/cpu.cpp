@@ -84,7 +84,7 @@ int sirius_attention(int type, int64_t B, int64_t H, int64_t G, int64_t N, int64
                      int64_t S, int64_t M, const void* q, const void* k, const void* v, void* keys,
                      void* values, const void* positions, const void* slots, const void* length,
                      const void* mask, int64_t mask_stride, int64_t window, float scale,
-                     float softcap, void* out, int threads) {
+                     float softcap, const void* sinks, void* out, int threads) {
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
     Attention<T> own;
@@ -95,7 +95,7 @@ int sirius_attention(int type, int64_t B, int64_t H, int64_t G, int64_t N, int64
     own.positions = (const int64_t*)positions, own.slots = (const int64_t*)slots;
     own.length = (const int64_t*)length, own.mask = (const int64_t*)mask;
     own.mask_stride = size_t(mask_stride), own.window = window;
-    own.scale = scale, own.softcap = softcap;
+    own.scale = scale, own.softcap = softcap, own.sinks = (const T*)sinks;
     own.out = (T*)out, own.threads = threads;
     return own.run() ? DONE : BAD_INDEX;
   });

@@ -1,0 +1,84 @@
+"""What passes know of mixtures of experts: a node's sizes, and which methods can skip in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from sirius_passes.program import Program, calls
+from sirius_passes.recognise_mlps import DENSE_MOE
+from sirius_passes.weight_views import weight_name
+from sirius_runtime.errors import UnsupportedModelError
+from sirius_runtime.spec import Method
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A node of `sirius::dense_moe`."""
+
+    node: fx.Node
+
+    @property
+    def layer(self) -> int:
+        return self._argument(10)
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return int(self._argument(3).meta["val"].shape[0])
+
+    @property
+    def per_token(self) -> int:
+        """k."""
+        return int(self._argument(1).meta["val"].shape[-1])
+
+    @property
+    def neurons(self) -> int:
+        """I, of one expert."""
+        return int(self._argument(3).meta["val"].shape[1])
+
+    @property
+    def neuron_parameters(self) -> int:
+        """Of a neuron's rows but the gate's: up where there is one, and down."""
+        width = int(self._argument(3).meta["val"].shape[2])
+        return width * (1 if self._argument(4) is None else 2)
+
+    @property
+    def weight(self) -> str:
+        """The name of the gates' weight."""
+        return weight_name(self._argument(3))
+
+    def expert_parameters(self, program: Program) -> int:
+        """Of one expert."""
+        tensors = [self._argument(i) for i in range(3, 9)]
+        names = {weight_name(node) for node in tensors if node is not None}
+        return sum(math.prod(program.weights[name].shape) for name in names) // self.experts
+
+    def _argument(self, index: int) -> Any:
+        return self.node.args[index]
+
+
+def mixtures(graph: fx.Graph, dense_layers: Collection[int] = ()) -> list[Mixture]:
+    """The dense mixtures of experts of a graph, but those of `dense_layers`."""
+    found = map(Mixture, calls(graph, DENSE_MOE))
+    return [mixture for mixture in found if mixture.layer not in dense_layers]
+
+
+def check_method(program: Program, method: Method) -> None:
+    """Refuses a method that has no form for the mixtures of a program, or that needs some."""
+    found = [m for module in program.graphs.values() for m in mixtures(module.graph)]
+    if found and method not in (Method.NONE, Method.TOPK, Method.EXPERTS):
+        layers = ", ".join(str(mixture.layer) for mixture in found)
+        raise UnsupportedModelError(
+            f"--sparsity {method} has no form for mixtures of experts, as layers {layers} are: use "
+            "--sparsity topk or experts"
+        )
+    if method is Method.EXPERTS and not found:
+        raise UnsupportedModelError(
+            "--sparsity experts skips experts, and this model has none: use --sparsity topk, cats "
+            "or griffin"
+        )

@@ -1,0 +1,76 @@
+"""The MLPs' half of `griffin+teal`: of the prompt's neurons, those above a threshold for the token.
+
+    Before (sparse)                            After (sparse), with input neurons [layers, B, K]
+    %1 = sirius.dense_mlp(%x, …, 'silu', 0)    %1 = sirius.griffin_cats_mlp(%x, …, %neurons, 0.07)
+                                               %2 = %1[0], %3 = %1[1]
+                                               %9 = aten.stack([%3, …])
+                                               return logits=%8, kept=%9
+
+Everything else as `sparsify_griffin`. A prompt's neurons are whole rows of the gate, so inputs
+can't be skipped there without a copy of the weights; a neuron that is small for the token saves its
+rows of up and down instead, which is where an input threshold on down would save. `kept` [sites, B]
+counts them. Reads kept rows of gate, and of these the rows of up and down that the token keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from sirius_passes.program import CALIBRATED, SPARSE, Program, add_input
+from sirius_passes.sparsify import (
+    Threshold,
+    add_counts,
+    add_sites,
+    both_values,
+    each,
+    kept_neurons,
+    mlp_site,
+    replace_mlp,
+    take_over,
+)
+from sirius_passes.sparsify_griffin import SparsifyGriffin, prompt_site
+from sirius_runtime.spec import Method
+
+griffin_cats_mlp = torch.ops.sirius.griffin_cats_mlp.default
+
+
+class SparsifyGriffinCats(SparsifyGriffin):
+    """`thresholds`: one an MLP, a quantile of the prompt's neurons' |act(gate x)|."""
+
+    name: ClassVar[str] = "sparsify_griffin_cats"
+
+    def __init__(
+        self,
+        keep: float,
+        thresholds: Sequence[Threshold] | None,
+        dense_layers: Collection[int] = (),
+    ) -> None:
+        """thresholds: None to keep all of the prompt's neurons: to calibrate."""
+        super().__init__(keep, dense_layers)
+        self.thresholds = thresholds
+
+    def _rewrite_sparse(self, program: Program, found: Sequence[fx.Node]) -> None:
+        module = program.graphs[SPARSE]
+        neurons = add_input(module.graph, "neurons")
+        fixed, counted, counts = [], [], []
+        thresholds = each(self.thresholds, len(found), self.keep, "MLPs")
+        for mlp, own in zip(found, thresholds, strict=True):
+            both = replace_mlp(mlp, griffin_cats_mlp, neurons, own.value, origin=self.name)
+            both.meta[CALIBRATED] = (len(both.args) - 1,)
+            site = prompt_site(mlp, self.keep)
+            of_prompt = int(site.kept)
+            kept = kept_neurons(of_prompt, own.keep)
+            fixed.append(site)
+            counted.append(
+                mlp_site(mlp, of_prompt, kept, gate=False, threshold=own.value, counted=True)
+            )
+            y, count = both_values(mlp, both, self.name)
+            counts.append(count)
+            take_over(mlp, y)
+        add_sites(program, Method.GRIFFIN_TEAL, self.keep, fixed + counted, self.dense_layers)
+        add_counts(module, counts, self.name)
+        module.recompile()

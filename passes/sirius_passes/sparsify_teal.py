@@ -1,0 +1,138 @@
+"""Input sparsity: per token, the input channels of every projection that are large enough (TEAL).
+
+    Before (sparse)                          After (sparse)
+    %1 = aten.linear(%x, %w, %b)             %1 = aten.t(%w)
+                                             %2 = sirius.sparse_linear(%x, %1, %b, None, 0.0713)
+                                             %3 = %2[0], %4 = %2[1]
+                                             %9 = aten.stack([…, %4, …])
+                                             return logits=%8, kept=%9
+
+Every linear of attention and MLPs, not the head. One threshold a linear, on |x|; with
+`Score.WEIGHT_NORM` on |x| times the norm of the channel's weights, which the artifact then holds
+too (WINA's rule without its rotation; the weights stay as they are). `kept` [sites, B] counts the
+channels that were kept. Reads the kept channels of each weight; `lay_out_weights` stores it
+input-major (arXiv 2408.14690).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from sirius_passes.blocks import head_linear, layers_of
+from sirius_passes.manager import Pass
+from sirius_passes.program import (
+    CALIBRATED,
+    SPARSE,
+    Program,
+    Stage,
+    add_weight,
+    call,
+    calls,
+)
+from sirius_passes.sparsify import Threshold, add_counts, add_sites, both_values, each, take_over
+from sirius_passes.weight_views import is_transpose
+from sirius_runtime.errors import UnsupportedModelError
+from sirius_runtime.graph import WEIGHT
+from sirius_runtime.spec import Method, NormSpec, Score, SiteSpec, WeightSpec
+
+aten = torch.ops.aten
+sparse_linear = torch.ops.sirius.sparse_linear.default
+
+
+class SparsifyTeal(Pass):
+    """`thresholds`: one a linear of the layers that are not dense, in the graph's order."""
+
+    name: ClassVar[str] = "sparsify_teal"
+    takes: ClassVar[Stage] = Stage.PAIRED
+    gives: ClassVar[Stage] = Stage.PAIRED
+
+    def __init__(
+        self,
+        keep: float,
+        thresholds: Sequence[Threshold] | None,
+        dense_layers: Collection[int] = (),
+        *,
+        score: Score = Score.MAGNITUDE,
+        method: Method = Method.TEAL,
+    ) -> None:
+        """thresholds: None to keep all channels: to calibrate."""
+        self.keep, self.dense_layers, self.score, self.method = keep, dense_layers, score, method
+        self.thresholds = thresholds
+
+    def run(self, program: Program) -> int:
+        module = program.graphs[SPARSE]
+        graph = module.graph
+        found = projections(graph, self.dense_layers)
+        thresholds = each(self.thresholds, len(found), self.keep, "linears")
+        sites, counts = [], []
+        for (linear, layer), own in zip(found.items(), thresholds, strict=True):
+            x, weight, *bias = linear.args
+            assert isinstance(x, fx.Node)
+            assert isinstance(weight, fx.Node)
+            features, units = (int(extent) for extent in weight.meta["val"].shape)
+            source, norm = _source(weight), None
+            if self.score is Score.WEIGHT_NORM:
+                norm = _norm(program, graph, source, units)
+            origin = f"{self.name}({linear.name})"
+            with graph.inserting_before(linear):
+                rows = call(graph, aten.t.default, (weight,), origin=origin)
+                arguments = (x, rows, bias[0] if bias else None, norm, own.value)
+                both = call(graph, sparse_linear, arguments, origin=origin)
+                both.meta[CALIBRATED] = (len(both.args) - 1,)
+            y, count = both_values(linear, both, self.name)
+            take_over(linear, y)
+            counts.append(count)
+            kept = units * own.keep
+            sites.append(SiteSpec(layer, source.of, units, kept, features, own.value, True))
+        add_sites(program, self.method, self.keep, sites, self.dense_layers)
+        add_counts(module, counts, self.name)
+        module.recompile()
+        return len(found)
+
+
+def projections(graph: fx.Graph, dense_layers: Collection[int] = ()) -> dict[fx.Node, int]:
+    """The linears of the layers, all but the head, and the layer of each, in order.
+
+    Raises UnsupportedModelError where there are none, or where layers can't be told apart.
+    """
+    linears = [n for n in calls(graph, aten.linear.default) if n is not head_linear(graph)]
+    layers = layers_of(graph, linears)
+    if not layers:
+        raise UnsupportedModelError(
+            "there is no linear to make sparse: looked for aten.linear between the embeddings and "
+            "the head"
+        )
+    return {node: layer for node, layer in layers.items() if layer not in dense_layers}
+
+
+def _source(weight: fx.Node) -> NormSpec:
+    """Which part of which stored tensor a linear's weight [O, C] is, read through slices and
+    transposes.
+    """
+    transposed, start, end = False, 0, int(weight.meta["val"].shape[0])
+    node = weight
+    while WEIGHT not in node.meta:
+        if is_transpose(node):
+            transposed = not transposed
+        elif node.target is aten.slice.Tensor and int(node.args[1]) == int(transposed):  # type: ignore[arg-type]
+            start += int(node.args[2])  # type: ignore[arg-type]
+            end += int(node.args[2])  # type: ignore[arg-type]
+        else:
+            raise UnsupportedModelError(
+                f"a linear's weight is computed, by {node.name} ({node.target}); its channels "
+                "can't be skipped. Use --sparsity topk, cats or griffin"
+            )
+        (node,) = node.all_input_nodes
+    return NormSpec(node.meta[WEIGHT], int(transposed), start, end)
+
+
+def _norm(program: Program, graph: fx.Graph, source: NormSpec, channels: int) -> fx.Node:
+    """The norms of these channels as a weight of the program."""
+    name = f"{source.of}.norm_{source.start}_{source.end}"
+    spec = WeightSpec(name, "float32", (channels,), retype=False, norm=source)
+    program.weights[name] = spec
+    return add_weight(graph, spec)

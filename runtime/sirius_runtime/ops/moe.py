@@ -1,0 +1,211 @@
+"""Mixtures of experts, dense and sparse: each token's own few of many MLPs, weighted and added up.
+
+The weights of all E experts stand in one tensor, neuron-major: a neuron of an expert is one row of
+`gate`, of `up` and of `down`, [E, I, C]. Each token n has k experts of its own, `experts` [N, k],
+with `weights` [N, k], by a router that stands outside.
+
+What a sparse form keeps is each token's own choice, the beams of a tree included: they are routed
+to experts of their own already, so there are no neurons that all of them could share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sirius_runtime.ops.mlp import ACTIVATIONS
+from sirius_runtime.ops.registry import define
+
+CLAMPED_SWIGLU = "clamped_swiglu"
+_LIMIT = 7.0
+
+
+def _clamped_swish(g: Tensor) -> Tensor:
+    """quick_gelu up to a limit: gpt-oss' gate."""
+    g = g.clamp(max=_LIMIT)
+    return g * torch.sigmoid(1.702 * g)
+
+
+EXPERT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    **ACTIVATIONS,
+    CLAMPED_SWIGLU: _clamped_swish,
+}
+"""Of experts, by name. With `clamped_swiglu`, up is bounded to ±7 and raised by 1 (gpt-oss)."""
+
+Linear = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""y [N, k, O] from x [N, k, C], experts [N, k], weight [E, O, C], bias [E, O]."""
+
+
+def gated(g: Tensor, u: Tensor | None, act: str) -> Tensor:
+    """An expert's neurons, of the activation `g` that its gate gives and of what `up` gives."""
+    if u is None:
+        return g
+    return g * (u.clamp(-_LIMIT, _LIMIT) + 1 if act == CLAMPED_SWIGLU else u)
+
+
+def dense_moe(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+) -> Tensor:
+    """All of each token's experts. x [N, C]; experts, weights [N, k]; gate, up, down [E, I, C];
+    biases [E, I], [E, I], [E, C]; returns [N, C]. No `up`: plain MLPs.
+    """
+    return _moe(
+        x, experts, weights, gate, up, down, gate_bias, up_bias, down_bias, act,
+        keep=None, linear=_linear_for(x),
+    )  # fmt: skip
+
+
+def topk_moe(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+    keep: int,
+) -> Tensor:
+    """Of the neurons of a token's experts together, only the `keep` of largest |act(gate x)|, times
+    the expert's weight: that is what scales a neuron's part of the output.
+    """
+    return _moe(
+        x, experts, weights, gate, up, down, gate_bias, up_bias, down_bias, act,
+        keep=keep, linear=_linear_for(x),
+    )  # fmt: skip
+
+
+def experts_moe(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    layer: int,
+    keep: int,
+    normalised: bool,
+) -> Tensor:
+    """Only the `keep` of a token's experts with the largest weights. `normalised`: their weights
+    are scaled to the sum of all, as by a router whose weights have a sum of its own choosing.
+    """
+    experts, weights = _heaviest(experts, weights, keep, normalised)
+    return _moe(
+        x, experts, weights, gate, up, down, gate_bias, up_bias, down_bias, act,
+        keep=None, linear=_linear_for(x),
+    )  # fmt: skip
+
+
+def decomposed_dense_moe(*args: Any) -> Tensor:
+    """`dense_moe` in PyTorch's operators alone, for lowering: every expert, no host read."""
+    *moe, _layer = args
+    return _moe(*moe, keep=None, linear=_linear_of_all)
+
+
+def decomposed_topk_moe(*args: Any) -> Tensor:
+    """`topk_moe`, likewise."""
+    *moe, _layer, keep = args
+    return _moe(*moe, keep=keep, linear=_linear_of_all)
+
+
+def decomposed_experts_moe(x: Tensor, experts: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+    """`experts_moe`, likewise."""
+    *mlps, _layer, keep, normalised = rest
+    experts, weights = _heaviest(experts, weights, keep, normalised)
+    return _moe(x, experts, weights, *mlps, keep=None, linear=_linear_of_all)
+
+
+def _heaviest(
+    experts: Tensor, weights: Tensor, keep: int, normalised: bool
+) -> tuple[Tensor, Tensor]:
+    kept, index = weights.topk(keep, -1)
+    if normalised:
+        kept = kept * (weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True))
+    return experts.gather(-1, index), kept
+
+
+def _moe(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    *,
+    keep: int | None,
+    linear: Linear,
+) -> Tensor:
+    x_NkC = x[:, None].expand(*experts.shape, x.shape[-1])
+    g = EXPERT_ACTIVATIONS[act](linear(x_NkC, experts, gate, gate_bias))
+    if keep is not None:
+        score = (g.abs() * weights[..., None]).flatten(1)
+        chosen = score.topk(keep, -1, sorted=False).indices
+        g = g * torch.zeros_like(score).scatter(-1, chosen, 1.0).view_as(g)
+    z = gated(g, None if up is None else linear(x_NkC, experts, up, up_bias), act)
+    y = linear(z.to(x.dtype), experts, down.mT, down_bias)
+    return (y * weights[..., None]).sum(1).to(x.dtype)
+
+
+def _linear_for(x: Tensor) -> Linear:
+    """On the CPU, the experts that are hit and no others: knowing them is free there; elsewhere a
+    read would stall the device.
+    """
+    return _linear_of_hit if x.device.type == "cpu" else _linear_of_all
+
+
+def _linear_of_hit(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.new_empty(*experts.shape, weight.shape[1])
+    for expert in experts.unique().tolist():
+        pair = (experts == expert).nonzero(as_tuple=True)
+        y[pair] = F.linear(x[pair], weight[expert], None if bias is None else bias[expert])
+    return y
+
+
+def _linear_of_all(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Every token through every expert: the weights are read in place, not gathered by token."""
+    N, E, k = x.shape[0], weight.shape[0], experts.shape[1]
+    x_NEC = x.new_zeros(N, E, x.shape[2])
+    x_NEC = x_NEC.scatter(1, experts[..., None].expand(N, k, x.shape[2]), x)
+    y_ENO = x_NEC.transpose(0, 1) @ weight.mT
+    if bias is not None:
+        y_ENO = y_ENO + bias[:, None]
+    O = y_ENO.shape[2]  # noqa: E741
+    return y_ENO.transpose(0, 1).gather(1, experts[..., None].expand(N, k, O))
+
+
+def _like(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+_MOE = (
+    "Tensor x, Tensor experts, Tensor weights, Tensor gate, Tensor? up, Tensor down, "
+    "Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act, int layer"
+)
+define(f"dense_moe({_MOE}) -> Tensor", dense_moe, _like)
+define(f"topk_moe({_MOE}, int keep) -> Tensor", topk_moe, _like)
+define(f"experts_moe({_MOE}, int keep, bool normalised) -> Tensor", experts_moe, _like)

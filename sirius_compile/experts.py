@@ -1,0 +1,105 @@
+"""Mixtures of experts: what transformers' experts modules become in a captured graph.
+
+transformers lets an experts function stand in for the loop over experts, as it does for attention.
+Ours emits one `sirius::dense_moe` a layer, over views of the module's weights that show every
+layout as the operator takes it: gate, up and down [E, I, C]. Which gating a module applies is found
+by running it on numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sirius_runtime.errors import UnsupportedModelError
+from sirius_runtime.ops.moe import EXPERT_ACTIVATIONS, gated
+
+_GRID = torch.linspace(-9, 9, 73, dtype=torch.float64)
+_NEAR = 1e-6
+
+
+class Experts:
+    """transformers' experts function. `layer`: of the attention last traced."""
+
+    def __init__(self) -> None:
+        self.layer = 0
+        self._gatings: dict[int, tuple[str, int]] = {}
+
+    def look_at(self, model: nn.Module) -> None:
+        """Finds out how each experts module gates, before it is traced and outside of tracing.
+
+        Raises UnsupportedModelError for one that can't be expressed, naming its class.
+        """
+        for module in model.modules():
+            if hasattr(module, "is_transposed") and hasattr(module, "_apply_gate"):
+                self._gatings[id(module)] = _gating(module)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """Emits the operator; hidden_states [N, C], top_k_index and top_k_weights [N, k]."""
+        act, stride = self._gatings[id(module)]
+        rows = list(_rows(module, stride))
+        down: Any = module.down_proj
+        return torch.ops.sirius.dense_moe(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            rows[0][0],
+            rows[1][0] if len(rows) > 1 else None,
+            down if module.is_transposed else down.transpose(1, 2),
+            rows[0][1],
+            rows[1][1] if len(rows) > 1 else None,
+            getattr(module, "down_proj_bias", None),
+            act,
+            self.layer,
+        )
+
+
+def _rows(module: Any, stride: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The weight [E, I, C] and bias [E, I] of gate, and of up where there is one. `stride`: 1 where
+    gate's rows come before up's, 2 where they alternate.
+    """
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
+    weight = weight.transpose(1, 2) if module.is_transposed else weight
+    if not module.has_gate:
+        yield weight, bias
+        return
+    half = weight.shape[1] // 2
+    for part in range(2):
+        rows = slice(part, None, 2) if stride == 2 else slice(part * half, (part + 1) * half)
+        yield weight[:, rows], None if bias is None else bias[:, rows]
+
+
+def _gating(module: Any) -> tuple[str, int]:
+    """The name in EXPERT_ACTIVATIONS of what a module computes of gate and up, and their stride."""
+    where = type(module).__name__
+    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    if missing := [name for name in names if not isinstance(getattr(module, name, None), Tensor)]:
+        raise UnsupportedModelError(f"{where}: experts without a {missing[0]} are not supported")
+    if getattr(module, "has_post_expert_norm", False):
+        raise UnsupportedModelError(f"{where}: experts with a norm of their own are not supported")
+    gate, up = torch.meshgrid(_GRID, _GRID, indexing="ij")
+    for stride in (1, 2) if module.has_gate else (1,):
+        if module.has_gate:
+            dim = -1 if stride == 2 else 0
+            both = torch.stack([gate.flatten(), up.flatten()], dim).flatten()
+            computed = module._apply_gate(both[None])[0]
+        else:
+            computed = module.act_fn(gate.flatten())
+        for name, function in EXPERT_ACTIVATIONS.items():
+            wanted = gated(function(gate), up if module.has_gate else None, name).flatten()
+            if torch.allclose(computed.double(), wanted, rtol=_NEAR, atol=_NEAR):
+                return name, stride
+    known = ", ".join(EXPERT_ACTIVATIONS)
+    raise UnsupportedModelError(
+        f"{where}: its experts' activation is none of the known ones ({known})"
+    )

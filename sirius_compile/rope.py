@@ -1,0 +1,153 @@
+"""Rotary embeddings whose frequencies depend on how long the text is, as functions of one token.
+
+Most variants (linear, llama3, yarn) only change constants. Two look at the longest position of a
+call, which a graph that serves ragged rows, chunks and trees must not:
+
+* ``dynamic`` (NTK): a token at position p uses the frequencies for a text of p + 1 tokens, or of
+  the original length where that is more. So do tokens that transformers decodes one by one.
+* ``longrope``: once a text is longer than the original length, all its tokens take other
+  frequencies, those in the cache too. Only texts up to the original length can be served.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from sirius_runtime.errors import UnsupportedModelError
+
+_LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda angles: angles,
+    lambda angles: torch.cat([angles, angles], -1),
+    lambda angles: angles.repeat_interleave(2, -1),
+)
+"""How models lay out the angles [..., D/2] of one token in cos and sin [..., D]."""
+
+
+def longest_sequence(config: PretrainedConfig) -> int | None:
+    """The longest text that can be served; None where the config names no limit."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    for parameters in _parameters(config).values():
+        kind = str(parameters.get("rope_type"))
+        if limit is not None and "dynamic" in kind:
+            limit = int(limit * parameters["factor"])
+        elif kind == "longrope":
+            limit = parameters.get("original_max_position_embeddings", limit)
+    return limit
+
+
+def place_tokens_alone(model: nn.Module, config: PretrainedConfig) -> None:
+    """Makes a model's rotary embeddings functions of each token's own position, before it is traced
+    and outside of tracing. Raises UnsupportedModelError for one that can't be.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        kinds = kinds if isinstance(kinds, dict) else {None: kinds}
+        if any(isinstance(k, str) and ("dynamic" in k or k == "longrope") for k in kinds.values()):
+            module.forward = _Rotary(module, kinds, config)
+
+
+def _parameters(config: PretrainedConfig) -> dict[str | None, dict[str, Any]]:
+    """Rotary parameters by layer type, None where all layers share them."""
+    given: Any = getattr(config, "rope_parameters", None) or {}
+    nested = given and all(isinstance(value, dict) for value in given.values())
+    return given if nested else {None: given}
+
+
+class _Rotary:
+    """Stands in for the forward of a rotary module."""
+
+    def __init__(self, module: Any, kinds: dict[str | None, str], config: PretrainedConfig) -> None:
+        self._module = module
+        # Without the decorator that updates the frequencies by the call's longest position: what is
+        # left uses those that the module was made with, longrope's for short texts.
+        self._forward = inspect.unwrap(type(module).forward)
+        parameters = _parameters(config)
+        self._dynamic = {
+            layer_type: _Dynamic(module, self._forward, layer_type, parameters[layer_type], config)
+            for layer_type, kind in kinds.items()
+            if "dynamic" in kind
+        }
+
+    def __call__(
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if layer_type in self._dynamic:
+            return self._dynamic[layer_type](x, position_ids)
+        own = {} if layer_type is None else {"layer_type": layer_type}
+        return self._forward(self._module, x, position_ids, **own)
+
+
+class _Dynamic:
+    """cos and sin of dynamic NTK scaling, by each token's own position."""
+
+    def __init__(
+        self,
+        module: Any,
+        forward: Callable[..., Any],
+        layer_type: str | None,
+        parameters: dict[str, Any],
+        config: PretrainedConfig,
+    ) -> None:
+        prefix = "" if layer_type is None else f"{layer_type}_"
+        self._name = f"{prefix}inv_freq"
+        self._size = 2 * getattr(module, self._name).shape[0]
+        self._theta = float(parameters["rope_theta"])
+        self._factor = float(parameters["factor"])
+        self._original = int(config.max_position_embeddings)
+        own: dict[str, Any] = {} if layer_type is None else {"layer_type": layer_type}
+        where = type(module).__name__
+        for position in (0, self._original, 3 * self._original):
+            wanted, _ = ROPE_INIT_FUNCTIONS["dynamic"](
+                config, torch.device("cpu"), seq_len=position + 1, **own
+            )
+            if not torch.allclose(self._frequencies(torch.tensor(position)), wanted, rtol=1e-4):
+                raise UnsupportedModelError(
+                    f"{where}: its dynamic scaling of rotary frequencies is not the known one"
+                )
+        self._layout, self._scale = self._probe(module, forward, own, where)
+
+    def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, T, D] of position_ids [B, T], in the dtype of `x`."""
+        angles = position_ids[..., None].float() * self._frequencies(position_ids)
+        angles = self._layout(angles)
+        return (angles.cos() * self._scale).to(x.dtype), (angles.sin() * self._scale).to(x.dtype)
+
+    def _frequencies(self, position_ids: Tensor) -> Tensor:
+        """[..., D/2] of the token at each position."""
+        length = (position_ids + 1).clamp(min=self._original)[..., None].float()
+        grown = self._factor * length / self._original - (self._factor - 1)
+        theta = self._theta * grown ** (self._size / (self._size - 2))
+        exponent = torch.arange(0, self._size, 2, device=position_ids.device) / self._size
+        return 1.0 / theta**exponent
+
+    def _probe(
+        self, module: Any, forward: Callable[..., Any], own: dict[str, Any], where: str
+    ) -> tuple[Callable[[Tensor], Tensor], float]:
+        """How the module's own forward lays out angles, and what it scales cos and sin by."""
+        known = module._buffers[self._name]
+        module._buffers[self._name] = inverse = torch.linspace(0.1, 0.7, self._size // 2)
+        position = torch.tensor([[2]])
+        try:
+            result = forward(module, torch.zeros(1, 1, 1), position, **own)
+        finally:
+            module._buffers[self._name] = known
+        scale = float(module.attention_scaling) if hasattr(module, "attention_scaling") else 1.0
+        for layout in _LAYOUTS:
+            angles = layout(2 * inverse)[None, None]
+            wanted = angles.cos() * scale, angles.sin() * scale
+            if isinstance(result, tuple) and all(
+                a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
+                for a, b in zip(result, wanted, strict=True)
+            ):
+                return layout, scale
+        raise UnsupportedModelError(
+            f"{where}: dynamic rotary frequencies in a layout that is not known (of angles a, b: "
+            "a b, a b a b, or a a b b)"
+        )

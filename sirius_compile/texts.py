@@ -1,0 +1,111 @@
+"""Text to calibrate on: files of it, or what the model itself writes.
+
+Decoding reads what the model writes, so the built-in text is on-policy: prompts that ship with the
+compiler, and the dense model's own greedy continuation of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from sirius_runtime.errors import CalibrationError
+from sirius_runtime.model import Mode, SiriusModel
+
+BUILTIN_PROMPTS = Path(__file__).parent / "calibration_prompts.jsonl"
+CONTINUATION = 48  # new tokens after each built-in prompt
+WINDOW = 512  # tokens of a text that are read together
+MAX_TOKENS = 16_384
+LEAST_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens that are read together; the first `prompt` of them are the prompt, the rest is as if
+    decoded.
+    """
+
+    tokens: tuple[int, ...]
+    prompt: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a calibration file: JSONL with a ``text`` field a line, or plain text as one.
+
+    Raises CalibrationError for a file that can't be read as either.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(
+            f"calibration file {path} can't be read as UTF-8 text ({error}); give plain text or "
+            "JSONL with a 'text' field, or --calibration builtin"
+        ) from error
+    if path.suffix != ".jsonl":
+        return [content]
+    texts = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            texts.append(str(json.loads(line)["text"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CalibrationError(
+                f"calibration file {path}, line {number}: not a JSON object with a 'text' field"
+            ) from error
+    return texts
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a built-in calibration file (JSONL, field ``prompt``)."""
+    return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+
+
+def windows(texts: Sequence[str], tokenizer: Tokenizer) -> list[Sample]:
+    """Windows of token ids of the texts, `MAX_TOKENS` in all at the most; the first half of each
+    stands for a prompt.
+    """
+    found: list[list[int]] = []
+    left = MAX_TOKENS
+    for text in texts:
+        ids = tokenizer.encode(text).ids[:left]
+        left -= len(ids)
+        found += [ids[i : i + WINDOW] for i in range(0, len(ids), WINDOW)]
+    return [Sample(tuple(w), max(1, len(w) // 2)) for w in found if w]
+
+
+def on_policy(prompts: Sequence[str], model: SiriusModel) -> list[Sample]:
+    """The prompts with the dense model's greedy continuation."""
+    output = model.generate(list(prompts), mode=Mode.FULL, max_new_tokens=CONTINUATION)
+    pairs = zip(output.prompts, output.tokens, strict=True)
+    return [Sample((*prompt, *new), len(prompt)) for prompt, new in pairs]
+
+
+def hold_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Samples to calibrate on, and a quarter of the tokens to check it on: every fourth sample, or
+    the end of each where there are fewer than four.
+
+    Raises CalibrationError where there is too little text.
+    """
+    total = sum(map(len, samples))
+    if total < LEAST_TOKENS:
+        raise CalibrationError(
+            f"the calibration text has {total} tokens; at least {LEAST_TOKENS} are needed"
+        )
+    if len(samples) >= 4:
+        return [s for i, s in enumerate(samples) if i % 4 < 3], list(samples[3::4])
+    used, held = [], []
+    for sample in samples:
+        cut = len(sample) - len(sample) // 4
+        used.append(Sample(sample.tokens[:cut], min(sample.prompt, cut)))
+        rest = sample.tokens[cut:]
+        if rest:
+            held.append(Sample(rest, max(1, len(rest) // 2)))
+    return used, held

@@ -1,0 +1,273 @@
+"""Calibration: thresholds as quantiles, checked on text held out; the layers' shares and ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sirius_compile.allocation import LEAST_KEPT, _allocate_layer
+from sirius_compile.calibration import Calibration, calibrate
+from sirius_compile.pipeline import Thresholds
+from sirius_compile.quantiles import QuantileSketch
+from sirius_compile.texts import Sample, hold_out
+from sirius_compile.tokenwise import Tokenwise
+from sirius_passes.sparsify import KEEP_ALL, Threshold
+from sirius_runtime.errors import CalibrationError
+from sirius_runtime.spec import Method, SiteSpec
+from tests.support.models import random_decoder
+from tests.support.paths import chooser, samples, tokenwise
+
+ALL = Thresholds((Threshold(0.3, 0.5),) * 2, (Threshold(0.4, 0.5),) * 14)
+OF = {
+    Method.TOPK: None,
+    Method.GRIFFIN: None,
+    Method.CATS: Thresholds(ALL.neurons),
+    Method.TEAL: Thresholds((), ALL.channels),
+    Method.GRIFFIN_TEAL: Thresholds(ALL.neurons, ALL.channels[:8]),
+}
+
+
+# quantiles
+
+
+@given(st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=200), st.floats(0.01, 0.99))
+def test_a_quantile_is_within_a_bin_of_the_sorted_one(values: list[float], share: float) -> None:
+    sketch = QuantileSketch()
+    for part in (values[::2], values[1::2]):
+        sketch.add(0, torch.tensor(part))
+    found = sketch.quantile(0, share)
+    wanted = sorted(values)[max(0, math.ceil(share * len(values) - 1e-9) - 1)]
+    assert wanted * (1 - 2**-20) <= found <= wanted * (1 + 2**-8) + 1e-38
+    above = sum(value > found for value in values) / len(values)
+    assert sketch.share_above(0, found) == pytest.approx(above)
+    assert sketch.share_above(0, KEEP_ALL) == 1.0
+
+
+# the tokenwise path
+
+
+@pytest.mark.parametrize("method", OF)
+def test_a_text_at_once_equals_token_by_token(method: Method) -> None:
+    path = tokenwise(method, thresholds=OF[method])
+    ids = torch.tensor([sample.tokens for sample in samples(2, 14)])
+    neurons = path.neurons(ids[:, :6])
+    assert (neurons is not None) == method.per_prompt
+    found = path.sparse(ids, neurons)
+    torch.testing.assert_close(found, stepwise(path, ids, neurons), rtol=1e-4, atol=1e-4)
+    # It is sparse: the full path says otherwise.
+    assert (found - path.full(ids)).abs().max() > 0.1
+
+
+def stepwise(path: Tokenwise, ids: Tensor, neurons: Tensor | None) -> Tensor:
+    """The sparse entry, a token a call."""
+    rows, tokens = ids.shape
+    inputs = path._inputs(ids, neurons)
+    logits = []
+    for index in range(tokens):
+        now = {
+            "input_ids": ids[:, index : index + 1],
+            "positions": torch.full((rows, 1), index),
+            "slots": torch.full((rows, 1), index),
+            "length": torch.full((rows,), index),
+            "tree_mask": torch.zeros(1, 1, 1, dtype=torch.int64),
+        }
+        entry = path._backend._entries["sparse"]
+        logits.append(entry.module(*entry.arguments(inputs | now))[0])
+    return torch.cat(logits, 1)
+
+
+def test_scores_are_what_a_threshold_is_compared_with() -> None:
+    """Counted from the scores, and by the operators themselves."""
+    for method in (Method.CATS, Method.TEAL, Method.GRIFFIN_TEAL):
+        path = tokenwise(method, thresholds=OF[method])
+        (sample,) = samples(1, 20)
+        ids = torch.tensor([sample.tokens])
+        neurons = path.neurons(ids[:, :8])
+        counts: dict[int, int] = {}
+        thresholds = [site.threshold for site in path.spec.sparsity.counted]
+
+        def look(site: int, scores: Tensor, counts: dict[int, int] = counts) -> None:
+            counts[site] = int((scores > thresholds[site]).sum())  # noqa: B023
+
+        entry = path._backend._entries["sparse"]
+        path.sparse(ids, neurons, look)
+        inputs = path._inputs(ids, neurons)
+        kept = torch.zeros(len(thresholds), dtype=torch.int64)
+        for index in range(20):
+            now = {
+                "input_ids": ids[:, index : index + 1],
+                "positions": torch.full((1, 1), index),
+                "slots": torch.full((1, 1), index),
+                "length": torch.full((1,), index),
+                "tree_mask": torch.zeros(1, 1, 1, dtype=torch.int64),
+            }
+            kept += entry.module(*entry.arguments(inputs | now))[-1][:, 0]
+        assert [counts[site] for site in range(len(thresholds))] == kept.tolist(), method
+
+
+# thresholds
+
+
+@pytest.mark.parametrize("method", [Method.CATS, Method.TEAL, Method.GRIFFIN_TEAL])
+@pytest.mark.parametrize("keep", [0.5, 0.2])
+def test_what_is_asked_for_is_kept_of_text_held_out(method: Method, keep: float) -> None:
+    text = samples(64, 64)  # random tokens: a quarter of few is not like the rest
+    found = calibrate(tokenwise(method, keep), text, keep)
+    assert (found.tokens, found.held_out) == (48 * 64, 16 * 64)
+    for site in found.sites:
+        assert site.reached == pytest.approx(site.target, abs=0.05)
+    for layer in (0, 1):
+        assert kept_of(found, tokenwise(method, keep), layer) == pytest.approx(keep, abs=1e-6)
+
+
+def kept_of(found: Calibration, path: Tokenwise, layer: int) -> float:
+    """The share of a layer's weights that its sites are to keep."""
+    sites = path.spec.sparsity.counted
+    pairs = [(s, f) for s, f in zip(sites, found.sites, strict=True) if s.layer == layer]
+    weights = [site.units * site.params for site, _ in pairs]
+    return sum(w * f.target for w, (_, f) in zip(weights, pairs, strict=True)) / sum(weights)
+
+
+def test_a_calibration_of_some_layers() -> None:
+    found = calibrate(tokenwise(Method.GRIFFIN_TEAL), samples(), 0.5)
+    first = found.only([0])
+    assert {site.layer for site in first.sites} == {0}
+    assert (len(first.thresholds.neurons), len(first.thresholds.channels)) == (1, 4)
+    assert (len(found.thresholds.neurons), len(found.thresholds.channels)) == (2, 8)
+
+
+def test_too_little_text_is_refused() -> None:
+    for text in ([], samples(1, 1), samples(1, 63)):
+        tokens = sum(map(len, text))
+        with pytest.raises(CalibrationError, match=rf"has {tokens} tokens; at least 64 are needed"):
+            calibrate(tokenwise(Method.CATS), text, 0.5)
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    model = random_decoder("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight[3, 4] = float("nan")
+    with pytest.raises(CalibrationError, match="activations are not finite"):
+        calibrate(tokenwise(Method.CATS, model=model), samples(), 0.5)
+
+
+def test_constant_activations_are_refused_by_name() -> None:
+    model = random_decoder("llama", mlp_bias=True)
+    with torch.no_grad():
+        mlp = model.model.layers[1].mlp
+        mlp.gate_proj.weight.zero_()
+        mlp.gate_proj.bias.fill_(2.0)
+    message = r"layer 1, model.layers.1.mlp.gate_proj.weight: no threshold keeps 50% .* keeps 0%"
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(tokenwise(Method.CATS, model=model), samples(), 0.5)
+
+
+def test_zeros_of_relu_are_dropped_whatever_their_share() -> None:
+    model = random_decoder("llama", hidden_act="relu")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight.fill_(1.0)
+    path = tokenwise(Method.CATS, 0.9, model=model)
+    found = calibrate(path, samples(), 0.9)
+    assert all(0.3 < site.reached < 0.7 for site in found.sites)
+    # Nothing is lost by it.
+    ids = torch.tensor([samples(1)[0].tokens])
+    sparse = tokenwise(Method.CATS, 0.9, found.thresholds, model).sparse(ids, None)
+    torch.testing.assert_close(sparse, path.full(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_quarter_of_the_text_is_held_out() -> None:
+    used, held = hold_out(samples(8, 40))
+    assert (len(used), len(held)) == (6, 2)
+    (one,), (rest,) = hold_out([Sample(tuple(range(100)), 90)])
+    assert (one, rest) == (Sample(tuple(range(75)), 75), Sample(tuple(range(75, 100)), 12))
+
+
+# shares of a layer's linears
+
+
+class Layer:
+    """A layer whose output is off by each site's `cost` times its sparsity squared."""
+
+    def __init__(self, costs: list[float]) -> None:
+        self.costs, self.sites = costs, list(range(len(costs)))
+        self.output = torch.zeros(len(costs))
+
+    def run(self, thresholds: Mapping[int, float]) -> Tensor:
+        # A sketch of the numbers 0..1: a threshold is the sparsity.
+        sparsity = [max(0.0, thresholds[site]) for site in self.sites]
+        return torch.tensor([c * s for c, s in zip(self.costs, sparsity, strict=True)])
+
+
+def allocate(costs: list[float], units: list[int], keep: float) -> dict[int, float]:
+    sketch = QuantileSketch()
+    sites = []
+    for index, count in enumerate(units):
+        sketch.add(index, torch.linspace(0, 1, 5001))
+        sites.append(SiteSpec(0, f"w{index}", count, count, 3, -1.0, counted=True))
+    return _allocate_layer(Layer(costs), sites, sketch, keep)  # type: ignore[arg-type]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 10), st.integers(1, 50)), min_size=1, max_size=5),
+    st.floats(LEAST_KEPT, 1.0),
+)
+def test_a_layer_keeps_what_was_asked(sites: list[tuple[float, int]], keep: float) -> None:
+    costs, units = map(list, zip(*sites, strict=True))
+    found = allocate(costs, units, keep)
+    kept = sum(found[i] * units[i] for i in found) / sum(units)
+    assert kept == pytest.approx(keep, abs=1e-6)
+    assert all(LEAST_KEPT - 1e-9 <= share <= 1.0 for share in found.values())
+
+
+def test_the_harmless_linear_is_made_sparse_first() -> None:
+    found = allocate([1.0, 0.0, 1.0], [10, 10, 10], keep=0.7)
+    assert found == {0: 1.0, 1: pytest.approx(0.1), 2: 1.0}
+
+
+def test_equals_share_alike() -> None:
+    found = allocate([1.0, 1.0], [10, 10], keep=0.5)
+    assert found[0] == pytest.approx(0.5, abs=0.051)
+
+
+def test_a_step_is_the_same_number_of_weights() -> None:
+    """Of a step the small linear loses a larger share of its channels, and more harm is done."""
+    found = allocate([1.0, 1.0], [30, 10], keep=0.8)
+    assert found[1] == pytest.approx(1.0)
+    assert found[0] == pytest.approx(1 - 0.2 * 40 / 30)
+
+
+# layers
+
+
+def test_the_layer_that_costs_nothing_ranks_last() -> None:
+    model = random_decoder("llama", num_hidden_layers=3)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    for method in (Method.TOPK, Method.GRIFFIN, Method.CATS):
+        own = chooser(method, model=model, text=samples(), keep=0.3, dense_layers="auto:1")
+        chosen = own.choose()
+        assert chosen.ranking[-1].layer == 1
+        assert chosen.ranking[-1].agreement == pytest.approx(1.0, abs=1e-6)
+        assert chosen.ranking[0].agreement < 0.99
+        assert chosen.dense_layers == (chosen.ranking[0].layer,)
+        agreements = [one.agreement for one in chosen.ranking]
+        assert agreements == sorted(agreements)
+        if chosen.calibration is not None:
+            assert chosen.dense_layers[0] not in {s.layer for s in chosen.calibration.sites}
+
+
+def test_a_density_with_layers_chosen() -> None:
+    own = chooser(
+        Method.TEAL, text=samples(), density=0.75, dense_layers="auto:1",
+        model=random_decoder("llama", num_hidden_layers=3),
+    )  # fmt: skip
+    chosen = own.choose()
+    program = own._try(chosen.keep, chosen.dense_layers, chosen.calibration.thresholds)
+    assert program.sparsity.density == pytest.approx(0.75, abs=1e-3)
