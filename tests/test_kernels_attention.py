@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sirius_runtime.kernels.attention import cached_attention
 from sirius_runtime.kernels.build import InstructionSet
 from sirius_runtime.kernels.native import references, using
 from tests.support.kernels import SETS, Fallback, forbid_references, require
@@ -77,14 +76,16 @@ def long_arguments(dtype: torch.dtype, tokens: int) -> list[object]:
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("sinks", [False, True])
 def test_histories_of_several_blocks(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int | None
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int | None, sinks: bool
 ) -> None:
     args = long_arguments(dtype, 9)
+    last = window, None, 2 * randn(6, seed=4, dtype=dtype) if sinks else None
     with references():
-        expected = sirius.cached_attention(*args, window, None)
+        expected = sirius.cached_attention(*args, *last)
     forbid_references(monkeypatch)
-    near(sirius.cached_attention(*args, window, None), expected)
+    near(sirius.cached_attention(*args, *last), expected)
 
 
 @pytest.mark.usefixtures("only_kernels")
@@ -111,11 +112,11 @@ def test_a_slot_that_is_not_there_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("best")
-def test_prompts_and_unknown_arguments_are_left_to_the_reference() -> None:
+def test_prompts_and_other_types_are_left_to_the_reference() -> None:
     sirius.cached_attention(*long_arguments(torch.float32, 64), None, None)
     with pytest.raises(Fallback):
         sirius.cached_attention(*long_arguments(torch.float32, 65), None, None)
     args = long_arguments(torch.float32, 2)
-    cached_attention(*args, None, None, None)
+    sirius.cached_attention(*args, None, None, torch.zeros(6))
     with pytest.raises(Fallback):
-        cached_attention(*args, None, None, torch.zeros(6))
+        sirius.cached_attention(*args, None, None, torch.zeros(6).double())

@@ -1,13 +1,12 @@
 """The back end that runs each operator of the graph by itself, in PyTorch.
 
-On the CPU the `sirius::` operators have kernels behind them, and so do linears at few tokens: there
-``aten.linear`` is run as `sirius::linear`. Graphs on disk, and those that a compiler is given, stay
-as they are.
+On the CPU the `sirius::` operators have kernels behind them, and the graph that runs is rewritten
+to use more of them (`sirius_runtime.kernels.rewrite`). Graphs on disk, and those that a compiler is
+given, stay as they are.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, fx
 
 from sirius_runtime.errors import ArtifactError
 from sirius_runtime.graph import INPUT, WEIGHT, from_document
+from sirius_runtime.kernels.rewrite import with_kernels
 from sirius_runtime.plan import Limits
 from sirius_runtime.spec import JSON, ProgramSpec
 
@@ -83,15 +83,3 @@ class _Entry:
         for index, name in self._inputs:
             arguments[index] = inputs[name]
         return arguments
-
-
-def with_kernels(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph, and of those that its control flow runs, with kernels behind linears."""
-    own = copy.deepcopy(module)
-    for part in own.modules():
-        if isinstance(part, fx.GraphModule):
-            for node in part.graph.nodes:
-                if node.target is torch.ops.aten.linear.default:
-                    node.target = torch.ops.sirius.linear.default
-            part.recompile()
-    return own

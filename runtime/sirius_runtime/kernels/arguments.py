@@ -8,7 +8,7 @@ from torch import Tensor
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the types in ``csrc/cpu.cpp``."""
 
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "quick_gelu": 4, "relu2": 5}
 """Numbers of the activations in ``csrc/activations.h``; others are left to the references."""
 
 MOST_TOKENS = 64

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from sirius_runtime.kernels.arguments import TYPES, check
+from sirius_runtime.kernels.arguments import TYPES, address, check, is_vector
 from sirius_runtime.kernels.native import kernels
 from sirius_runtime.ops import attention as reference
 
@@ -29,13 +27,9 @@ def cached_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
-    *others: Any,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.cached_attention`; IndexError for a slot that is not there.
-
-    `others`: arguments that the operator may have and the kernel does not know; the reference
-    serves where one is given.
-    """
+    """As `reference.cached_attention`; IndexError for a slot that is not there."""
     kind = TYPES.get(q.dtype)
     B, H, T, D = q.shape
     G, V = k.shape[1], v.shape[3]
@@ -53,11 +47,11 @@ def cached_attention(
         and tree_mask.shape[1] == T
         and (window is None or window > 0)
         and softcap != 0
-        and all(other is None for other in others)
+        and is_vector(sinks, q.dtype, H)
         and (library := kernels()) is not None
     ):
         return reference.cached_attention(
-            q, k, v, k_cache, v_cache, *where, layer, scale, window, softcap, *others
+            q, k, v, k_cache, v_cache, *where, layer, scale, window, softcap, sinks
         )
     S, M = k_cache.shape[3], tree_mask.shape[2]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -72,6 +66,7 @@ def cached_attention(
         window or 0,
         scale,
         softcap or 0.0,
+        address(sinks),
         out.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip

@@ -8,7 +8,7 @@
 namespace sirius {
 
 // Numbers that Python passes, in the order of its table.
-enum Activation { SILU, GELU, GELU_TANH, RELU };
+enum Activation { SILU, GELU, GELU_TANH, RELU, QUICK_GELU, RELU2 };
 
 // e^v to about one unit in the last place; v is clamped to where it is a normal float.
 inline Floats exp(Floats v) {
@@ -27,8 +27,14 @@ inline Floats exp(Floats v) {
   return (Floats)((Words)p + (((Words)shifted) << 23));
 }
 
+// Rounded to T where torch's calls store what lies between; the result is not.
+template <class T>
 inline Floats activation(Activation act, Floats v) {
   switch (act) {
+    case QUICK_GELU:
+      return v * rounded<T>(1.0f / (1.0f + exp(-rounded<T>(1.702f * v))));
+    case RELU2:
+      return v < 0.0f ? splat(0.0f) : v * v;
     case SILU:
       return v / (1.0f + exp(-v));
     case GELU_TANH: {  // v (1 + tanh u) / 2 = v / (1 + e^-2u), which cancels nothing

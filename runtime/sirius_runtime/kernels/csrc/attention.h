@@ -20,6 +20,7 @@ struct Attention {
   const T *q, *k, *v;            // [B, H, N, D], [B, G, N, D], [B, G, N, V]
   T *keys, *values;              // the layer's caches: [B, G, S, D], [B, G, S, V]
   const int64_t *positions, *slots, *length;  // [B, N], [B, N], [B]
+  const T* sinks;                // [H], or null: scores of a token without a value, seen by all
   const int64_t* mask;           // [B or 1, N, M]
   size_t mask_stride;            // of a row; 0 where all share one
   int64_t window;                // 0 for none
@@ -65,8 +66,10 @@ struct Attention {
     float *highest = own.highest.take(Q), *total = own.total.take(Q);
     X<T>* shares = own.shares.take(Q * BLOCK);
     std::fill(sums, sums + Q * width, 0.0f);
-    std::fill(highest, highest + Q, -INFINITY);
-    std::fill(total, total + Q, 0.0f);
+    for (size_t i = 0; i < Q; i++) {
+      highest[i] = sinks ? to_float(sinks[g * shared + i / tokens]) : -INFINITY;
+      total[i] = sinks ? 1.0f : 0.0f;
+    }
 
     const size_t history = size_t(length[b]), end = std::min(S, history + M);
     for (size_t slot = start(b, first, tokens, history); slot < end; slot += BLOCK) {

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "mlp.h"
+#include "pointwise.h"
 
 namespace {
 
@@ -83,7 +84,7 @@ int sirius_attention(int type, int64_t B, int64_t H, int64_t G, int64_t N, int64
                      int64_t S, int64_t M, const void* q, const void* k, const void* v, void* keys,
                      void* values, const void* positions, const void* slots, const void* length,
                      const void* mask, int64_t mask_stride, int64_t window, float scale,
-                     float softcap, void* out, int threads) {
+                     float softcap, const void* sinks, void* out, int threads) {
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
     Attention<T> own;
@@ -94,9 +95,29 @@ int sirius_attention(int type, int64_t B, int64_t H, int64_t G, int64_t N, int64
     own.positions = (const int64_t*)positions, own.slots = (const int64_t*)slots;
     own.length = (const int64_t*)length, own.mask = (const int64_t*)mask;
     own.mask_stride = size_t(mask_stride), own.window = window;
-    own.scale = scale, own.softcap = softcap;
+    own.scale = scale, own.softcap = softcap, own.sinks = (const T*)sinks;
     own.out = (T*)out, own.threads = threads;
     return own.run() ? DONE : BAD_INDEX;
+  });
+}
+
+int sirius_rms_norm(int type, const void* x, const void* weight, float epsilon, void* y, int64_t N,
+                    int64_t C) {
+  return with_type(type, [&](auto zero) {
+    typedef decltype(zero) T;
+    rms_norm<T>((const T*)x, (const T*)weight, epsilon, (T*)y, size_t(N), size_t(C));
+    return DONE;
+  });
+}
+
+int sirius_rotate(int type, const void* x, int64_t row, int64_t head, int64_t token,
+                  const void* cosine, const void* sine, void* y, int64_t B, int64_t H, int64_t N,
+                  int64_t D) {
+  return with_type(type, [&](auto zero) {
+    typedef decltype(zero) T;
+    rotate<T>((const T*)x, row, head, token, (const T*)cosine, (const T*)sine, (T*)y, size_t(B),
+              size_t(H), size_t(N), size_t(D));
+    return DONE;
   });
 }
 

@@ -80,7 +80,7 @@ struct Mlp {
     product(gate, gate_stride, gate_bias, tokens, live, count, first, g);
     for (size_t n = 0; n < N; n++) {
       float* at = g + n * CHUNK;
-      for (size_t j = 0; j < count; j += W) store(at + j, activation(act, load(at + j)));
+      for (size_t j = 0; j < count; j += W) store(at + j, activation<T>(act, load(at + j)));
       for (size_t j = 0; j < count; j++) at[j] = rounded<T>(at[j]);
     }
   }

@@ -113,6 +113,31 @@ inline Floats load(const fp16* p) {
 #endif
 }
 inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, Floats v) {
+#if defined(__AVX512BF16__)
+  const __m256bh stored = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &stored, sizeof stored);
+#else
+  for (int i = 0; i < W; i++) round_into(p + i, v[i]);
+#endif
+}
+inline void store(fp16* p, Floats v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < W; i++) round_into(p + i, v[i]);
+#endif
+}
+
+// The values of v once stored as a T.
+template <class T>
+inline Floats rounded(Floats v) {
+  T stored[W];
+  store(stored, v);
+  return load(stored);
+}
 
 // The first n < W values, and zeros: nothing beyond p[n - 1] is read.
 template <class T>
@@ -120,6 +145,13 @@ inline Floats load_part(const T* p, size_t n) {
   T padded[W] = {};
   memcpy(padded, p, n * sizeof(T));
   return load(padded);
+}
+
+template <class T>
+inline void store_part(T* p, Floats v, size_t n) {
+  T stored[W];
+  store(stored, v);
+  memcpy(p, stored, n * sizeof(T));
 }
 
 inline float sum(Floats v) {

@@ -1,0 +1,61 @@
+// What stands between the products, at few tokens: norms and rotary embeddings, each one pass where
+// torch has a call for every operation. Values are rounded where torch's calls store them.
+#pragma once
+
+#include <cmath>
+
+#include "vectors.h"
+
+namespace sirius {
+
+// y = weight * (x / √(mean x² + ε)) of N tokens of C.
+template <class T>
+void rms_norm(const T* x, const T* weight, float epsilon, T* y, size_t N, size_t C) {
+  const size_t whole = C / W * W, rest = C - whole;
+  for (size_t n = 0; n < N; n++, x += C, y += C) {
+    Floats squares[4] = {};
+    for (size_t c = 0; c < whole; c += W) {
+      const Floats v = load(x + c);
+      squares[c / W % 4] += v * v;
+    }
+    if (rest) {
+      const Floats v = load_part(x + whole, rest);
+      squares[0] += v * v;
+    }
+    const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / float(C);
+    const float scale = 1.0f / std::sqrt(mean + epsilon);
+    for (size_t c = 0; c < whole; c += W)
+      store(y + c, load(weight + c) * rounded<T>(load(x + c) * scale));
+    if (rest)
+      store_part(y + whole, load_part(weight + whole, rest) *
+                                rounded<T>(load_part(x + whole, rest) * scale), rest);
+  }
+}
+
+// y [B, H, N, D] = x * cosine + (-x₂, x₁) * sine, where x₁ and x₂ are the halves of x's last
+// dimension; x has the strides row, head and token; cosine and sine are [B, N, D].
+template <class T>
+void rotate(const T* x, int64_t row, int64_t head, int64_t token, const T* cosine, const T* sine,
+            T* y, size_t B, size_t H, size_t N, size_t D) {
+  const size_t half = D / 2;
+  for (size_t b = 0; b < B; b++)
+    for (size_t h = 0; h < H; h++)
+      for (size_t n = 0; n < N; n++, y += D) {
+        const T* from = x + int64_t(b) * row + int64_t(h) * head + int64_t(n) * token;
+        const T *c = cosine + (b * N + n) * D, *s = sine + (b * N + n) * D;
+        const auto turn = [&](size_t at, size_t other, float sign, size_t count) {
+          const bool part = count < size_t(W);
+          const auto get = [&](const T* p) { return part ? load_part(p, count) : load(p); };
+          const Floats straight = rounded<T>(get(from + at) * get(c + at));
+          const Floats across = rounded<T>(sign * get(from + other) * get(s + at));
+          store_part(y + at, straight + across, part ? count : size_t(W));
+        };
+        for (size_t d = 0; d < half; d += W) {
+          const size_t count = half - d < size_t(W) ? half - d : size_t(W);
+          turn(d, half + d, -1.0f, count);
+          turn(half + d, d, 1.0f, count);
+        }
+      }
+}
+
+}  // namespace sirius

@@ -1,0 +1,122 @@
+"""Puts kernels into a graph that is to run on the CPU.
+
+    Before                                          After
+    aten.linear(x, w, b)                            sirius.linear(x, w, b)
+    w * (x32 * rsqrt(mean(x32²) + ε)).to(dtype)     rms_norm(x, w, ε, dtype)
+    x * cos + cat([-x[h:], x[:h]]) * sin            rotate(x, cos, sin, h)
+
+x32 is x.to(float32). What is spelled otherwise stays as it is: slower, not wrong. The result runs
+here and is not for compilers or for files.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx
+
+from sirius_runtime.kernels.pointwise import rms_norm, rotate
+
+aten = torch.ops.aten
+
+
+def with_kernels(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph, and of those that its control flow runs, with kernels in it."""
+    own = copy.deepcopy(module)
+    for part in own.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in list(part.graph.nodes):
+                _rewrite(node)
+            part.graph.lint()
+            part.recompile()
+    return own
+
+
+def _rewrite(node: fx.Node) -> None:
+    if node.target is aten.linear.default:
+        node.target = torch.ops.sirius.linear.default
+        return
+    for function, arguments in ((rms_norm, _norm(node)), (rotate, _rotation(node))):
+        if arguments is not None:
+            with node.graph.inserting_before(node):
+                new = node.graph.call_function(function, arguments)
+            node.replace_all_uses_with(new)
+            _erase_unused(node)
+            return
+
+
+def _is(node: Any, target: Any, *rest: Any) -> bool:
+    """Whether a value is a call of `target` whose arguments after the first are `rest`."""
+    return (
+        isinstance(node, fx.Node)
+        and node.target is target
+        and not node.kwargs
+        and node.args[1:] == rest
+    )
+
+
+def _calls(node: Any, target: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is target and not node.kwargs
+
+
+def _norm(node: Any) -> tuple[Any, ...] | None:
+    """x, weight, ε and the type, where `node` is the last call of a norm."""
+    if not _calls(node, aten.mul.Tensor):
+        return None
+    weight, stored = node.args
+    if not (_calls(stored, aten.to.dtype) and len(stored.args) == 2):
+        return None
+    scaled, dtype = stored.args
+    if not _calls(scaled, aten.mul.Tensor):
+        return None
+    wide, root = scaled.args
+    if not (_is(wide, aten.to.dtype, torch.float32) and _is(root, aten.rsqrt.default)):
+        return None
+    shifted = root.args[0]
+    if not (_calls(shifted, aten.add.Tensor) and isinstance(shifted.args[1], float)):
+        return None
+    mean, epsilon = shifted.args
+    if not _is(mean, aten.mean.dim, [-1], True):
+        return None
+    square = mean.args[0]
+    if not (_is(square, aten.pow.Tensor_Scalar, 2) and square.args[0] is wide):
+        return None
+    return wide.args[0], weight, epsilon, dtype
+
+
+def _rotation(node: Any) -> tuple[Any, ...] | None:
+    """x, cos, sin and half of x's last dimension, where `node` is the last call of a rotation."""
+    if not _calls(node, aten.add.Tensor):
+        return None
+    straight, across = node.args
+    if not (_calls(straight, aten.mul.Tensor) and _calls(across, aten.mul.Tensor)):
+        return None
+    (x, cosine), (turned, sine) = straight.args, across.args
+    if not (_is(turned, aten.cat.default, -1) and len(turned.args[0]) == 2):
+        return None
+    negative, first = turned.args[0]
+    if not (_is(negative, aten.neg.default) and _calls(first, aten.slice.Tensor)):
+        return None
+    second = negative.args[0]
+    half = first.args[3] if len(first.args) == 4 else None
+    if not (
+        isinstance(half, int)
+        and _is(first, aten.slice.Tensor, 3, 0, half)
+        and _calls(second, aten.slice.Tensor)
+        and second.args[1:3] == (3, half)
+        and first.args[0] is second.args[0] is x
+    ):
+        return None
+    return x, cosine, sine, half
+
+
+def _erase_unused(node: fx.Node) -> None:
+    """Erases a call that nothing uses, and then those that only it used."""
+    if node.users or node.op != "call_function":
+        return
+    inputs = node.all_input_nodes
+    node.graph.erase_node(node)
+    for value in inputs:
+        _erase_unused(value)

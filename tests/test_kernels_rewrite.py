@@ -1,0 +1,198 @@
+"""Norms and rotations as one call, and the graphs that are made to use them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.kernels.build import InstructionSet
+from sirius_runtime.kernels.native import references, using
+from sirius_runtime.kernels.pointwise import rms_norm, rotate
+from sirius_runtime.kernels.rewrite import with_kernels
+from tests.support.kernels import SETS, require
+from tests.support.models import TinyModels
+from tests.support.operators import randn, sirius
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+aten = torch.ops.aten
+
+
+@pytest.fixture(params=SETS)
+def isa(request: pytest.FixtureRequest) -> Iterator[InstructionSet]:
+    require(request.param)
+    with using(request.param):
+        yield request.param
+
+
+def near(actual: Tensor, expected: Tensor) -> None:
+    """Within a rounding or two: sums are added in another order than torch's."""
+    assert actual.dtype is expected.dtype
+    tolerance = 2 * ROUNDING[actual.dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 37, 160])
+def test_rms_norm(size: int, dtype: torch.dtype) -> None:
+    x, weight = randn(2, 3, size, seed=0, dtype=dtype), randn(size, seed=1, dtype=dtype)
+    exact = x.double()
+    exact = weight.double() * exact / (exact.square().mean(-1, keepdim=True) + 0.1).sqrt()
+    actual = rms_norm(x, weight, 0.1, dtype)
+    near(actual, exact.to(dtype))
+    with references():
+        near(actual, rms_norm(x, weight, 0.1, dtype))
+    assert torch.equal(actual[1, 2], rms_norm(x[1, 2], weight, 0.1, dtype))  # alone, to the bit
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("half", [1, 5, 24])
+def test_rotate(half: int, dtype: torch.dtype) -> None:
+    x = randn(2, 3, 4, 2 * half, seed=0, dtype=dtype).transpose(1, 2)  # heads and tokens apart
+    cosine, sine = (randn(2, 1, 3, 2 * half, seed=i, dtype=dtype) for i in (1, 2))
+    actual = rotate(x, cosine, sine, half)
+    with references():
+        assert torch.equal(actual, rotate(x, cosine, sine, half)) or dtype is torch.float32
+        near(actual, rotate(x, cosine, sine, half))
+    first, second = x.double().split(half, -1)
+    turned = torch.cat([-second, first], -1) * sine.double()
+    exact = x.double() * cosine.double() + turned
+    torch.testing.assert_close(
+        actual.double(), exact, rtol=4 * ROUNDING[dtype], atol=4 * ROUNDING[dtype]
+    )
+
+
+def test_what_the_kernels_do_not_serve_is_computed_all_the_same() -> None:
+    x, weight = randn(2, 4, seed=0).double(), randn(4, seed=1).double()
+    wanted = weight * x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt()
+    torch.testing.assert_close(rms_norm(x, weight, 0.1, x.dtype), wanted, rtol=1e-5, atol=1e-5)
+    q, cosine = randn(1, 2, 3, 4, seed=0).double(), randn(1, 1, 3, 4, seed=1).double()
+    turned = torch.cat([-q[..., 2:], q[..., :2]], -1)
+    torch.testing.assert_close(rotate(q, cosine, cosine, 2), (q + turned) * cosine)
+
+
+# graphs
+
+
+def targets(module: fx.GraphModule) -> Counter[object]:
+    return Counter(node.target for node in module.graph.nodes if node.op == "call_function")
+
+
+@pytest.mark.parametrize("entry", ["full", "sparse", "prefill", "observe"])
+def test_a_llama_s_graph_uses_them_throughout(tiny: TinyModels, entry: str) -> None:
+    model = tiny(method="griffin").model
+    backend = model.backend
+    assert isinstance(backend, EagerBackend)
+    module = backend._entries[entry].module
+    before = targets(module)
+    after = targets(with_kernels(module))
+    assert targets(module) == before  # a copy was rewritten
+    layers = model.program.state.layers
+    assert after[rms_norm] == 2 * layers + 1
+    assert after[rotate] == 2 * layers
+    assert after[sirius.linear.default] == before[aten.linear.default] == 4 * layers + 1
+    for gone in ("linear.default", "rsqrt.default", "neg.default", "pow.Tensor_Scalar"):
+        assert not any(str(target) == f"aten.{gone}" for target in after)
+
+
+def graph_of(function: Callable[..., Tensor], *examples: Tensor) -> fx.GraphModule:
+    return torch.export.export(Wrapped(function), examples).graph_module
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.forward = function  # type: ignore[assignment]
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.to(torch.float32)
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 0.1)
+    return weight * scaled.to(torch.bfloat16)
+
+
+def offset_norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.to(torch.float32)
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 0.1)
+    return (scaled * (1.0 + weight.to(torch.float32))).to(torch.bfloat16)
+
+
+def norm_over_tokens(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.to(torch.float32)
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(1, keepdim=True) + 0.1)
+    return weight * scaled.to(torch.bfloat16)
+
+
+def norm_of_cubes(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.to(torch.float32)
+    scaled = wide * torch.rsqrt(wide.pow(3).mean(-1, keepdim=True) + 9.1)
+    return weight * scaled.to(torch.bfloat16)
+
+
+def norm_by_another(x: Tensor, weight: Tensor) -> Tensor:
+    wide, other = x.to(torch.float32), weight.to(torch.float32)
+    scaled = wide * torch.rsqrt(other.pow(2).mean(-1, keepdim=True) + 0.1)
+    return weight * scaled.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("function", "fires"),
+    [
+        (norm, True),
+        (offset_norm, False),
+        (norm_over_tokens, False),
+        (norm_of_cubes, False),
+        (norm_by_another, False),
+    ],
+)
+def test_only_the_norm_it_knows_is_replaced(function: Callable[..., Tensor], fires: bool) -> None:
+    x, weight = randn(1, 3, 8, seed=0).bfloat16(), randn(8, seed=1).bfloat16()
+    module = graph_of(function, x, weight)
+    own = with_kernels(module)
+    assert (targets(own)[rms_norm] == 1) == fires
+    near(own(x, weight)[0], function(x, weight))
+
+
+def rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    return x * cosine + torch.cat([-x[..., 4:], x[..., :4]], -1) * sine
+
+
+def rotation_the_other_way(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    return x * cosine + torch.cat([-x[..., :4], x[..., 4:]], -1) * sine
+
+
+def rotation_of_two(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    return x * cosine + torch.cat([-(x + 1)[..., 4:], x[..., :4]], -1) * sine
+
+
+@pytest.mark.parametrize(
+    ("function", "fires"),
+    [(rotation, True), (rotation_the_other_way, False), (rotation_of_two, False)],
+)
+def test_only_the_rotation_it_knows_is_replaced(
+    function: Callable[..., Tensor], fires: bool
+) -> None:
+    x = randn(1, 2, 3, 8, seed=0)
+    cosine, sine = randn(1, 1, 3, 8, seed=1), randn(1, 1, 3, 8, seed=2)
+    own = with_kernels(graph_of(function, x, cosine, sine))
+    assert (targets(own)[rotate] == 1) == fires
+    near(own(x, cosine, sine)[0], function(x, cosine, sine))
+
+
+def test_what_others_use_too_stays() -> None:
+    def both(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 0.1)
+        return weight * (wide * root).to(torch.bfloat16) + root.to(torch.bfloat16)
+
+    x, weight = randn(1, 3, 8, seed=0).bfloat16(), randn(8, seed=1).bfloat16()
+    own = with_kernels(graph_of(both, x, weight))
+    assert targets(own)[rms_norm] == targets(own)[aten.rsqrt.default] == 1
+    near(own(x, weight)[0], both(x, weight))
