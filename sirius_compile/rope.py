@@ -63,9 +63,7 @@ def _parameters(config: PretrainedConfig) -> dict[str | None, dict[str, Any]]:
 class _Rotary:
     """Stands in for the forward of a rotary module."""
 
-    def __init__(
-        self, module: Any, kinds: dict[str | None, str], config: PretrainedConfig
-    ) -> None:
+    def __init__(self, module: Any, kinds: dict[str | None, str], config: PretrainedConfig) -> None:
         self._module = module
         # Without the decorator that updates the frequencies by the call's longest position: what is
         # left uses those that the module was made with, longrope's for short texts.
@@ -83,7 +81,7 @@ class _Rotary:
         if layer_type in self._dynamic:
             return self._dynamic[layer_type](x, position_ids)
         own = {} if layer_type is None else {"layer_type": layer_type}
-        return self._forward(self._module, x, position_ids, **own)  # type: ignore[no-any-return]
+        return self._forward(self._module, x, position_ids, **own)
 
 
 class _Dynamic:
