@@ -71,7 +71,7 @@ def capture(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Cap
     captured.
     """
     experts, masks = Experts(), _MaskRecorder()
-    AttentionInterface.register(_NAME, _Attention(experts))
+    AttentionInterface.register(_NAME, _Attention(masks, experts))
     AttentionMaskInterface.register(_NAME, masks)
     ALL_EXPERTS_FUNCTIONS.register(_NAME, experts)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -97,12 +97,28 @@ def _refusing(model_type: str) -> Iterator[None]:
     except UnsupportedModelError:
         raise
     except Exception as error:
-        first_line = next(iter(str(error).strip().splitlines()), "")
         raise UnsupportedModelError(
-            f"model type {model_type!r} can't be captured: {type(error).__name__}: {first_line}. "
-            "Its forward does something that torch.export or transformers' attention interface "
-            "can't express; please open an issue with the model's config.json"
+            f"model type {model_type!r} can't be captured: {_reason(error)}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a model's own code failed under export, in words that its user can act on."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyError) and _NAME in error.args:
+        return "it has attention classes of its own, past transformers' attention interface"
+    if MaskRule.__name__ in text:
+        return "it computes with the attention mask outside of transformers' attention interface"
+    if text.startswith("Constraints violated"):
+        return (
+            "its forward holds for some numbers of tokens only, as one does that carries a state "
+            "from token to token"
+        )
+    return (
+        f"{type(error).__name__}: {text[:200]}. Its forward does something that torch.export or "
+        "transformers' attention interface can't express; please open an issue with the model's "
+        "config.json"
+    )
 
 
 def _build(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
@@ -140,12 +156,12 @@ def _export(model: nn.Module) -> ExportedProgram:
 
 
 class _Attention:
-    """transformers' attention function: emits one `sirius::attention` a layer, and tells the
-    experts function which layer it is in.
+    """transformers' attention function: emits one `sirius::attention` a layer, and tells the mask
+    function which masks are used, and the experts function which layer it is in.
     """
 
-    def __init__(self, experts: Experts) -> None:
-        self._experts = experts
+    def __init__(self, masks: _MaskRecorder, experts: Experts) -> None:
+        self._masks, self._experts = masks, experts
 
     def __call__(
         self,
@@ -170,7 +186,10 @@ class _Attention:
                 f"{where} has no layer_idx: its cache could not be told apart"
             )
         self._experts.layer = layer
-        rule = attention_mask if isinstance(attention_mask, MaskRule) else MaskRule(sliding_window)
+        rule = MaskRule(sliding_window)
+        if isinstance(attention_mask, MaskRule):
+            rule = attention_mask
+            self._masks.used.add(id(rule))
         if sliding_window not in (None, rule.window):
             raise UnsupportedModelError(
                 f"{where} of layer {layer}: a window of {sliding_window} is asked for, "
@@ -189,17 +208,22 @@ class _MaskRecorder:
     """
 
     def __init__(self) -> None:
-        self.masks: list[tuple[Callable[..., Any], int | None]] = []
+        self._masks: list[tuple[Callable[..., Any], MaskRule]] = []
+        self.used: set[int] = set()
 
     def __call__(self, mask_function: Any, local_size: int | None = None, **_: Any) -> MaskRule:
-        self.masks.append((mask_function, local_size))
-        return MaskRule(local_size)
+        rule = MaskRule(local_size)
+        self._masks.append((mask_function, rule))
+        return rule
 
     def check(self) -> None:
-        """Refuses masks that are not what their rule says. Outside of tracing: it needs real
-        values.
+        """Refuses masks that attention uses and that are not what their rule says. Outside of
+        tracing: it needs real values.
         """
-        for mask_function, window in self.masks:
+        for mask_function, rule in self._masks:
+            if id(rule) not in self.used:
+                continue  # some models make masks of every kind, whatever kinds of layers they have
+            window = rule.window
             reach = 2 * (window or 4) + 3
             query = torch.tensor([0, 1, reach // 2, reach - 1])[:, None]
             key = torch.arange(reach)[None, :]

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sirius_runtime.errors import SiriusError, UserError
+from sirius_runtime.errors import ConfigError, SiriusError, UserError
 from sirius_runtime.spec import DType, Method, Score
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -26,9 +26,10 @@ _err = Console(stderr=True, soft_wrap=True, highlight=False)
 @app.command()
 def sirius_compile(
     model: Annotated[
-        str, typer.Argument(help="Shipped name, directory, hub id, or short name (llama-3-8b).")
-    ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The artifact to write.")],
+        str | None,
+        typer.Argument(help="Shipped name, directory, hub id, or short name (llama-3-8b)."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The artifact to write.")] = None,
     sparsity: Annotated[Method, typer.Option(help="The sparse path.")] = Method.CATS,
     keep: Annotated[
         float | None, typer.Option(help="Share of neurons or channels kept, in (0, 1]; 0.5.")
@@ -67,9 +68,17 @@ def sirius_compile(
     expect_graphs: Annotated[
         Path | None, typer.Option(help="Fail unless the graphs are those dumped there.")
     ] = None,
+    list_models: Annotated[
+        bool, typer.Option("--list-models", help="Print the supported model types and end.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show libraries' logs.")] = False,
 ) -> None:
-    """Compile a dense decoder into one artifact with paired sparse and full paths."""
+    """Compile a decoder into one artifact with paired sparse and full paths."""
+    if list_models:
+        _list_models(as_json)
+        return
+    if model is None or out is None:
+        raise ConfigError("a model and a target are needed: sirius-compile MODEL --out FILE")
     from sirius_compile.compile import compile_model
     from sirius_compile.config import CompileConfig
     from sirius_compile.guard import expect_graphs as guard
@@ -114,6 +123,16 @@ def sirius_compile(
         print(json.dumps(summary.to_json()))
     else:
         Console(soft_wrap=True, highlight=False).print(summary.table())
+
+
+def _list_models(as_json: bool) -> None:
+    from sirius_compile.families import families_json, families_tables
+
+    if as_json:
+        print(json.dumps(families_json()))
+    else:
+        for table in families_tables():
+            Console(soft_wrap=True, highlight=False).print(table)
 
 
 def _progress(stage: str, seconds: float) -> None:

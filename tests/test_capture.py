@@ -1,54 +1,56 @@
-"""What capture refuses, and in which words."""
+"""What capture makes of a model's own choices; what it refuses by name is in test_families."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from sirius_compile.capture import capture
-from sirius_compile.pipeline import front
-from sirius_passes.manager import run_passes
+from sirius_passes.mixtures import mixtures
+from sirius_passes.program import DENSE, calls
 from sirius_runtime.errors import UnsupportedModelError
-from sirius_runtime.spec import Method
+from tests.support.families import small_config
 
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 101,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+ATTENTION = torch.ops.sirius.attention.default
+
+
+def test_experts_of_an_unknown_activation_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="MixtralExperts: its experts' activation is"):
+        capture(small_config("mixtral", hidden_act="tanh"))
+
+
+def test_a_clamp_of_another_limit_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="GptOssExperts: its experts' activation is"):
+        capture(small_config("gpt_oss", swiglu_limit=5.0))
+
+
+def test_masks_that_no_layer_uses_are_not_looked_at() -> None:
+    """qwen2_moe makes a mask with a window of 0 that none of its layers uses."""
+    program = capture(small_config("qwen2_moe")).program
+    windows = [node.args[5] for node in calls(program.graphs[DENSE].graph, ATTENTION)]
+    assert windows == [None, None]
+
+
+def test_experts_know_their_layer() -> None:
+    program = capture(small_config("qwen3_moe", num_hidden_layers=3)).program
+    found = [mixture.layer for mixture in mixtures(program.graphs[DENSE].graph)]
+    assert found == [1, 2]
 
 
 @pytest.mark.parametrize(
-    ("model_type", "reason"),
-    [
-        ("gpt_oss", "GptOssAttention: attention sinks are not supported"),
-        ("llama4_text", "chunked or blockwise attention is not supported"),
-        ("bloom", "model type 'bloom' can't be captured"),
-    ],
+    ("act", "name"),
+    [("silu", "silu"), ("gelu_new", "gelu_tanh"), ("relu2", "relu2"), ("quick_gelu", "quick_gelu")],
 )
-def test_attention_that_can_not_be_expressed_is_refused(model_type: str, reason: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=reason):
-        capture(AutoConfig.for_model(model_type, **SMALL))
-
-
-@pytest.mark.parametrize("model_type", ["opt", "mixtral"])
-def test_a_model_without_dense_mlps_is_refused_by_the_sparse_methods(model_type: str) -> None:
-    program = capture(AutoConfig.for_model(model_type, **SMALL)).program
-    with pytest.raises(UnsupportedModelError, match="no gated MLP was found"):
-        run_passes(program, front(Method.TOPK))
+def test_experts_activations(act: str, name: str) -> None:
+    program = capture(small_config("mixtral", hidden_act=act)).program
+    found = {mixture.node.args[9] for mixture in mixtures(program.graphs[DENSE].graph)}
+    assert found == {name}
 
 
 def test_the_config_of_the_caller_s_model_stays_as_it_was() -> None:
     """A model in memory goes on as it was: with its own attention, saved as of its own dtype."""
-    config = AutoConfig.for_model("llama", **SMALL)
+    config = small_config("llama")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     before = model.config.to_dict()
     capture(model.config)

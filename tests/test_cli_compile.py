@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import sirius_runtime
+from sirius_compile.families import FAMILIES, REFUSED
 from sirius_compile.models import shipped_models
 from sirius_runtime.artifact import Artifact
 from tests.support.cli import Cli
@@ -193,3 +194,25 @@ def test_graphs_are_dumped_and_guarded(cli: Cli, tmp_path: Path) -> None:
     assert "'silu', 0, 384)" in other.err
     assert "'silu', 0, 192)" in other.err
     assert not (tmp_path / "c.sirius").exists()
+
+
+def test_the_models_are_listed_without_one(cli: Cli) -> None:
+    done = cli.compile("--list-models")
+    assert (done.code, done.err) == (0, "")
+    for row in (*FAMILIES, *REFUSED):
+        assert row.model_type in done.out
+
+
+def test_the_models_are_listed_as_json(cli: Cli) -> None:
+    done = cli.compile("--list-models", "--json")
+    listed = json.loads(done.out)
+    assert [row["model_type"] for row in listed["supported"]] == [f.model_type for f in FAMILIES]
+    assert listed["supported"][0]["methods"] == ["griffin", "topk", "cats"]
+    assert [row["reason"] for row in listed["refused"]] == [row.reason for row in REFUSED]
+
+
+@pytest.mark.parametrize("given", [(), ("tally-3m",), ("--out", "m.sirius")])
+def test_a_model_and_a_target_are_needed(cli: Cli, given: tuple[str, ...]) -> None:
+    done = cli.compile(*given)
+    assert done.code == 2
+    assert "a model and a target are needed: sirius-compile MODEL --out FILE" in done.err

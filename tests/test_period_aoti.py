@@ -210,6 +210,15 @@ def test_windows_and_soft_caps(artifacts: Artifacts) -> None:
 
 
 @pytest.mark.slow
+def test_sinks_and_experts(artifacts: Artifacts) -> None:
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    artifact = artifacts("experts", 2, 4, "gpt_oss", sliding_window=3, **sizes)
+    model, _ = artifact.load()
+    for mode in ("sirius", "exact"):
+        artifact.agree(model, RAGGED, mode=mode)
+
+
+@pytest.mark.slow
 def test_each_number_of_rows_and_context_is_built_for_itself(
     artifacts: Artifacts, cache: Path
 ) -> None:

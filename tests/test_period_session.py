@@ -206,6 +206,14 @@ def test_windows_and_soft_caps(pairs: Pairs, method: str, width: int) -> None:
     pair.agree(RAGGED)
 
 
+@pytest.mark.parametrize(("method", "width"), [("topk", 1), ("experts", 2)])
+def test_sinks_and_experts(pairs: Pairs, method: str, width: int) -> None:
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    pair = pairs(method, width, 4, "gpt_oss", sliding_window=3, **sizes)
+    assert pair.agree(RAGGED, mode="exact").tokens == tuple(map(pair.greedy, RAGGED))
+    pair.agree(RAGGED)
+
+
 @pytest.mark.parametrize("mode", ["full", "sparse"])
 def test_modes_without_periods(pairs: Pairs, mode: str) -> None:
     pair = pairs("griffin", 1, 4)
@@ -305,6 +313,14 @@ def test_a_prompt_that_is_too_long_is_refused(pairs: Pairs) -> None:
     pair = pairs("griffin", 1, 4)
     with pytest.raises(GenerationError, match=r"has 128 tokens, .*sequences of 128 .*max_seq_len"):
         pair.period.generate([[7] * MAX_SEQ_LEN])
+    pair.agree(RAGGED)
+
+
+@pytest.mark.parametrize(("method", "width"), [("topk", 1), ("experts", 2)])
+def test_sinks_and_experts(pairs: Pairs, method: str, width: int) -> None:
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    pair = pairs(method, width, 4, "gpt_oss", sliding_window=3, **sizes)
+    assert pair.agree(RAGGED, mode="exact").tokens == tuple(map(pair.greedy, RAGGED))
     pair.agree(RAGGED)
 
 

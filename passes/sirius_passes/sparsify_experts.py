@@ -87,8 +87,8 @@ def _run(node: fx.Node, scores: Tensor, env: dict[fx.Node, Any]) -> Any:
     source = node.args[0] if node.args else None
     if node.args[1:] == (0,) and isinstance(source, fx.Node) and source.target is aten.topk.default:
         env[node] = scores
-    elif node.target is aten.to.dtype and node.args[1] is CAPTURE_DTYPE:
-        env[node] = _run(node.all_input_nodes[0], scores, env)
+    elif node.target is aten.type_as.default or node.args[1:] == (CAPTURE_DTYPE,):  # a cast
+        env[node] = _run(source, scores, env)  # type: ignore[arg-type]
     else:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _run(n, scores, env))
         env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
