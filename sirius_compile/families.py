@@ -46,7 +46,7 @@ class Refused:
     behind: str
 
 
-_NEURONS = (Method.GRIFFIN, Method.TOPK, Method.CATS)
+_NEURONS = (Method.GRIFFIN, Method.TOPK, Method.CATS, Method.TEAL, Method.GRIFFIN_TEAL)
 _EXPERTS = (Method.TOPK, Method.EXPERTS)
 _GATED, _PLAIN, _MIXED, _BOTH = Mlp.GATED, Mlp.PLAIN, Mlp.EXPERTS, Mlp.BOTH
 

@@ -28,7 +28,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "olmo2", "phi", "cohere"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "olmo2", "phi", "cohere", "opt"])
 def test_every_linear_is_of_the_layer_that_its_name_says(model_type: str) -> None:
     """Pre-norm, post-norm, both, and attention beside the MLP; names are what is checked against,
     and are not read.

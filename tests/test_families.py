@@ -61,8 +61,9 @@ def pair(family: Family, calibration: Path) -> Pair:
     model = random_model(family.model_type)
     compiled = compile_model(model, options, tokenizer=word_tokenizer())
     graph = compiled.program.graphs[FULL].graph
-    kinds = [bool(calls(graph, DENSE_MLP)), bool(mixtures(graph))]
-    assert kinds == [family.mlp != "experts", "experts" in family.mlp], "MLPs as the table says"
+    if options.sparsity != Method.TEAL:  # which sees linears, no MLPs
+        kinds = [bool(calls(graph, DENSE_MLP)), bool(mixtures(graph))]
+        assert kinds == [family.mlp != "experts", "experts" in family.mlp], "as the table says"
     return Pair(random_model(family.model_type), compiled.to_runtime())
 
 
@@ -122,7 +123,7 @@ def test_the_sparse_path_skips_in_every_layer_of_its_kind(pair: Pair, family: Fa
     skipped = {site.layer for site in sparsity.sites}
     every = set(range(pair.backend.program.state.layers))
     assert skipped == every - ({0} if dense and sparsity.method is Method.EXPERTS else set())
-    assert 0.4 < sparsity.density < 1.0
+    assert 0.3 < sparsity.density < 1.0
 
 
 def test_every_method_is_run_on_some_family() -> None:

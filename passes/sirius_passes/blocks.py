@@ -8,6 +8,8 @@ order of attention and MLP has to be known.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -91,13 +93,18 @@ def _stream(graph: fx.Graph) -> dict[fx.Node, None]:
     for node in graph.nodes:
         if node not in leads:  # counts of what is kept, statistics
             continue
-        if node.op == "call_function" and node.target is aten.embedding.default:
-            indices = node.args[1]
-            if isinstance(indices, fx.Node) and indices.meta.get(INPUT) == "input_ids":
-                stream[node] = None
-                continue
+        if node.target is aten.embedding.default and _is_of_tokens(node.args[1]):
+            stream[node] = None
+            continue
         # A size is read off the stream, and is none of its values.
         is_size = node.target is aten.sym_size.int
         if not is_size and any(source in stream for source in node.all_input_nodes):
             stream[node] = None
     return stream
+
+
+def _is_of_tokens(indices: Any) -> bool:
+    """Whether an embedding's indices are the tokens, reshaped maybe, and not their positions."""
+    while indices.op == "call_function" and isinstance(indices.args[0], fx.Node):
+        indices = indices.args[0]
+    return indices.meta.get(INPUT) == "input_ids"

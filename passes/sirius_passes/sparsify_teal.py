@@ -36,7 +36,7 @@ from sirius_passes.program import (
 from sirius_passes.sparsify import Threshold, add_counts, add_sites, both_values, each, take_over
 from sirius_passes.weight_views import is_transpose
 from sirius_runtime.errors import UnsupportedModelError
-from sirius_runtime.graph import WEIGHT
+from sirius_runtime.graph import INPUT, WEIGHT, placeholders
 from sirius_runtime.spec import Method, NormSpec, Score, SiteSpec, WeightSpec
 
 aten = torch.ops.aten
@@ -78,12 +78,18 @@ class SparsifyTeal(Pass):
             if self.score is Score.WEIGHT_NORM:
                 norm = _norm(program, graph, source, units)
             origin = f"{self.name}({linear.name})"
+            flat = x.meta["val"].ndim == 2  # rows and tokens as one: which are whose is needed
             with graph.inserting_before(linear):
+                if flat:
+                    x = _by_rows(graph, x, units, origin)
                 rows = call(graph, aten.t.default, (weight,), origin=origin)
                 arguments = (x, rows, bias[0] if bias else None, norm, own.value)
                 both = call(graph, sparse_linear, arguments, origin=origin)
                 both.meta[CALIBRATED] = (len(both.args) - 1,)
             y, count = both_values(linear, both, self.name)
+            if flat:
+                with graph.inserting_before(linear):
+                    y = call(graph, aten.view.default, (y, [-1, features]), origin=origin)
             take_over(linear, y)
             counts.append(count)
             kept = units * own.keep
@@ -107,6 +113,13 @@ def projections(graph: fx.Graph, dense_layers: Collection[int] = ()) -> dict[fx.
             "the head"
         )
     return {node: layer for node, layer in layers.items() if layer not in dense_layers}
+
+
+def _by_rows(graph: fx.Graph, x: fx.Node, channels: int, origin: str) -> fx.Node:
+    """x [B T, C] as [B, T, C]."""
+    tokens = placeholders(graph, INPUT)["input_ids"]
+    rows = call(graph, aten.sym_size.int, (tokens, 0), origin=origin)
+    return call(graph, aten.view.default, (x, [rows, -1, channels]), origin=origin)
 
 
 def _source(weight: fx.Node) -> NormSpec:
