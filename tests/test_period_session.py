@@ -315,14 +315,6 @@ def test_a_prompt_that_is_too_long_is_refused(pairs: Pairs) -> None:
     pair.agree(RAGGED)
 
 
-@pytest.mark.parametrize(("method", "width"), [("topk", 1), ("experts", 2)])
-def test_sinks_and_experts(pairs: Pairs, method: str, width: int) -> None:
-    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    pair = pairs(method, width, 4, "gpt_oss", sliding_window=3, **sizes)
-    assert pair.agree(RAGGED, mode="exact").tokens == tuple(map(pair.greedy, RAGGED))
-    pair.agree(RAGGED)
-
-
 @pytest.mark.parametrize("mode", ["full", "sparse"])
 def test_modes_without_periods_know_no_limits_of_the_period(pairs: Pairs, mode: str) -> None:
     pairs("griffin", 1, 4).agree(RAGGED, mode=mode, period=7)
