@@ -162,12 +162,20 @@ def families_json() -> JSON:
 
 def families_tables() -> Iterator[Table]:
     """Both tables for a reader."""
-    supported = Table("model type", "models", "MLPs", "notable", "--sparsity", box=None)
+    supported = _table("model type", "models", "MLPs", "notable", "--sparsity")
     for family in FAMILIES:
         methods = ", ".join(family.methods)
         supported.add_row(family.model_type, family.models, family.mlp, family.notable, methods)
     yield supported
-    refused = Table("refused", "models", "because", "", box=None)
+    refused = _table("refused", "models", "because", "")
     for other in REFUSED:
         refused.add_row(other.model_type, other.models, other.reason, other.behind)
     yield refused
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None)
+    table.add_column(first, no_wrap=True)  # it is what a config.json is searched for
+    for header in others:
+        table.add_column(header)
+    return table

@@ -11,6 +11,7 @@ import torch
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.capture import capture
+from sirius_compile.checkpoint import open_weights
 from sirius_compile.families import FAMILIES, REFUSED, Family, Refused
 from sirius_compile.models import ModelSource, load_config
 from sirius_compile.pipeline import front
@@ -135,6 +136,25 @@ def test_the_table_names_each_type_once_and_has_every_config() -> None:
     assert len(set(names)) == len(names)
     assert len(FAMILIES) >= 25
     assert CONFIGS.keys() <= set(names)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "mixtral", "gpt_oss", "granitemoe"])
+def test_a_checkpoint_holds_the_weights(model_type: str, tmp_path: Path) -> None:
+    """Some families' are stored under other names than the model's, or expert by expert."""
+    model = random_model(model_type)
+    model.save_pretrained(tmp_path)
+    source = ModelSource(tmp_path, model_type, None, False)
+    config = load_config(source)
+    captured = capture(config)
+    shapes = {
+        name: spec.shape
+        for name, spec in captured.program.weights.items()
+        if name not in captured.constants
+    }
+    weights = open_weights(source, config, shapes, captured.aliases)
+    expected = dict(model.named_parameters())
+    for name in shapes:
+        assert torch.equal(weights.get(name), expected[name]), name
 
 
 # refusals
