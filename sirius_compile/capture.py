@@ -264,6 +264,13 @@ def _program(
         graph.erase_node(node)
     graph.eliminate_dead_code()
     _read_sizes_of_input_ids(graph)
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_complex():
+            raise UnsupportedModelError(
+                f"the model's graph computes with complex numbers, at {node.name} ({node.target}), "
+                "which neither kernels nor compilers take"
+            )
     targets = {
         spec.arg.name: spec
         for spec in exported.graph_signature.input_specs

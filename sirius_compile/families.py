@@ -76,6 +76,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("seed_oss", "Seed-OSS", _GATED, "QKV biases", _NEURONS),
     Family("hunyuan_v1_dense", "Hunyuan dense", _GATED, "QK norm after RoPE", _NEURONS),
     Family("ernie4_5", "ERNIE 4.5 dense", _GATED, "interleaved RoPE", _NEURONS),
+    Family("minicpm3", "MiniCPM3", _GATED, "latent attention", _NEURONS),
     # plain MLPs
     Family("gpt2", "GPT-2", _PLAIN, "Conv1D, learned positions", _NEURONS),
     Family("opt", "OPT", _PLAIN, "ReLU, learned positions, flattened tokens", _NEURONS),
@@ -96,6 +97,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("gpt_oss", "gpt-oss", _MIXED, "attention sinks, biases, clamped SwiGLU", _EXPERTS),
     Family("granitemoe", "Granite 3 MoE", _MIXED, "multipliers", _EXPERTS),
     Family("phimoe", "Phi-3.5 MoE", _MIXED, "router scores twice", (Method.TOPK,)),
+    Family("deepseek_v3", "DeepSeek-V3, R1", _BOTH, "latent attention", (Method.TOPK,)),
 )
 """What is supported; each row is tested."""
 
@@ -134,7 +136,7 @@ REFUSED: tuple[Refused, ...] = (
         "one cache needs layers 0, 1, … once each",
         "two attentions a layer",
     ),
-    Refused("deepseek_v3", "DeepSeek-V3, R1", "writes in place", "latent attention"),
+    Refused("deepseek_v2", "DeepSeek-V2", "computes with complex numbers", "its rotary embedding"),
     Refused(
         "apertus",
         "Apertus",
@@ -160,12 +162,20 @@ def families_json() -> JSON:
 
 def families_tables() -> Iterator[Table]:
     """Both tables for a reader."""
-    supported = Table("model type", "models", "MLPs", "notable", "--sparsity", box=None)
+    supported = _table("model type", "models", "MLPs", "notable", "--sparsity")
     for family in FAMILIES:
         methods = ", ".join(family.methods)
         supported.add_row(family.model_type, family.models, family.mlp, family.notable, methods)
     yield supported
-    refused = Table("refused", "models", "because", "", box=None)
+    refused = _table("refused", "models", "because", "")
     for other in REFUSED:
         refused.add_row(other.model_type, other.models, other.reason, other.behind)
     yield refused
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None)
+    table.add_column(first, no_wrap=True)  # it is what a config.json is searched for
+    for header in others:
+        table.add_column(header)
+    return table

@@ -72,6 +72,20 @@ def test_weights_are_normalised_apart_not_in_place() -> None:
     check_pass(program, Canonicalize(), expect=expect)
 
 
+def in_two_parts(x: Tensor) -> Tensor:
+    """As the keys of latent attention are put together."""
+    y = x.new_empty(x.shape)
+    y[..., :2] = x[..., 1:3]
+    y[..., 2:] = x.tanh()[..., 2:]
+    return y * 2
+
+
+def test_parts_that_are_copied_in_become_values_of_their_own() -> None:
+    program = trace(lambda: Decoder(Lambda(in_two_parts)))
+    expect = {"aten.copy_": (2, 0), "aten.slice_scatter": (0, 2)}
+    check_pass(program, Canonicalize(), expect=expect)
+
+
 class Lambda(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -91,11 +105,20 @@ def written_through_a_view(x: Tensor) -> Tensor:
     return y
 
 
+def copied_to_a_part_that_is_read(x: Tensor) -> Tensor:
+    y = x.tanh()
+    front = y[..., :2]
+    y[..., 2:] = 0 * x[..., 2:]
+    return y + front.sum()
+
+
 def zeroed(x: Tensor) -> Tensor:
     return x.tanh().fill_(0)
 
 
-@pytest.mark.parametrize("function", [read_later, written_through_a_view, zeroed])
+@pytest.mark.parametrize(
+    "function", [read_later, written_through_a_view, copied_to_a_part_that_is_read, zeroed]
+)
 def test_what_can_not_be_written_apart_is_refused(function: Callable[[Tensor], Tensor]) -> None:
     program = trace(lambda: Decoder(Lambda(function)))
     with pytest.raises(UnsupportedModelError, match=r"of the model's graph writes in place, into"):

@@ -314,3 +314,8 @@ def test_a_prompt_that_is_too_long_is_refused(pairs: Pairs) -> None:
     with pytest.raises(GenerationError, match=r"has 128 tokens, .*sequences of 128 .*max_seq_len"):
         pair.period.generate([[7] * MAX_SEQ_LEN])
     pair.agree(RAGGED)
+
+
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_modes_without_periods_know_no_limits_of_the_period(pairs: Pairs, mode: str) -> None:
+    pairs("griffin", 1, 4).agree(RAGGED, mode=mode, period=7)

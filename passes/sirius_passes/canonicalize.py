@@ -11,6 +11,9 @@
 
     %1 = aten.div_.Tensor(%0, %s)                  %1 = aten.div.Tensor(%0, %s)
 
+    %1 = aten.slice(%0, 3, 0, 8)
+    %2 = aten.copy_(%1, %x)                        %1 = aten.slice_scatter(%0, %x, 3, 0, 8)
+
     %1 = aten.view(%0, [-1, 6])
     %2 = aten.addmm(%b, %1, %w)                    %1 = aten.t(%w)
     %3 = aten.view(%2, [%B, %T, 10])               %2 = aten.linear(%0, %1, %b)
@@ -102,24 +105,59 @@ def _remove_if_noise(node: fx.Node) -> bool:
 
 
 def _write_apart(node: fx.Node) -> bool:
-    """Makes arithmetic that writes into its first operand give a value of its own; refuses what
-    else writes in place: a compiled period mutates nothing.
+    """Makes what writes into its first operand give a value of its own; refuses where that can't
+    be: a compiled period mutates nothing.
     """
     if node.op != "call_function" or not mutates(node):
         return False
-    written = node.args[0]
-    order = {other: index for index, other in enumerate(node.graph.nodes)}
-    read_later = isinstance(written, fx.Node) and any(
-        order[user] > order[node] or (user is not node and _is_view(user)) for user in written.users
-    )
-    if node.target not in _IN_PLACE or read_later or _is_view(written):
+    if not (_compute_apart(node) or _copy_apart(node)):
         raise UnsupportedModelError(
             f"node {node.name} ({node.target}) of the model's graph writes in place, into "
-            f"{written}, in a way that can't be undone; please open an issue with the model's "
+            f"{node.args[0]}, in a way that can't be undone; please open an issue with the model's "
             "config.json"
         )
+    return True
+
+
+def _compute_apart(node: fx.Node) -> bool:
+    """`y.add_(1)` to `y.add(1)`."""
+    if node.target not in _IN_PLACE or _is_view(node.args[0]):
+        return False
+    before, after = _other_users(node, node.args[0])
+    if after or any(map(_is_view, before)):
+        return False
     node.target = _IN_PLACE[node.target]
     return True
+
+
+def _copy_apart(node: fx.Node) -> bool:
+    """`y[..., :8] = x` to `y = slice_scatter(y, x, …)`."""
+    part, source = node.args[:2]
+    if node.target is not aten.copy_.default or node.users or not isinstance(part, fx.Node):
+        return False
+    if part.target is not aten.slice.Tensor or len(part.users) > 1 or _is_view(part.args[0]):
+        return False
+    before, after = _other_users(node, part.args[0])
+    if any(_is_view(user) for user in before if user is not part):
+        return False
+    if not _same(_sizes(part), _sizes(source)):
+        return False
+    graph = node.graph
+    with graph.inserting_before(node):
+        args = (part.args[0], source, *part.args[1:])
+        whole = call(graph, aten.slice_scatter.default, args, origin="canonicalize")
+    for user in after:
+        user.replace_input_with(part.args[0], whole)  # type: ignore[arg-type]
+    graph.erase_node(node)
+    graph.erase_node(part)
+    return True
+
+
+def _other_users(node: fx.Node, of: object) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The users of a value before and after `node`."""
+    assert isinstance(of, fx.Node)
+    before = [user for user in of.users if user < node]
+    return before, [user for user in of.users if user is not node and user not in before]
 
 
 def _is_view(node: object) -> bool:

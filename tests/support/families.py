@@ -26,7 +26,24 @@ SMALL: dict[str, object] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 3}
+_EXPERTS: dict[str, object] = {"num_local_experts": 6, "num_experts_per_tok": 3}
+_LATENT: dict[str, object] = {
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+_GROUPED: dict[str, object] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 # Windows shorter than the sequences, and multipliers that are not one: what is special must show.
 CONFIGS: dict[str, dict[str, object]] = {
     "mistral": {"sliding_window": 7},
@@ -84,23 +101,13 @@ CONFIGS: dict[str, dict[str, object]] = {
         "attention_multiplier": 0.3,
     },
     "phimoe": {"num_local_experts": 6},
+    "minicpm3": _LATENT,
+    "deepseek_v3": {**_LATENT, **_GROUPED},
     # refused
     "falcon": {"head_dim": None, "num_key_value_heads": None},
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "head_dim": None,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
-        "n_routed_experts": 8,
-        "n_group": 2,
-        "topk_group": 1,
-        "moe_intermediate_size": 32,
-    },
+    "deepseek_v2": {**_LATENT, **_GROUPED},
 }
 """By model type, what differs from SMALL."""
 
