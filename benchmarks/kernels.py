@@ -186,8 +186,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--context", type=int, nargs="+", default=[512, 4096])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="", help="cases whose name holds this")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     library = kernels()
     if library is None:
         parser.exit(1, "the CPU kernels are not to be had here: see the warning above\n")

@@ -215,7 +215,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--verify", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     if kernels() is None:
         parser.exit(1, "the CPU kernels are not to be had here: see the warning above\n")
     with torch.inference_mode():

@@ -110,6 +110,7 @@ struct Mlp {
     }
     if (count == 0) return;
     const X<T>* tokens = inputs + b * N * padded(C);
+    for (size_t j = 0; up && j < std::min(count, ROWS); j++) ask(up + (first + live[j]) * up_stride);
     if (known) {
       for (size_t n = 0; n < N; n++)
         for (size_t j = 0; j < count; j++)
@@ -121,6 +122,7 @@ struct Mlp {
     if (counts && count)
       __atomic_fetch_add(counts + b, int64_t(count), __ATOMIC_RELAXED);
     if (count == 0) return;
+    for (size_t j = 0; j < std::min(count, LIVE); j++) ask(down + (first + live[j]) * down_stride);
     if (up) product(up, up_stride, up_bias, tokens, live, count, first, u);
     for (size_t n = 0; n < N; n++) {
       for (size_t j = 0; j < CHUNK; j++) {
