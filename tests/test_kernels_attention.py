@@ -13,7 +13,7 @@ from torch import Tensor
 from sirius_runtime.kernels.build import InstructionSet
 from sirius_runtime.kernels.native import references, using
 from tests.support.kernels import SETS, Fallback, forbid_references, require
-from tests.support.operators import CHAIN, TREE, Block, blocks, randn, sirius
+from tests.support.operators import CHAIN, LAYER, TREE, Block, blocks, randn, sirius
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -58,6 +58,27 @@ def test_it_is_tree_attention(
 @given(blocks(), st.none() | st.integers(1, 6))
 def test_every_tree(block: Block, window: int | None) -> None:
     near(block.run(window), block.expected(window))
+
+
+@pytest.mark.usefixtures("only_kernels")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (2, None), (4, 0.7)])
+def test_a_block_that_stands_apart_is_the_same_to_the_bit(
+    dtype: torch.dtype, window: int | None, softcap: float | None
+) -> None:
+    whole = Block([3, 0, 11], [TREE], dtype).run(window, softcap)
+    near(whole, Block([3, 0, 11], [TREE], dtype).expected(window, softcap))
+    for parts in ([range(7)], [[0], [1, 2], [3, 4, 5, 6]]):
+        apart = Block([3, 0, 11], [TREE], dtype)
+        assert torch.equal(apart.run_apart(parts, window, softcap), whole)
+        assert torch.equal(apart.k_block[LAYER], apart.k)  # the call's own K/V are in place
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("best")
+@given(blocks(), st.none() | st.integers(1, 6))
+def test_every_tree_that_stands_apart(block: Block, window: int | None) -> None:
+    near(block.run_apart([range(block.q.shape[2])], window), block.expected(window))
 
 
 def long_arguments(dtype: torch.dtype, tokens: int) -> list[object]:

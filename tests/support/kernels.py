@@ -13,7 +13,7 @@ from sirius_runtime.kernels.build import InstructionSet, compiler, instruction_s
 SETS = list(InstructionSet)
 
 _REFERENCES = {
-    attention: ["cached_attention"],
+    attention: ["cached_attention", "block_attention"],
     linear: ["linear", "sparse_linear"],
     mlp: [
         *("dense_mlp", "dense_mlp_statistic", "dense_mlp_activity", "topk_mlp", "cats_mlp"),

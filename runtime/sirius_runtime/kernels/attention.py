@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,12 +32,72 @@ def cached_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """As `reference.cached_attention`; IndexError for a slot that is not there."""
-    kind = TYPES.get(q.dtype)
-    B, H, T, D = q.shape
-    G, V = k.shape[1], v.shape[3]
     where = positions, slots, length, tree_mask
+    if not _serves(q, k, v, k_cache, v_cache, where, window, softcap, sinks):
+        return reference.cached_attention(
+            q, k, v, k_cache, v_cache, positions, slots, length, tree_mask, layer, scale, window,
+            softcap, sinks,
+        )  # fmt: skip
+    return _run(
+        "cached_attention", q, k, v, k_cache[layer], v_cache[layer], None, None, positions, slots,
+        length, tree_mask, scale, window, softcap, sinks,
+    )  # fmt: skip
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_block: Tensor,
+    v_block: Tensor,
+    positions: Tensor,
+    nodes: Tensor,
+    length: Tensor,
+    tree_mask: Tensor,
+    layer: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.block_attention`."""
+    where = positions, length, tree_mask
     if not (
-        kind is not None
+        _serves(q, k, v, k_cache, v_cache, where, window, softcap, sinks)
+        and k_block.dtype is v_block.dtype is q.dtype
+        and k_block.shape[3] == v_block.shape[3] == tree_mask.shape[2]
+    ):
+        return reference.block_attention(
+            q, k, v, k_cache, v_cache, k_block, v_block, positions, nodes, length, tree_mask,
+            layer, scale, window, softcap, sinks,
+        )  # fmt: skip
+    k_new = k_block[layer].index_copy(2, nodes, k).contiguous()
+    v_new = v_block[layer].index_copy(2, nodes, v).contiguous()
+    out = _run(
+        "block_attention", q, k, v, k_cache[layer], v_cache[layer], k_new, v_new, positions, None,
+        length, tree_mask, scale, window, softcap, sinks,
+    )  # fmt: skip
+    return out, k_new, v_new
+
+
+def _serves(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    where: Sequence[Tensor],
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> bool:
+    """Whether the kernel takes these arguments, and is there. `where`: the mask last."""
+    B, H, T, _ = q.shape
+    G = k.shape[1]
+    return (
+        q.dtype in TYPES
         and 1 <= T <= TOKENS
         and B > 0
         and H % G == 0
@@ -44,24 +106,48 @@ def cached_attention(
         and v_cache.is_contiguous()
         and k_cache.shape[1:3] == v_cache.shape[1:3] == (B, G)
         and all(tensor.dtype is torch.int64 for tensor in where)
-        and tree_mask.shape[1] == T
+        and where[-1].shape[1] == T
         and (window is None or window > 0)
         and softcap != 0
         and is_vector(sinks, q.dtype, H)
-        and (library := kernels()) is not None
-    ):
-        return reference.cached_attention(
-            q, k, v, k_cache, v_cache, *where, layer, scale, window, softcap, sinks
-        )
-    S, M = k_cache.shape[3], tree_mask.shape[2]
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    positions, slots, length, tree_mask = (tensor.contiguous() for tensor in where)
+        and kernels() is not None
+    )
+
+
+def _run(
+    operator: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_keys: Tensor | None,
+    block_values: Tensor | None,
+    positions: Tensor,
+    slots: Tensor | None,
+    length: Tensor,
+    tree_mask: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention over a layer's caches and, where it stands apart, the block [B, G, M, ·]."""
+    library = kernels()
+    assert library is not None
+    B, H, T, D = q.shape
+    G, V = k.shape[1], v.shape[3]
+    S, M = keys.shape[2], tree_mask.shape[2]
+    q, k, v, positions, length, tree_mask = (
+        tensor.contiguous() for tensor in (q, k, v, positions, length, tree_mask)
+    )
+    slots = None if slots is None else slots.contiguous()
     out = q.new_empty(B, H, T, V)
     status = library.sirius_attention(
-        kind, B, H, G, T, D, V, S, M,
+        TYPES[q.dtype], B, H, G, T, D, V, S, M,
         q.data_ptr(), k.data_ptr(), v.data_ptr(),
-        k_cache[layer].data_ptr(), v_cache[layer].data_ptr(),
-        positions.data_ptr(), slots.data_ptr(), length.data_ptr(), tree_mask.data_ptr(),
+        keys.data_ptr(), values.data_ptr(), address(block_keys), address(block_values),
+        positions.data_ptr(), address(slots), length.data_ptr(), tree_mask.data_ptr(),
         0 if tree_mask.shape[0] == 1 else T * M,
         window or 0,
         scale,
@@ -70,5 +156,5 @@ def cached_attention(
         out.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    check(status, "cached_attention")
+    check(status, operator)
     return out

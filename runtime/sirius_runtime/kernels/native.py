@@ -27,7 +27,7 @@ _SIGNATURES = {
     ],
     "sirius_rms_norm": [_I, _P, _P, _F, _P, _N, _N],
     "sirius_rotate": [_I, _P, _N, _N, _N, _P, _P, _P, _N, _N, _N, _N],
-    "sirius_attention": [_I, *[_N] * 8, *[_P] * 9, _N, _N, _F, _F, _P, _P, _I],
+    "sirius_attention": [_I, *[_N] * 8, *[_P] * 11, _N, _N, _F, _F, _P, _P, _I],
 }
 
 

@@ -7,6 +7,7 @@ from sirius_runtime.ops.registry import define_cpu
 
 _KERNELS = (
     attention.cached_attention,
+    attention.block_attention,
     linear.linear,
     linear.sparse_linear,
     mlp.dense_mlp,

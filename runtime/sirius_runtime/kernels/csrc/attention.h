@@ -19,6 +19,7 @@ struct Attention {
   size_t S, M;                   // slots of the cache and of the block
   const T *q, *k, *v;            // [B, H, N, D], [B, G, N, D], [B, G, N, V]
   T *keys, *values;              // the layer's caches: [B, G, S, D], [B, G, S, V]
+  const T *block_keys, *block_values;  // the block, where it stands apart: [B, G, M, D], …; else null
   const int64_t *positions, *slots, *length;  // [B, N], [B, N], [B]
   const T* sinks;                // [H], or null: scores of a token without a value, seen by all
   const int64_t* mask;           // [B or 1, N, M]
@@ -28,8 +29,12 @@ struct Attention {
   T* out;                        // [B, H, N, V]
   int threads;
 
-  // Returns false where `slots` names one that is not there.
+  // Returns false where `slots` names one that is not there; a block that stands apart has none.
   bool run() {
+    if (block_keys) {
+      attend_all();
+      return true;
+    }
     for (size_t i = 0; i < B * N; i++)
       if (slots[i] < 0 || slots[i] >= int64_t(S)) return false;
     for (size_t bg = 0; bg < B * G; bg++)
@@ -38,14 +43,25 @@ struct Attention {
         memcpy(keys + slot * D, k + from * D, D * sizeof(T));
         memcpy(values + slot * V, v + from * V, V * sizeof(T));
       }
-    const size_t tiles = (N + TILE - 1) / TILE;
-    parallel(B * G * tiles, threads, [&](size_t task) {
-      attend(task / tiles / G, task / tiles % G, task % tiles * TILE);
-    });
+    attend_all();
     return true;
   }
 
  private:
+  void attend_all() {
+    const size_t tiles = (N + TILE - 1) / TILE;
+    parallel(B * G * tiles, threads, [&](size_t task) {
+      attend(task / tiles / G, task / tiles % G, task % tiles * TILE);
+    });
+  }
+
+  // Where the key or the value of a slot is: `size` numbers.
+  const T* row(const T* cache, const T* block, size_t bg, size_t slot, size_t history,
+               size_t size) const {
+    if (block && slot >= history) return block + (bg * M + slot - history) * size;
+    return cache + (bg * S + slot) * size;
+  }
+
   static constexpr size_t BLOCK = 64;  // slots
 
   // What a task holds between blocks of slots; a query's sums lie as Meet<T>::place says.
@@ -71,11 +87,12 @@ struct Attention {
       total[i] = sinks ? 1.0f : 0.0f;
     }
 
-    const size_t history = size_t(length[b]), end = std::min(S, history + M);
+    const size_t history = size_t(length[b]), bg = b * G + g;
+    const size_t end = block_keys ? history + M : std::min(S, history + M);
     for (size_t slot = start(b, first, tokens, history); slot < end; slot += BLOCK) {
       const size_t count = std::min(BLOCK, end - slot);
       const T* rows[BLOCK];
-      for (size_t j = 0; j < count; j++) rows[j] = keys + ((b * G + g) * S + slot + j) * D;
+      for (size_t j = 0; j < count; j++) rows[j] = row(keys, block_keys, bg, slot + j, history, D);
       dots<T>(rows, count, queries, q_width, Q, D, scores, BLOCK);
       float hidden[TILE][BLOCK];
       for (size_t n = 0; n < tokens; n++) look(b, first + n, slot, count, history, hidden[n]);
@@ -88,7 +105,8 @@ struct Attention {
         for (size_t j = 0; j < BLOCK; j += PAD)
           Meet<T>::from_floats(at + j, shares + i * BLOCK + j);
       }
-      for (size_t j = 0; j < count; j++) rows[j] = values + ((b * G + g) * S + slot + j) * V;
+      for (size_t j = 0; j < count; j++)
+        rows[j] = row(values, block_values, bg, slot + j, history, V);
       accumulate<T>(rows, count, shares, BLOCK, Q, 0, V, sums, width);
     }
     for (size_t i = 0; i < Q; i++) {
