@@ -153,15 +153,44 @@ inline void dots_tile(const T* const* rows, const X<T>* x, size_t x_stride, size
   for (size_t n = 0; n < N; n++) sum_four(acc[n], sums[n]);
 }
 
+// As dots_tile for one token and rows that lie one after the other: read so, each while the next one
+// is asked for (`next` holds it), they come faster than side by side. Sums are added up as there.
+template <class T>
+inline void dots_alone(const T* const* rows, const T* const* next, const X<T>* x, size_t C,
+                       float sums[ROWS]) {
+  typedef Meet<T> M;
+  Floats acc[ROWS] = {};
+  for (size_t r = 0; r < ROWS; r++) {
+    const T *row = rows[r], *after = next[r];
+    Floats own = {};
+    size_t k = 0;
+    for (; k + M::STEP <= C; k += M::STEP) {
+      __builtin_prefetch(after + k);
+      own = M::mac(own, M::weights(row + k), M::activations(x + k));
+    }
+    if (k < C) own = M::mac(own, M::weights_part(row + k, C - k), M::activations(x + k));
+    acc[r] = own;
+  }
+  sum_four(acc, sums);
+}
+
 // out[n * out_stride + j] = rows[j] · x_n, of `count` rows of C weights and N tokens. x_n, at
 // x + n * x_stride, is padded with zeros to a multiple of PAD.
 template <class T>
 void dots(const T* const* rows, size_t count, const X<T>* x, size_t x_stride, size_t N, size_t C,
           float* out, size_t out_stride) {
   float sums[TILE][ROWS];
+  const bool alone = N == 1 && size_t(rows[count - 1] - rows[0]) < count * C;  // none is left out
   for (size_t j = 0; j < count; j += ROWS) {
     const T* own[ROWS];  // the last row again where there are fewer: read from the cache
     for (size_t r = 0; r < ROWS; r++) own[r] = rows[j + r < count ? j + r : count - 1];
+    if (alone) {
+      const T* next[ROWS];
+      for (size_t r = 0; r < ROWS; r++) next[r] = rows[std::min(j + r + 1, count - 1)];
+      dots_alone<T>(own, next, x, C, sums[0]);
+      memcpy(out + j, sums[0], std::min(ROWS, count - j) * sizeof(float));
+      continue;
+    }
     for (size_t next = j + ROWS; next < std::min(count, j + 2 * ROWS); next++) ask(rows[next]);
     for (size_t n = 0; n < N; n += TILE) {
       const X<T>* tile = x + n * x_stride;
