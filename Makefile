@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-all check format clean
+.PHONY: setup demo test test-all lint check bench frontier format clean
 
 setup: $(STAMP)
 
@@ -25,12 +25,20 @@ test: setup            ## the fast suite
 test-all: setup        ## the fast suite and the slow tests
 	$(BIN)/python -m pytest -n auto -m "slow or not slow"
 
-check: setup           ## the gate: style, types, import contracts, fast tests
+lint: setup            ## style, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n auto
+
+check: lint test       ## the gate
+
+bench: setup           ## kernels and steps at real sizes on this machine's CPU
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.steps
+
+frontier: setup        ## what every sparse path answers and reads: docs/results/frontier.md
+	$(BIN)/python benchmarks/frontier.py
 
 format: setup
 	$(BIN)/ruff check --fix .

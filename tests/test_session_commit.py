@@ -26,7 +26,7 @@ def session_over(lengths: list[int]) -> Session:
         state=SimpleNamespace(layers=2, kv_heads=1, key_dim=2, value_dim=3),
         entries=(),
         model=SimpleNamespace(max_seq_len=CAPACITY),
-        sparsity=SimpleNamespace(neurons=()),
+        sparsity=SimpleNamespace(counted=()),
     )
     backend = SimpleNamespace(
         program=program, device=torch.device("cpu"), dtype=torch.float32, limits=None
