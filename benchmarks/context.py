@@ -23,7 +23,8 @@ from sirius_compile.compile import Compiled
 from sirius_runtime.loading import BackendName
 from sirius_runtime.period_session import PeriodSession
 from sirius_runtime.plan import Plan
-from sirius_runtime.session import Session, cache_slots
+from sirius_runtime.session import Session
+from sirius_runtime.sizes import cache_slots
 from sirius_runtime.stats import PhaseClock, StatsRecorder
 
 

@@ -35,7 +35,8 @@ from sirius_runtime.graph import to_document
 from sirius_runtime.kernels.native import kernels, references
 from sirius_runtime.ops.mlp import ACTIVATIONS
 from sirius_runtime.plan import Plan
-from sirius_runtime.session import Session, cache_slots
+from sirius_runtime.session import Session
+from sirius_runtime.sizes import cache_slots
 from sirius_runtime.stats import PhaseClock, StatsRecorder
 
 SKIPPED = (0.3, 0.5, 0.65)

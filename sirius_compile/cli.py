@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sirius_compile.config import Backend
 from sirius_runtime.errors import ConfigError, SiriusError, UserError
 from sirius_runtime.spec import DType, Method, Score
 
@@ -57,6 +58,9 @@ def sirius_compile(
     calibration: Annotated[str, typer.Option(help="Text or JSONL file, or builtin.")] = "builtin",
     revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Hub cache.")] = None,
+    backend: Annotated[
+        Backend, typer.Option(help="Graphs for PyTorch (torch), ONNX Runtime (onnx), or both.")
+    ] = Backend.TORCH,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code of the model's repository.")
     ] = False,
@@ -105,6 +109,7 @@ def sirius_compile(
         revision=revision,
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
+        backend=backend,
     )
     ArtifactWriter(out, force=force)  # refuses a bad target before minutes of work, not after
     start = time.perf_counter()

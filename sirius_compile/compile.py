@@ -18,8 +18,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from sirius_compile.capture import Capture, capture
 from sirius_compile.checkpoint import WeightSource, checkpoint_dtype, open_weights
-from sirius_compile.config import BUILTIN, CompileConfig
+from sirius_compile.config import BUILTIN, Backend, CompileConfig
 from sirius_compile.models import ModelSource, load_config, resolve_model
+from sirius_compile.onnx.package import onnx_dtype, onnx_files
 from sirius_compile.pipeline import back, front
 from sirius_compile.rope import longest_sequence
 from sirius_compile.sparse_path import Chooser, SparsePath
@@ -74,6 +75,7 @@ class Compiled:
     generation_config: Mapping[str, JSON]
     tokenizer_files: Mapping[str, bytes]
     _weights: Callable[[WeightSpec], Tensor]
+    backend: Backend = Backend.TORCH
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Writes the artifact to `path` (a temporary name, then renamed). `force` replaces a
@@ -81,8 +83,13 @@ class Compiled:
         """
         path = Path(path)
         with ArtifactWriter(path, force=force) as writer:
-            for name, document in self._documents().items():
-                writer.add_json(f"graphs/{name}.json", document)
+            documents = self._documents()
+            if self.backend is not Backend.ONNX:
+                for name, document in documents.items():
+                    writer.add_json(f"graphs/{name}.json", document)
+            if self.backend is not Backend.TORCH:
+                for name, content in onnx_files(self.spec, documents.__getitem__).items():
+                    writer.add_bytes(name, content)
             writer.add_json("generation_config.json", dict(self.generation_config))
             for name, content in self.tokenizer_files.items():
                 writer.add_bytes(f"tokenizer/{name}", content)
@@ -236,6 +243,8 @@ class _Compilation:
             weights = source.open_weights(captured)
         program = captured.program
         dtype = DType(config.dtype or dtype_name(source.dtype))
+        if config.backend is not Backend.TORCH:
+            dtype = onnx_dtype(config.dtype, dtype)
         for name, spec in program.weights.items():
             constant = captured.constants.get(name)
             stored = (
@@ -259,6 +268,7 @@ class _Compilation:
                 generation_config=source.generation.to_diff_dict(),
                 tokenizer_files=source.tokenizer_files,
                 _weights=stored_form,
+                backend=Backend(config.backend),
             )
 
         self._passes(program, front(self._method))

@@ -17,6 +17,14 @@ DEFAULT_KEEP = 0.5
 _E = TypeVar("_E", bound=StrEnum)
 
 
+class Backend(StrEnum):
+    """What an artifact's graphs are for."""
+
+    TORCH = "torch"
+    ONNX = "onnx"
+    BOTH = "both"
+
+
 @dataclass(frozen=True)
 class DenseLayers:
     """Layers that skip nothing: `fixed` by number, or the `auto` that it costs most."""
@@ -66,8 +74,9 @@ class CompileConfig:
     shapes of the graph `period`. They, threshold, verify_temperature, confidence and refresh
     are defaults that the artifact carries, which a run can change. max_seq_len: the longest
     sequence served, by default the model's own. dtype: of the stored weights, by default the
-    checkpoint's. device: where calibration runs. calibration: a text or JSONL file, or
-    ``builtin``.
+    checkpoint's. backend: what the artifact's graphs are for; with ``onnx`` or ``both`` weights
+    are float32 or float16, by default float32 where the checkpoint's are neither. device: where
+    calibration runs. calibration: a text or JSONL file, or ``builtin``.
 
     Raises ConfigError for a value out of its range, with the range.
     """
@@ -90,10 +99,12 @@ class CompileConfig:
     revision: str | None = None
     cache_dir: Path | None = None
     trust_remote_code: bool = False
+    backend: Backend | str = Backend.TORCH
 
     def __post_init__(self) -> None:
         # Names are taken from Python as from the command line.
         object.__setattr__(self, "sparsity", _member(Method, self.sparsity, "--sparsity"))
+        object.__setattr__(self, "backend", _member(Backend, self.backend, "--backend"))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", _member(DType, self.dtype, "--dtype"))
         object.__setattr__(self, "score", _member(Score, self.score, "--score"))

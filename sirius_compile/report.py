@@ -11,6 +11,8 @@ from rich.table import Table
 
 from sirius_compile.calibration import Calibration
 from sirius_compile.compile import Compiled
+from sirius_compile.config import Backend
+from sirius_compile.onnx.package import onnx_summary
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.spec import JSON, to_json
 
@@ -67,6 +69,8 @@ class Summary:
             "artifact",
             f"{self.artifact}, {self.artifact_bytes:,} bytes, {ratio:.3f} x the dense weights",
         )
+        if self.compiled.backend is not Backend.TORCH:
+            table.add_row("onnx", onnx_summary(spec))
         passes = ", ".join(f"{p.name} {p.seconds * 1e3:.0f} ms" for p in spec.passes)
         table.add_row("passes", passes)
         table.add_row("time", f"{self.seconds:.1f} s")

@@ -22,10 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sirius_runtime import artifact_writer as writer_module
-from sirius_runtime.artifact import DTYPES, MANIFEST, Artifact
+from sirius_runtime.artifact import MANIFEST, Artifact
 from sirius_runtime.artifact_writer import ArtifactWriter
 from sirius_runtime.artifact_zip import ALIGNMENT
+from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.errors import ArtifactError, ConfigError, SiriusError
+from sirius_runtime.safetensors_file import STORED_TYPES
 from sirius_runtime.spec import (
     WeightSpec,
 )
@@ -73,7 +75,7 @@ def tensor_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     names = draw(st.lists(st.text("ab.é0_", min_size=1, max_size=6), unique=True, max_size=6))
     tensors = {}
     for name in names:
-        dtype = draw(st.sampled_from(list(DTYPES.values())))
+        dtype = draw(st.sampled_from([dtype_of(stored.name) for stored in STORED_TYPES.values()]))
         shape = draw(st.lists(st.integers(0, 4), max_size=3))
         count = torch.Size(shape).numel()
         limit = 1 if dtype == torch.bool else 255
@@ -104,7 +106,9 @@ def test_round_trip_of_any_tensors(tensors: dict[str, torch.Tensor], shard_bytes
 
 
 def test_dtype_table_is_that_of_safetensors() -> None:
-    for code, dtype in DTYPES.items():
+    for code, stored in STORED_TYPES.items():
+        dtype = dtype_of(stored.name)
+        assert dtype.itemsize == stored.itemsize
         data = safetensors.torch.save({"x": torch.zeros(2, dtype=dtype)})
         assert f'"dtype":"{code}"'.encode() in data
 

@@ -19,7 +19,8 @@ from sirius_runtime.drafting import (
     extend,
     first_levels,
 )
-from sirius_runtime.policy import Noise, Sampling
+from sirius_runtime.policy import Noise
+from sirius_runtime.sampling import Sampling
 from tests.support import naive_sampling as naive
 from tests.support.naive_tree import argmax, log_probability
 

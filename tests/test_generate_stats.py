@@ -18,7 +18,8 @@ from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.model import Mode, SiriusModel
 from sirius_runtime.ops.attention import cached_attention
 from sirius_runtime.plan import Plan
-from sirius_runtime.policy import Draft, Rule, Verdict
+from sirius_runtime.policy import Draft, Verdict
+from sirius_runtime.sampling import Rule
 from sirius_runtime.session import Session
 from sirius_runtime.stats import GenerationStats, Phase
 from tests.support.models import METHODS, VOCABULARY, Rows, TinyModels, open_session

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.plan import Plan
-from sirius_runtime.policy import Rule
+from sirius_runtime.sampling import Rule
 from sirius_runtime.session import Session
 from tests.support.models import (
     METHODS,

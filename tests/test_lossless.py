@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sirius_runtime.policy import Acceptance, Decision, Draft, Noise, Sampling, draw
+from sirius_runtime.policy import Acceptance, Decision, Draft, Noise, draw
+from sirius_runtime.sampling import Sampling
 from tests.support import naive_sampling as naive
 from tests.support.statistics import LEVEL, p_value
 from tests.support.toy import Loop, Toy, generate

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sirius_runtime.policy import Decision, Draft, Noise, SampleAcceptance, Sampling, Verdict, judge
+from sirius_runtime.policy import Decision, Draft, Noise, SampleAcceptance, Verdict, judge
+from sirius_runtime.sampling import Sampling
 from sirius_runtime.tree import Level
 from tests.support.drafts import build
 from tests.support.naive_sampling import rejections

@@ -22,14 +22,15 @@ from sirius_runtime.policy import (
     ExactAcceptance,
     Noise,
     SampleAcceptance,
-    Sampling,
     ThresholdAcceptance,
     Verdict,
     judge,
     observed,
     select_neurons,
 )
-from sirius_runtime.tree import Level, Tree, node_count
+from sirius_runtime.sampling import Sampling
+from sirius_runtime.sizes import node_count
+from sirius_runtime.tree import Level, Tree
 from tests.support.drafts import RandomDraft, build, random_drafts
 from tests.support.naive_tree import argmax, probability
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sirius_runtime.errors import ConfigError
-from sirius_runtime.policy import Noise, SampleAcceptance, Sampling, draw
+from sirius_runtime.policy import Noise, SampleAcceptance, draw
+from sirius_runtime.sampling import Sampling
 from tests.support import naive_sampling as naive
 from tests.support.drafts import RandomDraft, random_drafts
 from tests.support.statistics import LEVEL, p_value

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sirius_runtime.drafting import first_levels
 from sirius_runtime.plan import Plan
-from sirius_runtime.policy import Draft, Rule
+from sirius_runtime.policy import Draft
+from sirius_runtime.sampling import Rule
 from sirius_runtime.session import Session
 from sirius_runtime.tree import Level
 from tests.support.drafts import RandomDraft, build, random_drafts

@@ -20,16 +20,8 @@ from sirius_runtime.policy import (
     ThresholdAcceptance,
     judge,
 )
-from sirius_runtime.tree import (
-    Level,
-    Tree,
-    attach,
-    beams,
-    longest_path,
-    node_count,
-    plant,
-    propose,
-)
+from sirius_runtime.sizes import node_count
+from sirius_runtime.tree import Level, Tree, attach, beams, longest_path, plant, propose
 from tests.support import naive_tree
 from tests.support.drafts import RandomDraft, build, random_drafts
 from tests.support.naive import tree_mask

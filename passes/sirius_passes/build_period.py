@@ -61,7 +61,8 @@ from sirius_passes.runtime_policy import Parameters, RuntimeAcceptance, RuntimeP
 from sirius_runtime.drafting import DraftState, begin, extend
 from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders
 from sirius_runtime.policy import Verdict, judge, observed, select_neurons
-from sirius_runtime.tree import Tree, beams, node_count
+from sirius_runtime.sizes import node_count
+from sirius_runtime.tree import Tree, beams
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
 higher_order = torch.ops.higher_order

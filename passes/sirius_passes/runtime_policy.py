@@ -17,11 +17,10 @@ from sirius_runtime.policy import (
     Draft,
     ExactAcceptance,
     Noise,
-    Rule,
     SampleAcceptance,
-    Sampling,
     ThresholdAcceptance,
 )
+from sirius_runtime.sampling import Rule, Sampling
 from sirius_runtime.tree import Level, Tree
 
 Branch = Callable[..., tuple[Tensor, ...]]

@@ -8,9 +8,8 @@ One ZIP, every entry stored, its data at a multiple of 64 bytes of the file:
     tokenizer/…, generation_config.json, …
 
 The reader maps the file once. Nothing is unpickled and nothing is extracted: weights are views of
-the mapping. The safetensors library is the oracle of our tests, but it reads and writes whole files
-or whole buffers; using a shard in place inside a ZIP takes the few lines of header code here and in
-`artifact_writer`.
+the mapping (`safetensors_file` says why we read its headers ourselves). PyTorch is needed for
+`weights` alone.
 """
 
 from __future__ import annotations
@@ -21,15 +20,13 @@ import math
 import mmap
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from sirius_runtime.artifact_zip import (
     MAX_JSON_BYTES,
@@ -40,8 +37,8 @@ from sirius_runtime.artifact_zip import (
     find_spans,
     map_file,
 )
-from sirius_runtime.dtypes import dtype_name
 from sirius_runtime.errors import ArtifactError, SiriusError
+from sirius_runtime.safetensors_file import STORED_TYPES, StoredType
 from sirius_runtime.spec import (
     FORMAT_VERSION,
     JSON,
@@ -52,30 +49,11 @@ from sirius_runtime.spec import (
     from_json,
 )
 
+if TYPE_CHECKING:
+    import torch
+
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/"
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
-"""safetensors' names of dtypes."""
 
 _HASH_THREADS = min(8, os.cpu_count() or 1)
 
@@ -88,7 +66,7 @@ class Artifact:
         image: Image,
         spans: dict[str, Span],
         manifest: Manifest,
-        slots: dict[str, _Slot],
+        slots: dict[str, Slot],
     ) -> None:
         self.path = image.path
         self.manifest = manifest
@@ -142,6 +120,12 @@ class Artifact:
         buffer = self._opened().buffer
         return {name: _tensor(buffer, slot) for name, slot in self._slots.items()}
 
+    def weight_slots(self) -> tuple[mmap.mmap, Mapping[str, Slot]]:
+        """The mapping that `weights` views, and where each weight lies in it: for back ends that
+        have tensors of their own.
+        """
+        return self._opened().buffer, self._slots
+
     def close(self) -> None:
         """Lets go of the file; tensors from `weights` stay valid."""
         # Not mmap.close(): torch keeps the mmap object alive but holds no buffer export, so closing
@@ -165,12 +149,12 @@ class Artifact:
         return self._image
 
 
-class _Slot(NamedTuple):
+class Slot(NamedTuple):
     """Where a tensor lies in the file, [start, end)."""
 
     start: int
     end: int
-    dtype: torch.dtype
+    dtype: StoredType
     shape: tuple[int, ...]
 
 
@@ -241,23 +225,23 @@ def _check_hashes(
         raise image.fault(f"wrong sha256 of {', '.join(map(repr, wrong))}")
 
 
-def _slots(image: Image, spans: dict[str, Span], specs: Sequence[WeightSpec]) -> dict[str, _Slot]:
+def _slots(image: Image, spans: dict[str, Span], specs: Sequence[WeightSpec]) -> dict[str, Slot]:
     """The place of every weight, in the manifest's order, once the shards agree with it."""
-    found: dict[str, _Slot] = {}
+    found: dict[str, Slot] = {}
     for shard in sorted(name for name in spans if name.startswith(WEIGHTS)):
         for name, slot in _shard_slots(image, shard, spans[shard]).items():
             if name in found:
                 raise image.fault(f"weight {name!r} is a duplicate: two shards hold it")
             found[name] = slot
-    slots: dict[str, _Slot] = {}
+    slots: dict[str, Slot] = {}
     for spec in specs:
         if spec.name in slots:
             raise image.fault(f"weight {spec.name!r} is a duplicate: the manifest lists it twice")
         if spec.name not in found:
             raise image.fault(f"weight {spec.name!r} of the manifest is missing from the shards")
         slot = slots[spec.name] = found[spec.name]
-        if (dtype_name(slot.dtype), slot.shape) != (spec.dtype, spec.shape):
-            stored = f"{dtype_name(slot.dtype)} {list(slot.shape)}"
+        if (slot.dtype.name, slot.shape) != (spec.dtype, spec.shape):
+            stored = f"{slot.dtype.name} {list(slot.shape)}"
             expected = f"{spec.dtype} {list(spec.shape)}"
             raise image.fault(f"weight {spec.name!r} is {stored}, the manifest says {expected}")
     for name in sorted(found.keys() - slots.keys()):
@@ -265,7 +249,7 @@ def _slots(image: Image, spans: dict[str, Span], specs: Sequence[WeightSpec]) ->
     return slots
 
 
-def _shard_slots(image: Image, shard: str, span: Span) -> dict[str, _Slot]:
+def _shard_slots(image: Image, shard: str, span: Span) -> dict[str, Slot]:
     """Reads a safetensors header: 8 bytes little-endian length, then JSON; the tensors follow."""
     view = image.view(span)
     length = int.from_bytes(view[:8], "little")
@@ -275,7 +259,7 @@ def _shard_slots(image: Image, shard: str, span: Span) -> dict[str, _Slot]:
     if not isinstance(header, dict):
         raise image.fault(f"the safetensors header of {shard} is malformed (not an object)")
     data = range(span.start + 8 + length, span.end)
-    slots: dict[str, _Slot] = {}
+    slots: dict[str, Slot] = {}
     for name, fields in header.items():
         if name != "__metadata__":  # free text, by the format; of no use here
             slots[name] = _slot(image, f"weight {name!r} of {shard}", fields, data)
@@ -286,15 +270,15 @@ def _shard_slots(image: Image, shard: str, span: Span) -> dict[str, _Slot]:
     return slots
 
 
-def _slot(image: Image, what: str, fields: JSON, data: range) -> _Slot:
+def _slot(image: Image, what: str, fields: JSON, data: range) -> Slot:
     """The place of one tensor; `data`: the bytes of the file that hold its shard's tensors."""
     try:
         header = from_json(_TensorHeader, fields, what)
     except ArtifactError as error:
         raise image.fault(f"malformed safetensors header ({error})") from error
-    if header.dtype not in DTYPES:
+    if header.dtype not in STORED_TYPES:
         raise image.fault(f"{what} has the unknown dtype {header.dtype!r}", UPDATE)
-    dtype, shape = DTYPES[header.dtype], header.shape
+    dtype, shape = STORED_TYPES[header.dtype], header.shape
     begin, end = (data.start + offset for offset in header.data_offsets)
     if not data.start <= begin <= end <= data.stop:
         raise image.fault(f"{what} lies outside its shard")
@@ -304,12 +288,15 @@ def _slot(image: Image, what: str, fields: JSON, data: range) -> _Slot:
         raise image.fault(f"{what}: shape {list(shape)} contradicts its {end - begin} bytes")
     if begin % dtype.itemsize:
         raise image.fault(f"{what} is not aligned to its elements")
-    return _Slot(begin, end, dtype, shape)
+    return Slot(begin, end, dtype, shape)
 
 
-def _tensor(buffer: mmap.mmap, slot: _Slot) -> torch.Tensor:
+def _tensor(buffer: mmap.mmap, slot: Slot) -> torch.Tensor:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, slot.dtype.name)
     count = math.prod(slot.shape)
     if count == 0:  # torch.frombuffer refuses it
-        return torch.empty(slot.shape, dtype=slot.dtype)
-    flat = torch.frombuffer(buffer, dtype=slot.dtype, count=count, offset=slot.start)
+        return torch.empty(slot.shape, dtype=dtype)
+    flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=slot.start)
     return flat.view(slot.shape)

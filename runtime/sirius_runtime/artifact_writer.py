@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import secrets
 import struct
@@ -17,10 +16,11 @@ from typing import IO, BinaryIO, Self
 
 import torch
 
-from sirius_runtime.artifact import DTYPES, MANIFEST, WEIGHTS
+from sirius_runtime.artifact import MANIFEST, WEIGHTS
 from sirius_runtime.artifact_zip import ALIGNMENT, MAX_JSON_BYTES, name_fault
 from sirius_runtime.dtypes import dtype_name
 from sirius_runtime.errors import ArtifactError, ConfigError, SiriusError
+from sirius_runtime.safetensors_file import header_of, in_order, size_of
 from sirius_runtime.spec import (
     FORMAT_VERSION,
     JSON,
@@ -33,7 +33,6 @@ from sirius_runtime.spec import (
 
 SHARD_BYTES = 512 * 2**20  # large enough to stream, small enough to hash shards in parallel
 
-_CODES = {dtype_name(dtype): code for code, dtype in DTYPES.items()}
 _PADDING_ID = 0xD935  # extra field of Android's zipalign: the alignment, then zeros
 _PADDING_BYTES = 6  # of an extra field without zeros
 _ZIP64_BYTES = (
@@ -119,8 +118,8 @@ class ArtifactWriter:
                 raise SiriusError(f"weight {spec.name!r} is added twice")
             self._weights[spec.name] = spec
         for shard in _shards(specs, shard_bytes):
-            header = _safetensors_header(shard)
-            size = len(header) + sum(map(_size_of, shard))
+            header = header_of(shard)
+            size = len(header) + sum(map(size_of, shard))
             with self._entry(f"{WEIGHTS}{self._shards:03d}.safetensors", size) as sink:
                 sink.write(memoryview(header))
                 for spec in shard:
@@ -200,48 +199,19 @@ class _Sink:
                 self._stream.write(chunk)
 
 
-def _size_of(spec: WeightSpec) -> int:
-    """Bytes of the stored tensor."""
-    if spec.dtype not in _CODES:
-        raise SiriusError(f"weight {spec.name!r}: dtype {spec.dtype!r} has no safetensors name")
-    return math.prod(spec.shape) * DTYPES[_CODES[spec.dtype]].itemsize
-
-
 def _shards(specs: Sequence[WeightSpec], shard_bytes: int) -> Iterator[list[WeightSpec]]:
     """Cuts `specs` into runs of at most `shard_bytes`, or of one larger tensor."""
     shard: list[WeightSpec] = []
     total = 0
     for spec in specs:
-        size = _size_of(spec)
+        size = size_of(spec)
         if shard and total + size > shard_bytes:
-            yield sorted(shard, key=_alignment_order)
+            yield in_order(shard)
             shard, total = [], 0
         shard.append(spec)
         total += size
     if shard:
-        yield sorted(shard, key=_alignment_order)
-
-
-def _alignment_order(spec: WeightSpec) -> tuple[bool, int]:
-    """Sorts tensors of whole `ALIGNMENT` units first, the others by element size.
-
-    safetensors allows no gaps between tensors: in this order the first kind starts at multiples of
-    `ALIGNMENT` all the same, and every tensor at a multiple of its element size.
-    """
-    return _size_of(spec) % ALIGNMENT != 0, -DTYPES[_CODES[spec.dtype]].itemsize
-
-
-def _safetensors_header(shard: Sequence[WeightSpec]) -> bytes:
-    """8 bytes little-endian length and the JSON, space-padded to a multiple of `ALIGNMENT`."""
-    fields: dict[str, JSON] = {}
-    end = 0
-    for spec in shard:
-        begin, end = end, end + _size_of(spec)
-        code = _CODES[spec.dtype]
-        fields[spec.name] = {"dtype": code, "shape": spec.shape, "data_offsets": [begin, end]}
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+        yield in_order(shard)
 
 
 def _write_tensor(sink: _Sink, spec: WeightSpec, get: Callable[[WeightSpec], torch.Tensor]) -> None:

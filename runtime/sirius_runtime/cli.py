@@ -73,11 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--backend",
         default="eager",
-        help="eager (default), period (a period as one graph) or aoti (that graph, compiled once)",
+        help="eager (default), period (a period as one graph), aoti (that graph, compiled once) "
+        "or onnxruntime",
     )
     run.add_argument(
         "--context", type=int, metavar="N", help="aoti: tokens of prompt and answer to compile for"
     )
+    run.add_argument(
+        "--providers", metavar="P,Q", help="onnxruntime: execution providers, the preferred first"
+    )
+    run.add_argument("--threads", type=int, metavar="N", help="onnxruntime: of one operator")
     run.add_argument("--no-verify", action="store_true", help="do not hash the weights at load")
     run.add_argument("--json", action="store_true", help="print one JSON object, no stream")
 
@@ -85,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(command=_inspect)
     inspect.add_argument("artifact", type=Path, metavar="MODEL.sirius")
     inspect.add_argument("--json", action="store_true", help="print the whole manifest")
+
+    export = commands.add_parser("export-onnx", help="write an artifact's ONNX graphs to a folder")
+    export.set_defaults(command=_export_onnx)
+    export.add_argument("artifact", type=Path, metavar="MODEL.sirius")
+    export.add_argument("folder", type=Path, metavar="DIR")
+    export.add_argument("--force", action="store_true", help="write into a folder with files")
     return parser
 
 
@@ -98,6 +109,8 @@ def _run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         backend=args.backend,
         context=args.context,
+        providers=args.providers.split(",") if args.providers else None,
+        threads=args.threads,
         verify=not args.no_verify,
     )
     options: dict[str, Any] = {
@@ -262,6 +275,13 @@ def _comparison_row(run: Any) -> tuple[str, ...]:
         f"{stats.tokens_per_second:.1f}",
         f"{run.speed:.2f}",
     )
+
+
+def _export_onnx(args: argparse.Namespace) -> None:
+    from sirius_runtime.onnx_files import export_onnx
+
+    for path in export_onnx(args.artifact, args.folder, force=args.force):
+        print(f"{path}  {path.stat().st_size:,} bytes")
 
 
 def _inspect(args: argparse.Namespace) -> None:

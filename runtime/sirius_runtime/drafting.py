@@ -13,8 +13,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sirius_runtime.policy import Draft, Noise, Sampling, Scalar, draw
-from sirius_runtime.tree import Level, Tree, attach, beams, node_count, plant, propose
+from sirius_runtime.policy import Draft, Noise, draw
+from sirius_runtime.sampling import Sampling, Scalar
+from sirius_runtime.sizes import node_count
+from sirius_runtime.tree import Level, Tree, attach, beams, plant, propose
 
 
 class Proposer(Protocol):

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from sirius_runtime.controller import Controller, Observation
-from sirius_runtime.period_session import PeriodSession
-from sirius_runtime.policy import draw
+from sirius_runtime.decoder import Engine
 from sirius_runtime.request import RULES, FinishReason, Mode, Request
-from sirius_runtime.session import Backend, Session, cache_slots, greedy
+from sirius_runtime.sizes import node_count
 from sirius_runtime.stats import GenerationStats, Phase, PhaseClock, StatsRecorder
 from sirius_runtime.text import StopScanner
-from sirius_runtime.tree import node_count
 
 
 class Streamer(Protocol):
     """transformers' streamer: `put` takes the prompt [1, T], then committed tokens; then `end`."""
 
-    def put(self, value: Tensor) -> None: ...
+    def put(self, value: Any) -> None: ...
 
     def end(self) -> None: ...
 
@@ -69,11 +65,11 @@ class Row:
 
 
 class Generation:
-    """The rows of a call, those of them that the Session still holds, and the loop."""
+    """The rows of a call, those of them that the decoder still holds, and the loop."""
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Engine,
         tokenizer: Tokenizer | None,
         prompts: list[list[int]],
         request: Request,
@@ -82,57 +78,44 @@ class Generation:
         self._prompts, self._request, self._streamer = prompts, request, streamer
         seeds = request.seeds or (None,) * len(prompts)
         self._rows = [Row(tokenizer, request, seed) for seed in seeds]
-        self._held = list(range(len(prompts)))  # the Session's rows, as indices of all rows
-        self._device = backend.device
+        self._held = list(range(len(prompts)))  # the decoder's rows, as indices of all rows
         self._recorder = StatsRecorder(
             rows=len(prompts),
             prompt_tokens=sum(map(len, prompts)),
-            weight_bytes=backend.program.model.parameters * backend.dtype.itemsize,
+            weight_bytes=backend.program.model.parameters * backend.itemsize,
             clock=PhaseClock(backend.device),
         )
         self._controller = Controller(request.period, request.widths) if request.adaptive else None
-        period, limits = request.period, backend.limits
-        kind = Session
-        if limits is not None and request.mode in RULES:
-            kind, period = PeriodSession, limits.period  # its block is of the compiled size
-        tokens = max(map(len, prompts)) + request.max_new_tokens
-        self._session = kind(
-            backend,
+        self._decoder = backend.open(
+            request,
             len(prompts),
-            cache_slots(tokens, period, max(request.widths)),
+            max(map(len, prompts)) + request.max_new_tokens,
             self._recorder,
-            refresh=request.refresh,
+            None if request.seeds is None else self._uniform,
         )
 
-    @torch.inference_mode()
     def run(self) -> tuple[list[Row], GenerationStats]:
-        session, request = self._session, self._request
-        first = session.prefill(self._prompts, self._pick)
-        self._commit([[token] for token in first.tolist()])
+        decoder, request = self._decoder, self._request
+        if self._streamer is not None:
+            self._streamer.put(decoder.array(self._prompts[:1]))
+        self._commit([[token] for token in decoder.prefill(self._prompts)])
         self._recorder.clock.end_prefill()
         while any(row.reason is None for row in self._rows):
             self._leave_out_finished()
             if request.mode in RULES:
                 self._period()
             else:
-                step = session.full_step if request.mode is Mode.FULL else session.sparse_step
-                self._commit([[token] for token in step(self._pick).tolist()])
-        return self._rows, self._recorder.close(session.density())
+                step = decoder.full_step if request.mode is Mode.FULL else decoder.sparse_step
+                self._commit([[token] for token in step()])
+        return self._rows, self._recorder.close(decoder.density())
 
     @property
     def _live(self) -> list[Row]:
         return [self._rows[index] for index in self._held]
 
-    def _pick(self, logits_BV: Tensor) -> Tensor:
-        """The next token of each row: its likeliest, or one drawn with the row's own number."""
-        if self._request.seeds is None:
-            return greedy(logits_BV)
-        p = self._request.plan.sampling.distribution(logits_BV)
-        return draw(p, self._noise(1)[:, 0])
-
-    def _noise(self, *shape: int) -> Tensor:
-        numbers = np.stack([row.uniform(*shape) for row in self._live])
-        return torch.from_numpy(numbers).to(self._device)
+    def _uniform(self, *shape: int) -> np.ndarray:
+        """The next random numbers of each row that the decoder holds: [rows, *shape]."""
+        return np.stack([row.uniform(*shape) for row in self._live])
 
     def _period(self) -> None:
         request = self._request
@@ -144,24 +127,20 @@ class Generation:
         # row that has ended one token is judged, and not taken.
         sizes = [1 if row.reason is not None else row.chunk_size(period) for row in rows]
         plan = replace(request.plan, size=max(sizes), width=width)
-        if request.mode is Mode.SAMPLE:
-            plan = replace(plan, noise=self._noise(2, request.period))
+        noise = self._uniform(2, request.period) if request.mode is Mode.SAMPLE else None
         before = self._recorder.clock.seconds()
         steps = self._recorder.draft_steps
-        outcome = self._session.period(plan, torch.tensor(sizes, device=self._device))
-        # The one read of device values in a period.
-        counts = torch.stack([outcome.advance, outcome.drafted], 1)
-        read = torch.cat([outcome.tokens, counts], 1).tolist()
-        committed, live = [], []
-        for index, row, (*tokens, advance, drafted) in zip(self._held, rows, read, strict=True):
-            committed.append(tokens[:advance])
+        outcomes = self._decoder.period(plan, sizes, noise)
+        live = []
+        for index, row, outcome in zip(self._held, rows, outcomes, strict=True):
             if row.reason is None:
+                advance, drafted = len(outcome.tokens), outcome.drafted
                 live.append((drafted, advance - 1))
                 self._recorder.period(index, drafted + 1, advance)
         if self._controller is not None:
             levels = self._recorder.draft_steps - steps
             self._controller.observe(self._observation(before, plan.size, width, levels, live))
-        self._commit(committed)
+        self._commit([outcome.tokens for outcome in outcomes])
 
     def _observation(
         self,
@@ -193,18 +172,16 @@ class Generation:
             self._recorder.tokens += len(taken)
             ended |= row.reason is not None
             if self._streamer is not None:
-                self._streamer.put(torch.tensor(taken))
+                self._streamer.put(self._decoder.array(taken))
         if ended:
-            self._session.set_active(
-                torch.tensor([row.reason is None for row in self._live], device=self._device)
-            )
+            self._decoder.set_active([row.reason is None for row in self._live])
 
     def _leave_out_finished(self) -> None:
-        """Drops rows that have ended from the Session, once that halves the batch.
+        """Drops rows that have ended from the decoder, once that halves the batch.
 
         Each time copies what the others hold, so not each time that one ends.
         """
         going = [place for place, row in enumerate(self._live) if row.reason is None]
-        if self._session.resizable and 2 * len(going) <= len(self._held):
-            self._session.select(torch.tensor(going, device=self._device))
+        if self._decoder.resizable and 2 * len(going) <= len(self._held):
+            self._decoder.select(going)
             self._held = [self._held[place] for place in going]

@@ -1,26 +1,33 @@
-"""`load`: from an artifact's file to a model that generates."""
+"""`load`: from an artifact's file to a model that generates.
+
+What a back end needs is imported when one is asked for: by ONNX Runtime, without PyTorch.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from sirius_runtime.artifact import Artifact
-from sirius_runtime.backends.eager import EagerBackend
-from sirius_runtime.backends.period import PERIOD, AotiBackend, PeriodBackend
-from sirius_runtime.dtypes import dtype_of
-from sirius_runtime.errors import ArtifactError, ConfigError
+from sirius_runtime.decoder import Engine
+from sirius_runtime.errors import ArtifactError, BackendError, ConfigError
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.spec import JSON, DType, ProgramSpec
 from sirius_runtime.text import read_tokenizer
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sirius_runtime.backends.eager import EagerBackend
+
 TOKENIZER = "tokenizer/tokenizer.json"
+PERIOD = "period"
 
 
 def _to_stderr(message: str) -> None:
@@ -36,6 +43,8 @@ class BackendName(StrEnum):
     """The graph `period`, operator by operator."""
     AOTI = "aoti"
     """The graph `period`, compiled by AOTInductor once, for a number of rows and cache slots."""
+    ONNXRUNTIME = "onnxruntime"
+    """The ONNX graphs, by ONNX Runtime: a period is one call. Needs no PyTorch."""
 
 
 def load(
@@ -46,6 +55,8 @@ def load(
     backend: BackendName | str = BackendName.EAGER,
     rows: int = 1,
     context: int | None = None,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
     verify: bool = True,
     progress: Callable[[str], None] = _to_stderr,
 ) -> SiriusModel:
@@ -55,8 +66,11 @@ def load(
     stored one; otherwise they are converted once. device: by default a GPU if there is one. dtype:
     by default the stored one. rows, context: of backend `aoti`, the largest batch and the most
     tokens of prompt and answer to compile for, by default the model's longest sequence; progress is
-    told when it compiles, which happens once. verify: check the sha256 of the weights too
-    (everything else is always checked).
+    told when it compiles, which happens once. providers, threads: of backend `onnxruntime`, its
+    execution providers in order of preference, by default CUDA where it works and the CPU else
+    (progress is told which), and the threads of one operator; it computes on the device of the
+    provider, in the stored dtype. verify: check the sha256 of the weights too (everything else is
+    always checked).
 
     Raises ArtifactError for a file that is not a sound artifact and ConfigError for an option that
     can't be met, each with the remedy.
@@ -65,18 +79,28 @@ def load(
     if dtype is not None and dtype not in list(DType):
         raise ConfigError(f"dtype must be one of {', '.join(DType)}, got {dtype!r}")
     with Artifact.open(path, verify=verify) as artifact:
-        program = artifact.program
-        runner = make_backend(
-            backend,
-            program,
-            lambda name: artifact.read_json(f"graphs/{name}.json"),
-            artifact.weights(),
-            dtype=dtype_of(dtype or program.model.dtype),
-            device=find_device(device),
-            rows=rows,
-            context=context,
-            progress=progress,
-        )
+        runner: Engine
+        if backend == BackendName.ONNXRUNTIME:
+            from sirius_runtime.backends.onnx import OnnxBackend
+
+            _check_onnx(artifact, device, dtype)
+            runner = OnnxBackend(artifact, providers=providers, threads=threads, progress=progress)
+        else:
+            _check_torch(artifact, providers, threads)
+            from sirius_runtime.dtypes import dtype_of
+
+            program = artifact.program
+            runner = make_backend(
+                backend,
+                program,
+                lambda name: artifact.read_json(f"graphs/{name}.json"),
+                artifact.weights(),
+                dtype=dtype_of(dtype or program.model.dtype),
+                device=find_device(device),
+                rows=rows,
+                context=context,
+                progress=progress,
+            )
         tokenizer = None
         if artifact.names(TOKENIZER):
             tokenizer = _tokenizer(artifact.read_bytes(TOKENIZER), path)
@@ -95,8 +119,18 @@ def make_backend(
     context: int | None = None,
     progress: Callable[[str], None] = _to_stderr,
 ) -> EagerBackend:
-    """The back end of that name; `document` gives an entry's graph, the rest is as for `load`."""
+    """PyTorch's back end of that name; `document` gives an entry's graph, the rest is as for
+    `load`.
+    """
+    from sirius_runtime.backends.eager import EagerBackend
+    from sirius_runtime.backends.period import AotiBackend, PeriodBackend
+
     _check_backend(backend, rows)
+    if backend == BackendName.ONNXRUNTIME:
+        raise ConfigError(
+            "backend onnxruntime runs the ONNX graphs of an artifact: compile with backend onnx or "
+            "both, save it, and load the file"
+        )
     eager = backend == BackendName.EAGER  # has no use for the graph of a whole period
     names = [e.name for e in program.entries if not eager or e.name != PERIOD]
     documents = {name: document(name) for name in names}
@@ -126,8 +160,42 @@ def _check_backend(backend: str, rows: int) -> None:
         raise ConfigError(f"rows must be >= 1, got {rows}")
 
 
+def _check_onnx(
+    artifact: Artifact, device: str | torch.device | None, dtype: DType | str | None
+) -> None:
+    stored = artifact.program.model.dtype
+    if dtype not in (None, stored):
+        raise ConfigError(
+            f"backend onnxruntime computes in the dtype that its graphs have, {stored}, got "
+            f"{dtype!r}; leave dtype out, or compile with --dtype {dtype}"
+        )
+    if device is not None:
+        raise ConfigError(
+            f"backend onnxruntime takes providers, not a device (got {str(device)!r}); pass "
+            "providers=['CPUExecutionProvider'] or ['CUDAExecutionProvider']"
+        )
+
+
+def _check_torch(artifact: Artifact, providers: Sequence[str] | None, threads: int | None) -> None:
+    if providers is not None or threads is not None:
+        raise ConfigError("providers and threads are options of backend onnxruntime alone")
+    if not artifact.names("graphs/"):
+        raise BackendError(
+            f"{artifact.path} holds ONNX graphs only: use backend onnxruntime, or compile it with "
+            "sirius-compile --backend both"
+        )
+    try:
+        import torch  # noqa: F401  (the back ends' own)
+    except ImportError as error:
+        raise BackendError(
+            f"this back end needs PyTorch ({error}); pip install torch, or use backend onnxruntime"
+        ) from error
+
+
 def find_device(device: str | torch.device | None) -> torch.device:
     """The device of that name, a GPU if there is one for None; ConfigError where it has none."""
+    import torch
+
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
+from sirius_runtime.decoder import Engine
 from sirius_runtime.errors import GenerationError
 from sirius_runtime.generation import Generation, Row, Streamer
 from sirius_runtime.request import (
@@ -17,10 +17,15 @@ from sirius_runtime.request import (
     Options,
     read_options,
 )
-from sirius_runtime.session import Backend
 from sirius_runtime.spec import ProgramSpec
 from sirius_runtime.stats import GenerationStats
 from sirius_runtime.text import cut_at_stop, decode
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    Array = Tensor | np.ndarray
 
 __all__ = ["FinishReason", "GenerationOutput", "Mode", "Prompt", "SiriusModel", "Streamer"]
 
@@ -47,7 +52,7 @@ class GenerationOutput:
 class SiriusModel:
     """A program behind a back end: `generate` it."""
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, backend: Engine, tokenizer: Tokenizer | None) -> None:
         self.backend = backend
         self.tokenizer = tokenizer
 
@@ -58,9 +63,9 @@ class SiriusModel:
 
     def generate(
         self,
-        inputs: Prompt | Sequence[Prompt] | Tensor,
+        inputs: Prompt | Sequence[Prompt] | Array,
         *,
-        attention_mask: Tensor | None = None,
+        attention_mask: Array | None = None,
         max_new_tokens: int | None = None,
         mode: Mode | str = Mode.SIRIUS,
         threshold: float | None = None,
@@ -127,8 +132,6 @@ class SiriusModel:
         if streamer is not None and len(prompts) != 1:
             raise GenerationError(f"a streamer takes one row, the batch has {len(prompts)}")
         generation = Generation(self.backend, self.tokenizer, prompts, request, streamer)
-        if streamer is not None:
-            streamer.put(torch.tensor([prompts[0]]))
         rows, stats = generation.run()
         if streamer is not None:
             streamer.end()
@@ -146,9 +149,9 @@ class SiriusModel:
         return cut_at_stop(decode(self.tokenizer, row.tokens), stop)
 
     def _prompts(
-        self, inputs: Prompt | Sequence[Prompt] | Tensor, mask: Tensor | None
+        self, inputs: Prompt | Sequence[Prompt] | Array, mask: Array | None
     ) -> list[list[int]]:
-        if isinstance(inputs, Tensor):
+        if hasattr(inputs, "ndim"):  # PyTorch's or NumPy's: neither is imported to tell
             prompts = _unpadded(inputs, mask)
         elif mask is not None:
             raise GenerationError("attention_mask goes with a tensor of input_ids only")
@@ -188,18 +191,22 @@ class SiriusModel:
         return stop
 
 
-def _unpadded(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+def _unpadded(ids: Any, mask: Any) -> list[list[int]]:
     """The rows of input_ids, without the tokens that attention_mask leaves out."""
-    if ids.ndim not in (1, 2) or ids.is_floating_point() or ids.dtype is torch.bool:
+    shape = list(ids.shape)
+    rows = ids.tolist() if ids.ndim == 2 else [ids.tolist()]
+    if len(shape) not in (1, 2) or not all(type(token) is int for row in rows for token in row):
         raise GenerationError(
-            f"input_ids must be integers of shape [B, T] or [T], got {ids.dtype} {list(ids.shape)}"
+            f"input_ids must be integers of shape [B, T] or [T], got {ids.dtype} {shape}"
         )
-    mask = torch.ones_like(ids) if mask is None else mask
-    if mask.shape != ids.shape:
+    if mask is None:
+        return rows
+    if list(mask.shape) != shape:
         raise GenerationError(
-            f"attention_mask has shape {list(mask.shape)}, which must be that of input_ids, "
-            f"{list(ids.shape)}"
+            f"attention_mask has shape {list(mask.shape)}, which must be that of input_ids, {shape}"
         )
-    if ids.ndim == 1:
-        ids, mask = ids[None], mask[None]
-    return [row[kept.bool()].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
+    kept = mask.tolist() if mask.ndim == 2 else [mask.tolist()]
+    return [
+        [token for token, keep in zip(*pair, strict=True) if keep]
+        for pair in zip(rows, kept, strict=True)
+    ]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.plan import Plan
-from sirius_runtime.session import Backend, Outcome, Pick, Session, cache_slots, greedy
+from sirius_runtime.session import Backend, Outcome, Pick, Session, greedy
+from sirius_runtime.sizes import cache_slots
 from sirius_runtime.stats import Phase, StatsRecorder
 
 

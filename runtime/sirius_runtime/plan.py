@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from sirius_runtime.sampling import Rule, Sampling, check_threshold
 
-from sirius_runtime.drafting import BeamProposer, Proposer, SampleProposer
-from sirius_runtime.policy import (
-    Acceptance,
-    ExactAcceptance,
-    Noise,
-    Rule,
-    SampleAcceptance,
-    Sampling,
-    ThresholdAcceptance,
-)
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sirius_runtime.drafting import Proposer
+    from sirius_runtime.policy import Acceptance, Noise
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Plan:
     noise: Tensor | None = None
 
     def __post_init__(self) -> None:
-        ThresholdAcceptance(self.threshold, self.verify_temperature)  # checks them
+        check_threshold(self.threshold, self.verify_temperature)
 
     @property
     def draws(self) -> bool:
@@ -49,12 +45,16 @@ class Plan:
 
     @property
     def proposer(self) -> Proposer:
+        from sirius_runtime.drafting import BeamProposer, SampleProposer
+
         if not self.draws:
             return BeamProposer(self.verify_temperature)
         return SampleProposer(self.sampling, self._noise, self.verify_temperature)
 
     @property
     def acceptance(self) -> Acceptance:
+        from sirius_runtime.policy import ExactAcceptance, SampleAcceptance, ThresholdAcceptance
+
         match self.rule:
             case Rule.THRESHOLD:
                 return ThresholdAcceptance(self.threshold, self.verify_temperature)
@@ -65,27 +65,44 @@ class Plan:
 
     @property
     def _noise(self) -> Noise:
+        from sirius_runtime.policy import Noise
+
         assert self.noise is not None, "sampling needs noise"
         return Noise.unpack(self.noise)
 
-    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+    def numbers(self) -> dict[str, int | float]:
         """The plan as the inputs of the entry `period`, all but the noise."""
-
-        def scalar(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(value, dtype=dtype, device=device)
-
-        numbers = {
+        return {
+            "rule": int(self.rule),
             "threshold": self.threshold,
             "verify_temperature": self.verify_temperature,
             "confidence": self.confidence,
-            "temperature": float(self.sampling.temperature),
-            "top_p": float(self.sampling.top_p),
+            **sampling_numbers(self.sampling),
         }
+
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """`numbers` as tensors, of the dtypes that the graph has."""
+        import torch
+
         return {
-            "rule": scalar(self.rule, torch.int64),
-            "top_k": scalar(int(self.sampling.top_k), torch.int64),
-            **{name: scalar(value, torch.float32) for name, value in numbers.items()},
+            name: torch.tensor(
+                value, dtype=torch.int64 if name in INTEGERS else torch.float32, device=device
+            )
+            for name, value in self.numbers().items()
         }
+
+
+INTEGERS = ("rule", "top_k")
+"""The numbers of a plan that are int64 in the graph; the others are float32."""
+
+
+def sampling_numbers(sampling: Sampling) -> dict[str, int | float]:
+    """A `Sampling` of plain numbers as inputs of a graph."""
+    return {
+        "temperature": float(sampling.temperature),
+        "top_k": int(sampling.top_k),
+        "top_p": float(sampling.top_p),
+    }
 
 
 @dataclass(frozen=True)

@@ -8,24 +8,13 @@ letters: `B` rows, `N` nodes of a draft tree, `K` tokens of a path, `V` vocabula
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from sirius_runtime.errors import ConfigError
+from sirius_runtime.sampling import Sampling, Scalar, check_threshold
 from sirius_runtime.tree import Tree, longest_path
-
-Scalar = Tensor | float
-
-
-class Rule(IntEnum):
-    """How drafted tokens are accepted: by a `…Acceptance` of this name."""
-
-    THRESHOLD = 0
-    EXACT = 1
-    SAMPLE = 2
 
 
 class Draft(NamedTuple):
@@ -108,10 +97,7 @@ class ThresholdAcceptance:
     temperature: Scalar
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threshold, Tensor) and not self.threshold >= 0.0:
-            raise ConfigError(f"threshold must be >= 0, got {self.threshold}")
-        if not isinstance(self.temperature, Tensor) and not 0.0 < self.temperature < float("inf"):
-            raise ConfigError(f"verify_temperature must be > 0, got {self.temperature}")
+        check_threshold(self.threshold, self.temperature)
 
     def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
         scaled = logits_BNV.float() / self.temperature
@@ -129,50 +115,6 @@ class ExactAcceptance:
     def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
         choice = logits_BNV.argmax(-1)
         return Decision(_is_choice(choice, draft.tree), choice, choice)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """A distribution over the vocabulary: softmax(logits / temperature), cut to the `top_k`
-    likeliest tokens and then to the smallest set of probability `top_p` (transformers' order).
-
-    top_k 0 and top_p 1 cut nothing.
-    """
-
-    temperature: Scalar = 1.0
-    top_k: Tensor | int = 0
-    top_p: Scalar = 1.0
-
-    def __post_init__(self) -> None:
-        for value, allowed, range_ in (
-            (self.temperature, lambda v: 0.0 < v < float("inf"), "temperature must be > 0"),
-            (self.top_k, lambda v: v >= 0, "top_k must be >= 0 (0: no limit)"),
-            (self.top_p, lambda v: 0.0 < v <= 1.0, "top_p must be in (0, 1]"),
-        ):
-            if not isinstance(value, Tensor) and not allowed(value):
-                raise ConfigError(f"{range_}, got {value}")
-
-    def distribution(self, logits: Tensor) -> Tensor:
-        """Probabilities [..., V], float32, of logits [..., V]."""
-        scaled = logits.float() / self.temperature
-        if self._cuts_nothing():
-            return scaled.softmax(-1)
-        values, order = scaled.sort(dim=-1, descending=True, stable=True)
-        rank = torch.arange(values.shape[-1], device=values.device)
-        limit = torch.where(torch.as_tensor(self.top_k) > 0, self.top_k, values.shape[-1])
-        values = values.masked_fill(rank >= limit, float("-inf"))
-        # In float32 the sum over a large vocabulary reaches 1 before its tail.
-        p = values.softmax(-1, dtype=torch.float64)
-        likelier = p.cumsum(-1) - p
-        beyond = (likelier >= self.top_p) & (rank > 0)
-        values = values.masked_fill(beyond & torch.as_tensor(self.top_p < 1.0), float("-inf"))
-        return torch.zeros_like(values).scatter(-1, order, values.softmax(-1))
-
-    def _cuts_nothing(self) -> bool:
-        """Known only of plain numbers: a graph that takes them at run time always sorts."""
-        if isinstance(self.top_k, Tensor) or isinstance(self.top_p, Tensor):
-            return False
-        return self.top_k == 0 and self.top_p == 1.0
 
 
 class Noise(NamedTuple):

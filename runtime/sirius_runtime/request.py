@@ -10,10 +10,9 @@ from typing import Literal
 
 from sirius_runtime.errors import ConfigError, GenerationError
 from sirius_runtime.plan import Limits, Plan
-from sirius_runtime.policy import Rule, Sampling
-from sirius_runtime.session import PREFILL_CHUNK
+from sirius_runtime.sampling import Rule, Sampling
+from sirius_runtime.sizes import PREFILL_CHUNK, node_count
 from sirius_runtime.spec import ProgramSpec
-from sirius_runtime.tree import node_count
 
 DEFAULT_NEW_TOKENS = 256
 MAX_PERIOD = PREFILL_CHUNK

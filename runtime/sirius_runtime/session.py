@@ -8,7 +8,6 @@ drafts on where drafting is adaptive: what else the host wants it takes from the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -19,11 +18,10 @@ from torch import Tensor
 from sirius_runtime.drafting import DraftState, begin, extend, first_levels
 from sirius_runtime.plan import Limits, Plan
 from sirius_runtime.policy import Draft, Verdict, judge, observed, select_neurons
+from sirius_runtime.sizes import PREFILL_CHUNK
 from sirius_runtime.spec import ProgramSpec
-from sirius_runtime.stats import Phase, StatsRecorder
-from sirius_runtime.tree import Tree, beams, node_count
-
-PREFILL_CHUNK = 512  # tokens of a prompt that one prefill call takes
+from sirius_runtime.stats import Phase, StatsRecorder, measured_density
+from sirius_runtime.tree import Tree, beams
 
 Pick = Callable[[Tensor], Tensor]
 """Chooses a token [B] by logits [B, V]."""
@@ -52,13 +50,6 @@ class Outcome:
     tokens: Tensor
     advance: Tensor
     drafted: Tensor
-
-
-def cache_slots(tokens: int, period: int, width: int) -> int:
-    """Cache slots for rows of `tokens`, prompt and answer: the block of a period follows the last
-    committed token, also that of a row that has ended.
-    """
-    return math.ceil((tokens + node_count(period, width)) / 64) * 64
 
 
 def greedy(logits_BV: Tensor) -> Tensor:
@@ -239,12 +230,7 @@ class Session:
         what they keep, else static.
         """
         sparsity = self._backend.program.sparsity
-        tokens = int(self._kept_tokens)
-        if tokens == 0:
-            return sparsity.density
-        measured = zip(sparsity.counted, self._kept.tolist(), strict=True)
-        more = sum((kept / tokens - site.kept) * site.params for site, kept in measured)
-        return sparsity.density + more / sparsity.step
+        return measured_density(sparsity, self._kept.tolist(), int(self._kept_tokens))
 
     def _advance(self, token: Tensor) -> Tensor:
         self.root = torch.where(self.active, token, self.root)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+from sirius_runtime.spec import SparsitySpec
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Phase(StrEnum):
@@ -73,10 +77,18 @@ class GenerationStats:
         return {phase: value / max(self.tokens, 1) for phase, value in self.seconds.items()}
 
 
+class Device(Protocol):
+    """Where a back end computes: a `torch.device`, or what has a `type` as it has."""
+
+    @property
+    def type(self) -> str: ...
+
+
 class PhaseClock:
     """Adds up the seconds of each phase; on a GPU, of the work that the phase queued there."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: Device) -> None:
+        """`cuda` among the types is PyTorch's, which queues its work."""
         self._cuda = device.type == "cuda"
         self._start = time.perf_counter()
         self._seconds = dict.fromkeys(Phase, 0.0)
@@ -86,6 +98,8 @@ class PhaseClock:
     @contextmanager
     def __call__(self, phase: Phase) -> Iterator[None]:
         if self._cuda:
+            import torch
+
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             yield
@@ -103,6 +117,8 @@ class PhaseClock:
     def seconds(self) -> dict[Phase, float]:
         """Seconds by phase so far; what no phase claimed is `rest`."""
         if self._events:
+            import torch
+
             torch.cuda.synchronize()
             for phase, begin, end in self._events:
                 self._seconds[phase] += begin.elapsed_time(end) / 1e3
@@ -112,6 +128,19 @@ class PhaseClock:
             phase: value for phase, value in self._seconds.items() if phase is not Phase.REST
         }
         return claimed | {Phase.REST: total - sum(claimed.values())}
+
+
+def measured_density(sparsity: SparsitySpec, kept: Iterable[float], tokens: int) -> float:
+    """Share of the parameters that a sparse step read: measured where tokens differ in what they
+    keep, else static.
+
+    kept: what each counted site kept, summed over `tokens`.
+    """
+    if tokens == 0:
+        return sparsity.density
+    measured = zip(sparsity.counted, kept, strict=True)
+    more = sum((count / tokens - site.kept) * site.params for site, count in measured)
+    return sparsity.density + float(more) / sparsity.step
 
 
 @dataclass

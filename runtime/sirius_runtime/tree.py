@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sirius_runtime.sizes import node_count
+
 
 class Tree(NamedTuple):
     """A draft. Nodes that are not drafted yet see themselves only, and have depth -1.
@@ -54,11 +56,6 @@ class Path(NamedTuple):
     last: Tensor
     depth: Tensor
     nodes: Tensor
-
-
-def node_count(size: int, width: int) -> int:
-    """Nodes of a whole tree: N = (K - 1) w + 1."""
-    return (size - 1) * width + 1
 
 
 def plant(root_B: Tensor, size: int, width: int) -> Tree:

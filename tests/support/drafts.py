@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sirius_runtime.policy import Draft
-from sirius_runtime.tree import Level, Tree, attach, beams, node_count, plant
+from sirius_runtime.sizes import node_count
+from sirius_runtime.tree import Level, Tree, attach, beams, plant
 from tests.support.naive_tree import NaiveTree
 
 

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.drafting import BeamProposer, Proposer, SampleProposer, begin, extend
-from sirius_runtime.policy import (
-    Acceptance,
-    Draft,
-    Noise,
-    SampleAcceptance,
-    Sampling,
-    Verdict,
-    judge,
-)
+from sirius_runtime.policy import Acceptance, Draft, Noise, SampleAcceptance, Verdict, judge
+from sirius_runtime.sampling import Sampling
 from sirius_runtime.tree import Tree, beams
 
 TEMPERATURE = 0.6  # of the scores of a draft

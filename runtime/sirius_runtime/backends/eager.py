@@ -12,11 +12,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
+from sirius_runtime.decoder import Decoder, Uniform
 from sirius_runtime.errors import ArtifactError
 from sirius_runtime.graph import INPUT, WEIGHT, from_document
 from sirius_runtime.kernels.rewrite import with_kernels
 from sirius_runtime.plan import Limits
+from sirius_runtime.request import Request
 from sirius_runtime.spec import JSON, ProgramSpec
+from sirius_runtime.stats import StatsRecorder
+from sirius_runtime.torch_decoder import TorchDecoder
 
 
 class EagerBackend:
@@ -47,6 +51,20 @@ class EagerBackend:
             for name, document in documents.items()
         }
         self._outputs = {e.name: [o.name for o in e.outputs] for e in program.entries}
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def open(
+        self,
+        request: Request,
+        rows: int,
+        tokens: int,
+        recorder: StatsRecorder,
+        uniform: Uniform | None,
+    ) -> Decoder:
+        return TorchDecoder(self, request, rows, tokens, recorder, uniform)
 
     @torch.inference_mode()
     def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

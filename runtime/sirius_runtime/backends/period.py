@@ -18,7 +18,7 @@ from torch import Tensor
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.errors import BackendError
 from sirius_runtime.plan import Limits
-from sirius_runtime.session import cache_slots
+from sirius_runtime.sizes import cache_slots
 from sirius_runtime.spec import JSON, ProgramSpec
 
 PERIOD = "period"

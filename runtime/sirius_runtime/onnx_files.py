@@ -1,0 +1,150 @@
+"""The ONNX graphs that an artifact holds, and their export to a folder.
+
+    onnx/program.json    an `OnnxProgram`: what drives the graphs
+    onnx/<graph>.onnx    prefill, sparse, full, period, …
+
+Exported, they lie beside `weights.safetensors`, whose places they name: any ONNX Runtime loads them
+from there by itself, mapped, whatever language it is called from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sirius_runtime.artifact import Artifact
+from sirius_runtime.errors import ArtifactError, BackendError, ConfigError
+from sirius_runtime.safetensors_file import header_of, in_order, size_of
+from sirius_runtime.spec import (
+    Method,
+    ModelSpec,
+    PeriodSpec,
+    StateSpec,
+    WeightSpec,
+    from_json,
+)
+
+FOLDER = "onnx/"
+PROGRAM = f"{FOLDER}program.json"
+WEIGHTS_FILE = "weights.safetensors"
+_CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A graph, by its initializers whose bytes it does not hold.
+
+    `weights` are read where they lie, each time that the graph runs; `constants` (norms, biases)
+    are what a runtime's optimiser may compute with before.
+    """
+
+    weights: tuple[str, ...]
+    constants: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OnnxProgram:
+    """What drives the graphs. `kept`: the outputs of `select` that `sparse` and `period` read."""
+
+    opset: int
+    ir_version: int
+    onnx: str
+    graphs: dict[str, GraphSpec]
+    model: ModelSpec
+    state: StateSpec
+    method: Method
+    kept: tuple[str, ...]
+    period: PeriodSpec
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight lies in `WEIGHTS_FILE`."""
+
+    offset: int
+    length: int
+
+    def entries(self) -> tuple[tuple[str, str], ...]:
+        """As ONNX writes it of an external initializer."""
+        return (
+            ("location", WEIGHTS_FILE),
+            ("offset", str(self.offset)),
+            ("length", str(self.length)),
+        )
+
+
+def graph_file(name: str) -> str:
+    """The entry of the artifact that holds the graph `name`."""
+    return f"{FOLDER}{name}.onnx"
+
+
+def places(specs: Sequence[WeightSpec]) -> dict[str, Place]:
+    """The place of each weight in the weights' file: the same whenever that is written."""
+    ordered = in_order(specs)
+    found, offset = {}, len(header_of(ordered))
+    for spec in ordered:
+        found[spec.name] = Place(offset, size_of(spec))
+        offset += size_of(spec)
+    return found
+
+
+def read_program(artifact: Artifact) -> OnnxProgram:
+    """Raises BackendError, naming what adds them, where the artifact has no ONNX graphs."""
+    if not artifact.names(PROGRAM):
+        raise BackendError(
+            f"{artifact.path} holds no ONNX graphs: compile it with sirius-compile --backend both, "
+            f"or add them by: python -m sirius_compile.onnx {artifact.path} --out with-onnx.sirius"
+        )
+    return from_json(OnnxProgram, artifact.read_json(PROGRAM), PROGRAM)
+
+
+def export_onnx(path: str | Path, folder: str | Path, *, force: bool = False) -> list[Path]:
+    """Writes an artifact's ONNX graphs, its weights (once) and its tokenizer to `folder`.
+
+    Returns the files. Needs neither PyTorch nor the onnx package. Raises BackendError for an
+    artifact without ONNX graphs, and ConfigError for a folder that has files in it, unless `force`.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; give the path of one")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise ConfigError(f"{folder} is not empty; choose another folder or pass --force")
+    with Artifact.open(path) as artifact, _disk_faults(folder):
+        read_program(artifact)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = artifact.names(FOLDER) + artifact.names("tokenizer/tokenizer.json")
+        written = []
+        for name in names:
+            target = folder / Path(name).name
+            target.write_bytes(artifact.read_bytes(name))
+            written.append(target)
+        _write_weights(artifact, folder / WEIGHTS_FILE)
+        return [*written, folder / WEIGHTS_FILE]
+
+
+def _write_weights(artifact: Artifact, path: Path) -> None:
+    """The artifact's weights as one safetensors file, in the order of `places`."""
+    buffer, slots = artifact.weight_slots()
+    ordered = in_order(artifact.program.weights)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(header_of(ordered))
+        view = memoryview(buffer)
+        for spec in ordered:
+            slot = slots[spec.name]
+            for start in range(slot.start, slot.end, _CHUNK_BYTES):
+                file.write(view[start : min(start + _CHUNK_BYTES, slot.end)])
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _disk_faults(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        remedy = "free some space, or write to a folder where you may"
+        raise ArtifactError(f"{folder} can't be written ({reason}); {remedy}") from error

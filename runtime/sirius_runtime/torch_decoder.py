@@ -1,0 +1,85 @@
+"""The Session behind the seam of `decoder`: tensors inside, plain numbers outside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sirius_runtime.decoder import RowPeriod, Uniform
+from sirius_runtime.period_session import PeriodSession
+from sirius_runtime.plan import Plan
+from sirius_runtime.policy import draw
+from sirius_runtime.request import RULES, Request
+from sirius_runtime.session import Backend, Session, greedy
+from sirius_runtime.sizes import cache_slots
+from sirius_runtime.stats import StatsRecorder
+
+
+class TorchDecoder:
+    """See `sirius_runtime.decoder.Decoder`."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        request: Request,
+        rows: int,
+        tokens: int,
+        recorder: StatsRecorder,
+        uniform: Uniform | None,
+    ) -> None:
+        self._request, self._uniform, self._device = request, uniform, backend.device
+        period, limits = request.period, backend.limits
+        kind = Session
+        if limits is not None and request.mode in RULES:
+            kind, period = PeriodSession, limits.period  # its block is of the compiled size
+        slots = cache_slots(tokens, period, max(request.widths))
+        self._session = kind(backend, rows, slots, recorder, refresh=request.refresh)
+        self.resizable = kind.resizable
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        return self._session.prefill(prompts, self._pick).tolist()
+
+    @torch.inference_mode()
+    def period(self, plan: Plan, sizes: Sequence[int], noise: np.ndarray | None) -> list[RowPeriod]:
+        if noise is not None:
+            plan = replace(plan, noise=torch.from_numpy(noise).to(self._device))
+        outcome = self._session.period(plan, torch.tensor(sizes, device=self._device))
+        # The one read of device values in a period.
+        counts = torch.stack([outcome.advance, outcome.drafted], 1)
+        read = torch.cat([outcome.tokens, counts], 1).tolist()
+        return [RowPeriod(tokens[:advance], drafted) for *tokens, advance, drafted in read]
+
+    @torch.inference_mode()
+    def full_step(self) -> list[int]:
+        return self._session.full_step(self._pick).tolist()
+
+    @torch.inference_mode()
+    def sparse_step(self) -> list[int]:
+        return self._session.sparse_step(self._pick).tolist()
+
+    @torch.inference_mode()
+    def set_active(self, active: Sequence[bool]) -> None:
+        self._session.set_active(torch.tensor(active, device=self._device))
+
+    @torch.inference_mode()
+    def select(self, rows: Sequence[int]) -> None:
+        self._session.select(torch.tensor(rows, device=self._device))
+
+    def density(self) -> float:
+        return self._session.density()
+
+    def array(self, tokens: Sequence[Any]) -> Tensor:
+        return torch.tensor(tokens)
+
+    def _pick(self, logits_BV: Tensor) -> Tensor:
+        """The next token of each row: its likeliest, or one drawn with the row's own number."""
+        if self._uniform is None:
+            return greedy(logits_BV)
+        p = self._request.plan.sampling.distribution(logits_BV)
+        return draw(p, torch.from_numpy(self._uniform(1)).to(self._device)[:, 0])

@@ -1,0 +1,192 @@
+"""Cached tree attention in standard operators.
+
+The committed cache and the block are two products that one softmax spans: joined, they would be
+copied for every layer of every step. What depends on the committed cache alone (its slots in use,
+its keys transposed) is thereby the same for all steps of a period, and leaves the Loop.
+
+Shape letters as in `sirius_runtime.ops.attention`, and `E`: the cache slots in use.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sirius_compile.onnx import emit as e
+from sirius_compile.onnx.scope import Scope, Value
+
+_MIN = float(np.finfo(np.float32).min)
+
+
+def cached_attention(
+    s: Scope,
+    q: Value,
+    k: Value,
+    v: Value,
+    k_cache: Value,
+    v_cache: Value,
+    positions: Value,
+    slots: Value,
+    length: Value,
+    tree_mask: Value,
+    layer: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Value | None = None,
+) -> Value:
+    """`sirius::cached_attention` where the call's tokens are the whole block: M = T.
+
+    Nothing is written: the call's k and v are outputs of the graph, for the caller to write to the
+    slots after `length`. A tree is drafted level by level in `period` alone.
+    """
+    committed = _Committed.of(s, k_cache, v_cache, length, layer)
+    return _attend(
+        s, q, k, v, committed, positions, length, tree_mask, scale, window, softcap, sinks
+    )
+
+
+def block_attention(
+    s: Scope,
+    q: Value,
+    k: Value,
+    v: Value,
+    k_cache: Value,
+    v_cache: Value,
+    k_block: Value,
+    v_block: Value,
+    positions: Value,
+    nodes: Value,
+    length: Value,
+    tree_mask: Value,
+    layer: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Value | None = None,
+) -> tuple[Value, Value, Value]:
+    """`sirius::block_attention`."""
+    index = s.constant(layer, "int64")
+    k_new, v_new = (
+        index_copy(s, e.gather(s, block, index, 0), 2, nodes, new)
+        for block, new in ((k_block, k), (v_block, v))
+    )
+    committed = _Committed.of(s, k_cache, v_cache, length, layer)
+    out = _attend(
+        s, q, k_new, v_new, committed, positions, length, tree_mask, scale, window, softcap, sinks
+    )
+    return out, k_new, v_new
+
+
+class _Committed:
+    """A layer's committed history: keys [B, G, D, E] and values [B, G, E, Dv]."""
+
+    def __init__(self, keys: Value, values: Value, extent: Value) -> None:
+        self.keys, self.values, self.extent = keys, values, extent
+
+    @classmethod
+    def of(cls, s: Scope, k_cache: Value, v_cache: Value, length: Value, layer: int) -> _Committed:
+        longest = e.reduced(s, "ReduceMax", length, [0], False)
+        # One slot at the least: not every runtime multiplies by nothing.
+        extent = s.op("Max", longest, s.constant(1, "int64"), shape=())
+        keys, values = (_slots(s, cache, layer, extent) for cache in (k_cache, v_cache))
+        return cls(e.swap(s, keys, -1, -2), values, extent)
+
+
+def _slots(s: Scope, cache: Value, layer: int, extent: Value) -> Value:
+    """The first `extent` slots of a layer, [B, G, E, D]: one copy of what is in use."""
+    starts, axes = s.constant([layer, 0], "int64"), s.constant([0, 3], "int64")
+    ends = e.sizes(s, [layer + 1, extent])
+    _, B, G, _, D = cache.shape
+    cut = s.op("Slice", cache, starts, ends, axes, shape=(1, B, G, None, D))
+    return e.squeeze(s, cut, 0)
+
+
+def _attend(
+    s: Scope,
+    q: Value,
+    k: Value,
+    v: Value,
+    committed: _Committed,
+    positions: Value,
+    length: Value,
+    tree_mask: Value,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Value | None,
+) -> Value:
+    """q [B, H, T, D] over the committed history, and over the block's k, v [B, G, M, D].
+
+    sinks [H]: the score of a key that each head sees, whose value is nothing.
+    """
+    H, G, D = q.shape[1], k.shape[1], q.shape[3]
+    B, T = e.size(s, q, 0), e.size(s, q, 2)
+    assert isinstance(H, int)
+    assert isinstance(G, int)
+    assert isinstance(D, int)
+    q = e.elementwise(s, "Mul", q, float(scale))
+    # The heads that share a key/value head are rows of one product: no key is copied.
+    q = e.reshape(s, q, [B, G, -1, D])
+    block = e.matmul(s, q, e.swap(s, k, -1, -2))
+    scores = e.concat(s, [e.matmul(s, q, committed.keys), block], -1)
+    scores = e.reshape(s, e.cast(s, scores, "float32"), [B, H, T, -1])
+    if softcap is not None:
+        scores = s.op("Tanh", e.elementwise(s, "Div", scores, softcap), shape=scores.shape)
+        scores = e.elementwise(s, "Mul", scores, softcap)
+    hidden = _hidden(s, committed.extent, positions, length, tree_mask, window)
+    scores = e.elementwise(s, "Add", scores, e.unsqueeze(s, hidden, 1))
+    if sinks is not None:
+        column = e.unsqueeze(s, e.cast(s, sinks, "float32"), 0, 2, 3)
+        scores = e.concat(s, [scores, e.expand(s, column, [B, H, T, 1])], -1)
+    p = s.op("Softmax", scores, shape=scores.shape, axis=-1)
+    if sinks is not None:
+        p = e.cut(s, p, -1, 0, -1)
+    p = e.reshape(s, e.cast(s, p, v.dtype), [B, G, -1, e.size(s, p, 3)])
+    out = e.elementwise(
+        s,
+        "Add",
+        e.matmul(s, e.cut(s, p, -1, 0, committed.extent), committed.values),
+        e.matmul(s, e.cut(s, p, -1, committed.extent, e.MAX), v),
+    )
+    Dv = v.shape[3]
+    assert isinstance(Dv, int)
+    return e.reshape(s, out, [B, H, T, Dv])
+
+
+def _hidden(
+    s: Scope,
+    extent: Value,
+    positions: Value,
+    length: Value,
+    tree_mask: Value,
+    window: int | None,
+) -> Value:
+    """What is added to the scores [B, T, E + M]: 0 for what a query sees, else float32's least."""
+    slot_E = e.arange(s, extent)
+    committed = e.elementwise(s, "Less", slot_E, e.unsqueeze(s, length, 1, 2), result="bool")
+    seen = e.elementwise(s, "GreaterOrEqual", tree_mask, 0, result="bool")
+    if window is not None:
+        distance = e.elementwise(s, "Sub", e.unsqueeze(s, positions, 2), slot_E)
+        near = e.elementwise(s, "Less", distance, window, result="bool")
+        committed = e.elementwise(s, "And", committed, near)
+        inside = e.elementwise(s, "Less", tree_mask, window, result="bool")
+        seen = e.elementwise(s, "And", seen, inside)
+    B, T = e.size(s, positions, 0), e.size(s, positions, 1)
+    both = [
+        e.expand(s, e.where(s, visible, 0.0, _MIN), [B, T, -1]) for visible in (committed, seen)
+    ]
+    return e.concat(s, both, -1)
+
+
+def index_copy(s: Scope, x: Value, dim: int, index: Value, source: Value) -> Value:
+    """`x` with the slices of `source` at the places `index` [n] of a dimension.
+
+    As a choice from both, joined: whole slices are copied, where ScatterElements would need an
+    index for every element.
+    """
+    extent, count = e.size(s, x, dim), e.size(s, source, dim)
+    kept = e.elementwise(s, "Add", e.arange(s, extent), e.scalar(s, count, "int64"))
+    chosen = s.op("ScatterElements", kept, index, e.arange(s, count), shape=kept.shape, axis=0)
+    joined = e.concat(s, [e.cast(s, source, x.dtype), x], dim)
+    axis = e.axis_of(x, dim)
+    return s.op("Gather", joined, chosen, shape=x.shape, axis=axis)

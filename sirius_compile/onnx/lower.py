@@ -1,0 +1,327 @@
+"""From an entry's graph document to an ONNX graph.
+
+Only the document is read: what runs by PyTorch and what runs by ONNX Runtime are one text. Control
+flow becomes Loop and If, whose bodies read what surrounds them by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from sirius_compile.onnx import attention, mlp
+from sirius_compile.onnx import emit as e
+from sirius_compile.onnx.aten import ATEN
+from sirius_compile.onnx.mlp import Kept
+from sirius_compile.onnx.scope import Scope, Value, View, value_info
+from sirius_runtime.errors import UnsupportedModelError
+from sirius_runtime.spec import JSON, EntrySpec, ProgramSpec, TensorSpec
+
+OPSET = 18
+"""The first that has all that is needed: reductions by name (`ScatterElements`' add), axes as
+inputs. The oldest runtimes can read the graphs, therefore."""
+IR_VERSION = 8  # the one that opset 18 came with
+
+NEW_K, NEW_V = "k_new", "v_new"
+"""Outputs of the entries that write the cache elsewhere: [layers, B, G, T, D] of the call's
+tokens."""
+NEXT = "next_"
+"""Before the name of an output that an input has too: the same state, later."""
+
+_SIRIUS: dict[str, Callable[..., Any]] = {
+    name: getattr(module, name)
+    for module, names in (
+        (attention, ("cached_attention", "block_attention")),
+        (
+            mlp,
+            (
+                "dense_mlp",
+                "dense_mlp_statistic",
+                "dense_mlp_activity",
+                "topk_mlp",
+                "cats_mlp",
+                "sparse_linear",
+            ),
+        ),
+    )
+    for name in names
+}
+_GRIFFIN = ("griffin_mlp", "griffin_cats_mlp")
+_ON_SIZES: dict[str, Callable[[Any, Any], Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
+}
+_ONNX_ON_SIZES = {"add": "Add", "sub": "Sub", "mul": "Mul"}
+
+
+@dataclass
+class Lowered:
+    """An entry as an ONNX graph. `kept`: the inputs that the graph `select` makes, in order."""
+
+    model: onnx.ModelProto
+    kept: dict[str, Kept]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass
+class Lowering:
+    """One entry on its way to ONNX, in one dtype."""
+
+    program: ProgramSpec
+    dtype: str
+    kept: dict[str, Kept] = field(default_factory=dict)
+    new: tuple[list[Value], list[Value]] = field(default_factory=lambda: ([], []))
+
+    def entry(self, spec: EntrySpec, document: JSON) -> Lowered:
+        """The graph of `spec`, whose document is given; outputs that `select` makes are left out.
+
+        Raises UnsupportedModelError naming an operator or argument that has no translation.
+        """
+        root = Scope()
+        extents = self._extents()
+        inputs = {i.name: i for i in spec.inputs}
+        weights = {w.name: w for w in self.program.weights}
+
+        def bound(record: JSON) -> Value:
+            name = record["bound"]
+            if record["op"] == "input":
+                i = inputs[name]
+                shape = [extents.get(str(letter), letter) for letter in i.shape]
+                return root.input(name, self._dtype(i.dtype), shape)
+            w = weights[name]
+            return root.weight(name, self.dtype if w.retype else w.dtype, w.shape)
+
+        values = self._run(root, document, bound)
+        named = {o.name: (o, v) for o, v in zip(spec.outputs, values, strict=True)}
+        if self.kept:
+            named.pop("neurons", None)  # `select` chooses them, and takes their weights
+        if self.new[0]:
+            for name, block, D in zip((NEW_K, NEW_V), self.new, ("D", "Dv"), strict=True):
+                new = TensorSpec(name, "model", ("layers", "B", "G", "T", D))
+                named[name] = (new, e.stack(root, block, 0))
+        outputs = []
+        for o, value in named.values():
+            letters = [extents.get(str(letter), letter) for letter in o.shape]
+            shape = [n if n is not None else a for n, a in zip(value.shape, letters, strict=True)]
+            # One name can't be that of an input and of an output.
+            name = f"{NEXT}{o.name}" if o.name in root.inputs else o.name
+            outputs.append(value_info(root.returned(value, name), shape))
+        graph = root.graph(spec.name, outputs)
+        return Lowered(make_model(graph), self.kept, tuple(o for o, _ in named.values()))
+
+    def _extents(self) -> dict[str, int | str]:
+        """What letters stand for: the sizes that are the model's own; others stay names."""
+        state, period, sparsity = self.program.state, self.program.period, self.program.sparsity
+        return {
+            "layers": state.layers,
+            "G": state.kv_heads,
+            "D": state.key_dim,
+            "Dv": state.value_dim,
+            "K": period.period,
+            "I": sparsity.neurons,
+            "kept": sparsity.kept_neurons,
+            "V": self.program.model.vocab_size,
+            "M": "T",  # the block is what the call brings; a period's own is inside of it
+        }
+
+    def _dtype(self, name: str) -> str:
+        return self.dtype if name == "model" else name
+
+    def _run(self, scope: Scope, document: JSON, bound: Callable[[JSON], Any]) -> list[Any]:
+        """The values that a document's output names, its nodes made in `scope`."""
+        env: dict[str, Any] = {}
+        for record in document["nodes"]:
+            op = record["op"]
+            if op == "output":
+                returned = self._decode(record["args"], env)
+                return list(returned) if isinstance(returned, list) else [returned]
+            if op == "graph":
+                env[record["name"]] = record["graph"]
+            elif op == "call":
+                args = [self._decode(a, env) for a in record["args"]]
+                kwargs = {k: self._decode(v, env) for k, v in record.get("kwargs", {}).items()}
+                env[record["name"]] = self._call(scope, record, args, kwargs)
+            else:
+                env[record["name"]] = bound(record)
+        raise UnsupportedModelError("onnx: a graph document has no output; compile the model again")
+
+    def _decode(self, value: JSON, env: Mapping[str, Any]) -> Any:
+        if isinstance(value, list):
+            return [self._decode(v, env) for v in value]
+        if not isinstance(value, dict):
+            return value
+        ((kind, content),) = value.items()
+        match kind:
+            case "node":
+                return env[content]
+            case "dtype":
+                return self._dtype(content)
+            case "float":
+                return float(content)
+        return None  # a device, a layout: ONNX has one of each
+
+    def _call(self, scope: Scope, record: JSON, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        target = record["target"]
+        namespace, _, rest = target.partition(".")
+        if namespace == "control_flow":
+            return (self._loop if rest == "while_loop" else self._choice)(scope, *args)
+        if namespace == "python":
+            return _python(scope, rest, args, target)
+        if namespace == "sirius":
+            return self._sirius(scope, rest.partition(".")[0], args, kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if not (k == "device" and v is None)}
+        if rest not in ATEN:
+            raise UnsupportedModelError(_no_translation(target))
+        return _applied(ATEN[rest], target, scope, args, kwargs)
+
+    def _sirius(self, scope: Scope, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        target = f"sirius.{name}"
+        if name in _GRIFFIN:
+            return self._griffin(scope, name, args)
+        if name not in _SIRIUS:
+            raise UnsupportedModelError(_no_translation(target))
+        kwargs = {k: v for k, v in kwargs.items() if v is not None}
+        build = _SIRIUS[name]
+        known = len(inspect.signature(build).parameters) - 1
+        extra = args[known:]
+        if any(a is not None for a in extra):
+            raise UnsupportedModelError(
+                f"onnx: {target} is given {len(extra)} arguments more than its translation knows "
+                f"({known}); use --backend torch for this model"
+            )
+        if name == "cached_attention":
+            for block, value in zip(self.new, args[1:3], strict=True):
+                block.append(value)
+        return _applied(build, target, scope, args[:known], kwargs)
+
+    def _griffin(self, scope: Scope, name: str, args: list[Any]) -> Any:
+        x, gate, up, down, gate_bias, up_bias, down_bias, act, layer, _neurons, *rest = args
+        parts = {
+            "gate": gate,
+            "up": up,
+            "down": down,
+            "gate_bias": gate_bias,
+            "up_bias": up_bias,
+        }
+        own = [
+            Kept(f"{part}_kept.{layer}", part, layer, _rows(name, weight))
+            for part, weight in parts.items()
+            if weight is not None
+        ]
+        self.kept |= {k.name: k for k in own}
+        threshold = rest[0] if rest else None
+        y, count = mlp.griffin_mlp(scope, own, x, down_bias, act, threshold)
+        return y if count is None else (y, count)
+
+    # control flow
+
+    def _loop(
+        self,
+        scope: Scope,
+        goes_on: JSON,
+        step: JSON,
+        carried: Sequence[Value],
+        given: Sequence[Value],
+    ) -> tuple[Value, ...]:
+        """higher_order.while_loop as Loop: what is `given` is read by name from around it."""
+        (first,) = self._inline(scope, goes_on, [*carried, *given])
+        body = Scope(scope, repeats=True)
+        body.input(body.new_name("iteration"), "int64", ())
+        body.input(body.new_name("going"), "bool", ())
+        inside = [body.input(body.new_name("carried"), v.dtype, v.shape) for v in carried]
+        after = self._inline(body, step, [*inside, *given])
+        (again,) = self._inline(body, goes_on, [*after, *given])
+        returned = [body.returned(v) for v in (again, *after)]
+        graph = body.graph(scope.new_name("draft"), [value_info(v) for v in returned])
+        names = [scope.new_name("Loop") for _ in carried]
+        inputs = ["", first.name, *(v.name for v in carried)]
+        scope.nodes.append(helper.make_node("Loop", inputs, names, body=graph))
+        return tuple(
+            Value(name, v.dtype, v.shape, scope) for name, v in zip(names, carried, strict=True)
+        )
+
+    def _choice(
+        self, scope: Scope, which: Value, true: JSON, false: JSON, operands: Sequence[Value]
+    ) -> tuple[Value, ...]:
+        """higher_order.cond as If."""
+        branches, values = [], []
+        for document in (true, false):
+            branch = Scope(scope)
+            values = [branch.returned(v) for v in self._inline(branch, document, operands)]
+            name = scope.new_name("branch")
+            branches.append(branch.graph(name, [value_info(v) for v in values]))
+        names = [scope.new_name("If") for _ in values]
+        scope.nodes.append(
+            helper.make_node(
+                "If", [which.name], names, then_branch=branches[0], else_branch=branches[1]
+            )
+        )
+        return tuple(
+            Value(name, v.dtype, v.shape, scope) for name, v in zip(names, values, strict=True)
+        )
+
+    def _inline(self, scope: Scope, document: JSON, arguments: Sequence[Any]) -> list[Any]:
+        left = iter(arguments)
+        return self._run(scope, document, lambda record: next(left))
+
+
+def make_model(graph: onnx.GraphProto) -> onnx.ModelProto:
+    """A model of one graph, of the opset that all lowered graphs have."""
+    return helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="sirius-compile",
+    )
+
+
+def _rows(name: str, weight: Value) -> View:
+    """The rows of a stored weight that `weight` is."""
+    view = weight.view
+    if view is None or view.axis != 0 or view.transposed:
+        raise UnsupportedModelError(
+            f"onnx: sirius.{name} reads {weight.name}, whose neurons are not rows of a stored "
+            "weight; use --backend torch for this model"
+        )
+    return view
+
+
+def _python(scope: Scope, name: str, args: list[Any], target: str) -> Any:
+    if name == "getitem":
+        return args[0][args[1]]
+    if name in _ON_SIZES and all(isinstance(a, int) for a in args):
+        return _ON_SIZES[name](*args)
+    if name in _ONNX_ON_SIZES:
+        return e.elementwise(scope, _ONNX_ON_SIZES[name], *args)
+    raise UnsupportedModelError(_no_translation(target))
+
+
+def _applied(
+    build: Callable[..., Any], target: str, scope: Scope, args: list[Any], kwargs: dict[str, Any]
+) -> Any:
+    try:
+        inspect.signature(build).bind(scope, *args, **kwargs)
+    except TypeError as error:
+        reason = f"onnx: the translation of {target} does not know how it is called here ({error})"
+        raise UnsupportedModelError(f"{reason}; use --backend torch for this model") from error
+    try:
+        return build(scope, *args, **kwargs)
+    except NotImplementedError as error:
+        reason = f"onnx: {target} can't be translated ({error})"
+        raise UnsupportedModelError(f"{reason}; use --backend torch for this model") from error
+
+
+def _no_translation(target: str) -> str:
+    return (
+        f"onnx: operator {target} has no translation to ONNX; use --backend torch for this model, "
+        "or open an issue with its config.json"
+    )

@@ -1,0 +1,116 @@
+"""All graphs of a program as the files of an artifact's `onnx/`, their weights bound by place.
+
+The weights' bytes are not among them: an initializer says where its bytes lie in the one file
+`weights.safetensors` that `sirius export-onnx` puts beside the graphs. A runtime that loads the
+artifact itself binds the artifact's own bytes by name instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import onnx
+
+from sirius_compile.onnx.helpers import PICK, SELECT, WRITE, pick, select, write
+from sirius_compile.onnx.lower import IR_VERSION, OPSET, Lowering
+from sirius_compile.onnx.mlp import GATHERED_BELOW
+from sirius_runtime.errors import ConfigError, UnsupportedModelError
+from sirius_runtime.onnx_files import PROGRAM, GraphSpec, OnnxProgram, Place, graph_file, places
+from sirius_runtime.spec import JSON, DType, Method, ProgramSpec, to_json
+
+DTYPES = (DType.FLOAT32, DType.FLOAT16)
+"""What ONNX Runtime computes in everywhere; its CPU kernels have no bfloat16."""
+_STREAMING = {"Gemm", "MatMul", "Gather"}
+"""Operators that read a weight while they run; others' are folded into constants before."""
+
+
+def onnx_dtype(asked: DType | str | None, stored: DType) -> DType:
+    """The dtype of an artifact with ONNX graphs: what is asked for, else the checkpoint's where
+    ONNX Runtime computes in it, else float32.
+
+    Raises ConfigError for one that is asked for and can't be.
+    """
+    if asked is not None:
+        _check_dtype(asked)
+        return DType(asked)
+    return stored if stored in DTYPES else DType.FLOAT32
+
+
+def onnx_summary(program: ProgramSpec) -> str:
+    """What a user should know of the graphs."""
+    text = f"opset {OPSET}, {program.model.dtype} (ONNX Runtime's CPU kernels have no bfloat16)"
+    if program.sparsity.method.per_prompt:
+        return f"{text}; a prompt's neurons are gathered once, and sparse steps read only those"
+    method, sites = program.sparsity.method, program.sparsity.sites
+    if method is Method.NONE:
+        return text
+    if method is Method.TOPK and all(s.kept <= GATHERED_BELOW * s.units for s in sites):
+        return f"{text}; a token's neurons are gathered, and of up and down only those multiplied"
+    return f"{text}; {method} computes every neuron and masks there: its sparse steps save no time"
+
+
+def _check_dtype(dtype: DType | str) -> None:
+    if dtype not in DTYPES:
+        raise ConfigError(
+            f"--backend onnx needs weights in {' or '.join(DTYPES)}, which ONNX Runtime computes "
+            f"in everywhere, got {dtype}; pass --dtype float32 (or --dtype float16)"
+        )
+
+
+def onnx_files(program: ProgramSpec, document: Callable[[str], JSON]) -> dict[str, bytes]:
+    """Each file of `onnx/` by its name in the artifact. `document` gives an entry's graph.
+
+    Raises ConfigError for a dtype, and UnsupportedModelError for an operator, that has no ONNX
+    form.
+    """
+    _check_dtype(program.model.dtype)
+    dtype = str(program.model.dtype)
+    lowered = {e.name: Lowering(program, dtype).entry(e, document(e.name)) for e in program.entries}
+    models = {name: entry.model for name, entry in lowered.items()}
+    kept = lowered["sparse"].kept
+    if lowered["period"].kept.keys() != kept.keys():
+        raise UnsupportedModelError("onnx: period and sparse keep different weights; report this")
+    if kept:
+        models[SELECT] = select(program, kept, dtype)
+    models |= {PICK: pick(program, dtype), WRITE: write(program, dtype)}
+    where = places(program.weights)
+    graphs = {name: _bind(model, where) for name, model in models.items()}
+    summary = OnnxProgram(
+        opset=OPSET,
+        ir_version=IR_VERSION,
+        onnx=onnx.__version__,
+        graphs=graphs,
+        model=program.model,
+        state=program.state,
+        method=program.sparsity.method,
+        kept=tuple(kept),
+        period=program.period,
+        eos_token_ids=program.eos_token_ids,
+    )
+    files = {graph_file(name): model.SerializeToString() for name, model in models.items()}
+    return {PROGRAM: json.dumps(to_json(summary), indent=1).encode(), **files}
+
+
+def _bind(model: onnx.ModelProto, where: dict[str, Place]) -> GraphSpec:
+    """Gives each weight of a graph its place in the weights' file."""
+    readers: dict[str, set[str]] = {}
+    for node in every_node(model.graph):
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.op_type)
+    in_place: list[str] = []
+    folded: list[str] = []
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = where[tensor.name]
+            for key, value in place.entries():
+                tensor.external_data.add(key=key, value=value)
+            streams = len(tensor.dims) > 1 and readers[tensor.name] <= _STREAMING
+            (in_place if streams else folded).append(tensor.name)
+    return GraphSpec(tuple(in_place), tuple(folded))
+
+
+def every_node(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The nodes of a graph and of the graphs within it."""
+    inner = [a.g for node in graph.node for a in node.attribute if a.type == a.GRAPH]
+    return [*graph.node, *(node for g in inner for node in every_node(g))]

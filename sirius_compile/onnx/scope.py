@@ -1,0 +1,235 @@
+"""Where ONNX nodes are put: one scope a graph, the bodies of Loop and the branches of If included.
+
+A node goes to the outermost scope that has its inputs, so that what a Loop's iterations share is
+computed before them, once; not so out of a branch of If, which may never run. Equal nodes are made
+once a scope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+Extent = int | str | None
+"""Of a dimension: its size, a letter that stands for it, or None: known when it runs."""
+
+Shape = tuple[Extent, ...]
+
+TYPES: dict[str, int] = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "float64": TensorProto.DOUBLE,
+    "int64": TensorProto.INT64,
+    "int32": TensorProto.INT32,
+    "bool": TensorProto.BOOL,
+}
+"""ONNX's numbers of the dtypes that lowered graphs have."""
+
+_BLOCK_BYTES = 1024  # of a constant; what is larger is made by an operator, or is a weight
+
+
+class View(NamedTuple):
+    """What a value is of a weight: its elements [start, end) along an axis, or their transpose."""
+
+    weight: Value
+    axis: int
+    start: int
+    end: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of an ONNX graph.
+
+    `letter`: of a scalar that is the size of that letter. `view`: of a part of a weight, which
+    products read in place.
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    scope: Scope = field(repr=False, compare=False)
+    letter: str | None = field(default=None, repr=False, compare=False)
+    view: View | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+
+class Scope:
+    """One ONNX graph in the making."""
+
+    def __init__(self, parent: Scope | None = None, *, repeats: bool = False) -> None:
+        """repeats: a Loop's body, whose invariant nodes are put in `parent`."""
+        self.parent, self._repeats = parent, repeats
+        self.root: Scope = self if parent is None else parent.root
+        self.depth: int = 0 if parent is None else parent.depth + 1
+        self.nodes: list[onnx.NodeProto] = []
+        self.inputs: dict[str, onnx.ValueInfoProto] = {}
+        self._made: dict[object, tuple[Value, ...]] = {}
+        if parent is None:
+            self._names = 0
+            self.reshaped: dict[str, Value] = {}
+            """What the values that Reshape made are made of."""
+            self.initializers: dict[str, onnx.TensorProto] = {}
+            self._constants: dict[object, Value] = {}
+            self._letters: dict[str, tuple[Value, int]] = {}
+
+    # values that no node makes
+
+    def input(self, name: str, dtype: str, shape: Sequence[Extent]) -> Value:
+        """A named input of this graph."""
+        value = Value(name, dtype, tuple(shape), self)
+        if name not in self.inputs:
+            self.inputs[name] = value_info(value)
+            for axis, letter in enumerate(shape):
+                if self.parent is None and isinstance(letter, str):
+                    self._letters.setdefault(letter, (value, axis))
+        return value
+
+    def size(self, letter: str) -> Value:
+        """The size that a letter stands for, an int64 scalar."""
+        value, axis = self.root._letters[letter]
+        one = self.op("Shape", value, shape=(1,), dtype="int64", start=axis, end=axis + 1)
+        size = self.op("Squeeze", one, self.constant([0], "int64"), shape=())
+        return replace(size, letter=letter)
+
+    def lettered(self, value: Value) -> Value:
+        """`value` with letters for the sizes that have none: what is made of it has them too."""
+        shape = list(value.shape)
+        for axis, extent in enumerate(shape):
+            if extent is None:
+                shape[axis] = letter = self.new_name("size")
+                self.root._letters[letter] = (value, axis)
+        return replace(value, shape=tuple(shape))
+
+    def weight(self, name: str, dtype: str, shape: Sequence[int]) -> Value:
+        """A weight; its bytes are bound when the graph is packaged (`package.bind`)."""
+        if name not in self.root.initializers:
+            tensor = TensorProto(name=name, data_type=TYPES[dtype], dims=shape)
+            tensor.data_location = TensorProto.EXTERNAL
+            self.root.initializers[name] = tensor
+        value = Value(name, dtype, tuple(shape), self.root)
+        rows = shape[0] if shape else 0
+        return replace(value, view=View(value, 0, 0, rows, transposed=False))
+
+    def constant(self, value: Any, dtype: str) -> Value:
+        """A small constant array."""
+        array = np.asarray(value, dtype=dtype)
+        assert array.nbytes <= _BLOCK_BYTES, "a large constant belongs to the weights"
+        key = (array.tobytes(), array.shape, dtype)
+        root = self.root
+        if key not in root._constants:
+            name = self.new_name("constant")
+            root.initializers[name] = onnx.numpy_helper.from_array(array, name)
+            root._constants[key] = Value(name, dtype, array.shape, root)
+        return root._constants[key]
+
+    def new_name(self, hint: str) -> str:
+        """A name that no other value of the whole model has."""
+        root = self.root
+        root._names += 1
+        return f"{hint}_{root._names}"
+
+    # nodes
+
+    def op(
+        self,
+        kind: str,
+        *inputs: Value | None,
+        shape: Sequence[Extent],
+        dtype: str | None = None,
+        **attributes: Any,
+    ) -> Value:
+        """A node of one output, by default of its first input's dtype."""
+        if dtype is None:
+            assert inputs[0] is not None
+            dtype = inputs[0].dtype
+        (value,) = self.ops(kind, *inputs, outputs=[(dtype, tuple(shape))], **attributes)
+        return value
+
+    def ops(
+        self,
+        kind: str,
+        *inputs: Value | None,
+        outputs: Sequence[tuple[str, Shape]],
+        **attributes: Any,
+    ) -> tuple[Value, ...]:
+        """A node of several outputs (dtype, shape)."""
+        home = self
+        while home.parent is not None and home._repeats:
+            if any(v is not None and v.scope.depth >= home.depth for v in inputs):
+                break
+            home = home.parent
+        key = (
+            kind,
+            tuple(v.name if v else "" for v in inputs),
+            tuple(outputs),
+            repr(sorted(attributes.items())),
+        )
+        found: Scope | None = home
+        while found is not None:
+            if key in found._made:
+                return found._made[key]
+            found = found.parent
+        names = [self.new_name(kind) for _ in outputs]
+        while inputs and inputs[-1] is None:  # left out, not named by nothing
+            inputs = inputs[:-1]
+        home.nodes.append(
+            helper.make_node(kind, [v.name if v else "" for v in inputs], names, **attributes)
+        )
+        made = tuple(
+            Value(name, dtype, shape, home)
+            for name, (dtype, shape) in zip(names, outputs, strict=True)
+        )
+        home._made[key] = made
+        return made
+
+    def returned(self, value: Value, name: str | None = None) -> Value:
+        """`value` as an output of this graph: made in it, by a node of its own."""
+        name = name or self.new_name("output")
+        self.nodes.append(helper.make_node("Identity", [value.name], [name]))
+        return replace(value, name=name, scope=self, view=None)
+
+    def graph(self, name: str, outputs: Sequence[onnx.ValueInfoProto]) -> onnx.GraphProto:
+        """The graph of what the outputs need."""
+        nodes = _needed(self.nodes, [o.name for o in outputs])
+        used = {name for node in nodes for name in reads(node)}
+        inputs = [v for n, v in self.inputs.items() if n in used or self.parent is not None]
+        initializers = []
+        if self.parent is None:
+            initializers = [t for n, t in self.initializers.items() if n in used]
+        return helper.make_graph(nodes, name, inputs, list(outputs), initializers)
+
+
+def value_info(value: Value, shape: Sequence[Extent] | None = None) -> onnx.ValueInfoProto:
+    """What ONNX says of a value at the edge of a graph; `shape` where more is known of it."""
+    shape = value.shape if shape is None else shape
+    return helper.make_tensor_value_info(value.name, TYPES[value.dtype], list(shape))
+
+
+def reads(node: onnx.NodeProto) -> set[str]:
+    """The names that a node reads, those within its graphs included."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            names |= {name for inner in attribute.g.node for name in reads(inner)}
+    return names
+
+
+def _needed(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> list[onnx.NodeProto]:
+    """The nodes that some output needs, in order."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            wanted |= reads(node)
+            kept.append(node)
+    return kept[::-1]

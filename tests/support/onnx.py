@@ -1,0 +1,88 @@
+"""Compiled models behind PyTorch and behind ONNX Runtime, from one artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from sirius_compile import CompileConfig, compile_model
+from sirius_runtime import load
+from sirius_runtime.model import GenerationOutput, SiriusModel
+from tests.support.models import Rows, random_decoder, word_tokenizer, write_calibration
+
+CPU = ("CPUExecutionProvider",)
+COUNTED = "tokens periods advances aal corrections acceptance_rate"
+MEASURED = "density effective_density"
+"""Of what is counted over thousands of activations one may lie on its threshold's other side: sums
+of another order round otherwise."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One artifact behind both."""
+
+    path: Path
+    torch: SiriusModel
+    onnx: SiriusModel
+
+    def agree(self, prompts: Rows | str, **options: Any) -> GenerationOutput:
+        """What both generate, which is the same; and so is all that is counted of it."""
+        options = {"max_new_tokens": 24} | options
+        wanted = self.torch.generate(prompts, **options)
+        found = self.onnx.generate(prompts, **options)
+        assert found.tokens == wanted.tokens
+        assert found.finish_reasons == wanted.finish_reasons
+        for name in COUNTED.split():
+            assert getattr(found.stats, name) == getattr(wanted.stats, name), name
+        for name in MEASURED.split():
+            assert getattr(found.stats, name) == pytest.approx(getattr(wanted.stats, name), 1e-4)
+        return found
+
+
+class Pairs:
+    """Makes a `Pair`, once for each set of arguments."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._calibration = write_calibration(folder / "words.txt")
+        self._made: dict[object, Pair] = {}
+
+    def __call__(
+        self,
+        method: str,
+        width: int = 1,
+        size: int = 4,
+        model_type: str = "llama",
+        *,
+        dtype: str = "float32",
+        **config: object,
+    ) -> Pair:
+        key = (method, width, size, model_type, dtype, *config.items())
+        if key not in self._made:
+            model: PreTrainedModel | str = model_type
+            if model_type != "tally-3m":
+                model = random_decoder(model_type, **config)
+            options = CompileConfig(
+                sparsity=method,
+                period=size,
+                tree_width=width,
+                dtype=dtype,
+                backend="both",
+                calibration="builtin" if model_type == "tally-3m" else self._calibration,
+            )
+            tokenizer = None if isinstance(model, str) else word_tokenizer()
+            compiled = compile_model(model, options, tokenizer=tokenizer)
+            path = compiled.save(self._folder / f"{len(self._made)}.sirius")
+            self._made[key] = Pair(path, load(path, device="cpu"), load_onnx(path))
+        return self._made[key]
+
+
+def load_onnx(path: Path, providers: Sequence[str] = CPU) -> SiriusModel:
+    return load(
+        path, backend="onnxruntime", providers=providers, threads=1, progress=lambda told: None
+    )

@@ -1,0 +1,183 @@
+"""ONNX Runtime gives the tokens that PyTorch gives, and counts what PyTorch counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from sirius_compile import CompileConfig, compile_model
+from sirius_compile.shipped.problems import Task, problems
+from sirius_runtime import load
+from sirius_runtime.artifact import Artifact
+from tests.support.models import MAX_SEQ_LEN, random_decoder
+from tests.support.onnx import Pair, Pairs, load_onnx
+
+METHODS = ("griffin", "topk", "cats", "teal", "griffin+teal")
+"""Every method with a sparse path; a new one is one name here."""
+WIDTHS, MODES = (1, 4), ("sirius", "exact")
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 3},
+    "phi3": {},
+    "olmo2": {},
+    "granite": {},
+}
+RAGGED = [[7, 8, 9], [50, 30, 11, 22, 60], [4 * i + 7 for i in range(15)]]
+ENDLESS: dict[str, Any] = {"eos_token_id": []}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    return Pairs(tmp_path_factory.mktemp("onnx"))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_shipped_model(pairs: Pairs, method: str, width: int) -> None:
+    pair = pairs(method, width, 16, "tally-3m")
+    for mode in MODES:
+        for problem, _ in zip(problems(Task.REASONING, "test", seed=5), range(2), strict=False):
+            output = pair.agree(problem.prompt, mode=mode, max_new_tokens=80)
+            assert output.stats.acceptance_rate
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "family", [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
+def test_families(pairs: Pairs, family: str, method: str, width: int) -> None:
+    pair = pairs(method, width, 4, family, **FAMILIES[family])
+    for mode in MODES:
+        for prompts in (RAGGED[:1], RAGGED):
+            pair.agree(prompts, mode=mode, **ENDLESS)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama"])
+def test_each_family_once(pairs: Pairs, family: str) -> None:
+    """The rest of the matrix is slow; each family's own operators run every time."""
+    pair = pairs("griffin", 1, 4, family, **FAMILIES[family])
+    for mode in MODES:
+        pair.agree(RAGGED, mode=mode, **ENDLESS)
+
+
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+@pytest.mark.parametrize("method", METHODS)
+def test_modes_without_periods(pairs: Pairs, method: str, mode: str) -> None:
+    pair = pairs(method)
+    pair.agree(RAGGED, mode=mode, **ENDLESS)
+    pair.agree(RAGGED, mode=mode, seed=3, temperature=0.8, top_k=20, top_p=0.9, **ENDLESS)
+
+
+@pytest.mark.parametrize(("method", "width"), [("cats", 1), ("griffin", 4)])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"top_k": 9, "top_p": 0.9}])
+def test_sampling(pairs: Pairs, method: str, width: int, sampling: dict[str, Any]) -> None:
+    pair = pairs(method, width)
+    drawn = pair.agree(RAGGED, mode="sample", seed=3, **sampling, **ENDLESS).tokens
+    again = pair.agree(RAGGED, mode="sample", seed=40, **sampling, **ENDLESS)
+    assert again.tokens != drawn
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_drafts_that_stop_early_and_short_periods(pairs: Pairs, width: int) -> None:
+    pair = pairs("cats", width)
+    whole = pair.agree(RAGGED, **ENDLESS).stats
+    assert pair.agree(RAGGED, confidence=1.0, **ENDLESS).stats.periods > whole.periods
+    assert max(pair.agree(RAGGED, period=2, **ENDLESS).stats.advances) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_topk_of_few_neurons_gathers_them(tmp_path: Path, family: str) -> None:
+    """The product of all of `up` is not there; tokens are PyTorch's all the same."""
+    options = CompileConfig(
+        sparsity="topk", keep=0.1, period=4, tree_width=2, dtype="float32", backend="both"
+    )
+    path = compile_model(random_decoder(family), options).save(tmp_path / "few.sirius")
+    pair = Pair(path, load(path, device="cpu"), load_onnx(path))
+    for mode in MODES:
+        pair.agree(RAGGED, mode=mode, **ENDLESS)
+    with Artifact.open(path) as artifact:
+        graph = onnx.load_from_string(artifact.read_bytes("onnx/sparse.onnx")).graph
+    weights = {tensor.name for tensor in graph.initializer if "up" in tensor.name}
+    readers = {n.op_type for n in graph.node if weights & set(n.input)}
+    assert readers == ({"Gather"} if family == "llama" else {"Gather", "Gemm"})
+
+
+def test_neurons_chosen_anew(pairs: Pairs) -> None:
+    pair = pairs("griffin")
+    never, often = (pair.agree(RAGGED, refresh=every, **ENDLESS).stats for every in (0, 1))
+    assert never.advances != often.advances
+
+
+def test_rows_that_end_leave_the_batch(pairs: Pairs) -> None:
+    pair = pairs("griffin")
+    tokens = pair.agree(RAGGED, **ENDLESS).tokens
+    ends = [tokens[0][2], tokens[1][5]]
+    output = pair.agree(RAGGED, eos_token_id=ends)
+    assert len({len(row) for row in output.tokens}) == 3
+
+
+def test_a_period_of_one_token(pairs: Pairs) -> None:
+    pair = pairs("topk", 1, 1)
+    output = pair.agree(RAGGED, mode="exact", **ENDLESS)
+    assert set(output.stats.advances) == {1}
+
+
+def test_a_prompt_of_all_but_one_token_of_the_length(pairs: Pairs) -> None:
+    prompt = [7 + i % 90 for i in range(MAX_SEQ_LEN - 2)]
+    pairs("topk", 4).agree([prompt, prompt[:9]], mode="exact", max_new_tokens=2, **ENDLESS)
+
+
+def test_a_prompt_of_several_chunks(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sirius_runtime.backends import onnx_decoder
+
+    pair = pairs("griffin")
+    whole = pair.agree(RAGGED, **ENDLESS).tokens
+    monkeypatch.setattr(onnx_decoder, "PREFILL_CHUNK", 4)
+    assert pair.onnx.generate(RAGGED, max_new_tokens=24, **ENDLESS).tokens == whole
+
+
+def test_float16_stays_near_pytorch(pairs: Pairs) -> None:
+    """Logits of a prompt, in float16: within 0.02 of their spread."""
+    pair = pairs("topk", dtype="float16")
+    wanted, found = [], []
+    for model, kept in ((pair.torch, wanted), (pair.onnx, found)):
+        kept.append(first_logits(model, RAGGED[2]))
+    spread = float(wanted[0].std())
+    torch.testing.assert_close(found[0], wanted[0], atol=0.02 * spread, rtol=0)
+
+
+def first_logits(model: Any, prompt: list[int]) -> torch.Tensor:
+    """Logits [V] after a prompt, float32, by a back end's own prefill."""
+    from sirius_runtime.backends.onnx import OnnxBackend
+    from sirius_runtime.backends.onnx_decoder import OnnxDecoder
+    from sirius_runtime.request import Options, read_options
+    from sirius_runtime.session import Session
+    from sirius_runtime.stats import PhaseClock, StatsRecorder
+
+    recorder = StatsRecorder(1, len(prompt), 0, PhaseClock(model.backend.device))
+    seen: list[torch.Tensor] = []
+    if isinstance(model.backend, OnnxBackend):
+        request = read_options(
+            Options(),
+            model.program,
+            None,
+            prompt_lengths=[len(prompt)],
+            max_new_tokens=4,
+            eos=frozenset(),
+            stop=(),
+        )
+        decoder = OnnxDecoder(model.backend, request, 1, 64, recorder, None)
+        decoder._pick = lambda logits: seen.append(torch.from_numpy(logits)) or logits.argmax(-1)  # type: ignore[method-assign, func-returns-value]
+        decoder.prefill([prompt])
+    else:
+        session = Session(model.backend, 1, 64, recorder)
+        session.prefill([prompt], lambda logits: seen.append(logits) or logits.argmax(-1))  # type: ignore[func-returns-value]
+    return seen[0][0].float()

@@ -1,0 +1,488 @@
+"""The ONNX back end: what it needs, what it shares, what it exports, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import safetensors.torch
+import torch
+
+from sirius_compile import CompileConfig, compile_model
+from sirius_compile.onnx.__main__ import main as add_main
+from sirius_compile.onnx.add import add_onnx
+from sirius_compile.onnx.package import every_node
+from sirius_runtime import TextStream, load
+from sirius_runtime.artifact import Artifact
+from sirius_runtime.backends import onnx as backend_module
+from sirius_runtime.backends.onnx import OnnxBackend
+from sirius_runtime.backends.onnx_state import DeviceCaches, HostCaches
+from sirius_runtime.cli import main as sirius
+from sirius_runtime.errors import BackendError, ConfigError
+from sirius_runtime.onnx_files import WEIGHTS_FILE, export_onnx
+from sirius_runtime.spec import WeightSpec
+from tests.support.artifacts import rebuild
+from tests.support.models import random_decoder
+from tests.support.onnx import CPU, Pairs, load_onnx
+
+PROMPT = "Q: Zoe has 25 nuts. Bob has 20 fewer than Zoe. How many nuts does Bob have?\nA:"
+ROOT = Path(__file__).parent.parent
+STANDARD = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    return Pairs(tmp_path_factory.mktemp("onnx"))
+
+
+@pytest.fixture(scope="module")
+def tally(pairs: Pairs) -> Path:
+    return pairs("griffin", 2, 8, "tally-3m").path
+
+
+@pytest.fixture(scope="module")
+def exported(tally: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "new"
+    assert sirius(["export-onnx", str(tally), str(folder)]) == 0
+    return folder
+
+
+def without(*packages: str) -> str:
+    """Code that makes imports of these packages fail, as where they are not installed."""
+    return (
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {packages}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+    )
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "passes", ROOT / "runtime")))
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": path, "PATH": os.environ["PATH"]},
+    )
+
+
+# without PyTorch
+
+
+def test_an_artifact_generates_where_torch_is_not_installed(tally: Path, tmp_path: Path) -> None:
+    wanted = load(tally, device="cpu").generate(PROMPT, mode="exact").texts
+    code = without("torch", "transformers", "onnx", "typer", "safetensors") + (
+        "import sirius_runtime, sirius_runtime.cli\n"
+        f"model = sirius_runtime.load({str(tally)!r}, backend='onnxruntime', providers={CPU})\n"
+        f"prompts = [{PROMPT!r}] * 2\n"
+        "for mode in ('exact', 'sirius', 'full', 'sparse', 'sample'):\n"
+        "    output = model.generate(prompts, mode=mode, stop='####', refresh=1)\n"
+        "    assert output.stats.tokens\n"
+        f"output = model.generate({PROMPT!r}, mode='exact')\n"
+        "print(output.texts)\n"
+        f"assert not sirius_runtime.cli.main(['inspect', {str(tally)!r}])\n"
+        f"target = {str(tmp_path / 'out')!r}\n"
+        f"assert not sirius_runtime.cli.main(['export-onnx', {str(tally)!r}, target])\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == str(wanted)
+
+
+def test_other_back_ends_say_that_they_need_torch(tally: Path) -> None:
+    command = ["run", str(tally), "-p", "Q", "--backend", "eager"]
+    done = python(without("torch") + f"import sirius_runtime.cli as c; sys.exit(c.main({command}))")
+    assert done.returncode == 2
+    assert "needs PyTorch" in done.stderr
+    assert "or use backend onnxruntime" in done.stderr
+
+
+def test_without_onnxruntime_it_is_named(tally: Path) -> None:
+    command = ["run", str(tally), "-p", "Q", "--backend", "onnxruntime"]
+    code = without("onnxruntime") + f"import sirius_runtime.cli as c; sys.exit(c.main({command}))"
+    done = python(code)
+    assert done.returncode == 2
+    assert "pip install onnxruntime" in done.stderr
+
+
+# what is shared
+
+
+def test_every_weight_is_the_artifact_s_own_bytes(tally: Path) -> None:
+    with Artifact.open(tally) as artifact:
+        backend = OnnxBackend(artifact, providers=CPU, threads=1, progress=print)
+        buffer, slots = artifact.weight_slots()
+        start = np.frombuffer(buffer, np.uint8).ctypes.data
+        for name, value in backend._weights.items():
+            assert value.data_ptr() == start + slots[name].start
+
+
+MEMORY = """
+import gc, resource, sys
+import sirius_runtime
+def private():
+    gc.collect()
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    (dirty,) = [line.split()[1] for line in lines if line.startswith("Private_Dirty")]
+    return int(dirty) / 1024
+sirius_runtime.load({small!r}, backend="onnxruntime", providers=["CPUExecutionProvider"]).generate(
+    [[7, 8, 9]], max_new_tokens=9)
+before = private()
+model = sirius_runtime.load({large!r}, backend="onnxruntime", providers=["CPUExecutionProvider"])
+for mode in ("sirius", "full", "sparse"):
+    model.generate([[7, 8, 9]], max_new_tokens=9, mode=mode)
+print(private() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_are_not_copied_into_memory(tmp_path: Path) -> None:
+    """Four graphs over 150 MB of weights: what the process has for itself grows by far less."""
+    paths = {}
+    for name, sizes in (
+        ("small", {}),
+        ("large", {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 8192}),
+    ):
+        options = CompileConfig(sparsity="topk", period=4, dtype="float32", backend="onnx")
+        model = random_decoder("llama", **sizes)
+        paths[name] = str(compile_model(model, options).save(tmp_path / f"{name}.sirius"))
+    weights = Path(paths["large"]).stat().st_size / 2**20
+    assert weights > 150
+    done = python(MEMORY.format(**paths))
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 0.25 * weights
+
+
+@pytest.mark.slow
+def test_weights_beyond_two_gigabytes(tally: Path, tmp_path: Path) -> None:
+    """An artifact and its export whose weights lie after 2.2 GB of others."""
+    made = compile_model(
+        "tally-3m", CompileConfig(sparsity="topk", period=4, dtype="float32", backend="onnx")
+    )
+    filler = WeightSpec("filler", "float64", (275_000_000,), retype=False)
+    spec = replace(made.spec, weights=(filler, *made.spec.weights))
+    zeros = torch.zeros(filler.shape, dtype=torch.float64)
+    large = replace(made, spec=spec, _weights=lambda w: zeros if w is filler else made._weights(w))
+    path = large.save(tmp_path / "large.sirius")
+    wanted = load(tally, device="cpu").generate(PROMPT, mode="full", max_new_tokens=8).tokens
+    assert load_onnx(path).generate(PROMPT, mode="full", max_new_tokens=8).tokens == wanted
+    folder = tmp_path / "folder"
+    export_onnx(path, folder)
+    path.unlink()
+    assert (folder / WEIGHTS_FILE).stat().st_size > 2**31
+    example = ROOT / "examples" / "onnx_minimal.py"
+    done = python(
+        f"import sys, runpy; sys.argv = ['', {str(folder)!r}, {PROMPT!r}]\n"
+        f"runpy.run_path({str(example)!r})\n"
+    )
+    assert done.stdout.strip().endswith("#### 5"), done.stderr
+
+
+def test_the_exported_weights_are_one_safetensors_file(tally: Path, exported: Path) -> None:
+    found = safetensors.torch.load_file(exported / WEIGHTS_FILE)
+    with Artifact.open(tally) as artifact:
+        stored = artifact.weights()
+        assert found.keys() == stored.keys()
+        for name, tensor in stored.items():
+            assert found[name].equal(tensor)
+    for path in exported.glob("*.onnx"):
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            if tensor.name in stored:
+                assert tensor.data_location == onnx.TensorProto.EXTERNAL
+            else:
+                assert len(tensor.SerializeToString()) < 2048
+
+
+# what is exported
+
+
+def test_the_exported_graphs_are_sound_and_standard(exported: Path) -> None:
+    names = {path.stem for path in exported.glob("*.onnx")}
+    assert names == set("prefill sparse full observe period select pick write".split())
+    program = json.loads((exported / "program.json").read_text())
+    for path in exported.glob("*.onnx"):
+        onnx.checker.check_model(str(path), full_check=True)
+        model = onnx.load(path, load_external_data=False)
+        assert [(o.domain, o.version) for o in model.opset_import] == [("", program["opset"])]
+        assert model.ir_version == program["ir_version"]
+        assert {node.op_type for node in every_node(model.graph)} <= STANDARD
+        assert not {node.domain for node in every_node(model.graph)} - {""}
+    kinds = {node.op_type for node in onnx.load(exported / "period.onnx").graph.node}
+    assert {"Loop", "If"} <= {
+        n.op_type for n in every_node(onnx.load(exported / "period.onnx").graph)
+    }
+    assert "Loop" in kinds
+
+
+def test_shapes_are_named(exported: Path) -> None:
+    session = onnxruntime.InferenceSession(exported / "prefill.onnx", providers=list(CPU))
+    shapes = {i.name: i.shape for i in session.get_inputs()}
+    assert shapes["input_ids"] == ["B", "T"]
+    assert shapes["tree_mask"] == ["R", "T", "T"]
+    assert shapes["k_cache"] == [5, "B", 6, "S", 32]
+    outputs = {o.name: o.shape for o in session.get_outputs()}
+    assert outputs["k_new"] == [5, "B", 6, "T", 32]
+    assert outputs["logits"][::2] == ["B", outputs["logits"][2]]
+
+
+def test_the_example_drives_the_folder(exported: Path, tally: Path) -> None:
+    example = ROOT / "examples" / "onnx_minimal.py"
+    assert len(example.read_text().splitlines()) < 60
+    code = without("torch", "onnx", "sirius_runtime") + (
+        "import runpy\n"
+        f"sys.argv = ['onnx_minimal.py', {str(exported)!r}, {PROMPT!r}]\n"
+        f"runpy.run_path({str(example)!r})\n"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    (text,) = load_onnx(tally).generate(PROMPT, mode="exact", max_new_tokens=200).texts or ()
+    assert done.stdout == text + "\n"
+
+
+def test_a_folder_with_files_is_not_written_to(exported: Path, tally: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not empty; .*--force"):
+        export_onnx(tally, exported)
+    before = {path.name for path in exported.iterdir()}
+    assert {path.name for path in export_onnx(tally, exported, force=True)} == before
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ConfigError, match="is not a folder"):
+        export_onnx(tally, file)
+
+
+# adding graphs to an artifact
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = CompileConfig(sparsity="topk", period=4)  # bfloat16, as the checkpoint
+    path = tmp_path_factory.mktemp("plain") / "plain.sirius"
+    return compile_model("tally-3m", options).save(path)
+
+
+def test_an_artifact_without_graphs_names_what_adds_them(plain: Path, tmp_path: Path) -> None:
+    for ask in (lambda: load_onnx(plain), lambda: export_onnx(plain, tmp_path / "out")):
+        with pytest.raises(BackendError) as caught:
+            ask()
+        command = re.search(r"python -m sirius_compile.onnx (\S+) --out (\S+)", str(caught.value))
+        assert "--backend both" in str(caught.value)
+        assert command
+        assert command[1] == str(plain)
+
+
+def test_graphs_are_added(plain: Path, tmp_path: Path) -> None:
+    out = tmp_path / "with.sirius"
+    with pytest.raises(ConfigError, match=r"float32 or float16.*got bfloat16; pass --dtype"):
+        add_onnx(plain, out)
+    assert not out.exists()
+    assert add_main([str(plain), "--out", str(out), "--dtype", "float32"]) == 0
+    assert add_main([str(plain), "--out", str(out), "--dtype", "float32"]) == 2  # it exists
+    wanted = load(plain, device="cpu", dtype="float32").generate(PROMPT, mode="exact")
+    assert load_onnx(out).generate(PROMPT, mode="exact").tokens == wanted.tokens
+    assert load(out, device="cpu").generate(PROMPT, mode="exact").tokens == wanted.tokens
+
+
+def test_the_dtype_of_an_artifact_with_graphs(tmp_path: Path) -> None:
+    made = compile_model("tally-3m", CompileConfig(sparsity="none", backend="onnx"))
+    assert made.spec.model.dtype == "float32"
+    with pytest.raises(ConfigError, match=r"--backend onnx needs .*got bfloat16"):
+        compile_model("tally-3m", CompileConfig(sparsity="none", backend="both", dtype="bfloat16"))
+    path = made.save(tmp_path / "onnx.sirius")
+    with Artifact.open(path) as artifact:
+        assert not artifact.names("graphs/")
+    with pytest.raises(BackendError, match=r"holds ONNX graphs only: .*--backend both"):
+        load(path, device="cpu")
+    assert load_onnx(path).generate(PROMPT, max_new_tokens=4).stats.tokens == 4
+
+
+# what is refused
+
+
+def test_options_of_other_back_ends_are_refused(tally: Path) -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"backend": "onnxruntime", "device": "cpu"}, "takes providers, not a device"),
+        ({"backend": "onnxruntime", "dtype": "float16"}, "in the dtype that its graphs have, fl"),
+        ({"backend": "onnxruntime", "providers": CPU, "threads": 0}, "threads must be >= 1, got 0"),
+        ({"providers": CPU}, "options of backend onnxruntime alone"),
+        ({"threads": 2}, "options of backend onnxruntime alone"),
+    ]
+    for options, message in refused:
+        with pytest.raises(ConfigError, match=message):
+            load(tally, progress=print, **options)
+
+
+def test_a_provider_that_is_not_there_is_named(
+    tally: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        BackendError, match=r"has no RocmExecutionProvider here \(it has: .*install"
+    ):
+        load_onnx(tally, ["RocmExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(CPU))
+    with pytest.raises(BackendError, match=r"no CUDAExecutionProvider .*install onnxruntime-gpu"):
+        load_onnx(tally, ["CUDAExecutionProvider"])
+
+
+class Started:
+    """A session that says which providers it started with."""
+
+    def __init__(self, *providers: str) -> None:
+        self.get_providers = lambda: list(providers)
+
+
+@pytest.mark.parametrize(
+    ("starts", "wanted", "told"),
+    [
+        (True, None, "on CUDAExecutionProvider"),
+        (False, None, "on CPUExecutionProvider"),
+        (True, ["CUDAExecutionProvider"], "on CUDAExecutionProvider"),
+    ],
+)
+def test_cuda_is_taken_where_it_starts_and_said_aloud(
+    tally: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    starts: bool,
+    wanted: list[str] | None,
+    told: str,
+) -> None:
+    both = ["CUDAExecutionProvider", *CPU]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    monkeypatch.setattr(backend_module, "_has_driver", lambda: True)
+    session = Started(*(both if starts else CPU))
+    monkeypatch.setattr(OnnxBackend, "_session", lambda *args, **kwargs: session)
+    said: list[str] = []
+    model = load(tally, backend="onnxruntime", providers=wanted, progress=said.append)
+    assert [line.endswith(told) for line in said] == [True]
+    assert isinstance(model.backend, OnnxBackend)
+    assert model.backend.on_device == starts
+
+
+def test_cuda_that_does_not_start_is_refused_where_asked_for(
+    tally: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = ["CUDAExecutionProvider", *CPU]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    monkeypatch.setattr(OnnxBackend, "_session", lambda *args, **kwargs: Started(*CPU))
+    with pytest.raises(BackendError, match=r"can't be started here .*CUDA and cuDNN.*leave prov"):
+        load_onnx(tally, ["CUDAExecutionProvider"])
+
+
+def test_graphs_that_the_runtime_is_too_old_for(pairs: Pairs, tmp_path: Path) -> None:
+    path = tmp_path / "new.sirius"
+    path.write_bytes(pairs("topk").path.read_bytes())
+
+    def from_the_future(entries: dict[str, bytes]) -> None:
+        for name in entries:
+            if name.endswith(".onnx"):
+                model = onnx.load_from_string(entries[name])
+                model.opset_import[0].version = 999
+                entries[name] = model.SerializeToString()
+
+    rebuild(path, from_the_future)
+    with pytest.raises(
+        BackendError, match=r"does not take the graph 'prefill' \(ONNX opset 18"
+    ) as caught:
+        load_onnx(path).generate([[7, 8, 9]], max_new_tokens=4)
+    assert "pip install --upgrade onnxruntime" in str(caught.value)
+
+
+def test_limits_of_the_period(pairs: Pairs) -> None:
+    model = pairs("topk").onnx
+    for options, message in (
+        ({"period": 5}, r"period must be in 1..4 here"),
+        ({"tree_width": 2}, "tree_width must be 1 here"),
+        ({"period": "auto"}, "use backend eager"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model.generate([[7, 8, 9]], **options)
+
+
+# what it is made of
+
+
+@pytest.mark.parametrize("kind", ["host", "device"])
+def test_caches_are_written_in_place(pairs: Pairs, kind: str) -> None:
+    """The graph that writes a device's caches, on the CPU, does what NumPy does."""
+    backend = pairs("topk").onnx.backend
+    assert isinstance(backend, OnnxBackend)
+    generator = np.random.default_rng(0)
+
+    def random(*shape: int) -> np.ndarray:
+        return generator.standard_normal(shape, np.float32)
+
+    arrays = {"k_cache": random(2, 3, 2, 9, 16), "v_cache": random(2, 3, 2, 9, 16)}
+    wanted = {name: array.copy() for name, array in arrays.items()}
+    caches = (
+        HostCaches(arrays, backend.value)
+        if kind == "host"
+        else DeviceCaches(arrays, backend.value, backend.graph("write").session)
+    )
+    places = {name: value.data_ptr() for name, value in caches.values.items()}
+    length, new = np.array([0, 6, 2]), {name: random(2, 3, 2, 3, 16) for name in arrays}
+    caches.write(length, *(backend.value(array) for array in new.values()))
+    for name, array in wanted.items():
+        for row, start in enumerate(length):
+            array[:, row, :, start : start + 3] = new[name][:, row]
+        np.testing.assert_array_equal(caches.values[name].numpy(), array)
+        assert caches.values[name].data_ptr() == places[name]
+    caches.select([2, 0])
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(caches.values[name].numpy(), array[:, [2, 0]])
+
+
+def test_tokens_are_the_same_with_caches_of_a_device(
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sirius_runtime.backends import onnx_decoder
+
+    model, prompts = pairs("griffin").onnx, [[7, 8, 9], [50, 30, 11, 22, 60]]
+    wanted = model.generate(prompts, max_new_tokens=20).tokens
+    session = model.backend.graph("write").session  # type: ignore[attr-defined]
+    made: Callable[..., DeviceCaches] = lambda arrays, value: DeviceCaches(arrays, value, session)  # noqa: E731
+    monkeypatch.setattr(onnx_decoder, "HostCaches", made)
+    assert model.generate(prompts, max_new_tokens=20).tokens == wanted
+
+
+def test_streams_and_arrays(pairs: Pairs) -> None:
+    pair, shown = pairs("topk"), []
+    tokenizer = pair.onnx.tokenizer
+    assert tokenizer is not None
+    stream = TextStream(tokenizer, shown.append)
+    output = pair.onnx.generate([7, 8, 9], max_new_tokens=9, streamer=stream)
+    assert "".join(shown) == (output.texts or ())[0]
+    ids, mask = np.array([[0, 7, 8], [7, 8, 9]]), np.array([[0, 1, 1], [1, 1, 1]])
+    rows = pair.onnx.generate(ids, attention_mask=mask, max_new_tokens=5)
+    assert rows.prompts == ((7, 8), (7, 8, 9))
+    tensors = pair.torch.generate(
+        torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), max_new_tokens=5
+    )
+    assert tensors.tokens == rows.tokens
+
+
+def test_the_command_line(tally: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", str(tally), "-p", PROMPT.replace("\n", "\\n"), "--backend", "onnxruntime"]
+    options = ["--providers", "CPUExecutionProvider", "--threads", "1", "--mode", "exact", "--json"]
+    assert sirius(command + options) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert (
+        found["text"] == (load(tally, device="cpu").generate(PROMPT, mode="exact").texts or ())[0]
+    )
+    assert "on CPUExecutionProvider" in captured.err
