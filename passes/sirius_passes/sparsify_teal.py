@@ -16,8 +16,8 @@ input-major (arXiv 2408.14690).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -78,18 +78,15 @@ class SparsifyTeal(Pass):
             if self.score is Score.WEIGHT_NORM:
                 norm = _norm(program, graph, source, units)
             origin = f"{self.name}({linear.name})"
-            flat = x.meta["val"].ndim == 2  # rows and tokens as one: which are whose is needed
             with graph.inserting_before(linear):
-                if flat:
-                    x = _by_rows(graph, x, units, origin)
+                x, restore = _by_rows(graph, x, features, origin)
                 rows = call(graph, aten.t.default, (weight,), origin=origin)
                 arguments = (x, rows, bias[0] if bias else None, norm, own.value)
                 both = call(graph, sparse_linear, arguments, origin=origin)
                 both.meta[CALIBRATED] = (len(both.args) - 1,)
             y, count = both_values(linear, both, self.name)
-            if flat:
-                with graph.inserting_before(linear):
-                    y = call(graph, aten.view.default, (y, [-1, features]), origin=origin)
+            with graph.inserting_before(linear):
+                y = restore(y)
             take_over(linear, y)
             counts.append(count)
             kept = units * own.keep
@@ -115,11 +112,31 @@ def projections(graph: fx.Graph, dense_layers: Collection[int] = ()) -> dict[fx.
     return {node: layer for node, layer in layers.items() if layer not in dense_layers}
 
 
-def _by_rows(graph: fx.Graph, x: fx.Node, channels: int, origin: str) -> fx.Node:
-    """x [B T, C] as [B, T, C]."""
-    tokens = placeholders(graph, INPUT)["input_ids"]
-    rows = call(graph, aten.sym_size.int, (tokens, 0), origin=origin)
-    return call(graph, aten.view.default, (x, [rows, -1, channels]), origin=origin)
+def _by_rows(
+    graph: fx.Graph, x: fx.Node, features: int, origin: str
+) -> tuple[fx.Node, Callable[[fx.Node], fx.Node]]:
+    """A linear's input as [B, T, C], and what gives the output the form that the input had.
+
+    Tokens of all rows may come as one ([B T, C]: OPT), or with a head's dimension of 1 ([B, 1, T,
+    C]: latent attention).
+    """
+
+    def make(target: Callable[..., Any], *args: Any) -> fx.Node:
+        return call(graph, target, args, origin=origin)
+
+    shape = x.meta["val"].shape
+    if len(shape) == 3:
+        return x, lambda y: y
+    if len(shape) == 2:
+        rows = make(aten.sym_size.int, placeholders(graph, INPUT)["input_ids"], 0)
+        by_rows = make(aten.view.default, x, [rows, -1, int(shape[-1])])
+        return by_rows, lambda y: make(aten.view.default, y, [-1, features])
+    if len(shape) == 4 and shape[1] == 1:
+        return make(aten.squeeze.dim, x, 1), lambda y: make(aten.unsqueeze.default, y, 1)
+    raise UnsupportedModelError(
+        f"the linear after {x.name} reads {list(shape)}, which says of no number whose token it "
+        "is. Use --sparsity topk, cats or griffin"
+    )
 
 
 def _source(weight: fx.Node) -> NormSpec:
