@@ -55,7 +55,7 @@ class Summary:
         table.add_row("parameters", f"{model.parameters:,}")
         layers = len({site.layer for site in sparsity.sites})
         table.add_row("sparse layers", f"{layers} of {spec.state.layers}")
-        kept = f"{sparsity.method}, {sparsity.keep:.1%} of the neurons or channels kept"
+        kept = f"{sparsity.method}, {sparsity.keep:.1%} kept where it skips"
         table.add_row("sparse path", kept)
         table.add_row("density", f"{sparsity.density:.3f} of the weights read by a sparse step")
         if sparse is not None and sparse.ranking:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sirius_compile.allocation import LEAST_KEPT
 from sirius_compile.calibration import Calibration, calibrate
 from sirius_compile.config import DEFAULT_KEEP, CompileConfig, DenseLayers
 from sirius_compile.pipeline import Thresholds, sparsify
@@ -137,7 +138,8 @@ def keep_for_density(density: float, density_of: Callable[[float], float], metho
 
     Raises ConfigError where the method reads more than that whatever it keeps.
     """
-    low, high = LEAST_KEEP, 1.0
+    low, high = LEAST_KEPT if Method.TEAL in method else LEAST_KEEP, 1.0
+    least = low
     at_low, at_high = density_of(low), density_of(high)
     if density < at_low - CLOSE:
         raise ConfigError(
@@ -149,7 +151,7 @@ def keep_for_density(density: float, density_of: Callable[[float], float], metho
         if at_high - at_low < 1e-12:
             break
         middle = low + (density - at_low) / (at_high - at_low) * (high - low)
-        middle = min(max(middle, LEAST_KEEP), 1.0)
+        middle = min(max(middle, least), 1.0)
         at_middle = density_of(middle)
         if abs(at_middle - density) < CLOSE:
             return middle

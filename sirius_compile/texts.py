@@ -97,7 +97,8 @@ def hold_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     total = sum(map(len, samples))
     if total < LEAST_TOKENS:
         raise CalibrationError(
-            f"the calibration text has {total} tokens; at least {LEAST_TOKENS} are needed"
+            f"the calibration text has {total} tokens; at least {LEAST_TOKENS} are needed: give "
+            "more by --calibration, or leave it out for the built-in text"
         )
     if len(samples) >= 4:
         return [s for i, s in enumerate(samples) if i % 4 < 3], list(samples[3::4])

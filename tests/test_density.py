@@ -89,6 +89,10 @@ def test_the_share_that_reaches_a_density_is_found(neurons: Program, wanted: flo
 def test_a_density_out_of_reach_is_refused(neurons: Program) -> None:
     with pytest.raises(ConfigError, match=r"topk: with 1% kept it still reads 0.53\d of the"):
         keep_for_density(0.4, lambda k: density(neurons, Method.TOPK, k), Method.TOPK)
+    with pytest.raises(ConfigError, match=r"griffin\+teal: with 5% kept it still reads 0.15\d"):
+        keep_for_density(
+            0.1, lambda k: density(neurons, Method.GRIFFIN_TEAL, k), Method.GRIFFIN_TEAL
+        )
 
 
 def test_dense_layers_read_everything(neurons: Program) -> None:
