@@ -38,7 +38,7 @@ bench: setup           ## kernels and steps at real sizes on this machine's CPU
 	$(BIN)/python -m benchmarks.steps
 
 frontier: setup        ## what every sparse path answers and reads: docs/results/frontier.md
-	$(BIN)/python benchmarks/frontier.py
+	$(BIN)/python benchmarks/frontier.py --problems 100
 
 format: setup
 	$(BIN)/ruff check --fix .

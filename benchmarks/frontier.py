@@ -1,6 +1,6 @@
 """The frontier of the sparse paths on the shipped model: what is answered right, what is read.
 
-    python benchmarks/frontier.py --problems 200 --out docs/results
+    python benchmarks/frontier.py --problems 100 --out docs/results
 
 Sweeps methods, kept shares, periods and tree widths over fresh test problems of both tasks, all in
 one run, and writes `frontier.md` (a row a setting) and `frontier.png`. The dense model's answers
