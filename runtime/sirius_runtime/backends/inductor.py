@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -129,8 +128,7 @@ class InductorBackend(EagerBackend):
 
     def _graph(self, entry: str) -> fx.GraphModule:
         """A copy for one bucket: torch.compile keeps what it knows with a module's code."""
-        module = self._entries[entry].module
-        return with_linears(module) if self.device.type == "cpu" else copy.deepcopy(module)
+        return with_linears(self._entries[entry].module)
 
 
 def _dense(value: Tensor) -> Tensor:
