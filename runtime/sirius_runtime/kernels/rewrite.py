@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from sirius_runtime.control_flow import as_python
 from sirius_runtime.kernels.pointwise import rms_norm, rotate
+from sirius_runtime.kernels.reinplace import write_in_place
 
 aten = torch.ops.aten
 
@@ -25,10 +27,12 @@ aten = torch.ops.aten
 def with_kernels(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a graph, and of those that its control flow runs, with kernels in it."""
     own = copy.deepcopy(module)
+    write_in_place(own)
     for part in own.modules():
         if isinstance(part, fx.GraphModule):
             for node in list(part.graph.nodes):
                 _rewrite(node)
+            as_python(part.graph)
             part.graph.lint()
             part.recompile()
     return own

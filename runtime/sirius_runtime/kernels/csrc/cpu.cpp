@@ -82,8 +82,7 @@ int sirius_mlp(int type, int64_t B, int64_t N, int64_t C, int64_t I, const void*
 
 int sirius_attention(int type, int64_t B, int64_t H, int64_t G, int64_t N, int64_t D, int64_t V,
                      int64_t S, int64_t M, const void* q, const void* k, const void* v, void* keys,
-                     void* values, const void* block_keys, const void* block_values,
-                     const void* positions, const void* slots, const void* length,
+                     void* values, void* block_keys, void* block_values, const void* positions, const void* slots, const void* length,
                      const void* mask, int64_t mask_stride, int64_t window, float scale,
                      float softcap, const void* sinks, void* out, int threads) {
   return with_type(type, [&](auto zero) {
@@ -93,7 +92,7 @@ int sirius_attention(int type, int64_t B, int64_t H, int64_t G, int64_t N, int64
     own.D = size_t(D), own.V = size_t(V), own.S = size_t(S), own.M = size_t(M);
     own.q = (const T*)q, own.k = (const T*)k, own.v = (const T*)v;
     own.keys = (T*)keys, own.values = (T*)values;
-    own.block_keys = (const T*)block_keys, own.block_values = (const T*)block_values;
+    own.block_keys = (T*)block_keys, own.block_values = (T*)block_values;
     own.positions = (const int64_t*)positions, own.slots = (const int64_t*)slots;
     own.length = (const int64_t*)length, own.mask = (const int64_t*)mask;
     own.mask_stride = size_t(mask_stride), own.window = window;
