@@ -31,14 +31,31 @@ int with_type(int type, const Call& f) {
 
 extern "C" {
 
-// `by_inputs`: the weight is [C, O].
-int sirius_linear(int type, const void* x, const void* weight, int64_t stride, int by_inputs,
-                  const void* bias, void* y, int64_t N, int64_t C, int64_t O, int threads) {
+// Up to MOST_LINEARS weights [O, C] of one x.
+int sirius_linears(int type, const void* x, int64_t count, const void* const* weights,
+                   const int64_t* strides, const void* const* biases, void* const* ys,
+                   const int64_t* O, int64_t N, int64_t C, int threads) {
+  constexpr int64_t MOST_LINEARS = 8;
+  if (count > MOST_LINEARS) return BAD_INDEX;
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
-    const auto run = by_inputs ? linear_by_inputs<T> : linear_by_outputs<T>;
-    run((const T*)x, (const T*)weight, size_t(stride), (const T*)bias, (T*)y, size_t(N), size_t(C),
-        size_t(O), threads);
+    Product<T> all[MOST_LINEARS];
+    for (int64_t i = 0; i < count; i++)
+      all[i] = {(const T*)weights[i], size_t(strides[i]), (const T*)biases[i], (T*)ys[i],
+                size_t(O[i])};
+    linears_by_outputs<T>((const T*)x, all, size_t(count), size_t(N), size_t(C), threads);
+    return DONE;
+  });
+}
+
+// A weight [C, O].
+int sirius_linear_by_inputs(int type, const void* x, const void* weight, int64_t stride,
+                            const void* bias, void* y, int64_t N, int64_t C, int64_t O,
+                            int threads) {
+  return with_type(type, [&](auto zero) {
+    typedef decltype(zero) T;
+    linear_by_inputs<T>((const T*)x, (const T*)weight, size_t(stride), (const T*)bias, (T*)y,
+                        size_t(N), size_t(C), size_t(O), threads);
     return DONE;
   });
 }
