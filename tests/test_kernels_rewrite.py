@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.kernels.build import InstructionSet
+from sirius_runtime.kernels.linear import linears
 from sirius_runtime.kernels.native import references, using
 from sirius_runtime.kernels.pointwise import rms_norm, rotate
 from sirius_runtime.kernels.rewrite import with_kernels
@@ -97,7 +99,9 @@ def test_a_llama_s_graph_uses_them_throughout(tiny: TinyModels, entry: str) -> N
     layers = model.program.state.layers
     assert after[rms_norm] == 2 * layers + 1
     assert after[rotate] == 2 * layers
-    assert after[sirius.linear.default] == before[aten.linear.default] == 4 * layers + 1
+    # q, k and v in one call; o; the head.
+    assert before[aten.linear.default] == 4 * layers + 1
+    assert (after[linears], after[sirius.linear.default]) == (layers, layers + 1)
     for gone in ("linear.default", "rsqrt.default", "neg.default", "pow.Tensor_Scalar"):
         assert not any(str(target) == f"aten.{gone}" for target in after)
 
@@ -196,3 +200,33 @@ def test_what_others_use_too_stays() -> None:
     own = with_kernels(graph_of(both, x, weight))
     assert targets(own)[rms_norm] == targets(own)[aten.rsqrt.default] == 1
     near(own(x, weight)[0], both(x, weight))
+
+
+def test_linears_of_one_input_are_one_call_to_the_bit() -> None:
+    def both(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        q, k = aten.linear.default(x, w, b), aten.linear.default(x, v)
+        return torch.cat([q, k, aten.linear.default(q, v[:, :5])], -1)
+
+    x, w, v, b = randn(2, 3, 7, seed=0), randn(5, 7, seed=1), randn(4, 7, seed=2), randn(5, seed=3)
+    module = graph_of(both, x, w, v, b)
+    own = with_kernels(module)
+    after = targets(own)
+    assert (after[linears], after[sirius.linear.default]) == (1, 1)
+    apart = copy.deepcopy(module)
+    for node in apart.graph.find_nodes(op="call_function", target=aten.linear.default):
+        node.target = sirius.linear.default
+    apart.recompile()
+    arguments = (x, w, v, b)
+    assert torch.equal(own(*arguments)[0], apart(*arguments)[0])
+    with references():
+        torch.testing.assert_close(own(*arguments)[0], module(*arguments)[0])
+
+
+def test_a_linear_of_a_weight_that_is_computed_stays_by_itself() -> None:
+    def both(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        q = aten.linear.default(x, w)
+        return q + aten.linear.default(x, v + q.sum())
+
+    x, w, v = randn(2, 7, seed=0), randn(4, 7, seed=1), randn(4, 7, seed=2)
+    own = with_kernels(graph_of(both, x, w, v))
+    assert (targets(own)[linears], targets(own)[sirius.linear.default]) == (0, 2)

@@ -63,23 +63,68 @@ def block_attention(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.block_attention`."""
-    where = positions, length, tree_mask
+    where = positions, nodes, length, tree_mask
     if not (
         _serves(q, k, v, k_cache, v_cache, where, window, softcap, sinks)
-        and k_block.dtype is v_block.dtype is q.dtype
-        and k_block.shape[3] == v_block.shape[3] == tree_mask.shape[2]
+        and _is_block(k_block, v_block, k, v, tree_mask)
     ):
         return reference.block_attention(
             q, k, v, k_cache, v_cache, k_block, v_block, positions, nodes, length, tree_mask,
             layer, scale, window, softcap, sinks,
         )  # fmt: skip
-    k_new = k_block[layer].index_copy(2, nodes, k).contiguous()
-    v_new = v_block[layer].index_copy(2, nodes, v).contiguous()
+    k_new, v_new = k_block[layer].clone(), v_block[layer].clone()
     out = _run(
-        "block_attention", q, k, v, k_cache[layer], v_cache[layer], k_new, v_new, positions, None,
+        "block_attention", q, k, v, k_cache[layer], v_cache[layer], k_new, v_new, positions, nodes,
         length, tree_mask, scale, window, softcap, sinks,
     )  # fmt: skip
     return out, k_new, v_new
+
+
+def block_attention_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_block: Tensor,
+    v_block: Tensor,
+    positions: Tensor,
+    nodes: Tensor,
+    length: Tensor,
+    tree_mask: Tensor,
+    layer: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As `block_attention`, but the call's K/V are written into k_block and v_block themselves."""
+    where = positions, nodes, length, tree_mask
+    if not (
+        _serves(q, k, v, k_cache, v_cache, where, window, softcap, sinks)
+        and _is_block(k_block, v_block, k, v, tree_mask)
+    ):
+        out, k_new, v_new = reference.block_attention(
+            q, k, v, k_cache, v_cache, k_block, v_block, positions, nodes, length, tree_mask,
+            layer, scale, window, softcap, sinks,
+        )  # fmt: skip
+        k_block[layer].copy_(k_new)
+        v_block[layer].copy_(v_new)
+        return out
+    return _run(
+        "block_attention", q, k, v, k_cache[layer], v_cache[layer], k_block[layer], v_block[layer],
+        positions, nodes, length, tree_mask, scale, window, softcap, sinks,
+    )  # fmt: skip
+
+
+def _is_block(k_block: Tensor, v_block: Tensor, k: Tensor, v: Tensor, tree_mask: Tensor) -> bool:
+    """Whether these are a block's K/V for the kernel."""
+    return (
+        k_block.dtype is v_block.dtype is k.dtype
+        and k_block.is_contiguous()
+        and v_block.is_contiguous()
+        and k_block.shape[1:4] == v_block.shape[1:4] == (*k.shape[:2], tree_mask.shape[2])
+    )
 
 
 def _serves(
@@ -124,7 +169,7 @@ def _run(
     block_keys: Tensor | None,
     block_values: Tensor | None,
     positions: Tensor,
-    slots: Tensor | None,
+    slots: Tensor,
     length: Tensor,
     tree_mask: Tensor,
     scale: float,
@@ -132,22 +177,24 @@ def _run(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention over a layer's caches and, where it stands apart, the block [B, G, M, ·]."""
+    """Attention over a layer's caches and, where it stands apart, the block [B, G, M, ·].
+
+    `slots`: where K and V are written to, [B, T] of the caches or [T] of the block.
+    """
     library = kernels()
     assert library is not None
     B, H, T, D = q.shape
     G, V = k.shape[1], v.shape[3]
     S, M = keys.shape[2], tree_mask.shape[2]
-    q, k, v, positions, length, tree_mask = (
-        tensor.contiguous() for tensor in (q, k, v, positions, length, tree_mask)
+    q, k, v, positions, slots, length, tree_mask = (
+        tensor.contiguous() for tensor in (q, k, v, positions, slots, length, tree_mask)
     )
-    slots = None if slots is None else slots.contiguous()
     out = q.new_empty(B, H, T, V)
     status = library.sirius_attention(
         TYPES[q.dtype], B, H, G, T, D, V, S, M,
         q.data_ptr(), k.data_ptr(), v.data_ptr(),
         keys.data_ptr(), values.data_ptr(), address(block_keys), address(block_values),
-        positions.data_ptr(), address(slots), length.data_ptr(), tree_mask.data_ptr(),
+        positions.data_ptr(), slots.data_ptr(), length.data_ptr(), tree_mask.data_ptr(),
         0 if tree_mask.shape[0] == 1 else T * M,
         window or 0,
         scale,

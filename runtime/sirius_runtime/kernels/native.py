@@ -19,7 +19,8 @@ compiles for that one; unset or empty, for the best that the CPU has."""
 
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
-    "sirius_linear": [_I, _P, _P, _N, _I, _P, _P, _N, _N, _N, _I],
+    "sirius_linears": [_I, _P, _N, _P, _P, _P, _P, _P, _N, _N, _I],
+    "sirius_linear_by_inputs": [_I, _P, _P, _N, _P, _P, _N, _N, _N, _I],
     "sirius_sparse_linear": [_I, _P, _P, _N, _P, _P, _F, _P, _P, _N, _N, _N, _N, _I],
     "sirius_mlp": [
         *(_I, _N, _N, _N, _N, _P, _P, _N, _P, _N, _P, _N, _P, _P, _P),

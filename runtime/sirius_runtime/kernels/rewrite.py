@@ -2,6 +2,7 @@
 
     Before                                          After
     aten.linear(x, w, b)                            sirius.linear(x, w, b)
+    sirius.linear(x, w, …), sirius.linear(x, v, …)  linears(x, [w, v], …)
     w * (x32 * rsqrt(mean(x32²) + ε)).to(dtype)     rms_norm(x, w, ε, dtype)
     x * cos + cat([-x[h:], x[:h]]) * sin            rotate(x, cos, sin, h)
 
@@ -12,12 +13,16 @@ here and is not for compilers or for files.
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
+from sirius_runtime.control_flow import as_python
+from sirius_runtime.kernels.linear import MOST_LINEARS, linears
 from sirius_runtime.kernels.pointwise import rms_norm, rotate
+from sirius_runtime.kernels.reinplace import write_in_place
 
 aten = torch.ops.aten
 
@@ -25,10 +30,13 @@ aten = torch.ops.aten
 def with_kernels(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a graph, and of those that its control flow runs, with kernels in it."""
     own = copy.deepcopy(module)
+    write_in_place(own)
     for part in own.modules():
         if isinstance(part, fx.GraphModule):
             for node in list(part.graph.nodes):
                 _rewrite(node)
+            _join_linears(part.graph)
+            as_python(part.graph)
             part.graph.lint()
             part.recompile()
     return own
@@ -56,6 +64,24 @@ def _rewrite(node: fx.Node) -> None:
             node.replace_all_uses_with(new)
             _erase_unused(node)
             return
+
+
+def _join_linears(graph: fx.Graph) -> None:
+    """Makes one call of the linears that share an input, and whose weights the graph is given."""
+    groups: dict[Any, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.sirius.linear.default):
+        if all(value.op == "placeholder" for value in node.all_input_nodes[1:]):
+            groups.setdefault(node.args[0], []).append(node)
+    for x, nodes in groups.items():
+        if not 2 <= len(nodes) <= MOST_LINEARS:
+            continue
+        weights, biases = zip(*((*node.args[1:], None)[:2] for node in nodes), strict=True)
+        with graph.inserting_before(nodes[0]):
+            joint = graph.call_function(linears, (x, weights, biases))
+            for index, node in enumerate(nodes):
+                node.replace_all_uses_with(graph.call_function(operator.getitem, (joint, index)))
+        for node in nodes:
+            graph.erase_node(node)
 
 
 def _is(node: Any, target: Any, *rest: Any) -> bool:

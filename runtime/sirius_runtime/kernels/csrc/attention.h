@@ -19,8 +19,9 @@ struct Attention {
   size_t S, M;                   // slots of the cache and of the block
   const T *q, *k, *v;            // [B, H, N, D], [B, G, N, D], [B, G, N, V]
   T *keys, *values;              // the layer's caches: [B, G, S, D], [B, G, S, V]
-  const T *block_keys, *block_values;  // the block, where it stands apart: [B, G, M, D], …; else null
-  const int64_t *positions, *slots, *length;  // [B, N], [B, N], [B]
+  T *block_keys, *block_values;  // the block, where it stands apart: [B, G, M, D], …; else null
+  const int64_t *positions, *length;  // [B, N], [B]
+  const int64_t* slots;          // [B, N] of the caches; or [N] of a block that stands apart
   const T* sinks;                // [H], or null: scores of a token without a value, seen by all
   const int64_t* mask;           // [B or 1, N, M]
   size_t mask_stride;            // of a row; 0 where all share one
@@ -29,19 +30,18 @@ struct Attention {
   T* out;                        // [B, H, N, V]
   int threads;
 
-  // Returns false where `slots` names one that is not there; a block that stands apart has none.
+  // Writes the tokens' K/V to their slots, then attends. Returns false for a slot that is not there.
   bool run() {
-    if (block_keys) {
-      attend_all();
-      return true;
-    }
-    for (size_t i = 0; i < B * N; i++)
-      if (slots[i] < 0 || slots[i] >= int64_t(S)) return false;
+    const size_t size = block_keys ? M : S;
+    T *const own_keys = block_keys ? block_keys : keys;
+    T *const own_values = block_keys ? block_values : values;
+    for (size_t i = 0; i < (block_keys ? N : B * N); i++)
+      if (slots[i] < 0 || slots[i] >= int64_t(size)) return false;
     for (size_t bg = 0; bg < B * G; bg++)
       for (size_t n = 0; n < N; n++) {
-        const size_t slot = bg * S + size_t(slots[bg / G * N + n]), from = bg * N + n;
-        memcpy(keys + slot * D, k + from * D, D * sizeof(T));
-        memcpy(values + slot * V, v + from * V, V * sizeof(T));
+        const size_t slot = size_t(slots[block_keys ? n : bg / G * N + n]), from = bg * N + n;
+        memcpy(own_keys + (bg * size + slot) * D, k + from * D, D * sizeof(T));
+        memcpy(own_values + (bg * size + slot) * V, v + from * V, V * sizeof(T));
       }
     attend_all();
     return true;

@@ -31,14 +31,31 @@ int with_type(int type, const Call& f) {
 
 extern "C" {
 
-// `by_inputs`: the weight is [C, O].
-int sirius_linear(int type, const void* x, const void* weight, int64_t stride, int by_inputs,
-                  const void* bias, void* y, int64_t N, int64_t C, int64_t O, int threads) {
+// Up to MOST_LINEARS weights [O, C] of one x.
+int sirius_linears(int type, const void* x, int64_t count, const void* const* weights,
+                   const int64_t* strides, const void* const* biases, void* const* ys,
+                   const int64_t* O, int64_t N, int64_t C, int threads) {
+  constexpr int64_t MOST_LINEARS = 8;
+  if (count > MOST_LINEARS) return BAD_INDEX;
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
-    const auto run = by_inputs ? linear_by_inputs<T> : linear_by_outputs<T>;
-    run((const T*)x, (const T*)weight, size_t(stride), (const T*)bias, (T*)y, size_t(N), size_t(C),
-        size_t(O), threads);
+    Product<T> all[MOST_LINEARS];
+    for (int64_t i = 0; i < count; i++)
+      all[i] = {(const T*)weights[i], size_t(strides[i]), (const T*)biases[i], (T*)ys[i],
+                size_t(O[i])};
+    linears_by_outputs<T>((const T*)x, all, size_t(count), size_t(N), size_t(C), threads);
+    return DONE;
+  });
+}
+
+// A weight [C, O].
+int sirius_linear_by_inputs(int type, const void* x, const void* weight, int64_t stride,
+                            const void* bias, void* y, int64_t N, int64_t C, int64_t O,
+                            int threads) {
+  return with_type(type, [&](auto zero) {
+    typedef decltype(zero) T;
+    linear_by_inputs<T>((const T*)x, (const T*)weight, size_t(stride), (const T*)bias, (T*)y,
+                        size_t(N), size_t(C), size_t(O), threads);
     return DONE;
   });
 }
@@ -82,8 +99,7 @@ int sirius_mlp(int type, int64_t B, int64_t N, int64_t C, int64_t I, const void*
 
 int sirius_attention(int type, int64_t B, int64_t H, int64_t G, int64_t N, int64_t D, int64_t V,
                      int64_t S, int64_t M, const void* q, const void* k, const void* v, void* keys,
-                     void* values, const void* block_keys, const void* block_values,
-                     const void* positions, const void* slots, const void* length,
+                     void* values, void* block_keys, void* block_values, const void* positions, const void* slots, const void* length,
                      const void* mask, int64_t mask_stride, int64_t window, float scale,
                      float softcap, const void* sinks, void* out, int threads) {
   return with_type(type, [&](auto zero) {
@@ -93,7 +109,7 @@ int sirius_attention(int type, int64_t B, int64_t H, int64_t G, int64_t N, int64
     own.D = size_t(D), own.V = size_t(V), own.S = size_t(S), own.M = size_t(M);
     own.q = (const T*)q, own.k = (const T*)k, own.v = (const T*)v;
     own.keys = (T*)keys, own.values = (T*)values;
-    own.block_keys = (const T*)block_keys, own.block_values = (const T*)block_values;
+    own.block_keys = (T*)block_keys, own.block_values = (T*)block_values;
     own.positions = (const int64_t*)positions, own.slots = (const int64_t*)slots;
     own.length = (const int64_t*)length, own.mask = (const int64_t*)mask;
     own.mask_stride = size_t(mask_stride), own.window = window;

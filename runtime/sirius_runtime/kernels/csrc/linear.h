@@ -7,26 +7,40 @@
 
 namespace sirius {
 
-// y [N, O] of x [N, C] and a weight [O, C] with rows `stride` apart.
+// A weight [O, C] with rows `stride` apart, and where its product y [N, O] goes; bias [O] or null.
 template <class T>
-void linear_by_outputs(const T* x, const T* weight, size_t stride, const T* bias, T* y, size_t N,
-                       size_t C, size_t O, int threads) {
+struct Product {
+  const T* weight;
+  size_t stride;
+  const T* bias;
+  T* y;
+  size_t O;
+};
+
+// Products of the same x [N, C].
+template <class T>
+void linears_by_outputs(const T* x, const Product<T>* all, size_t count, size_t N, size_t C,
+                        int threads) {
   thread_local Scratch<X<T>> activations;
   X<T>* own = activations.take(N * padded(C));
   take_activations(x, C, N, C, own);
   constexpr size_t BLOCK = 32;  // outputs a task
-  parallel((O + BLOCK - 1) / BLOCK, threads, [&](size_t task) {
-    const size_t begin = task * BLOCK, count = std::min(BLOCK, O - begin);
+  size_t tasks = 0;
+  for (size_t i = 0; i < count; i++) tasks += (all[i].O + BLOCK - 1) / BLOCK;
+  parallel(tasks, threads, [&](size_t task) {
+    const Product<T>* p = all;
+    for (; task >= (p->O + BLOCK - 1) / BLOCK; p++) task -= (p->O + BLOCK - 1) / BLOCK;
+    const size_t begin = task * BLOCK, count = std::min(BLOCK, p->O - begin);
     const T* rows[BLOCK];
-    for (size_t j = 0; j < count; j++) rows[j] = weight + (begin + j) * stride;
+    for (size_t j = 0; j < count; j++) rows[j] = p->weight + (begin + j) * p->stride;
     for (size_t n = 0; n < N; n += 16) {
       const size_t wide = std::min<size_t>(16, N - n);
       float sums[16 * BLOCK];
       dots<T>(rows, count, own + n * padded(C), padded(C), wide, C, sums, BLOCK);
       for (size_t t = 0; t < wide; t++)
         for (size_t j = 0; j < count; j++) {
-          const float offset = bias ? to_float(bias[begin + j]) : 0.0f;
-          round_into(y + (n + t) * O + begin + j, sums[t * BLOCK + j] + offset);
+          const float offset = p->bias ? to_float(p->bias[begin + j]) : 0.0f;
+          round_into(p->y + (n + t) * p->O + begin + j, sums[t * BLOCK + j] + offset);
         }
     }
   });
@@ -60,7 +74,7 @@ void linear_of_channels(const X<T>* z, const int32_t* live, size_t count, const 
   finish(sums, groups, N, O, bias, apart, y, threads);
 }
 
-// As `linear_by_outputs`, of a weight [C, O].
+// y [N, O] of x [N, C] and a weight [C, O].
 template <class T>
 void linear_by_inputs(const T* x, const T* weight, size_t stride, const T* bias, T* y, size_t N,
                       size_t C, size_t O, int threads) {

@@ -128,9 +128,11 @@ struct Mlp {
       for (size_t j = 0; j < CHUNK; j++) {
         float v = 0.0f;
         if (j < count) v = up ? rounded<T>(g[n * CHUNK + j] * u[n * CHUNK + j]) : g[n * CHUNK + j];
+        u[n * CHUNK + j] = v;
         own[n * CHUNK + j] = Meet<T>::from_float(v);
-        if (z && j < count) round_into(z + (b * N + n) * I + first + live[j], v);
       }
+      for (size_t j = 0; z && j < count; j++)
+        round_into(z + (b * N + n) * I + first + live[j], u[n * CHUNK + j]);
     }
     const T* rows[CHUNK];
     for (size_t j = 0; j < count; j++) rows[j] = down + (first + live[j]) * down_stride;

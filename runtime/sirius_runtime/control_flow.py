@@ -1,0 +1,46 @@
+"""Control flow of a graph that runs here, operator by operator: Python's own.
+
+    Before                                       After
+    higher_order.while_loop(goes, body, c, x)    while goes(*c, *x): c = body(*c, *x)
+    higher_order.cond(which, yes, no, x)         (yes if which else no)(*x)
+
+torch's operators find out at each call what tracing, autograd and vmap make of them, over as many
+arguments as the model has weights. Neither is in force here. `which` is read by the host either
+way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+Branch = Callable[..., Sequence[Tensor]]
+
+
+def as_python(graph: fx.Graph) -> None:
+    """Rewrites the loops and conditions of a graph in place."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.target = _PYTHON.get(node.target, node.target)
+
+
+def while_loop(
+    goes_on: Callable[..., Tensor], body: Branch, carried: Sequence[Tensor], given: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """What is carried when `goes_on` says no (a bool tensor of one element)."""
+    while goes_on(*carried, *given):
+        carried = body(*carried, *given)
+    return carried
+
+
+def cond(which: Tensor, yes: Branch, no: Branch, given: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+    """What the branch that `which` chooses returns (a bool tensor of one element)."""
+    return (yes if which else no)(*given)
+
+
+_PYTHON = {
+    torch.ops.higher_order.while_loop: while_loop,
+    torch.ops.higher_order.cond: cond,
+}

@@ -1,0 +1,130 @@
+"""Lets a draft's steps write into what a period's loop carries.
+
+    Before                                               After
+    %every = block_attention(…, %k_block, …, layer, …)   %out = block_attention_(…, %k_block, …)
+    %out, %k_new, … = %every
+    %k_next = stack([%k_new of every layer])             %k_block
+
+    %next = index_copy(%carried, …)                      %next = index_copy_(%carried, …)
+
+Compilers want a loop without mutation. Operator by operator that costs copies of the block for
+every layer and step, for one token's K/V, and of all drafted distributions for one more. What a
+graph or a loop is given it may not write to, so it begins with a copy.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from sirius_runtime.kernels.attention import block_attention_
+
+aten, sirius = torch.ops.aten, torch.ops.sirius
+
+_BLOCKS = (5, 6)  # where block_attention takes k_block and v_block; it returns new ones at 1 and 2
+_LAYER = 11
+
+
+def write_in_place(module: fx.GraphModule) -> None:
+    """Rewrites a graph, and the bodies of its loops, in place."""
+    graph = module.graph
+    for loop in graph.find_nodes(op="call_function", target=torch.ops.higher_order.while_loop):
+        _, name, carried, _ = loop.args
+        body: Any = module.get_submodule(name.target)
+        given = body.graph.find_nodes(op="placeholder")
+        written = {given.index(value) for value in [*_rewrite(body.graph), *_copies(body.graph)]}
+        body.recompile()
+        with graph.inserting_before(loop):
+            own = [_copy(graph, v) if i in written else v for i, v in enumerate(carried)]
+        loop.update_arg(2, tuple(own))
+    for block in _rewrite(graph):
+        with graph.inserting_after(block):
+            copy = _copy(graph, block)
+        block.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)  # type: ignore[misc]
+
+
+def _copy(graph: fx.Graph, value: Any) -> fx.Node:
+    return graph.call_function(aten.clone.default, (value,))
+
+
+def _rewrite(graph: fx.Graph) -> list[fx.Node]:
+    """Rewrites what it can; returns the blocks that are written to now, each once."""
+    written: dict[fx.Node, None] = {}
+    left = list(graph.find_nodes(op="call_function", target=sirius.block_attention.default))
+    while left:
+        blocks = _blocks(left[0])
+        calls = [call for call in left if _blocks(call) == blocks]
+        left = [call for call in left if call not in calls]
+        stacks = _stacks(blocks, calls)
+        if stacks is None:
+            continue
+        for block, stack in zip(blocks, stacks, strict=True):
+            stack.replace_all_uses_with(block)
+            graph.erase_node(stack)
+            written[block] = None
+        for call in calls:
+            _rewrite_call(call)
+    return list(written)
+
+
+def _copies(graph: fx.Graph) -> list[fx.Node]:
+    """Rewrites index_copy of an input that nothing else reads, where the result is an output."""
+    written = []
+    for node in graph.find_nodes(op="call_function", target=aten.index_copy.default):
+        value = node.args[0]
+        if (
+            value.op == "placeholder"
+            and len(value.users) == 1
+            and list(node.users) == [graph.output_node()]
+        ):
+            node.target = aten.index_copy_.default
+            written.append(value)
+    return written
+
+
+def _blocks(call: fx.Node) -> list[Any]:
+    return [call.args[at] for at in _BLOCKS]
+
+
+def _stacks(blocks: Sequence[Any], calls: Sequence[fx.Node]) -> list[fx.Node] | None:
+    """The stacks of the layers' new K and V, where the calls of all layers lead to nothing else.
+
+    None also where something but these calls reads a block: it would see what is written.
+    """
+    if [call.args[_LAYER] for call in calls] != list(range(len(calls))):
+        return None
+    read = (sirius.block_attention.default, block_attention_)
+    if any(user.target not in read for block in blocks for user in block.users):
+        return None
+    stacks = []
+    for result in (1, 2):
+        new = [_result(call, result) for call in calls]
+        users = {user for value in new if value is not None for user in value.users}
+        if None in new or len(users) != 1:
+            return None
+        (stack,) = users
+        if stack.target is not aten.stack.default or stack.args != (new,):
+            return None
+        stacks.append(stack)
+    return stacks
+
+
+def _result(call: fx.Node, index: int) -> fx.Node | None:
+    """The node that takes that result, where just one does."""
+    taken = [u for u in call.users if u.target is operator.getitem and u.args[1] == index]
+    return taken[0] if len(taken) == 1 else None
+
+
+def _rewrite_call(call: fx.Node) -> None:
+    """One call: its output, which is written where it was taken apart, and no more results."""
+    with call.graph.inserting_before(call):
+        out = call.graph.call_function(block_attention_, call.args)
+    for user in list(call.users):
+        if user.args[1] == 0:
+            user.replace_all_uses_with(out)
+        call.graph.erase_node(user)
+    call.graph.erase_node(call)
