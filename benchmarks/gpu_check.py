@@ -181,8 +181,8 @@ def operator_rows(
                     worst[key] = (max(error, case.error(device)), count + 1)
     for (name, dtype), (error, count) in sorted(worst.items(), key=lambda item: str(item[0])):
         holds = error <= BOUNDS[dtype]
-        kind = str(dtype).removeprefix("torch.")
-        cells = [name, kind, str(count), f"{error:.1e}", f"{BOUNDS[dtype]:.0e}", _said(holds)]
+        type_name = str(dtype).removeprefix("torch.")
+        cells = [name, type_name, str(count), f"{error:.1e}", f"{BOUNDS[dtype]:.0e}", _said(holds)]
         yield "| " + " | ".join(cells) + " |", holds
 
 

@@ -70,7 +70,8 @@ def rows(args: argparse.Namespace, shape: Shape, device: torch.device) -> Iterat
     for size in args.period:
         for width in args.width:
             pair = sessions(programs, backend, args.context, size)
-            plan, taken = Plan(size, width, threshold=0.0), ([], [])  # type: ignore[var-annotated]
+            plan = Plan(size, width, threshold=0.0)
+            taken: tuple[list[float], list[float]] = ([], [])
             for turn in range(args.rounds + 2):
                 for session, seconds in zip(pair, taken, strict=True):
                     spent = seconds_of(session, plan, args.context)
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     device, shape = torch.device(args.device), SHAPES[args.shape]
     if args.layers:
-        shape = Shape(**{**vars(shape), "layers": args.layers})
+        shape = shape.with_layers(args.layers)
     print(
         f"shape {shape.name}, {shape.layers} layers, context {args.context}, bfloat16"
         f"{', compiled by inductor' if args.compiled else ''}; torch {torch.__version__}, "

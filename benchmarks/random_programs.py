@@ -71,6 +71,9 @@ class Shape:
             dtype=torch.bfloat16,
         )
 
+    def with_layers(self, layers: int) -> Shape:
+        return replace(self, layers=layers)
+
     @property
     def attention(self) -> int:
         """Parameters of one layer's linears of attention."""

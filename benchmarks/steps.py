@@ -22,6 +22,7 @@ compiled by inductor first.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,12 +121,18 @@ def verify(session: Session, tokens: int) -> None:
     session._run("full", ids, slots=index, depth=index, tree_mask=distance[None])
 
 
-def transformers_step(shape: Shape, context: int) -> Callable[[], object]:
+def random_llama(layers: int, shape: Shape = SHAPES["1b"]) -> LlamaForCausalLM:
+    """transformers' model of a shape, with that many layers, in bfloat16."""
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = LlamaForCausalLM(shape.config()).eval()
+        return LlamaForCausalLM(shape.with_layers(layers).config()).eval()
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def transformers_step(shape: Shape, context: int) -> Callable[[], object]:
+    model = random_llama(shape.layers, shape)
     cache = DynamicCache(config=model.config)
     for layer in range(shape.layers):
         keys, values = torch.randn(2, 1, shape.groups, context, shape.head).bfloat16()
@@ -197,7 +204,7 @@ class Steps:
 
     def _verifications(self) -> Iterator[Step]:
         for tokens in self._args.verify:
-            work = recorded(self.first, lambda n=tokens: verify(self.first, n))
+            work = recorded(self.first, functools.partial(verify, self.first, tokens))
             yield self._step(f"verify {tokens}", work)
             if self._device.type == "cpu":
                 yield self._step(f"verify {tokens}, torch reference", work, references)
@@ -275,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     device, shape = torch.device(args.device), SHAPES[args.shape]
     if args.layers:
-        shape = Shape(**{**vars(shape), "layers": args.layers})
+        shape = shape.with_layers(args.layers)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.exit(1, "there is no CUDA GPU here: leave out --device\n")
     if device.type == "cpu" and kernels() is None:
