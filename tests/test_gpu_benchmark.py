@@ -46,14 +46,17 @@ def test_a_wrong_operator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert case.error(device) > gpu_check.BOUNDS[torch.float32]
 
 
-def test_steps_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "methods", [["topk", "griffin+teal"], pytest.param(METHODS, marks=pytest.mark.slow)]
+)
+def test_steps(methods: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     require_compiler()
-    threads = torch.get_num_threads()
-    steps.main([*SMALL, "--skipped", "0.5", "--verify", "4", "--threads", str(threads)])
+    flags = ["--skipped", "0.5", "--verify", "4", "--threads", str(torch.get_num_threads())]
+    steps.main([*SMALL, *flags, "--methods", *methods])
     printed = capsys.readouterr().out
     for name in ("dense", "dense, transformers eager", "verify 4"):
         assert f"| {name} |" in printed
-    for method in METHODS:
+    for method in methods:
         assert f"| {method}, 50% skipped |" in printed
     assert "| 16 tokens |" in printed
 
@@ -64,7 +67,10 @@ def test_recorded_periods(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^\| 4 \| 2 \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", printed, re.MULTILINE)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=() if m is Method.GRIFFIN_TEAL else pytest.mark.slow) for m in METHODS],
+)
 def test_thresholds_skip_what_they_are_to_skip(method: Method) -> None:
     programs = RandomPrograms(SHAPES["tiny"], torch.device("cpu"), torch.float32)
     with torch.inference_mode():

@@ -123,6 +123,7 @@ def test_options_out_of_range(artifact: Path) -> None:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 def test_an_artifact_of_onnx_graphs_alone(tmp_path: Path) -> None:
     options = CompileConfig(sparsity="topk", period=4, dtype="float32", backend="onnx")
     path = compile_model("tally-3m", options).save(tmp_path / "model.sirius")

@@ -111,8 +111,9 @@ class InductorBackend(EagerBackend):
             for dim, letter in enumerate(shape):
                 if letter in _VARYING and letter not in bucket:
                     torch._dynamo.mark_dynamic(inputs[name], dim)
+        # Not the module, whose call reports errors by code that can't be compiled.
         compiled = torch.compile(
-            self._graph(entry), fullgraph=True, options={"fx_graph_cache": True}
+            self._graph(entry).forward, fullgraph=True, options={"fx_graph_cache": True}
         )
         try:
             with _keeps_code_in(self._folder):
