@@ -81,7 +81,7 @@ def _run(
         return None
     neurons = choice.neurons
     if neurons is not None:
-        if neurons.dtype is not torch.int64 or neurons.shape[0] != B:
+        if neurons.dtype is not torch.int64 or neurons.shape[0] != B or neurons.numel() == 0:
             return None
         neurons = neurons.contiguous()
     library = kernels()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sirius_runtime.kernels import attention, linear, mlp
+from sirius_runtime.kernels import attention, linear, mlp, moe
 from sirius_runtime.ops.registry import define_cpu
 
 _KERNELS = (
@@ -17,6 +17,9 @@ _KERNELS = (
     mlp.cats_mlp,
     mlp.griffin_mlp,
     mlp.griffin_cats_mlp,
+    moe.dense_moe,
+    moe.topk_moe,
+    moe.experts_moe,
 )
 
 

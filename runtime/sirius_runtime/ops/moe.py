@@ -110,7 +110,7 @@ def experts_moe(
     """Only the `keep` of a token's experts with the largest weights. `normalised`: their weights
     are scaled to the sum of all, as by a router whose weights have a sum of its own choosing.
     """
-    experts, weights = _heaviest(experts, weights, keep, normalised)
+    experts, weights = heaviest(experts, weights, keep, normalised)
     return _moe(
         x, experts, weights, gate, up, down, gate_bias, up_bias, down_bias, act,
         keep=None, linear=_linear_for(x),
@@ -132,17 +132,27 @@ def decomposed_topk_moe(*args: Any) -> Tensor:
 def decomposed_experts_moe(x: Tensor, experts: Tensor, weights: Tensor, *rest: Any) -> Tensor:
     """`experts_moe`, likewise."""
     *mlps, _layer, keep, normalised = rest
-    experts, weights = _heaviest(experts, weights, keep, normalised)
+    experts, weights = heaviest(experts, weights, keep, normalised)
     return _moe(x, experts, weights, *mlps, keep=None, linear=_linear_of_all)
 
 
-def _heaviest(
+def heaviest(
     experts: Tensor, weights: Tensor, keep: int, normalised: bool
 ) -> tuple[Tensor, Tensor]:
+    """The `keep` of each token's experts [N, k] with the largest weights, and their weights."""
     kept, index = weights.topk(keep, -1)
     if normalised:
         kept = kept * (weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True))
     return experts.gather(-1, index), kept
+
+
+def largest(g: Tensor, weights: Tensor, keep: int) -> Tensor:
+    """1 for a token's `keep` neurons of largest |g| times the expert's weight, 0 for the others;
+    g [N, k, I].
+    """
+    score = (g.abs() * weights[..., None]).flatten(1)
+    chosen = score.topk(keep, -1, sorted=False).indices
+    return torch.zeros_like(score).scatter(-1, chosen, 1.0).view_as(g)
 
 
 def _moe(
@@ -163,9 +173,7 @@ def _moe(
     x_NkC = x[:, None].expand(*experts.shape, x.shape[-1])
     g = EXPERT_ACTIVATIONS[act](linear(x_NkC, experts, gate, gate_bias))
     if keep is not None:
-        score = (g.abs() * weights[..., None]).flatten(1)
-        chosen = score.topk(keep, -1, sorted=False).indices
-        g = g * torch.zeros_like(score).scatter(-1, chosen, 1.0).view_as(g)
+        g = g * largest(g, weights, keep)
     z = gated(g, None if up is None else linear(x_NkC, experts, up, up_bias), act)
     y = linear(z.to(x.dtype), experts, down.mT, down_bias)
     return (y * weights[..., None]).sum(1).to(x.dtype)
