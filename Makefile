@@ -38,7 +38,7 @@ bench: setup           ## kernels and steps at real sizes on this machine's CPU
 	$(BIN)/python -m benchmarks.steps
 
 gpu:                   ## right and fast on this machine's GPU: docs/results/gpu-*.md; installs nothing
-	PYTHONPATH=.:passes:runtime $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
+	PYTHONPATH=.:passes:runtime $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(FLAGS)
 
 frontier: setup        ## what every sparse path answers and reads: docs/results/frontier.md
 	$(BIN)/python benchmarks/frontier.py --problems 100

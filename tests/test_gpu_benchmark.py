@@ -27,7 +27,7 @@ def test_operators_and_tokens_are_checked(capsys: pytest.CaptureFixture[str]) ->
     known = {name.split("::")[1].split(".")[0] for name in registered()}
     assert known - operators == {"topk_moe"}  # near ties decide what it keeps
     assert len(rows) == 3 * len(operators)
-    assert "| griffin | static | 6 of 6 | ok |" in printed
+    assert "| griffin | recorded | 6 of 6 | ok |" in printed
 
 
 def registered() -> list[str]:

@@ -250,7 +250,7 @@ class Session:
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows (int64 indices) and leaves the others out, with their state."""
-        self._state = {name: value[:, rows] for name, value in self._state.items()}
+        self._state = {n: value[:, rows].contiguous() for n, value in self._state.items()}
         if self._statistic is not None:
             self._statistic = self._statistic[:, rows]
         self.length, self.root, self.active = (

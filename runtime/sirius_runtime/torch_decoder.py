@@ -15,7 +15,7 @@ from sirius_runtime.period_session import PeriodSession
 from sirius_runtime.plan import Plan
 from sirius_runtime.policy import draw
 from sirius_runtime.request import RULES, Request
-from sirius_runtime.session import Backend, Session, greedy
+from sirius_runtime.session import Backend, Pick, Session, greedy
 from sirius_runtime.sizes import cache_slots
 from sirius_runtime.stats import StatsRecorder
 
@@ -37,7 +37,6 @@ class TorchDecoder:
     ) -> None:
         """`session`: one with room for the rows; by default one is opened."""
         self._request, self._uniform, self._device = request, uniform, backend.device
-        self._pick = greedy if uniform is None else self._draw
         if session is None:
             period, limits = request.period, backend.limits
             kind = Session
@@ -80,6 +79,10 @@ class TorchDecoder:
 
     def array(self, tokens: Sequence[Any]) -> Tensor:
         return torch.tensor(tokens)
+
+    @property
+    def _pick(self) -> Pick:
+        return greedy if self._uniform is None else self._draw
 
     def _draw(self, logits_BV: Tensor) -> Tensor:
         """The next token of each row, drawn with the row's own number."""

@@ -6,9 +6,11 @@ The recording and its replay have not run on a GPU yet; what they record is test
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,7 +106,8 @@ class StaticSessions:
                 replay=self._replay(),
             )
         session.begin(recorder)
-        decoder = TorchDecoder(self._backend, request, rows, tokens, recorder, uniform, session)
+        own = None if uniform is None else _not_held(uniform)
+        decoder = TorchDecoder(self._backend, request, rows, tokens, recorder, own, session)
         weakref.finalize(decoder, self._give_back, key, session)
         return decoder
 
@@ -118,6 +121,22 @@ class StaticSessions:
     def _give_back(self, key: Hashable, session: StaticSession) -> None:
         self._idle.append((key, session))
         del self._idle[:-IDLE]
+
+
+def _not_held(uniform: Uniform) -> Uniform:
+    """`uniform` without a hold on its generation, which holds the decoder: held in a ring, that
+    would give its session back at the next garbage collection, and not at its end.
+    """
+    if not inspect.ismethod(uniform):
+        return uniform
+    method = weakref.WeakMethod(uniform)
+
+    def numbers(*shape: int) -> np.ndarray:
+        found = method()
+        assert found is not None, "the generation has ended"
+        return found(*shape)
+
+    return numbers
 
 
 class CudaGraphBackend(InductorBackend):

@@ -24,6 +24,9 @@ _VARYING = frozenset("BTRMS")
 """Letters of an entry's shapes that differ from call to call: rows, tokens, rows of the tree's
 mask, slots of the block and of the caches. The others are the program's own."""
 
+CACHES = ("k_cache", "v_cache")
+"""Inputs that are written: a copy would be lost. They are made as their shapes say."""
+
 Bucket = tuple[str, ...]
 """The varying letters that stand for 1."""
 
@@ -77,7 +80,7 @@ class InductorBackend(EagerBackend):
 
     @torch.inference_mode()
     def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        inputs = {name: _dense(value) for name, value in inputs.items()}
+        inputs = {n: value if n in CACHES else _dense(value) for n, value in inputs.items()}
         arguments = self._entries[entry].arguments(inputs)
         bucket = self._bucket(entry, inputs)
         compiled = self._compiled.get((entry, bucket))
