@@ -62,7 +62,7 @@ class OnnxProgram:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight lies in `WEIGHTS_FILE`."""
+    """Where a weight, or one expert's part of it, lies in `WEIGHTS_FILE`."""
 
     offset: int
     length: int
@@ -81,12 +81,22 @@ def graph_file(name: str) -> str:
     return f"{FOLDER}{name}.onnx"
 
 
+def expert_name(weight: str, index: int) -> str:
+    """The initializer that is one expert's matrix of a weight of all experts, [E, …, …]."""
+    return f"{weight}[{index}]"
+
+
 def places(specs: Sequence[WeightSpec]) -> dict[str, Place]:
-    """The place of each weight in the weights' file: the same whenever that is written."""
+    """The place of each weight, and of each expert's matrix of one, in the weights' file: the same
+    whenever that is written."""
     ordered = in_order(specs)
     found, offset = {}, len(header_of(ordered))
     for spec in ordered:
         found[spec.name] = Place(offset, size_of(spec))
+        if len(spec.shape) == 3:
+            part = size_of(spec) // spec.shape[0]
+            for index in range(spec.shape[0]):
+                found[expert_name(spec.name, index)] = Place(offset + index * part, part)
         offset += size_of(spec)
     return found
 

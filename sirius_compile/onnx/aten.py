@@ -156,8 +156,9 @@ def _slice(
     dim: int = 0,
     start: e.Size | None = None,
     end: e.Size | None = None,
+    step: int = 1,
 ) -> Value:
-    return e.cut(s, x, dim, 0 if start is None else start, e.MAX if end is None else end)
+    return e.cut(s, x, dim, 0 if start is None else start, e.MAX if end is None else end, step)
 
 
 def _select(s: Scope, x: Value, dim: int, index: e.Size) -> Value:

@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 from onnx import helper
 
-from sirius_compile.onnx import attention, mlp
+from sirius_compile.onnx import attention, mlp, moe
 from sirius_compile.onnx import emit as e
 from sirius_compile.onnx.aten import ATEN
 from sirius_compile.onnx.mlp import Kept
@@ -49,6 +49,7 @@ _SIRIUS: dict[str, Callable[..., Any]] = {
                 "sparse_linear",
             ),
         ),
+        (moe, ("dense_moe", "topk_moe", "experts_moe")),
     )
     for name in names
 }
@@ -287,7 +288,7 @@ def make_model(graph: onnx.GraphProto) -> onnx.ModelProto:
 def _rows(name: str, weight: Value) -> View:
     """The rows of a stored weight that `weight` is."""
     view = weight.view
-    if view is None or view.axis != 0 or view.transposed:
+    if view is None or view.axis != 0 or view.transposed or view.step != 1:
         raise UnsupportedModelError(
             f"onnx: sirius.{name} reads {weight.name}, whose neurons are not rows of a stored "
             "weight; use --backend torch for this model"

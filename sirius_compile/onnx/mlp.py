@@ -149,7 +149,7 @@ def _for_each_token(s: Scope, index: Value, g: Value) -> Value:
 def _rows_of(s: Scope, weight: Value, index: Value) -> Value:
     """The rows [B, K, C] of a weight that a row's neurons [B, 1, K] are."""
     index, view = e.squeeze(s, index, 1), weight.view
-    if view is not None and view.axis == 0 and not view.transposed:
+    if view is not None and view.axis == 0 and view.step == 1 and not view.transposed:
         return e.gather(s, view.weight, e.elementwise(s, "Add", index, view.start), 0)
     return e.gather(s, weight, index, 0)
 

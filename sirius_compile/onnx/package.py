@@ -45,6 +45,12 @@ def onnx_summary(program: ProgramSpec) -> str:
     method, sites = program.sparsity.method, program.sparsity.sites
     if method is Method.NONE:
         return text
+    if method is Method.EXPERTS:
+        return f"{text}; a step reads the experts that it keeps, and no others"
+    if any(len(weight.shape) == 3 for weight in program.weights):  # of experts
+        return (
+            f"{text}; a step reads its tokens' experts, all neurons of them: {method} saves no time"
+        )
     if method is Method.TOPK and all(s.kept <= GATHERED_BELOW * s.units for s in sites):
         return f"{text}; a token's neurons are gathered, and of up and down only those multiplied"
     return f"{text}; {method} computes every neuron and masks there: its sparse steps save no time"

@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from sirius_runtime.onnx_files import expert_name
+
 Extent = int | str | None
 """Of a dimension: its size, a letter that stands for it, or None: known when it runs."""
 
@@ -35,13 +37,15 @@ _BLOCK_BYTES = 1024  # of a constant; what is larger is made by an operator, or 
 
 
 class View(NamedTuple):
-    """What a value is of a weight: its elements [start, end) along an axis, or their transpose."""
+    """What a value is of a weight: its elements [start, end) along an axis, each or every `step`th,
+    or their transpose."""
 
     weight: Value
     axis: int
     start: int
     end: int
     transposed: bool
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,11 @@ class Scope:
         value = Value(name, dtype, tuple(shape), self.root)
         rows = shape[0] if shape else 0
         return replace(value, view=View(value, 0, 0, rows, transposed=False))
+
+    def expert(self, weight: Value, index: int) -> Value:
+        """One expert's matrix of a weight [E, …]: an initializer of its own, over the same bytes."""
+        _, *shape = weight.shape
+        return self.weight(expert_name(weight.name, index), weight.dtype, shape)  # type: ignore[arg-type]
 
     def constant(self, value: Any, dtype: str) -> Value:
         """A small constant array."""

@@ -23,7 +23,7 @@ from sirius_runtime.artifact import Artifact, Slot
 from sirius_runtime.backends.onnx_decoder import OnnxDecoder
 from sirius_runtime.decoder import Decoder, Uniform
 from sirius_runtime.errors import BackendError, ConfigError
-from sirius_runtime.onnx_files import WEIGHTS_FILE, graph_file, read_program
+from sirius_runtime.onnx_files import WEIGHTS_FILE, expert_name, graph_file, read_program
 from sirius_runtime.plan import Limits
 from sirius_runtime.request import Request
 from sirius_runtime.stats import StatsRecorder
@@ -207,14 +207,21 @@ def _remedy(provider: str) -> str:
 
 
 def _values(ort: Any, buffer: mmap.mmap, slots: Mapping[str, Slot]) -> dict[str, Any]:
-    """Each weight as an `OrtValue` over the mapped file: no byte is read or copied here."""
+    """Each weight, and each expert's matrix of one, as an `OrtValue` over the mapped file: no byte
+    is read or copied here."""
+
+    def value(array: np.ndarray, slot: Slot) -> Any:
+        if slot.dtype.name == "bfloat16":
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+        return ort.OrtValue.ortvalue_from_numpy(array)
+
     values = {}
     for name, slot in slots.items():
-        dtype, count = slot.dtype, math.prod(slot.shape)
-        stored = np.int16 if dtype.name == "bfloat16" else np.dtype(dtype.name)
+        count, kind = math.prod(slot.shape), slot.dtype.name
+        stored = np.int16 if kind == "bfloat16" else np.dtype(kind)
         array = np.frombuffer(buffer, stored, count, slot.start).reshape(slot.shape)
-        if dtype.name == "bfloat16":
-            values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
-        else:
-            values[name] = ort.OrtValue.ortvalue_from_numpy(array)
+        values[name] = value(array, slot)
+        if array.ndim == 3:
+            for index, matrix in enumerate(array):
+                values[expert_name(name, index)] = value(matrix, slot)
     return values
