@@ -130,18 +130,27 @@ def known(extents: Sequence[Size]) -> Shape:
 def reshape(s: Scope, x: Value, extents: Sequence[Size]) -> Value:
     shape = known(extents)
     if -1 in extents and shape.count(None) == 1 and None not in x.shape:
-        letters = [sorted(e for e in own if isinstance(e, str)) for own in (x.shape, shape)]
-        if letters[0] == letters[1]:
-            whole, rest = (
-                math.prod(e for e in own if isinstance(e, int)) for own in (x.shape, shape)
-            )
-            shape = tuple(whole // rest if e is None else e for e in shape)
+        left = _left(x.shape, shape)
+        shape = tuple(left if e is None else e for e in shape)
     if shape == x.shape and None not in shape:
         return x
     source = s.root.reshaped.get(x.name, x)  # of two in a row the second alone counts
     value = s.op("Reshape", source, sizes(s, extents), shape=shape)
     s.root.reshaped[value.name] = source
     return value
+
+
+def _left(whole: Shape, rest: Shape) -> Extent:
+    """The size that `whole` has beside those of `rest`; None where it is no single one."""
+    letters = [[e for e in own if isinstance(e, str)] for own in (whole, rest)]
+    numbers = [math.prod(e for e in own if isinstance(e, int)) for own in (whole, rest)]
+    for letter in letters[1]:
+        if letter not in letters[0]:
+            return None
+        letters[0].remove(letter)
+    if not letters[0]:
+        return numbers[0] // numbers[1]
+    return letters[0][0] if len(letters[0]) == 1 and numbers[0] == numbers[1] else None
 
 
 def expand(s: Scope, x: Value, extents: Sequence[Size]) -> Value:

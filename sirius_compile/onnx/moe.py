@@ -157,9 +157,7 @@ class Routes:
             return y
         return e.elementwise(s, "Add", y, e.gather(s, bias, self._experts, 0))
 
-    def _products(
-        self, x: Value, weight: Value, product: Callable[[Value, Value], Value]
-    ) -> Value:
+    def _products(self, x: Value, weight: Value, product: Callable[[Value, Value], Value]) -> Value:
         s = self.s
         outputs = [(x.dtype, (None, x.shape[1]))] * self.count
         parts = s.ops("Split", x, self._rows, outputs=outputs, axis=0)
@@ -215,7 +213,7 @@ def _ascending(s: Scope, x: Value) -> tuple[Value, Value]:
 def _whole(part: Value) -> Value:
     """The stored tensor that a slice along its second dimension is of."""
     view = part.view
-    if view is None or view.transposed or view.axis == 0 and view.weight.name != part.name:
+    if view is None or view.transposed or (view.axis == 0 and view.weight.name != part.name):
         raise NotImplementedError(f"{part.name} is not rows of each expert, as they are stored")
     return view.weight
 

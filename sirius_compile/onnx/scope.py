@@ -126,7 +126,7 @@ class Scope:
         return replace(value, view=View(value, 0, 0, rows, transposed=False))
 
     def expert(self, weight: Value, index: int) -> Value:
-        """One expert's matrix of a weight [E, …]: an initializer of its own, over the same bytes."""
+        """One expert's matrix of a weight [E, …]: an initializer of its own, of the same bytes."""
         _, *shape = weight.shape
         return self.weight(expert_name(weight.name, index), weight.dtype, shape)  # type: ignore[arg-type]
 
