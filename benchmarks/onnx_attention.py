@@ -3,7 +3,7 @@
     python benchmarks/onnx_attention.py            # the table, in seconds
 
 Queries of T tokens see E committed slots of a cache, and of their block of M nodes what a tree mask
-shows. `whole`: the cache as it is stored, [layers, B, G, S, D], as in verification or a step of its own.
+shows. `whole`: the cache as it is stored, [layers, B, G, S, D], as in verification or one step.
 `in the loop`: its committed slots have been cut out before, as the graph `period` does once for all
 of its steps. Attention takes these as past keys and values, and the block as keys and values, which
 it joins; `joined before` is its bound for a cache that had the block in it already. Times are
