@@ -22,15 +22,16 @@ import torch
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.onnx.__main__ import main as add_main
 from sirius_compile.onnx.add import add_onnx
-from sirius_compile.onnx.package import every_node
+from sirius_compile.onnx.package import every_node, onnx_summary
 from sirius_runtime import TextStream, load
 from sirius_runtime.artifact import Artifact
 from sirius_runtime.backends import onnx as backend_module
 from sirius_runtime.backends.onnx import OnnxBackend
+from sirius_runtime.backends.onnx_decoder import OnnxDecoder
 from sirius_runtime.backends.onnx_state import DeviceCaches, HostCaches
 from sirius_runtime.cli import main as sirius
 from sirius_runtime.errors import BackendError, ConfigError
-from sirius_runtime.onnx_files import WEIGHTS_FILE, export_onnx
+from sirius_runtime.onnx_files import WEIGHTS_FILE, export_onnx, gathered_bytes
 from sirius_runtime.spec import WeightSpec
 from tests.support.artifacts import rebuild
 from tests.support.models import random_decoder
@@ -95,6 +96,9 @@ def test_an_artifact_generates_where_torch_is_not_installed(tally: Path, tmp_pat
         "    assert output.stats.tokens\n"
         f"output = model.generate({PROMPT!r}, mode='exact')\n"
         "print(output.texts)\n"
+        f"run = ['run', {str(tally)!r}, '-p', 'Q', '--backend', 'onnxruntime', '--threads', '1']\n"
+        "for options in ([], ['--json'], ['--compare', '--max-new-tokens', '8']):\n"
+        "    assert not sirius_runtime.cli.main(run + options)\n"
         f"assert not sirius_runtime.cli.main(['inspect', {str(tally)!r}])\n"
         f"target = {str(tmp_path / 'out')!r}\n"
         f"assert not sirius_runtime.cli.main(['export-onnx', {str(tally)!r}, target])\n"
@@ -133,6 +137,33 @@ def test_every_weight_is_the_artifact_s_own_bytes(tally: Path) -> None:
             assert value.data_ptr() == start + slots[name].start
 
 
+@pytest.mark.parametrize("method", ["griffin", "griffin+teal", "topk"])
+def test_what_griffin_gathers_is_stated(
+    pairs: Pairs, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = pairs(method).onnx
+    backend = model.backend
+    assert isinstance(backend, OnnxBackend)
+    held: list[int] = []
+    choose = OnnxDecoder._choose_neurons
+
+    def chosen(decoder: OnnxDecoder) -> None:
+        choose(decoder)
+        held.append(sum(v.numpy().nbytes for v in decoder._kept_weights.values()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnnxDecoder, "_choose_neurons", chosen)
+        model.generate([[7, 8, 9], [9, 8, 7]], max_new_tokens=2)
+    extra = gathered_bytes(model.program)
+    assert held == [2 * extra]
+    assert bool(extra) == (method != "topk")
+    assert (f"{extra:,} bytes a row" in onnx_summary(model.program)) == bool(extra)
+    assert sirius(["inspect", str(pairs(method).path)]) == 0
+    (line,) = [n for n in capsys.readouterr().out.splitlines() if n.startswith("onnx ")]
+    assert ("gathered" in line) == bool(extra)
+    assert f"{extra:,} bytes more" in line or not extra
+
+
 MEMORY = """
 import gc, resource, sys
 import sirius_runtime
@@ -149,25 +180,30 @@ for mode in ("sirius", "full", "sparse"):
     model.generate([[7, 8, 9]], max_new_tokens=9, mode=mode)
 print(private() - before)
 """
+"""Prints by how many MiB what the process has for itself grows."""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_weights_are_not_copied_into_memory(tmp_path: Path) -> None:
-    """Four graphs over 150 MB of weights: what the process has for itself grows by far less."""
-    paths = {}
+@pytest.mark.parametrize("method", ["topk", "griffin"])
+def test_weights_are_not_copied_into_memory(method: str, tmp_path: Path) -> None:
+    """Four graphs over 150 MB of weights: what the process has for itself grows by far less, and
+    by what griffin gathers."""
+    paths, gathered = {}, 0.0
     for name, sizes in (
         ("small", {}),
         ("large", {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 8192}),
     ):
-        options = CompileConfig(sparsity="topk", period=4, dtype="float32", backend="onnx")
-        model = random_decoder("llama", **sizes)
-        paths[name] = str(compile_model(model, options).save(tmp_path / f"{name}.sirius"))
+        options = CompileConfig(sparsity=method, period=4, dtype="float32", backend="onnx")
+        made = compile_model(random_decoder("llama", **sizes), options)
+        paths[name] = str(made.save(tmp_path / f"{name}.sirius"))
+        gathered = gathered_bytes(made.spec) / 2**20
     weights = Path(paths["large"]).stat().st_size / 2**20
     assert weights > 150
     done = python(MEMORY.format(**paths))
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) < 0.25 * weights
+    grown = float(done.stdout.splitlines()[-1])
+    assert gathered <= grown < gathered + 0.25 * weights
 
 
 @pytest.mark.slow

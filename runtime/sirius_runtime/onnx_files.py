@@ -21,6 +21,7 @@ from sirius_runtime.spec import (
     Method,
     ModelSpec,
     PeriodSpec,
+    ProgramSpec,
     StateSpec,
     WeightSpec,
     from_json,
@@ -99,6 +100,16 @@ def places(specs: Sequence[WeightSpec]) -> dict[str, Place]:
                 found[expert_name(spec.name, index)] = Place(offset + index * part, part)
         offset += size_of(spec)
     return found
+
+
+def gathered_bytes(program: ProgramSpec) -> int:
+    """What the weights of a prompt's kept neurons take, gathered for one row of a batch; biases are
+    left out."""
+    if not program.sparsity.method.per_prompt:
+        return 0
+    fixed = [site for site in program.sparsity.sites if not site.counted]
+    count = sum(int(site.kept) * site.params for site in fixed)
+    return size_of(WeightSpec("", str(program.model.dtype), (count,)))
 
 
 def read_program(artifact: Artifact) -> OnnxProgram:

@@ -415,6 +415,7 @@ ATEN: dict[str, Builder] = {
     "split.Tensor": _split,
     "split_with_sizes.default": _split_with_sizes,
     "sqrt.default": _unary("Sqrt"),
+    "square.default": lambda s, x: e.elementwise(s, "Mul", x, x),
     "squeeze.dim": lambda s, x, dim: e.squeeze(s, x, dim),
     "stack.default": lambda s, tensors, dim=0: e.stack(s, tensors, dim),
     "sub.Tensor": _binary("Sub"),

@@ -16,7 +16,15 @@ from sirius_compile.onnx.helpers import PICK, SELECT, WRITE, pick, select, write
 from sirius_compile.onnx.lower import IR_VERSION, OPSET, Lowering
 from sirius_compile.onnx.mlp import GATHERED_BELOW
 from sirius_runtime.errors import ConfigError, UnsupportedModelError
-from sirius_runtime.onnx_files import PROGRAM, GraphSpec, OnnxProgram, Place, graph_file, places
+from sirius_runtime.onnx_files import (
+    PROGRAM,
+    GraphSpec,
+    OnnxProgram,
+    Place,
+    gathered_bytes,
+    graph_file,
+    places,
+)
 from sirius_runtime.spec import JSON, DType, Method, ProgramSpec, to_json
 
 DTYPES = (DType.FLOAT32, DType.FLOAT16)
@@ -41,7 +49,11 @@ def onnx_summary(program: ProgramSpec) -> str:
     """What a user should know of the graphs."""
     text = f"opset {OPSET}, {program.model.dtype} (ONNX Runtime's CPU kernels have no bfloat16)"
     if program.sparsity.method.per_prompt:
-        return f"{text}; a prompt's neurons are gathered once, and sparse steps read only those"
+        extra = gathered_bytes(program)
+        return (
+            f"{text}; a prompt's neurons are gathered once, a copy of {extra:,} bytes a row, and "
+            "sparse steps read only those"
+        )
     method, sites = program.sparsity.method, program.sparsity.sites
     if method is Method.NONE:
         return text
