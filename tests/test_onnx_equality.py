@@ -13,6 +13,7 @@ import torch
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile import families as supported
+from sirius_compile.onnx.package import onnx_summary
 from sirius_compile.shipped.problems import Task, problems
 from sirius_runtime import load
 from sirius_runtime.artifact import Artifact
@@ -138,21 +139,42 @@ def test_drafts_that_stop_early_and_short_periods(pairs: Pairs, method: str, wid
     assert max(pair.agree(RAGGED, period=2, **ENDLESS).stats.advances) == 2
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_topk_of_few_neurons_gathers_them(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        ("topk", "phi3"),
+        ("cats", "llama"),
+        ("teal", "llama"),
+        pytest.param("topk", "llama", marks=pytest.mark.slow),
+        pytest.param("cats", "phi3", marks=pytest.mark.slow),
+        pytest.param("teal", "phi3", marks=pytest.mark.slow),
+    ],
+)
+def test_few_neurons_or_channels_are_gathered(tmp_path: Path, method: str, family: str) -> None:
     """The product of all of `up` is not there; tokens are PyTorch's all the same."""
-    options = CompileConfig(
-        sparsity="topk", keep=0.1, period=4, tree_width=2, dtype="float32", backend="both"
+    config = CompileConfig(
+        sparsity=method,
+        keep=0.1,
+        period=4,
+        tree_width=2,
+        dtype="float32",
+        backend="both",
+        calibration=write_calibration(tmp_path / "words.txt"),
     )
-    path = compile_model(random_decoder(family), options).save(tmp_path / "few.sirius")
+    made = compile_model(random_decoder(family), config, tokenizer=word_tokenizer())
+    assert "which saves time" in onnx_summary(made.spec)
+    path = made.save(tmp_path / "few.sirius")
     pair = Pair(path, load(path, device="cpu"), load_onnx(path))
-    for mode in MODES:
+    for mode in (*MODES, "sparse"):
         pair.agree(RAGGED, mode=mode, **ENDLESS)
     with Artifact.open(path) as artifact:
         graph = onnx.load_from_string(artifact.read_bytes("onnx/sparse.onnx")).graph
     weights = {tensor.name for tensor in graph.initializer if "up" in tensor.name}
     readers = {n.op_type for n in graph.node if weights & set(n.input)}
-    assert readers == ({"Gather"} if family == "llama" else {"Gather", "Gemm"})
+    if family == "llama":
+        assert readers == {"Gather"}
+    else:  # of a fused gate_up all of gate is read
+        assert readers == ({"MatMul"} if method == "teal" else {"Gather", "Gemm"})
 
 
 def test_neurons_chosen_anew(pairs: Pairs) -> None:

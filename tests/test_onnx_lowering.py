@@ -15,9 +15,18 @@ from sirius_compile.onnx.aten import ATEN
 from sirius_compile.onnx.lower import Lowering
 from sirius_runtime.errors import UnsupportedModelError
 from sirius_runtime.ops.mlp import ACTIVATIONS
-from sirius_runtime.spec import JSON, EntrySpec, TensorSpec
+from sirius_runtime.spec import JSON, EntrySpec, SiteSpec, TensorSpec
 from tests.support.artifacts import program_of
-from tests.support.onnx_graphs import agree, documented, floats, integers, lowered, run, specs
+from tests.support.onnx_graphs import (
+    agree,
+    documented,
+    floats,
+    integers,
+    lowered,
+    over_weights,
+    run,
+    specs,
+)
 from tests.support.operators import CHAIN, LAYER, TREE, Block
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
@@ -330,6 +339,52 @@ def test_sparse_linear(bias: bool, norm: bool) -> None:
         return sirius.sparse_linear(x, weight, b if bias else None, n if norm else None, 0.6)
 
     agree(function, floats(3, 4, C), floats(C, 7), floats(7), floats(C, seed=1).abs())
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.9])
+@pytest.mark.parametrize("threshold", [-1.0, 0.2, 99.0])
+@pytest.mark.parametrize("form", ["apart", "fused", "plain"])
+def test_cats_gathers_where_few_are_kept(form: str, threshold: float, kept: float) -> None:
+    """Whatever the site expects, and the threshold keeps of it: all neurons, some or none."""
+    stored = {"down": DOWN, "gate_bias": BIASES[0], "up_bias": BIASES[1], "down_bias": BIASES[2]}
+    gate = {"fused": torch.cat([GATE, UP])}.get(form, GATE)
+    stored |= {"gate": gate} | ({"up": UP} if form == "apart" else {})
+
+    def function(x: Tensor, **w: Tensor) -> Any:
+        ups = {"fused": w["gate"][NEURONS:], "apart": w.get("up"), "plain": None}
+        own = w["gate"][:NEURONS], ups[form], w["down"]
+        biases = w["gate_bias"], None if form == "plain" else w["up_bias"], w["down_bias"]
+        return sirius.cats_mlp(x, *own, *biases, "silu", 0, threshold)
+
+    x = floats(3, 2, C, seed=9)
+    site = SiteSpec(0, "gate", NEURONS, kept * NEURONS, C, threshold, counted=True)
+    model = over_weights(function, [x], stored, [site])
+    for w, f in zip(function(x, **stored), run(model, [x]), strict=True):
+        torch.testing.assert_close(f, w, atol=1e-5, rtol=1e-4)
+    assert (readers(model, "down") == {"Gather"}) == (kept < 0.2)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.9])
+@pytest.mark.parametrize("threshold", [-1.0, 0.6, 99.0])
+@pytest.mark.parametrize("columns", [False, True])
+def test_teal_gathers_where_few_are_kept(columns: bool, threshold: float, kept: float) -> None:
+    """Channels are rows of the weight; those of some of its columns are not gathered."""
+    stored = {"weight": floats(C, 7, seed=1)}
+
+    def function(x: Tensor, weight: Tensor) -> Any:
+        part = weight[:, :3] if columns else weight
+        return sirius.sparse_linear(x, part, None, None, threshold)
+
+    x = floats(3, 4, C)
+    site = SiteSpec(0, "weight", C, kept * C, 7, threshold, counted=True)
+    model = over_weights(function, [x], stored, [site])
+    for w, f in zip(function(x, **stored), run(model, [x]), strict=True):
+        torch.testing.assert_close(f, w, atol=1e-5, rtol=1e-4)
+    assert readers(model, "weight") == {"Gather" if kept < 0.2 and not columns else "MatMul"}
+
+
+def readers(model: onnx.ModelProto, weight: str) -> set[str]:
+    return {node.op_type for node in model.graph.node if weight in node.input}
 
 
 @pytest.mark.parametrize("threshold", [None, 0.3])

@@ -53,6 +53,11 @@ _SIRIUS: dict[str, Callable[..., Any]] = {
     )
     for name in names
 }
+_GATHERED_BELOW = {
+    "cats_mlp": mlp.NEURONS_GATHERED_BELOW,
+    "sparse_linear": mlp.CHANNELS_GATHERED_BELOW,
+}
+"""By operator, the kept share up to which what a threshold keeps is gathered."""
 _GRIFFIN = ("griffin_mlp", "griffin_cats_mlp")
 _ON_SIZES: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
@@ -192,7 +197,8 @@ class Lowering:
             raise UnsupportedModelError(_no_translation(target))
         kwargs = {k: v for k, v in kwargs.items() if v is not None}
         build = _SIRIUS[name]
-        known = len(inspect.signature(build).parameters) - 1
+        positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        known = sum(p.kind is positional for p in inspect.signature(build).parameters.values()) - 1
         extra = args[known:]
         if any(a is not None for a in extra):
             raise UnsupportedModelError(
@@ -202,6 +208,9 @@ class Lowering:
         if name == "cached_attention":
             for block, value in zip(self.new, args[1:3], strict=True):
                 block.append(value)
+        if name in _GATHERED_BELOW and (view := args[1].view) is not None:
+            share = mlp.kept_share(self.program.sparsity.sites, view.weight.name)
+            kwargs["gathers"] = share <= _GATHERED_BELOW[name]
         return _applied(build, target, scope, args[:known], kwargs)
 
     def _griffin(self, scope: Scope, name: str, args: list[Any]) -> Any:

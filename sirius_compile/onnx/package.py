@@ -14,7 +14,7 @@ import onnx
 
 from sirius_compile.onnx.helpers import PICK, SELECT, WRITE, pick, select, write
 from sirius_compile.onnx.lower import IR_VERSION, OPSET, Lowering
-from sirius_compile.onnx.mlp import GATHERED_BELOW
+from sirius_compile.onnx.mlp import CHANNELS_GATHERED_BELOW, NEURONS_GATHERED_BELOW, kept_share
 from sirius_runtime.errors import ConfigError, UnsupportedModelError
 from sirius_runtime.onnx_files import (
     PROGRAM,
@@ -63,9 +63,17 @@ def onnx_summary(program: ProgramSpec) -> str:
         return (
             f"{text}; a step reads its tokens' experts, all neurons of them: {method} saves no time"
         )
-    if method is Method.TOPK and all(s.kept <= GATHERED_BELOW * s.units for s in sites):
-        return f"{text}; a token's neurons are gathered, and of up and down only those multiplied"
-    return f"{text}; {method} computes every neuron and masks there: its sparse steps save no time"
+    teal = method is Method.TEAL
+    below = CHANNELS_GATHERED_BELOW if teal else NEURONS_GATHERED_BELOW
+    topk = method is Method.TOPK
+    few = sum((s.kept / s.units if topk else kept_share(sites, s.weight)) <= below for s in sites)
+    if not few:
+        return f"{text}; {method} computes all and masks there: its sparse steps save no time"
+    what = "input channels" if teal else "neurons (their rows of up and down)"
+    return (
+        f"{text}; in {few} of {len(sites)} places a step gathers the {what} that it keeps, which "
+        "saves time; in the others it computes all and masks"
+    )
 
 
 def _check_dtype(dtype: DType | str) -> None:

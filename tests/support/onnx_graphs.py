@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sirius_compile.onnx.lower import Lowering
 from sirius_runtime.graph import INPUT, WEIGHT, to_document
-from sirius_runtime.spec import JSON, EntrySpec, TensorSpec
+from sirius_runtime.spec import JSON, EntrySpec, SiteSpec, TensorSpec
 from tests.support.artifacts import program_of
 
 
@@ -77,7 +78,10 @@ def integers(*shape: int, most: int = 7, seed: int = 0) -> Tensor:
 
 
 def over_weights(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], weights: Mapping[str, Tensor]
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    weights: Mapping[str, Tensor],
+    sites: Sequence[SiteSpec] = (),
 ) -> onnx.ModelProto:
     """`function` of inputs x0, x1, … and of stored weights by name, as a graph that holds the
     weights' values, for any number of tokens (the first dimension of inputs and output)."""
@@ -93,13 +97,16 @@ def over_weights(
             node.meta[INPUT] = f"x{index}"
         else:
             node.meta[WEIGHT] = names[index - len(inputs)]
-    wanted = function(*inputs, **weights)
+    found = function(*inputs, **weights)
+    wanted = list(found) if isinstance(found, tuple | list) else [found]
     shapes = [
         TensorSpec(s.name, s.dtype, ("N", *s.shape[1:]))
-        for s in (*specs("x", inputs), *specs("y", [wanted]))
+        for s in (*specs("x", inputs), *specs("y", wanted))
     ]
-    entry = EntrySpec("test", tuple(shapes[:-1]), (shapes[-1],))
-    model = Lowering(program_of(weights), "float32").entry(entry, to_document(module)).model
+    entry = EntrySpec("test", tuple(shapes[: len(inputs)]), tuple(shapes[len(inputs) :]))
+    program = program_of(weights)
+    program = replace(program, sparsity=replace(program.sparsity, sites=tuple(sites)))
+    model = Lowering(program, "float32").entry(entry, to_document(module)).model
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             name, _, index = tensor.name.rstrip("]").partition("[")
