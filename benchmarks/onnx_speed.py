@@ -292,24 +292,27 @@ def one_call(model: SiriusModel, repeats: int) -> tuple[str, ...]:
 # memory
 
 GROWN = """
-import gc, resource, sys
+import sys
 import sirius_runtime
-def private():
-    gc.collect()
-    lines = open("/proc/self/smaps_rollup").read().splitlines()
-    return sum(int(n.split()[1]) for n in lines if n.startswith("Private_Dirty")) / 1024
+class Watch:
+    most = 0
+    def put(self, tokens):
+        lines = open("/proc/self/smaps_rollup").read().splitlines()
+        own = sum(int(n.split()[1]) for n in lines if n.startswith("Private_Dirty")) / 1024
+        self.most = max(self.most, own)
+    end = lambda self: None
 def run(path):
-    cpu = ["CPUExecutionProvider"]
+    cpu, watch = ["CPUExecutionProvider"], Watch()
     model = sirius_runtime.load(path, backend="onnxruntime", providers=cpu, threads=1)
+    options = {"max_new_tokens": 32, "eos_token_id": [], "streamer": watch}
     for mode in ("sirius", "full", "sparse"):
-        model.generate([list(range(64))], max_new_tokens=32, eos_token_id=[], mode=mode)
-    return model
-small = run(sys.argv[1])
-before = private()
-large = run(sys.argv[2])
-print(private() - before)
+        model.generate(list(range(64)), mode=mode, **options)
+    return model, watch.most
+small, before = run(sys.argv[1])
+large, after = run(sys.argv[2])
+print(after - before)
 """
-"""Prints by how many MiB a process grows for a large model, after a small one has run."""
+"""Prints by how many MiB a process grows as a large model generates, after a small one has run."""
 
 
 def memory(subjects: Sequence[Subject], args: argparse.Namespace) -> None:

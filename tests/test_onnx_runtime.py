@@ -165,45 +165,50 @@ def test_what_griffin_gathers_is_stated(
 
 
 MEMORY = """
-import gc, resource, sys
 import sirius_runtime
-def private():
-    gc.collect()
-    lines = open("/proc/self/smaps_rollup").read().splitlines()
-    (dirty,) = [line.split()[1] for line in lines if line.startswith("Private_Dirty")]
-    return int(dirty) / 1024
-sirius_runtime.load({small!r}, backend="onnxruntime", providers=["CPUExecutionProvider"]).generate(
-    [[7, 8, 9]], max_new_tokens=9)
-before = private()
-model = sirius_runtime.load({large!r}, backend="onnxruntime", providers=["CPUExecutionProvider"])
-for mode in ("sirius", "full", "sparse"):
-    model.generate([[7, 8, 9]], max_new_tokens=9, mode=mode)
-print(private() - before)
+class Watch:
+    most = 0
+    def put(self, tokens):
+        lines = open("/proc/self/smaps_rollup").read().splitlines()
+        (dirty,) = [line.split()[1] for line in lines if line.startswith("Private_Dirty")]
+        self.most = max(self.most, int(dirty) / 1024)
+    def end(self):
+        pass
+def run(path):
+    watch = Watch()
+    cpu = ["CPUExecutionProvider"]
+    model = sirius_runtime.load(path, backend="onnxruntime", providers=cpu, threads=1)
+    for mode in ("sirius", "full", "sparse"):
+        model.generate([7, 8, 9], max_new_tokens=9, mode=mode, eos_token_id=[], streamer=watch)
+    return model, watch.most
+small, before = run({small!r})
+large, after = run({large!r})
+print(after - before)
 """
-"""Prints by how many MiB what the process has for itself grows."""
+"""Prints by how many MiB what the process has for itself grows at the most as it generates."""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("method", ["topk", "griffin"])
 def test_weights_are_not_copied_into_memory(method: str, tmp_path: Path) -> None:
-    """Four graphs over 150 MB of weights: what the process has for itself grows by far less, and
+    """Four graphs over 400 MB of weights: what the process has for itself grows by far less, and
     by what griffin gathers."""
     paths, gathered = {}, 0.0
     for name, sizes in (
         ("small", {}),
-        ("large", {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 8192}),
+        ("large", {"hidden_size": 1024, "intermediate_size": 16384, "vocab_size": 8192}),
     ):
         options = CompileConfig(sparsity=method, period=4, dtype="float32", backend="onnx")
         made = compile_model(random_decoder("llama", **sizes), options)
         paths[name] = str(made.save(tmp_path / f"{name}.sirius"))
         gathered = gathered_bytes(made.spec) / 2**20
     weights = Path(paths["large"]).stat().st_size / 2**20
-    assert weights > 150
+    assert weights > 400
     done = python(MEMORY.format(**paths))
     assert done.returncode == 0, done.stderr
     grown = float(done.stdout.splitlines()[-1])
-    assert gathered <= grown < gathered + 0.25 * weights
+    assert gathered <= grown < gathered + 0.15 * weights
 
 
 @pytest.mark.slow

@@ -30,6 +30,8 @@ from sirius_runtime.spec import (
 FOLDER = "onnx/"
 PROGRAM = f"{FOLDER}program.json"
 WEIGHTS_FILE = "weights.safetensors"
+SELECT = "select"
+"""The graph that chooses a prompt's neurons and gathers their weights."""
 _CHUNK_BYTES = 16 * 2**20
 
 

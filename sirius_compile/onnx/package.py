@@ -12,12 +12,13 @@ from collections.abc import Callable
 
 import onnx
 
-from sirius_compile.onnx.helpers import PICK, SELECT, WRITE, pick, select, write
+from sirius_compile.onnx.helpers import PICK, WRITE, pick, select, write
 from sirius_compile.onnx.lower import IR_VERSION, OPSET, Lowering
 from sirius_compile.onnx.mlp import CHANNELS_GATHERED_BELOW, NEURONS_GATHERED_BELOW, kept_share
 from sirius_runtime.errors import ConfigError, UnsupportedModelError
 from sirius_runtime.onnx_files import (
     PROGRAM,
+    SELECT,
     GraphSpec,
     OnnxProgram,
     Place,

@@ -23,7 +23,7 @@ from sirius_runtime.artifact import Artifact, Slot
 from sirius_runtime.backends.onnx_decoder import OnnxDecoder
 from sirius_runtime.decoder import Decoder, Uniform
 from sirius_runtime.errors import BackendError, ConfigError
-from sirius_runtime.onnx_files import WEIGHTS_FILE, expert_name, graph_file, read_program
+from sirius_runtime.onnx_files import SELECT, WEIGHTS_FILE, expert_name, graph_file, read_program
 from sirius_runtime.plan import Limits
 from sirius_runtime.request import Request
 from sirius_runtime.stats import StatsRecorder
@@ -126,6 +126,8 @@ class OnnxBackend:
         options.add_session_config_entry("session.disable_prepacking", "1")
         # Of its optimiser's warnings a user can mend none.
         options.log_severity_level = 4 if quiet else 3
+        # Runs once a prompt: what it needs in between would stay allocated beside what it gathers.
+        options.enable_cpu_mem_arena = graph != SELECT
         spec = self._onnx.graphs[graph]
         in_place, copied = list(spec.weights), list(spec.constants)
         if self.dtype != np.float32 and list(providers) == [CPU]:  # made float32 there, all of them
