@@ -26,7 +26,7 @@ from sirius_compile.onnx.package import every_node, onnx_summary
 from sirius_runtime import TextStream, load
 from sirius_runtime.artifact import Artifact
 from sirius_runtime.backends import onnx as backend_module
-from sirius_runtime.backends.onnx import OnnxBackend
+from sirius_runtime.backends.onnx import Graph, OnnxBackend
 from sirius_runtime.backends.onnx_decoder import OnnxDecoder
 from sirius_runtime.backends.onnx_state import DeviceCaches, HostCaches
 from sirius_runtime.cli import main as sirius
@@ -423,6 +423,102 @@ def test_cuda_that_does_not_start_is_refused_where_asked_for(
     monkeypatch.setattr(OnnxBackend, "_session", lambda *args, **kwargs: Started(*CPU))
     with pytest.raises(BackendError, match=r"can't be started here .*CUDA and cuDNN.*leave prov"):
         load_onnx(tally, ["CUDAExecutionProvider"])
+
+
+def test_every_provider_that_is_asked_for_must_start(
+    tally: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*wanted, *CPU])
+
+    def started(backend: OnnxBackend, graph: str, providers: list[str], **_: object) -> Started:
+        return Started(*(p for p in providers if p not in down))
+
+    monkeypatch.setattr(OnnxBackend, "_session", started)
+    for down in ([], ["TensorrtExecutionProvider"], ["CUDAExecutionProvider"]):
+        if down:
+            with pytest.raises(BackendError, match=f"{down[0]} can't be started here"):
+                load_onnx(tally, wanted)
+        else:
+            backend = load_onnx(tally, wanted).backend
+            assert isinstance(backend, OnnxBackend)
+            assert backend.providers == [*wanted, *CPU]
+    backend = load_onnx(tally, CPU).backend
+    assert isinstance(backend, OnnxBackend)
+    assert backend.providers == list(CPU)
+
+
+class Bound:
+    """An IO binding that takes the CPU for the device, and remembers what is bound where."""
+
+    def __init__(self, real: Any, places: dict[str, str]) -> None:
+        self.real, self.places = real, places
+        self.get_outputs = real.get_outputs
+
+    def bind_cpu_input(self, name: str, array: np.ndarray) -> None:
+        self.places[name] = "from host"
+        self.real.bind_cpu_input(name, array)
+
+    def bind_ortvalue_input(self, name: str, value: Any) -> None:
+        self.places[name] = "on device"
+        self.real.bind_ortvalue_input(name, value)
+
+    def bind_output(self, name: str, device: str) -> None:
+        self.places[name] = {"cuda": "on device", "cpu": "to host"}[device]
+        self.real.bind_output(name, "cpu")
+
+    def bind_ortvalue_output(self, name: str, value: Any) -> None:
+        self.places[name] = "on device"
+        self.real.bind_ortvalue_output(name, value)
+
+
+class Watched:
+    """A session whose bindings are `Bound`."""
+
+    def __init__(self, real: Any, places: dict[str, str]) -> None:
+        self.real, self.places = real, places
+
+    def io_binding(self) -> Bound:
+        return Bound(self.real.io_binding(), self.places)
+
+    def run_with_iobinding(self, binding: Bound) -> None:
+        self.real.run_with_iobinding(binding.real)
+
+
+def test_state_and_kept_weights_stay_on_the_device(
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call of every graph, as on a GPU, by bindings that are recorded."""
+    model, prompts = pairs("griffin").onnx, [[7, 8, 9], [50, 30, 11, 22, 60]]
+    runs: list[dict[str, Any]] = [
+        {"mode": "sirius", "refresh": 1},
+        {"mode": "sample", "seed": 1},
+        {"mode": "full"},
+        {"mode": "sparse"},
+    ]
+    wanted = [model.generate(prompts, max_new_tokens=20, **options).tokens for options in runs]
+    places: dict[str, dict[str, str]] = {}
+    graph = OnnxBackend.graph
+
+    def watched(backend: OnnxBackend, name: str) -> Graph:
+        found = graph(backend, name)
+        return found._replace(session=Watched(found.session, places.setdefault(name, {})))
+
+    monkeypatch.setattr(OnnxBackend, "graph", watched)
+    monkeypatch.setattr(OnnxBackend, "on_device", True)
+    copied = onnxruntime.OrtValue.ortvalue_from_numpy
+    monkeypatch.setattr(OnnxBackend, "value", lambda backend, array: copied(array.copy()))
+    found = [model.generate(prompts, max_new_tokens=20, **options).tokens for options in runs]
+    assert found == wanted
+    assert places.keys() == {"prefill", "select", "period", "pick", "full", "sparse", "write"}
+    state = re.compile(r"[kv]_(cache|new|kept|written)$|(gate|up|down)_kept\.")
+    seen = {name: where for own in places.values() for name, where in own.items()}
+    held = {name for name in seen if state.match(name)}
+    assert {"k_cache", "v_new", "v_kept", "k_written", "gate_kept.0", "down_kept.1"} <= held
+    for own in places.values():
+        assert {own[name] for name in held & own.keys()} <= {"on device"}
+    assert places["period"]["tokens"] == "to host"
+    assert places["period"]["root"] == "from host"
 
 
 def test_graphs_that_the_runtime_is_too_old_for(pairs: Pairs, tmp_path: Path) -> None:

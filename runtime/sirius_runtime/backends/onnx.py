@@ -164,20 +164,19 @@ class OnnxBackend:
                     f"onnxruntime {self._ort.__version__} has no {name} here (it has: "
                     f"{', '.join(available)}); {_remedy(name)}"
                 )
-        for name in wanted or ((CUDA,) if _has_driver() else ()):
-            if name == CPU or name not in available:
-                continue
+        found = CUDA in available and _has_driver()
+        chosen = list(wanted) if wanted else [CUDA] * found
+        for name in [n for n in chosen if n != CPU]:
             if name not in self._session(_PROBE, [name, CPU], quiet=True).get_providers():
                 if wanted:
                     raise BackendError(
                         f"{name} can't be started here (no such device, or its libraries are "
                         f"missing); {_remedy(name)}, or leave providers out"
                     )
-                continue
-            progress(f"onnxruntime {self._ort.__version__} on {name}")
-            return [*(wanted or (CUDA,)), CPU]
-        progress(f"onnxruntime {self._ort.__version__} on {CPU}")
-        return [CPU]
+                chosen.remove(name)
+        chosen = list(dict.fromkeys([*chosen, CPU]))  # which takes what the others can't
+        progress(f"onnxruntime {self._ort.__version__} on {chosen[0]}")
+        return chosen
 
 
 def _onnxruntime() -> Any:
