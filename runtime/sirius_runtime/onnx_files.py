@@ -18,6 +18,7 @@ from sirius_runtime.artifact import Artifact
 from sirius_runtime.errors import ArtifactError, BackendError, ConfigError
 from sirius_runtime.safetensors_file import header_of, in_order, size_of
 from sirius_runtime.spec import (
+    DType,
     Method,
     ModelSpec,
     PeriodSpec,
@@ -117,9 +118,12 @@ def gathered_bytes(program: ProgramSpec) -> int:
 def read_program(artifact: Artifact) -> OnnxProgram:
     """Raises BackendError, naming what adds them, where the artifact has no ONNX graphs."""
     if not artifact.names(PROGRAM):
+        # ONNX Runtime has no bfloat16 on CPUs: graphs are added in another dtype.
+        other = artifact.program.model.dtype is DType.BFLOAT16
         raise BackendError(
             f"{artifact.path} holds no ONNX graphs: compile it with sirius-compile --backend both, "
             f"or add them by: python -m sirius_compile.onnx {artifact.path} --out with-onnx.sirius"
+            f"{' --dtype float32' * other}"
         )
     return from_json(OnnxProgram, artifact.read_json(PROGRAM), PROGRAM)
 
