@@ -264,6 +264,8 @@ def test_the_exported_graphs_are_sound_and_standard(exported: Path) -> None:
         assert [(o.domain, o.version) for o in model.opset_import] == [("", program["opset"])]
         assert model.ir_version == program["ir_version"]
         assert {node.op_type for node in every_node(model.graph)} <= STANDARD
+        own = [node.name for node in every_node(model.graph)]
+        assert len(set(own) - {""}) == len(own)  # which old runtimes rely on
         assert not {node.domain for node in every_node(model.graph)} - {""}
     kinds = {node.op_type for node in onnx.load(exported / "period.onnx").graph.node}
     assert {"Loop", "If"} <= {

@@ -254,7 +254,7 @@ class Lowering:
         graph = body.graph(scope.new_name("draft"), [value_info(v) for v in returned])
         names = [scope.new_name("Loop") for _ in carried]
         inputs = ["", first.name, *(v.name for v in carried)]
-        scope.nodes.append(helper.make_node("Loop", inputs, names, body=graph))
+        scope.nodes.append(helper.make_node("Loop", inputs, names, name=names[0], body=graph))
         return tuple(
             Value(name, v.dtype, v.shape, scope) for name, v in zip(names, carried, strict=True)
         )
@@ -272,7 +272,12 @@ class Lowering:
         names = [scope.new_name("If") for _ in values]
         scope.nodes.append(
             helper.make_node(
-                "If", [which.name], names, then_branch=branches[0], else_branch=branches[1]
+                "If",
+                [which.name],
+                names,
+                name=names[0],
+                then_branch=branches[0],
+                else_branch=branches[1],
             )
         )
         return tuple(

@@ -193,7 +193,14 @@ class Scope:
         while inputs and inputs[-1] is None:  # left out, not named by nothing
             inputs = inputs[:-1]
         home.nodes.append(
-            helper.make_node(kind, [v.name if v else "" for v in inputs], names, **attributes)
+            helper.make_node(
+                kind,
+                [v.name if v else "" for v in inputs],
+                names,
+                # ONNX Runtime up to 1.20 names what it fuses after its parts: these must differ.
+                name=names[0],
+                **attributes,
+            )
         )
         made = tuple(
             Value(name, dtype, shape, home)
@@ -205,7 +212,7 @@ class Scope:
     def returned(self, value: Value, name: str | None = None) -> Value:
         """`value` as an output of this graph: made in it, by a node of its own."""
         name = name or self.new_name("output")
-        self.nodes.append(helper.make_node("Identity", [value.name], [name]))
+        self.nodes.append(helper.make_node("Identity", [value.name], [name], name=name))
         return replace(value, name=name, scope=self, view=None)
 
     def graph(self, name: str, outputs: Sequence[onnx.ValueInfoProto]) -> onnx.GraphProto:
