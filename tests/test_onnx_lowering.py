@@ -48,7 +48,10 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Tensor]]] = {
     "any.default": (lambda n: (aten.any(n > 6), aten.any(n == 0)), [N]),
     "arange.default": (lambda x: (torch.arange(4), torch.arange(x.shape[1])), [X]),
     "arange.start_step": (
-        lambda x: (torch.arange(1, 9, 2), torch.arange(0, 6, 3, dtype=torch.float32) + x.shape[0]),
+        lambda x: (
+            torch.arange(1, 9, 2),
+            torch.arange(0, 600, 3, dtype=torch.float32) + x.shape[0],
+        ),
         [X],
     ),
     "argmax.default": (lambda x: (x.argmax(-1), x.argmax(1, keepdim=True)), [X]),

@@ -131,7 +131,9 @@ def _arange(s: Scope, end: e.Size, pin_memory: bool = False) -> Value:
 def _arange_by(
     s: Scope, start: int, end: int, step: int = 1, dtype: str = "int64", pin_memory: bool = False
 ) -> Value:
-    return e.cast(s, s.constant(range(start, end, step), "int64"), dtype)
+    places = e.arange(s, len(range(start, end, step)))
+    spaced = e.elementwise(s, "Add", e.elementwise(s, "Mul", places, step), start)
+    return e.cast(s, spaced, dtype)
 
 
 def _eye(s: Scope, n: int, dtype: str = "float32", pin_memory: bool = False) -> Value:
