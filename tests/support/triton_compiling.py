@@ -1,0 +1,207 @@
+"""Compiles the CUDA kernels for GPUs that are not here, as `python -m tests.support.triton_compiling`.
+
+The host's side of each operator runs on tensors without data, of the shapes of Llama-3-8B, and what
+it would launch is recorded; each launch is then compiled as Triton would at run time, to machine
+code, by the ptxas that comes with it. Printed is a line of JSON for each. Not in Triton's
+interpreter, so in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from sirius_runtime.kernels.cuda import attention, linear, mlp, tiles
+
+HIDDEN, NEURONS, HEADS, GROUPS, HEAD, SLOTS = 4096, 14336, 32, 8, 128, 4096
+KEPT = 7168
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass
+class Launch:
+    """A kernel and its arguments by name, as a launch gives them."""
+
+    kernel: JITFunction[Any]
+    values: dict[str, Any]
+    options: dict[str, Any]
+
+    def source(self) -> ASTSource:
+        """What is compiled: as at run time, ones and `tl.constexpr` are constants, and what 16
+        divides is known to be so."""
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+        for parameter in self.kernel.params:
+            name, value = parameter.name, self.values[parameter.name]
+            if parameter.is_constexpr or (type(value) is int and value == 1):
+                signature[name], constants[name] = "constexpr", value
+                continue
+            if isinstance(value, Tensor):
+                signature[name] = TYPES[value.dtype]
+                divides = value.storage_offset() * value.itemsize % 16 == 0
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+                divides = isinstance(value, int) and value % 16 == 0
+            if divides:
+                attributes[parameter.num,] = CUDABackend.parse_attr("D")
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+    def key(self) -> str:
+        source = self.source()
+        return str((self.kernel, source.signature, source.constants, source.attrs, self.options))
+
+
+def recorded(call: Callable[[], object]) -> list[Launch]:
+    """What `call` would launch."""
+    launches: list[Launch] = []
+
+    def record(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        names = [parameter.name for parameter in self.params]
+        values = dict(zip(names, args, strict=False))
+        values |= {name: named.pop(name) for name in names if name in named}
+        launches.append(Launch(self, values, named))
+
+    before, JITFunction.run = JITFunction.run, record  # type: ignore[method-assign]
+    try:
+        call()
+    finally:
+        JITFunction.run = before  # type: ignore[method-assign]
+    return launches
+
+
+def calls(dtype: torch.dtype, B: int, T: int) -> list[Callable[[], object]]:
+    """Every operator, in every form that makes another kernel of it."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def index(*shape: int) -> Tensor:
+        return empty(*shape, dtype=torch.int64)
+
+    x = empty(B, T, HIDDEN)
+    gate, up, down = (empty(NEURONS, HIDDEN) for _ in range(3))
+    bias, wide_bias = empty(HIDDEN), empty(NEURONS)
+    gated = x, gate, up, down, None, None, None, "silu", 0
+    plain = x, gate, None, down, wide_bias, None, bias, "gelu_tanh", 0
+    biased = x, gate, up, down, wide_bias, wide_bias, bias, "gelu", 0
+    neurons = index(1, B, KEPT)
+    q, k, v = (empty(B, n, T, HEAD) for n in (HEADS, GROUPS, GROUPS))
+    caches = [empty(1, B, GROUPS, SLOTS, HEAD) for _ in range(2)]
+    blocks = [empty(1, B, GROUPS, T, HEAD) for _ in range(2)]
+    at, length, mask = index(B, T), index(B), index(1, T, T)
+    square, few = empty(HIDDEN, HIDDEN), empty(GROUPS * HEAD, HIDDEN)
+
+    def run(function: Callable[..., object], *args: object) -> Callable[[], object]:
+        def call() -> None:
+            assert function(*args) is not None, f"{function.__name__} is left to the reference"
+
+        return call
+
+    return [
+        run(linear.linear, x, square, None),
+        run(linear.linear, x, square, bias),
+        run(linear.linear, x, few, None),
+        run(linear.linear, x, square.t(), bias),
+        run(linear.sparse_linear, x, square, None, None, 0.5),
+        run(linear.sparse_linear, x, square, bias, empty(HIDDEN, dtype=torch.float32), 0.5),
+        run(mlp.dense_mlp, *gated),
+        run(mlp.dense_mlp, *plain),
+        run(mlp.dense_mlp, *biased),
+        run(mlp.dense_mlp, *gated[:7], "quick_gelu", 0),
+        run(mlp.dense_mlp, *gated[:7], "relu2", 0),
+        run(mlp.topk_mlp, *gated, KEPT),
+        run(mlp.topk_mlp, *plain, KEPT),
+        run(mlp.cats_mlp, *biased, 0.5),
+        run(mlp.griffin_mlp, *gated, neurons),
+        run(mlp.griffin_cats_mlp, *gated, neurons, 0.5),
+        *(
+            run(attention.cached_attention, q, k, v, *caches, at, at, length, mask, 0, 0.1, *kind)
+            for kind in ((None, None, None), (256, 30.0, empty(HEADS)))
+        ),
+        run(
+            attention.block_attention,
+            *(q, k, v, *caches, *blocks, at, index(T), length, mask, 0, 0.1, None, None),
+        ),
+    ]
+
+
+def compiled(launch: Launch, capability: int) -> dict[str, Any]:
+    """Registers, bytes of shared memory, and bytes spilled a thread, of a launch's machine code."""
+    options = {k: v for k, v in launch.options.items() if k.startswith(("num_", "enable_"))}
+    target = GPUTarget("cuda", capability, 32)
+    done = triton.compile(launch.source(), target=target, options=options)
+    architecture = re.search(r"\.target (\w+)", done.asm["ptx"])[1]
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(done.asm["ptx"])
+        said = subprocess.run(
+            [
+                *(get_ptxas(capability).path, "-v", f"--gpu-name={architecture}"),
+                *(str(ptx), "-o", str(ptx.with_suffix(".cubin"))),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
+    ptx_text = done.asm["ptx"]
+    return {
+        "kernel": launch.kernel.__name__,
+        "capability": capability,
+        "registers": registers,
+        "spilled": spilled,
+        "shared": done.metadata.shared,
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg", ptx_text)),
+        "tensor_cores": bool(re.search(r"mma\.sync|wgmma", ptx_text)),
+        **{k: v for k, v in launch.values.items() if k.isupper() and not isinstance(v, Tensor)},
+        **options,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
+    parser.add_argument("--capability", type=int, nargs="+", default=[90])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rows", type=int, default=1)
+    args = parser.parse_args()
+    assert not os.environ.get("TRITON_INTERPRET"), "the interpreter compiles nothing"
+    tiles.processors = lambda device: 132  # type: ignore[assignment]  (an H100's)
+    seen: set[str] = set()
+    for dtype in args.dtype:
+        for tokens in args.tokens:
+            for call in calls(getattr(torch, dtype), args.rows, tokens):
+                for launch in recorded(call):
+                    if (key := launch.key()) not in seen:
+                        seen.add(key)
+                        for capability in args.capability:
+                            found = compiled(launch, capability)
+                            print(json.dumps({"dtype": dtype, "tokens": tokens, **found}))
+
+
+if __name__ == "__main__":
+    main()
