@@ -1,16 +1,12 @@
-"""Compiles the CUDA kernels for GPUs that are not here, as `python -m tests.support.triton_compiling`.
+"""Compiles the CUDA kernels for GPUs that are not here.
 
 The host's side of each operator runs on tensors without data, of the shapes of Llama-3-8B, and what
-it would launch is recorded; each launch is then compiled as Triton would at run time, to machine
-code, by the ptxas that comes with it. Printed is a line of JSON for each. Not in Triton's
-interpreter, so in a process of its own.
+it would launch is recorded; each launch can then be compiled as Triton would at run time, to
+machine code, by the ptxas that comes with it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import re
 import subprocess
 import tempfile
@@ -27,7 +23,7 @@ from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sirius_runtime.kernels.cuda import attention, linear, mlp, tiles
+from sirius_runtime.kernels.cuda import attention, linear, mlp
 
 HIDDEN, NEURONS, HEADS, GROUPS, HEAD, SLOTS = 4096, 14336, 32, 8, 128, 4096
 KEPT = 7168
@@ -148,60 +144,46 @@ def calls(dtype: torch.dtype, B: int, T: int) -> list[Callable[[], object]]:
     ]
 
 
-def compiled(launch: Launch, capability: int) -> dict[str, Any]:
-    """Registers, bytes of shared memory, and bytes spilled a thread, of a launch's machine code."""
+def all_launches(dtype: torch.dtype, B: int, T: int) -> list[Launch]:
+    """Those of every operator on B rows of T tokens that differ in what is compiled."""
+    launches = [launch for call in calls(dtype, B, T) for launch in recorded(call)]
+    return list({launch.key(): launch for launch in launches}.values())
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """What Triton makes of it, down to machine code."""
     options = {k: v for k, v in launch.options.items() if k.startswith(("num_", "enable_"))}
     target = GPUTarget("cuda", capability, 32)
-    done = triton.compile(launch.source(), target=target, options=options)
-    architecture = re.search(r"\.target (\w+)", done.asm["ptx"])[1]
+    return triton.compile(launch.source(), target=target, options=options)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of a kernel: registers and spilled bytes of a thread, bytes of shared memory."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def resources(done: Any, capability: int) -> Resources:
+    """What ptxas says of a compiled kernel."""
+    architecture = re.search(r"\.target (\w+)", done.asm["ptx"])
+    assert architecture is not None
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(done.asm["ptx"])
         said = subprocess.run(
             [
-                *(get_ptxas(capability).path, "-v", f"--gpu-name={architecture}"),
+                *(get_ptxas(capability).path, "-v", f"--gpu-name={architecture[1]}"),
                 *(str(ptx), "-o", str(ptx.with_suffix(".cubin"))),
             ],
             capture_output=True,
             text=True,
             check=True,
         ).stderr
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
-    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
-    ptx_text = done.asm["ptx"]
-    return {
-        "kernel": launch.kernel.__name__,
-        "capability": capability,
-        "registers": registers,
-        "spilled": spilled,
-        "shared": done.metadata.shared,
-        "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg", ptx_text)),
-        "tensor_cores": bool(re.search(r"mma\.sync|wgmma", ptx_text)),
-        **{k: v for k, v in launch.values.items() if k.isupper() and not isinstance(v, Tensor)},
-        **options,
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
-    parser.add_argument("--capability", type=int, nargs="+", default=[90])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rows", type=int, default=1)
-    args = parser.parse_args()
-    assert not os.environ.get("TRITON_INTERPRET"), "the interpreter compiles nothing"
-    tiles.processors = lambda device: 132  # type: ignore[assignment]  (an H100's)
-    seen: set[str] = set()
-    for dtype in args.dtype:
-        for tokens in args.tokens:
-            for call in calls(getattr(torch, dtype), args.rows, tokens):
-                for launch in recorded(call):
-                    if (key := launch.key()) not in seen:
-                        seen.add(key)
-                        for capability in args.capability:
-                            found = compiled(launch, capability)
-                            print(json.dumps({"dtype": dtype, "tokens": tokens, **found}))
-
-
-if __name__ == "__main__":
-    main()
+    return Resources(
+        registers=max(int(n) for n in re.findall(r"Used (\d+) registers", said)),
+        spilled=sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
+        shared=done.metadata.shared,
+    )

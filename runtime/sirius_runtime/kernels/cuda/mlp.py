@@ -138,10 +138,19 @@ def _is_list(neurons: Tensor, x: Tensor) -> bool:
     )
 
 
-def _dense(x: Tensor, *weights: object) -> tuple[Tensor, Tensor] | None:
+def _dense(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+) -> tuple[Tensor, Tensor] | None:
     """y [B, T, C] and z [B, T, I]."""
     tokens = x.shape[0] * x.shape[1] if x.ndim == 3 else 0  # nothing tells rows from tokens
-    mlp = _served(x, *weights, tokens)  # type: ignore[arg-type]
+    mlp = _served(x, gate, up, down, gate_bias, up_bias, down_bias, act, tokens)
     if mlp is None:
         return None
     z, _ = mlp.neurons(x.reshape(1, tokens, x.shape[2]).contiguous(), None)
@@ -282,9 +291,7 @@ def griffin_cats_mlp(
     return _above(mlp, x.contiguous(), own.contiguous(), threshold)
 
 
-def _above(
-    mlp: _Mlp, x: Tensor, listed: Tensor | None, threshold: float
-) -> tuple[Tensor, Tensor]:
+def _above(mlp: _Mlp, x: Tensor, listed: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
     """y and the number of neurons whose mean |act(gate x)| is above `threshold`."""
     g, score = mlp.neurons(x, listed, "mean", gate_only=True)
     live = above(score, threshold, listed, x.dtype)

@@ -46,7 +46,7 @@ def sum_of_rows(
 def add_up(partials: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     """y = Σ partials [splits, tokens, C], float32, + bias [C]; y has room for tokens times C."""
     splits, N, C = partials.shape
-    channels = min(tiles.ADDED, tiles.power_of_two(C))
+    channels = min(tiles.FEATURES, tiles.power_of_two(C))
     launch(
         sums.add_up,
         (-(-C // channels), N),
@@ -54,7 +54,7 @@ def add_up(partials: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
         (partials, given(bias, y), y, N, C, splits),
         tiles.Tile(0, 0),
         HAS_BIAS=bias is not None,
-        PARTS=min(tiles.ADDED, tiles.power_of_two(splits)),
+        PARTS=min(tiles.PARTS, tiles.power_of_two(splits)),
         CHANNELS=channels,
     )
     return y

@@ -27,8 +27,8 @@ MOST_HEAD = 256
 SELECTED = 1024
 """Scores that a program of the selection takes."""
 
-ADDED = 64
-"""Partial sums, and features, that a program of the last addition takes at once."""
+PARTS, FEATURES = 64, 64
+"""Partial sums, and features of each, that a program of the last addition takes at once."""
 
 _PROGRAMS_PER_SM = 4
 _MOST_SPLITS = 64
@@ -71,7 +71,7 @@ def _within(size: int, most: int, least: int = 16) -> int:
 def products(
     tokens: int, rows: int, C: int, dtype: torch.dtype, weights: int, device: torch.device
 ) -> Tile:
-    """For `rows` rows that tokens are multiplied with; `weights` matrices are walked over at once."""
+    """For `rows` rows that tokens are multiplied with, of `weights` matrices at once."""
     if tokens == 1:
         most, least, wanted = 4, 2, _PROGRAMS_PER_SM
         tile = Tile(most, _within(C, 2048 // weights // (dtype.itemsize // 2)))

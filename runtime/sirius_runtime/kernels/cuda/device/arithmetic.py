@@ -20,11 +20,10 @@ def dot(a, b, total):
 @triton.jit
 def narrowed(value, DTYPE: tl.constexpr):
     """`value`, float32, in that type: the nearest, of two the even one."""
-    if INTERPRETED:
-        if DTYPE == tl.bfloat16:
-            bits = value.to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-            value = bits.to(tl.float32, bitcast=True)
+    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = value.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        value = bits.to(tl.float32, bitcast=True)
     return value.to(DTYPE)
 
 

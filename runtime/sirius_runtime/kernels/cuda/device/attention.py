@@ -37,7 +37,7 @@ def _tile(
 ):  # fmt: skip
     """Scores [queries, slots], and the values [slots, VALUE], of slots below `end`."""
     d = tl.arange(0, KEY)
-    e = tl.arange(0, VALUE)
+    f = tl.arange(0, VALUE)
     inside = slot < end
     k = tl.load(
         keys + slot[:, None] * D + d[None, :],
@@ -45,13 +45,15 @@ def _tile(
         other=0.0,
     )
     v = tl.load(
-        values + slot[:, None] * V + e[None, :],
-        mask=inside[:, None] & (e < V)[None, :],
+        values + slot[:, None] * V + f[None, :],
+        mask=inside[:, None] & (f < V)[None, :],
         other=0.0,
     )
     score = dot(q, tl.trans(k), tl.zeros((q.shape[0], slot.shape[0]), tl.float32)) * scale
-    if SOFTCAP:  # tanh x = 1 - 2 / (1 + e^2x), which neither end overflows
-        score = softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * score / softcap)))
+    if SOFTCAP:  # tanh |x| = (1 - e) / (1 + e) with e = exp(-2 |x|), which nothing overflows
+        e = tl.exp(-2.0 * tl.abs(score) / softcap)
+        bounded = softcap * (1.0 - e) / (1.0 + e)
+        score = tl.where(score < 0.0, -bounded, bounded)
     return score, v
 
 

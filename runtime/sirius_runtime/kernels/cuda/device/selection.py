@@ -1,4 +1,4 @@
-"""Which neurons are live, by their scores: the list that later kernels stream, made on the device."""
+"""Which neurons are live, by their scores: the list that later kernels stream."""
 
 import triton
 import triton.language as tl
