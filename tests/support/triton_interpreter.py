@@ -98,6 +98,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tiles, "products", products)
     monkeypatch.setattr(tiles, "sums", sums)
+    monkeypatch.setattr(tiles, "channels", sums)
     monkeypatch.setattr(tiles, "attention", attention)
     monkeypatch.setattr(tiles, "linear_splits", lambda *_: 2)
     monkeypatch.setattr(tiles, "splits", lambda *_: 3)

@@ -79,7 +79,7 @@ def sparse_linear(
     ):
         return None
     x = x.contiguous()
-    tile = tiles.sums(T, O, x.dtype)
+    tile = tiles.channels(T, O, x.dtype)
     blocks = B * -(-O // tile.channels)
     share = tiles.channel_share(C, blocks, x.device)
     splits = -(-C // share)

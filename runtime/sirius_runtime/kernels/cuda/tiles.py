@@ -2,7 +2,7 @@
 
 They are reckoned from what an SM needs in flight (some 32 KiB on an H100: bandwidth times latency,
 over its SMs) and from the registers that the compiler then uses (`tests/test_triton_compile.py`
-says that none spill); no GPU has run them yet.
+says that next to none are spilled); no GPU has run them yet.
 """
 
 from __future__ import annotations
@@ -93,6 +93,13 @@ def sums(tokens: int, C: int, dtype: torch.dtype) -> Tile:
     return Tile(32, _within(C, 128), stages=4)
 
 
+def channels(tokens: int, O: int, dtype: torch.dtype) -> Tile:  # noqa: E741
+    """For rows that a program has to find first; finding them takes registers for each."""
+    if tokens == 1 or dtype is torch.float32:
+        return sums(tokens, O, dtype)
+    return Tile(16, _within(O, 256), stages=4)
+
+
 def linear_splits(steps: int, blocks: int, device: torch.device) -> int:
     """Parts of the products of a linear, of `steps` tiles each: more than one costs a launch, so
     only where `blocks` programs would leave SMs idle.
@@ -110,20 +117,18 @@ def channel_share(C: int, blocks: int, device: torch.device) -> int:
     """Input channels of a program that finds those that are kept among them by itself; `blocks`
     programs share their outputs.
     """
-    share = 256
-    while share > 64 and blocks * -(-C // share) < 2 * processors(device) - 16:
-        share //= 2
-    return share
+    share = 128  # more take many registers
+    return share if blocks * -(-C // share) >= processors(device) else share // 2
 
 
 def attention(queries: int, D: int, V: int, dtype: torch.dtype) -> AttentionTile:
     """For `queries` of one key/value head; two stages of keys and values have to fit an SM."""
     width = (_within(D, MOST_HEAD) + _within(V, MOST_HEAD)) * dtype.itemsize
-    slots = 64
+    rows = _within(queries, 16 if dtype is torch.float32 else 64)
+    slots = 64 if rows < 64 else 32  # else registers don't suffice
     while slots > 16 and 2 * slots * width > 72 << 10:
         slots //= 2
-    most = 16 if dtype is torch.float32 else 64
-    return AttentionTile(_within(queries, most), slots, warps=4, stages=2)
+    return AttentionTile(rows, slots, warps=4, stages=2)
 
 
 def attention_parts(slots: int, tile: AttentionTile, blocks: int, device: torch.device) -> int:
