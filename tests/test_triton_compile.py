@@ -17,6 +17,10 @@ if os.environ.get("TRITON_INTERPRET", "0") != "0":
 
 from sirius_runtime.kernels.cuda import tiles  # noqa: E402  (they import Triton)
 from tests.support.triton_compiling import (  # noqa: E402
+    LLAMA_8B,
+    ODD,
+    ONES,
+    Sizes,
     all_launches,
     compile_launch,
     resources,
@@ -47,7 +51,7 @@ def test_each_kernel_compiles() -> None:
     launches = {
         (launch.kernel.__name__, launch.values.get("TOKENS")): launch
         for tokens in (1, 8)
-        for launch in all_launches(torch.bfloat16, 1, tokens)
+        for launch in all_launches(LLAMA_8B, torch.bfloat16, 1, tokens)
     }
     assert {name for name, _ in launches} == KERNELS
     for (name, tokens), launch in launches.items():
@@ -65,7 +69,16 @@ def test_each_kernel_compiles() -> None:
 def test_every_form_compiles_and_fits(
     dtype: torch.dtype, capability: int, rows: int, tokens: int
 ) -> None:
-    for launch in all_launches(dtype, rows, tokens):
+    for launch in all_launches(LLAMA_8B, dtype, rows, tokens):
         found = resources(compile_launch(launch, capability), capability)
         assert found.spilled <= SPILLED, launch.key()
         assert found.shared <= SHARED[capability], launch.key()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [ONES, ODD], ids=["ones", "odd"])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (2, 5)])
+def test_every_size_compiles(dtype: torch.dtype, sizes: Sizes, rows: int, tokens: int) -> None:
+    for launch in all_launches(sizes, dtype, rows, tokens):
+        assert "cubin" in compile_launch(launch, 90).asm, launch.key()

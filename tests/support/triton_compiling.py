@@ -1,8 +1,8 @@
 """Compiles the CUDA kernels for GPUs that are not here.
 
-The host's side of each operator runs on tensors without data, of the shapes of Llama-3-8B, and what
-it would launch is recorded; each launch can then be compiled as Triton would at run time, to
-machine code, by the ptxas that comes with it.
+The host's side of each operator runs on tensors without data, and what it would launch is recorded;
+each launch can then be compiled as Triton would at run time, to machine code, by the ptxas that
+comes with it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,24 @@ from triton.runtime.jit import JITFunction
 
 from sirius_runtime.kernels.cuda import attention, linear, mlp
 
-HIDDEN, NEURONS, HEADS, GROUPS, HEAD, SLOTS = 4096, 14336, 32, 8, 128, 4096
-KEPT = 7168
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a decoder's layer and its cache, and the neurons that are kept."""
+
+    hidden: int
+    neurons: int
+    heads: int
+    groups: int
+    head: int
+    slots: int
+    kept: int
+
+
+LLAMA_8B = Sizes(4096, 14336, 32, 8, 128, 4096, 7168)
+ONES = Sizes(1, 1, 1, 1, 1, 1, 1)
+"""What is 1 is a constant for the compiler, and constants are of other types."""
+ODD = Sizes(37, 151, 6, 3, 80, 219, 67)
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -88,7 +104,7 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-def calls(dtype: torch.dtype, B: int, T: int) -> list[Callable[[], object]]:
+def calls(sizes: Sizes, dtype: torch.dtype, B: int, T: int) -> list[Callable[[], object]]:
     """Every operator, in every form that makes another kernel of it."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -97,18 +113,19 @@ def calls(dtype: torch.dtype, B: int, T: int) -> list[Callable[[], object]]:
     def index(*shape: int) -> Tensor:
         return empty(*shape, dtype=torch.int64)
 
-    x = empty(B, T, HIDDEN)
-    gate, up, down = (empty(NEURONS, HIDDEN) for _ in range(3))
-    bias, wide_bias = empty(HIDDEN), empty(NEURONS)
+    hidden, heads, groups, head = sizes.hidden, sizes.heads, sizes.groups, sizes.head
+    x = empty(B, T, hidden)
+    gate, up, down = (empty(sizes.neurons, hidden) for _ in range(3))
+    bias, wide_bias = empty(hidden), empty(sizes.neurons)
     gated = x, gate, up, down, None, None, None, "silu", 0
     plain = x, gate, None, down, wide_bias, None, bias, "gelu_tanh", 0
     biased = x, gate, up, down, wide_bias, wide_bias, bias, "gelu", 0
-    neurons = index(1, B, KEPT)
-    q, k, v = (empty(B, n, T, HEAD) for n in (HEADS, GROUPS, GROUPS))
-    caches = [empty(1, B, GROUPS, SLOTS, HEAD) for _ in range(2)]
-    blocks = [empty(1, B, GROUPS, T, HEAD) for _ in range(2)]
+    neurons = index(1, B, sizes.kept)
+    q, k, v = (empty(B, n, T, head) for n in (heads, groups, groups))
+    caches = [empty(1, B, groups, sizes.slots, head) for _ in range(2)]
+    blocks = [empty(1, B, groups, T, head) for _ in range(2)]
     at, length, mask = index(B, T), index(B), index(1, T, T)
-    square, few = empty(HIDDEN, HIDDEN), empty(GROUPS * HEAD, HIDDEN)
+    square, few = empty(hidden, hidden), empty(groups * head, hidden)
 
     def run(function: Callable[..., object], *args: object) -> Callable[[], object]:
         def call() -> None:
@@ -122,20 +139,20 @@ def calls(dtype: torch.dtype, B: int, T: int) -> list[Callable[[], object]]:
         run(linear.linear, x, few, None),
         run(linear.linear, x, square.t(), bias),
         run(linear.sparse_linear, x, square, None, None, 0.5),
-        run(linear.sparse_linear, x, square, bias, empty(HIDDEN, dtype=torch.float32), 0.5),
+        run(linear.sparse_linear, x, square, bias, empty(hidden, dtype=torch.float32), 0.5),
         run(mlp.dense_mlp, *gated),
         run(mlp.dense_mlp, *plain),
         run(mlp.dense_mlp, *biased),
         run(mlp.dense_mlp, *gated[:7], "quick_gelu", 0),
         run(mlp.dense_mlp, *gated[:7], "relu2", 0),
-        run(mlp.topk_mlp, *gated, KEPT),
-        run(mlp.topk_mlp, *plain, KEPT),
+        run(mlp.topk_mlp, *gated, sizes.kept),
+        run(mlp.topk_mlp, *plain, sizes.kept),
         run(mlp.cats_mlp, *biased, 0.5),
         run(mlp.griffin_mlp, *gated, neurons),
         run(mlp.griffin_cats_mlp, *gated, neurons, 0.5),
         *(
             run(attention.cached_attention, q, k, v, *caches, at, at, length, mask, 0, 0.1, *kind)
-            for kind in ((None, None, None), (256, 30.0, empty(HEADS)))
+            for kind in ((None, None, None), (256, 30.0, empty(heads)))
         ),
         run(
             attention.block_attention,
@@ -144,9 +161,9 @@ def calls(dtype: torch.dtype, B: int, T: int) -> list[Callable[[], object]]:
     ]
 
 
-def all_launches(dtype: torch.dtype, B: int, T: int) -> list[Launch]:
+def all_launches(sizes: Sizes, dtype: torch.dtype, B: int, T: int) -> list[Launch]:
     """Those of every operator on B rows of T tokens that differ in what is compiled."""
-    launches = [launch for call in calls(dtype, B, T) for launch in recorded(call)]
+    launches = [launch for call in calls(sizes, dtype, B, T) for launch in recorded(call)]
     return list({launch.key(): launch for launch in launches}.values())
 
 
