@@ -22,6 +22,7 @@ import argparse
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -320,6 +321,21 @@ def error(actual: object, expected: object) -> float:
     return float(difference / expected.double().abs().max().clamp(min=1e-30))
 
 
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """Within it, torch adds up products in float32, as the kernels do; timed is its default."""
+    matmul = torch.backends.cuda.matmul
+    names = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
+
+
 def captured(call: Callable[..., object], sets: list[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:
     """A graph of one call for each set."""
     stream = torch.cuda.Stream()
@@ -363,7 +379,8 @@ def measured(case: Case, shape: Shape, pool: Pool, copy: float) -> Row:
     """A case checked, then timed."""
     kernel = case.kernel(pool.device)
     done = kernel(*case.sets[0])
-    found = error(done, case.reference()(*case.sets[0]))
+    with float32_sums():
+        found = error(done, case.reference()(*case.sets[0]))
     needed = statistics.mean(case.bytes(kernel(*args)) for args in case.sets)
     graphs = [captured(call, case.sets) for call in (kernel, case.torch)]
     ours, theirs = ([t / len(case.sets) for t in times] for times in replayed(graphs, REPLAYS))
@@ -386,9 +403,6 @@ def rows(dtype: torch.dtype = torch.bfloat16, only: str = "") -> tuple[float, li
     if not torch.cuda.is_available():
         raise RuntimeError("no CUDA device is here, and these are kernels of one")
     torch.manual_seed(0)
-    # The references' products are added up in float32, as the kernels' are.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     pool = Pool(dtype, torch.device("cuda", torch.cuda.current_device()), POOL, ROTATED)
     copy = copy_bandwidth(pool)
     found = [

@@ -172,9 +172,21 @@ def test_a_query_that_sees_nothing_gives_zeros() -> None:
 
 
 def test_a_cache_that_is_full() -> None:
-    """The block ends with the cache; what a mask has beyond it is not there."""
-    block = Block([22, 21], [CHAIN[:2]])
-    near(cached(block), block.expected())
+    """What a mask has beyond the cache is not there: the next layer, all NaN, follows it."""
+
+    def arguments() -> list[Any]:
+        args = long_arguments(torch.float32, 2)
+        args[7] = torch.tensor([100, 217])  # of 219 slots
+        args[5] = args[6] = args[7][:, None] + torch.arange(2)
+        args[8] = torch.nn.functional.pad(args[8], (0, 4), value=-1)
+        args[9] = 0
+        for cache in args[3:5]:
+            cache[1] = float("nan")
+        return args
+
+    with references():
+        expected = sirius.cached_attention(*arguments(), None, None)
+    near(attention.cached_attention(*arguments(), None, None), expected)
 
 
 def test_what_is_left_to_the_reference() -> None:

@@ -200,7 +200,11 @@ def test_topk_takes_the_largest(dtype: torch.dtype, keep: int) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_topk_takes_the_first_of_equals(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("block", [64, 256])  # several programs, and one
+def test_topk_takes_the_first_of_equals(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block: int
+) -> None:
+    monkeypatch.setattr(tiles, "SELECTED", block)
     gate = torch.ones(I, C, dtype=dtype)
     gate[100] = 2
     down = torch.eye(I, dtype=dtype)[:, :C].contiguous()  # y says which neurons were used
