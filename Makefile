@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint check bench frontier format clean
+.PHONY: setup demo test test-all lint check bench frontier gpu format clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,9 @@ check: lint test       ## the gate
 bench: setup           ## kernels and steps at real sizes on this machine's CPU
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.steps
+
+gpu:                   ## right and fast on this machine's GPU: docs/results/gpu-*.md; installs nothing
+	PYTHONPATH=.:passes:runtime $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(FLAGS)
 
 frontier: setup        ## what every sparse path answers and reads: docs/results/frontier.md
 	$(BIN)/python benchmarks/frontier.py --problems 100

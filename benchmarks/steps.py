@@ -1,163 +1,121 @@
-"""Whole steps of a decoder with Llama-3.2-1B's shapes and random weights, and a period's host time.
+"""Whole steps of a decoder with a real model's shapes and random weights, and a period's host time.
 
     python -m benchmarks.steps
+    python -m benchmarks.steps --device cuda --shape 8b
 
-One row after a history of `--context` tokens, in bf16. Each round runs, in turn: the dense step
-with the kernels, with the reference operators, and by transformers (eager, SDPA attention, a
-DynamicCache); the sparse steps of each method at each share skipped; and the verification of N
-tokens in one full pass, with the kernels and without. Printed are medians over the rounds and each
-one's fastest round, as times and as shares of the dense step with kernels. The weights are random:
-what a step reads and computes is real, what it says is not, so nothing here speaks of quality. The
-thresholds of `cats` are the quantiles of one step's own activations.
+One row after a history of `--context` tokens, in bf16. Each round runs, in turn: the dense step;
+the sparse steps of each method at each share skipped; and the verification of N tokens in one full
+pass (N = k for a chain, (k - 1) w + 1 for a tree). Printed are medians over the rounds with their
+quartiles, and each one's fastest round, as times and as shares of the dense step of the same
+rounds; and the *floor*: the bytes that a step reads (weights once, keys and values) over the
+bandwidth measured before, of a copy on a GPU, of a loop that reads on the CPU. The weights are
+random: what a step reads and computes is real, what it says is not, so nothing here speaks of
+quality. Thresholds are the quantiles of one step's own values.
 
-The second table is where a period's time goes: inside the entries, or in what stands between them.
+On the CPU, steps run operator by operator with the kernels, and the dense step also with the
+reference operators and by transformers (eager, SDPA attention, a DynamicCache); a second table is
+where a period's time goes: inside the entries, or in what stands between them. On a GPU, steps are
+CUDA graphs, and the dense step also runs operator by operator; with `--compiled`, the entries are
+compiled by inductor first.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import DynamicCache, LlamaForCausalLM
 
 from benchmarks.kernels import cpu_name
-from sirius_compile import CompileConfig, compile_model
-from sirius_compile.compile import Compiled
+from benchmarks.random_programs import METHODS, SHAPES, RandomPrograms, Shape
+from sirius_runtime.backends.cuda_graph import GraphReplay
 from sirius_runtime.backends.eager import EagerBackend
-from sirius_runtime.graph import to_document
+from sirius_runtime.backends.inductor import InductorBackend
 from sirius_runtime.kernels.native import kernels, references
-from sirius_runtime.ops.mlp import ACTIVATIONS
 from sirius_runtime.plan import Plan
 from sirius_runtime.session import Session
-from sirius_runtime.sizes import cache_slots
-from sirius_runtime.stats import PhaseClock, StatsRecorder
+from sirius_runtime.spec import Method
+from sirius_runtime.static_session import Replay, run_at_once
 
 SKIPPED = (0.3, 0.5, 0.65)
-sirius = torch.ops.sirius
-
-
-def random_llama(layers: int) -> LlamaForCausalLM:
-    """The shapes of Llama-3.2-1B, with fewer layers where asked for."""
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        vocab_size=128_256,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        dtype=torch.bfloat16,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+BUFFER = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of what measures bandwidth
 
 
 @dataclass
 class Step:
-    """Something to time, within a context of its own."""
+    """Something to time, within a context of its own; `bytes` that it needs to read."""
 
     name: str
+    bytes: float
     call: Callable[[], object]
     within: Callable[[], AbstractContextManager[None]] = nullcontext
     seconds: list[float] = field(default_factory=list)
 
-    def time(self) -> None:
-        with self.within():
-            begin = time.perf_counter()
-            self.call()
-            self.seconds.append(time.perf_counter() - begin)
+    def row(self, dense: Step, bandwidth: float) -> str:
+        cells = [self.name]
+        for best in (statistics.median, min):
+            cells.append(f"{best(self.seconds) * 1e3:.3f}")
+            if best is not min:
+                low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+                cells.append(f"{low * 1e3:.3f}-{high * 1e3:.3f}")
+            cells.append(f"{best(self.seconds) / best(dense.seconds):.2f}")
+        floor = self.bytes / bandwidth
+        cells += [f"{floor * 1e3:.3f}", f"{statistics.median(self.seconds) / floor:.2f}"]
+        return "| " + " | ".join(cells) + " |"
 
 
-class Programs:
-    """Back ends of several sparse paths over one copy of the weights."""
-
-    def __init__(self, model: LlamaForCausalLM, context: int) -> None:
-        self._model, self._context = model, context
-        self._weights: Mapping[str, Tensor] | None = None
-
-    def session(self, method: str, keep: float) -> Session:
-        """A session of one row with `context` tokens behind it."""
-        compiled = compile_model(self._model, CompileConfig(sparsity=method, keep=keep))
-        return self.open(self._backend(compiled))
-
-    def open(self, backend: EagerBackend) -> Session:
-        recorder = StatsRecorder(1, 0, 0, PhaseClock(backend.device))
-        session = Session(backend, 1, cache_slots(self._context, 64, 1), recorder)
-        for cache in session._state.values():
-            cache.normal_()
-        sparsity = backend.program.sparsity
-        if sparsity.kept_neurons:
-            layers = backend.program.state.layers
-            order = torch.rand(layers, 1, sparsity.neurons).argsort(-1)
-            session._state["neurons"] = order[..., : sparsity.kept_neurons].sort().values
-        session.length = torch.tensor([self._context])
-        session.root = torch.tensor([7])
-        return session
-
-    def _backend(self, compiled: Compiled) -> EagerBackend:
-        if self._weights is None:
-            backend = compiled.to_runtime().backend
-            assert isinstance(backend, EagerBackend)
-            self._weights = backend.weights
-            return backend
-        documents = {
-            name: to_document(compiled.program.graphs[name]) for name in ("sparse", "full")
-        }
-        return EagerBackend(
-            compiled.spec,
-            documents,
-            self._weights,
-            dtype=torch.bfloat16,
-            device=torch.device("cpu"),
-        )
+def time_on(device: torch.device, call: Callable[[], object]) -> float:
+    """Seconds that a call takes; on a GPU, between events before and after it."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    call()
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after) / 1e3
 
 
-class Thresholds(fx.Interpreter):
-    """Runs a step of `topk`, and learns which threshold keeps as many neurons of each layer."""
+def measured_bandwidth(device: torch.device, rounds: int = 11) -> float:
+    """Bytes per second, the median of some rounds: of a copy, read and written, on a GPU; of a loop
+    that reads, on the CPU, where a copy is slower.
+    """
+    size = BUFFER[device.type]
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    library = kernels()
+    if device.type == "cpu" and library is not None:
+        threads = torch.get_num_threads()
+        read = functools.partial(library.sirius_read, source.data_ptr(), size, threads)
+        moved, seconds = size, [time_on(device, read) for _ in range(rounds)]
+    else:
+        target = torch.empty_like(source)
+        copy = functools.partial(target.copy_, source)
+        moved, seconds = 2 * size, [time_on(device, copy) for _ in range(rounds)]
+    return moved / statistics.median(seconds[1:])
 
-    def __init__(self, module: fx.GraphModule, skipped: float) -> None:
-        super().__init__(module)
-        self._skipped = skipped
-        self.found: list[float] = []
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is sirius.topk_mlp.default:
-            x, gate, *_, act, _, _ = args
-            g = ACTIVATIONS[act](torch.nn.functional.linear(x, gate))
-            self.found.append(g.float().abs().quantile(self._skipped).item())
-        return super().call_function(target, args, kwargs)
+def replay_on(device: torch.device) -> Replay:
+    return GraphReplay() if device.type == "cuda" else run_at_once
 
 
-def cats_of(session: Session, skipped: float) -> None:
-    """Makes a session's sparse path, which is `topk`, one of `cats` that skips as much."""
-    backend = session._backend
-    assert isinstance(backend, EagerBackend)
-    entry = backend._entries["sparse"]
-    learner = Thresholds(entry.module, skipped)
-    run, entry.runs = entry.runs, learner.run  # type: ignore[assignment]
-    one_step(session, "sparse")
-    entry.runs = run
-    graph, found = entry.module.graph, iter(learner.found)
-    for node in graph.find_nodes(op="call_function", target=sirius.topk_mlp.default):
-        with graph.inserting_before(node):
-            both = graph.call_function(sirius.cats_mlp.default, (*node.args[:-1], next(found)))
-            node.replace_all_uses_with(graph.call_function(lambda pair: pair[0], (both,)))
-        graph.erase_node(node)
-    entry.module.recompile()
-    entry.runs = None
+def recorded(session: Session, work: Callable[[], object]) -> Callable[[], None]:
+    """The work as a CUDA graph of its own; on the CPU, as it is."""
+    replay = replay_on(session._backend.device)
+
+    def silent() -> None:
+        work()
+
+    return lambda: replay("step", silent, [])
 
 
 def one_step(session: Session, entry: str) -> None:
@@ -166,16 +124,28 @@ def one_step(session: Session, entry: str) -> None:
 
 def verify(session: Session, tokens: int) -> None:
     """One full pass over a chain."""
-    index = torch.arange(tokens)
+    index = torch.arange(tokens, device=session._backend.device)
     distance = (index[:, None] - index).clamp(min=-1)
     ids = index[None] + 9
     session._run("full", ids, slots=index, depth=index, tree_mask=distance[None])
 
 
-def transformers_step(model: LlamaForCausalLM, context: int) -> Callable[[], object]:
+def random_llama(layers: int, shape: Shape = SHAPES["1b"]) -> LlamaForCausalLM:
+    """transformers' model of a shape, with that many layers, in bfloat16."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return LlamaForCausalLM(shape.with_layers(layers).config()).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def transformers_step(shape: Shape, context: int) -> Callable[[], object]:
+    model = random_llama(shape.layers, shape)
     cache = DynamicCache(config=model.config)
-    for layer in range(model.config.num_hidden_layers):
-        cache.update(*(torch.randn(1, 8, context, 64).bfloat16() for _ in range(2)), layer)
+    for layer in range(shape.layers):
+        keys, values = torch.randn(2, 1, shape.groups, context, shape.head).bfloat16()
+        cache.update(keys, values, layer)
     token = torch.tensor([[7]])
 
     def step() -> None:
@@ -210,62 +180,144 @@ def host_share(session: Session, plan: Plan, rounds: int) -> tuple[float, float]
     return statistics.median(periods) * 1e3, statistics.median(shares)
 
 
-def main() -> None:
+class Steps:
+    """The steps of one shape on one device."""
+
+    def __init__(self, args: argparse.Namespace, shape: Shape, device: torch.device) -> None:
+        self._args, self._shape, self._device = args, shape, device
+        self._programs = RandomPrograms(shape, device)
+        self._make = compiled_backend if args.compiled else EagerBackend
+        self.first = self._programs.session(
+            self._programs.backend(Method.GRIFFIN, 0.5, self._make), args.context, 0.5
+        )
+
+    def all(self, until: float) -> list[Step]:
+        """All of them, each having run once, which pays for allocation, compilation and recording;
+        those that are made before the clock says `until`.
+        """
+        made: list[Step] = []
+        for step in self._each():
+            with step.within():
+                step.call()
+            made.append(step)
+            if time.perf_counter() > until:
+                break
+        return made
+
+    def _each(self) -> Iterator[Step]:
+        yield from self._dense()
+        yield from self._verifications()
+        for skipped in self._args.skipped:
+            for method in self._args.methods:
+                yield self._sparse(Method(method), skipped)
+
+    def _verifications(self) -> Iterator[Step]:
+        for tokens in self._args.verify:
+            work = recorded(self.first, functools.partial(verify, self.first, tokens))
+            yield self._step(f"verify {tokens}", work)
+            if self._device.type == "cpu":
+                yield self._step(f"verify {tokens}, torch reference", work, references)
+
+    def _dense(self) -> Iterator[Step]:
+        work = recorded(self.first, lambda: one_step(self.first, "full"))
+        yield self._step("dense", work)
+        if self._device.type == "cpu":
+            yield self._step("dense, torch reference", work, references)
+            if not self._args.compiled:
+                other = transformers_step(self._shape, self._args.context)
+                yield self._step("dense, transformers eager", other)
+        else:
+            yield self._step("dense, no CUDA graph", lambda: one_step(self.first, "full"))
+
+    def _sparse(self, method: Method, skipped: float) -> Step:
+        backend = self._programs.backend(method, skipped, self._make)
+        session = self._programs.session(backend, self._args.context, skipped)
+        work = recorded(session, lambda: one_step(session, "sparse"))
+        return self._step(f"{method}, {skipped:.0%} skipped", work, nullcontext, method, skipped)
+
+    def _step(
+        self,
+        name: str,
+        work: Callable[[], object],
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
+        method: Method = Method.NONE,
+        skipped: float = 0.0,
+    ) -> Step:
+        shape = self._shape
+        history = 2 * shape.layers * self._args.context * shape.groups * shape.head
+        return Step(name, 2 * (shape.read(method, skipped) + history), work, within)
+
+
+def compiled_backend(*args: Any, **options: Any) -> EagerBackend:
+    return InductorBackend(*args, progress=lambda _: None, **options)
+
+
+def run_rounds(steps: list[Step], device: torch.device, rounds: int, until: float) -> int:
+    """Runs every step in turn; returns how many rounds there were: at least three, and no more once
+    the clock says `until`.
+    """
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() > until:
+            return done
+        for step in steps:
+            with step.within():
+                step.seconds.append(time_on(device, step.call))
+    return rounds
+
+
+def machine(device: torch.device) -> str:
+    """What the steps run on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    return f"{torch.get_num_threads()} threads, {cpu_name()}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shape", default="1b", choices=SHAPES)
+    parser.add_argument("--layers", type=int, help="fewer than the shape's own")
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--skipped", type=float, nargs="+", default=SKIPPED)
     parser.add_argument("--verify", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--compiled", action="store_true", help="entries compiled by inductor")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="to end early after")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    until = time.perf_counter() + args.seconds
     torch.set_num_threads(args.threads)
-    if kernels() is None:
+    torch.manual_seed(0)
+    device, shape = torch.device(args.device), SHAPES[args.shape]
+    if args.layers:
+        shape = shape.with_layers(args.layers)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, "there is no CUDA GPU here: leave out --device\n")
+    if device.type == "cpu" and kernels() is None:
         parser.exit(1, "the CPU kernels are not to be had here: see the warning above\n")
+    hosts: dict[int, tuple[float, float]] = {}
     with torch.inference_mode():
-        model = random_llama(args.layers)
-        programs = Programs(model, args.context)
-        first = programs.session("griffin", 0.5)
-        steps = [
-            Step("dense, kernels", lambda: one_step(first, "full")),
-            Step("dense, torch reference", lambda: one_step(first, "full"), references),
-            Step("dense, transformers eager", transformers_step(model, args.context)),
-        ]
-        for skipped in SKIPPED:
-            griffin = programs.session("griffin", 1 - skipped)
-            topk, cats = (programs.session("topk", 1 - skipped) for _ in range(2))
-            cats_of(cats, skipped)
-            named = {"griffin": griffin, "topk": topk, "cats": cats}
-            steps += [
-                Step(f"{name}, {skipped:.0%} skipped", lambda s=session: one_step(s, "sparse"))
-                for name, session in named.items()
-            ]
-        for tokens in args.verify:
-            steps += [
-                Step(f"verify {tokens}, {side}", lambda n=tokens: verify(first, n), within)
-                for side, within in (("kernels", nullcontext), ("torch reference", references))
-            ]
-        for turn in range(args.rounds + 1):
-            for step in steps:
-                step.time()
-                if turn == 0:  # pays for allocation
-                    step.seconds.clear()
-        hosts: dict[int, tuple[float, float]] = {}
-        for size in (4, 8, 16):
-            hosts[size] = host_share(first, Plan(size, 1, threshold=0.0), args.rounds)
-    size = sum(parameter.numel() for parameter in model.parameters()) * 2
+        bandwidth = measured_bandwidth(device)
+        made = Steps(args, shape, device)
+        steps = made.all(until)
+        rounds = run_rounds(steps, device, args.rounds, until)
+        if device.type == "cpu":
+            for size in (4, 8, 16):
+                hosts[size] = host_share(made.first, Plan(size, 1, threshold=0.0), args.rounds)
     print(
-        f"{args.layers} layers ({size / 1e9:.2f} GB), context {args.context}, bfloat16; torch "
-        f"{torch.__version__}, {torch.get_num_threads()} threads, {cpu_name()}; {args.rounds} "
-        "rounds\n"
+        f"shape {shape.name}, {shape.layers} layers ({2 * shape.read() / 1e9:.2f} GB read a step), "
+        f"context {args.context}, bfloat16{', compiled by inductor' if args.compiled else ''}; "
+        f"torch {torch.__version__}, {machine(device)}; {rounds} rounds; "
+        f"{'copy' if device.type == 'cuda' else 'read loop'} {bandwidth / 1e9:.1f} GB/s\n"
     )
-    print("| step | ms | of dense | fastest ms | of dense |\n|---|---|---|---|---|")
+    header = ["step", "ms", "quartiles", "of dense", "fastest ms", "of dense", "floor ms"]
+    header += ["ms / floor"]
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for step in steps:
-        cells = [step.name]
-        for best in (statistics.median, min):
-            cells += [f"{best(step.seconds) * 1e3:.1f}"]
-            cells += [f"{best(step.seconds) / best(steps[0].seconds):.2f}"]
-        print("| " + " | ".join(cells) + " |")
-    print("\n| period (griffin, 50% skipped) | ms | outside of entries |\n|---|---|---|")
+        print(step.row(steps[0], bandwidth))
+    if hosts:
+        print("\n| period (griffin, 50% skipped) | ms | outside of entries |\n|---|---|---|")
     for size, (milliseconds, share) in hosts.items():
         print(f"| {size} tokens | {milliseconds:.1f} | {share:.2%} |")
 

@@ -137,7 +137,10 @@ def test_unknown_words_are_named(cli: Cli, artifact: Path) -> None:
         (("--max-new-tokens", "5000"), "max_new_tokens must be in 1.."),
         (("--dtype", "int4"), "dtype must be one of float32, bfloat16, float16"),
         (("--device", "abacus"), "device 'abacus' can't be used here"),
-        (("--backend", "magic"), "one of eager, period, aoti, onnxruntime, got 'magic'"),
+        (
+            ("--backend", "magic"),
+            "one of auto, eager, inductor, cudagraph, period, aoti, onnxruntime, got 'magic'",
+        ),
         (("--stop", ""), "a stop string is empty"),
     ],
 )

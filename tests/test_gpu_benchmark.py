@@ -1,94 +1,168 @@
-"""The benchmark of the CUDA kernels, as far as it goes without a GPU: its calls and its table."""
+"""`make gpu` without a GPU: its parts at tiny shapes, and what becomes of one that fails."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support.triton_interpreter import interpreting, require_triton
+from benchmarks import gpu, gpu_check, periods, random_programs, steps
+from benchmarks.gpu import Part
+from benchmarks.random_programs import METHODS, SHAPES, RandomPrograms, Shape
+from sirius_runtime.spec import Method
+from tests.support.kernels import require_compiler
 
-require_triton()
-
-from benchmarks import gpu_kernels  # noqa: E402  (they import Triton)
-from sirius_runtime.kernels.cuda import attention, linear, mlp  # noqa: E402
-
-TINY = gpu_kernels.Shape("tiny", 32, 80, 4, 2, 16, 50, contexts=(70,))
-CPU = torch.device("cpu")
-MODULES = {"attention": attention, "linear": linear, "mlp": mlp}
+SMALL = ("--shape", "tiny", "--context", "16", "--rounds", "2")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def interpreter() -> Iterator[None]:
-    with interpreting():
-        yield
+def test_operators_and_tokens_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main(["--device", "cpu", "--smoke"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0, printed
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| \d+ \| \S+ \| \S+ \| ok \|$", printed, re.MULTILINE)
+    operators = {name for name, _ in rows}
+    known = {name.split("::")[1].split(".")[0] for name in registered()}
+    assert known - operators == {"topk_moe"}  # near ties decide what it keeps
+    assert len(rows) == 3 * len(operators)
+    assert "| griffin | recorded | 6 of 6 | ok |" in printed
 
 
-def test_its_calls_are_served_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_kernels, "launchers", lambda name, _: MODULES[name])
-    monkeypatch.setattr(gpu_kernels, "ROTATED", 1)
-    monkeypatch.setattr(gpu_kernels, "SKIPPED", (0.5,))
-    torch.manual_seed(0)
-    pool = gpu_kernels.Pool(torch.bfloat16, CPU, 1 << 20, 1)
-    pool.buffer *= 20  # gates that differ, at so few channels
-    ran: dict[str, set[int]] = {}
-    for case in gpu_kernels.cases(pool, TINY):
-        kernel = case.kernel(CPU)
-        done = kernel(*case.sets[0])
-        with gpu_kernels.float32_sums():
-            expected = case.reference()(*case.sets[0])
-        assert gpu_kernels.error(done, expected) < 0.02, case.name
-        assert len({args[1].data_ptr() for args in case.sets}) > 1 or case.module == "attention"
-        ran.setdefault(case.operator, set()).add(case.tokens)
-
-        dense = case.torch(*case.sets[0])
-        shape = done[0].shape if isinstance(done, tuple) else done.shape
-        assert dense.shape == shape
-        if case.operator in ("linear", "dense_mlp", "cached_attention"):  # nothing is skipped
-            assert gpu_kernels.error(done, dense) < 0.02, case.name
-        read = case.bytes(done)
-        assert read == int(read) > 0
-        if case.operator == "dense_mlp":
-            assert read == 3 * 80 * 32 * 2
-        if case.operator == "cats_mlp":
-            assert read == (80 + 2 * done[1].item()) * 32 * 2
-    of_one = {"topk_mlp", "griffin_cats_mlp", "sparse_linear"}
-    of_several = {"linear", "dense_mlp", "griffin_mlp", "cats_mlp"}
-    of_several |= {"cached_attention", "block_attention"}
-    assert ran == {name: {1} if name in of_one else {1, 8} for name in of_one | of_several}
+def registered() -> list[str]:
+    every = torch._C._dispatch_get_all_op_names()
+    return [name for name in every if name.startswith("sirius::")]
 
 
-def test_a_kernel_that_does_not_serve_is_no_row() -> None:
-    with pytest.raises(RuntimeError, match="linear does not serve"):
-        gpu_kernels.served(linear.linear)(torch.ones(1, 2).double(), torch.ones(3, 2))
+def test_a_wrong_operator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(gpu_check.linear_cases(torch.float32, 1, 1, 16))
+    device = torch.device("cpu")
+    assert case.error(device) < gpu_check.BOUNDS[torch.float32]
+    for wrong in (1e-3, float("nan")):
+        monkeypatch.setattr(
+            gpu_check.sirius, "linear", lambda x, w, b, by=wrong: x @ w.t() + b + by
+        )
+        assert case.error(device) > gpu_check.BOUNDS[torch.float32]
 
 
-def test_its_table() -> None:
-    row = gpu_kernels.Row(
-        *("8B", "dense_mlp", 1, 352.3, 120.0, (119.0, 121.5), 2936.0, 0.9),
-        *(140.0, (139.0, 142.0), 3e-3),
-    )
-    assert gpu_kernels.table([row]).splitlines()[2] == (
-        "| 8B | dense_mlp | 1 | 352.3 | 120.0 (119.0-121.5) | 2936 | 90% "
-        "| 140.0 (139.0-142.0) | 1.17 | 3.0e-03 |"
-    )
-    wrong = replace(row, error=0.2)
-    assert gpu_kernels.table([wrong]).endswith("| WRONG: 2.0e-01 |")
+@pytest.mark.parametrize(
+    "methods", [["topk", "griffin+teal"], pytest.param(METHODS, marks=pytest.mark.slow)]
+)
+def test_steps(methods: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    require_compiler()
+    flags = ["--skipped", "0.5", "--verify", "4", "--threads", str(torch.get_num_threads())]
+    steps.main([*SMALL, *flags, "--methods", *methods])
+    printed = capsys.readouterr().out
+    for name in ("dense", "dense, transformers eager", "verify 4"):
+        assert f"| {name} |" in printed
+    for method in methods:
+        assert f"| {method}, 50% skipped |" in printed
+    assert "| 16 tokens |" in printed
 
 
-def test_without_a_gpu_it_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_recorded_periods(capsys: pytest.CaptureFixture[str]) -> None:
+    periods.main([*SMALL, "--period", "4", "--width", "1", "2"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^\| 4 \| 2 \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=() if m is Method.GRIFFIN_TEAL else pytest.mark.slow) for m in METHODS],
+)
+def test_thresholds_skip_what_they_are_to_skip(method: Method) -> None:
+    programs = RandomPrograms(SHAPES["tiny"], torch.device("cpu"), torch.float32)
+    with torch.inference_mode():
+        backend = programs.backend(method, 0.25)
+        session = programs.session(backend, 8, 0.25)
+        # the very state that the thresholds were learned in differs: caches are random
+        result = session._step("sparse")
+    if method in (Method.GRIFFIN, Method.TOPK):
+        assert "kept" not in result
+        return
+    sites = [site for site in backend.program.sparsity.sites if site.counted]
+    units = torch.tensor([float(site.units) for site in sites])
+    if method is Method.GRIFFIN_TEAL:  # of the neurons that the prompt keeps, which are more here
+        units[: SHAPES["tiny"].layers] = SHAPES["tiny"].neurons * 0.75
+    share = result["kept"][:, 0] / units
+    assert share.mean() == pytest.approx(0.75, abs=0.08)
+
+
+def test_parameters_that_a_step_reads() -> None:
+    shape = SHAPES["8b"]
+    assert shape.read() / 1e9 == pytest.approx(7.5, abs=0.05)  # 8.03 less an embedding of 0.53
+    for method in METHODS:
+        assert shape.read(method, 0.0) == pytest.approx(shape.read())
+    # Of the README's table: densities of Llama-3-8B at half count the embedding too.
+    embedding = shape.hidden * shape.vocabulary
+    density = {m: (shape.read(m, 0.5) + embedding) / (shape.read() + embedding) for m in METHODS}
+    assert density[Method.GRIFFIN] == pytest.approx(0.649, abs=0.001)
+    assert density[Method.TOPK] == pytest.approx(0.766, abs=0.001)
+
+
+def test_weights_of_two_layouts_are_one_storage() -> None:
+    programs = RandomPrograms(Shape("small", 32, 64, 2, 1, 16, 64, 1), torch.device("cpu"))
+    with torch.inference_mode():
+        dense, teal = (programs.backend(m, 0.5).weights for m in (Method.GRIFFIN, Method.TEAL))
+    name = "model.layers.0.mlp.gate_proj.weight"
+    assert dense[name].shape == teal[name].shape[::-1]
+    assert dense[name].data_ptr() == teal[name].data_ptr()
+
+
+def part(name: str, module: str, *arguments: str, seconds: int = 60) -> Part:
+    return Part(name, name.title(), module, arguments, seconds)
+
+
+def test_parts_that_fail_stop_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["gpu_kernels"])
-    with pytest.raises(SystemExit) as stopped:
-        gpu_kernels.main()
-    assert stopped.value.code == 1
-    assert "no CUDA device is here" in capsys.readouterr().err
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "good.py").write_text("print('| a row |')")
+    (folder / "bad.py").write_text("print('begun'); raise SystemExit('no memory')")
+    (folder / "slow.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    chosen = [part("bad", "bad"), part("slow", "slow", seconds=2), part("gone", "gone")]
+    chosen.append(part("good", "good"))
+    monkeypatch.setattr(gpu, "parts", lambda device, smoke: chosen)
+    out = tmp_path / "out"
+    assert gpu.main(["--device", "cpu", "--out", str(out)]) == 1
+    said = {path.stem: path.read_text() for path in out.iterdir()}
+    assert "exit code 1\nno memory" in said["gpu-bad"]
+    assert "begun" in said["gpu-bad"]
+    assert "stopped after its 2 seconds" in said["gpu-slow"]
+    assert "begun" in said["gpu-slow"]
+    assert "missing: there is no benchmarks/gone.py" in said["gpu-gone"]
+    assert "\n\n| a row |\n" in said["gpu-good"]
+    for text in said.values():
+        assert f"torch {torch.__version__}" in text
+        assert "; commit " in text
+    assert "not finished: bad, slow, gone" in capsys.readouterr().out
+    assert gpu.main(["--device", "cpu", "--out", str(out), "--only", "good"]) == 0
+    assert gpu.main(["--device", "cpu", "--only", "better"]) == 2
 
 
-def test_the_error_is_of_the_largest_value() -> None:
-    actual, expected = torch.tensor([1.0, 9.0]), torch.tensor([2.0, 10.0])
-    assert gpu_kernels.error((actual, expected), (expected, expected)) == pytest.approx(0.1)
+def test_the_whole_is_under_eight_minutes() -> None:
+    chosen = gpu.parts("cuda", smoke=False)
+    assert sum(part.seconds for part in chosen) <= 480
+    modules = {part.module for part in chosen}
+    assert modules == {"gpu_check", "gpu_kernels", "steps", "periods"}
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert gpu.main([]) == 2
+    assert "no CUDA GPU here; see --smoke --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    assert gpu.main(["--device", "cpu", "--smoke", "--out", str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("gpu-*.md"))) == 3
+
+
+def test_names_are_those_of_the_methods() -> None:
+    assert set(random_programs.METHODS) == set(Method) - {Method.NONE, Method.EXPERTS}

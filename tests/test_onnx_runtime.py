@@ -366,8 +366,7 @@ def test_options_of_other_back_ends_are_refused(tally: Path) -> None:
         ({"backend": "onnxruntime", "device": "cpu"}, "takes providers, not a device"),
         ({"backend": "onnxruntime", "dtype": "float16"}, "in the dtype that its graphs have, fl"),
         ({"backend": "onnxruntime", "providers": CPU, "threads": 0}, "threads must be >= 1, got 0"),
-        ({"providers": CPU}, "options of backend onnxruntime alone"),
-        ({"threads": 2}, "options of backend onnxruntime alone"),
+        ({"providers": CPU}, "an option of backend onnxruntime alone"),
     ]
     for options, message in refused:
         with pytest.raises(ConfigError, match=message):

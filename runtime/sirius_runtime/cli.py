@@ -72,9 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", help="float32, bfloat16, float16 (default: as stored)")
     run.add_argument(
         "--backend",
-        default="eager",
-        help="eager (default), period (a period as one graph), aoti (that graph, compiled once) "
-        "or onnxruntime",
+        default="auto",
+        help="auto (default: the fastest that works here), eager, inductor (compiled by "
+        "torch.compile), cudagraph (and recorded, on a CUDA GPU), period (a period as one graph), "
+        "aoti (that graph, compiled once) or onnxruntime",
     )
     run.add_argument(
         "--context", type=int, metavar="N", help="aoti: tokens of prompt and answer to compile for"
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--providers", metavar="P,Q", help="onnxruntime: execution providers, the preferred first"
     )
-    run.add_argument("--threads", type=int, metavar="N", help="onnxruntime: of one operator")
+    run.add_argument("--threads", type=int, metavar="N", help="of one operator on the CPU")
     run.add_argument("--no-verify", action="store_true", help="do not hash the weights at load")
     run.add_argument("--json", action="store_true", help="print one JSON object, no stream")
 

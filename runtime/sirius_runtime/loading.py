@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,8 +39,14 @@ def _to_stderr(message: str) -> None:
 class BackendName(StrEnum):
     """The back ends that `load` knows."""
 
+    AUTO = "auto"
+    """The fastest of the others that works here, by `choose_backend`."""
     EAGER = "eager"
     """The entries, operator by operator; the Session drafts, verifies and commits."""
+    INDUCTOR = "inductor"
+    """The entries, compiled by torch.compile on first use: needs a C++ compiler or Triton."""
+    CUDAGRAPH = "cudagraph"
+    """As `inductor`, and whole periods recorded as CUDA graphs; of a CUDA GPU."""
     PERIOD = "period"
     """The graph `period`, operator by operator."""
     AOTI = "aoti"
@@ -64,31 +72,38 @@ def load(
 
     Weights are used in place, mapped from the file, where `device` is the CPU and `dtype` the
     stored one; otherwise they are converted once. device: by default a GPU if there is one. dtype:
-    by default the stored one. rows, context: of backend `aoti`, the largest batch and the most
-    tokens of prompt and answer to compile for, by default the model's longest sequence; progress is
-    told when it compiles, which happens once. providers, threads: of backend `onnxruntime`, its
-    execution providers in order of preference, by default CUDA where it works and the CPU else
-    (progress is told which), and the threads of one operator; it computes on the device of the
-    provider, in the stored dtype. verify: check the sha256 of the weights too (everything else is
-    always checked).
+    by default the stored one. backend: a `BackendName`; ``auto`` takes the fastest that works here,
+    and progress is told which and why. rows, context: of backend `aoti`, the largest batch and the
+    most tokens of prompt and answer to compile for, by default the model's longest sequence;
+    progress is told when a back end compiles, which happens once. threads: of one operator on the
+    CPU, by default as many as PyTorch or ONNX Runtime takes; PyTorch's is a setting of the whole
+    process (`torch.set_num_threads`), which stays when the model is gone. providers: of backend
+    `onnxruntime`, its execution providers in order of preference, by default CUDA where it works
+    and the CPU else (progress is told which); it computes on the device of the provider, in the
+    stored dtype. verify: check the sha256 of the weights too (everything else is always checked).
 
-    Raises ArtifactError for a file that is not a sound artifact and ConfigError for an option that
-    can't be met, each with the remedy.
+    Raises ArtifactError for a file that is not a sound artifact, ConfigError for an option that
+    can't be met and BackendError for a back end that can't run here, each with the remedy.
     """
-    _check_backend(backend, rows)
+    _check_backend(backend, rows, threads)
     if dtype is not None and dtype not in list(DType):
         raise ConfigError(f"dtype must be one of {', '.join(DType)}, got {dtype!r}")
     with Artifact.open(path, verify=verify) as artifact:
         runner: Engine
+        if backend == BackendName.AUTO:
+            choice = choose_backend(artifact.names("graphs/"), artifact.names("onnx/"), device)
+            progress(f"backend {choice.backend}: {choice.reason}")
+            backend = choice.backend
         if backend == BackendName.ONNXRUNTIME:
             from sirius_runtime.backends.onnx import OnnxBackend
 
             _check_onnx(artifact, device, dtype)
             runner = OnnxBackend(artifact, providers=providers, threads=threads, progress=progress)
         else:
-            _check_torch(artifact, providers, threads)
+            _check_torch(artifact, providers)
             from sirius_runtime.dtypes import dtype_of
 
+            set_threads(threads)
             program = artifact.program
             runner = make_backend(
                 backend,
@@ -126,16 +141,26 @@ def make_backend(
     from sirius_runtime.backends.period import AotiBackend, PeriodBackend
 
     _check_backend(backend, rows)
+    if backend == BackendName.AUTO:
+        choice = choose_backend(True, False, device)
+        progress(f"backend {choice.backend}: {choice.reason}")
+        backend = choice.backend
     if backend == BackendName.ONNXRUNTIME:
         raise ConfigError(
             "backend onnxruntime runs the ONNX graphs of an artifact: compile with backend onnx or "
             "both, save it, and load the file"
         )
-    eager = backend == BackendName.EAGER  # has no use for the graph of a whole period
-    names = [e.name for e in program.entries if not eager or e.name != PERIOD]
+    whole = backend in (BackendName.PERIOD, BackendName.AOTI)  # others have no use for that graph
+    names = [e.name for e in program.entries if whole or e.name != PERIOD]
     documents = {name: document(name) for name in names}
-    if eager:
+    if backend == BackendName.EAGER:
         return EagerBackend(program, documents, weights, dtype=dtype, device=device)
+    if not whole:
+        from sirius_runtime.backends.cuda_graph import CudaGraphBackend
+        from sirius_runtime.backends.inductor import InductorBackend
+
+        kind = InductorBackend if backend == BackendName.INDUCTOR else CudaGraphBackend
+        return kind(program, documents, weights, dtype=dtype, device=device, progress=progress)
     if backend == BackendName.PERIOD:
         return PeriodBackend(program, documents, weights, dtype=dtype, device=device)
     longest = program.model.max_seq_len
@@ -153,11 +178,58 @@ def make_backend(
     )
 
 
-def _check_backend(backend: str, rows: int) -> None:
+@dataclass(frozen=True)
+class Choice:
+    """A back end, and why it was taken."""
+
+    backend: BackendName
+    reason: str
+
+
+def choose_backend(
+    graphs: object, onnx: object, device: str | torch.device | None = None
+) -> Choice:
+    """The back end that ``auto`` stands for, the same each time on a machine.
+
+    graphs, onnx: whether the artifact holds PyTorch's graphs, and ONNX graphs. device: as for
+    `load`. On the CPU the operators' kernels do most of the work, whoever calls them, so that
+    nothing has to be compiled by inductor first.
+    """
+    if not graphs:
+        return Choice(BackendName.ONNXRUNTIME, "the artifact holds ONNX graphs only")
+    if find_spec("torch") is None:
+        if onnx:
+            return Choice(BackendName.ONNXRUNTIME, "PyTorch is not installed")
+        return Choice(BackendName.EAGER, "the artifact holds no ONNX graphs")  # which says more
+    found = find_device(device)
+    if found.type == "cuda":
+        if find_spec("triton") is not None:
+            return Choice(BackendName.CUDAGRAPH, "a CUDA GPU, and Triton to compile for it")
+        return Choice(BackendName.EAGER, "a CUDA GPU, but no Triton to compile for it")
+    if found.type != "cpu":
+        return Choice(BackendName.EAGER, f"device {found}")
+    from sirius_runtime.kernels.native import kernels
+
+    if kernels() is None:
+        return Choice(BackendName.EAGER, "the CPU, without kernels")
+    return Choice(BackendName.EAGER, "the CPU, with kernels")
+
+
+def set_threads(threads: int | None) -> None:
+    """Sets the threads of one PyTorch operator, and so of our kernels, for the whole process."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _check_backend(backend: str, rows: int, threads: int | None = None) -> None:
     if backend not in list(BackendName):
         raise ConfigError(f"backend must be one of {', '.join(BackendName)}, got {backend!r}")
     if rows < 1:
         raise ConfigError(f"rows must be >= 1, got {rows}")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads must be >= 1, got {threads}")
 
 
 def _check_onnx(
@@ -176,9 +248,9 @@ def _check_onnx(
         )
 
 
-def _check_torch(artifact: Artifact, providers: Sequence[str] | None, threads: int | None) -> None:
-    if providers is not None or threads is not None:
-        raise ConfigError("providers and threads are options of backend onnxruntime alone")
+def _check_torch(artifact: Artifact, providers: Sequence[str] | None) -> None:
+    if providers is not None:
+        raise ConfigError("providers are an option of backend onnxruntime alone")
     if not artifact.names("graphs/"):
         raise BackendError(
             f"{artifact.path} holds ONNX graphs only: use backend onnxruntime, or compile it with "

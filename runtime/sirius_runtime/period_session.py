@@ -62,7 +62,7 @@ class PeriodSession(Session):
         noise = torch.zeros(rows, 2, self._limits.period, dtype=torch.float64, device=device)
         if plan.noise is not None:
             noise[: self._rows, :, : plan.noise.shape[2]] = plan.noise
-        self._periods += 1
+        due = self._count_period()
         inputs = {
             "root": self.root,
             "active": self.active,
@@ -73,7 +73,6 @@ class PeriodSession(Session):
             **self._state,
         }
         if self._statistic is not None:
-            due = self._refresh > 0 and self._periods % self._refresh == 0
             inputs |= {"statistic": self._statistic, "refresh": torch.tensor(due, device=device)}
         with self._recorder.clock(Phase.PERIOD):
             result = self._backend.run("period", inputs)
@@ -89,7 +88,7 @@ class PeriodSession(Session):
         self._recorder.draft_steps += int(result["levels"])
         self._recorder.full_passes += 1
         mine = slice(self._rows)
-        return Outcome(result["tokens"][mine], result["advance"][mine], result["drafted"][mine])
+        return Outcome.of(result["tokens"][mine], result["advance"][mine], result["drafted"][mine])
 
     def set_active(self, active_B: Tensor) -> None:
         super().set_active(_filled(active_B, self.root.shape[0] - self._rows))

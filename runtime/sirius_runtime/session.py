@@ -44,12 +44,27 @@ class Backend(Protocol):
 @dataclass(frozen=True)
 class Outcome:
     """What a period did: the first `advance` [B] of `tokens` [B, K] are committed; `drafted` [B]
-    levels counted for a row.
+    levels counted for a row. All in one tensor, `packed` [B, K + 2] int64: the host reads it at
+    once.
     """
 
-    tokens: Tensor
-    advance: Tensor
-    drafted: Tensor
+    packed: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, advance: Tensor, drafted: Tensor) -> Outcome:
+        return cls(torch.cat([tokens, advance[:, None], drafted[:, None]], 1))
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.packed[:, :-2]
+
+    @property
+    def advance(self) -> Tensor:
+        return self.packed[:, -2]
+
+    @property
+    def drafted(self) -> Tensor:
+        return self.packed[:, -1]
 
 
 def greedy(logits_BV: Tensor) -> Tensor:
@@ -153,16 +168,17 @@ class Session:
             width=plan.width,
             sampled_from=self._backend.program.model.vocab_size if plan.draws else None,
         )
-        confidence = torch.tensor(plan.confidence, device=device)
+        # Made on the device: a graph of its work could not hold a copy from the host.
+        confidence = torch.full((), plan.confidence, dtype=torch.float32, device=device)
         proposer = plan.proposer
         levels = 0
         with self._recorder.clock(Phase.DRAFT):
             for levels in range(1, plan.size):
-                level = torch.tensor(levels, device=device)
+                level = torch.full((), levels, dtype=torch.int64, device=device)
                 count = 1 if levels == 1 else plan.width
                 logits = self._draft_step(state, level, plan.width, count)
                 state = extend(state, logits, level, plan.width, proposer, most_B, confidence)
-                if plan.confidence > 0.0 and not bool(state.live.any()):
+                if not self._drafts_on(plan, state):
                     break
         return first_levels(state.draft, levels, plan.width)
 
@@ -190,12 +206,28 @@ class Session:
 
     def period(self, plan: Plan, most_B: Tensor) -> Outcome:
         """One period: draft, verify, commit."""
+        return self._period(plan, most_B, self._count_period())
+
+    def _count_period(self) -> bool:
+        """Counts a period that begins; whether neurons are to be chosen anew at its end."""
+        self._periods += 1
+        return self._refresh > 0 and self._periods % self._refresh == 0
+
+    def _period(self, plan: Plan, most_B: Tensor, due: bool) -> Outcome:
         draft = self.draft(plan, most_B)
         result = self.verify(draft.tree)
         verdict = self.commit(draft, result["logits"], plan, most_B)
         if self._refresh:
             self._observe(result["activity"], verdict)
-        return Outcome(verdict.tokens, verdict.advance, draft.depth)
+        if due:
+            self._choose_neurons()
+        return Outcome.of(verdict.tokens, verdict.advance, draft.depth)
+
+    def _drafts_on(self, plan: Plan, state: DraftState) -> bool:
+        """Whether the next level is worth a step: the one read of the device, where drafts may
+        stop early.
+        """
+        return plan.confidence == 0.0 or bool(state.live.any())
 
     def full_step(self, pick: Pick = greedy) -> Tensor:
         """One dense step; returns the new root [B]."""
@@ -218,7 +250,7 @@ class Session:
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows (int64 indices) and leaves the others out, with their state."""
-        self._state = {name: value[:, rows] for name, value in self._state.items()}
+        self._state = {n: value[:, rows].contiguous() for n, value in self._state.items()}
         if self._statistic is not None:
             self._statistic = self._statistic[:, rows]
         self.length, self.root, self.active = (
@@ -264,12 +296,9 @@ class Session:
         self._state[name].scatter_(3, slots.expand(kept.shape), kept)
 
     def _observe(self, activity: Tensor, verdict: Verdict) -> None:
-        """Adds what verified tokens say of the neurons; chooses anew when it is time."""
+        """Adds what verified tokens say of the neurons."""
         assert self._statistic is not None
         self._statistic = self._statistic + observed(activity, verdict.nodes, verdict.advance)
-        self._periods += 1
-        if self._periods % self._refresh == 0:
-            self._choose_neurons()
 
     def _choose_neurons(self) -> None:
         if self._statistic is not None:

@@ -15,7 +15,7 @@ from sirius_runtime.period_session import PeriodSession
 from sirius_runtime.plan import Plan
 from sirius_runtime.policy import draw
 from sirius_runtime.request import RULES, Request
-from sirius_runtime.session import Backend, Session, greedy
+from sirius_runtime.session import Backend, Pick, Session, greedy
 from sirius_runtime.sizes import cache_slots
 from sirius_runtime.stats import StatsRecorder
 
@@ -23,6 +23,8 @@ from sirius_runtime.stats import StatsRecorder
 class TorchDecoder:
     """See `sirius_runtime.decoder.Decoder`."""
 
+    # Its state too is made of inference tensors: compiled code tells them from others.
+    @torch.inference_mode()
     def __init__(
         self,
         backend: Backend,
@@ -31,15 +33,18 @@ class TorchDecoder:
         tokens: int,
         recorder: StatsRecorder,
         uniform: Uniform | None,
+        session: Session | None = None,
     ) -> None:
+        """`session`: one with room for the rows; by default one is opened."""
         self._request, self._uniform, self._device = request, uniform, backend.device
-        period, limits = request.period, backend.limits
-        kind = Session
-        if limits is not None and request.mode in RULES:
-            kind, period = PeriodSession, limits.period  # its block is of the compiled size
-        slots = cache_slots(tokens, period, max(request.widths))
-        self._session = kind(backend, rows, slots, recorder, refresh=request.refresh)
-        self.resizable = kind.resizable
+        if session is None:
+            period, limits = request.period, backend.limits
+            kind = Session
+            if limits is not None and request.mode in RULES:
+                kind, period = PeriodSession, limits.period  # its block is of the compiled size
+            slots = cache_slots(tokens, period, max(request.widths))
+            session = kind(backend, rows, slots, recorder, refresh=request.refresh)
+        self._session, self.resizable = session, session.resizable
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -50,9 +55,7 @@ class TorchDecoder:
         if noise is not None:
             plan = replace(plan, noise=torch.from_numpy(noise).to(self._device))
         outcome = self._session.period(plan, torch.tensor(sizes, device=self._device))
-        # The one read of device values in a period.
-        counts = torch.stack([outcome.advance, outcome.drafted], 1)
-        read = torch.cat([outcome.tokens, counts], 1).tolist()
+        read = outcome.packed.tolist()  # the one read of device values in a period
         return [RowPeriod(tokens[:advance], drafted) for *tokens, advance, drafted in read]
 
     @torch.inference_mode()
@@ -77,9 +80,12 @@ class TorchDecoder:
     def array(self, tokens: Sequence[Any]) -> Tensor:
         return torch.tensor(tokens)
 
-    def _pick(self, logits_BV: Tensor) -> Tensor:
-        """The next token of each row: its likeliest, or one drawn with the row's own number."""
-        if self._uniform is None:
-            return greedy(logits_BV)
+    @property
+    def _pick(self) -> Pick:
+        return greedy if self._uniform is None else self._draw
+
+    def _draw(self, logits_BV: Tensor) -> Tensor:
+        """The next token of each row, drawn with the row's own number."""
+        assert self._uniform is not None
         p = self._request.plan.sampling.distribution(logits_BV)
         return draw(p, torch.from_numpy(self._uniform(1)).to(self._device)[:, 0])

@@ -42,6 +42,17 @@ def with_kernels(module: fx.GraphModule) -> fx.GraphModule:
     return own
 
 
+def with_linears(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph with kernels for its linears alone: what a compiler that fuses the rest is
+    to call.
+    """
+    own = copy.deepcopy(module)
+    for node in own.graph.find_nodes(op="call_function", target=aten.linear.default):
+        node.target = torch.ops.sirius.linear.default
+    own.recompile()
+    return own
+
+
 def _rewrite(node: fx.Node) -> None:
     if node.target is aten.linear.default:
         node.target = torch.ops.sirius.linear.default

@@ -27,12 +27,12 @@ def _attend(
     sinks: Tensor | None,
 ) -> Tensor:
     """Softmax attention of q [B, H, T, D] over k, v [B, G, S, D] where `visible` [B | 1, 1, T,
-    S].
+    S]. Contiguous, as the operators' fakes promise to compilers.
     """
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        ).contiguous()
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = (q @ k.transpose(-1, -2)).float() * scale

@@ -1,0 +1,263 @@
+"""Whether a device computes what the references on the CPU say: tokens, then operators.
+
+    python -m benchmarks.gpu_check --device cuda
+
+The shipped model generates in float32, and its tokens must be those of the CPU. Then every
+`sirius::` operator runs on the device, with whatever kernel stands behind it there, and its
+plain-PyTorch reference on the CPU in float32 over the same values. The error is the largest of an
+output's, ‖found − wanted‖ / ‖wanted‖, against a bound for the dtype: float32 is summed in another
+order, bfloat16 and float16 are rounded on the way. Exits with 1 where anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.random_programs import METHODS
+from benchmarks.steps import replay_on
+from sirius_compile import CompileConfig, compile_model
+from sirius_compile.compile import Compiled
+from sirius_compile.shipped.problems import Task, problems
+from sirius_runtime.backends.cuda_graph import StaticSessions
+from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.model import SiriusModel
+from sirius_runtime.ops import attention, linear, mlp, moe
+from sirius_runtime.spec import Method
+
+BOUNDS = {torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float16: 5e-3}
+"""Of the error: some times what rounding each product's inputs once makes of it."""
+SHAPES = [
+    *((1, 1, 32), (3, 4, 64), (1, 16, 256)),
+    *((1, 1, 512), (2, 1, 256), (1, 61, 128), (3, 64, 96)),
+]
+"""Rows, tokens of a row and width: each operator's sizes follow from these."""
+RECORDED = "recorded"
+NEW = 48
+
+sirius = torch.ops.sirius
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator, its reference, and arguments on the CPU."""
+
+    name: str
+    reference: Callable[..., Any]
+    arguments: Sequence[Any]
+    written: tuple[int, ...] = ()
+    """Arguments that it writes, which count as outputs."""
+
+    def outputs(self, function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
+        result = function(*arguments)
+        values = list(result) if isinstance(result, tuple) else [result]
+        return values + [arguments[index] for index in self.written]
+
+    def error(self, device: torch.device) -> float:
+        """The largest of an output's; infinite where the device gives NaN."""
+        wide = [_mapped(value, _widened) for value in self.arguments]
+        given = [_mapped(value, lambda t: t.to(device, copy=True)) for value in self.arguments]
+        wanted = self.outputs(self.reference, wide)
+        found = self.outputs(getattr(sirius, self.name), given)
+        return max(map(_error, found, wanted))
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    wide = wanted.double()
+    wrong = (found.cpu().double() - wide).norm()
+    error = float(wrong / wide.norm().clamp(min=1e-30))
+    return error if error == error else float("inf")
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    return function(value) if isinstance(value, Tensor) else value
+
+
+def _widened(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value.clone()
+
+
+def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(shape)).to(dtype)
+
+
+def linear_cases(dtype: torch.dtype, rows: int, tokens: int, width: int) -> Iterator[Case]:
+    outputs = 3 * width // 2 + 1
+    x = _random(rows, tokens, width, dtype=dtype)
+    weight = _random(width, outputs, dtype=dtype, scale=width**-0.5)
+    bias = _random(outputs, dtype=dtype)
+    yield Case("linear", linear.linear, [x, weight.t().contiguous(), bias])
+    yield Case("linear", linear.linear, [x, weight.t(), None])
+    # Scores are multiples of 1/8, and the threshold lies between two: no rounding decides.
+    x = (x.float() * 4).round().div(4).to(dtype)
+    threshold = 0.5 + 1 / 64
+    yield Case("sparse_linear", linear.sparse_linear, [x, weight, bias, None, threshold])
+    yield Case("sparse_linear", linear.sparse_linear, [x, weight, None, None, threshold])
+
+
+def mlp_cases(dtype: torch.dtype, rows: int, tokens: int, width: int) -> Iterator[Case]:
+    neurons = 3 * width
+    # One-hot tokens, and gates that are different bfloat16 numbers: activations by ReLU are exact,
+    # no two are equal, and no rounding decides.
+    chooses = tokens & (tokens - 1) == 0  # sums of so many equal numbers are exact too
+    column = torch.randint(width, (rows, 1 if chooses else tokens)).expand(rows, tokens)
+    x = torch.nn.functional.one_hot(column, width).to(dtype)
+    first = torch.tensor(2.0**-8, dtype=torch.bfloat16).view(torch.int16)
+    different = (first + torch.arange(neurons, dtype=torch.int16)).view(torch.bfloat16)
+    order = torch.stack([torch.randperm(neurons) for _ in range(width)], 1)
+    gate = different[order].to(dtype)
+    up, down = (_random(neurons, width, dtype=dtype) for _ in range(2))
+    biases = [None, _random(neurons, dtype=dtype), _random(width, dtype=dtype)]
+    keep, layer = neurons // 2, 1
+    chosen = torch.stack([torch.randperm(neurons)[:keep].sort().values for _ in range(rows)])
+    choice = torch.stack([chosen, chosen])
+    valid = torch.rand(rows, tokens) < 0.7
+    for weights in ([gate, up, down, *biases], [gate, None, down, None, None, None]):
+        for act in ("silu", "gelu_tanh"):
+            args = [x, *weights, act, layer]
+            yield Case("dense_mlp", mlp.dense_mlp, args)
+            yield Case("griffin_mlp", mlp.griffin_mlp, [*args, choice])
+        args = [x, *weights, "relu", layer]
+        yield Case("dense_mlp_statistic", mlp.dense_mlp_statistic, [*args, valid])
+        yield Case("dense_mlp_activity", mlp.dense_mlp_activity, args)
+        if chooses:
+            yield Case("topk_mlp", mlp.topk_mlp, [*args, neurons // 4])
+            threshold = float(different[neurons // 2])
+            yield Case("cats_mlp", mlp.cats_mlp, [*args, threshold])
+            yield Case("griffin_cats_mlp", mlp.griffin_cats_mlp, [*args, choice, threshold])
+
+
+def moe_cases(dtype: torch.dtype, rows: int, tokens: int, width: int) -> Iterator[Case]:
+    count, experts, routed, neurons = rows * tokens, 6, 2, 2 * width
+    x = _random(count, width, dtype=dtype)
+    weights, chosen = torch.randn(count, experts).softmax(-1).topk(routed)
+    gate, up, down = (
+        _random(experts, neurons, width, dtype=dtype, scale=width**-0.5) for _ in range(3)
+    )
+    args = [x, chosen, weights.to(dtype), gate, up, down, None, None, None, "silu", 0]
+    yield Case("dense_moe", moe.dense_moe, args)
+    yield Case("experts_moe", moe.experts_moe, [*args, 1, True])
+
+
+def attention_cases(dtype: torch.dtype, rows: int, tokens: int, width: int) -> Iterator[Case]:
+    heads, groups, head, slots, layers, layer = 8, 2, width // 4, 3 * tokens + 200, 2, 1
+    q = _random(rows, heads, tokens, head, dtype=dtype)
+    k, v = (_random(rows, groups, tokens, head, dtype=dtype) for _ in range(2))
+    caches = [_random(layers, rows, groups, slots, head, dtype=dtype) for _ in range(2)]
+    blocks = [_random(layers, rows, groups, tokens, head, dtype=dtype) for _ in range(2)]
+    length = torch.tensor([150, 37, 0][:rows])
+    index = torch.arange(tokens)
+    chain = (index[:, None] - index).clamp(min=-1)[None]
+    at = length[:, None] + index
+    for window, softcap in ((None, None), (24, 30.0)):
+        rest = [layer, head**-0.5, window, softcap]
+        yield Case(
+            "cached_attention",
+            attention.cached_attention,
+            [q, k, v, *caches, at, at, length, chain, *rest],
+            written=(3, 4),
+        )
+        yield Case(
+            "block_attention",
+            attention.block_attention,
+            [q, k, v, *caches, *blocks, at, index, length, chain, *rest],
+        )
+        yield Case("attention", attention.attention, [q, k, v, *rest])
+
+
+KINDS = (linear_cases, mlp_cases, moe_cases, attention_cases)
+
+
+def operator_rows(
+    device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]
+) -> Iterator[tuple[str, bool]]:
+    """The table's lines and whether each holds: an operator over all shapes."""
+    worst: dict[str, tuple[float, int]] = {}
+    for rows, tokens, width in shapes:
+        for kind in KINDS:
+            for case in kind(dtype, rows, tokens, width):
+                error, count = worst.get(case.name, (0.0, 0))
+                worst[case.name] = max(error, case.error(device)), count + 1
+    type_name, bound = str(dtype).removeprefix("torch."), BOUNDS[dtype]
+    for name, (error, count) in sorted(worst.items()):
+        cells = [name, type_name, str(count), f"{error:.1e}", f"{bound:.0e}", _said(error <= bound)]
+        yield "| " + " | ".join(cells) + " |", error <= bound
+
+
+def behind(backend: str, compiled: Compiled, device: torch.device) -> SiriusModel:
+    """`recorded`: as `cudagraph`, without inductor; on the CPU the same work run as it is."""
+    if backend != RECORDED:
+        return compiled.to_runtime(device=device, backend=backend)
+    model = compiled.to_runtime(device=device)
+    assert isinstance(model.backend, EagerBackend)
+    own = copy.copy(model.backend)
+    own.open = StaticSessions(own, lambda: replay_on(device)).open  # type: ignore[method-assign]
+    return SiriusModel(own, model.tokenizer)
+
+
+def token_rows(
+    device: torch.device, methods: Sequence[Method], backends: Sequence[str]
+) -> Iterator[tuple[str, bool]]:
+    """The table's lines and whether each holds: a sparse path behind a back end."""
+    source = problems(Task.REASONING, "test", seed=11)
+    prompts = [next(source).prompt for _ in range(2)]
+    for method in methods:
+        config = CompileConfig(sparsity=method, keep=0.5, period=8, dtype="float32")
+        compiled = compile_model("tally-3m", config)
+        wanted = compiled.to_runtime()
+        for backend in backends:
+            found, same, count = behind(backend, compiled, device), 0, 0
+            for mode in ("sirius", "exact", "full"):
+                for width in (1, 4):
+                    options: dict[str, Any] = {"mode": mode, "max_new_tokens": NEW}
+                    options["tree_width"] = width
+                    pair = [m.generate(prompts, **options).tokens for m in (wanted, found)]
+                    same += pair[0] == pair[1]
+                    count += 1
+            holds = same == count
+            yield f"| {method} | {backend} | {same} of {count} | {_said(holds)} |", holds
+
+
+def _said(holds: bool) -> str:
+    return "ok" if holds else "WRONG"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
+    parser.add_argument("--smoke", action="store_true", help="two shapes, one method")
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    few = 1 if args.smoke else len(METHODS)
+    methods, shapes = METHODS[:few], SHAPES[: 2 * few]
+    held = True
+
+    def show(rows: Iterator[tuple[str, bool]]) -> None:
+        nonlocal held
+        for row, holds in rows:
+            print(row, flush=True)
+            held &= holds
+
+    print("| tally-3m, float32 | back end | runs with the CPU's tokens | |\n|" + "---|" * 4)
+    show(token_rows(device, methods, ("eager", RECORDED)))
+    if device.type == "cuda":
+        show(token_rows(device, methods[-1:], ("cudagraph",)))  # a minute of compiling each
+    print("\n| operator | dtype | calls | largest error | bound | |\n|" + "---|" * 6)
+    with torch.inference_mode():
+        for dtype in BOUNDS:
+            # Each dtype is another compilation of each kernel.
+            some = shapes if dtype is torch.bfloat16 else shapes[:3]
+            show(operator_rows(device, dtype, some))
+    sys.exit(0 if held else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""A recorded period's time against that of the Session that drives the same entries.
+
+    python -m benchmarks.periods --device cuda --shape 8b
+
+One row of griffin at 50% after a history of `--context` tokens, random weights, threshold 0 (every
+draft is accepted, so that each period does the same work). Both start from the same state and take
+turns; printed are the medians of a period's milliseconds from the call to the tokens on the host,
+of their ratio, and the ratio's quartiles. On a GPU the recording is a CUDA graph; on the CPU, where
+nothing is recorded, the same work runs as it is, and the ratio is of no interest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from benchmarks.random_programs import SHAPES, RandomPrograms, Shape
+from benchmarks.steps import compiled_backend, machine, replay_on
+from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.plan import Plan
+from sirius_runtime.session import Session
+from sirius_runtime.spec import Method
+from sirius_runtime.static_session import StaticSession
+
+SKIPPED = 0.5
+
+
+def sessions(
+    programs: RandomPrograms, backend: EagerBackend, context: int, size: int
+) -> tuple[Session, StaticSession]:
+    """One that drives the entries, and one that replays, in the same state."""
+    driven = programs.session(backend, context, SKIPPED)
+    static = programs.session(
+        backend,
+        context,
+        SKIPPED,
+        StaticSession,
+        size=size,
+        replay=replay_on(programs.device),
+    )
+    assert isinstance(static, StaticSession)
+    for name, value in driven._state.items():
+        static._state[name] = value.clone()
+    static._settle()
+    return driven, static
+
+
+def seconds_of(session: Session, plan: Plan, context: int) -> float:
+    """One period from `context` tokens on, to the tokens on the host."""
+    device = session._backend.device
+    session.length.fill_(context)
+    session.root.fill_(7)
+    most = torch.full((1,), plan.size, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    session.period(plan, most).packed.tolist()
+    return time.perf_counter() - begin
+
+
+def rows(args: argparse.Namespace, shape: Shape, device: torch.device) -> Iterator[str]:
+    programs = RandomPrograms(shape, device)
+    backend = programs.backend(
+        Method.GRIFFIN, SKIPPED, compiled_backend if args.compiled else EagerBackend
+    )
+    for size in args.period:
+        for width in args.width:
+            pair = sessions(programs, backend, args.context, size)
+            plan = Plan(size, width, threshold=0.0)
+            taken: tuple[list[float], list[float]] = ([], [])
+            for turn in range(args.rounds + 2):
+                for session, seconds in zip(pair, taken, strict=True):
+                    spent = seconds_of(session, plan, args.context)
+                    if turn >= 2:  # the first pay for allocation and recording
+                        seconds.append(spent)
+            ratios = [static / driven for driven, static in zip(*taken, strict=True)]
+            low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            cells = [str(size), str(width)]
+            cells += [f"{statistics.median(seconds) * 1e3:.2f}" for seconds in taken]
+            cells += [f"{statistics.median(ratios):.3f}", f"{low:.3f}-{high:.3f}"]
+            yield "| " + " | ".join(cells) + " |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shape", default="1b", choices=SHAPES)
+    parser.add_argument("--layers", type=int, help="fewer than the shape's own")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--period", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--width", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--compiled", action="store_true", help="entries compiled by inductor")
+    parser.add_argument("--rounds", type=int, default=11)
+    args = parser.parse_args(arguments)
+    device, shape = torch.device(args.device), SHAPES[args.shape]
+    if args.layers:
+        shape = shape.with_layers(args.layers)
+    print(
+        f"shape {shape.name}, {shape.layers} layers, context {args.context}, bfloat16"
+        f"{', compiled by inductor' if args.compiled else ''}; torch {torch.__version__}, "
+        f"{machine(device)}; {args.rounds} rounds\n"
+    )
+    header = ("k", "w", "Session ms", "recorded ms", "recorded / Session", "quartiles")
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    with torch.inference_mode():
+        for row in rows(args, shape, device):
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

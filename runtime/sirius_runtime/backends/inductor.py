@@ -1,0 +1,162 @@
+"""The entries compiled by torch.compile: PyTorch's own operators fused, ours called as they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.exc import TorchDynamoException
+
+from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.backends.period import CACHE_VARIABLE, Progress, cache_folder
+from sirius_runtime.errors import BackendError
+from sirius_runtime.kernels.build import compiler
+from sirius_runtime.kernels.rewrite import with_linears
+from sirius_runtime.spec import JSON, ProgramSpec
+
+INDUCTOR_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+_VARYING = frozenset("BTRMS")
+"""Letters of an entry's shapes that differ from call to call: rows, tokens, rows of the tree's
+mask, slots of the block and of the caches. The others are the program's own."""
+
+CACHES = ("k_cache", "v_cache")
+"""Inputs that are written: a copy would be lost. They are made as their shapes say."""
+
+Bucket = tuple[str, ...]
+"""The varying letters that stand for 1."""
+
+
+class InductorBackend(EagerBackend):
+    """As `EagerBackend`, with each entry compiled once a *bucket* of shapes.
+
+    A bucket says which extents are 1 (one row, one token), and leaves all others open: code for one
+    token is worth its own, where code for 15 or 16 differs in nothing but a bound of its loops, and
+    padding a draft to a larger size would verify tokens that are not there. So an entry has few
+    buckets, and prompts, periods, trees and caches of any length share them; nothing is compiled
+    again while it generates.
+
+    The `sirius::` operators are opaque to the compiler: kernels skip what they skip, and the caches
+    are written in place. What inductor makes is kept in the folder ``inductor`` of the user's cache
+    folder (``$SIRIUS_CACHE``, else ``~/.cache/sirius``), where the next process finds it.
+    """
+
+    def __init__(
+        self,
+        program: ProgramSpec,
+        documents: Mapping[str, JSON],
+        weights: Mapping[str, Tensor],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        """Raises BackendError where inductor finds no compiler or no folder to keep its code in."""
+        super().__init__(program, documents, weights, dtype=dtype, device=device)
+        self._progress, self._folder = progress, cache_folder() / "inductor"
+        self._shapes = {e.name: {i.name: i.shape for i in e.inputs} for e in program.entries}
+        self._compiled: dict[tuple[str, Bucket], Callable[..., Any]] = {}
+        if device.type == "cpu":
+            try:
+                compiler()
+            except BackendError as error:
+                raise BackendError(f"{error}; or use backend eager") from error
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BackendError(
+                f"compiled code can't be kept in {self._folder} ({error}); name another folder by "
+                f"the environment variable {CACHE_VARIABLE}"
+            ) from error
+
+    @property
+    def buckets(self) -> list[tuple[str, Bucket]]:
+        """What is compiled so far: entries, and the letters that stand for 1 in their shapes."""
+        return list(self._compiled)
+
+    @torch.inference_mode()
+    def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        inputs = {n: value if n in CACHES else _dense(value) for n, value in inputs.items()}
+        arguments = self._entries[entry].arguments(inputs)
+        bucket = self._bucket(entry, inputs)
+        compiled = self._compiled.get((entry, bucket))
+        if compiled is None:
+            return self._named(entry, self._compile(entry, bucket, inputs, arguments))
+        return self._named(entry, compiled(*arguments))
+
+    def _bucket(self, entry: str, inputs: Mapping[str, Tensor]) -> Bucket:
+        ones = {
+            str(letter)
+            for name, shape in self._shapes[entry].items()
+            for letter, extent in zip(shape, inputs[name].shape, strict=True)
+            if extent == 1 and letter in _VARYING
+        }
+        return tuple(sorted(ones))
+
+    def _compile(
+        self,
+        entry: str,
+        bucket: Bucket,
+        inputs: Mapping[str, Tensor],
+        arguments: list[Tensor | None],
+    ) -> Any:
+        """Compiles an entry for a bucket; returns what its first run does."""
+        self._progress(
+            f"compiling {entry} for {'one row' if 'B' in bucket else 'several rows'} of "
+            f"{'one token' if 'T' in bucket else 'several tokens'} with inductor; once, kept in "
+            f"{self._folder}"
+        )
+        for name, shape in self._shapes[entry].items():
+            for dim, letter in enumerate(shape):
+                if letter in _VARYING and letter not in bucket:
+                    torch._dynamo.mark_dynamic(inputs[name], dim)
+        # Not the module, whose call reports errors by code that can't be compiled.
+        compiled = torch.compile(
+            self._graph(entry).forward, fullgraph=True, options={"fx_graph_cache": True}
+        )
+        try:
+            with _keeps_code_in(self._folder):
+                result = compiled(*arguments)
+        except TorchDynamoException as error:
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            raise BackendError(
+                f"inductor can't compile {entry} here ({reason:.300}); it needs a C++ compiler "
+                "(g++ or clang++; on a GPU, Triton). Use backend eager"
+            ) from error
+        self._compiled[entry, bucket] = compiled
+        return result
+
+    def _graph(self, entry: str) -> fx.GraphModule:
+        """A copy for one bucket: torch.compile keeps what it knows with a module's code."""
+        return with_linears(self._entries[entry].module)
+
+
+def _dense(value: Tensor) -> Tensor:
+    """`value` as a contiguous tensor whose strides follow from its shape, also where an extent is
+    1: code is compiled for strides.
+    """
+    stride, expected = 1, []
+    for extent in reversed(value.shape):
+        expected.append(stride)
+        stride *= extent
+    if value.stride() == tuple(reversed(expected)):
+        return value
+    return value.contiguous().flatten().view(value.shape)
+
+
+@contextmanager
+def _keeps_code_in(folder: Path) -> Iterator[None]:
+    """Within it, inductor keeps its code there; it reads the environment at each compilation."""
+    before = os.environ.get(INDUCTOR_VARIABLE)
+    os.environ[INDUCTOR_VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(INDUCTOR_VARIABLE, None)
+        else:
+            os.environ[INDUCTOR_VARIABLE] = before
