@@ -41,13 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--only", nargs="+", metavar="PART", help="kernels, steps, costs, …")
+    parser.add_argument("--commit", help="where this is no git checkout")
     args = parser.parse_args(arguments)
     try:
         chosen = choose(parts(args.out), args.only)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    return 1 if run_all(chosen, "cpu", args.out, "cpu") else 0
+    return 1 if run_all(chosen, "cpu", args.out, "cpu", args.commit) else 0
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--only", nargs="+", metavar="PART", help="check, kernels, steps-8b, …")
+    parser.add_argument("--commit", help="where this is no git checkout")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("there is no CUDA GPU here; see --smoke --device cpu", file=sys.stderr)
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    return 1 if run_all(chosen, args.device, args.out, "gpu") else 0
+    return 1 if run_all(chosen, args.device, args.out, "gpu", args.commit) else 0
 
 
 if __name__ == "__main__":

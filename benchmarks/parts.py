@@ -105,11 +105,13 @@ def document(result: Result, where: str) -> str:
     return "\n".join([*lines, result.printed.rstrip(), ""])
 
 
-def run_all(parts: Iterable[Part], device: str, out: Path, prefix: str) -> list[str]:
+def run_all(
+    parts: Iterable[Part], device: str, out: Path, prefix: str, commit: str | None
+) -> list[str]:
     """Runs the parts, writes `out`/`prefix`-*.md and prints them; returns the names of those that
-    did not run to their end.
+    did not run to their end. `commit`: by default what git says.
     """
-    where = machine(device)
+    where = machine(device, commit or _commit())
     out.mkdir(parents=True, exist_ok=True)
     failed = []
     for part in parts:
