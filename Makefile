@@ -33,9 +33,10 @@ lint: setup            ## style, types, import contracts
 
 check: lint test       ## the gate
 
-bench: setup           ## kernels and steps at real sizes on this machine's CPU
-	$(BIN)/python -m benchmarks.kernels
-	$(BIN)/python -m benchmarks.steps
+bench: setup           ## what this machine's CPU does with it: docs/results/cpu-*.md
+	# llama.cpp is a row where it builds (it is compiled: some minutes, once).
+	-$(BIN)/python -m pip install --quiet --group bench
+	$(BIN)/python -m benchmarks.cpu
 
 gpu:                   ## right and fast on this machine's GPU: docs/results/gpu-*.md; installs nothing
 	PYTHONPATH=.:passes:runtime $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(FLAGS)

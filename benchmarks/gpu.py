@@ -14,44 +14,13 @@ a GPU's, and left out.
 from __future__ import annotations
 
 import argparse
-import platform
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "triton", "transformers", "numpy")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A module of `benchmarks`, its arguments, and the seconds that it may take."""
-
-    name: str
-    title: str
-    module: str
-    arguments: tuple[str, ...]
-    seconds: int
-
-    @property
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", f"benchmarks.{self.module}", *self.arguments]
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a part ended: `said` is empty where it ran to its end."""
-
-    part: Part
-    printed: str
-    seconds: float
-    said: str
+from benchmarks.parts import RESULTS, Part, choose, run_all
 
 
 def parts(device: str, smoke: bool) -> list[Part]:
@@ -96,98 +65,23 @@ def parts(device: str, smoke: bool) -> list[Part]:
     ]
 
 
-def run(part: Part) -> Result:
-    begin = time.perf_counter()
-
-    def ended(printed: str | bytes | None, said: str) -> Result:
-        text = printed.decode(errors="replace") if isinstance(printed, bytes) else printed or ""
-        return Result(part, text, time.perf_counter() - begin, said)
-
-    if not (ROOT / "benchmarks" / f"{part.module}.py").exists():
-        return ended("", f"missing: there is no benchmarks/{part.module}.py")
-    try:
-        done = subprocess.run(
-            part.command, cwd=ROOT, capture_output=True, text=True, timeout=part.seconds
-        )
-    except subprocess.TimeoutExpired as error:
-        return ended(error.stdout, f"stopped after its {part.seconds} seconds")
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()[-8:]
-        return ended(done.stdout, "\n".join([f"exit code {done.returncode}", *lines]))
-    return ended(done.stdout, "")
-
-
-def machine(device: str, commit: str) -> str:
-    """What it runs on, with the versions and the commit."""
-    name = platform.processor() or platform.machine()
-    if device == "cuda":
-        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    found = []
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"no {package}")
-    return f"{name}; Python {platform.python_version()}, {', '.join(found)}; commit {commit}"
-
-
-def _commit() -> str:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown (not a git checkout)"
-    return done.stdout.strip()
-
-
-def document(result: Result, where: str) -> str:
-    part = result.part
-    lines = [f"# {part.title}", "", where, ""]
-    lines += [f"`python -m {' '.join(part.command[2:])}`, {result.seconds:.0f} s", ""]
-    if result.said:
-        lines += ["```", result.said, "```", ""]
-    return "\n".join([*lines, result.printed.rstrip(), ""])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--only", nargs="+", metavar="PART", help="check, kernels, steps-8b, …")
     parser.add_argument("--commit", help="where this is no git checkout")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("there is no CUDA GPU here; see --smoke --device cpu", file=sys.stderr)
         return 2
-    chosen = parts(args.device, args.smoke)
-    names = [part.name for part in chosen]
-    unknown = set(args.only or ()) - set(names)
-    if unknown:
-        print(
-            f"no part {', '.join(sorted(unknown))}; there are {', '.join(names)}", file=sys.stderr
-        )
+    try:
+        chosen = choose(parts(args.device, args.smoke), args.only)
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 2
-    where = machine(args.device, args.commit or _commit())
-    args.out.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for part in chosen:
-        if args.only and part.name not in args.only:
-            continue
-        result = run(part)
-        text = document(result, where)
-        (args.out / f"gpu-{part.name}.md").write_text(text, encoding="utf-8")
-        print(text, flush=True)
-        if result.said:
-            failed.append(part.name)
-    if failed:
-        print(f"not finished: {', '.join(failed)}")
-    return 1 if failed else 0
+    return 1 if run_all(chosen, args.device, args.out, "gpu", args.commit) else 0
 
 
 if __name__ == "__main__":

@@ -1,25 +1,32 @@
-"""ONNX Runtime beside PyTorch: dense and Sirius on both, in one interleaved run.
+"""ONNX Runtime beside PyTorch, on the CPU, in interleaved runs: four tables for the README.
 
-    python benchmarks/onnx_speed.py                    # the tables, for the README
-    python benchmarks/onnx_speed.py --genai DIR        # and onnxruntime-genai on the same weights
+    python -m benchmarks.onnx_speed                    # under five minutes
+    python -m benchmarks.onnx_speed --genai            # and onnxruntime-genai on the same weights
 
-`generation`: tokens per second after prefill, medians over prompts that all rows answer in turn.
+`generation`: tokens per second after prefill, medians over prompts that all rows answer in turn, of
+the shipped model and of `--layers` layers of Llama-3.2-1B's shapes with the same share of its
+vocabulary, so that head and layers weigh what they weigh in the whole of it. The latter's weights
+are random: it accepts nothing of itself, so all drafts are taken, and its Sirius rows are bounds.
 `period`: one call of the graph `period` against driving `sparse` and `full` from outside.
-`formulations`: one MLP of one token, by the ways that standard operators have of leaving neurons
-out, against computing all of them. DIR is what onnxruntime-genai's model builder writes:
+`memory`: what a process has for itself, beside the file that it maps, after all modes have run.
+`formulations`: see `benchmarks.onnx_formulations`.
 
-    python -m onnxruntime_genai.models.builder -m sirius_compile/shipped/tally-3m -o DIR \\
-        -p fp32 -e cpu
+`--genai` needs onnxruntime-genai and onnx_ir, in a folder that PYTHONPATH names if not installed:
+its own model builder writes the models that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,45 +34,47 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import sirius_compile
+from benchmarks.kernels import cpu_name
+from benchmarks.onnx_formulations import formulations
 from sirius_compile import CompileConfig, compile_model
-from sirius_compile.onnx import emit as e
-from sirius_compile.onnx.lower import make_model
-from sirius_compile.onnx.mlp import activation, topk
-from sirius_compile.onnx.scope import Scope, Value, value_info
 from sirius_compile.shipped.problems import Task, problems
 from sirius_runtime import load
+from sirius_runtime.artifact import Artifact
 from sirius_runtime.model import SiriusModel
+from sirius_runtime.onnx_files import gathered_bytes
 from sirius_runtime.plan import Plan
 from sirius_runtime.request import Options, read_options
 from sirius_runtime.stats import PhaseClock, StatsRecorder
 
-Run = Callable[[Any], float]
+METHODS = ("griffin", "topk")
+SHIPPED = Path(sirius_compile.__file__).parent / "shipped" / "tally-3m"
+LAYERS, VOCABULARY = 16, 128_256  # of Llama-3.2-1B
+
+Run = Callable[[list[int]], float]
 """Tokens per second on a prompt."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=9)
+    parser.add_argument("--prompts", type=int, default=7, help="of the shipped model")
+    parser.add_argument("--layers", type=int, default=2, help="of the large one")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--genai", type=Path, help="a folder of onnxruntime-genai's builder")
-    parser.add_argument("--tables", nargs="+", default=["generation", "period", "formulations"])
+    parser.add_argument("--genai", action="store_true")
+    parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(
-        f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}, {args.threads} threads,"
-        f" {platform.machine()}, float32"
+        f"{cpu_name()}, {args.threads} threads, onnxruntime {onnxruntime.__version__}, torch "
+        f"{torch.__version__}, Python {platform.python_version()}, float32"
     )
-    tables: dict[str, Callable[[argparse.Namespace], None]] = {
-        "generation": generation,
-        "period": period,
-        "formulations": formulations,
-    }
-    for name in args.tables:
-        print(f"\n{name}\n")
-        tables[name](args)
+    with tempfile.TemporaryDirectory() as folder:
+        subjects = [shipped(Path(folder), args.prompts), large(Path(folder), args.layers)]
+        for name in args.tables:
+            print(f"\n{name}\n")
+            TABLES[name](subjects, args)
 
 
 def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -74,58 +83,90 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("| " + " | ".join(row) + " |", flush=True)
 
 
+@dataclass
+class Subject:
+    """A model to compare: compiled once a method, and as transformers stores it."""
+
+    title: str
+    folder: Path
+    make: Callable[[], LlamaForCausalLM | str]
+    source: Callable[[], Path]
+    prompts: list[list[int]]
+    new_tokens: int
+    threshold: float
+    made: dict[str, Path] = field(default_factory=dict)
+
+    def compiled(self, method: str) -> Path:
+        if method not in self.made:
+            config = CompileConfig(sparsity=method, dtype="float32", backend="both", period=16)
+            self.folder.mkdir(exist_ok=True)
+            path = self.folder / f"{method}.sirius"
+            self.made[method] = compile_model(self.make(), config).save(path)
+        return self.made[method]
+
+
+def shipped(folder: Path, prompts: int) -> Subject:
+    tokenizer = compile_model("tally-3m", CompileConfig(sparsity="none"))._tokenizer()
+    assert tokenizer is not None
+    texts = (p.prompt for p in islice(problems(Task.REASONING, "test", seed=11), prompts))
+    ids = [tokenizer.encode(text).ids for text in texts]
+    own = folder / "tally"
+    return Subject("tally-3m", own, lambda: "tally-3m", lambda: SHIPPED, ids, 96, 0.1)
+
+
+def large(folder: Path, layers: int) -> Subject:
+    vocabulary, generator = VOCABULARY * layers // LAYERS, np.random.default_rng(0)
+    own = folder / "large"
+
+    def make() -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=layers,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+            vocab_size=vocabulary,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+        )
+        return LlamaForCausalLM(config).eval()
+
+    def source() -> Path:
+        """With a tokenizer, which the builder copies and nothing reads."""
+        make().save_pretrained(own / "source")
+        for file in SHIPPED.glob("tokenizer*"):
+            shutil.copy(file, own / "source")
+        return own / "source"
+
+    prompts = [generator.integers(0, vocabulary, 64).tolist() for _ in range(3)]
+    title = f"{layers} layers of Llama-3.2-1B's shapes, all drafts taken"
+    return Subject(title, own, make, source, prompts, 32, 0.0)
+
+
 # generation
 
 
-def generation(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        for title, make, prompts in (
-            ("tally-3m", "tally-3m", shipped(args.prompts)),
-            ("random Llama, hidden 1024", random_llama(), tokens(args.prompts)),
-        ):
-            runs: dict[str, Run] = {}
-            for method in ("griffin", "topk"):
-                config = CompileConfig(sparsity=method, dtype="float32", backend="both", period=16)
-                path = compile_model(make, config).save(
-                    Path(folder) / f"{method}.sirius", force=True
-                )
-                for backend in ("torch", "onnx"):
-                    model = opened(path, backend, args.threads)
-                    if method == "griffin":
-                        runs[f"{backend}, dense"] = by(model, mode="full")
-                    # A model of random weights accepts nothing of itself: all drafts are taken.
-                    threshold = 0.1 if make == "tally-3m" else 0.0
-                    runs[f"{backend}, Sirius, {method}"] = by(model, threshold=threshold)
-            if args.genai and make == "tally-3m":
-                runs["onnxruntime-genai, dense"] = genai(args.genai, args.threads)
-            show(
-                (title, "tokens/s", "x torch, dense", "x onnx, dense"),
-                list(compared(runs, list(prompts))),
-            )
-            print()
-
-
-def shipped(count: int) -> Iterator[str]:
-    return (p.prompt for p in islice(problems(Task.REASONING, "test", seed=11), count))
-
-
-def tokens(count: int) -> Iterator[list[int]]:
-    generator = np.random.default_rng(0)
-    return (generator.integers(0, 8192, 64).tolist() for _ in range(count))
-
-
-def random_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        vocab_size=8192,
-        max_position_embeddings=512,
-    )
-    return LlamaForCausalLM(config).eval()
+def generation(subjects: Sequence[Subject], args: argparse.Namespace) -> None:
+    for subject in subjects:
+        runs: dict[str, Run] = {}
+        for method in METHODS:
+            path = subject.compiled(method)
+            for backend in ("torch", "onnx"):
+                model, tokens = opened(path, backend, args.threads), subject.new_tokens
+                if method == METHODS[0]:
+                    runs[f"{backend}, dense"] = by(model, tokens, mode="full")
+                sirius = by(model, tokens, threshold=subject.threshold)
+                runs[f"{backend}, Sirius, {method}"] = sirius
+        if args.genai:
+            folder = builder(subject)
+            runs["onnxruntime-genai, dense"] = genai(folder, subject.new_tokens, args.threads)
+        show(
+            (subject.title, "tokens/s", "of torch, dense", "of onnx, dense"),
+            list(compared(runs, subject.prompts)),
+        )
+        print()
 
 
 def opened(path: Path, backend: str, threads: int) -> SiriusModel:
@@ -140,32 +181,37 @@ def opened(path: Path, backend: str, threads: int) -> SiriusModel:
     )
 
 
-def by(model: SiriusModel, **options: Any) -> Run:
-    def run(prompt: Any) -> float:
-        output = model.generate(prompt, max_new_tokens=96, eos_token_id=[], **options)
+def by(model: SiriusModel, tokens: int, **options: Any) -> Run:
+    def run(prompt: list[int]) -> float:
+        output = model.generate(prompt, max_new_tokens=tokens, eos_token_id=[], **options)
         return output.stats.tokens_per_second
 
     return run
 
 
-def genai(folder: Path, threads: int) -> Run:
+def builder(subject: Subject) -> Path:
+    """The folder that onnxruntime-genai's own builder writes of a model."""
+    folder = subject.folder / "genai"
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
+    subprocess.run(
+        [*command, "-m", str(subject.source()), "-o", str(folder)], check=True, capture_output=True
+    )
+    return folder
+
+
+def genai(folder: Path, tokens: int, threads: int) -> Run:
     import onnxruntime_genai as og
 
     config = og.Config(str(folder))
     options = f'{{"intra_op_num_threads": {threads}}}'
     config.overlay(f'{{"model": {{"decoder": {{"session_options": {options}}}}}}}')
     model = og.Model(config)
-    # Its own tokenizer can't read every tokenizer.json; ids are the same by the original.
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
-    def run(prompt: str) -> float:
-        parameters = og.GeneratorParams(model)
-        ids = tokenizer.encode(prompt).ids
-        parameters.set_search_options(
-            max_length=len(ids) + 96, min_length=len(ids) + 96, do_sample=False
-        )
+    def run(prompt: list[int]) -> float:
+        parameters, length = og.GeneratorParams(model), len(prompt) + tokens
+        parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = og.Generator(model, parameters)
-        generator.append_tokens(ids)
+        generator.append_tokens(prompt)
         generator.generate_next_token()
         begin, made = time.perf_counter(), 0
         while not generator.is_done():
@@ -176,11 +222,11 @@ def genai(folder: Path, threads: int) -> Run:
     return run
 
 
-def compared(runs: dict[str, Run], prompts: Sequence[Any]) -> Iterator[tuple[str, ...]]:
+def compared(runs: dict[str, Run], prompts: Sequence[list[int]]) -> Iterator[tuple[str, ...]]:
     """One line a run: its speed, and its ratios to the dense runs on the same prompt."""
     for run in runs.values():  # the first call pays for allocation
         run(prompts[0])
-    speeds = {name: [] for name in runs}
+    speeds: dict[str, list[float]] = {name: [] for name in runs}
     for prompt in prompts:
         for name, run in runs.items():
             speeds[name].append(run(prompt))
@@ -189,20 +235,18 @@ def compared(runs: dict[str, Run], prompts: Sequence[Any]) -> Iterator[tuple[str
             statistics.median(a / b for a, b in zip(own, speeds[base], strict=True))
             for base in ("torch, dense", "onnx, dense")
         )
-        yield name, f"{statistics.median(own):.0f}", *(f"{ratio:.2f}" for ratio in ratios)
+        yield name, f"{statistics.median(own):.1f}", *(f"{ratio:.2f}" for ratio in ratios)
 
 
 # one call a period
 
 
-def period(args: argparse.Namespace) -> None:
+def period(subjects: Sequence[Subject], args: argparse.Namespace) -> None:
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for title, make in (("tally-3m", "tally-3m"), ("random Llama", random_llama())):
-            config = CompileConfig(sparsity="griffin", dtype="float32", backend="onnx", period=16)
-            path = compile_model(make, config).save(Path(folder) / "m.sirius", force=True)
-            rows.append((title, *one_call(opened(path, "onnx", args.threads), args.prompts)))
-    show(("k = 16, w = 1", "one call, ms", "entries, ms", "entries / one call"), rows)
+    for subject in subjects:
+        model = opened(subject.compiled("griffin"), "onnx", args.threads)
+        rows.append((subject.title, *one_call(model, args.prompts)))
+    show(("griffin, k 16, w 1", "one call, ms", "entries, ms", "entries / one call"), rows)
 
 
 def one_call(model: SiriusModel, repeats: int) -> tuple[str, ...]:
@@ -245,135 +289,62 @@ def one_call(model: SiriusModel, repeats: int) -> tuple[str, ...]:
     return *(f"{statistics.median(v) * 1e3:.1f}" for v in taken.values()), f"{ratio:.2f}"
 
 
-# ways of leaving neurons out
+# memory
 
-C, I = 2048, 5632  # of a model of 1.1 billion parameters  # noqa: E741
+GROWN = """
+import sys
+import sirius_runtime
+class Watch:
+    most = 0
+    def put(self, tokens):
+        lines = open("/proc/self/smaps_rollup").read().splitlines()
+        own = sum(int(n.split()[1]) for n in lines if n.startswith("Private_Dirty")) / 1024
+        self.most = max(self.most, own)
+    end = lambda self: None
+def run(path):
+    cpu, watch = ["CPUExecutionProvider"], Watch()
+    model = sirius_runtime.load(path, backend="onnxruntime", providers=cpu, threads=1)
+    options = {"max_new_tokens": 32, "eos_token_id": [], "streamer": watch}
+    for mode in ("sirius", "full", "sparse"):
+        model.generate(list(range(64)), mode=mode, **options)
+    return model, watch.most
+small, before = run(sys.argv[1])
+large, after = run(sys.argv[2])
+print(after - before)
+"""
+"""Prints by how many MiB a process grows as a large model generates, after a small one has run."""
 
 
-def formulations(args: argparse.Namespace) -> None:
-    ways: dict[str, Callable[[Scope, Value, int], Value]] = {
-        "all neurons": dense,
-        "griffin, gathered once a prompt": gathered_once,
-        "griffin, gathered by index each step": gathered_by_index,
-        "topk, all computed and masked": masked,
-        "topk, gathered each step": gathered_each_step,
-    }
+def memory(subjects: Sequence[Subject], args: argparse.Namespace) -> None:
+    if sys.platform != "linux":
+        print("(reads /proc, which Linux has)")
+        return
     rows = []
-    for keep in (0.5, 0.3, 0.1):
-        seconds = measured({n: built(w, round(keep * I), args.threads) for n, w in ways.items()})
-        base = seconds["all neurons"]
-        for name, own in seconds.items():
-            ratio = statistics.median(a / b for a, b in zip(own, base, strict=True))
-            rows.append((name, str(keep), f"{statistics.median(own) * 1e3:.2f}", f"{ratio:.2f}"))
-    show((f"MLP {C} x {I}, one token", "kept", "ms", "time / all neurons"), rows)
+    for method in METHODS:
+        small, path = (subject.compiled(method) for subject in subjects)
+        done = subprocess.run(
+            [sys.executable, "-c", GROWN, str(small), str(path)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        with Artifact.open(path) as artifact:
+            gathered = gathered_bytes(artifact.program) / 2**20
+        stored, grown = path.stat().st_size / 2**20, float(done.stdout.split()[-1])
+        rows.append((method, f"{stored:.0f}", f"{gathered:.0f}", f"{grown:.0f}"))
+    show((subjects[-1].title, "file, MiB", "kept neurons, gathered", "grown beside it"), rows)
 
 
-def dense(s: Scope, x: Value, keep: int) -> Value:
-    gate, up, down = weights(s, I)
-    z = e.elementwise(
-        s, "Mul", activation(s, e.linear(s, x, gate, None), "silu"), e.linear(s, x, up, None)
-    )
-    return e.flat_matmul(s, z, down)
+def ways(subjects: Sequence[Subject], args: argparse.Namespace) -> None:
+    formulations(args.threads)
 
 
-def gathered_once(s: Scope, x: Value, keep: int) -> Value:
-    gate, up = (s.input(name, "float32", (C, keep)) for name in ("gate", "up"))
-    down = s.input("down", "float32", (keep, C))
-    z = e.elementwise(s, "Mul", activation(s, e.matmul(s, x, gate), "silu"), e.matmul(s, x, up))
-    return e.matmul(s, z, down)
-
-
-def gathered_by_index(s: Scope, x: Value, keep: int) -> Value:
-    neurons = s.input("neurons", "int64", (keep,))
-    gate, up, down = (e.gather(s, w, neurons, 0) for w in weights(s, I))
-    g = activation(s, s.op("Gemm", x, gate, shape=(1, keep), transB=1), "silu")
-    z = e.elementwise(s, "Mul", g, s.op("Gemm", x, up, shape=(1, keep), transB=1))
-    return e.matmul(s, z, down)
-
-
-def masked(s: Scope, x: Value, keep: int) -> Value:
-    gate, up, down = weights(s, I)
-    g = activation(s, e.linear(s, x, gate, None), "silu")
-    _, index = topk(s, s.op("Abs", g, shape=g.shape), keep)
-    ones, none = e.filled(s, [1, keep], 1.0, "float32"), e.filled(s, [1, I], 0.0, "float32")
-    kept = s.op("ScatterElements", none, index, ones, shape=(1, I), axis=1)
-    z = e.elementwise(s, "Mul", e.elementwise(s, "Mul", g, kept), e.linear(s, x, up, None))
-    return e.flat_matmul(s, z, down)
-
-
-def gathered_each_step(s: Scope, x: Value, keep: int) -> Value:
-    gate, up, down = weights(s, I)
-    g = activation(s, e.linear(s, x, gate, None), "silu")
-    _, index = topk(s, s.op("Abs", g, shape=g.shape), keep)
-    flat = e.reshape(s, index, [keep])
-    rows = e.gather(s, up, flat, 0)
-    z = e.elementwise(
-        s, "Mul", e.take(s, g, index, 1), s.op("Gemm", x, rows, shape=(1, keep), transB=1)
-    )
-    return e.matmul(s, z, e.gather(s, down, flat, 0))
-
-
-def weights(s: Scope, neurons: int) -> tuple[Value, Value, Value]:
-    gate, up, down = (s.weight(name, "float32", (neurons, C)) for name in ("gate", "up", "down"))
-    return gate, up, down
-
-
-def built(way: Callable[[Scope, Value, int], Value], keep: int, threads: int) -> Callable[[], None]:
-    """One call of the graph that `way` makes."""
-    s, generator = Scope(), np.random.default_rng(0)
-    y = s.returned(way(s, s.input("x", "float32", (1, C)), keep), "y")
-    model = make_model(s.graph("mlp", [value_info(y)]))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    held = []
-    for tensor in model.graph.initializer:
-        if tensor.name in ("gate", "up", "down"):
-            tensor.CopyFrom(placed(tensor.name, tuple(tensor.dims)))
-            array = generator.standard_normal(tuple(tensor.dims), np.float32)
-            held.append(onnxruntime.OrtValue.ortvalue_from_numpy(array))
-            options.add_initializer(tensor.name, held[-1])
-    scratch = tempfile.TemporaryDirectory()
-    (Path(scratch.name) / "w").touch()
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", scratch.name
-    )
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    given = {}
-    for i in session.get_inputs():
-        if i.name == "neurons":
-            given[i.name] = np.sort(generator.permutation(I)[:keep])
-        else:
-            given[i.name] = generator.standard_normal(i.shape, np.float32)
-    return lambda held=held: session.run(None, given)  # type: ignore[misc]
-
-
-def placed(name: str, shape: tuple[int, ...]) -> Any:
-    import onnx
-
-    tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=shape)
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (
-        ("location", "w"),
-        ("offset", "0"),
-        ("length", str(4 * shape[0] * shape[1])),
-    ):
-        tensor.external_data.add(key=key, value=value)
-    return tensor
-
-
-def measured(calls: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Seconds of each, in turn."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(23):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if repeat >= 3:
-                taken[name].append(time.perf_counter() - begin)
-    return taken
+TABLES: dict[str, Callable[[Sequence[Subject], argparse.Namespace], None]] = {
+    "generation": generation,
+    "period": period,
+    "memory": memory,
+    "formulations": ways,
+}
 
 
 if __name__ == "__main__":

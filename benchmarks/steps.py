@@ -13,10 +13,11 @@ random: what a step reads and computes is real, what it says is not, so nothing 
 quality. Thresholds are the quantiles of one step's own values.
 
 On the CPU, steps run operator by operator with the kernels, and the dense step also with the
-reference operators and by transformers (eager, SDPA attention, a DynamicCache); a second table is
-where a period's time goes: inside the entries, or in what stands between them. On a GPU, steps are
-CUDA graphs, and the dense step also runs operator by operator; with `--compiled`, the entries are
-compiled by inductor first.
+reference operators, by transformers (eager, SDPA attention, a DynamicCache) and, where it is
+installed, by llama.cpp; a second table is where a period's time goes: inside the entries, or in
+what stands between them. On a GPU, steps are CUDA graphs, and the dense step also runs operator by
+operator; with `--compiled`, the entries are compiled by inductor first. The last table, and the
+plot, are computed from the steps (`benchmarks.advance`).
 """
 
 from __future__ import annotations
@@ -24,16 +25,20 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
+from benchmarks import llama_cpp
+from benchmarks.advance import SHARE, Measured, plot, table
 from benchmarks.kernels import cpu_name
 from benchmarks.random_programs import METHODS, SHAPES, RandomPrograms, Shape
 from sirius_runtime.backends.cuda_graph import GraphReplay
@@ -41,11 +46,13 @@ from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.backends.inductor import InductorBackend
 from sirius_runtime.kernels.native import kernels, references
 from sirius_runtime.plan import Plan
-from sirius_runtime.session import Session
+from sirius_runtime.session import Session, greedy
 from sirius_runtime.spec import Method
 from sirius_runtime.static_session import Replay, run_at_once
 
 SKIPPED = (0.3, 0.5, 0.65)
+CHAINS = (4, 8, 16, 32)  # periods, among the numbers of tokens that are verified
+PLOTTED = 0.5  # the share skipped whose steps are drawn
 BUFFER = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of what measures bandwidth
 
 
@@ -119,7 +126,7 @@ def recorded(session: Session, work: Callable[[], object]) -> Callable[[], None]
 
 
 def one_step(session: Session, entry: str) -> None:
-    session._step(entry)["logits"].argmax(-1)
+    greedy(session._step(entry)["logits"][:, 0])
 
 
 def verify(session: Session, tokens: int) -> None:
@@ -140,17 +147,34 @@ def random_llama(layers: int, shape: Shape = SHAPES["1b"]) -> LlamaForCausalLM:
         torch.set_default_dtype(torch.float32)
 
 
-def transformers_step(shape: Shape, context: int) -> Callable[[], object]:
-    model = random_llama(shape.layers, shape)
-    cache = DynamicCache(config=model.config)
-    for layer in range(shape.layers):
-        keys, values = torch.randn(2, 1, shape.groups, context, shape.head).bfloat16()
+def transformers_step(model: LlamaForCausalLM, context: int) -> Callable[[], object]:
+    """One token after a history, by transformers."""
+    config = model.config
+    cache = DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
+        shape = (2, 1, config.num_key_value_heads, context, config.head_dim)
+        keys, values = torch.randn(shape).bfloat16()
         cache.update(keys, values, layer)
     token = torch.tensor([[7]])
 
     def step() -> None:
-        model(token, past_key_values=cache).logits.argmax(-1)
+        greedy(model(token, past_key_values=cache).logits[:, 0])
         cache.crop(-1)
+
+    return step
+
+
+def llama_cpp_step(model: LlamaForCausalLM, context: int, threads: int) -> Callable[[], object]:
+    """One token after a history, by llama.cpp, of the same weights in bfloat16."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        llama_cpp.write_gguf(model, path)
+        peer = llama_cpp.LlamaCpp(path, context + 64, threads)  # mapped: the name may go
+    peer.step([7] * context)
+
+    def step() -> None:
+        peer.step([7])
+        peer.forget(1, context + 1)
 
     return step
 
@@ -224,8 +248,11 @@ class Steps:
         if self._device.type == "cpu":
             yield self._step("dense, torch reference", work, references)
             if not self._args.compiled:
-                other = transformers_step(self._shape, self._args.context)
-                yield self._step("dense, transformers eager", other)
+                model, context = random_llama(self._shape.layers, self._shape), self._args.context
+                yield self._step("dense, transformers eager", transformers_step(model, context))
+                if llama_cpp.available():
+                    peer = llama_cpp_step(model, context, self._args.threads)
+                    yield self._step("dense, llama.cpp", peer)
         else:
             yield self._step("dense, no CUDA graph", lambda: one_step(self.first, "full"))
 
@@ -283,6 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--verify", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--compiled", action="store_true", help="entries compiled by inductor")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--plot", type=Path, help="tokens/s over advance, to this PNG file")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="to end early after")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(arguments)
@@ -320,6 +348,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n| period (griffin, 50% skipped) | ms | outside of entries |\n|---|---|---|")
     for size, (milliseconds, share) in hosts.items():
         print(f"| {size} tokens | {milliseconds:.1f} | {share:.2%} |")
+    found = computed(steps)
+    if found.sparse and found.verify:
+        print(f"\nComputed from these: a token's time over the dense one's, at AAL/k = {SHARE}\n")
+        print(table(found))
+    if args.plot is not None:
+        names = [name for name in found.sparse if name.endswith(f"{PLOTTED:.0%} skipped")]
+        title = f"{shape.name}, computed from steps measured on {machine(device)}"
+        plot(found, names, title, args.plot)
+
+
+def computed(steps: Sequence[Step]) -> Measured:
+    """The steps' medians, as `benchmarks.advance` takes them."""
+    medians = {step.name: statistics.median(step.seconds) for step in steps}
+    return Measured(
+        dense=medians["dense"],
+        sparse={name: value for name, value in medians.items() if name.endswith("skipped")},
+        verify={k: medians[f"verify {k}"] for k in CHAINS if f"verify {k}" in medians},
+    )
 
 
 if __name__ == "__main__":

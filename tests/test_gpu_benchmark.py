@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_check, periods, random_programs, steps
-from benchmarks.gpu import Part
+from benchmarks import cpu, gpu, gpu_check, parts, periods, random_programs, steps
+from benchmarks.parts import Part
 from benchmarks.random_programs import METHODS, SHAPES, RandomPrograms, Shape
 from sirius_runtime.spec import Method
 from tests.support.kernels import require_compiler
@@ -123,7 +123,7 @@ def test_parts_that_fail_stop_no_other(
     (folder / "good.py").write_text("print('| a row |')")
     (folder / "bad.py").write_text("print('begun'); raise SystemExit('no memory')")
     (folder / "slow.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
     chosen = [part("bad", "bad"), part("slow", "slow", seconds=2), part("gone", "gone")]
     chosen.append(part("good", "good"))
     monkeypatch.setattr(gpu, "parts", lambda device, smoke: chosen)
@@ -149,6 +149,14 @@ def test_the_whole_is_under_eight_minutes() -> None:
     assert sum(part.seconds for part in chosen) <= 480
     modules = {part.module for part in chosen}
     assert modules == {"gpu_check", "gpu_kernels", "steps", "periods"}
+
+
+def test_the_cpu_s_is_under_fifteen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = cpu.parts(tmp_path)
+    assert sum(part.seconds for part in chosen) <= 900
+    assert all((parts.ROOT / "benchmarks" / f"{part.module}.py").exists() for part in chosen)
+    assert cpu.main(["--out", str(tmp_path), "--only", "better"]) == 2
+    assert "there are kernels, steps, end-to-end, costs, context" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

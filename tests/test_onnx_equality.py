@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,17 @@ import pytest
 import torch
 
 from sirius_compile import CompileConfig, compile_model
+from sirius_compile import families as supported
+from sirius_compile.onnx.package import onnx_summary
 from sirius_compile.shipped.problems import Task, problems
 from sirius_runtime import load
 from sirius_runtime.artifact import Artifact
-from tests.support.models import MAX_SEQ_LEN, random_decoder
+from tests.support.families import random_model
+from tests.support.models import MAX_SEQ_LEN, random_decoder, word_tokenizer, write_calibration
 from tests.support.onnx import Pair, Pairs, load_onnx
 
 METHODS = ("griffin", "topk", "cats", "teal", "griffin+teal")
-"""Every method with a sparse path; a new one is one name here."""
+"""Every method with neurons to skip; a new one is one name here."""
 WIDTHS, MODES = (1, 4), ("sirius", "exact")
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
@@ -29,8 +34,29 @@ FAMILIES: dict[str, dict[str, object]] = {
     "olmo2": {},
     "granite": {},
 }
+FAST = {
+    ("griffin", 1): "llama",
+    ("griffin", 4): "phi3",
+    ("topk", 1): "olmo2",
+    ("topk", 4): "qwen3",
+    ("cats", 1): "qwen2",
+    ("cats", 4): "llama",
+    ("teal", 1): "llama",
+    ("teal", 4): "mistral",
+    ("griffin+teal", 1): "granite",
+    ("griffin+teal", 4): "gemma2",
+}
+"""Every method by every width, each on one family, every family once at least; the rest is slow."""
+THRESHOLDS = {"qwen3": 0.12}
+"""Other than the usual 0.1: there qwen3 gives a token of griffin's tree 0.099999994, which is as
+good as equal, and decided by how sums are rounded."""
 RAGGED = [[7, 8, 9], [50, 30, 11, 22, 60], [4 * i + 7 for i in range(15)]]
 ENDLESS: dict[str, Any] = {"eos_token_id": []}
+
+
+def slow_but(cases: Iterable[tuple[object, ...]], fast: Collection[object]) -> list[Any]:
+    """These cases, marked slow where they are not among the fast ones."""
+    return [c if c in fast else pytest.param(*c, marks=pytest.mark.slow) for c in cases]
 
 
 @pytest.fixture(scope="module")
@@ -38,45 +64,65 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     return Pairs(tmp_path_factory.mktemp("onnx"))
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("method", METHODS)
+def test_the_fast_cases_cover() -> None:
+    assert FAST.keys() == set(product(METHODS, WIDTHS))
+    assert set(FAST.values()) == FAMILIES.keys()
+
+
+@pytest.mark.parametrize(
+    ("method", "width"), slow_but(product(METHODS, WIDTHS), {("griffin", 4), ("griffin+teal", 1)})
+)
 def test_the_shipped_model(pairs: Pairs, method: str, width: int) -> None:
     pair = pairs(method, width, 16, "tally-3m")
     for mode in MODES:
-        for problem, _ in zip(problems(Task.REASONING, "test", seed=5), range(2), strict=False):
+        for problem in islice(problems(Task.REASONING, "test", seed=5), 2):
             output = pair.agree(problem.prompt, mode=mode, max_new_tokens=80)
             assert output.stats.acceptance_rate
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "family", [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+    ("family", "method", "width"),
+    slow_but(product(FAMILIES, METHODS, WIDTHS), {(f, *case) for case, f in FAST.items()}),
 )
 def test_families(pairs: Pairs, family: str, method: str, width: int) -> None:
     pair = pairs(method, width, 4, family, **FAMILIES[family])
     for mode in MODES:
         for prompts in (RAGGED[:1], RAGGED):
-            pair.agree(prompts, mode=mode, **ENDLESS)
-
-
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama"])
-def test_each_family_once(pairs: Pairs, family: str) -> None:
-    """The rest of the matrix is slow; each family's own operators run every time."""
-    pair = pairs("griffin", 1, 4, family, **FAMILIES[family])
-    for mode in MODES:
-        pair.agree(RAGGED, mode=mode, **ENDLESS)
+            threshold = THRESHOLDS.get(family, 0.1)
+            pair.agree(prompts, mode=mode, threshold=threshold, **ENDLESS)
 
 
 @pytest.mark.parametrize("mode", ["full", "sparse"])
-@pytest.mark.parametrize("method", METHODS)
-def test_modes_without_periods(pairs: Pairs, method: str, mode: str) -> None:
-    pair = pairs(method)
+@pytest.mark.parametrize(("method", "width"), FAST)
+def test_modes_without_periods(pairs: Pairs, method: str, width: int, mode: str) -> None:
+    family = FAST[method, width]
+    pair = pairs(method, width, 4, family, **FAMILIES[family])
     pair.agree(RAGGED, mode=mode, **ENDLESS)
     pair.agree(RAGGED, mode=mode, seed=3, temperature=0.8, top_k=20, top_p=0.9, **ENDLESS)
 
 
-@pytest.mark.parametrize(("method", "width"), [("cats", 1), ("griffin", 4)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [f.model_type for f in supported.FAMILIES])
+def test_every_family_of_the_table(family: str, tmp_path: Path) -> None:
+    """Mixtures have a file of their own, `test_onnx_moe`."""
+    row = next(f for f in supported.FAMILIES if f.model_type == family)
+    place = supported.FAMILIES.index(row)
+    config = CompileConfig(
+        sparsity=row.methods[place % len(row.methods)],
+        period=4,
+        tree_width=1 + place % 3,
+        dtype="float32",
+        backend="both",
+        calibration=write_calibration(tmp_path / "words.txt", 80),
+    )
+    made = compile_model(random_model(family), config, tokenizer=word_tokenizer())
+    path = made.save(tmp_path / "model.sirius")
+    pair = Pair(path, load(path, device="cpu"), load_onnx(path))
+    for mode in (*MODES, "sparse"):
+        pair.agree(RAGGED, mode=mode, **ENDLESS)
+
+
+@pytest.mark.parametrize(("method", "width"), [("teal", 1), ("cats", 4)])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"top_k": 9, "top_p": 0.9}])
 def test_sampling(pairs: Pairs, method: str, width: int, sampling: dict[str, Any]) -> None:
     pair = pairs(method, width)
@@ -85,29 +131,50 @@ def test_sampling(pairs: Pairs, method: str, width: int, sampling: dict[str, Any
     assert again.tokens != drawn
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_drafts_that_stop_early_and_short_periods(pairs: Pairs, width: int) -> None:
-    pair = pairs("cats", width)
+@pytest.mark.parametrize(("method", "width"), [("teal", 1), ("cats", 4)])
+def test_drafts_that_stop_early_and_short_periods(pairs: Pairs, method: str, width: int) -> None:
+    pair = pairs(method, width)
     whole = pair.agree(RAGGED, **ENDLESS).stats
     assert pair.agree(RAGGED, confidence=1.0, **ENDLESS).stats.periods > whole.periods
     assert max(pair.agree(RAGGED, period=2, **ENDLESS).stats.advances) == 2
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_topk_of_few_neurons_gathers_them(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        ("topk", "phi3"),
+        ("cats", "llama"),
+        ("teal", "llama"),
+        pytest.param("topk", "llama", marks=pytest.mark.slow),
+        pytest.param("cats", "phi3", marks=pytest.mark.slow),
+        pytest.param("teal", "phi3", marks=pytest.mark.slow),
+    ],
+)
+def test_few_neurons_or_channels_are_gathered(tmp_path: Path, method: str, family: str) -> None:
     """The product of all of `up` is not there; tokens are PyTorch's all the same."""
-    options = CompileConfig(
-        sparsity="topk", keep=0.1, period=4, tree_width=2, dtype="float32", backend="both"
+    config = CompileConfig(
+        sparsity=method,
+        keep=0.1,
+        period=4,
+        tree_width=2,
+        dtype="float32",
+        backend="both",
+        calibration=write_calibration(tmp_path / "words.txt"),
     )
-    path = compile_model(random_decoder(family), options).save(tmp_path / "few.sirius")
+    made = compile_model(random_decoder(family), config, tokenizer=word_tokenizer())
+    assert "which saves time" in onnx_summary(made.spec)
+    path = made.save(tmp_path / "few.sirius")
     pair = Pair(path, load(path, device="cpu"), load_onnx(path))
-    for mode in MODES:
+    for mode in (*MODES, "sparse"):
         pair.agree(RAGGED, mode=mode, **ENDLESS)
     with Artifact.open(path) as artifact:
         graph = onnx.load_from_string(artifact.read_bytes("onnx/sparse.onnx")).graph
     weights = {tensor.name for tensor in graph.initializer if "up" in tensor.name}
     readers = {n.op_type for n in graph.node if weights & set(n.input)}
-    assert readers == ({"Gather"} if family == "llama" else {"Gather", "Gemm"})
+    if family == "llama":
+        assert readers == {"Gather"}
+    else:  # of a fused gate_up all of gate is read
+        assert readers == ({"MatMul"} if method == "teal" else {"Gather", "Gemm"})
 
 
 def test_neurons_chosen_anew(pairs: Pairs) -> None:
@@ -132,7 +199,7 @@ def test_a_period_of_one_token(pairs: Pairs) -> None:
 
 def test_a_prompt_of_all_but_one_token_of_the_length(pairs: Pairs) -> None:
     prompt = [7 + i % 90 for i in range(MAX_SEQ_LEN - 2)]
-    pairs("topk", 4).agree([prompt, prompt[:9]], mode="exact", max_new_tokens=2, **ENDLESS)
+    pairs("cats", 4).agree([prompt, prompt[:9]], mode="exact", max_new_tokens=2, **ENDLESS)
 
 
 def test_a_prompt_of_several_chunks(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,83 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor
 
 from sirius_compile.onnx.aten import ATEN
 from sirius_compile.onnx.lower import Lowering
 from sirius_runtime.errors import UnsupportedModelError
-from sirius_runtime.graph import INPUT, to_document
 from sirius_runtime.ops.mlp import ACTIVATIONS
-from sirius_runtime.spec import JSON, EntrySpec, TensorSpec
+from sirius_runtime.spec import JSON, EntrySpec, SiteSpec, TensorSpec
 from tests.support.artifacts import program_of
+from tests.support.onnx_graphs import (
+    agree,
+    documented,
+    floats,
+    integers,
+    lowered,
+    over_weights,
+    run,
+    specs,
+)
 from tests.support.operators import CHAIN, LAYER, TREE, Block
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
 higher_order = torch.ops.higher_order
-
-
-def documented(function: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[EntrySpec, JSON]:
-    """A function as the document of an entry; dimensions other than of size 1 are dynamic."""
-    module = make_fx(function, tracing_mode="symbolic", pre_dispatch=True)(*inputs)
-    wanted = function(*inputs)
-    return described(module, inputs, wanted if isinstance(wanted, tuple | list) else [wanted])
-
-
-def described(
-    module: fx.GraphModule, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
-) -> tuple[EntrySpec, JSON]:
-    for index, node in enumerate(module.graph.find_nodes(op="placeholder")):
-        node.meta[INPUT] = f"x{index}"
-    entry = EntrySpec("test", specs("x", inputs), specs("y", outputs))
-    return entry, to_document(module)
-
-
-def specs(letter: str, tensors: Sequence[Tensor]) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(f"{letter}{i}", str(x.dtype).removeprefix("torch."), tuple(x.shape))
-        for i, x in enumerate(tensors)
-    )
-
-
-def lowered(spec: EntrySpec, document: JSON) -> onnx.ModelProto:
-    model = Lowering(program_of({}), "float32").entry(spec, document).model
-    onnx.checker.check_model(model, full_check=True)
-    return model
-
-
-def run(model: onnx.ModelProto, inputs: Sequence[Tensor]) -> list[Tensor]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    reads = {i.name for i in session.get_inputs()}
-    given = {f"x{i}": x.numpy() for i, x in enumerate(inputs) if f"x{i}" in reads}
-    return [torch.from_numpy(np.asarray(y)) for y in session.run(None, given)]
-
-
-def agree(function: Callable[..., Any], *inputs: Tensor, atol: float = 1e-5) -> None:
-    """ONNX Runtime computes what `function` computes, of the same dtypes and shapes."""
-    wanted = function(*inputs)
-    wanted = list(wanted) if isinstance(wanted, tuple | list) else [wanted]
-    found = run(lowered(*documented(function, inputs)), inputs)
-    for w, f in zip(wanted, found, strict=True):
-        assert f.dtype == w.dtype
-        torch.testing.assert_close(f, w, atol=atol, rtol=1e-4)
-
-
-def floats(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def integers(*shape: int, most: int = 7, seed: int = 0) -> Tensor:
-    return torch.randint(-most, most, shape, generator=torch.Generator().manual_seed(seed))
 
 
 X, Y, N, M = floats(3, 4, 5), floats(3, 4, 5, seed=1), integers(3, 4, 5), integers(3, 4, 5, seed=1)
@@ -98,11 +47,24 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Tensor]]] = {
     "amax.default": (lambda n, x: (n.amax(1), x.amax([0, 2])), [N, X]),
     "any.default": (lambda n: (aten.any(n > 6), aten.any(n == 0)), [N]),
     "arange.default": (lambda x: (torch.arange(4), torch.arange(x.shape[1])), [X]),
+    "arange.start_step": (
+        lambda x: (
+            torch.arange(1, 9, 2),
+            torch.arange(0, 600, 3, dtype=torch.float32) + x.shape[0],
+        ),
+        [X],
+    ),
     "argmax.default": (lambda x: (x.argmax(-1), x.argmax(1, keepdim=True)), [X]),
+    "bitwise_not.default": (lambda n: ~(n > 0), [N]),
     "cat.default": (lambda a, b: (torch.cat([a, b], -1), torch.cat([a, b[:, :2]], 1)), [X, Y]),
     "chunk.default": (lambda x: aten.chunk(x, 2, -1), [floats(2, 6)]),
+    "clamp.Tensor": (
+        lambda x, y, n: (x.clamp(y), x.clamp(None, y), x.clamp(-y.abs(), y.abs()), x.clamp(n)),
+        [X, Y, N],
+    ),
     "clamp.default": (lambda x, n: (x.clamp(min=0.0), n.clamp(-2, 3), n.clamp(max=1)), [X, N]),
     "clone.default": (lambda x: x.clone() + 1, [X]),
+    "concat.default": (lambda x, y: aten.concat.default([x, y], 1), [X, Y]),
     "contiguous.default": (lambda x: x.transpose(0, 1).contiguous() + 0.0, [X]),
     "cos.default": (lambda x: x.cos(), [X]),
     "cumsum.default": (
@@ -156,6 +118,7 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Tensor]]] = {
         [X, N],
     ),
     "masked_fill.Tensor": (lambda x, f, v: aten.masked_fill(x, f, v), [X, FLAG, torch.tensor(2.0)]),
+    "max.dim": (lambda x: (*x.max(-1), *x.max(1, keepdim=True)), [X]),
     "maximum.default": (lambda x, y, n: (x.maximum(y), n.maximum(n * 2)), [X, Y, N]),
     "mean.dim": (lambda x: (x.mean(-1, keepdim=True), x.mean([0, 1])), [X]),
     "minimum.default": (lambda x, y, n: (x.minimum(y), n.minimum(n * 2)), [X, Y, N]),
@@ -164,6 +127,7 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Tensor]]] = {
     "ne.Scalar": (lambda n: n != 2, [N]),
     "ne.Tensor": (lambda n, m: n != m, [N, M]),
     "neg.default": (lambda x, n: (-x, -n), [X, N]),
+    "new_empty.default": (lambda x: aten.slice_scatter(x.new_empty(3, 5), x[:, 0], 0, 0, 9), [X]),
     "new_zeros.default": (
         lambda x: (x.new_zeros(2, x.shape[1]), x.new_zeros(3, dtype=torch.bool)),
         [X],
@@ -173,22 +137,41 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Tensor]]] = {
         [X],
     ),
     "permute.default": (lambda x: x.permute(2, 0, 1) + 0.0, [X]),
+    "pow.Scalar": (lambda x: aten.pow.Scalar(2.5, x), [X]),
     "pow.Tensor_Scalar": (lambda x: (x.pow(2), x.pow(3.0)), [X]),
+    "reciprocal.default": (lambda x: (x * x + 0.1).reciprocal(), [X]),
     "relu.default": (lambda x: x.relu(), [X]),
     "repeat_interleave.self_int": (lambda x: aten.repeat_interleave.self_int(x, 3, 1), [X]),
     "reshape.default": (lambda x: x.reshape(x.shape[0], -1, 1), [X]),
     "rsqrt.default": (lambda x: (x * x + 0.1).rsqrt(), [X]),
     "scatter.src": (lambda x, i, s: x.scatter(1, i, s), [X, ELEMENTS, floats(3, 1, 5, seed=3)]),
+    "scatter.value": (
+        lambda x, i, n: (x.scatter(1, i, -1.5), n.scatter(1, i, 3)),
+        [X, ELEMENTS, N],
+    ),
     "scatter_add.default": (lambda x, i, s: x.scatter_add(1, i, s), [X, ELEMENTS, floats(3, 1, 5)]),
     "select.int": (lambda x: (x[:, 1], x[:, :, -1]), [X]),
     "sigmoid.default": (lambda x: x.sigmoid(), [X]),
     "silu.default": (lambda x: aten.silu(x), [X]),
     "sin.default": (lambda x: x.sin(), [X]),
-    "slice.Tensor": (lambda x: (x[:, 1:], x[:, :-1], x[:, -1:], x[1:2, 0:3]), [X]),
+    "slice.Tensor": (lambda x: (x[:, 1:], x[:, :-1], x[:, -1:], x[1:2, 0:3], x[:, 1::2]), [X]),
+    "slice_scatter.default": (
+        lambda x, y: (
+            aten.slice_scatter(x, y[..., :2], 2, 0, 2),
+            aten.slice_scatter(x, y[..., 1:], 2, 1, 2**63 - 1),
+            aten.slice_scatter(x, y[:, 1:3], 1, -3, -1),
+        ),
+        [X, Y],
+    ),
     "softmax.int": (lambda x: (x.softmax(-1), x.softmax(-1, dtype=torch.float64)), [X]),
     "sort.default": (lambda x: aten.sort.default(x, -1), [X]),
     "split.Tensor": (lambda x: aten.split.Tensor(x, 4, -1), [floats(2, 10)]),
+    "split_with_sizes.default": (
+        lambda x: aten.split_with_sizes(x, [4, 1, 5], -1),
+        [floats(2, 10)],
+    ),
     "sqrt.default": (lambda x: (x * x).sqrt(), [X]),
+    "square.default": (lambda x: aten.square(x), [X]),
     "squeeze.dim": (lambda x: aten.squeeze.dim(x[:, :1], 1), [X]),
     "stack.default": (lambda x, y: (torch.stack([x, y]), torch.stack([x, y], -1)), [X, Y]),
     "sub.Tensor": (lambda x, n: (x - n, n - 1, x - 0.5), [X, N]),
@@ -359,6 +342,52 @@ def test_sparse_linear(bias: bool, norm: bool) -> None:
         return sirius.sparse_linear(x, weight, b if bias else None, n if norm else None, 0.6)
 
     agree(function, floats(3, 4, C), floats(C, 7), floats(7), floats(C, seed=1).abs())
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.9])
+@pytest.mark.parametrize("threshold", [-1.0, 0.2, 99.0])
+@pytest.mark.parametrize("form", ["apart", "fused", "plain"])
+def test_cats_gathers_where_few_are_kept(form: str, threshold: float, kept: float) -> None:
+    """Whatever the site expects, and the threshold keeps of it: all neurons, some or none."""
+    stored = {"down": DOWN, "gate_bias": BIASES[0], "up_bias": BIASES[1], "down_bias": BIASES[2]}
+    gate = {"fused": torch.cat([GATE, UP])}.get(form, GATE)
+    stored |= {"gate": gate} | ({"up": UP} if form == "apart" else {})
+
+    def function(x: Tensor, **w: Tensor) -> Any:
+        ups = {"fused": w["gate"][NEURONS:], "apart": w.get("up"), "plain": None}
+        own = w["gate"][:NEURONS], ups[form], w["down"]
+        biases = w["gate_bias"], None if form == "plain" else w["up_bias"], w["down_bias"]
+        return sirius.cats_mlp(x, *own, *biases, "silu", 0, threshold)
+
+    x = floats(3, 2, C, seed=9)
+    site = SiteSpec(0, "gate", NEURONS, kept * NEURONS, C, threshold, counted=True)
+    model = over_weights(function, [x], stored, [site])
+    for w, f in zip(function(x, **stored), run(model, [x]), strict=True):
+        torch.testing.assert_close(f, w, atol=1e-5, rtol=1e-4)
+    assert (readers(model, "down") == {"Gather"}) == (kept < 0.2)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.9])
+@pytest.mark.parametrize("threshold", [-1.0, 0.6, 99.0])
+@pytest.mark.parametrize("columns", [False, True])
+def test_teal_gathers_where_few_are_kept(columns: bool, threshold: float, kept: float) -> None:
+    """Channels are rows of the weight; those of some of its columns are not gathered."""
+    stored = {"weight": floats(C, 7, seed=1)}
+
+    def function(x: Tensor, weight: Tensor) -> Any:
+        part = weight[:, :3] if columns else weight
+        return sirius.sparse_linear(x, part, None, None, threshold)
+
+    x = floats(3, 4, C)
+    site = SiteSpec(0, "weight", C, kept * C, 7, threshold, counted=True)
+    model = over_weights(function, [x], stored, [site])
+    for w, f in zip(function(x, **stored), run(model, [x]), strict=True):
+        torch.testing.assert_close(f, w, atol=1e-5, rtol=1e-4)
+    assert readers(model, "weight") == {"Gather" if kept < 0.2 and not columns else "MatMul"}
+
+
+def readers(model: onnx.ModelProto, weight: str) -> set[str]:
+    return {node.op_type for node in model.graph.node if weight in node.input}
 
 
 @pytest.mark.parametrize("threshold", [None, 0.3])

@@ -300,6 +300,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def describe(manifest: Any) -> list[str]:
     """A manifest as lines for a reader."""
+    from sirius_runtime.onnx_files import gathered_bytes
+
     program = manifest.program
     model, sparsity, state = program.model, program.sparsity, program.state
     size = sum(record.size for record in manifest.files.values())
@@ -321,6 +323,10 @@ def describe(manifest: Any) -> list[str]:
         f"transformers {program.tools.transformers}; "
         f"format {'.'.join(map(str, manifest.format_version))}",
     ]
+    if graphs := [name for name in manifest.files if name.endswith(".onnx")]:
+        extra = gathered_bytes(program)
+        copies = f"; a row's kept neurons, gathered: {extra:,} bytes more" if extra else ""
+        lines.append(f"onnx       {len(graphs)} graphs{copies}")
     if sparsity.dense_layers:
         lines.append(f"dense      layers {', '.join(map(str, sparsity.dense_layers))}")
     for site in sparsity.sites:

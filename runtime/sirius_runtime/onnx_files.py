@@ -18,9 +18,11 @@ from sirius_runtime.artifact import Artifact
 from sirius_runtime.errors import ArtifactError, BackendError, ConfigError
 from sirius_runtime.safetensors_file import header_of, in_order, size_of
 from sirius_runtime.spec import (
+    DType,
     Method,
     ModelSpec,
     PeriodSpec,
+    ProgramSpec,
     StateSpec,
     WeightSpec,
     from_json,
@@ -29,6 +31,8 @@ from sirius_runtime.spec import (
 FOLDER = "onnx/"
 PROGRAM = f"{FOLDER}program.json"
 WEIGHTS_FILE = "weights.safetensors"
+SELECT = "select"
+"""The graph that chooses a prompt's neurons and gathers their weights."""
 _CHUNK_BYTES = 16 * 2**20
 
 
@@ -62,7 +66,7 @@ class OnnxProgram:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight lies in `WEIGHTS_FILE`."""
+    """Where a weight, or one expert's part of it, lies in `WEIGHTS_FILE`."""
 
     offset: int
     length: int
@@ -81,22 +85,45 @@ def graph_file(name: str) -> str:
     return f"{FOLDER}{name}.onnx"
 
 
+def expert_name(weight: str, index: int) -> str:
+    """The initializer that is one expert's matrix of a weight of all experts, [E, …, …]."""
+    return f"{weight}[{index}]"
+
+
 def places(specs: Sequence[WeightSpec]) -> dict[str, Place]:
-    """The place of each weight in the weights' file: the same whenever that is written."""
+    """The place of each weight, and of each expert's matrix of one, in the weights' file: the same
+    whenever that is written."""
     ordered = in_order(specs)
     found, offset = {}, len(header_of(ordered))
     for spec in ordered:
         found[spec.name] = Place(offset, size_of(spec))
+        if len(spec.shape) == 3:
+            part = size_of(spec) // spec.shape[0]
+            for index in range(spec.shape[0]):
+                found[expert_name(spec.name, index)] = Place(offset + index * part, part)
         offset += size_of(spec)
     return found
+
+
+def gathered_bytes(program: ProgramSpec) -> int:
+    """What the weights of a prompt's kept neurons take, gathered for one row of a batch; biases are
+    left out."""
+    if not program.sparsity.method.per_prompt:
+        return 0
+    fixed = [site for site in program.sparsity.sites if not site.counted]
+    count = sum(int(site.kept) * site.params for site in fixed)
+    return size_of(WeightSpec("", str(program.model.dtype), (count,)))
 
 
 def read_program(artifact: Artifact) -> OnnxProgram:
     """Raises BackendError, naming what adds them, where the artifact has no ONNX graphs."""
     if not artifact.names(PROGRAM):
+        # ONNX Runtime has no bfloat16 on CPUs: graphs are added in another dtype.
+        other = artifact.program.model.dtype is DType.BFLOAT16
         raise BackendError(
             f"{artifact.path} holds no ONNX graphs: compile it with sirius-compile --backend both, "
             f"or add them by: python -m sirius_compile.onnx {artifact.path} --out with-onnx.sirius"
+            f"{' --dtype float32' * other}"
         )
     return from_json(OnnxProgram, artifact.read_json(PROGRAM), PROGRAM)
 

@@ -7,6 +7,7 @@ have, and an argument that its function does not know, is refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from sirius_compile.onnx import emit as e
@@ -34,6 +35,12 @@ def _not_equal(s: Scope, a: Any, b: Any) -> Value:
     return s.op("Not", equal, shape=equal.shape)
 
 
+def _not(s: Scope, x: Value) -> Value:
+    if x.dtype != "bool":
+        raise NotImplementedError("only truth values may be inverted")
+    return s.op("Not", x, shape=x.shape)
+
+
 def _div(s: Scope, a: Any, b: Any) -> Value:
     if e.kind(e.promoted(a, b)) < 2:
         a = e.scalar(s, a, "float32")
@@ -53,6 +60,13 @@ def _clamp(s: Scope, x: Value, min: float | None = None, max: float | None = Non
     for op, bound in (("Max", min), ("Min", max)):
         if bound is not None:
             x = s.op(op, x, s.constant(bound, x.dtype), shape=x.shape)
+    return x
+
+
+def _clamp_to(s: Scope, x: Value, min: Value | None = None, max: Value | None = None) -> Value:
+    for op, bound in (("Max", min), ("Min", max)):
+        if bound is not None:
+            x = e.elementwise(s, op, x, bound)
     return x
 
 
@@ -100,6 +114,10 @@ def _any(s: Scope, x: Value) -> Value:
     return e.cast(s, most, "bool")
 
 
+def _max(s: Scope, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, Value]:
+    return e.reduced(s, "ReduceMax", x, [dim], keepdim), _argmax(s, x, dim, keepdim)
+
+
 def _argmax(s: Scope, x: Value, dim: int, keepdim: bool = False) -> Value:
     axis = e.axis_of(x, dim)
     shape = (*x.shape[:axis], *((1,) if keepdim else ()), *x.shape[axis + 1 :])
@@ -108,6 +126,14 @@ def _argmax(s: Scope, x: Value, dim: int, keepdim: bool = False) -> Value:
 
 def _arange(s: Scope, end: e.Size, pin_memory: bool = False) -> Value:
     return e.arange(s, end)
+
+
+def _arange_by(
+    s: Scope, start: int, end: int, step: int = 1, dtype: str = "int64", pin_memory: bool = False
+) -> Value:
+    places = e.arange(s, len(range(start, end, step)))
+    spaced = e.elementwise(s, "Add", e.elementwise(s, "Mul", places, step), start)
+    return e.cast(s, spaced, dtype)
 
 
 def _eye(s: Scope, n: int, dtype: str = "float32", pin_memory: bool = False) -> Value:
@@ -156,8 +182,9 @@ def _slice(
     dim: int = 0,
     start: e.Size | None = None,
     end: e.Size | None = None,
+    step: int = 1,
 ) -> Value:
-    return e.cut(s, x, dim, 0 if start is None else start, e.MAX if end is None else end)
+    return e.cut(s, x, dim, 0 if start is None else start, e.MAX if end is None else end, step)
 
 
 def _select(s: Scope, x: Value, dim: int, index: e.Size) -> Value:
@@ -183,6 +210,21 @@ def _gather(s: Scope, x: Value, dim: int, index: Value) -> Value:
 def _scatter(s: Scope, x: Value, dim: int, index: Value, src: Value) -> Value:
     axis = e.axis_of(x, dim)
     return s.op("ScatterElements", x, index, src, shape=x.shape, axis=axis)
+
+
+def _scatter_number(s: Scope, x: Value, dim: int, index: Value, value: float) -> Value:
+    return _scatter(s, x, dim, index, e.filled(s, e.shape_of(s, index), value, x.dtype))
+
+
+def _slice_scatter(
+    s: Scope, x: Value, src: Value, dim: int = 0, start: int | None = None, end: int | None = None
+) -> Value:
+    parts = [e.cut(s, x, dim, 0, start)] if start else []
+    parts.append(src)
+    extent = x.shape[e.axis_of(x, dim)]
+    if end is not None and not (isinstance(extent, int) and end >= extent):
+        parts.append(e.cut(s, x, dim, end, e.MAX))
+    return e.concat(s, parts, dim)
 
 
 def _scatter_add(s: Scope, x: Value, dim: int, index: Value, src: Value) -> Value:
@@ -252,6 +294,11 @@ def _split(s: Scope, x: Value, size: int, dim: int = 0) -> tuple[Value, ...]:
     return tuple(e.cut(s, x, dim, i, min(i + size, extent)) for i in range(0, extent, size))
 
 
+def _split_with_sizes(s: Scope, x: Value, sizes: Sequence[int], dim: int = 0) -> tuple[Value, ...]:
+    ends = list(accumulate(sizes))
+    return tuple(e.cut(s, x, dim, end - n, end) for n, end in zip(sizes, ends, strict=True))
+
+
 def _chunk(s: Scope, x: Value, chunks: int, dim: int = 0) -> tuple[Value, ...]:
     extent = x.shape[e.axis_of(x, dim)]
     if not isinstance(extent, int):
@@ -290,11 +337,15 @@ ATEN: dict[str, Builder] = {
     "amax.default": _reduce("ReduceMax"),
     "any.default": _any,
     "arange.default": _arange,
+    "arange.start_step": _arange_by,
     "argmax.default": _argmax,
+    "bitwise_not.default": _not,
     "cat.default": lambda s, tensors, dim=0: e.concat(s, tensors, dim),
     "chunk.default": _chunk,
+    "clamp.Tensor": _clamp_to,
     "clamp.default": _clamp,
     "clone.default": lambda s, x: x,
+    "concat.default": lambda s, tensors, dim=0: e.concat(s, tensors, dim),
     "contiguous.default": lambda s, x: x,
     "cos.default": _unary("Cos"),
     "cumsum.default": _cumsum,
@@ -331,6 +382,7 @@ ATEN: dict[str, Builder] = {
     "lt.Tensor": _compare("Less"),
     "masked_fill.Scalar": _masked_fill,
     "masked_fill.Tensor": _masked_fill,
+    "max.dim": _max,
     "maximum.default": _binary("Max"),
     "mean.dim": _reduce("ReduceMean"),
     "minimum.default": _binary("Min"),
@@ -339,26 +391,33 @@ ATEN: dict[str, Builder] = {
     "ne.Scalar": _not_equal,
     "ne.Tensor": _not_equal,
     "neg.default": _unary("Neg"),
+    "new_empty.default": _new_zeros,
     "new_zeros.default": _new_zeros,
     "ones_like.default": _like(1),
     "permute.default": lambda s, x, order: e.permute(s, x, order),
+    "pow.Scalar": lambda s, base, x: e.elementwise(s, "Pow", base, x),
     "pow.Tensor_Scalar": _pow,
+    "reciprocal.default": _unary("Reciprocal"),
     "relu.default": _unary("Relu"),
     "repeat_interleave.self_int": _repeat_interleave,
     "reshape.default": lambda s, x, extents: e.reshape(s, x, extents),
     "rsqrt.default": _rsqrt,
     "scatter.src": _scatter,
+    "scatter.value": _scatter_number,
     "scatter_add.default": _scatter_add,
     "select.int": _select,
     "sigmoid.default": _unary("Sigmoid"),
     "silu.default": lambda s, x: activation(s, x, "silu"),
     "sin.default": _unary("Sin"),
     "slice.Tensor": _slice,
+    "slice_scatter.default": _slice_scatter,
     "softmax.int": _softmax("Softmax"),
     "sort.default": _sort,
     "sort.stable": _sort,
     "split.Tensor": _split,
+    "split_with_sizes.default": _split_with_sizes,
     "sqrt.default": _unary("Sqrt"),
+    "square.default": lambda s, x: e.elementwise(s, "Mul", x, x),
     "squeeze.dim": lambda s, x, dim: e.squeeze(s, x, dim),
     "stack.default": lambda s, tensors, dim=0: e.stack(s, tensors, dim),
     "sub.Tensor": _binary("Sub"),

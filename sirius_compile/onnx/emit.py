@@ -130,18 +130,27 @@ def known(extents: Sequence[Size]) -> Shape:
 def reshape(s: Scope, x: Value, extents: Sequence[Size]) -> Value:
     shape = known(extents)
     if -1 in extents and shape.count(None) == 1 and None not in x.shape:
-        letters = [sorted(e for e in own if isinstance(e, str)) for own in (x.shape, shape)]
-        if letters[0] == letters[1]:
-            whole, rest = (
-                math.prod(e for e in own if isinstance(e, int)) for own in (x.shape, shape)
-            )
-            shape = tuple(whole // rest if e is None else e for e in shape)
+        left = _left(x.shape, shape)
+        shape = tuple(left if e is None else e for e in shape)
     if shape == x.shape and None not in shape:
         return x
     source = s.root.reshaped.get(x.name, x)  # of two in a row the second alone counts
     value = s.op("Reshape", source, sizes(s, extents), shape=shape)
     s.root.reshaped[value.name] = source
     return value
+
+
+def _left(whole: Shape, rest: Shape) -> Extent:
+    """The size that `whole` has beside those of `rest`; None where it is no single one."""
+    letters = [[e for e in own if isinstance(e, str)] for own in (whole, rest)]
+    numbers = [math.prod(e for e in own if isinstance(e, int)) for own in (whole, rest)]
+    for letter in letters[1]:
+        if letter not in letters[0]:
+            return None
+        letters[0].remove(letter)
+    if not letters[0]:
+        return numbers[0] // numbers[1]
+    return letters[0][0] if len(letters[0]) == 1 and numbers[0] == numbers[1] else None
 
 
 def expand(s: Scope, x: Value, extents: Sequence[Size]) -> Value:
@@ -192,33 +201,34 @@ def swap(s: Scope, x: Value, a: int, b: int) -> Value:
     return value
 
 
-def cut(s: Scope, x: Value, dim: int, start: Size, end: Size) -> Value:
-    """Elements [start, end) along a dimension; negative ones count from its end."""
+def cut(s: Scope, x: Value, dim: int, start: Size, end: Size, step: int = 1) -> Value:
+    """Elements [start, end) along a dimension, each or every `step`th; negative ones count from its
+    end."""
     axis = axis_of(x, dim)
     extent = x.shape[axis]
     if isinstance(start, int) and isinstance(end, int):
-        if start == 0 and end >= (extent if isinstance(extent, int) else MAX):
+        if start == 0 and step == 1 and end >= (extent if isinstance(extent, int) else MAX):
             return x
-        new = len(range(extent)[start:end]) if isinstance(extent, int) else None
+        new = len(range(extent)[start:end:step]) if isinstance(extent, int) else None
     else:
         new = None
     shape = (*x.shape[:axis], new, *x.shape[axis + 1 :])
-    at = s.constant([axis], "int64")
-    value = s.op("Slice", x, sizes(s, [start]), sizes(s, [end]), at, shape=shape)
-    return replace(value, view=_part(x, axis, start, new)) if isinstance(new, int) else value
+    at, by = s.constant([axis], "int64"), None if step == 1 else s.constant([step], "int64")
+    value = s.op("Slice", x, sizes(s, [start]), sizes(s, [end]), at, by, shape=shape)
+    return replace(value, view=_part(x, axis, start, new, step)) if isinstance(new, int) else value
 
 
-def _part(x: Value, axis: int, start: Size, count: int) -> View | None:
+def _part(x: Value, axis: int, start: Size, count: int, step: int) -> View | None:
     """The view that `count` elements of `x` are, where `x` is one that has not been cut yet."""
     extent = x.shape[axis]
     if x.view is None or not isinstance(start, int) or not isinstance(extent, int):
         return None
-    weight, cut_axis, begin, end, transposed = x.view
+    weight, cut_axis, begin, end, transposed, _ = x.view
     if end - begin < (weight.shape[cut_axis] or 0):  # type: ignore[operator]
         return None
     first = range(extent)[start:].start
     axis = 1 - axis if transposed else axis
-    return View(weight, axis, first, first + count, transposed)
+    return View(weight, axis, first, first + (count - 1) * step + 1, transposed, step)
 
 
 def gather(s: Scope, x: Value, index: Value, dim: int) -> Value:
@@ -299,7 +309,7 @@ def flat_matmul(s: Scope, x: Value, weight: Value) -> Value:
     view = weight.view
     if view is not None and view.axis == (0 if view.transposed else 1):
         y = _product(s, x, view.weight, view.transposed)
-        return cut(s, y, -1, view.start, view.end)
+        return cut(s, y, -1, view.start, view.end, view.step)
     if view is not None and view.end - view.start == view.weight.shape[view.axis]:
         return _product(s, x, view.weight, view.transposed)
     return _product(s, x, weight, False)

@@ -22,11 +22,12 @@ from sirius_compile.onnx.lower import Lowering, make_model
 from sirius_compile.onnx.mlp import Kept, topk
 from sirius_compile.onnx.scope import Scope, Value, value_info
 from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, to_document
+from sirius_runtime.onnx_files import SELECT
 from sirius_runtime.policy import draw
 from sirius_runtime.sampling import Sampling
 from sirius_runtime.spec import EntrySpec, ProgramSpec, TensorSpec
 
-SELECT, PICK, WRITE = "select", "pick", "write"
+PICK, WRITE = "pick", "write"
 
 _PICK = EntrySpec(
     PICK,

@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 from onnx import helper
 
-from sirius_compile.onnx import attention, mlp
+from sirius_compile.onnx import attention, mlp, moe
 from sirius_compile.onnx import emit as e
 from sirius_compile.onnx.aten import ATEN
 from sirius_compile.onnx.mlp import Kept
@@ -49,9 +49,15 @@ _SIRIUS: dict[str, Callable[..., Any]] = {
                 "sparse_linear",
             ),
         ),
+        (moe, ("dense_moe", "topk_moe", "experts_moe")),
     )
     for name in names
 }
+_GATHERED_BELOW = {
+    "cats_mlp": mlp.NEURONS_GATHERED_BELOW,
+    "sparse_linear": mlp.CHANNELS_GATHERED_BELOW,
+}
+"""By operator, the kept share up to which what a threshold keeps is gathered."""
 _GRIFFIN = ("griffin_mlp", "griffin_cats_mlp")
 _ON_SIZES: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
@@ -191,7 +197,8 @@ class Lowering:
             raise UnsupportedModelError(_no_translation(target))
         kwargs = {k: v for k, v in kwargs.items() if v is not None}
         build = _SIRIUS[name]
-        known = len(inspect.signature(build).parameters) - 1
+        positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        known = sum(p.kind is positional for p in inspect.signature(build).parameters.values()) - 1
         extra = args[known:]
         if any(a is not None for a in extra):
             raise UnsupportedModelError(
@@ -201,6 +208,9 @@ class Lowering:
         if name == "cached_attention":
             for block, value in zip(self.new, args[1:3], strict=True):
                 block.append(value)
+        if name in _GATHERED_BELOW and (view := args[1].view) is not None:
+            share = mlp.kept_share(self.program.sparsity.sites, view.weight.name)
+            kwargs["gathers"] = share <= _GATHERED_BELOW[name]
         return _applied(build, target, scope, args[:known], kwargs)
 
     def _griffin(self, scope: Scope, name: str, args: list[Any]) -> Any:
@@ -244,7 +254,7 @@ class Lowering:
         graph = body.graph(scope.new_name("draft"), [value_info(v) for v in returned])
         names = [scope.new_name("Loop") for _ in carried]
         inputs = ["", first.name, *(v.name for v in carried)]
-        scope.nodes.append(helper.make_node("Loop", inputs, names, body=graph))
+        scope.nodes.append(helper.make_node("Loop", inputs, names, name=names[0], body=graph))
         return tuple(
             Value(name, v.dtype, v.shape, scope) for name, v in zip(names, carried, strict=True)
         )
@@ -262,7 +272,12 @@ class Lowering:
         names = [scope.new_name("If") for _ in values]
         scope.nodes.append(
             helper.make_node(
-                "If", [which.name], names, then_branch=branches[0], else_branch=branches[1]
+                "If",
+                [which.name],
+                names,
+                name=names[0],
+                then_branch=branches[0],
+                else_branch=branches[1],
             )
         )
         return tuple(
@@ -287,7 +302,7 @@ def make_model(graph: onnx.GraphProto) -> onnx.ModelProto:
 def _rows(name: str, weight: Value) -> View:
     """The rows of a stored weight that `weight` is."""
     view = weight.view
-    if view is None or view.axis != 0 or view.transposed:
+    if view is None or view.axis != 0 or view.transposed or view.step != 1:
         raise UnsupportedModelError(
             f"onnx: sirius.{name} reads {weight.name}, whose neurons are not rows of a stored "
             "weight; use --backend torch for this model"

@@ -1,10 +1,10 @@
 """MLPs and linears in standard operators.
 
 Of `griffin` only the kept neurons are read: their weights are inputs of the graph, gathered once a
-prompt by the graph `select`. `topk` gathers each token's rows where few are kept: gathering reads
-and writes what the product then reads again, so at a kept share of a half it costs more than
-multiplying them all (`benchmarks/onnx_speed.py` shows by how much). `cats` and `teal` keep as many
-as a threshold lets, which is another shape each time: they compute all and mask, as the references.
+prompt by the graph `select`. `topk`, `cats` and `teal` gather each token's rows where few are kept:
+gathering reads and writes what the product then reads again, so at a kept share of a half it costs
+more than multiplying them all (`benchmarks/onnx_formulations.py` shows by how much). Where more are
+kept they compute all and mask, as the references.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from sirius_compile.onnx import emit as e
 from sirius_compile.onnx.scope import Extent, Scope, Value, View
 from sirius_runtime.errors import UnsupportedModelError
+from sirius_runtime.spec import SiteSpec
 
-GATHERED_BELOW = 0.2
-"""The kept share up to which `topk` gathers. By the benchmark's `formulations` one token's MLP then
-takes 0.7 of the time of all neurons at a share of 0.1, about as much at 0.3, and more at 0.5."""
+NEURONS_GATHERED_BELOW = 0.2
+"""The kept share up to which `topk` and `cats` gather. By the benchmark one token's MLP then takes
+0.6 to 0.7 of the time of all neurons at a share of 0.1, as much at 0.3, and more at 0.5."""
+CHANNELS_GATHERED_BELOW = 0.3
+"""That of `teal`, whose MLP takes 0.8 of the time at a share of 0.3."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,13 @@ class Kept:
     part: str
     layer: int
     weight: View
+
+
+def kept_share(sites: Sequence[SiteSpec], weight: str) -> float:
+    """The share that calibration expects a step to keep of a weight's neurons or channels; 1 where
+    several sites read it, each by a threshold of its own."""
+    shares = [s.kept / s.units for s in sites if s.weight == weight and s.threshold is not None]
+    return shares[0] if len(shares) == 1 else 1.0
 
 
 def activation(s: Scope, x: Value, act: str) -> Value:
@@ -130,7 +140,9 @@ def topk_mlp(
     g = _gate(s, x, gate, gate_bias, act)
     score = e.reduced(s, "ReduceSum", s.op("Abs", g, shape=g.shape), [1], True)
     _, index = topk(s, score, keep)
-    if keep <= GATHERED_BELOW * (score.shape[-1] if isinstance(score.shape[-1], int) else 0):
+    if keep <= NEURONS_GATHERED_BELOW * (
+        score.shape[-1] if isinstance(score.shape[-1], int) else 0
+    ):
         z = _times_rows(s, e.take(s, g, _for_each_token(s, index, g), -1), x, up, up_bias, index)
         y = e.matmul(s, z, _rows_of(s, down, index))
         return y if down_bias is None else e.elementwise(s, "Add", y, down_bias)
@@ -146,11 +158,22 @@ def _for_each_token(s: Scope, index: Value, g: Value) -> Value:
     return e.expand(s, index, [-1, e.size(s, g, 1), -1])
 
 
+def _is_rows(weight: Value) -> bool:
+    """Whether a weight is whole rows of a stored one, one after the other."""
+    view = weight.view
+    return view is not None and view.axis == 0 and view.step == 1 and not view.transposed
+
+
 def _rows_of(s: Scope, weight: Value, index: Value) -> Value:
-    """The rows [B, K, C] of a weight that a row's neurons [B, 1, K] are."""
-    index, view = e.squeeze(s, index, 1), weight.view
-    if view is not None and view.axis == 0 and not view.transposed:
-        return e.gather(s, view.weight, e.elementwise(s, "Add", index, view.start), 0)
+    """The rows [B, K, C] of a weight that each row's neurons [B, 1, K] are, or [U, C] of the
+    neurons [U] of all rows.
+    """
+    index = index if index.rank == 1 else e.squeeze(s, index, 1)
+    if _is_rows(weight):
+        assert weight.view is not None
+        start = weight.view.start
+        index = e.elementwise(s, "Add", index, start) if start else index
+        return e.gather(s, weight.view.weight, index, 0)
     return e.gather(s, weight, index, 0)
 
 
@@ -160,10 +183,20 @@ def _times_rows(
     """`_times_up`, of the kept neurons alone."""
     if up is None:
         return g
-    y = e.matmul(s, x, e.swap(s, _rows_of(s, up, index), 1, 2))
+    rows = _rows_of(s, up, index)
+    y = _by_rows(s, x, rows) if index.rank == 1 else e.matmul(s, x, e.swap(s, rows, 1, 2))
     if bias is not None:
         y = e.elementwise(s, "Add", y, e.gather(s, bias, index, 0))
     return e.elementwise(s, "Mul", g, y)
+
+
+def _by_rows(s: Scope, x: Value, rows: Value) -> Value:
+    """x [B, T, C] by rows [U, C]: [B, T, U]."""
+    B, T, width = e.size(s, x, 0), e.size(s, x, 1), x.shape[2]
+    assert isinstance(width, int)
+    flat = e.reshape(s, x, [-1, width])
+    y = s.op("Gemm", flat, rows, shape=(flat.shape[0], rows.shape[0]), transB=1)
+    return e.reshape(s, y, [B, T, -1])
 
 
 def cats_mlp(
@@ -178,10 +211,18 @@ def cats_mlp(
     act: str,
     layer: int,
     threshold: float,
+    *,
+    gathers: bool = False,
 ) -> tuple[Value, Value]:
-    g, count = _above(s, _gate(s, x, gate, gate_bias, act), threshold)
-    z = _times_up(s, g, x, up, up_bias)
-    return _down(s, z, down, down_bias), count
+    g = _gate(s, x, gate, gate_bias, act)
+    kept = _above(s, g, threshold)
+    z = e.elementwise(s, "Mul", g, kept)
+    if gathers:
+        index = _used(s, kept)
+        z = _times_rows(s, e.gather(s, z, index, -1), x, up, up_bias, index)
+        y = e.matmul(s, z, _rows_of(s, down, index))
+        return (y if down_bias is None else e.elementwise(s, "Add", y, down_bias)), _count(s, kept)
+    return _down(s, _times_up(s, z, x, up, up_bias), down, down_bias), _count(s, kept)
 
 
 def griffin_mlp(
@@ -202,7 +243,8 @@ def griffin_mlp(
 
     z, count = activation(s, product("gate"), act), None
     if threshold is not None:
-        z, count = _above(s, z, threshold)
+        above = _above(s, z, threshold)
+        z, count = e.elementwise(s, "Mul", z, above), _count(s, above)
     if "up" in parts:
         z = e.elementwise(s, "Mul", z, product("up"))
     y = e.matmul(s, z, parts["down"])
@@ -221,14 +263,26 @@ def _input(s: Scope, kept: Kept) -> Value:
 
 
 def sparse_linear(
-    s: Scope, x: Value, weight: Value, bias: Value | None, norm: Value | None, threshold: float
+    s: Scope,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    norm: Value | None,
+    threshold: float,
+    *,
+    gathers: bool = False,
 ) -> tuple[Value, Value]:
     size = s.op("Abs", e.cast(s, x, "float32"), shape=x.shape)
     score = e.reduced(s, "ReduceMean", size, [1], True)
     if norm is not None:
         score = e.elementwise(s, "Mul", score, norm)
     kept = e.elementwise(s, "Greater", score, threshold, result="bool")
-    y = e.flat_matmul(s, e.elementwise(s, "Mul", x, kept), weight)
+    x = e.elementwise(s, "Mul", x, kept)
+    if gathers and _is_rows(weight):
+        index = _used(s, kept)
+        y = e.matmul(s, e.gather(s, x, index, -1), _rows_of(s, weight, index))
+    else:
+        y = e.flat_matmul(s, x, weight)
     y = y if bias is None else e.elementwise(s, "Add", y, bias)
     return y, _count(s, kept)
 
@@ -261,11 +315,20 @@ def _down(s: Scope, z: Value, down: Value, bias: Value | None) -> Value:
     return y if bias is None else e.elementwise(s, "Add", y, bias)
 
 
-def _above(s: Scope, g: Value, threshold: float) -> tuple[Value, Value]:
-    """`g` [B, T, I] where a row's mean |g| is above `threshold`, else 0; and how many that are."""
+def _above(s: Scope, g: Value, threshold: float) -> Value:
+    """Where [B, 1, I] a row's mean |g| is above `threshold`."""
     score = e.reduced(s, "ReduceMean", s.op("Abs", g, shape=g.shape), [1], True)
-    kept = e.elementwise(s, "Greater", score, threshold, result="bool")
-    return e.elementwise(s, "Mul", g, kept), _count(s, kept)
+    return e.elementwise(s, "Greater", score, threshold, result="bool")
+
+
+def _used(s: Scope, kept: Value) -> Value:
+    """The indices [U] of what some row keeps [B, 1, I], and of the first, which counts for nothing
+    where it is masked: not every runtime multiplies by nothing.
+    """
+    some = e.reduced(s, "ReduceMax", e.cast(s, kept, "int32"), [0, 1], False)
+    some = e.concat(s, [s.constant([1], "int32"), e.cut(s, some, 0, 1, e.MAX)], 0)
+    found = s.op("NonZero", some, shape=(1, None), dtype="int64")
+    return e.squeeze(s, found, 0)
 
 
 def _count(s: Scope, kept: Value) -> Value:

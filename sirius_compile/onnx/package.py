@@ -12,11 +12,20 @@ from collections.abc import Callable
 
 import onnx
 
-from sirius_compile.onnx.helpers import PICK, SELECT, WRITE, pick, select, write
+from sirius_compile.onnx.helpers import PICK, WRITE, pick, select, write
 from sirius_compile.onnx.lower import IR_VERSION, OPSET, Lowering
-from sirius_compile.onnx.mlp import GATHERED_BELOW
+from sirius_compile.onnx.mlp import CHANNELS_GATHERED_BELOW, NEURONS_GATHERED_BELOW, kept_share
 from sirius_runtime.errors import ConfigError, UnsupportedModelError
-from sirius_runtime.onnx_files import PROGRAM, GraphSpec, OnnxProgram, Place, graph_file, places
+from sirius_runtime.onnx_files import (
+    PROGRAM,
+    SELECT,
+    GraphSpec,
+    OnnxProgram,
+    Place,
+    gathered_bytes,
+    graph_file,
+    places,
+)
 from sirius_runtime.spec import JSON, DType, Method, ProgramSpec, to_json
 
 DTYPES = (DType.FLOAT32, DType.FLOAT16)
@@ -41,13 +50,31 @@ def onnx_summary(program: ProgramSpec) -> str:
     """What a user should know of the graphs."""
     text = f"opset {OPSET}, {program.model.dtype} (ONNX Runtime's CPU kernels have no bfloat16)"
     if program.sparsity.method.per_prompt:
-        return f"{text}; a prompt's neurons are gathered once, and sparse steps read only those"
+        extra = gathered_bytes(program)
+        return (
+            f"{text}; a prompt's neurons are gathered once, a copy of {extra:,} bytes a row, and "
+            "sparse steps read only those"
+        )
     method, sites = program.sparsity.method, program.sparsity.sites
     if method is Method.NONE:
         return text
-    if method is Method.TOPK and all(s.kept <= GATHERED_BELOW * s.units for s in sites):
-        return f"{text}; a token's neurons are gathered, and of up and down only those multiplied"
-    return f"{text}; {method} computes every neuron and masks there: its sparse steps save no time"
+    if method is Method.EXPERTS:
+        return f"{text}; a step reads the experts that it keeps, and no others"
+    if any(len(weight.shape) == 3 for weight in program.weights):  # of experts
+        return (
+            f"{text}; a step reads its tokens' experts, all neurons of them: {method} saves no time"
+        )
+    teal = method is Method.TEAL
+    below = CHANNELS_GATHERED_BELOW if teal else NEURONS_GATHERED_BELOW
+    topk = method is Method.TOPK
+    few = sum((s.kept / s.units if topk else kept_share(sites, s.weight)) <= below for s in sites)
+    if not few:
+        return f"{text}; {method} computes all and masks there: its sparse steps save no time"
+    what = "input channels" if teal else "neurons (their rows of up and down)"
+    return (
+        f"{text}; in {few} of {len(sites)} places a step gathers the {what} that it keeps, which "
+        "saves time; in the others it computes all and masks"
+    )
 
 
 def _check_dtype(dtype: DType | str) -> None:

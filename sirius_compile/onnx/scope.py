@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from sirius_runtime.onnx_files import expert_name
+
 Extent = int | str | None
 """Of a dimension: its size, a letter that stands for it, or None: known when it runs."""
 
@@ -35,13 +37,15 @@ _BLOCK_BYTES = 1024  # of a constant; what is larger is made by an operator, or 
 
 
 class View(NamedTuple):
-    """What a value is of a weight: its elements [start, end) along an axis, or their transpose."""
+    """What a value is of a weight: its elements [start, end) along an axis, each or every `step`th,
+    or their transpose."""
 
     weight: Value
     axis: int
     start: int
     end: int
     transposed: bool
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,11 @@ class Scope:
         rows = shape[0] if shape else 0
         return replace(value, view=View(value, 0, 0, rows, transposed=False))
 
+    def expert(self, weight: Value, index: int) -> Value:
+        """One expert's matrix of a weight [E, …]: an initializer of its own, of the same bytes."""
+        _, *shape = weight.shape
+        return self.weight(expert_name(weight.name, index), weight.dtype, shape)  # type: ignore[arg-type]
+
     def constant(self, value: Any, dtype: str) -> Value:
         """A small constant array."""
         array = np.asarray(value, dtype=dtype)
@@ -184,7 +193,14 @@ class Scope:
         while inputs and inputs[-1] is None:  # left out, not named by nothing
             inputs = inputs[:-1]
         home.nodes.append(
-            helper.make_node(kind, [v.name if v else "" for v in inputs], names, **attributes)
+            helper.make_node(
+                kind,
+                [v.name if v else "" for v in inputs],
+                names,
+                # ONNX Runtime up to 1.20 names what it fuses after its parts: these must differ.
+                name=names[0],
+                **attributes,
+            )
         )
         made = tuple(
             Value(name, dtype, shape, home)
@@ -196,7 +212,7 @@ class Scope:
     def returned(self, value: Value, name: str | None = None) -> Value:
         """`value` as an output of this graph: made in it, by a node of its own."""
         name = name or self.new_name("output")
-        self.nodes.append(helper.make_node("Identity", [value.name], [name]))
+        self.nodes.append(helper.make_node("Identity", [value.name], [name], name=name))
         return replace(value, name=name, scope=self, view=None)
 
     def graph(self, name: str, outputs: Sequence[onnx.ValueInfoProto]) -> onnx.GraphProto:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from sirius_compile import CompileConfig, compile_model
+from sirius_compile.shipped.problems import Task, problems
 from sirius_runtime import load
 from sirius_runtime.model import GenerationOutput, SiriusModel
 from tests.support.models import Rows, random_decoder, word_tokenizer, write_calibration
@@ -49,7 +51,10 @@ class Pairs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._calibration = write_calibration(folder / "words.txt")
+        self._words = write_calibration(folder / "words.txt")
+        self._problems = folder / "problems.txt"
+        solved = islice(problems(Task.REASONING, "train", seed=1), 12)
+        self._problems.write_text("\n\n".join(p.prompt + p.answer for p in solved))
         self._made: dict[object, Pair] = {}
 
     def __call__(
@@ -73,7 +78,7 @@ class Pairs:
                 tree_width=width,
                 dtype=dtype,
                 backend="both",
-                calibration="builtin" if model_type == "tally-3m" else self._calibration,
+                calibration=self._problems if model_type == "tally-3m" else self._words,
             )
             tokenizer = None if isinstance(model, str) else word_tokenizer()
             compiled = compile_model(model, options, tokenizer=tokenizer)

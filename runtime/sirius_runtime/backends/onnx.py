@@ -23,7 +23,7 @@ from sirius_runtime.artifact import Artifact, Slot
 from sirius_runtime.backends.onnx_decoder import OnnxDecoder
 from sirius_runtime.decoder import Decoder, Uniform
 from sirius_runtime.errors import BackendError, ConfigError
-from sirius_runtime.onnx_files import WEIGHTS_FILE, graph_file, read_program
+from sirius_runtime.onnx_files import SELECT, WEIGHTS_FILE, expert_name, graph_file, read_program
 from sirius_runtime.plan import Limits
 from sirius_runtime.request import Request
 from sirius_runtime.stats import StatsRecorder
@@ -126,6 +126,8 @@ class OnnxBackend:
         options.add_session_config_entry("session.disable_prepacking", "1")
         # Of its optimiser's warnings a user can mend none.
         options.log_severity_level = 4 if quiet else 3
+        # Runs once a prompt: what it needs in between would stay allocated beside what it gathers.
+        options.enable_cpu_mem_arena = graph != SELECT
         spec = self._onnx.graphs[graph]
         in_place, copied = list(spec.weights), list(spec.constants)
         if self.dtype != np.float32 and list(providers) == [CPU]:  # made float32 there, all of them
@@ -162,20 +164,19 @@ class OnnxBackend:
                     f"onnxruntime {self._ort.__version__} has no {name} here (it has: "
                     f"{', '.join(available)}); {_remedy(name)}"
                 )
-        for name in wanted or ((CUDA,) if _has_driver() else ()):
-            if name == CPU or name not in available:
-                continue
+        found = CUDA in available and _has_driver()
+        chosen = list(wanted) if wanted else [CUDA] * found
+        for name in [n for n in chosen if n != CPU]:
             if name not in self._session(_PROBE, [name, CPU], quiet=True).get_providers():
                 if wanted:
                     raise BackendError(
                         f"{name} can't be started here (no such device, or its libraries are "
                         f"missing); {_remedy(name)}, or leave providers out"
                     )
-                continue
-            progress(f"onnxruntime {self._ort.__version__} on {name}")
-            return [*(wanted or (CUDA,)), CPU]
-        progress(f"onnxruntime {self._ort.__version__} on {CPU}")
-        return [CPU]
+                chosen.remove(name)
+        chosen = list(dict.fromkeys([*chosen, CPU]))  # which takes what the others can't
+        progress(f"onnxruntime {self._ort.__version__} on {chosen[0]}")
+        return chosen
 
 
 def _onnxruntime() -> Any:
@@ -207,14 +208,21 @@ def _remedy(provider: str) -> str:
 
 
 def _values(ort: Any, buffer: mmap.mmap, slots: Mapping[str, Slot]) -> dict[str, Any]:
-    """Each weight as an `OrtValue` over the mapped file: no byte is read or copied here."""
+    """Each weight, and each expert's matrix of one, as an `OrtValue` over the mapped file: no byte
+    is read or copied here."""
+
+    def value(array: np.ndarray, slot: Slot) -> Any:
+        if slot.dtype.name == "bfloat16":
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+        return ort.OrtValue.ortvalue_from_numpy(array)
+
     values = {}
     for name, slot in slots.items():
-        dtype, count = slot.dtype, math.prod(slot.shape)
-        stored = np.int16 if dtype.name == "bfloat16" else np.dtype(dtype.name)
+        count, kind = math.prod(slot.shape), slot.dtype.name
+        stored = np.int16 if kind == "bfloat16" else np.dtype(kind)
         array = np.frombuffer(buffer, stored, count, slot.start).reshape(slot.shape)
-        if dtype.name == "bfloat16":
-            values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
-        else:
-            values[name] = ort.OrtValue.ortvalue_from_numpy(array)
+        values[name] = value(array, slot)
+        if array.ndim == 3:
+            for index, matrix in enumerate(array):
+                values[expert_name(name, index)] = value(matrix, slot)
     return values

@@ -13,6 +13,7 @@ import numpy as np
 
 from sirius_runtime.backends.onnx_state import Caches, DeviceCaches, HostCaches
 from sirius_runtime.decoder import RowPeriod, Uniform
+from sirius_runtime.onnx_files import SELECT
 from sirius_runtime.plan import INTEGERS, Plan, sampling_numbers
 from sirius_runtime.request import RULES, Request
 from sirius_runtime.sizes import PREFILL_CHUNK, cache_slots
@@ -186,7 +187,7 @@ class OnnxDecoder:
         """Gathers the weights of the neurons of largest statistic."""
         if self._statistic is None:
             return
-        session = self._backend.graph("select").session
+        session = self._backend.graph(SELECT).session
         binding = session.io_binding()
         binding.bind_cpu_input("statistic", self._statistic)
         for name in self._backend.kept:

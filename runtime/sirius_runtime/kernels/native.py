@@ -14,8 +14,8 @@ from sirius_runtime.errors import BackendError
 from sirius_runtime.kernels.build import InstructionSet, instruction_sets, library
 
 VARIABLE = "SIRIUS_KERNELS"
-"""Environment variable: ``0`` keeps the references; the name of an instruction set (``avx2``, …)
-compiles for that one; unset or empty, for the best that the CPU has."""
+"""Environment variable: ``0`` keeps the references, on CUDA too; the name of an instruction set
+(``avx2``, …) compiles for that one; unset or empty, for the best that the CPU has."""
 
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
@@ -33,7 +33,7 @@ _SIGNATURES = {
 
 
 class KernelWarning(RuntimeWarning):
-    """The CPU kernels can't be used, and why; the references, slower, take their place."""
+    """Kernels can't be used, and why; the references, slower, take their place."""
 
 
 _lock = threading.Lock()
@@ -44,7 +44,7 @@ _off = 0  # contexts of `references` entered
 
 def kernels() -> ctypes.CDLL | None:
     """The library, built and loaded at the first call; None where the references are to be used."""
-    if _off:
+    if switched_off():
         return None
     try:
         return _loaded[_chosen]
@@ -53,6 +53,11 @@ def kernels() -> ctypes.CDLL | None:
             if _chosen not in _loaded:
                 _loaded[_chosen] = _load(_chosen)
             return _loaded[_chosen]
+
+
+def switched_off() -> bool:
+    """Whether `references` is in force."""
+    return _off > 0
 
 
 @contextmanager

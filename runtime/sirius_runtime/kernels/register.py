@@ -1,9 +1,10 @@
-"""Puts the CPU kernels behind the operators, where the operators are registered."""
+"""Puts the CPU and CUDA kernels behind the operators, where the operators are registered."""
 
 from __future__ import annotations
 
 from sirius_runtime.kernels import attention, linear, mlp, moe
-from sirius_runtime.ops.registry import define_cpu
+from sirius_runtime.kernels.cuda.operators import operators
+from sirius_runtime.ops.registry import define_cpu, define_cuda
 
 _KERNELS = (
     attention.cached_attention,
@@ -27,3 +28,5 @@ def register() -> None:
     """Called once, when `sirius_runtime.ops` has defined its operators."""
     for kernel in _KERNELS:
         define_cpu(kernel)
+    for operator in operators():
+        define_cuda(operator)

@@ -26,3 +26,8 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
 def define_cpu(kernel: Callable[..., Any]) -> None:
     """Registers the CPU kernel of the operator that has the function's name."""
     _LIBRARY.impl(kernel.__name__, kernel, "CPU")
+
+
+def define_cuda(kernel: Callable[..., Any]) -> None:
+    """Registers what runs on CUDA for the operator that has the function's name."""
+    _LIBRARY.impl(kernel.__name__, kernel, "CUDA")

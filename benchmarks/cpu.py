@@ -1,0 +1,55 @@
+"""Everything that a CPU is asked, in one command of at most fifteen minutes.
+
+    make bench
+
+Runs, each within its own time, and each whatever became of those before it: the kernels beside the
+machine's read bandwidth; whole steps at Llama-3.2-1B's shapes beside transformers and, where it is
+installed, llama.cpp; whole answers of the shipped model; what an artifact costs to compile, load
+and hold; and what a period as one graph costs. What each prints goes to a file `cpu-*.md` in the
+folder `--out`, with the machine, the versions and the commit. Exits with 1 where a part failed.
+
+Nothing else should run meanwhile: these are timings, and they share the memory's bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.parts import RESULTS, Part, choose, run_all
+
+
+def parts(out: Path) -> list[Part]:
+    """In the order in which they run."""
+    plot = str(out / "cpu-advance.png")
+    return [
+        Part("kernels", "Kernels at Llama-3.2-1B's shapes", "kernels", ("--rounds", "5"), 180),
+        Part(
+            *("steps", "Steps at Llama-3.2-1B's shapes", "steps"),
+            ("--rounds", "7", "--seconds", "210", "--plot", plot),
+            270,
+        ),
+        Part("end-to-end", "Whole answers of tally-3m", "end_to_end", ("--problems", "6"), 150),
+        Part("costs", "Costs of an artifact", "costs", ("--repeats", "3"), 150),
+        Part("context", "A period as one graph", "context", ("--repeats", "15"), 150),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--only", nargs="+", metavar="PART", help="kernels, steps, costs, …")
+    parser.add_argument("--commit", help="where this is no git checkout")
+    args = parser.parse_args(arguments)
+    try:
+        chosen = choose(parts(args.out), args.only)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 1 if run_all(chosen, "cpu", args.out, "cpu", args.commit) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,456 @@
+"""What the CUDA kernels reach of a GPU's copy bandwidth, beside torch, at Llama-3-8B and 70B sizes.
+
+    python -m benchmarks.gpu_kernels
+
+Random weights, one row, bf16 by default. GB/s counts the bytes that a call needs to read, once
+each: weights, and keys and values in use; not activations. The roof is the copy of a gigabyte,
+counted as read and written. Before a call is timed, its result is compared with the reference's on
+the same GPU: `error` is the largest difference over the largest value.
+
+A call takes a few kernels of a few microseconds, which a host can't launch as fast one by one; so
+each side is a CUDA graph of calls, as a captured period is. Its calls take their weights from
+several sets in turn, some ten times the L2 cache, so that none are there from the call before.
+Graphs of both sides are replayed in turns; printed are the median and the quartiles over the
+replays. torch is `F.linear` and what stands between, dense: what a skipped row would have cost. For
+attention it is `scaled_dot_product_attention` over the slots in use, whose number it is told by the
+host (the kernels read it on the device), with a mask where there are several tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sirius_runtime.ops  # registers the operators
+from sirius_runtime.kernels.cuda.available import launchers
+from sirius_runtime.ops import attention, linear, mlp
+
+SKIPPED = (0.3, 0.5, 0.65)
+POOL, ROTATED, COPIED = 3 << 30, 1 << 29, 1 << 30  # bytes
+MOST_CALLS = 32  # of a graph
+REPLAYS = 21
+MOST_ERROR = 0.05
+"""Of the largest value: room for bfloat16, and for neurons whose scores are equal at the border,
+of which the reference takes others. A row beyond it is marked, and the exit status is 1."""
+REFERENCES = {"linear": linear, "mlp": mlp, "attention": attention}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes."""
+
+    name: str
+    hidden: int
+    neurons: int
+    heads: int
+    groups: int
+    head: int
+    vocabulary: int | None
+    contexts: tuple[int, ...] = (2048, 8192)
+
+
+SHAPES = (
+    Shape("8B", 4096, 14336, 32, 8, 128, 128_256),
+    Shape("70B", 8192, 28672, 64, 8, 128, None),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, by the kernels and by torch, over one of several sets of weights."""
+
+    name: str
+    module: str
+    operator: str
+    tokens: int
+    sets: list[tuple[Any, ...]]
+    """The operator's arguments."""
+    torch: Callable[..., object]
+    """The dense baseline, of the same arguments."""
+    bytes: Callable[[object], float]
+    """What a call needs to read, by its result."""
+
+    def kernel(self, device: torch.device) -> Callable[..., Any]:
+        launching = launchers(self.module, device)
+        if launching is None:
+            raise RuntimeError("the CUDA kernels are not to be had here: see the warning above")
+        return served(getattr(launching, self.operator))
+
+    def reference(self) -> Callable[..., Any]:
+        return getattr(REFERENCES[self.module], self.operator)
+
+
+def served(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, which raises where it would leave the call to the reference."""
+
+    def call(*args: object) -> Any:
+        done = kernel(*args)
+        if done is None:
+            raise RuntimeError(f"{kernel.__name__} does not serve these arguments")
+        return done
+
+    return call
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a case's times in microseconds, median and quartiles."""
+
+    shape: str
+    case: str
+    tokens: int
+    megabytes: float
+    microseconds: float
+    quartiles: tuple[float, float]
+    gigabytes_per_second: float
+    of_copy: float
+    torch_microseconds: float
+    torch_quartiles: tuple[float, float]
+    error: float
+
+    @property
+    def right(self) -> bool:
+        return self.error <= MOST_ERROR
+
+    def cells(self) -> list[str]:
+        return [
+            *(self.shape, self.case, str(self.tokens), f"{self.megabytes:.1f}"),
+            f"{self.microseconds:.1f} ({self.quartiles[0]:.1f}-{self.quartiles[1]:.1f})",
+            *(f"{self.gigabytes_per_second:.0f}", f"{self.of_copy:.0%}"),
+            f"{self.torch_microseconds:.1f} "
+            f"({self.torch_quartiles[0]:.1f}-{self.torch_quartiles[1]:.1f})",
+            f"{self.torch_microseconds / self.microseconds:.2f}",
+            f"{self.error:.1e}" if self.right else f"WRONG: {self.error:.1e}",
+        ]
+
+
+HEADER = (
+    *("shape", "call", "tokens", "MB", "µs (quartiles)", "GB/s", "of copy"),
+    *("torch µs (quartiles)", "torch / ours", "error"),
+)
+
+
+class Pool:
+    """Weights of any shape, cut from one large buffer, never the same ones twice in a row."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, size: int, rotated: int) -> None:
+        self.buffer = torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
+        self.buffer.normal_(std=0.02)
+        self.dtype, self.device, self._rotated, self._at = dtype, device, rotated, 0
+
+    def take(self, *shape: int) -> Tensor:
+        size = torch.Size(shape).numel()
+        if self._at + size > self.buffer.numel():
+            self._at = 0
+        self._at += size
+        return self.buffer[self._at - size : self._at].view(shape)
+
+    def sets(self, *shapes: tuple[int, int]) -> list[list[Tensor]]:
+        """Sets of weights of these shapes, together several times the L2 cache."""
+        size = sum(a * b for a, b in shapes) * self.dtype.itemsize
+        count = max(2, min(MOST_CALLS, -(-self._rotated // size)))
+        return [[self.take(*shape) for shape in shapes] for _ in range(count)]
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+
+def torch_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *_: object) -> Tensor:
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down.t())
+
+
+def linear_cases(pool: Pool, shape: Shape, tokens: int) -> Iterator[Case]:
+    x = pool.random(1, tokens, shape.hidden)
+    shapes = {"q, o": (shape.hidden, shape.hidden)}
+    if tokens == 1:
+        shapes["k, v"] = (shape.groups * shape.head, shape.hidden)
+        if shape.vocabulary is not None:
+            shapes["lm_head"] = (shape.vocabulary, shape.hidden)
+    for name, size in shapes.items():
+        sets = [(x, weight, None) for (weight,) in pool.sets(size)]
+        read = size[0] * size[1] * x.itemsize
+        title = f"linear {name} [{size[0]}, {size[1]}]"
+        yield Case(title, "linear", "linear", tokens, sets, F.linear, lambda _, read=read: read)
+
+
+def mlp_cases(pool: Pool, shape: Shape, tokens: int) -> Iterator[Case]:
+    x = pool.random(1, tokens, shape.hidden)
+    neurons = shape.neurons
+    row = shape.hidden * x.itemsize
+    rest = None, None, None, "silu", 0
+    sets = [(x, *weights, *rest) for weights in pool.sets(*[(neurons, shape.hidden)] * 3)]
+    case = partial(Case, module="mlp", tokens=tokens, torch=torch_mlp)
+
+    def extended(*extra: object) -> list[tuple[Any, ...]]:
+        return [(*args, *extra) for args in sets]
+
+    yield case("dense_mlp", operator="dense_mlp", sets=sets, bytes=lambda _: 3 * neurons * row)
+    score = F.silu(F.linear(x, sets[0][1])).abs().float().mean((0, 1))
+    for skipped in SKIPPED:
+        keep = round(neurons * (1 - skipped))
+        # As it is stored, so that it is the same number on every path.
+        threshold = score.quantile(skipped).to(x.dtype).item()
+        chosen = torch.randperm(neurons, device=x.device)[:keep].sort().values.expand(1, 1, keep)
+        share = f"{skipped:.0%} skipped"
+        yield case(
+            f"griffin_mlp, {share}",
+            operator="griffin_mlp",
+            sets=extended(chosen),
+            bytes=lambda _, keep=keep: 3 * keep * row,
+        )
+        yield case(
+            f"cats_mlp, {share}",
+            operator="cats_mlp",
+            sets=extended(threshold),
+            bytes=lambda done: (neurons + 2 * int(done[1].sum())) * row,
+        )
+        if tokens > 1:
+            continue
+        yield case(
+            f"topk_mlp, {share}",
+            operator="topk_mlp",
+            sets=extended(keep),
+            bytes=lambda _, keep=keep: (neurons + 2 * keep) * row,
+        )
+        yield case(
+            f"griffin_cats_mlp, {share}, then half by its threshold",
+            operator="griffin_cats_mlp",
+            sets=extended(chosen, score.median().to(x.dtype).item()),
+            bytes=lambda done, keep=keep: (keep + 2 * int(done[1].sum())) * row,
+        )
+
+
+def channel_cases(pool: Pool, shape: Shape, tokens: int) -> Iterator[Case]:
+    sizes = (
+        (shape.hidden, shape.hidden),
+        (shape.hidden, shape.neurons),
+        (shape.neurons, shape.hidden),
+    )
+    for inputs, outputs in sizes:
+        x = pool.random(1, tokens, inputs)
+        score = x.float().abs().mean((0, 1))
+        weights = pool.sets((inputs, outputs))
+        for skipped in SKIPPED:
+            threshold = score.quantile(skipped).item()
+            yield Case(
+                f"sparse_linear [{inputs}, {outputs}], {skipped:.0%} skipped",
+                "linear",
+                "sparse_linear",
+                tokens,
+                [(x, weight, None, None, threshold) for (weight,) in weights],
+                lambda x, weight, *_: F.linear(x, weight.t()),
+                lambda done, row=outputs * x.itemsize: int(done[1].sum()) * row,
+            )
+
+
+def attention_cases(pool: Pool, shape: Shape, tokens: int) -> Iterator[Case]:
+    groups, head = shape.groups, shape.head
+    q = pool.random(1, shape.heads, tokens, head)
+    k, v = (pool.random(1, groups, tokens, head) for _ in range(2))
+    index = torch.arange(tokens, device=pool.device)
+    mask = (index[:, None] - index).clamp(min=-1)[None]
+    scale = head**-0.5
+    for context in shape.contexts:
+        slots = context + 64
+        layers = max(2, min(MOST_CALLS, -(-ROTATED // (2 * slots * groups * head * 2))))
+        caches = [pool.random(layers, 1, groups, slots, head) for _ in range(2)]
+        length = torch.tensor([context], device=pool.device)
+        at = length[:, None] + index
+        blocks = [pool.random(layers, 1, groups, tokens, head) for _ in range(2)]
+        read = 2 * context * groups * head * q.itemsize
+        history = torch.ones(1, tokens, context, dtype=torch.bool, device=pool.device)
+        visible = None if tokens == 1 else torch.cat([history, mask >= 0], 2)
+
+        def dense(
+            *args: Any, context: int = context, layer: int, visible: Tensor | None = visible
+        ) -> Tensor:
+            keys, values = (cache[args[layer], :, :, : context + tokens] for cache in args[3:5])
+            return F.scaled_dot_product_attention(
+                args[0], keys, values, attn_mask=visible, scale=scale, enable_gqa=True
+            )
+
+        kind = scale, None, None
+        yield Case(
+            f"cached_attention, {context} tokens in use",
+            "attention",
+            "cached_attention",
+            tokens,
+            [(q, k, v, *caches, at, at, length, mask, i, *kind) for i in range(layers)],
+            partial(dense, layer=9),
+            lambda _, read=read: read,
+        )
+        yield Case(
+            f"block_attention, {context} tokens in use",
+            "attention",
+            "block_attention",
+            tokens,
+            [(q, k, v, *caches, *blocks, at, index, length, mask, i, *kind) for i in range(layers)],
+            partial(dense, layer=11),
+            lambda _, read=read: read,
+        )
+
+
+def cases(pool: Pool, shape: Shape) -> Iterator[Case]:
+    """All calls at a decoder's sizes, of one token and of several."""
+    for tokens in (1, 8):
+        yield from linear_cases(pool, shape, tokens)
+        yield from mlp_cases(pool, shape, tokens)
+        if tokens == 1:
+            yield from channel_cases(pool, shape, tokens)
+        yield from attention_cases(pool, shape, tokens)
+
+
+def error(actual: object, expected: object) -> float:
+    """The largest difference over the largest value; integers may differ by near ties only."""
+    if isinstance(actual, tuple) and isinstance(expected, tuple):
+        return max(error(a, b) for a, b in zip(actual, expected, strict=True))
+    assert isinstance(actual, Tensor)
+    assert isinstance(expected, Tensor)
+    difference = (actual.double() - expected.double()).abs().max()
+    return float(difference / expected.double().abs().max().clamp(min=1e-30))
+
+
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """Within it, torch adds up products in float32, as the kernels do; timed is its default."""
+    matmul = torch.backends.cuda.matmul
+    names = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
+
+
+def captured(call: Callable[..., object], sets: list[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:
+    """A graph of one call for each set."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is compiled, loaded or allocated once is so by now
+        for args in sets[:2]:
+            call(*args)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for args in sets:
+            call(*args)
+    return graph
+
+
+def replayed(graphs: list[torch.cuda.CUDAGraph], replays: int) -> list[list[float]]:
+    """Microseconds of each graph's replays, which take turns."""
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in graphs]
+    for turn in range(replays + 2):
+        for graph, pairs in zip(graphs, events, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            if turn >= 2:  # the first ones wake the clocks
+                pairs.append((begin, end))
+    torch.cuda.synchronize()
+    return [[begin.elapsed_time(end) * 1e3 for begin, end in pairs] for pairs in events]
+
+
+def copy_bandwidth(pool: Pool) -> float:
+    """Bytes a second, read and written, of a copy within the device."""
+    half = min(COPIED // pool.dtype.itemsize, pool.buffer.numel() // 2)
+    source, target = pool.buffer[:half], torch.empty_like(pool.buffer[:half])
+    graph = captured(lambda: target.copy_(source), [()] * 2)
+    times = replayed([graph], REPLAYS)[0]
+    return 2 * 2 * half * pool.dtype.itemsize / (statistics.median(times) * 1e-6)
+
+
+def measured(case: Case, shape: Shape, pool: Pool, copy: float) -> Row:
+    """A case checked, then timed."""
+    kernel = case.kernel(pool.device)
+    done = kernel(*case.sets[0])
+    with float32_sums():
+        found = error(done, case.reference()(*case.sets[0]))
+    needed = statistics.mean(case.bytes(kernel(*args)) for args in case.sets)
+    graphs = [captured(call, case.sets) for call in (kernel, case.torch)]
+    ours, theirs = ([t / len(case.sets) for t in times] for times in replayed(graphs, REPLAYS))
+    (low, ours_median, high), (torch_low, torch_median, torch_high) = (
+        statistics.quantiles(times, n=4) for times in (ours, theirs)
+    )
+    speed = needed / (ours_median * 1e-6)
+    return Row(
+        *(shape.name, case.name, case.tokens, needed / 1e6, ours_median, (low, high)),
+        *(speed / 1e9, speed / copy, torch_median, (torch_low, torch_high), found),
+    )
+
+
+@torch.inference_mode()
+def rows(dtype: torch.dtype = torch.bfloat16, only: str = "") -> tuple[float, list[Row]]:
+    """The copy bandwidth in bytes a second, and a row for each case whose name holds `only`.
+
+    Raises RuntimeError where there is no CUDA device, or no kernel serves.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("no CUDA device is here, and these are kernels of one")
+    torch.manual_seed(0)
+    pool = Pool(dtype, torch.device("cuda", torch.cuda.current_device()), POOL, ROTATED)
+    copy = copy_bandwidth(pool)
+    found = [
+        measured(case, shape, pool, copy)
+        for shape in SHAPES
+        for case in cases(pool, shape)
+        if only in case.name
+    ]
+    return copy, found
+
+
+def machine() -> str:
+    """The GPU, the versions and the commit that the numbers are of."""
+    import triton
+
+    folder = Path(sirius_runtime.ops.__file__).parent
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return (
+        f"{torch.cuda.get_device_name()}; torch {torch.__version__}, CUDA {torch.version.cuda}, "
+        f"Triton {triton.__version__}; commit {commit or 'unknown'}"
+    )
+
+
+def table(found: list[Row]) -> str:
+    lines = [list(HEADER), ["---"] * len(HEADER), *(row.cells() for row in found)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    args = parser.parse_args()
+    try:
+        copy, found = rows(getattr(torch, args.dtype), args.only)
+    except RuntimeError as problem:
+        parser.exit(1, f"{parser.prog}: {problem}\n")
+    print(f"{machine()}; {args.dtype}; copy {copy / 1e9:.0f} GB/s; {REPLAYS} replays\n")
+    print(table(found))
+    if not all(row.right for row in found):
+        parser.exit(1, f"{parser.prog}: a kernel's result is not the reference's: see WRONG\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""What tensors the CUDA kernels take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+ACTIVATIONS = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"})
+"""Those of ``device/arithmetic.py``; others are left to the references."""
+
+
+def is_matrix(weight: Tensor, x: Tensor, rows: int, columns: int) -> bool:
+    """Whether `weight` [rows, columns] has contiguous rows, and the type and device of `x`."""
+    return (
+        weight.dtype is x.dtype
+        and weight.device == x.device
+        and weight.shape == (rows, columns)
+        and weight.stride(1) == 1
+    )
+
+
+def is_vector(vector: Tensor | None, dtype: torch.dtype, device: torch.device, size: int) -> bool:
+    """Whether `vector` is none, or [size], contiguous, of that type and on that device."""
+    return vector is None or (
+        vector.dtype is dtype
+        and vector.device == device
+        and vector.shape == (size,)
+        and vector.stride(0) == 1
+    )
+
+
+def given(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    """`tensor`, or any pointer at all where the kernel is told that there is none."""
+    return stand_in if tensor is None else tensor

@@ -1,0 +1,76 @@
+"""Linears over the input channels that a call keeps (TEAL); the weight is input-major."""
+
+import triton
+import triton.language as tl
+
+from sirius_runtime.kernels.cuda.device.arithmetic import dot
+
+
+@triton.jit
+def kept_channels(
+    x, weight, norm, partials, counts, threshold, B, T, C, O, stride_w,
+    HAS_NORM: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """partials [splits, B, T, O], float32, of x [B, T, C] and the rows of weight [C, O] whose
+    channels are kept; counts [splits, B], int32. Grid (B times blocks of O, splits); a split is
+    SHARE channels.
+
+    A program finds its own live channels: a list in memory would cost a launch, which is as long as
+    the weights of a small linear take.
+    """
+    b = tl.program_id(0) % B
+    block = tl.program_id(0) // B
+    split = tl.program_id(1)
+    c = split * SHARE + tl.arange(0, SHARE)
+    present = c < C
+    own = x + b * T * C
+    score = tl.zeros((SHARE,), tl.float32)
+    for token in range(T):
+        value = tl.load(own + token * C + c, mask=present, other=0.0)
+        score += tl.abs(value.to(tl.float32))
+    if TOKENS > 1:
+        score = score / T
+    if HAS_NORM:
+        score = score * tl.load(norm + c, mask=present, other=0.0)
+    kept = present & (score > threshold)
+    rank = tl.cumsum(kept.to(tl.int32), 0) - 1
+    n = tl.sum(kept.to(tl.int32), 0)
+    if block == 0:
+        tl.store(counts + split * B + b, n)
+
+    o = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    within = o < O
+    t = tl.arange(0, TOKENS)
+    step = tl.arange(0, ROWS)
+    if TOKENS == 1:
+        total = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    else:
+        total = tl.zeros((TOKENS, OUTPUTS), tl.float32)
+    for start in range(0, n, ROWS):
+        j = start + step
+        live = j < n
+        # The j-th kept channel: of those of rank j, one at most is kept.
+        is_jth = kept[:, None] & (rank[:, None] == j[None, :])
+        row = tl.sum(tl.where(is_jth, c[:, None], 0), 0)
+        w = tl.load(
+            weight + row.to(tl.int64)[:, None] * stride_w + o[None, :],
+            mask=live[:, None] & within[None, :],
+            other=0.0,
+        )
+        if TOKENS == 1:
+            value = tl.load(own + row, mask=live, other=0.0).to(tl.float32)
+            total += value[:, None] * w.to(tl.float32)
+        else:
+            value = tl.load(
+                own + t[:, None] * C + row[None, :],
+                mask=(t < T)[:, None] & live[None, :],
+                other=0.0,
+            )
+            total = dot(value, w, total)
+    if TOKENS == 1:
+        total = tl.sum(total, 0)[None, :]
+    at = ((split * B + b) * T + t).to(tl.int64)
+    tl.store(
+        partials + at[:, None] * O + o[None, :], total, mask=(t < T)[:, None] & within[None, :]
+    )

@@ -1,0 +1,225 @@
+"""Mixtures of experts in standard operators.
+
+Each token goes to its own experts. Pairs of a token and an expert are put in the order of experts
+and split by them, so that each expert's product has the rows that go to it: none, of most experts
+in a step of one token, and a product of no rows reads no weight. No weight is gathered, which would
+copy it: an expert's matrix is an initializer of its own, at its place in the one tensor of all.
+
+Shape letters as in `sirius_runtime.ops.moe`, and `P` = N · k pairs, in the order of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sirius_compile.onnx import emit as e
+from sirius_compile.onnx.mlp import activation, topk
+from sirius_compile.onnx.scope import Scope, Value
+from sirius_runtime.ops.moe import CLAMPED_SWIGLU
+
+_LIMIT = 7.0  # of clamped_swiglu, in gate and up
+
+Choice = Callable[["Routes", Value], Value]
+"""act(gate x) [P, I] without the neurons that are left out."""
+
+
+def dense_moe(
+    s: Scope,
+    x: Value,
+    experts: Value,
+    weights: Value,
+    gate: Value,
+    up: Value | None,
+    down: Value,
+    gate_bias: Value | None,
+    up_bias: Value | None,
+    down_bias: Value | None,
+    act: str,
+    layer: int,
+) -> Value:
+    """`sirius::dense_moe`."""
+    routes = Routes(s, experts, weights, gate)
+    return _moe(routes, x, gate, up, down, gate_bias, up_bias, down_bias, act)
+
+
+def topk_moe(
+    s: Scope,
+    x: Value,
+    experts: Value,
+    weights: Value,
+    gate: Value,
+    up: Value | None,
+    down: Value,
+    gate_bias: Value | None,
+    up_bias: Value | None,
+    down_bias: Value | None,
+    act: str,
+    layer: int,
+    keep: int,
+) -> Value:
+    """`sirius::topk_moe`: every neuron of a token's experts is computed, and some are left out."""
+
+    def largest(routes: Routes, g: Value) -> Value:
+        s, neurons = routes.s, g.shape[1]
+        assert isinstance(neurons, int)
+        size = e.elementwise(s, "Mul", s.op("Abs", g, shape=g.shape), routes.weights_P1)
+        score = e.reshape(s, routes.by_token(size), [-1, routes.k * neurons])
+        _, index = topk(s, score, keep)
+        none = e.filled(s, e.shape_of(s, score), 0.0, g.dtype)
+        ones = e.filled(s, e.shape_of(s, index), 1.0, g.dtype)
+        kept = s.op("ScatterElements", none, index, ones, shape=score.shape, axis=1)
+        kept = routes.by_expert(e.reshape(s, kept, [-1, neurons]))
+        return e.elementwise(s, "Mul", g, kept)
+
+    routes = Routes(s, experts, weights, gate)
+    return _moe(routes, x, gate, up, down, gate_bias, up_bias, down_bias, act, largest)
+
+
+def experts_moe(
+    s: Scope,
+    x: Value,
+    experts: Value,
+    weights: Value,
+    gate: Value,
+    up: Value | None,
+    down: Value,
+    gate_bias: Value | None,
+    up_bias: Value | None,
+    down_bias: Value | None,
+    act: str,
+    layer: int,
+    keep: int,
+    normalised: bool,
+) -> Value:
+    """`sirius::experts_moe`: what the experts left out weigh is not read."""
+    kept, index = topk(s, weights, keep)
+    if normalised:
+        whole, part = (e.reduced(s, "ReduceSum", w, [-1], True) for w in (weights, kept))
+        kept = e.elementwise(s, "Mul", kept, e.elementwise(s, "Div", whole, part))
+    routes = Routes(s, e.take(s, experts, index, -1), kept, gate)
+    return _moe(routes, x, gate, up, down, gate_bias, up_bias, down_bias, act)
+
+
+class Routes:
+    """Which token goes to which expert: pairs [P], in the order of experts."""
+
+    def __init__(self, s: Scope, experts: Value, weights: Value, gate: Value) -> None:
+        """experts, weights [N, k]; of `gate` [E, I, C] the number of experts is taken."""
+        count, k = gate.shape[0], experts.shape[1]
+        assert isinstance(count, int)
+        assert isinstance(k, int)
+        self.s, self.k, self.count = s, k, count
+        flat = e.reshape(s, experts, [-1])
+        pairs = e.size(s, flat, 0)
+        self._experts, self._order = _ascending(s, flat)
+        places = e.arange(s, pairs)
+        self._back = s.op("ScatterElements", places, self._order, places, shape=flat.shape, axis=0)
+        self._token = e.elementwise(s, "Div", self._order, k)
+        hit = e.elementwise(s, "Equal", e.unsqueeze(s, flat, 1), e.arange(s, count), result="bool")
+        self._rows = e.reduced(s, "ReduceSum", e.cast(s, hit, "int64"), [0], False)
+        self.weights_P1 = e.unsqueeze(s, self.by_expert(e.reshape(s, weights, [-1])), 1)
+
+    def rows(self, x: Value) -> Value:
+        """x [N, C] of each pair's token: [P, C]."""
+        return e.gather(self.s, x, self._token, 0)
+
+    def by_expert(self, value: Value) -> Value:
+        """Pairs [P, …] in the order of tokens, put in that of experts."""
+        return e.gather(self.s, value, self._order, 0)
+
+    def by_token(self, value: Value) -> Value:
+        """Pairs [P, …] in the order of experts, put in that of tokens."""
+        return e.gather(self.s, value, self._back, 0)
+
+    def linear(self, x: Value, weight: Value, bias: Value | None) -> Value:
+        """Each pair's x [P, C] by its expert's rows of weight [E, O, C], with bias [E, O]: [P, O].
+
+        Parts of a fused weight are parts of one product.
+        """
+        s = self.s
+
+        def product(part: Value, own: Value) -> Value:
+            return s.op("Gemm", part, own, shape=(None, own.shape[0]), transB=1)
+
+        y = _part_of(s, self._products(x, _whole(weight), product), weight)
+        if bias is None:
+            return y
+        own = e.gather(s, _whole(bias), self._experts, 0)
+        return e.elementwise(s, "Add", y, _part_of(s, own, bias))
+
+    def down(self, z: Value, weight: Value, bias: Value | None) -> Value:
+        """Each pair's z [P, I] by its expert's weight [E, I, C], with bias [E, C]: [P, C]."""
+        s, whole = self.s, _whole(weight)
+        if whole.name != weight.name:
+            raise NotImplementedError(f"{weight.name} is a part of what is stored")
+        y = self._products(z, whole, lambda part, own: e.matmul(s, part, own))
+        if bias is None:
+            return y
+        return e.elementwise(s, "Add", y, e.gather(s, bias, self._experts, 0))
+
+    def _products(self, x: Value, weight: Value, product: Callable[[Value, Value], Value]) -> Value:
+        s = self.s
+        outputs = [(x.dtype, (None, x.shape[1]))] * self.count
+        parts = s.ops("Split", x, self._rows, outputs=outputs, axis=0)
+        own = [s.root.expert(weight, index) for index in range(self.count)]
+        return e.concat(s, [product(p, w) for p, w in zip(parts, own, strict=True)], 0)
+
+
+def _moe(
+    routes: Routes,
+    x: Value,
+    gate: Value,
+    up: Value | None,
+    down: Value,
+    gate_bias: Value | None,
+    up_bias: Value | None,
+    down_bias: Value | None,
+    act: str,
+    choice: Choice = lambda routes, g: g,
+) -> Value:
+    s, x_PC = routes.s, routes.rows(x)
+    z = choice(routes, _activation(s, routes.linear(x_PC, gate, gate_bias), act))
+    if up is not None:
+        z = e.elementwise(s, "Mul", z, _bounded(s, routes.linear(x_PC, up, up_bias), act))
+    y = routes.down(e.cast(s, z, x.dtype), down, down_bias)
+    weighted = routes.by_token(e.elementwise(s, "Mul", y, routes.weights_P1))
+    width = y.shape[1]
+    assert isinstance(width, int)
+    y_NkC = e.reshape(s, weighted, [-1, routes.k, width])
+    return e.cast(s, e.reduced(s, "ReduceSum", y_NkC, [1], False), x.dtype)
+
+
+def _activation(s: Scope, g: Value, act: str) -> Value:
+    if act != CLAMPED_SWIGLU:
+        return activation(s, g, act)
+    return activation(s, e.elementwise(s, "Min", g, _LIMIT), "quick_gelu")
+
+
+def _bounded(s: Scope, u: Value, act: str) -> Value:
+    if act != CLAMPED_SWIGLU:
+        return u
+    bounded = e.elementwise(s, "Max", e.elementwise(s, "Min", u, _LIMIT), -_LIMIT)
+    return e.elementwise(s, "Add", bounded, 1.0)
+
+
+def _ascending(s: Scope, x: Value) -> tuple[Value, Value]:
+    """x [P] in order, and the places that its elements had."""
+    count = e.sizes(s, [e.size(s, x, 0)])
+    outputs = [(x.dtype, x.shape), ("int64", x.shape)]
+    values, index = s.ops("TopK", x, count, outputs=outputs, axis=0, largest=0, sorted=1)
+    return values, index
+
+
+def _whole(part: Value) -> Value:
+    """The stored tensor that a slice along its second dimension is of."""
+    view = part.view
+    if view is None or view.transposed or (view.axis == 0 and view.weight.name != part.name):
+        raise NotImplementedError(f"{part.name} is not rows of each expert, as they are stored")
+    return view.weight
+
+
+def _part_of(s: Scope, y: Value, weight: Value) -> Value:
+    """Of y [P, O], computed with all of a stored tensor, what the slice `weight` of it gives."""
+    view = weight.view
+    assert view is not None
+    return y if view.axis == 0 else e.cut(s, y, -1, view.start, view.end, view.step)

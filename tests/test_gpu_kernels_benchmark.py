@@ -1,0 +1,94 @@
+"""The benchmark of the CUDA kernels, as far as it goes without a GPU: its calls and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.support.triton_interpreter import interpreting, require_triton
+
+require_triton()
+
+from benchmarks import gpu_kernels  # noqa: E402  (they import Triton)
+from sirius_runtime.kernels.cuda import attention, linear, mlp  # noqa: E402
+
+TINY = gpu_kernels.Shape("tiny", 32, 80, 4, 2, 16, 50, contexts=(70,))
+CPU = torch.device("cpu")
+MODULES = {"attention": attention, "linear": linear, "mlp": mlp}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreter() -> Iterator[None]:
+    with interpreting():
+        yield
+
+
+def test_its_calls_are_served_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_kernels, "launchers", lambda name, _: MODULES[name])
+    monkeypatch.setattr(gpu_kernels, "ROTATED", 1)
+    monkeypatch.setattr(gpu_kernels, "SKIPPED", (0.5,))
+    torch.manual_seed(0)
+    pool = gpu_kernels.Pool(torch.bfloat16, CPU, 1 << 20, 1)
+    pool.buffer *= 20  # gates that differ, at so few channels
+    ran: dict[str, set[int]] = {}
+    for case in gpu_kernels.cases(pool, TINY):
+        kernel = case.kernel(CPU)
+        done = kernel(*case.sets[0])
+        with gpu_kernels.float32_sums():
+            expected = case.reference()(*case.sets[0])
+        assert gpu_kernels.error(done, expected) < 0.02, case.name
+        assert len({args[1].data_ptr() for args in case.sets}) > 1 or case.module == "attention"
+        ran.setdefault(case.operator, set()).add(case.tokens)
+
+        dense = case.torch(*case.sets[0])
+        shape = done[0].shape if isinstance(done, tuple) else done.shape
+        assert dense.shape == shape
+        if case.operator in ("linear", "dense_mlp", "cached_attention"):  # nothing is skipped
+            assert gpu_kernels.error(done, dense) < 0.02, case.name
+        read = case.bytes(done)
+        assert read == int(read) > 0
+        if case.operator == "dense_mlp":
+            assert read == 3 * 80 * 32 * 2
+        if case.operator == "cats_mlp":
+            assert read == (80 + 2 * done[1].item()) * 32 * 2
+    of_one = {"topk_mlp", "griffin_cats_mlp", "sparse_linear"}
+    of_several = {"linear", "dense_mlp", "griffin_mlp", "cats_mlp"}
+    of_several |= {"cached_attention", "block_attention"}
+    assert ran == {name: {1} if name in of_one else {1, 8} for name in of_one | of_several}
+
+
+def test_a_kernel_that_does_not_serve_is_no_row() -> None:
+    with pytest.raises(RuntimeError, match="linear does not serve"):
+        gpu_kernels.served(linear.linear)(torch.ones(1, 2).double(), torch.ones(3, 2))
+
+
+def test_its_table() -> None:
+    row = gpu_kernels.Row(
+        *("8B", "dense_mlp", 1, 352.3, 120.0, (119.0, 121.5), 2936.0, 0.9),
+        *(140.0, (139.0, 142.0), 3e-3),
+    )
+    assert gpu_kernels.table([row]).splitlines()[2] == (
+        "| 8B | dense_mlp | 1 | 352.3 | 120.0 (119.0-121.5) | 2936 | 90% "
+        "| 140.0 (139.0-142.0) | 1.17 | 3.0e-03 |"
+    )
+    wrong = replace(row, error=0.2)
+    assert gpu_kernels.table([wrong]).endswith("| WRONG: 2.0e-01 |")
+
+
+def test_without_a_gpu_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu_kernels"])
+    with pytest.raises(SystemExit) as stopped:
+        gpu_kernels.main()
+    assert stopped.value.code == 1
+    assert "no CUDA device is here" in capsys.readouterr().err
+
+
+def test_the_error_is_of_the_largest_value() -> None:
+    actual, expected = torch.tensor([1.0, 9.0]), torch.tensor([2.0, 10.0])
+    assert gpu_kernels.error((actual, expected), (expected, expected)) == pytest.approx(0.1)
