@@ -243,10 +243,10 @@ class Steps:
                 yield self._step(f"verify {tokens}, torch reference", work, references)
 
     def _dense(self) -> Iterator[Step]:
-        work = recorded(self.first, lambda: one_step(self.first, "full"))
-        yield self._step("dense", work)
+        work = functools.partial(one_step, self.first, "full")
+        yield self._step("dense", recorded(self.first, work))
+        yield self._step("dense, torch reference", recorded(self.first, work), references)
         if self._device.type == "cpu":
-            yield self._step("dense, torch reference", work, references)
             if not self._args.compiled:
                 model, context = random_llama(self._shape.layers, self._shape), self._args.context
                 yield self._step("dense, transformers eager", transformers_step(model, context))
@@ -254,7 +254,7 @@ class Steps:
                     peer = llama_cpp_step(model, context, self._args.threads)
                     yield self._step("dense, llama.cpp", peer)
         else:
-            yield self._step("dense, no CUDA graph", lambda: one_step(self.first, "full"))
+            yield self._step("dense, no CUDA graph", work)
 
     def _sparse(self, method: Method, skipped: float) -> Step:
         backend = self._programs.backend(method, skipped, self._make)
