@@ -128,7 +128,8 @@ def attention(queries: int, D: int, V: int, dtype: torch.dtype) -> AttentionTile
     slots = 64 if rows < 64 else 32  # else registers don't suffice
     while slots > 16 and 2 * slots * width > 72 << 10:
         slots //= 2
-    return AttentionTile(rows, slots, warps=4, stages=2)
+    # Products of float32 keep what they read in registers, which are a thread's share of it.
+    return AttentionTile(rows, slots, warps=8 if dtype is torch.float32 else 4, stages=2)
 
 
 def attention_parts(slots: int, tile: AttentionTile, blocks: int, device: torch.device) -> int:
