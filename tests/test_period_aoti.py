@@ -18,6 +18,7 @@ import torch
 from sirius_compile import CompileConfig, compile_model
 from sirius_runtime import load
 from sirius_runtime.errors import BackendError, ConfigError, GenerationError
+from sirius_runtime.kernels.native import kernels
 from sirius_runtime.model import GenerationOutput, SiriusModel
 from tests.support.models import (
     Rows,
@@ -92,7 +93,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache folder of this test alone; not there yet."""
+    """The cache folder of this test alone; not there yet. The CPU kernels are built elsewhere."""
+    kernels()
     folder = tmp_path / "cache" / "of sirius"
     monkeypatch.setenv("SIRIUS_CACHE", str(folder))
     return folder
