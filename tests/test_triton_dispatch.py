@@ -108,7 +108,9 @@ def test_every_kernel_of_the_cpu_has_one_on_cuda() -> None:
     from sirius_runtime.kernels.register import _KERNELS
 
     names = [o.__name__ for o in operators.operators()]
-    assert sorted(names) == sorted(kernel.__name__ for kernel in _KERNELS)
+    mixtures = {"dense_moe", "topk_moe", "experts_moe"}  # the references', on CUDA
+    assert set(names) | mixtures == {kernel.__name__ for kernel in _KERNELS}
+    assert not mixtures & set(names)
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sirius::{name}", "CUDA")
 
