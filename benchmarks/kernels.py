@@ -6,8 +6,9 @@ Hidden 2048, MLPs of 8192 neurons, 32 heads over 8 key/value heads of 64, vocabu
 by default. GB/s counts the bytes that a call needs to read, once each: weights, and keys and values
 in use; not activations. A call's weights come from a pool several times the size of the last-level
 cache, so that none are there from the call before. Every round runs the read loop, then every case
-by kernel and by torch in turn; printed are the medians over the rounds, and then the same of each
-one's fastest round, which says what a machine does that other work disturbs less. torch is
+by kernel, then every case by torch, whose threads stay awake for a while after a call and would
+hold up what shares the cores with them; printed are the medians over the rounds, and then the same
+of each one's fastest round, which says what a machine does that other work disturbs less. torch is
 `F.linear` for linears, else the operators' references, which read what they mask.
 """
 
@@ -217,7 +218,8 @@ def main() -> None:
                 reads.append(time.perf_counter() - begin)
             for case in cases:
                 case.time("kernel")
-                with references():
+            with references():
+                for case in cases:
                     case.time("torch")
             if turn == 1:  # the first rounds pay for allocation
                 reads.clear()
