@@ -4,12 +4,13 @@ before it. What each prints goes to a file of its own, with machine, versions an
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class Part:
     module: str
     arguments: tuple[str, ...]
     seconds: int
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def command(self) -> list[str]:
@@ -58,7 +60,12 @@ def run(part: Part) -> Result:
         return ended("", f"missing: there is no benchmarks/{part.module}.py")
     try:
         done = subprocess.run(
-            part.command, cwd=ROOT, capture_output=True, text=True, timeout=part.seconds
+            part.command,
+            cwd=ROOT,
+            env={**os.environ, **part.environment},
+            capture_output=True,
+            text=True,
+            timeout=part.seconds,
         )
     except subprocess.TimeoutExpired as error:
         return ended(error.stdout, f"stopped after its {part.seconds} seconds")
@@ -99,7 +106,10 @@ def _commit() -> str:
 def document(result: Result, where: str) -> str:
     part = result.part
     lines = [f"# {part.title}", "", where, ""]
-    lines += [f"`python -m {' '.join(part.command[2:])}`, {result.seconds:.0f} s", ""]
+    said = [f"{name}={value}" for name, value in part.environment.items()]
+    said += ["python", "-m", part.command[2]]
+    said += [argument.removeprefix(f"{ROOT}/") for argument in part.command[3:]]
+    lines += [f"`{' '.join(said)}`, {result.seconds:.0f} s", ""]
     if result.said:
         lines += ["```", result.said, "```", ""]
     return "\n".join([*lines, result.printed.rstrip(), ""])

@@ -11,7 +11,6 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sirius_runtime.kernels.arguments import (
@@ -153,9 +152,20 @@ def _with_product(
     """y [B, T, C] and (z / ‖z‖₂)² [B, T, I], float32."""
     weights = gate, up, down, gate_bias, up_bias, down_bias, act
     done = _run(operator, _Choice(product=True), x, *weights)
-    if done is None or done[1] is None:
+    library = kernels()
+    if done is None or library is None:
         return None
-    return done[0], F.normalize(done[1].float(), dim=-1).square()
+    y, z = done
+    if z is None:
+        return None
+    activity = torch.empty_like(z, dtype=torch.float32)
+    tokens = z.shape[0] * z.shape[1]
+    threads = torch.get_num_threads()
+    status = library.sirius_activity(
+        TYPES[z.dtype], z.data_ptr(), activity.data_ptr(), tokens, z.shape[2], threads
+    )
+    check(status, operator)
+    return y, activity
 
 
 def dense_mlp_statistic(

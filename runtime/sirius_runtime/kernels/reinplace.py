@@ -9,7 +9,8 @@
 
 Compilers want a loop without mutation. Operator by operator that costs copies of the block for
 every layer and step, for one token's K/V, and of all drafted distributions for one more. What a
-graph or a loop is given it may not write to, so it begins with a copy.
+graph or a loop is given it may not write to: it begins with a copy, where the tensor is not its
+own.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ aten, sirius = torch.ops.aten, torch.ops.sirius
 
 _BLOCKS = (5, 6)  # where block_attention takes k_block and v_block; it returns new ones at 1 and 2
 _LAYER = 11
+_FRESH = (aten.new_zeros.default, aten.zeros.default, aten.stack.default)
 
 
 def write_in_place(module: fx.GraphModule) -> None:
@@ -39,12 +41,21 @@ def write_in_place(module: fx.GraphModule) -> None:
         written = {given.index(value) for value in [*_rewrite(body.graph), *_copies(body.graph)]}
         body.recompile()
         with graph.inserting_before(loop):
-            own = [_copy(graph, v) if i in written else v for i, v in enumerate(carried)]
+            own = [
+                _copy(graph, v) if i in written and not _is_own(v, loop, carried) else v
+                for i, v in enumerate(carried)
+            ]
         loop.update_arg(2, tuple(own))
     for block in _rewrite(graph):
         with graph.inserting_after(block):
             copy = _copy(graph, block)
         block.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)  # type: ignore[misc]
+
+
+def _is_own(value: Any, loop: fx.Node, carried: Sequence[Any]) -> bool:
+    """Whether the graph made a tensor that only this loop begins with, once."""
+    made = value.op == "call_function" and value.target in _FRESH
+    return made and list(value.users) == [loop] and sum(v is value for v in carried) == 1
 
 
 def _copy(graph: fx.Graph, value: Any) -> fx.Node:

@@ -119,6 +119,14 @@ int sirius_attention(int type, int64_t B, int64_t H, int64_t G, int64_t N, int64
   });
 }
 
+int sirius_activity(int type, const void* z, void* y, int64_t N, int64_t I, int threads) {
+  return with_type(type, [&](auto zero) {
+    typedef decltype(zero) T;
+    activity<T>((const T*)z, (float*)y, size_t(N), size_t(I), threads);
+    return DONE;
+  });
+}
+
 int sirius_rms_norm(int type, const void* x, const void* weight, float epsilon, void* y, int64_t N,
                     int64_t C) {
   return with_type(type, [&](auto zero) {

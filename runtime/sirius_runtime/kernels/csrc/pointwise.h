@@ -2,8 +2,10 @@
 // torch has a call for every operation. Values are rounded where torch's calls store them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace sirius {
@@ -30,6 +32,31 @@ void rms_norm(const T* x, const T* weight, float epsilon, T* y, size_t N, size_t
       store_part(y + whole, load_part(weight + whole, rest) *
                                 rounded<T>(load_part(x + whole, rest) * scale), rest);
   }
+}
+
+// y = (z / ‖z‖₂)² of N tokens of I neurons; as torch's normalize, no norm is less than 1e-12.
+template <class T>
+void activity(const T* z, float* y, size_t N, size_t I, int threads) {
+  parallel(N, threads, [&](size_t n) {
+    const T* from = z + n * I;
+    float* to = y + n * I;
+    const size_t whole = I / W * W, rest = I - whole;
+    Floats squares[4] = {};
+    for (size_t i = 0; i < whole; i += W) {
+      const Floats v = load(from + i);
+      squares[i / W % 4] += v * v;
+    }
+    if (rest) {
+      const Floats v = load_part(from + whole, rest);
+      squares[0] += v * v;
+    }
+    const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    const float scale = 1.0f / std::max(std::sqrt(total), 1e-12f);
+    for (size_t i = 0; i < I; i++) {
+      const float share = to_float(from[i]) * scale;
+      to[i] = share * share;
+    }
+  });
 }
 
 // y [B, H, N, D] = x * cosine + (-x₂, x₁) * sine, where x₁ and x₂ are the halves of x's last
