@@ -65,7 +65,7 @@ def plot(measured: Measured, names: Sequence[str], title: str, path: Path) -> No
             at = aal / PAPER_PERIOD * k
             axis.axvline(at, color="0.5", linewidth=1, linestyle=style, label=f"paper, {method}")
         axis.set(title=f"k {k}", xlabel="tokens that a period commits", xlim=(1, k))
-        axis.set_ylim(bottom=0)
+    axes[0][0].set_ylim(bottom=0)  # of all, once their lines are drawn
     axes[0][0].set_ylabel("tokens/s (computed)")
     axes[0][0].legend(fontsize=8, loc="upper left")
     figure.suptitle(title, fontsize=10)
