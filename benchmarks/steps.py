@@ -54,6 +54,7 @@ from sirius_runtime.static_session import Replay, run_at_once
 SKIPPED = (0.3, 0.5, 0.65)
 CHAINS = (4, 8, 16, 32)  # periods, among the numbers of tokens that are verified
 PEERS = ("torch reference", "transformers", "llama.cpp")
+AWAKE = 0.2  # seconds, after which the threads of the last round's peers sleep
 PLOTTED = 0.5  # the share skipped whose steps are drawn
 BUFFER = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of what measures bandwidth
 
@@ -289,6 +290,7 @@ def run_rounds(steps: list[Step], device: torch.device, rounds: int, until: floa
     for done in range(rounds):
         if done >= 3 and time.perf_counter() > until:
             return done
+        time.sleep(AWAKE)
         for step in in_turn:
             with step.within():
                 step.seconds.append(time_on(device, step.call))
