@@ -5,8 +5,9 @@
 
 One row after a history of `--context` tokens, in bf16. Each round runs, in turn: the dense step;
 the verification of N tokens in one full pass (N = k for a chain, (k - 1) w + 1 for a tree); the
-sparse steps of each method at each share skipped; and then what others make of it, whose threads
-stay awake for a while and would hold up ours. Printed are medians over the rounds with their
+sparse steps of each method at each share skipped; and then what others make of it. Before each step
+there is a pause, in which OpenMP's threads of the one before go to sleep, as they would at once by
+OMP_WAIT_POLICY=passive. Printed are medians over the rounds with their
 quartiles, and each one's fastest round, as times and as shares of the dense step of the same
 rounds; and the *floor*: the bytes that a step reads (weights once, keys and values) over the
 bandwidth measured before, of a copy on a GPU, of a loop that reads on the CPU. The weights are
@@ -54,7 +55,7 @@ from sirius_runtime.static_session import Replay, run_at_once
 SKIPPED = (0.3, 0.5, 0.65)
 CHAINS = (4, 8, 16, 32)  # periods, among the numbers of tokens that are verified
 PEERS = ("torch reference", "transformers", "llama.cpp")
-AWAKE = 0.2  # seconds, after which the threads of the last round's peers sleep
+AWAKE = 0.03  # seconds, after which the threads of the step before sleep
 PLOTTED = 0.5  # the share skipped whose steps are drawn
 BUFFER = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of what measures bandwidth
 
@@ -290,8 +291,8 @@ def run_rounds(steps: list[Step], device: torch.device, rounds: int, until: floa
     for done in range(rounds):
         if done >= 3 and time.perf_counter() > until:
             return done
-        time.sleep(AWAKE)
         for step in in_turn:
+            time.sleep(AWAKE)
             with step.within():
                 step.seconds.append(time_on(device, step.call))
     return rounds

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,3 +134,18 @@ def test_an_artifact_of_onnx_graphs_alone(tmp_path: Path) -> None:
     model = load(path, backend="auto", progress=told.append)
     assert told[0] == f"backend {BackendName.ONNXRUNTIME}: the artifact holds ONNX graphs only"
     assert model.generate("Q:", max_new_tokens=4).stats.tokens == 4
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "passive"), ("active", "active")])
+def test_torch_s_idle_threads_sleep_unless_told_otherwise(
+    artifact: Path, given: str | None, found: str
+) -> None:
+    code = f"import os, sirius_runtime; sirius_runtime.load({str(artifact)!r}, device='cpu'); "
+    code += "print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if given is not None:
+        environment["OMP_WAIT_POLICY"] = given
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == found

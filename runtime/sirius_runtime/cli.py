@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import shutil
 import sys
 import textwrap
@@ -21,9 +20,6 @@ from sirius_runtime.errors import ConfigError, SiriusError, UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code (2: the user's to mend, 70: a bug)."""
-    # Read when torch is first imported. By default its threads stay awake between its operators,
-    # on the cores that the kernels' threads want.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     parsed = _parser().parse_args(arguments)
     try:
         parsed.command(parsed)

@@ -5,6 +5,7 @@ What a back end needs is imported when one is asked for: by ONNX Runtime, withou
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,9 @@ def load(
     most tokens of prompt and answer to compile for, by default the model's longest sequence;
     progress is told when a back end compiles, which happens once. threads: of one operator on the
     CPU, by default as many as PyTorch or ONNX Runtime takes; PyTorch's is a setting of the whole
-    process (`torch.set_num_threads`), which stays when the model is gone. providers: of backend
+    process (`torch.set_num_threads`), which stays when the model is gone. Where torch is not
+    imported yet, its idle threads are told to sleep (OMP_WAIT_POLICY), which leaves the cores to
+    our kernels. providers: of backend
     `onnxruntime`, its execution providers in order of preference, by default CUDA where it works
     and the CPU else (progress is told which); it computes on the device of the provider, in the
     stored dtype. verify: check the sha256 of the weights too (everything else is always checked).
@@ -86,6 +89,8 @@ def load(
     can't be met and BackendError for a back end that can't run here, each with the remedy.
     """
     _check_backend(backend, rows, threads)
+    if "torch" not in sys.modules:
+        let_threads_sleep()
     if dtype is not None and dtype not in list(DType):
         raise ConfigError(f"dtype must be one of {', '.join(DType)}, got {dtype!r}")
     with Artifact.open(path, verify=verify) as artifact:
@@ -230,6 +235,15 @@ def _check_backend(backend: str, rows: int, threads: int | None = None) -> None:
         raise ConfigError(f"rows must be >= 1, got {rows}")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be >= 1, got {threads}")
+
+
+def let_threads_sleep() -> None:
+    """Has OpenMP's threads sleep between torch's operators, unless the environment says otherwise.
+
+    By default they stay awake for some milliseconds, on the cores that the kernels' own threads
+    want. It is read when torch is first imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _check_onnx(
