@@ -264,7 +264,10 @@ def _check_onnx(
 
 def _check_torch(artifact: Artifact, providers: Sequence[str] | None) -> None:
     if providers is not None:
-        raise ConfigError("providers are an option of backend onnxruntime alone")
+        raise ConfigError(
+            "providers are an option of backend onnxruntime alone: name that back end, or leave "
+            "them out"
+        )
     if not artifact.names("graphs/"):
         raise BackendError(
             f"{artifact.path} holds ONNX graphs only: use backend onnxruntime, or compile it with "
