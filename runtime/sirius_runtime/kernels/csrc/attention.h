@@ -73,15 +73,16 @@ struct Attention {
   void attend(size_t b, size_t g, size_t first) {
     thread_local Running own;
     const size_t shared = H / G, tokens = std::min(TILE, N - first), Q = shared * tokens;
-    const size_t q_width = padded(D), width = padded(V);
-    X<T>* queries = own.queries.take(Q * q_width);
-    for (size_t h = 0; h < shared; h++)
-      take_activations(q + (((b * H + g * shared + h) * N) + first) * D, D, tokens, D,
-                       queries + h * tokens * q_width);
-    float *sums = own.sums.take(Q * width), *scores = own.scores.take(Q * BLOCK);
+    const Layout layout = outputs(Q, V);
+    X<T>* queries = own.queries.take(inputs(Q, D).size());
+    const auto query = [&](size_t i) {
+      return q + ((b * H + g * shared + i / tokens) * N + first + i % tokens) * D;
+    };
+    take_activations<T>(query, Q, D, queries);
+    float *sums = own.sums.take(layout.size()), *scores = own.scores.take(Q * BLOCK);
     float *highest = own.highest.take(Q), *total = own.total.take(Q);
     X<T>* shares = own.shares.take(Q * BLOCK);
-    std::fill(sums, sums + Q * width, 0.0f);
+    std::fill_n(sums, layout.size(), 0.0f);
     for (size_t i = 0; i < Q; i++) {
       highest[i] = sinks ? to_float(sinks[g * shared + i / tokens]) : -INFINITY;
       total[i] = sinks ? 1.0f : 0.0f;
@@ -93,27 +94,31 @@ struct Attention {
       const size_t count = std::min(BLOCK, end - slot);
       const T* rows[BLOCK];
       for (size_t j = 0; j < count; j++) rows[j] = row(keys, block_keys, bg, slot + j, history, D);
-      dots<T>(rows, count, queries, q_width, Q, D, scores, BLOCK);
+      dots<T>(rows, count, queries, Q, D, scores, BLOCK);
       float hidden[TILE][BLOCK];
       for (size_t n = 0; n < tokens; n++) look(b, first + n, slot, count, history, hidden[n]);
       for (size_t i = 0; i < Q; i++) {
         float* at = scores + i * BLOCK;
         const float factor = softmax(at, hidden[i % tokens], &highest[i], &total[i]);
-        if (factor != 1.0f)
-          for (size_t c = 0; c < width; c += W)
-            store(sums + i * width + c, load(sums + i * width + c) * factor);
+        for (size_t begin = 0; begin < V && factor != 1.0f; begin += layout.width) {
+          float* at = sums + layout.at(i, begin);
+          for (size_t c = 0; c < layout.width; c += W) store(at + c, load(at + c) * factor);
+        }
         for (size_t j = 0; j < BLOCK; j += PAD)
           Meet<T>::from_floats(at + j, shares + i * BLOCK + j);
       }
       for (size_t j = 0; j < count; j++)
         rows[j] = row(values, block_values, bg, slot + j, history, V);
-      accumulate<T>(rows, count, shares, BLOCK, Q, 0, V, sums, width);
+      accumulate<T>(rows, count, shares, BLOCK, Q, 0, V, sums, V);
     }
     for (size_t i = 0; i < Q; i++) {
       T* to = out + ((b * H + g * shared + i / tokens) * N + first + i % tokens) * V;
       const float whole = total[i] > 0.0f ? total[i] : 1.0f;
-      for (size_t c = 0; c < V; c++)
-        round_into(to + c, sums[i * width + Meet<T>::place(c)] / whole);
+      for (size_t c = 0; c < V; c++) {
+        const size_t block = c / layout.width * layout.width;
+        const float sum = sums[layout.at(i, block) + Meet<T>::place(c - block)];
+        round_into(to + c, sum / whole);
+      }
     }
   }
 

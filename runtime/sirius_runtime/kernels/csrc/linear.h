@@ -22,8 +22,8 @@ template <class T>
 void linears_by_outputs(const T* x, const Product<T>* all, size_t count, size_t N, size_t C,
                         int threads) {
   thread_local Scratch<X<T>> activations;
-  X<T>* own = activations.take(N * padded(C));
-  take_activations(x, C, N, C, own);
+  X<T>* own = activations.take(inputs(N, C).size());
+  take_activations<T>([&](size_t n) { return x + n * C; }, N, C, own);
   constexpr size_t BLOCK = 32;  // outputs a task
   size_t tasks = 0;
   for (size_t i = 0; i < count; i++) tasks += (all[i].O + BLOCK - 1) / BLOCK;
@@ -31,22 +31,26 @@ void linears_by_outputs(const T* x, const Product<T>* all, size_t count, size_t 
     const Product<T>* p = all;
     for (; task >= (p->O + BLOCK - 1) / BLOCK; p++) task -= (p->O + BLOCK - 1) / BLOCK;
     const size_t begin = task * BLOCK, count = std::min(BLOCK, p->O - begin);
-    const T* rows[BLOCK];
-    for (size_t j = 0; j < count; j++) rows[j] = p->weight + (begin + j) * p->stride;
-    for (size_t n = 0; n < N; n += 16) {
-      const size_t wide = std::min<size_t>(16, N - n);
-      float sums[16 * BLOCK];
-      dots<T>(rows, count, own + n * padded(C), padded(C), wide, C, sums, BLOCK);
-      for (size_t t = 0; t < wide; t++)
-        for (size_t j = 0; j < count; j++) {
-          const float offset = p->bias ? to_float(p->bias[begin + j]) : 0.0f;
-          round_into(p->y + (n + t) * p->O + begin + j, sums[t * BLOCK + j] + offset);
-        }
+    const T* rows[2 * BLOCK];  // the next task's too, which is this thread's next, most likely
+    const size_t known = std::min(2 * BLOCK, p->O - begin);
+    for (size_t j = 0; j < known; j++) rows[j] = p->weight + (begin + j) * p->stride;
+    for (size_t n = 0; n < N; n++) __builtin_prefetch(p->y + n * p->O + begin, 1);
+    alignas(64) float sums[MOST_TOKENS * BLOCK], offsets[BLOCK] = {};
+    dots<T>(rows, count, own, N, C, sums, BLOCK, Ahead<T>(rows + count, known - count, 0, C));
+    for (size_t j = 0; p->bias && j < count; j++) offsets[j] = to_float(p->bias[begin + j]);
+    for (size_t n = 0; n < N; n++) {
+      T* to = p->y + n * p->O + begin;
+      size_t j = 0;
+      for (; j + W <= count; j += W) store(to + j, load(sums + n * BLOCK + j) + load(offsets + j));
+      if (j < count) store_part(to + j, load(sums + n * BLOCK + j) + load(offsets + j), count - j);
     }
   });
 }
 
-// y [N, O] of the channels live[0 … count) of x, whose values z [N, count padded to LIVE] holds,
+// From one token's channels to the next one's: a multiple of LIVE, and no power of two.
+inline size_t channels_stride(size_t count) { return round_up(count, LIVE) + PAD; }
+
+// y [N, O] of the channels live[0 … count) of x, whose values z [N, channels_stride(count)] holds,
 // and a weight [C, O] with rows `stride` apart.
 template <class T>
 void linear_of_channels(const X<T>* z, const int32_t* live, size_t count, const T* weight,
@@ -54,21 +58,23 @@ void linear_of_channels(const X<T>* z, const int32_t* live, size_t count, const 
                         int threads) {
   thread_local Scratch<float> scratch;
   constexpr size_t SLAB = 2048, CHUNK = 64;
-  const size_t slabs = (O + SLAB - 1) / SLAB, z_stride = (count + LIVE - 1) / LIVE * LIVE;
+  const size_t slabs = (O + SLAB - 1) / SLAB, z_stride = channels_stride(count);
   const size_t units = (count + CHUNK - 1) / CHUNK;
   const size_t groups = std::max<size_t>(1, parts(units, threads) / slabs);
-  const size_t width = padded(O);
-  float* sums = scratch.take(groups * N * width);
+  const Layout layout = outputs(N, O);
+  float* sums = scratch.take(groups * layout.size());
   parallel(groups * slabs, threads, [&](size_t task) {
     const size_t group = task / slabs, begin = task % slabs * SLAB, end = std::min(O, begin + SLAB);
-    float* own = sums + group * N * width;
-    for (size_t n = 0; n < N; n++)
-      std::fill(own + n * width + begin, own + n * width + std::min(width, begin + SLAB), 0.0f);
+    float* own = sums + group * layout.size();
+    const size_t stop = end == O ? layout.size() : layout.at(0, end);
+    std::fill(own + layout.at(0, begin), own + stop, 0.0f);
     for (size_t unit = units * group / groups; unit < units * (group + 1) / groups; unit++) {
-      const size_t first = unit * CHUNK, here = std::min(CHUNK, count - first);
-      const T* rows[CHUNK];
-      for (size_t j = 0; j < here; j++) rows[j] = weight + size_t(live[first + j]) * stride;
-      accumulate<T>(rows, here, z + first, z_stride, N, begin, end, own, width);
+      const size_t first = unit * CHUNK, known = std::min(2 * CHUNK, count - first);
+      const size_t here = std::min(CHUNK, known);
+      const T* rows[2 * CHUNK];  // the next unit's too
+      for (size_t j = 0; j < known; j++) rows[j] = weight + size_t(live[first + j]) * stride;
+      accumulate<T>(rows, here, z + first, z_stride, N, begin, end, own, O,
+                    Ahead<T>(rows + here, known - here, begin, end));
     }
   });
   finish(sums, groups, N, O, bias, apart, y, threads);
@@ -80,9 +86,9 @@ void linear_by_inputs(const T* x, const T* weight, size_t stride, const T* bias,
                       size_t C, size_t O, int threads) {
   thread_local Scratch<X<T>> activations;
   thread_local Scratch<int32_t> channels;
-  X<T>* z = activations.take(N * padded(C));
+  X<T>* z = activations.take(N * channels_stride(C));
   int32_t* all = channels.take(C);
-  const size_t z_stride = (C + LIVE - 1) / LIVE * LIVE;
+  const size_t z_stride = channels_stride(C);
   for (size_t c = 0; c < C; c++) all[c] = int32_t(c);
   for (size_t n = 0; n < N; n++)
     for (size_t c = 0; c < z_stride; c++)
@@ -98,7 +104,7 @@ void sparse_linear(const T* x, const T* weight, size_t stride, const T* bias, co
                    int threads) {
   thread_local Scratch<X<T>> activations;
   thread_local Scratch<int32_t> channels;
-  X<T>* z = activations.take(N * padded(C));
+  X<T>* z = activations.take(N * channels_stride(C));
   int32_t* live = channels.take(C);
   for (size_t b = 0; b < B; b++) {
     const T* own = x + b * N * C;
@@ -110,7 +116,7 @@ void sparse_linear(const T* x, const T* weight, size_t stride, const T* bias, co
       live[count] = int32_t(c);
       count += (norm ? score * norm[c] : score) > threshold;
     }
-    const size_t z_stride = (count + LIVE - 1) / LIVE * LIVE;
+    const size_t z_stride = channels_stride(count);
     for (size_t n = 0; n < N; n++)
       for (size_t j = 0; j < z_stride; j++)
         z[n * z_stride + j] =

@@ -13,7 +13,6 @@
 namespace sirius {
 
 constexpr size_t CHUNK = 64;       // neurons
-constexpr size_t MOST_TOKENS = 64;  // of a row
 
 template <class T>
 struct Mlp {
@@ -38,9 +37,11 @@ struct Mlp {
     thread_local Scratch<X<T>> activation_scratch;
     thread_local Scratch<uint8_t> mask_scratch;
     thread_local Scratch<float> gate_scratch, sum_scratch;
-    X<T>* own = activation_scratch.take(B * N * padded(C));
-    take_activations(x, C, B * N, C, own);
-    inputs = own;
+    const size_t row = inputs(N, C).size();
+    X<T>* own = activation_scratch.take(B * row);
+    for (size_t b = 0; b < B; b++)
+      take_activations<T>([&](size_t n) { return x + (b * N + n) * C; }, N, C, own + b * row);
+    activations = own;
     if (neurons || keep) {
       uint8_t* mask = mask_scratch.take(B * I);
       std::fill(mask, mask + B * I, uint8_t(0));
@@ -58,26 +59,29 @@ struct Mlp {
     }
     if (counts) std::fill(counts, counts + B, int64_t(0));
     const size_t chunks = (I + CHUNK - 1) / CHUNK, groups = parts(chunks, threads);
-    const size_t width = padded(C), size = B * N * width;
-    float* sums = sum_scratch.take(groups * size);
+    const size_t size = outputs(N, C).size();
+    float* sums = sum_scratch.take(B * groups * size);
     parallel(groups, threads, [&](size_t group) {
-      float* to = sums + group * size;
-      std::fill(to, to + size, 0.0f);
+      for (size_t b = 0; b < B; b++) std::fill_n(sums + (b * groups + group) * size, size, 0.0f);
       for (size_t i = chunks * group / groups; i < chunks * (group + 1) / groups; i++)
-        for (size_t b = 0; b < B; b++) chunk(b, i * CHUNK, to + b * N * width);
+        for (size_t b = 0; b < B; b++) chunk(b, i * CHUNK, sums + (b * groups + group) * size);
     });
-    finish(sums, groups, B * N, C, down_bias, false, y, threads);
+    for (size_t b = 0; b < B; b++)
+      finish(sums + b * groups * size, groups, N, C, down_bias, false, y + b * N * C, threads);
     return true;
   }
 
  private:
-  const X<T>* inputs = nullptr;     // [B, N, padded(C)]
-  const uint8_t* chosen = nullptr;  // [B, I], or null for all
-  const float* known = nullptr;     // act(gate x), [B, N, I], or null
+  const X<T>* activations = nullptr;  // of each row, as `inputs` lays them out
+  const uint8_t* chosen = nullptr;    // [B, I], or null for all
+  const float* known = nullptr;       // act(gate x), [B, N, I], or null
+
+  const X<T>* tokens_of(size_t b) const { return activations + b * inputs(N, C).size(); }
 
   // act(gate x) of `count` neurons and one row's tokens: g [N, CHUNK].
-  void gate_of(const X<T>* tokens, const uint16_t* live, size_t count, size_t first, float* g) {
-    product(gate, gate_stride, gate_bias, tokens, live, count, first, g);
+  void gate_of(const X<T>* tokens, const uint16_t* live, size_t count, size_t first, float* g,
+               Ahead<T> ahead) {
+    product(gate, gate_stride, gate_bias, tokens, live, count, first, g, ahead);
     for (size_t n = 0; n < N; n++) {
       float* at = g + n * CHUNK;
       for (size_t j = 0; j < count; j += W) store(at + j, activation<T>(act, load(at + j)));
@@ -87,10 +91,10 @@ struct Mlp {
 
   // weight x + bias of neurons first + live[j], as torch stores it: out [N, CHUNK].
   void product(const T* weight, size_t stride, const T* bias, const X<T>* tokens,
-               const uint16_t* live, size_t count, size_t first, float* out) {
+               const uint16_t* live, size_t count, size_t first, float* out, Ahead<T> ahead) {
     const T* rows[CHUNK];
-    for (size_t j = 0; j < count; j++) rows[j] = weight + (first + live[j]) * stride;
-    dots<T>(rows, count, tokens, padded(C), N, C, out, CHUNK);
+    pick(weight, stride, live, count, first, rows);
+    dots<T>(rows, count, tokens, N, C, out, CHUNK, ahead);
     for (size_t n = 0; n < N; n++)
       for (size_t j = 0; j < count; j++) {
         float& v = out[n * CHUNK + j];
@@ -98,32 +102,40 @@ struct Mlp {
       }
   }
 
+  // The rows of neurons first + live[j], to be read now or later.
+  Ahead<T> pick(const T* weight, size_t stride, const uint16_t* live, size_t count, size_t first,
+                const T** rows) const {
+    for (size_t j = 0; j < count; j++) rows[j] = weight + (first + live[j]) * stride;
+    return Ahead<T>(rows, count, 0, C);
+  }
+
   void chunk(size_t b, size_t first, float* sums) {
     alignas(64) float g[MOST_TOKENS * CHUNK], u[MOST_TOKENS * CHUNK];
     alignas(64) X<T> own[MOST_TOKENS * CHUNK];
     uint16_t live[CHUNK];
-    size_t count = 0;
-    const size_t here = std::min(CHUNK, I - first);
-    for (size_t j = 0; j < here; j++) {
-      live[count] = uint16_t(j);
-      count += !chosen || chosen[b * I + first + j];
-    }
+    const T* next[CHUNK];  // rows that are read after those of a product
+    size_t count = find(b, first, live);
     if (count == 0) return;
-    const X<T>* tokens = inputs + b * N * padded(C);
+    const X<T>* tokens = tokens_of(b);
     for (size_t j = 0; up && j < std::min(count, ROWS); j++) ask(up + (first + live[j]) * up_stride);
     if (known) {
       for (size_t n = 0; n < N; n++)
         for (size_t j = 0; j < count; j++)
           g[n * CHUNK + j] = known[(b * N + n) * I + first + live[j]];
     } else {
-      gate_of(tokens, live, count, first, g);
+      gate_of(tokens, live, count, first, g,
+              thresholded ? Ahead<T>()
+                          : pick(up ? up : down, up ? up_stride : down_stride, live, count, first, next));
     }
     if (thresholded) count = above(live, count, g);
     if (counts && count)
       __atomic_fetch_add(counts + b, int64_t(count), __ATOMIC_RELAXED);
     if (count == 0) return;
     for (size_t j = 0; j < std::min(count, LIVE); j++) ask(down + (first + live[j]) * down_stride);
-    if (up) product(up, up_stride, up_bias, tokens, live, count, first, u);
+    if (up) {
+      const Ahead<T> ahead = pick(down, down_stride, live, count, first, next);
+      product(up, up_stride, up_bias, tokens, live, count, first, u, ahead);
+    }
     for (size_t n = 0; n < N; n++) {
       for (size_t j = 0; j < CHUNK; j++) {
         float v = 0.0f;
@@ -135,8 +147,25 @@ struct Mlp {
         round_into(z + (b * N + n) * I + first + live[j], u[n * CHUNK + j]);
     }
     const T* rows[CHUNK];
-    for (size_t j = 0; j < count; j++) rows[j] = down + (first + live[j]) * down_stride;
-    accumulate<T>(rows, count, own, CHUNK, N, 0, C, sums, padded(C));
+    pick(down, down_stride, live, count, first, rows);
+    Ahead<T> ahead;  // the next chunk's gate, or up where the gate's products are known
+    if (B == 1 && first + CHUNK < I) {
+      const T* weight = known && up ? up : gate;
+      const size_t more = find(b, first + CHUNK, live);
+      ahead = pick(weight, weight == gate ? gate_stride : up_stride, live, more, first + CHUNK, next);
+    }
+    accumulate<T>(rows, count, own, CHUNK, N, 0, C, sums, C, ahead);
+  }
+
+  // The neurons of the chunk at `first` that a row uses, as far as is known.
+  size_t find(size_t b, size_t first, uint16_t* live) const {
+    const size_t here = std::min(CHUNK, I - first);
+    size_t count = 0;
+    for (size_t j = 0; j < here; j++) {
+      live[count] = uint16_t(j);
+      count += !chosen || chosen[b * I + first + j];
+    }
+    return count;
   }
 
   // Leaves the neurons above the threshold in `live` and g; returns how many they are.
@@ -160,7 +189,7 @@ struct Mlp {
       const size_t first = task * CHUNK, here = std::min(CHUNK, I - first);
       for (size_t j = 0; j < here; j++) all[j] = uint16_t(j);
       for (size_t b = 0; b < B; b++) {
-        gate_of(inputs + b * N * padded(C), all, here, first, part);
+        gate_of(tokens_of(b), all, here, first, part, Ahead<T>());
         for (size_t n = 0; n < N; n++)
           std::copy(part + n * CHUNK, part + n * CHUNK + here, g + (b * N + n) * I + first);
       }

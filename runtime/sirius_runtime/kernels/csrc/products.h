@@ -9,24 +9,81 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vectors.h"
 
 namespace sirius {
 
-constexpr size_t ROWS = 4;    // weight rows that dots reads side by side
-constexpr size_t TILE = 4;    // tokens whose sums dots keep in registers
-constexpr size_t LIVE = 8;    // weight rows in one pass of accumulate over y
-constexpr size_t PAD = 32;    // activations and y are padded to a multiple of this
+constexpr size_t ROWS = 4;     // weight rows that dots reads side by side
+constexpr size_t TILE = 4;     // tokens whose sums dots keeps in registers
+constexpr size_t GROUP = 8;    // weight rows that dots goes through block of columns by block
+constexpr size_t BATCH = 16;   // tokens that dots does so for at once
+constexpr size_t LIVE = 8;     // weight rows in one pass of accumulate over y
+constexpr size_t PAD = 32;     // activations and y are padded to a multiple of this
+constexpr size_t LINE = 64;    // bytes that memory moves at once
+constexpr size_t MOST_TOKENS = 64;  // of a call, or of a row where rows choose for themselves
 
-// One multiple more than is needed: were tokens a power of two apart, they would share the few
-// places that a cache has for such addresses.
-inline size_t padded(size_t n) { return (n + PAD - 1) / PAD * PAD + PAD; }
+inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Where numbers [N, C] of N tokens lie: in blocks of columns, [N, width] each, a token's `stride`
+// apart. A block is read again and again while weights stream by; in one piece, it fills the first
+// cache evenly, where tokens far and a power of two apart would share the few places there are for
+// such addresses.
+struct Layout {
+  size_t N, C, width, stride;
+
+  size_t size() const { return (C + width - 1) / width * N * stride; }
+  // Of a column that begins a block, and of a token in it.
+  size_t at(size_t n, size_t column) const { return (column / width * N + n) * stride; }
+};
+
+// Activations, as dots takes them. Up to TILE tokens are read but once for ROWS rows: one block.
+inline Layout inputs(size_t N, size_t C) {
+  const size_t all = round_up(C, PAD);
+  if (N <= TILE) return {N, C, all, all + PAD};
+  const size_t width = std::min<size_t>(256, all);
+  return {N, C, width, width};
+}
+
+// Sums, as accumulate makes them: 16 KB a block. A processor takes a load for one of what was just
+// stored 4096 bytes away: tokens are no such distance apart.
+inline Layout outputs(size_t N, size_t O) {
+  size_t width = 4096;
+  while (width * N > 4096 && width > PAD) width /= 2;
+  width = std::min(width, round_up(O, PAD));
+  return {N, O, width, width + PAD / 2};
+}
 
 // Asks for the beginning of a row that is read next; its rest the processor foresees by itself.
 inline void ask(const void* row) {
-  for (int line = 0; line < 4; line++) __builtin_prefetch((const char*)row + 64 * line);
+  for (size_t line = 0; line < 4; line++) __builtin_prefetch((const char*)row + LINE * line);
 }
+
+// Rows that are read after those at hand. Where much is computed for each weight, the processor
+// looks too few instructions ahead to fetch while it computes: they are asked for bit by bit.
+template <class T>
+class Ahead {
+ public:
+  Ahead() = default;
+  // Columns [from, to) of `count` rows.
+  Ahead(const T* const* rows, size_t count, size_t from, size_t to)
+      : row(rows), end(rows + count), first(from), size((to - from) * sizeof(T)) {}
+
+  // The next `bytes` of them; where there are no more, of `otherwise`, which costs nothing if it is
+  // in the cache.
+  const char* take(size_t bytes, const void* otherwise) {
+    if (row == end) return (const char*)otherwise;
+    const char* piece = (const char*)(*row + first) + taken;
+    taken += bytes;
+    if (taken >= size) row++, taken = 0;
+    return piece;
+  }
+
+ private:
+  const T *const *row = nullptr, *const *end = nullptr;
+  size_t first = 0, size = 0, taken = 0;
+};
 
 // How weights of type T meet activations: as floats, by fused multiply and add.
 template <class T>
@@ -130,27 +187,68 @@ struct Meet<bf16> {
 template <class T>
 using X = typename Meet<T>::X;
 
-template <class T, size_t N>
-inline void dots_tile(const T* const* rows, const X<T>* x, size_t x_stride, size_t C,
-                      float sums[TILE][ROWS]) {
+// The sums of ROWS rows and N tokens over columns [begin, end): taken from `kept` unless these are
+// the first columns, and left there, or in `out` where they are the last. x: the first token's
+// column `begin`. With each step, LINES lines from `next` on are asked for.
+template <class T, size_t N, size_t LINES>
+inline __attribute__((always_inline)) void dots_tile(const T* const* rows, const X<T>* x,
+                                                     size_t x_stride, size_t begin, size_t end,
+                                                     size_t C, const char* next,
+                                                     Floats (*kept)[ROWS], float (*out)[ROWS]) {
   typedef Meet<T> M;
   static_assert(ROWS == 4, "as many sums as sum_four makes");
-  Floats acc[N][ROWS] = {};
-  const auto step = [&](size_t k, auto weights) __attribute__((always_inline)) {
-    typename M::Operand own[N];
+  // Loops over acc are unrolled and never take its address: that keeps it in registers.
+  Floats acc[N][ROWS];
 #pragma GCC unroll 4
-    for (size_t n = 0; n < N; n++) own[n] = M::activations(x + n * x_stride + k);
+  for (size_t n = 0; n < N; n++)
 #pragma GCC unroll 4
-    for (size_t r = 0; r < ROWS; r++) {
-      const typename M::Operand w = weights(rows[r] + k);
+    for (size_t r = 0; r < ROWS; r++) acc[n][r] = begin > 0 ? kept[n][r] : Floats{};
+  for (size_t k = begin; k < end; k += M::STEP) {
+#pragma GCC unroll 2
+    for (size_t line = 0; line < LINES; line++)
+      __builtin_prefetch(next + (k - begin) * sizeof(T) * LINES + line * LINE);
+    typename M::Operand own[N], w[ROWS];
 #pragma GCC unroll 4
-      for (size_t n = 0; n < N; n++) acc[n][r] = M::mac(acc[n][r], w, own[n]);
+    for (size_t n = 0; n < N; n++) own[n] = M::activations(x + n * x_stride + (k - begin));
+    if (__builtin_expect(k + M::STEP <= end, 1)) {
+#pragma GCC unroll 4
+      for (size_t r = 0; r < ROWS; r++) w[r] = M::weights(rows[r] + k);
+    } else {
+#pragma GCC unroll 4
+      for (size_t r = 0; r < ROWS; r++) w[r] = M::weights_part(rows[r] + k, end - k);
     }
+#pragma GCC unroll 4
+    for (size_t r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+      for (size_t n = 0; n < N; n++) acc[n][r] = M::mac(acc[n][r], w[r], own[n]);
+  }
+  if (end < C) {
+#pragma GCC unroll 4
+    for (size_t n = 0; n < N; n++)
+#pragma GCC unroll 4
+      for (size_t r = 0; r < ROWS; r++) kept[n][r] = acc[n][r];
+  } else {
+#pragma GCC unroll 4
+    for (size_t n = 0; n < N; n++) sum_four(acc[n], out[n]);
+  }
+}
+
+// dots_tile of up to BATCH tokens, over a block of columns.
+template <class T, size_t LINES>
+void dots_block(const T* const* rows, const X<T>* x, const Layout& layout, size_t tokens,
+                size_t begin, size_t end, Ahead<T>& ahead, Floats (*kept)[ROWS],
+                float (*out)[ROWS]) {
+  size_t n = 0;
+  const auto tile = [&](auto wide) __attribute__((always_inline)) {
+    const char* next = nullptr;
+    if (LINES) next = ahead.take(LINES * layout.width * sizeof(T), rows[0] + begin);
+    dots_tile<T, decltype(wide)::value, LINES>(rows, x + n * layout.stride, layout.stride, begin, end,
+                                               layout.C, next, kept + n, out + n);
   };
-  size_t k = 0;
-  for (; k + M::STEP <= C; k += M::STEP) step(k, [](const T* p) { return M::weights(p); });
-  if (k < C) step(k, [&](const T* p) { return M::weights_part(p, C - k); });
-  for (size_t n = 0; n < N; n++) sum_four(acc[n], sums[n]);
+  for (; n + TILE <= tokens; n += TILE) tile(std::integral_constant<size_t, TILE>());
+  if (tokens - n == 3) tile(std::integral_constant<size_t, 3>());
+  if (tokens - n == 2) tile(std::integral_constant<size_t, 2>());
+  if (tokens - n == 1) tile(std::integral_constant<size_t, 1>());
 }
 
 // As dots_tile for one token and rows that lie one after the other: read so, each while the next one
@@ -174,71 +272,113 @@ inline void dots_alone(const T* const* rows, const T* const* next, const X<T>* x
   sum_four(acc, sums);
 }
 
-// out[n * out_stride + j] = rows[j] · x_n, of `count` rows of C weights and N tokens. x_n, at
-// x + n * x_stride, is padded with zeros to a multiple of PAD.
+// out[n * out_stride + j] = rows[j] · x_n, of `count` rows of C weights and N tokens, x laid out as
+// `inputs` says and padded with zeros.
 template <class T>
-void dots(const T* const* rows, size_t count, const X<T>* x, size_t x_stride, size_t N, size_t C,
-          float* out, size_t out_stride) {
-  float sums[TILE][ROWS];
-  const bool alone = N == 1 && size_t(rows[count - 1] - rows[0]) < count * C;  // none is left out
-  for (size_t j = 0; j < count; j += ROWS) {
-    const T* own[ROWS];  // the last row again where there are fewer: read from the cache
-    for (size_t r = 0; r < ROWS; r++) own[r] = rows[j + r < count ? j + r : count - 1];
-    if (alone) {
-      const T* next[ROWS];
-      for (size_t r = 0; r < ROWS; r++) next[r] = rows[std::min(j + r + 1, count - 1)];
+void dots(const T* const* rows, size_t count, const X<T>* x, size_t N, size_t C, float* out,
+          size_t out_stride, Ahead<T> after = {}) {
+  const Layout layout = inputs(N, C);
+  Floats kept[GROUP / ROWS][BATCH][ROWS];
+  float sums[BATCH][ROWS];
+  if (N == 1 && size_t(rows[count - 1] - rows[0]) < count * C) {
+    for (size_t j = 0; j < count; j += ROWS) {
+      const T *own[ROWS], *next[ROWS];
+      for (size_t r = 0; r < ROWS; r++) {
+        own[r] = rows[std::min(j + r, count - 1)];
+        next[r] = rows[std::min(j + r + 1, count - 1)];
+      }
       dots_alone<T>(own, next, x, C, sums[0]);
       memcpy(out + j, sums[0], std::min(ROWS, count - j) * sizeof(float));
-      continue;
     }
-    for (size_t next = j + ROWS; next < std::min(count, j + 2 * ROWS); next++) ask(rows[next]);
-    for (size_t n = 0; n < N; n += TILE) {
-      const X<T>* tile = x + n * x_stride;
-      const size_t wide = N - n < TILE ? N - n : TILE;
-      if (wide == 4) dots_tile<T, 4>(own, tile, x_stride, C, sums);
-      if (wide == 3) dots_tile<T, 3>(own, tile, x_stride, C, sums);
-      if (wide == 2) dots_tile<T, 2>(own, tile, x_stride, C, sums);
-      if (wide == 1) dots_tile<T, 1>(own, tile, x_stride, C, sums);
-      const size_t here = std::min(ROWS, count - j);
-      for (size_t t = 0; t < wide; t++)
-        memcpy(out + (n + t) * out_stride + j, sums[t], here * sizeof(float));
-    }
+    return;
   }
-}
-
-// y_n += Σ_j z[n * z_stride + j] rows[j][begin : end] of `count` rows; y_n at y + n * y_stride holds
-// column c at Meet<T>::place(c). `begin` is a multiple of PAD. A token's z is padded with zeros to a
-// multiple of LIVE.
-template <class T>
-void accumulate(const T* const* rows, size_t count, const X<T>* z, size_t z_stride, size_t N,
-                size_t begin, size_t end, float* y, size_t y_stride) {
-  typedef Meet<T> M;
-  // One token streams whole rows; many take as many columns as leave their y in the first cache.
-  const size_t block = N <= 2 ? end - begin : std::max(PAD, 4096 / N / PAD * PAD);
-  for (size_t left = begin; left < end; left += block) {
-    const size_t right = std::min(end, left + block);
-    for (size_t j = 0; j < count; j += LIVE) {
-      const T* own[LIVE];
-      for (size_t r = 0; r < LIVE; r++) own[r] = rows[j + r < count ? j + r : count - 1];
-      for (size_t next = j + LIVE; next < std::min(count, j + 2 * LIVE); next++)
-        ask(rows[next] + left);
-      for (size_t c = left; c < right; c += M::STEP) {
-        const size_t here = std::min(M::STEP, right - c);
-        const typename M::Columns columns =
-            here == M::STEP ? M::columns(own, c, M::STEP) : M::columns(own, c, here);
-        for (size_t n = 0; n < N; n++) M::add(columns, z + n * z_stride + j, y + n * y_stride + c);
+  for (size_t top = 0; top < count; top += GROUP) {
+    const size_t bottom = std::min(count, top + GROUP);
+    for (size_t first = 0; first < N; first += BATCH) {
+      const size_t tokens = std::min(BATCH, N - first), tiles = (tokens + TILE - 1) / TILE;
+      // As many lines as a group has, over its tiles. One tile computes little enough.
+      const size_t lines = N <= TILE || first > 0 ? 0 : tiles < ROWS ? 2 : 1;
+      for (size_t begin = 0; begin < C; begin += layout.width) {
+        const size_t end = std::min(C, begin + layout.width);
+        for (size_t j = top; j < bottom; j += ROWS) {
+          if (N <= TILE)
+            for (size_t r = j + ROWS; r < std::min(count, j + 2 * ROWS); r++) ask(rows[r]);
+          const T* own[ROWS];  // the last row again where there are fewer: read from the cache
+          for (size_t r = 0; r < ROWS; r++) own[r] = rows[std::min(j + r, bottom - 1)];
+          const X<T>* given = x + layout.at(first, begin);
+          Floats(*sum)[ROWS] = kept[(j - top) / ROWS];
+          const auto block = lines == 0   ? dots_block<T, 0>
+                             : lines == 1 ? dots_block<T, 1>
+                                          : dots_block<T, 2>;
+          block(own, given, layout, tokens, begin, end, after, sum, sums);
+          if (end < C) continue;
+          for (size_t n = 0; n < tokens; n++) {
+            float* to = out + (first + n) * out_stride + j;
+            if (j + ROWS <= bottom)
+              memcpy(to, sums[n], ROWS * sizeof(float));
+            else
+              memcpy(to, sums[n], (bottom - j) * sizeof(float));
+          }
+        }
       }
     }
   }
 }
 
-// Tokens x_n [C] of type T, at x + n * stride, as `dots` takes them: to, of N * padded(C).
+// One pass of accumulate: LIVE rows' columns [begin, end), to y at the first one's place, a token's
+// `stride` apart. Of one or few tokens, MANY is false: there is more to read than to compute.
+template <bool MANY, class T>
+inline void accumulate_pass(const T* const* rows, const X<T>* z, size_t z_stride, size_t N,
+                            size_t begin, size_t end, float* y, size_t stride, Ahead<T>& ahead) {
+  typedef Meet<T> M;
+  for (size_t c = begin; c < end; c += M::STEP) {
+    const size_t here = std::min(M::STEP, end - c);
+    const typename M::Columns columns =
+        here == M::STEP ? M::columns(rows, c, M::STEP) : M::columns(rows, c, here);
+    if constexpr (MANY) {
+      const char* next = ahead.take(LIVE * LINE, rows[0] + c);
+      for (size_t line = 0; line < LIVE; line++) __builtin_prefetch(next + line * LINE);
+    }
+    for (size_t n = 0; n < N; n++) M::add(columns, z + n * z_stride, y + n * stride + (c - begin));
+  }
+}
+
+// y_n += Σ_j z[n * z_stride + j] rows[j][begin : end] of `count` rows; y_n [O] is laid out as
+// `outputs` says, a block's columns c at Meet<T>::place(c). `begin` begins a block. A token's z is
+// padded with zeros to a multiple of LIVE.
 template <class T>
-void take_activations(const T* x, size_t stride, size_t N, size_t C, X<T>* to) {
-  const size_t width = padded(C);
+void accumulate(const T* const* rows, size_t count, const X<T>* z, size_t z_stride, size_t N,
+                size_t begin, size_t end, float* y, size_t O, Ahead<T> after = {}) {
+  const Layout layout = outputs(N, O);
+  for (size_t left = begin; left < end; left += layout.width) {
+    const size_t right = std::min(end, left + layout.width);
+    float* block = y + layout.at(0, left);
+    for (size_t j = 0; j < count; j += LIVE) {
+      const T* own[LIVE];
+      for (size_t r = 0; r < LIVE; r++) own[r] = rows[j + r < count ? j + r : count - 1];
+      if (N > TILE) {
+        accumulate_pass<true>(own, z + j, z_stride, N, left, right, block, layout.stride, after);
+        continue;
+      }
+      for (size_t next = j + LIVE; next < std::min(count, j + 2 * LIVE); next++)
+        ask(rows[next] + left);
+      accumulate_pass<false>(own, z + j, z_stride, N, left, right, block, layout.stride, after);
+    }
+  }
+}
+
+// Tokens x_n [C] of type T, each at row(n), as `dots` takes them: to, of inputs(N, C).
+template <class T, class Row>
+void take_activations(const Row& row, size_t N, size_t C, X<T>* to) {
+  const Layout layout = inputs(N, C);
   for (size_t n = 0; n < N; n++) {
-    for (size_t c = 0; c < C; c++) to[n * width + c] = Meet<T>::from(x[n * stride + c]);
-    for (size_t c = C; c < width; c++) to[n * width + c] = Meet<T>::from_float(0.0f);
+    const T* from = row(n);
+    for (size_t begin = 0; begin < C; begin += layout.width) {
+      const size_t here = std::min(layout.width, C - begin);
+      X<T>* own = to + layout.at(n, begin);
+      for (size_t c = 0; c < here; c++) own[c] = Meet<T>::from(from[begin + c]);
+      for (size_t c = here; c < layout.stride; c++) own[c] = Meet<T>::from_float(0.0f);
+    }
   }
 }
 

@@ -29,26 +29,28 @@ inline size_t parts(size_t units, int threads) {
   return std::max<size_t>(1, std::min(units, wanted));
 }
 
-// y[n][o] = Σ_part sums[part][n][o] + bias[o], of type T; sums laid out by Meet<T>::place, each
-// [N, padded(O)]. `apart`: the sum is rounded to T before the bias is added, as torch does where a
+// y[n][o] = Σ_part sums[part][n][o] + bias[o], of type T; sums laid out by `outputs`, a block's by
+// Meet<T>::place. `apart`: the sum is rounded to T before the bias is added, as torch does where a
 // bias is a sum of its own.
 template <class T>
 void finish(float* sums, size_t count, size_t N, size_t O, const T* bias, bool apart, T* y,
             int threads) {
-  const size_t width = padded(O), slab = 1024, slabs = (O + slab - 1) / slab;
+  const Layout layout = outputs(N, O);
+  const size_t slab = std::min<size_t>(layout.width, 1024), slabs = (O + slab - 1) / slab;
   if (count * N * O < 200000) threads = 1;  // less than a region costs
   parallel(N * slabs, threads, [&](size_t task) {
-    const size_t n = task / slabs, begin = task % slabs * slab;
-    const size_t end = std::min(O, begin + slab), stop = std::min(width, begin + slab);
-    float* total = sums + n * width;
+    const size_t n = task / slabs, begin = task % slabs * slab, end = std::min(O, begin + slab);
+    const size_t block = begin / layout.width * layout.width;
+    float* total = sums + layout.at(n, block) + (begin - block);
     for (size_t part = 1; part < count; part++) {
-      const float* more = total + part * N * width;
-      for (size_t c = begin; c < stop; c += W) store(total + c, load(total + c) + load(more + c));
+      const float* more = total + part * layout.size();
+      for (size_t c = 0; c < round_up(end - begin, PAD); c += W)
+        store(total + c, load(total + c) + load(more + c));
     }
-    T* to = y + n * O;
-    for (size_t c = begin; c < end; c++) {
+    T* to = y + n * O + begin;
+    for (size_t c = 0; c < end - begin; c++) {
       float v = total[Meet<T>::place(c)];
-      if (bias) v = (apart ? rounded<T>(v) : v) + to_float(bias[c]);
+      if (bias) v = (apart ? rounded<T>(v) : v) + to_float(bias[begin + c]);
       round_into(to + c, v);
     }
   });

@@ -7,6 +7,7 @@
 // OpenMP runtime find the cores free.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -103,21 +104,42 @@ inline Helpers*& helpers() {
   return own;
 }
 
-// Runs task(0) … task(count - 1), each once, on `threads` threads. A thread takes the next task when
-// it has done one; a task must not depend on who runs it.
+// Runs task(0) … task(count - 1), each once, on `threads` threads; a task must not depend on who runs
+// it. Each thread goes through a range of its own, so that its tasks follow one another, as their
+// weights do in memory; then it takes from what the others have left of theirs.
 template <class Task>
 void parallel(size_t count, int threads, const Task& task) {
+  constexpr size_t MOST = 256;  // threads
+  struct alignas(64) Range {
+    std::atomic<size_t> next;
+    size_t end;
+  };
+  const size_t wanted = std::min({count, size_t(threads), MOST});
+  if (wanted <= 1) {
+    for (size_t i = 0; i < count; i++) task(i);
+    return;
+  }
   struct Shared {
     const Task& task;
-    const size_t count;
-    std::atomic<size_t> next{0};
-  } shared{task, count};
+    const size_t threads;
+    Range* ranges;
+    std::atomic<size_t> seats{0};
+  };
+  Range ranges[MOST];  // those beyond `wanted` are never touched
+  for (size_t i = 0; i < wanted; i++) {
+    ranges[i].next = count * i / wanted;
+    ranges[i].end = count * (i + 1) / wanted;
+  }
+  Shared shared{task, wanted, ranges};
   const auto body = [](void* data) {
     Shared& own = *static_cast<Shared*>(data);
-    for (size_t i; (i = own.next.fetch_add(1, std::memory_order_relaxed)) < own.count;) own.task(i);
+    const size_t seat = own.seats++;
+    for (size_t turn = 0; turn < own.threads; turn++) {
+      Range& range = own.ranges[(seat + turn) % own.threads];
+      for (size_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;)
+        own.task(i);
+    }
   };
-  const size_t wanted = count < size_t(threads) ? count : size_t(threads);
-  if (wanted <= 1) return body(&shared);
   helpers()->run(body, &shared, unsigned(wanted) - 1);
 }
 

@@ -167,7 +167,7 @@ inline float sum(Floats v) {
 }
 
 // The sums of four vectors, to four floats.
-inline void sum_four(const Floats v[4], float* to) {
+inline __attribute__((always_inline)) void sum_four(const Floats v[4], float* to) {
 #if defined(__AVX2__)
   // Neighbours are added first, so that one vector holds parts of all four.
 #if defined(__AVX512F__)
