@@ -251,6 +251,27 @@ def test_a_token_s_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) 
 
 @pytest.mark.usefixtures("only_kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [5, 9, 12, 17, 47])
+def test_many_tokens_over_several_blocks_of_columns(dtype: torch.dtype, tokens: int) -> None:
+    """Rows of 301 numbers: sums are kept between blocks, of 16 tokens at a time."""
+    x, weight = randn(tokens, 301, seed=0, dtype=dtype), randn(71, 301, seed=1, dtype=dtype)
+    by_inputs = weight.t().contiguous().t()
+    gate, up, down = ((randn(150, 301, seed=i) / 301**0.5).to(dtype) for i in (2, 3, 4))
+    mlp = [gate, up, down, None, None, None, "silu", 0]
+    for together, alone in (
+        (sirius.linear(x, weight), [sirius.linear(t[None], weight) for t in x]),
+        (sirius.linear(x, by_inputs), [sirius.linear(t[None], by_inputs) for t in x]),
+        (sirius.dense_mlp(x[None], *mlp)[0], [sirius.dense_mlp(t[None, None], *mlp)[0] for t in x]),
+    ):
+        assert torch.equal(together, torch.cat(alone))
+    expected = x.double() @ weight.double().t()
+    torch.testing.assert_close(
+        sirius.linear(x, weight).double(), expected, rtol=TOLERANCE[dtype], atol=1e-5 * 301
+    )
+
+
+@pytest.mark.usefixtures("only_kernels")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_s_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     x, *mlp = mlp_args(dtype=dtype, rows=5)
     neurons = some_neurons(80, rows=5)

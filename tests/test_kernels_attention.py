@@ -124,6 +124,28 @@ def test_a_token_alone_and_in_a_chain_is_the_same_to_the_bit(dtype: torch.dtype)
         assert torch.equal(alone[:, :, 0], together[:, :, t])
 
 
+@pytest.mark.usefixtures("only_kernels")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "groups", "size"), [(3, 3, 5), (20, 1, 33), (8, 2, 66)])
+def test_heads_that_share_keys_and_odd_sizes(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, heads: int, groups: int, size: int
+) -> None:
+    """From one query in a vector to more than one vector's; keys that end in half a pair."""
+    tokens, slots = 18, 90
+    length = torch.tensor([64 + 3])
+    index = torch.arange(tokens)
+    at, distance = length[:, None] + index, (index[:, None] - index).clamp(min=-1)[None]
+    q = randn(1, heads, tokens, size, seed=0, dtype=dtype)
+    k, v = (randn(1, groups, tokens, size, seed=i, dtype=dtype) for i in (1, 2))
+    caches = [randn(1, 1, groups, slots, size, seed=i, dtype=dtype) for i in (3, 4)]
+    caches[0][..., 67 + tokens :, :] = float("nan")  # beyond what is in use
+    args = [q, k, v, *caches, at, at, length, distance, 0, size**-0.5, None, None]
+    actual = sirius.cached_attention(*args)
+    monkeypatch.undo()
+    with references():
+        near(actual, sirius.cached_attention(*args))
+
+
 @pytest.mark.usefixtures("best")
 def test_a_slot_that_is_not_there_is_refused() -> None:
     args = long_arguments(torch.float32, 2)

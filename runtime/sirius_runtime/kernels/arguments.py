@@ -14,18 +14,18 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "quick_gelu": 4,
 MOST_TOKENS = 64
 """Tokens that a kernel takes; its buffers in ``csrc/mlp.h`` have room for no more of a row."""
 
-# Up to where a kernel was no slower than torch's matrix products, on one Zen 5 core at hidden size
-# 2048: float32 by half at 64 tokens still; bfloat16, which torch multiplies by oneDNN, equal at 16
-# tokens (row-major) or 48 (MLPs and input-major), and 0.8 or 0.5 of its speed at 64.
-BFLOAT16_LINEAR, BFLOAT16_MLP = 16, 32
+BFLOAT16_TOKENS = 48
+"""As MOST_TOKENS, of all rows together, in bfloat16, which torch multiplies by oneDNN: on two Zen 5
+cores at hidden size 2048 the kernels took half to 0.7 of its time at 16 tokens, as long at 48, and
+up to 1.08 times as long at 64. In float32 they take half at 64 still."""
 
 
-def fits(tokens: int, rows: int, dtype: torch.dtype, bfloat16: int) -> bool:
+def fits(tokens: int, rows: int, dtype: torch.dtype, bfloat16: int = BFLOAT16_TOKENS) -> bool:
     """Whether a call of `rows` rows of `tokens` is one for kernels, which in bfloat16 take
     `bfloat16` tokens in all.
 
-    In other types that is MOST_TOKENS, whatever the kernel: so the full path and the sparse path,
-    one token and a period, are added up in the same order, and what is equal is so to the bit.
+    The limit is the same for every kernel: so the full path and the sparse path, one token and a
+    period, are added up in the same order, and what is equal is so to the bit.
     """
     most = bfloat16 if dtype is torch.bfloat16 else MOST_TOKENS
     return 1 <= tokens * rows <= most

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.kernels.arguments import (
-    BFLOAT16_LINEAR,
-    BFLOAT16_MLP,
     MOST_TOKENS,
     TYPES,
     address,
@@ -43,7 +41,7 @@ def linears(
     if not (
         kind is not None
         and len(weights) <= MOST_LINEARS
-        and fits(tokens, 1, x.dtype, BFLOAT16_LINEAR)
+        and fits(tokens, 1, x.dtype)
         and all(is_matrix(weight, x.dtype) and weight.shape[1] == C for weight in weights)
         and all(is_vector(b, x.dtype, w.shape[0]) for w, b in zip(weights, biases, strict=True))
         and (library := kernels()) is not None
@@ -78,7 +76,7 @@ def _by_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not (
         kind is not None
         and x.ndim > 0
-        and fits(tokens, 1, x.dtype, BFLOAT16_MLP)
+        and fits(tokens, 1, x.dtype)
         and x.shape[-1] == C
         and is_matrix(weight.t(), x.dtype)
         and is_vector(bias, x.dtype, outputs)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sirius_runtime.kernels.arguments import (
     ACTIVATIONS,
-    BFLOAT16_MLP,
+    BFLOAT16_TOKENS,
     MOST_TOKENS,
     TYPES,
     address,
@@ -68,7 +68,7 @@ def _run(
     if not (
         # What skips is worth it in bfloat16 for as many rows as there are.
         T <= MOST_TOKENS
-        and fits(T, B, dtype, B * MOST_TOKENS if chooses else BFLOAT16_MLP)
+        and fits(T, B, dtype, B * MOST_TOKENS if chooses else BFLOAT16_TOKENS)
         and is_matrix(gate, dtype)
         and (up is None or (is_matrix(up, dtype) and up.shape == gate.shape))
         and is_matrix(down, dtype)

@@ -1,14 +1,15 @@
 // Cached tree attention of few tokens, over the slots in use and no others.
 //
-// A task has some tokens' queries of the heads that share a key/value head, and goes through the
-// slots in blocks, with the running maximum and sum of a softmax (Milakov and Gimelshein, arXiv
-// 1805.02867). Blocks begin at fixed slots and what a query does not see adds zero to its sums, so
+// A task has some tokens' queries of the heads that share a key/value head, one in each lane, and
+// goes through the slots in blocks, with the running maximum and sum of a softmax (Milakov and
+// Gimelshein, arXiv 1805.02867). Blocks begin at fixed slots and what a query does not see adds zero to its sums, so
 // that a token's result is the same to the bit alone and in a chain.
 #pragma once
 
 #include <cmath>
 
 #include "activations.h"
+#include "lanes.h"
 #include "sums.h"
 
 namespace sirius {
@@ -48,76 +49,91 @@ struct Attention {
   }
 
  private:
-  void attend_all() {
-    const size_t tiles = (N + TILE - 1) / TILE;
-    parallel(B * G * tiles, threads, [&](size_t task) {
-      attend(task / tiles / G, task / tiles % G, task % tiles * TILE);
-    });
-  }
+  // Tokens of a task: as many as fill the lanes of two or more vectors.
+  size_t span() const { return std::max<size_t>(1, 16 / (H / G)); }
 
-  // Where the key or the value of a slot is: `size` numbers.
-  const T* row(const T* cache, const T* block, size_t bg, size_t slot, size_t history,
-               size_t size) const {
-    if (block && slot >= history) return block + (bg * M + slot - history) * size;
-    return cache + (bg * S + slot) * size;
+  void attend_all() {
+    const size_t tiles = (N + span() - 1) / span();
+    parallel(B * G * tiles, threads, [&](size_t task) {
+      attend(task / tiles / G, task / tiles % G, task % tiles * span());
+    });
   }
 
   static constexpr size_t BLOCK = 64;  // slots
 
+  // Where keys or values of `count` slots from `slot` on are, of `size` numbers each: of the cache up
+  // to `history`, then of the block, where it stands apart. Up to BLOCK, the last one again.
+  void pick(const T* cache, const T* block, size_t bg, size_t slot, size_t count, size_t history,
+            size_t size, const T** rows) const {
+    const size_t cached = block && slot + count > history ? std::max(history, slot) - slot : count;
+    const T* from = cache + (bg * S + slot) * size;
+    for (size_t j = 0; j < cached; j++) rows[j] = from + j * size;
+    for (size_t j = cached; j < count; j++)
+      rows[j] = block + (bg * M + slot + j - history) * size;
+    for (size_t j = count; j < BLOCK; j++) rows[j] = rows[count - 1];
+  }
+
   // What a task holds between blocks of slots; a query's sums lie as Meet<T>::place says.
   struct Running {
     Scratch<X<T>> queries, shares;
-    Scratch<float> scores, sums, highest, total;
+    Scratch<float> keys, scores, hidden, sums, highest, total, factor;
   };
 
   void attend(size_t b, size_t g, size_t first) {
     thread_local Running own;
-    const size_t shared = H / G, tokens = std::min(TILE, N - first), Q = shared * tokens;
+    const size_t shared = H / G, tokens = std::min(span(), N - first), Q = shared * tokens;
+    const size_t lanes = round_up(Q, W);
+    X<T>* queries = own.queries.take(Lanes<T>::channels(D) * lanes);
+    std::fill_n(queries, Lanes<T>::channels(D) * lanes, Meet<T>::from_float(0.0f));
+    for (size_t i = 0; i < Q; i++)
+      Lanes<T>::put_query(q + ((b * H + g * shared + i / tokens) * N + first + i % tokens) * D, D, i,
+                          lanes, queries);
     const Layout layout = outputs(Q, V);
-    X<T>* queries = own.queries.take(inputs(Q, D).size());
-    const auto query = [&](size_t i) {
-      return q + ((b * H + g * shared + i / tokens) * N + first + i % tokens) * D;
-    };
-    take_activations<T>(query, Q, D, queries);
-    float *sums = own.sums.take(layout.size()), *scores = own.scores.take(Q * BLOCK);
-    float *highest = own.highest.take(Q), *total = own.total.take(Q);
-    X<T>* shares = own.shares.take(Q * BLOCK);
+    float *sums = own.sums.take(layout.size()), *scores = own.scores.take(BLOCK * lanes);
+    float *highest = own.highest.take(lanes), *total = own.total.take(lanes);
+    float *factor = own.factor.take(lanes), *hidden = own.hidden.take(BLOCK * lanes);
+    float* floats = own.keys.take(KEYS * D);
+    X<T>* shares = own.shares.take(BLOCK * lanes * Lanes<T>::QUERY);
     std::fill_n(sums, layout.size(), 0.0f);
-    for (size_t i = 0; i < Q; i++) {
-      highest[i] = sinks ? to_float(sinks[g * shared + i / tokens]) : -INFINITY;
-      total[i] = sinks ? 1.0f : 0.0f;
+    for (size_t i = 0; i < lanes; i++) {
+      const bool sink = sinks && i < Q;
+      highest[i] = sink ? to_float(sinks[g * shared + i / tokens]) : -INFINITY;
+      total[i] = sink ? 1.0f : 0.0f;
     }
 
     const size_t history = size_t(length[b]), bg = b * G + g;
     const size_t end = block_keys ? history + M : std::min(S, history + M);
     for (size_t slot = start(b, first, tokens, history); slot < end; slot += BLOCK) {
-      const size_t count = std::min(BLOCK, end - slot);
+      const size_t count = std::min(BLOCK, end - slot), used = round_up(count, KEYS);
       const T* rows[BLOCK];
-      for (size_t j = 0; j < count; j++) rows[j] = row(keys, block_keys, bg, slot + j, history, D);
-      dots<T>(rows, count, queries, Q, D, scores, BLOCK);
-      float hidden[TILE][BLOCK];
-      for (size_t n = 0; n < tokens; n++) look(b, first + n, slot, count, history, hidden[n]);
-      for (size_t i = 0; i < Q; i++) {
-        float* at = scores + i * BLOCK;
-        const float factor = softmax(at, hidden[i % tokens], &highest[i], &total[i]);
-        for (size_t begin = 0; begin < V && factor != 1.0f; begin += layout.width) {
-          float* at = sums + layout.at(i, begin);
-          for (size_t c = 0; c < layout.width; c += W) store(at + c, load(at + c) * factor);
+      pick(keys, block_keys, bg, slot, count, history, D, rows);
+      for (size_t j = 0; j < used; j += KEYS) {
+        if (slot + BLOCK + j + KEYS <= history) {  // the same keys and values of the next block
+          ask_all(keys + (bg * S + slot + BLOCK + j) * D, KEYS * D * sizeof(T));
+          ask_all(values + (bg * S + slot + BLOCK + j) * V, KEYS * V * sizeof(T));
         }
-        for (size_t j = 0; j < BLOCK; j += PAD)
-          Meet<T>::from_floats(at + j, shares + i * BLOCK + j);
+        Lanes<T>::scores(rows + j, queries, D, lanes, floats, scores + j * lanes);
       }
-      for (size_t j = 0; j < count; j++)
-        rows[j] = row(values, block_values, bg, slot + j, history, V);
-      accumulate<T>(rows, count, shares, BLOCK, Q, 0, V, sums, V);
+      const bool partly = !all_seen(b, first, tokens, slot, history);
+      if (partly) look(b, first, tokens, slot, count, history, lanes, hidden);
+      softmax(scores, used, partly ? hidden : nullptr, lanes, highest, total, factor);
+      for (size_t i = 0; i < Q; i++)
+        for (size_t begin = 0; begin < V && factor[i] != 1.0f; begin += layout.width) {
+          float* at = sums + layout.at(i, begin);
+          for (size_t c = 0; c < layout.width; c += W) store(at + c, load(at + c) * factor[i]);
+        }
+      for (size_t j = 0; j < used; j += 2)
+        Lanes<T>::put_shares(scores + j * lanes, lanes, shares + j * lanes);
+      pick(values, block_values, bg, slot, count, history, V, rows);
+      accumulate<T>(rows, count, {shares, Lanes<T>::QUERY, lanes}, Q, 0, V, sums, V);
     }
     for (size_t i = 0; i < Q; i++) {
       T* to = out + ((b * H + g * shared + i / tokens) * N + first + i % tokens) * V;
       const float whole = total[i] > 0.0f ? total[i] : 1.0f;
-      for (size_t c = 0; c < V; c++) {
-        const size_t block = c / layout.width * layout.width;
-        const float sum = sums[layout.at(i, block) + Meet<T>::place(c - block)];
-        round_into(to + c, sum / whole);
+      for (size_t begin = 0; begin < V; begin += layout.width) {
+        const float* from = sums + layout.at(i, begin);
+        const size_t here = std::min(layout.width, V - begin);
+        for (size_t c = 0; c < here; c++) round_into(to + begin + c, from[Meet<T>::place(c)] / whole);
       }
     }
   }
@@ -131,49 +147,68 @@ struct Attention {
     return least <= 0 ? 0 : size_t(least) / BLOCK * BLOCK;
   }
 
-  // Of the slots from `slot` on: 0 for those that token n of row b sees, else minus infinity.
-  void look(size_t b, size_t n, size_t slot, size_t count, size_t history, float* hidden) const {
-    const int64_t position = positions[b * N + n];
-    const int64_t* depth = mask + b * mask_stride + n * M;
-    for (size_t j = 0; j < BLOCK; j++) {
-      const size_t at = slot + j;
-      int64_t distance = -1;
-      if (j < count) distance = at < history ? position - int64_t(at) : depth[at - history];
-      hidden[j] = distance >= 0 && (!window || distance < window) ? 0.0f : -INFINITY;
+  // Whether each of the tokens sees the whole block of slots from `slot` on.
+  bool all_seen(size_t b, size_t first, size_t tokens, size_t slot, size_t history) const {
+    if (slot + BLOCK > history) return false;
+    for (size_t n = first; n < first + tokens; n++) {
+      const int64_t position = positions[b * N + n];
+      if (position < int64_t(slot + BLOCK) - 1) return false;
+      if (window && position - int64_t(slot) >= window) return false;
+    }
+    return true;
+  }
+
+  // hidden [count padded to KEYS, lanes]: 0 where a query's token sees the slot, else minus infinity.
+  void look(size_t b, size_t first, size_t tokens, size_t slot, size_t count, size_t history,
+            size_t lanes, float* hidden) const {
+    std::fill_n(hidden, round_up(count, KEYS) * lanes, -INFINITY);
+    for (size_t n = 0; n < tokens; n++) {
+      const int64_t position = positions[b * N + first + n];
+      const int64_t* depth = mask + b * mask_stride + (first + n) * M;
+      for (size_t j = 0; j < count; j++) {
+        const size_t at = slot + j;
+        const int64_t distance = at < history ? position - int64_t(at) : depth[at - history];
+        if (distance < 0 || (window && distance >= window)) continue;
+        for (size_t h = 0; h < H / G; h++) hidden[j * lanes + h * tokens + n] = 0.0f;
+      }
     }
   }
 
-  // Turns BLOCK scores into e^(score - highest), zero where hidden; moves `highest` and `total` on.
-  // Returns the factor that earlier sums are to be multiplied by.
-  float softmax(float* scores, const float* hidden, float* highest, float* total) const {
+  // Turns scores [count, lanes] into e^(score - highest), zero where hidden; moves `highest` and
+  // `total` on. factor: what earlier sums are to be multiplied by.
+  void softmax(float* scores, size_t count, const float* hidden, size_t lanes, float* highest,
+               float* total, float* factor) const {
     if (softcap != 0.0f)
-      for (size_t j = 0; j < BLOCK; j++)
+      for (size_t j = 0; j < count * lanes; j++)
         scores[j] = std::tanh(scores[j] * scale / softcap) * softcap / scale;
-    Floats top = splat(-INFINITY);
-    for (size_t j = 0; j < BLOCK; j += W) {
-      // A slot beyond `count` holds what an earlier block left there: no number, maybe.
-      const Floats own = load(hidden + j);
-      const Floats score = own == 0.0f ? load(scores + j) * scale : own;
-      store(scores + j, score);
-      top = score > top ? score : top;
+    const Floats nothing = splat(-INFINITY);
+    for (size_t lane = 0; lane < lanes; lane += W) {
+      const Floats before = load(highest + lane);
+      Floats top = before;
+      for (size_t j = 0; j < count; j++) {
+        float* at = scores + j * lanes + lane;
+        Floats score = load(at) * scale;
+        // Where it is hidden, there may be no number.
+        if (hidden) score = load(hidden + j * lanes + lane) == 0.0f ? score : nothing;
+        store(at, score);
+        top = score > top ? score : top;
+      }
+      // A query that has seen nothing yet has zeros, whatever they are compared with.
+      const Floats most = top == nothing ? Floats{} : top;
+      Floats sum = {};
+      for (size_t j = 0; j < count; j++) {
+        float* at = scores + j * lanes + lane;
+        const Floats score = load(at);
+        Floats e = exp(score - most);
+        if (hidden) e = score == nothing ? Floats{} : e;
+        store(at, e);
+        sum += e;
+      }
+      const Floats moved = before == top ? splat(1.0f) : exp(before - most);
+      store(factor + lane, moved);
+      store(total + lane, load(total + lane) * moved + sum);
+      store(highest + lane, top);
     }
-    float most = *highest;
-    for (int i = 0; i < W; i++) most = std::max(most, float(top[i]));
-    if (most == -INFINITY) {  // nothing seen yet
-      std::fill(scores, scores + BLOCK, 0.0f);
-      return 1.0f;
-    }
-    const float factor = *highest == most ? 1.0f : std::exp(*highest - most);
-    *highest = most;
-    Floats sum = {};
-    for (size_t j = 0; j < BLOCK; j += W) {
-      const Floats given = load(scores + j);
-      const Floats e = given == -INFINITY ? Floats{} : exp(given - most);
-      store(scores + j, e);
-      sum += e;
-    }
-    *total = *total * factor + sirius::sum(sum);
-    return factor;
   }
 };
 

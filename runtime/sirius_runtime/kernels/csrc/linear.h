@@ -73,7 +73,7 @@ void linear_of_channels(const X<T>* z, const int32_t* live, size_t count, const 
       const size_t here = std::min(CHUNK, known);
       const T* rows[2 * CHUNK];  // the next unit's too
       for (size_t j = 0; j < known; j++) rows[j] = weight + size_t(live[first + j]) * stride;
-      accumulate<T>(rows, here, z + first, z_stride, N, begin, end, own, O,
+      accumulate<T>(rows, here, {z + first, z_stride, 1}, N, begin, end, own, O,
                     Ahead<T>(rows + here, known - here, begin, end));
     }
   });

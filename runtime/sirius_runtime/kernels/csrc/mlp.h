@@ -154,7 +154,7 @@ struct Mlp {
       const size_t more = find(b, first + CHUNK, live);
       ahead = pick(weight, weight == gate ? gate_stride : up_stride, live, more, first + CHUNK, next);
     }
-    accumulate<T>(rows, count, own, CHUNK, N, 0, C, sums, C, ahead);
+    accumulate<T>(rows, count, {own, CHUNK, 1}, N, 0, C, sums, C, ahead);
   }
 
   // The neurons of the chunk at `first` that a row uses, as far as is known.

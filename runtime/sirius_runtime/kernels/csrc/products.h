@@ -55,10 +55,13 @@ inline Layout outputs(size_t N, size_t O) {
   return {N, O, width, width + PAD / 2};
 }
 
-// Asks for the beginning of a row that is read next; its rest the processor foresees by itself.
-inline void ask(const void* row) {
-  for (size_t line = 0; line < 4; line++) __builtin_prefetch((const char*)row + LINE * line);
+// Asks for bytes that are read next.
+inline void ask_all(const void* from, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += LINE) __builtin_prefetch((const char*)from + at);
 }
+
+// Asks for the beginning of a row that is read next; its rest the processor foresees by itself.
+inline void ask(const void* row) { ask_all(row, 4 * LINE); }
 
 // Rows that are read after those at hand. Where much is computed for each weight, the processor
 // looks too few instructions ahead to fetch while it computes: they are asked for bit by bit.
@@ -69,6 +72,8 @@ class Ahead {
   // Columns [from, to) of `count` rows.
   Ahead(const T* const* rows, size_t count, size_t from, size_t to)
       : row(rows), end(rows + count), first(from), size((to - from) * sizeof(T)) {}
+
+  bool empty() const { return row == end; }
 
   // The next `bytes` of them; where there are no more, of `otherwise`, which costs nothing if it is
   // in the cache.
@@ -97,10 +102,10 @@ struct Meet {
   static Floats mac(Floats sum, Operand w, Operand x) { return sum + w * x; }
   static X from(T v) { return to_float(v); }
   static X from_float(float v) { return v; }
-  static void from_floats(const float* v, X* to) { memcpy(to, v, PAD * sizeof(float)); }
   static size_t place(size_t column) { return column; }
 
-  // One pass over columns [begin, begin + STEP) of `count` <= LIVE rows.
+  // Columns [begin, begin + STEP) of LIVE rows, and the sum of them times a token's z, of which a
+  // row's lies `row` from the one's before.
   struct Columns {
     Floats w[LIVE];
   };
@@ -111,10 +116,10 @@ struct Meet {
       own.w[r] = n == STEP ? load(rows[r] + c) : load_part(rows[r] + c, n);
     return own;
   }
-  static void add(const Columns& own, const X* z, float* y) {
+  static void add(const Columns& own, const X* z, size_t row, float* y) {
     Floats sum = load(y);
 #pragma GCC unroll 8
-    for (size_t r = 0; r < LIVE; r++) sum += own.w[r] * z[r];
+    for (size_t r = 0; r < LIVE; r++) sum += own.w[r] * z[r * row];
     store(y, sum);
   }
 };
@@ -142,10 +147,6 @@ struct Meet<bf16> {
     round_into(&stored, v);
     return stored;
   }
-  static void from_floats(const float* v, X* to) {  // PAD of them
-    const __m512bh stored = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(v + 16), _mm512_loadu_ps(v));
-    memcpy(to, &stored, sizeof stored);
-  }
 
   // Rows are interleaved in pairs, within each 128 bits: 32 columns become two vectors, which y
   // keeps as they come. `place` says where in y a column is.
@@ -168,12 +169,12 @@ struct Meet<bf16> {
     }
     return own;
   }
-  static void add(const Columns& own, const X* z, float* y) {
+  static void add(const Columns& own, const X* z, size_t row, float* y) {
     __m512 low = _mm512_loadu_ps(y), high = _mm512_loadu_ps(y + 16);
 #pragma GCC unroll 4
     for (size_t p = 0; p < LIVE / 2; p++) {
       int pair;
-      memcpy(&pair, z + 2 * p, sizeof pair);
+      memcpy(&pair, z + 2 * p * row, sizeof pair);
       const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
       low = _mm512_dpbf16_ps(low, own.low[p], both);
       high = _mm512_dpbf16_ps(high, own.high[p], both);
@@ -325,44 +326,54 @@ void dots(const T* const* rows, size_t count, const X<T>* x, size_t N, size_t C,
   }
 }
 
+// What rows are multiplied by, for each token: a token's are `token` apart, and of a token, two rows'
+// are two times `row` from the next two's (where rows meet in pairs, those of a pair are neighbours).
+template <class T>
+struct Factors {
+  const X<T>* at;
+  size_t token, row;
+};
+
 // One pass of accumulate: LIVE rows' columns [begin, end), to y at the first one's place, a token's
-// `stride` apart. Of one or few tokens, MANY is false: there is more to read than to compute.
-template <bool MANY, class T>
-inline void accumulate_pass(const T* const* rows, const X<T>* z, size_t z_stride, size_t N,
-                            size_t begin, size_t end, float* y, size_t stride, Ahead<T>& ahead) {
+// `stride` apart. Where ASKS, rows ahead are asked for.
+template <bool ASKS, class T>
+inline void accumulate_pass(const T* const* rows, Factors<T> z, size_t N, size_t begin, size_t end,
+                            float* y, size_t stride, Ahead<T>& ahead) {
   typedef Meet<T> M;
   for (size_t c = begin; c < end; c += M::STEP) {
     const size_t here = std::min(M::STEP, end - c);
     const typename M::Columns columns =
         here == M::STEP ? M::columns(rows, c, M::STEP) : M::columns(rows, c, here);
-    if constexpr (MANY) {
-      const char* next = ahead.take(LIVE * LINE, rows[0] + c);
-      for (size_t line = 0; line < LIVE; line++) __builtin_prefetch(next + line * LINE);
+    if constexpr (ASKS) {
+      ask_all(ahead.take(LIVE * LINE, rows[0] + c), LIVE * LINE);
     }
-    for (size_t n = 0; n < N; n++) M::add(columns, z + n * z_stride, y + n * stride + (c - begin));
+    for (size_t n = 0; n < N; n++)
+      M::add(columns, z.at + n * z.token, z.row, y + n * stride + (c - begin));
   }
 }
 
-// y_n += Σ_j z[n * z_stride + j] rows[j][begin : end] of `count` rows; y_n [O] is laid out as
-// `outputs` says, a block's columns c at Meet<T>::place(c). `begin` begins a block. A token's z is
-// padded with zeros to a multiple of LIVE.
+// y_n += Σ_j z[n][j] rows[j][begin : end] of `count` rows; y_n [O] is laid out as `outputs` says, a
+// block's columns c at Meet<T>::place(c). `begin` begins a block. z is padded with zeros to a
+// multiple of LIVE rows.
 template <class T>
-void accumulate(const T* const* rows, size_t count, const X<T>* z, size_t z_stride, size_t N,
-                size_t begin, size_t end, float* y, size_t O, Ahead<T> after = {}) {
+void accumulate(const T* const* rows, size_t count, Factors<T> z, size_t N, size_t begin, size_t end,
+                float* y, size_t O, Ahead<T> after = {}) {
   const Layout layout = outputs(N, O);
   for (size_t left = begin; left < end; left += layout.width) {
     const size_t right = std::min(end, left + layout.width);
     float* block = y + layout.at(0, left);
-    for (size_t j = 0; j < count; j += LIVE) {
+    Factors<T> factors = z;
+    for (size_t j = 0; j < count; j += LIVE, factors.at += LIVE * z.row) {
       const T* own[LIVE];
       for (size_t r = 0; r < LIVE; r++) own[r] = rows[j + r < count ? j + r : count - 1];
-      if (N > TILE) {
-        accumulate_pass<true>(own, z + j, z_stride, N, left, right, block, layout.stride, after);
+      if (N > TILE && !after.empty()) {
+        accumulate_pass<true>(own, factors, N, left, right, block, layout.stride, after);
         continue;
       }
+      // One token computes little enough for the processor to fetch the rest of a row by itself.
       for (size_t next = j + LIVE; next < std::min(count, j + 2 * LIVE); next++)
         ask(rows[next] + left);
-      accumulate_pass<false>(own, z + j, z_stride, N, left, right, block, layout.stride, after);
+      accumulate_pass<false>(own, factors, N, left, right, block, layout.stride, after);
     }
   }
 }
