@@ -104,22 +104,36 @@ struct Meet {
   static X from_float(float v) { return v; }
   static size_t place(size_t column) { return column; }
 
-  // Columns [begin, begin + STEP) of LIVE rows, and the sum of them times a token's z, of which a
-  // row's lies `row` from the one's before.
+  // Columns [c, c + n) of R rows, n <= STEP; what a token multiplies the rows by, z, of which a row's
+  // lies `row` from the one's before; and the sum of their products, added to y.
+  template <size_t R>
   struct Columns {
-    Floats w[LIVE];
+    Floats w[R];
   };
-  static Columns columns(const T* const* rows, size_t c, size_t n) {
-    Columns own;
+  template <size_t R>
+  static Columns<R> columns(const T* const* rows, size_t c, size_t n) {
+    Columns<R> own;
 #pragma GCC unroll 8
-    for (size_t r = 0; r < LIVE; r++)
+    for (size_t r = 0; r < R; r++)
       own.w[r] = n == STEP ? load(rows[r] + c) : load_part(rows[r] + c, n);
     return own;
   }
-  static void add(const Columns& own, const X* z, size_t row, float* y) {
+  template <size_t R>
+  struct Multipliers {
+    float z[R];
+  };
+  template <size_t R>
+  static Multipliers<R> multipliers(const X* z, size_t row) {
+    Multipliers<R> own;
+#pragma GCC unroll 8
+    for (size_t r = 0; r < R; r++) own.z[r] = z[r * row];
+    return own;
+  }
+  template <size_t R>
+  static void add(const Columns<R>& own, const Multipliers<R>& by, float* y) {
     Floats sum = load(y);
 #pragma GCC unroll 8
-    for (size_t r = 0; r < LIVE; r++) sum += own.w[r] * z[r * row];
+    for (size_t r = 0; r < R; r++) sum += own.w[r] * by.z[r];
     store(y, sum);
   }
 };
@@ -154,13 +168,15 @@ struct Meet<bf16> {
     const size_t in = column % 32, lane = in / 8, high = in % 8 / 4;
     return column - in + high * 16 + lane * 4 + in % 4;
   }
+  template <size_t R>
   struct Columns {
-    __m512bh low[LIVE / 2], high[LIVE / 2];
+    __m512bh low[R / 2], high[R / 2];
   };
-  static Columns columns(const bf16* const* rows, size_t c, size_t n) {
-    Columns own;
+  template <size_t R>
+  static Columns<R> columns(const bf16* const* rows, size_t c, size_t n) {
+    Columns<R> own;
 #pragma GCC unroll 4
-    for (size_t p = 0; p < LIVE / 2; p++) {
+    for (size_t p = 0; p < R / 2; p++) {
       const bf16 *a = rows[2 * p] + c, *b = rows[2 * p + 1] + c;
       const __m512i va = n == STEP ? bits(a) : bits_part(a, n);
       const __m512i vb = n == STEP ? bits(b) : bits_part(b, n);
@@ -169,15 +185,28 @@ struct Meet<bf16> {
     }
     return own;
   }
-  static void add(const Columns& own, const X* z, size_t row, float* y) {
-    __m512 low = _mm512_loadu_ps(y), high = _mm512_loadu_ps(y + 16);
+  template <size_t R>
+  struct Multipliers {
+    __m512bh z[R / 2];
+  };
+  template <size_t R>
+  static Multipliers<R> multipliers(const X* z, size_t row) {
+    Multipliers<R> own;
 #pragma GCC unroll 4
-    for (size_t p = 0; p < LIVE / 2; p++) {
+    for (size_t p = 0; p < R / 2; p++) {
       int pair;
       memcpy(&pair, z + 2 * p * row, sizeof pair);
-      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-      low = _mm512_dpbf16_ps(low, own.low[p], both);
-      high = _mm512_dpbf16_ps(high, own.high[p], both);
+      own.z[p] = (__m512bh)_mm512_set1_epi32(pair);
+    }
+    return own;
+  }
+  template <size_t R>
+  static void add(const Columns<R>& own, const Multipliers<R>& by, float* y) {
+    __m512 low = _mm512_loadu_ps(y), high = _mm512_loadu_ps(y + 16);
+#pragma GCC unroll 4
+    for (size_t p = 0; p < R / 2; p++) {
+      low = _mm512_dpbf16_ps(low, own.low[p], by.z[p]);
+      high = _mm512_dpbf16_ps(high, own.high[p], by.z[p]);
     }
     _mm512_storeu_ps(y, low);
     _mm512_storeu_ps(y + 16, high);
@@ -204,25 +233,24 @@ inline __attribute__((always_inline)) void dots_tile(const T* const* rows, const
   for (size_t n = 0; n < N; n++)
 #pragma GCC unroll 4
     for (size_t r = 0; r < ROWS; r++) acc[n][r] = begin > 0 ? kept[n][r] : Floats{};
-  for (size_t k = begin; k < end; k += M::STEP) {
+  const auto step = [&](size_t k, auto weights) __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (size_t line = 0; line < LINES; line++)
       __builtin_prefetch(next + (k - begin) * sizeof(T) * LINES + line * LINE);
-    typename M::Operand own[N], w[ROWS];
+    typename M::Operand own[N];
 #pragma GCC unroll 4
     for (size_t n = 0; n < N; n++) own[n] = M::activations(x + n * x_stride + (k - begin));
-    if (__builtin_expect(k + M::STEP <= end, 1)) {
 #pragma GCC unroll 4
-      for (size_t r = 0; r < ROWS; r++) w[r] = M::weights(rows[r] + k);
-    } else {
+    for (size_t r = 0; r < ROWS; r++) {
+      const typename M::Operand w = weights(rows[r] + k);
 #pragma GCC unroll 4
-      for (size_t r = 0; r < ROWS; r++) w[r] = M::weights_part(rows[r] + k, end - k);
+      for (size_t n = 0; n < N; n++) acc[n][r] = M::mac(acc[n][r], w, own[n]);
     }
+  };
+  size_t k = begin;
 #pragma GCC unroll 4
-    for (size_t r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-      for (size_t n = 0; n < N; n++) acc[n][r] = M::mac(acc[n][r], w[r], own[n]);
-  }
+  for (; k + M::STEP <= end; k += M::STEP) step(k, [](const T* p) { return M::weights(p); });
+  if (k < end) step(k, [&](const T* p) { return M::weights_part(p, end - k); });
   if (end < C) {
 #pragma GCC unroll 4
     for (size_t n = 0; n < N; n++)
@@ -263,6 +291,7 @@ inline void dots_alone(const T* const* rows, const T* const* next, const X<T>* x
     const T *row = rows[r], *after = next[r];
     Floats own = {};
     size_t k = 0;
+#pragma GCC unroll 8
     for (; k + M::STEP <= C; k += M::STEP) {
       __builtin_prefetch(after + k);
       own = M::mac(own, M::weights(row + k), M::activations(x + k));
@@ -334,21 +363,41 @@ struct Factors {
   size_t token, row;
 };
 
-// One pass of accumulate: LIVE rows' columns [begin, end), to y at the first one's place, a token's
-// `stride` apart. Where ASKS, rows ahead are asked for.
+// Passes of LIVE rows over columns [begin, end), to y at the first one's place, a token's `stride`
+// apart. Where ASKS, rows ahead are asked for.
 template <bool ASKS, class T>
-inline void accumulate_pass(const T* const* rows, Factors<T> z, size_t N, size_t begin, size_t end,
-                            float* y, size_t stride, Ahead<T>& ahead) {
+inline void accumulate_block(const T* const* rows, size_t count, Factors<T> z, size_t N,
+                             size_t begin, size_t end, float* y, size_t stride, Ahead<T>& ahead) {
   typedef Meet<T> M;
-  for (size_t c = begin; c < end; c += M::STEP) {
-    const size_t here = std::min(M::STEP, end - c);
-    const typename M::Columns columns =
-        here == M::STEP ? M::columns(rows, c, M::STEP) : M::columns(rows, c, here);
-    if constexpr (ASKS) {
-      ask_all(ahead.take(LIVE * LINE, rows[0] + c), LIVE * LINE);
+  for (size_t j = 0; j < count; j += LIVE, z.at += LIVE * z.row) {
+    const T* own[LIVE];
+    for (size_t r = 0; r < LIVE; r++) own[r] = rows[std::min(j + r, count - 1)];
+    for (size_t c = begin; c < end; c += M::STEP) {
+      const size_t here = std::min(M::STEP, end - c);
+      const auto columns = here == M::STEP ? M::template columns<LIVE>(own, c, M::STEP)
+                                           : M::template columns<LIVE>(own, c, here);
+      if (ASKS) ask_all(ahead.take(LIVE * LINE, own[0] + c), LIVE * LINE);
+      for (size_t n = 0; n < N; n++)
+        M::add(columns, M::template multipliers<LIVE>(z.at + n * z.token, z.row),
+               y + n * stride + (c - begin));
     }
-    for (size_t n = 0; n < N; n++)
-      M::add(columns, z.at + n * z.token, z.row, y + n * stride + (c - begin));
+  }
+}
+
+// The same of one token: as few instructions a line as there can be, so that those that the
+// processor looks ahead read many lines.
+template <class T>
+inline void accumulate_alone(const T* const* rows, size_t count, Factors<T> z, size_t begin,
+                             size_t end, float* y) {
+  typedef Meet<T> M;
+  for (size_t j = 0; j < count; j += LIVE, z.at += LIVE * z.row) {
+    const T* own[LIVE];
+    for (size_t r = 0; r < LIVE; r++) own[r] = rows[std::min(j + r, count - 1)];
+    const auto multipliers = M::template multipliers<LIVE>(z.at, z.row);
+    size_t c = begin;
+    for (; c + M::STEP <= end; c += M::STEP)
+      M::add(M::template columns<LIVE>(own, c, M::STEP), multipliers, y + (c - begin));
+    if (c < end) M::add(M::template columns<LIVE>(own, c, end - c), multipliers, y + (c - begin));
   }
 }
 
@@ -362,19 +411,12 @@ void accumulate(const T* const* rows, size_t count, Factors<T> z, size_t N, size
   for (size_t left = begin; left < end; left += layout.width) {
     const size_t right = std::min(end, left + layout.width);
     float* block = y + layout.at(0, left);
-    Factors<T> factors = z;
-    for (size_t j = 0; j < count; j += LIVE, factors.at += LIVE * z.row) {
-      const T* own[LIVE];
-      for (size_t r = 0; r < LIVE; r++) own[r] = rows[j + r < count ? j + r : count - 1];
-      if (N > TILE && !after.empty()) {
-        accumulate_pass<true>(own, factors, N, left, right, block, layout.stride, after);
-        continue;
-      }
-      // One token computes little enough for the processor to fetch the rest of a row by itself.
-      for (size_t next = j + LIVE; next < std::min(count, j + 2 * LIVE); next++)
-        ask(rows[next] + left);
-      accumulate_pass<false>(own, factors, N, left, right, block, layout.stride, after);
-    }
+    if (N == 1)
+      accumulate_alone(rows, count, z, left, right, block);
+    else if (N <= TILE || after.empty())
+      accumulate_block<false>(rows, count, z, N, left, right, block, layout.stride, after);
+    else
+      accumulate_block<true>(rows, count, z, N, left, right, block, layout.stride, after);
   }
 }
 
