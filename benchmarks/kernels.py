@@ -1,6 +1,6 @@
 """What the CPU kernels reach of the machine's read bandwidth, beside torch, at Llama-3.2-1B shapes.
 
-    python benchmarks/kernels.py
+    python -m benchmarks.kernels
 
 Hidden 2048, MLPs of 8192 neurons, 32 heads over 8 key/value heads of 64, vocabulary 128256; bf16
 by default. GB/s counts the bytes that a call needs to read, once each: weights, and keys and values
@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 import sirius_runtime.ops  # noqa: F401  (registers the operators)
+from benchmarks.memory import in_large_pages
 from sirius_runtime.kernels.native import kernels, references
 
 HIDDEN, NEURONS, HEADS, GROUPS, HEAD, VOCABULARY = 2048, 8192, 32, 8, 64, 128_256
-POOL, READ = 1 << 29, 1 << 26  # bytes: of all weights, and of what the read loop reads at once
+POOL, READ = 1 << 29, 1 << 26  # bytes: of all weights (the largest is more), of a read loop's turn
 SKIPPED = (0.5, 0.7, 0.9)
 sirius = torch.ops.sirius
 
@@ -63,10 +64,14 @@ class Case:
 
 
 class Pool:
-    """Weights of any shape, cut from one large buffer, never the same ones twice in a row."""
+    """Weights of any shape, cut from one large buffer, never the same ones twice in a row.
+
+    They lie in pages of 2 MiB, as an artifact's do where the file system has such pages.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.buffer = torch.empty(POOL // dtype.itemsize, dtype=dtype).normal_(std=0.02)
+        size = max(POOL, VOCABULARY * HIDDEN * dtype.itemsize)
+        self.buffer = in_large_pages(size // dtype.itemsize, dtype).normal_(std=0.02)
         self._at = 0
 
     def take(self, *shape: int) -> Tensor:

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, fx
 from transformers import LlamaConfig
 
+from benchmarks.memory import in_large_pages
 from sirius_compile.capture import capture
 from sirius_compile.pipeline import front, sparsify
 from sirius_passes.lay_out_weights import LayOutWeights
@@ -194,7 +195,11 @@ class RandomPrograms:
         if constant is not None:
             return constant.to(self.device, dtype_of(spec.dtype))
         if spec.name not in self._pool:
-            values = torch.empty(math.prod(spec.shape), dtype=self.dtype, device=self.device)
+            count = math.prod(spec.shape)
+            if self.device.type == "cpu":
+                values = in_large_pages(count, self.dtype)
+            else:
+                values = torch.empty(count, dtype=self.dtype, device=self.device)
             self._pool[spec.name] = (
                 values.fill_(1) if len(spec.shape) == 1 else values.normal_(std=0.02)
             )

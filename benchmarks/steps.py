@@ -10,7 +10,7 @@ there is a pause, in which OpenMP's threads of the one before go to sleep, as th
 OMP_WAIT_POLICY=passive. Printed are medians over the rounds with their
 quartiles, and each one's fastest round, as times and as shares of the dense step of the same
 rounds; and the *floor*: the bytes that a step reads (weights once, keys and values) over the
-bandwidth measured before, of a copy on a GPU, of a loop that reads on the CPU. The weights are
+bandwidth of the same rounds, of a copy on a GPU, of a loop that reads on the CPU. The weights are
 random: what a step reads and computes is real, what it says is not, so nothing here speaks of
 quality. Thresholds are the quantiles of one step's own values.
 
@@ -42,6 +42,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from benchmarks import llama_cpp
 from benchmarks.advance import SHARE, Measured, plot, table
 from benchmarks.kernels import cpu_name
+from benchmarks.memory import in_large_pages
 from benchmarks.random_programs import METHODS, SHAPES, RandomPrograms, Shape
 from sirius_runtime.backends.cuda_graph import GraphReplay
 from sirius_runtime.backends.eager import EagerBackend
@@ -97,22 +98,20 @@ def time_on(device: torch.device, call: Callable[[], object]) -> float:
     return before.elapsed_time(after) / 1e3
 
 
-def measured_bandwidth(device: torch.device, rounds: int = 11) -> float:
-    """Bytes per second, the median of some rounds: of a copy, read and written, on a GPU; of a loop
-    that reads, on the CPU, where a copy is slower.
+def roof(device: torch.device) -> Step:
+    """What moves bytes and does nothing else: a copy, read and written, on a GPU; a loop that reads
+    on the CPU, where a copy is slower.
     """
     size = BUFFER[device.type]
-    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     library = kernels()
     if device.type == "cpu" and library is not None:
+        source = in_large_pages(size, torch.uint8).random_()
         threads = torch.get_num_threads()
         read = functools.partial(library.sirius_read, source.data_ptr(), size, threads)
-        moved, seconds = size, [time_on(device, read) for _ in range(rounds)]
-    else:
-        target = torch.empty_like(source)
-        copy = functools.partial(target.copy_, source)
-        moved, seconds = 2 * size, [time_on(device, copy) for _ in range(rounds)]
-    return moved / statistics.median(seconds[1:])
+        return Step("read loop", size, lambda: (read(), source))
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return Step("copy", 2 * size, lambda: target.copy_(source))
 
 
 def replay_on(device: torch.device) -> Replay:
@@ -332,18 +331,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(1, "the CPU kernels are not to be had here: see the warning above\n")
     hosts: dict[int, tuple[float, float]] = {}
     with torch.inference_mode():
-        bandwidth = measured_bandwidth(device)
+        moved = roof(device)
         made = Steps(args, shape, device)
         steps = made.all(until)
-        rounds = run_rounds(steps, device, args.rounds, until)
+        moved.call()
+        rounds = run_rounds([moved, *steps], device, args.rounds, until)
         if device.type == "cpu":
             for size in (4, 8, 16):
                 hosts[size] = host_share(made.first, Plan(size, 1, threshold=0.0), args.rounds)
+    bandwidth = moved.bytes / statistics.median(moved.seconds)
     print(
         f"shape {shape.name}, {shape.layers} layers ({2 * shape.read() / 1e9:.2f} GB read a step), "
         f"context {args.context}, bfloat16{', compiled by inductor' if args.compiled else ''}; "
         f"torch {torch.__version__}, {machine(device)}; {rounds} rounds; "
-        f"{'copy' if device.type == 'cuda' else 'read loop'} {bandwidth / 1e9:.1f} GB/s\n"
+        f"{moved.name} {bandwidth / 1e9:.1f} GB/s\n"
     )
     header = ["step", "ms", "quartiles", "of dense", "fastest ms", "of dense", "floor ms"]
     header += ["ms / floor"]
