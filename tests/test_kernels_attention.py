@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sirius_runtime.kernels.attention import cached_attention_by_tokens
 from sirius_runtime.kernels.build import InstructionSet
 from sirius_runtime.kernels.native import references, using
 from tests.support.kernels import SETS, Fallback, forbid_references, require
@@ -144,6 +145,16 @@ def test_heads_that_share_keys_and_odd_sizes(
     monkeypatch.undo()
     with references():
         near(actual, sirius.cached_attention(*args))
+
+
+@pytest.mark.usefixtures("best")
+def test_by_tokens_only_the_memory_is_another() -> None:
+    args = [*long_arguments(torch.float32, 9), None, None]
+    plain, by_tokens = sirius.cached_attention(*args), cached_attention_by_tokens(*args)
+    assert torch.equal(by_tokens, plain)
+    assert by_tokens.transpose(1, 2).is_contiguous()
+    with references(), pytest.raises(Fallback):
+        cached_attention_by_tokens(*args)
 
 
 @pytest.mark.usefixtures("best")

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.kernels.attention import cached_attention_by_tokens
 from sirius_runtime.kernels.build import InstructionSet
-from sirius_runtime.kernels.linear import linears
+from sirius_runtime.kernels.linear import linear, linears
 from sirius_runtime.kernels.native import references, using
-from sirius_runtime.kernels.pointwise import rms_norm, rotate
+from sirius_runtime.kernels.pointwise import add_norm, rms_norm, rotate
 from sirius_runtime.kernels.rewrite import with_kernels
 from tests.support.kernels import SETS, require
 from tests.support.models import TinyModels
@@ -51,6 +52,20 @@ def test_rms_norm(size: int, dtype: torch.dtype) -> None:
     with references():
         near(actual, rms_norm(x, weight, 0.1, dtype))
     assert torch.equal(actual[1, 2], rms_norm(x[1, 2], weight, 0.1, dtype))  # alone, to the bit
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 37, 160])
+def test_add_norm_is_a_sum_and_its_norm_to_the_bit(size: int, dtype: torch.dtype) -> None:
+    x, y = randn(2, 3, size, seed=0, dtype=dtype), randn(3, 2, size, seed=1, dtype=dtype)
+    y, weight = y.transpose(0, 1), randn(size, seed=2, dtype=dtype)
+    total, normed = add_norm(x, y, weight, 0.1, dtype)
+    assert torch.equal(total, x + y)
+    assert torch.equal(normed, rms_norm(x + y, weight, 0.1, dtype))
+    total, normed = add_norm(x, y[:1], weight, 0.1, dtype)  # one row for both
+    assert torch.equal(total, x + y[:1])
+    assert torch.equal(normed, rms_norm(x + y[:1], weight, 0.1, dtype))
 
 
 @pytest.mark.usefixtures("isa")
@@ -97,13 +112,18 @@ def test_a_llama_s_graph_uses_them_throughout(tiny: TinyModels, entry: str) -> N
     after = targets(with_kernels(module))
     assert targets(module) == before  # a copy was rewritten
     layers = model.program.state.layers
-    assert after[rms_norm] == 2 * layers + 1
+    # The first norm's input is no sum.
+    assert (after[rms_norm], after[add_norm]) == (1, 2 * layers)
+    # Sums of norms, of rotations, and those that norms are taken of.
+    assert after[aten.add.Tensor] == before[aten.add.Tensor] - (6 * layers + 1)
     assert after[rotate] == 2 * layers
     # q, k and v in one call; o; the head.
     assert before[aten.linear.default] == 4 * layers + 1
-    assert (after[linears], after[sirius.linear.default]) == (layers, layers + 1)
+    assert (after[linears], after[linear]) == (layers, layers + 1)
     for gone in ("linear.default", "rsqrt.default", "neg.default", "pow.Tensor_Scalar"):
         assert not any(str(target) == f"aten.{gone}" for target in after)
+    assert not any(str(target).startswith("sirius.") for target in after)
+    assert after[cached_attention_by_tokens] == layers
 
 
 def graph_of(function: Callable[..., Tensor], *examples: Tensor) -> fx.GraphModule:
@@ -202,6 +222,29 @@ def test_what_others_use_too_stays() -> None:
     near(own(x, weight)[0], both(x, weight))
 
 
+def test_a_sum_that_is_used_again_and_its_norm_are_one_call() -> None:
+    def residual(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        total = x + y
+        return total + norm(total, weight)
+
+    x, y = randn(1, 3, 8, seed=0).bfloat16(), randn(1, 3, 8, seed=1).bfloat16()
+    weight = randn(8, seed=2).bfloat16()
+    own = with_kernels(graph_of(residual, x, y, weight))
+    assert (targets(own)[add_norm], targets(own)[rms_norm]) == (1, 0)
+    near(own(x, y, weight)[0], residual(x, y, weight))
+
+
+def test_a_norm_by_a_weight_that_is_computed_from_the_sum_stays_by_itself() -> None:
+    def scaled(x: Tensor, y: Tensor) -> Tensor:
+        total = x + y
+        return norm(total, total[0, 0] * 2)
+
+    x, y = randn(1, 3, 8, seed=0).bfloat16(), randn(1, 3, 8, seed=1).bfloat16()
+    own = with_kernels(graph_of(scaled, x, y))
+    assert (targets(own)[add_norm], targets(own)[rms_norm]) == (0, 1)
+    near(own(x, y)[0], scaled(x, y))
+
+
 def test_linears_of_one_input_are_one_call_to_the_bit() -> None:
     def both(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
         q, k = aten.linear.default(x, w, b), aten.linear.default(x, v)
@@ -211,7 +254,7 @@ def test_linears_of_one_input_are_one_call_to_the_bit() -> None:
     module = graph_of(both, x, w, v, b)
     own = with_kernels(module)
     after = targets(own)
-    assert (after[linears], after[sirius.linear.default]) == (1, 1)
+    assert (after[linears], after[linear]) == (1, 1)
     apart = copy.deepcopy(module)
     for node in apart.graph.find_nodes(op="call_function", target=aten.linear.default):
         node.target = sirius.linear.default
@@ -229,4 +272,4 @@ def test_a_linear_of_a_weight_that_is_computed_stays_by_itself() -> None:
 
     x, w, v = randn(2, 7, seed=0), randn(4, 7, seed=1), randn(4, 7, seed=2)
     own = with_kernels(graph_of(both, x, w, v))
-    assert (targets(own)[linears], targets(own)[sirius.linear.default]) == (0, 2)
+    assert (targets(own)[linears], targets(own)[linear]) == (0, 2)

@@ -44,6 +44,37 @@ def cached_attention(
     )  # fmt: skip
 
 
+def cached_attention_by_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    length: Tensor,
+    tree_mask: Tensor,
+    layer: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As `cached_attention`, for graphs that go on with a token's heads side by side: they lie so
+    in memory, and need not be copied.
+    """
+    where = positions, slots, length, tree_mask
+    if not _serves(q, k, v, k_cache, v_cache, where, window, softcap, sinks):
+        return reference.cached_attention(
+            q, k, v, k_cache, v_cache, positions, slots, length, tree_mask, layer, scale, window,
+            softcap, sinks,
+        )  # fmt: skip
+    return _run(
+        "cached_attention", q, k, v, k_cache[layer], v_cache[layer], None, None, positions, slots,
+        length, tree_mask, scale, window, softcap, sinks, by_tokens=True,
+    )  # fmt: skip
+
+
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -98,7 +129,9 @@ def block_attention_(
     softcap: float | None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """As `block_attention`, but the call's K/V are written into k_block and v_block themselves."""
+    """As `block_attention`, but the call's K/V are written into k_block and v_block themselves, and
+    the result lies as that of `cached_attention_by_tokens`.
+    """
     where = positions, nodes, length, tree_mask
     if not (
         _serves(q, k, v, k_cache, v_cache, where, window, softcap, sinks)
@@ -113,7 +146,7 @@ def block_attention_(
         return out
     return _run(
         "block_attention", q, k, v, k_cache[layer], v_cache[layer], k_block[layer], v_block[layer],
-        positions, nodes, length, tree_mask, scale, window, softcap, sinks,
+        positions, nodes, length, tree_mask, scale, window, softcap, sinks, by_tokens=True,
     )  # fmt: skip
 
 
@@ -176,10 +209,13 @@ def _run(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    *,
+    by_tokens: bool = False,
 ) -> Tensor:
     """Attention over a layer's caches and, where it stands apart, the block [B, G, M, ·].
 
-    `slots`: where K and V are written to, [B, T] of the caches or [T] of the block.
+    `slots`: where K and V are written to, [B, T] of the caches or [T] of the block. `by_tokens`:
+    the result, [B, H, T, Dv] still, lies in memory as [B, T, H, Dv].
     """
     library = kernels()
     assert library is not None
@@ -189,7 +225,7 @@ def _run(
     q, k, v, positions, slots, length, tree_mask = (
         tensor.contiguous() for tensor in (q, k, v, positions, slots, length, tree_mask)
     )
-    out = q.new_empty(B, H, T, V)
+    out = q.new_empty(B, T, H, V) if by_tokens else q.new_empty(B, H, T, V)
     status = library.sirius_attention(
         TYPES[q.dtype], B, H, G, T, D, V, S, M,
         q.data_ptr(), k.data_ptr(), v.data_ptr(),
@@ -201,7 +237,8 @@ def _run(
         softcap or 0.0,
         address(sinks),
         out.data_ptr(),
+        by_tokens,
         torch.get_num_threads(),
     )  # fmt: skip
     check(status, operator)
-    return out
+    return out.transpose(1, 2) if by_tokens else out

@@ -9,35 +9,63 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sirius_runtime.kernels.arguments import MOST_TOKENS, TYPES, check, is_vector
+from sirius_runtime.kernels.arguments import MOST_TOKENS, TYPES, address, check, is_vector
 from sirius_runtime.kernels.native import kernels
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
     """weight [C] times x [..., C] over the root of its mean square, which is taken in float32."""
-    kind = TYPES.get(x.dtype)
-    size = x.shape[-1]
-    if (
-        kind is not None
+    if not _is_norm(x, weight, dtype):
+        wide = x.to(torch.float32)
+        scale = torch.rsqrt(wide.pow(2).mean([-1], True) + epsilon)
+        return weight * (wide * scale).to(dtype)
+    given = x.contiguous()
+    y = torch.empty_like(given)
+    _norm(given, None, None, weight, epsilon, y)
+    return y
+
+
+def add_norm(
+    x: Tensor, addend: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x + addend, and `rms_norm` of it."""
+    if not (x.shape == addend.shape and x.dtype is addend.dtype and _is_norm(x, weight, dtype)):
+        total = x + addend
+        return total, rms_norm(total, weight, epsilon, dtype)
+    given = x.contiguous()
+    total, y = torch.empty_like(given), torch.empty_like(given)
+    _norm(given, addend.contiguous(), total, weight, epsilon, y)
+    return total, y
+
+
+def _is_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for a norm of x, and these are what it takes."""
+    return (
+        x.dtype in TYPES
         and x.dtype is dtype
         and x.device.type == "cpu"
-        and is_vector(weight, dtype, size)
-        and 0 < x.numel() <= MOST_TOKENS * size
-        and (library := kernels()) is not None
-    ):
-        given = x.contiguous()
-        y = torch.empty_like(given)
-        tokens = x.numel() // size
-        check(
-            library.sirius_rms_norm(
-                kind, given.data_ptr(), weight.data_ptr(), epsilon, y.data_ptr(), tokens, size
-            ),
-            "rms_norm",
-        )
-        return y
-    wide = x.to(torch.float32)
-    scale = torch.rsqrt(wide.pow(2).mean([-1], True) + epsilon)
-    return weight * (wide * scale).to(dtype)
+        and is_vector(weight, dtype, x.shape[-1])
+        and 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
+        and kernels() is not None
+    )
+
+
+def _norm(
+    x: Tensor,
+    addend: Tensor | None,
+    total: Tensor | None,
+    weight: Tensor,
+    epsilon: float,
+    y: Tensor,
+) -> None:
+    library = kernels()
+    assert library is not None
+    size = x.shape[-1]
+    status = library.sirius_rms_norm(
+        TYPES[x.dtype], x.data_ptr(), address(addend), address(total), weight.data_ptr(), epsilon,
+        y.data_ptr(), x.numel() // size, size,
+    )  # fmt: skip
+    check(status, "rms_norm")
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, half: int) -> Tensor:

@@ -6,7 +6,7 @@ from sirius_runtime.kernels import attention, linear, mlp, moe
 from sirius_runtime.kernels.cuda.operators import operators
 from sirius_runtime.ops.registry import define_cpu, define_cuda
 
-_KERNELS = (
+KERNELS = (
     attention.cached_attention,
     attention.block_attention,
     linear.linear,
@@ -22,11 +22,12 @@ _KERNELS = (
     moe.topk_moe,
     moe.experts_moe,
 )
+"""What runs on the CPU for the operators of these names."""
 
 
 def register() -> None:
     """Called once, when `sirius_runtime.ops` has defined its operators."""
-    for kernel in _KERNELS:
+    for kernel in KERNELS:
         define_cpu(kernel)
     for operator in operators():
         define_cuda(operator)

@@ -1,18 +1,23 @@
 """Puts kernels into a graph that is to run on the CPU.
 
     Before                                          After
-    aten.linear(x, w, b)                            sirius.linear(x, w, b)
-    sirius.linear(x, w, …), sirius.linear(x, v, …)  linears(x, [w, v], …)
+    aten.linear(x, w, b)                            linear(x, w, b)
+    linear(x, w, …), linear(x, v, …)                linears(x, [w, v], …)
     w * (x32 * rsqrt(mean(x32²) + ε)).to(dtype)     rms_norm(x, w, ε, dtype)
+    z = x + y, rms_norm(z, w, …)                    add_norm(x, y, w, …)
     x * cos + cat([-x[h:], x[:h]]) * sin            rotate(x, cos, sin, h)
+    sirius.cached_attention(q, …)                   cached_attention_by_tokens(q, …)
+    sirius.dense_mlp(x, …) and the like             dense_mlp(x, …)
 
-x32 is x.to(float32). What is spelled otherwise stays as it is: slower, not wrong. The result runs
-here and is not for compilers or for files.
+x32 is x.to(float32). Operators become the functions behind them, which spares a call its way
+through torch's dispatcher. What is spelled otherwise stays as it is: slower, not wrong. The result
+runs here and is not for compilers or for files.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from typing import Any
 
@@ -20,8 +25,10 @@ import torch
 from torch import fx
 
 from sirius_runtime.control_flow import as_python
-from sirius_runtime.kernels.linear import MOST_LINEARS, linears
-from sirius_runtime.kernels.pointwise import rms_norm, rotate
+from sirius_runtime.kernels.attention import cached_attention_by_tokens
+from sirius_runtime.kernels.linear import MOST_LINEARS, linear, linears
+from sirius_runtime.kernels.pointwise import add_norm, rms_norm, rotate
+from sirius_runtime.kernels.register import KERNELS
 from sirius_runtime.kernels.reinplace import write_in_place
 
 aten = torch.ops.aten
@@ -36,6 +43,7 @@ def with_kernels(module: fx.GraphModule) -> fx.GraphModule:
             for node in list(part.graph.nodes):
                 _rewrite(node)
             _join_linears(part.graph)
+            _join_sums(part.graph)
             as_python(part.graph)
             part.graph.lint()
             part.recompile()
@@ -53,9 +61,18 @@ def with_linears(module: fx.GraphModule) -> fx.GraphModule:
     return own
 
 
+@functools.cache
+def _functions() -> dict[Any, Any]:
+    """The functions that take the places of operators."""
+    own = {getattr(torch.ops.sirius, kernel.__name__).default: kernel for kernel in KERNELS}
+    own[torch.ops.sirius.cached_attention.default] = cached_attention_by_tokens
+    own[aten.linear.default] = linear
+    return own
+
+
 def _rewrite(node: fx.Node) -> None:
-    if node.target is aten.linear.default:
-        node.target = torch.ops.sirius.linear.default
+    if node.op == "call_function" and node.target in _functions():
+        node.target = _functions()[node.target]
         return
     for function, arguments in ((rms_norm, _norm(node)), (rotate, _rotation(node))):
         if arguments is not None:
@@ -69,7 +86,7 @@ def _rewrite(node: fx.Node) -> None:
 def _join_linears(graph: fx.Graph) -> None:
     """Makes one call of the linears that share an input, and whose weights the graph is given."""
     groups: dict[Any, list[fx.Node]] = {}
-    for node in graph.find_nodes(op="call_function", target=torch.ops.sirius.linear.default):
+    for node in graph.find_nodes(op="call_function", target=linear):
         if all(value.op == "placeholder" for value in node.all_input_nodes[1:]):
             groups.setdefault(node.args[0], []).append(node)
     for x, nodes in groups.items():
@@ -82,6 +99,24 @@ def _join_linears(graph: fx.Graph) -> None:
                 node.replace_all_uses_with(graph.call_function(operator.getitem, (joint, index)))
         for node in nodes:
             graph.erase_node(node)
+
+
+def _join_sums(graph: fx.Graph) -> None:
+    """Makes one call of a sum and the norm of it."""
+    for norm in graph.find_nodes(op="call_function", target=rms_norm):
+        total = norm.args[0]
+        if not (_calls(total, aten.add.Tensor) and len(total.args) == 2):
+            continue
+        weight = norm.args[1]
+        given = isinstance(weight, fx.Node) and weight.op in ("placeholder", "get_attr")
+        if not (given and all(isinstance(value, fx.Node) for value in total.args)):
+            continue
+        with graph.inserting_before(total):
+            joint = graph.call_function(add_norm, (*total.args, *norm.args[1:]))
+            for index, node in enumerate((total, norm)):
+                node.replace_all_uses_with(graph.call_function(operator.getitem, (joint, index)))
+        graph.erase_node(norm)
+        graph.erase_node(total)
 
 
 def _is(node: Any, target: Any, *rest: Any) -> bool:

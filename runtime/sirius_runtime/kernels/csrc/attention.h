@@ -28,7 +28,8 @@ struct Attention {
   size_t mask_stride;            // of a row; 0 where all share one
   int64_t window;                // 0 for none
   float scale, softcap;          // softcap: 0 for none
-  T* out;                        // [B, H, N, V]
+  T* out;                        // [B, H, N, V]; or, by tokens, [B, N, H, V]
+  bool by_tokens;
   int threads;
 
   // Writes the tokens' K/V to their slots, then attends. Returns false for a slot that is not there.
@@ -128,7 +129,8 @@ struct Attention {
       accumulate<T>(rows, count, {shares, Lanes<T>::QUERY, lanes}, Q, 0, V, sums, V);
     }
     for (size_t i = 0; i < Q; i++) {
-      T* to = out + ((b * H + g * shared + i / tokens) * N + first + i % tokens) * V;
+      const size_t head = g * shared + i / tokens, token = first + i % tokens;
+      T* to = out + (by_tokens ? (b * N + token) * H + head : (b * H + head) * N + token) * V;
       const float whole = total[i] > 0.0f ? total[i] : 1.0f;
       for (size_t begin = 0; begin < V; begin += layout.width) {
         const float* from = sums + layout.at(i, begin);

@@ -99,9 +99,10 @@ int sirius_mlp(int type, int64_t B, int64_t N, int64_t C, int64_t I, const void*
 
 int sirius_attention(int type, int64_t B, int64_t H, int64_t G, int64_t N, int64_t D, int64_t V,
                      int64_t S, int64_t M, const void* q, const void* k, const void* v, void* keys,
-                     void* values, void* block_keys, void* block_values, const void* positions, const void* slots, const void* length,
-                     const void* mask, int64_t mask_stride, int64_t window, float scale,
-                     float softcap, const void* sinks, void* out, int threads) {
+                     void* values, void* block_keys, void* block_values, const void* positions,
+                     const void* slots, const void* length, const void* mask, int64_t mask_stride,
+                     int64_t window, float scale, float softcap, const void* sinks, void* out,
+                     int by_tokens, int threads) {
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
     Attention<T> own;
@@ -114,7 +115,7 @@ int sirius_attention(int type, int64_t B, int64_t H, int64_t G, int64_t N, int64
     own.length = (const int64_t*)length, own.mask = (const int64_t*)mask;
     own.mask_stride = size_t(mask_stride), own.window = window;
     own.scale = scale, own.softcap = softcap, own.sinks = (const T*)sinks;
-    own.out = (T*)out, own.threads = threads;
+    own.out = (T*)out, own.by_tokens = by_tokens != 0, own.threads = threads;
     return own.run() ? DONE : BAD_INDEX;
   });
 }
@@ -127,11 +128,12 @@ int sirius_activity(int type, const void* z, void* y, int64_t N, int64_t I, int 
   });
 }
 
-int sirius_rms_norm(int type, const void* x, const void* weight, float epsilon, void* y, int64_t N,
-                    int64_t C) {
+int sirius_rms_norm(int type, const void* x, const void* addend, void* total, const void* weight,
+                    float epsilon, void* y, int64_t N, int64_t C) {
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
-    rms_norm<T>((const T*)x, (const T*)weight, epsilon, (T*)y, size_t(N), size_t(C));
+    rms_norm<T>((const T*)x, (const T*)addend, (T*)total, (const T*)weight, epsilon, (T*)y,
+                size_t(N), size_t(C));
     return DONE;
   });
 }

@@ -10,27 +10,35 @@
 
 namespace sirius {
 
-// y = weight * (x / √(mean x² + ε)) of N tokens of C.
+// y = weight * (x / √(mean x² + ε)) of N tokens of C; where there is an addend, of total = x + addend.
 template <class T>
-void rms_norm(const T* x, const T* weight, float epsilon, T* y, size_t N, size_t C) {
+void rms_norm(const T* x, const T* addend, T* total, const T* weight, float epsilon, T* y, size_t N,
+              size_t C) {
   const size_t whole = C / W * W, rest = C - whole;
   for (size_t n = 0; n < N; n++, x += C, y += C) {
+    if (addend) {
+      for (size_t c = 0; c < whole; c += W) store(total + c, load(x + c) + load(addend + c));
+      if (rest)
+        store_part(total + whole, load_part(x + whole, rest) + load_part(addend + whole, rest), rest);
+    }
+    const T* from = addend ? total : x;
     Floats squares[4] = {};
     for (size_t c = 0; c < whole; c += W) {
-      const Floats v = load(x + c);
+      const Floats v = load(from + c);
       squares[c / W % 4] += v * v;
     }
     if (rest) {
-      const Floats v = load_part(x + whole, rest);
+      const Floats v = load_part(from + whole, rest);
       squares[0] += v * v;
     }
     const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / float(C);
     const float scale = 1.0f / std::sqrt(mean + epsilon);
     for (size_t c = 0; c < whole; c += W)
-      store(y + c, load(weight + c) * rounded<T>(load(x + c) * scale));
+      store(y + c, load(weight + c) * rounded<T>(load(from + c) * scale));
     if (rest)
       store_part(y + whole, load_part(weight + whole, rest) *
-                                rounded<T>(load_part(x + whole, rest) * scale), rest);
+                                rounded<T>(load_part(from + whole, rest) * scale), rest);
+    if (addend) addend += C, total += C;
   }
 }
 
