@@ -186,6 +186,25 @@ def test_mlps_in_types_that_round(
             torch.testing.assert_close(actual, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_the_statistic_of_a_prompt(
+    isa: InstructionSet, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tokens: int
+) -> None:
+    """Also of more tokens than MLPs have kernels for, and of tokens that have none of z."""
+    args = mlp_args(dtype=dtype, tokens=tokens, bias=True)
+    valid = randn(B, tokens, seed=7) > -1
+    with references():
+        expected, statistic = sirius.dense_mlp_statistic(*args, valid)
+    forbid_references(monkeypatch)
+    actual, own = sirius.dense_mlp_statistic(*args, valid)
+    near(actual, expected)
+    assert own.dtype is torch.float32
+    torch.testing.assert_close(own, statistic, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    none = torch.zeros_like(valid)
+    assert not sirius.dense_mlp_statistic(*args, none)[1].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_topk_chooses_what_the_reference_chooses(
     isa: InstructionSet, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype

@@ -33,6 +33,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[InstructionSet]:
         yield request.param
 
 
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
 def near(actual: Tensor, expected: Tensor) -> None:
     """Within a rounding or two: sums are added in another order than torch's."""
     assert actual.dtype is expected.dtype
@@ -42,9 +50,10 @@ def near(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [1, 37, 160])
-def test_rms_norm(size: int, dtype: torch.dtype) -> None:
-    x, weight = randn(2, 3, size, seed=0, dtype=dtype), randn(size, seed=1, dtype=dtype)
+@pytest.mark.parametrize(("tokens", "size"), [(3, 1), (3, 37), (3, 160), (1900, 37)])
+def test_rms_norm(tokens: int, size: int, dtype: torch.dtype) -> None:
+    """At 1900 tokens, threads share them."""
+    x, weight = randn(2, tokens, size, seed=0, dtype=dtype), randn(size, seed=1, dtype=dtype)
     exact = x.double()
     exact = weight.double() * exact / (exact.square().mean(-1, keepdim=True) + 0.1).sqrt()
     actual = rms_norm(x, weight, 0.1, dtype)
@@ -70,10 +79,11 @@ def test_add_norm_is_a_sum_and_its_norm_to_the_bit(size: int, dtype: torch.dtype
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("half", [1, 5, 24])
-def test_rotate(half: int, dtype: torch.dtype) -> None:
-    x = randn(2, 3, 4, 2 * half, seed=0, dtype=dtype).transpose(1, 2)  # heads and tokens apart
-    cosine, sine = (randn(2, 1, 3, 2 * half, seed=i, dtype=dtype) for i in (1, 2))
+@pytest.mark.parametrize(("tokens", "half"), [(3, 1), (3, 5), (3, 24), (400, 24)])
+def test_rotate(tokens: int, half: int, dtype: torch.dtype) -> None:
+    """At 400 tokens, threads share the heads, which lie apart from the tokens."""
+    x = randn(2, tokens, 4, 2 * half, seed=0, dtype=dtype).transpose(1, 2)
+    cosine, sine = (randn(2, 1, tokens, 2 * half, seed=i, dtype=dtype) for i in (1, 2))
     actual = rotate(x, cosine, sine, half)
     with references():
         assert torch.equal(actual, rotate(x, cosine, sine, half)) or dtype is torch.float32

@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sirius_runtime.kernels.arguments import (
@@ -138,36 +139,6 @@ def dense_mlp(
     return reference.dense_mlp(x, *weights, layer) if done is None else done[0]
 
 
-def _with_product(
-    operator: str,
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-) -> tuple[Tensor, Tensor] | None:
-    """y [B, T, C] and (z / ‖z‖₂)² [B, T, I], float32."""
-    weights = gate, up, down, gate_bias, up_bias, down_bias, act
-    done = _run(operator, _Choice(product=True), x, *weights)
-    library = kernels()
-    if done is None or library is None:
-        return None
-    y, z = done
-    if z is None:
-        return None
-    activity = torch.empty_like(z, dtype=torch.float32)
-    tokens = z.shape[0] * z.shape[1]
-    threads = torch.get_num_threads()
-    status = library.sirius_activity(
-        TYPES[z.dtype], z.data_ptr(), activity.data_ptr(), tokens, z.shape[2], threads
-    )
-    check(status, operator)
-    return y, activity
-
-
 def dense_mlp_statistic(
     x: Tensor,
     gate: Tensor,
@@ -180,12 +151,30 @@ def dense_mlp_statistic(
     layer: int,
     valid: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.dense_mlp_statistic`."""
+    """As `reference.dense_mlp_statistic`. A prompt's products are torch's, its statistic is not."""
     weights = gate, up, down, gate_bias, up_bias, down_bias, act
-    done = _with_product("dense_mlp_statistic", x, *weights)
-    if done is None:
+    library = kernels()
+    if (
+        library is None
+        or x.dtype not in TYPES
+        or x.device.type != "cpu"
+        or x.ndim != 3
+        or valid.dtype is not torch.bool
+        or valid.shape != x.shape[:2]
+    ):
         return reference.dense_mlp_statistic(x, *weights, layer, valid)
-    return done[0], (done[1] * valid[..., None]).sum(1)
+    y, z = _run("dense_mlp_statistic", _Choice(product=True), x, *weights) or (None, None)
+    if y is None or z is None:
+        z = reference.product(x, gate, up, gate_bias, up_bias, act).contiguous()
+        y = F.linear(z, down.t(), down_bias)
+    B, T, I = z.shape  # noqa: E741
+    statistic = z.new_empty(B, I, dtype=torch.float32)
+    status = library.sirius_statistic(
+        TYPES[z.dtype], z.data_ptr(), valid.contiguous().data_ptr(), statistic.data_ptr(), B, T, I,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    check(status, "dense_mlp_statistic")
+    return y, statistic
 
 
 def dense_mlp_activity(
@@ -201,8 +190,17 @@ def dense_mlp_activity(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.dense_mlp_activity`."""
     weights = gate, up, down, gate_bias, up_bias, down_bias, act
-    done = _with_product("dense_mlp_activity", x, *weights)
-    return reference.dense_mlp_activity(x, *weights, layer) if done is None else done
+    y, z = _run("dense_mlp_activity", _Choice(product=True), x, *weights) or (None, None)
+    library = kernels()
+    if y is None or z is None or library is None:
+        return reference.dense_mlp_activity(x, *weights, layer)
+    activity = torch.empty_like(z, dtype=torch.float32)
+    B, T, I = z.shape  # noqa: E741
+    status = library.sirius_activity(
+        TYPES[z.dtype], z.data_ptr(), activity.data_ptr(), B * T, I, torch.get_num_threads()
+    )
+    check(status, "dense_mlp_activity")
+    return y, activity
 
 
 def topk_mlp(

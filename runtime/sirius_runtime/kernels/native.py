@@ -27,8 +27,9 @@ _SIGNATURES = {
         *(_I, _P, _N, _N, _I, _F, _P, _P, _P, _I),
     ],
     "sirius_activity": [_I, _P, _P, _N, _N, _I],
-    "sirius_rms_norm": [_I, _P, _P, _P, _P, _F, _P, _N, _N],
-    "sirius_rotate": [_I, _P, _N, _N, _N, _P, _P, _P, _N, _N, _N, _N],
+    "sirius_statistic": [_I, _P, _P, _P, _N, _N, _N, _I],
+    "sirius_rms_norm": [_I, _P, _P, _P, _P, _F, _P, _N, _N, _I],
+    "sirius_rotate": [_I, _P, _N, _N, _N, _P, _P, _P, _N, _N, _N, _N, _I],
     "sirius_attention": [_I, *[_N] * 8, *[_P] * 11, _N, _N, _F, _F, _P, _P, _I, _I],
 }
 

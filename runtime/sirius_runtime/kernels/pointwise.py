@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sirius_runtime.kernels.arguments import MOST_TOKENS, TYPES, address, check, is_vector
+from sirius_runtime.kernels.arguments import TYPES, address, check, is_vector
 from sirius_runtime.kernels.native import kernels
 
 
@@ -45,7 +45,7 @@ def _is_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
         and x.dtype is dtype
         and x.device.type == "cpu"
         and is_vector(weight, dtype, x.shape[-1])
-        and 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
+        and x.numel() > 0
         and kernels() is not None
     )
 
@@ -63,7 +63,7 @@ def _norm(
     size = x.shape[-1]
     status = library.sirius_rms_norm(
         TYPES[x.dtype], x.data_ptr(), address(addend), address(total), weight.data_ptr(), epsilon,
-        y.data_ptr(), x.numel() // size, size,
+        y.data_ptr(), x.numel() // size, size, torch.get_num_threads(),
     )  # fmt: skip
     check(status, "rms_norm")
 
@@ -78,7 +78,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, half: int) -> Tensor:
         kind is not None
         and x.ndim == 4
         and x.shape[3] == 2 * half
-        and 0 < x.shape[0] * x.shape[2] <= MOST_TOKENS
+        and x.numel() > 0
         and x.stride(3) == 1
         and x.device.type == "cpu"
         and cosine.dtype is sine.dtype is x.dtype
@@ -92,7 +92,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, half: int) -> Tensor:
         check(
             library.sirius_rotate(
                 kind, x.data_ptr(), row, head, token, cosine.data_ptr(), sine.data_ptr(),
-                y.data_ptr(), B, H, T, D,
+                y.data_ptr(), B, H, T, D, torch.get_num_threads(),
             ),
             "rotate",
         )  # fmt: skip

@@ -128,23 +128,33 @@ int sirius_activity(int type, const void* z, void* y, int64_t N, int64_t I, int 
   });
 }
 
+int sirius_statistic(int type, const void* z, const void* valid, void* y, int64_t B, int64_t N,
+                     int64_t I, int threads) {
+  return with_type(type, [&](auto zero) {
+    typedef decltype(zero) T;
+    statistic<T>((const T*)z, (const uint8_t*)valid, (float*)y, size_t(B), size_t(N), size_t(I),
+                 threads);
+    return DONE;
+  });
+}
+
 int sirius_rms_norm(int type, const void* x, const void* addend, void* total, const void* weight,
-                    float epsilon, void* y, int64_t N, int64_t C) {
+                    float epsilon, void* y, int64_t N, int64_t C, int threads) {
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
     rms_norm<T>((const T*)x, (const T*)addend, (T*)total, (const T*)weight, epsilon, (T*)y,
-                size_t(N), size_t(C));
+                size_t(N), size_t(C), threads);
     return DONE;
   });
 }
 
 int sirius_rotate(int type, const void* x, int64_t row, int64_t head, int64_t token,
                   const void* cosine, const void* sine, void* y, int64_t B, int64_t H, int64_t N,
-                  int64_t D) {
+                  int64_t D, int threads) {
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
     rotate<T>((const T*)x, row, head, token, (const T*)cosine, (const T*)sine, (T*)y, size_t(B),
-              size_t(H), size_t(N), size_t(D));
+              size_t(H), size_t(N), size_t(D), threads);
     return DONE;
   });
 }
