@@ -1,4 +1,4 @@
-"""Cached attention on the CPU: the kernel for few tokens, torch's attention for a prompt's."""
+"""Cached attention on the CPU, by the kernel where it serves: of drafts, trees and prompts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from torch import Tensor
 from sirius_runtime.kernels.arguments import TYPES, address, check, is_vector
 from sirius_runtime.kernels.native import kernels
 from sirius_runtime.ops import attention as reference
-
-TOKENS = 64
-"""Tokens of a row from which on the products of attention are left to torch."""
 
 
 def cached_attention(
@@ -176,7 +173,7 @@ def _serves(
     G = k.shape[1]
     return (
         q.dtype in TYPES
-        and 1 <= T <= TOKENS
+        and T > 0
         and B > 0
         and H % G == 0
         and q.dtype is k.dtype is v.dtype is k_cache.dtype is v_cache.dtype

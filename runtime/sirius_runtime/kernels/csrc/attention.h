@@ -1,4 +1,4 @@
-// Cached tree attention of few tokens, over the slots in use and no others.
+// Cached tree attention over the slots in use and no others.
 //
 // A task has some tokens' queries of the heads that share a key/value head, one in each lane, and
 // goes through the slots in blocks, with the running maximum and sum of a softmax (Milakov and
@@ -106,6 +106,9 @@ struct Attention {
     const size_t end = block_keys ? history + M : std::min(S, history + M);
     for (size_t slot = start(b, first, tokens, history); slot < end; slot += BLOCK) {
       const size_t count = std::min(BLOCK, end - slot), used = round_up(count, KEYS);
+      const bool partly = !all_seen(b, first, tokens, slot, history);
+      // What no token sees would add zeros.
+      if (partly && !look(b, first, tokens, slot, count, history, lanes, hidden)) continue;
       const T* rows[BLOCK];
       pick(keys, block_keys, bg, slot, count, history, D, rows);
       for (size_t j = 0; j < used; j += KEYS) {
@@ -115,8 +118,6 @@ struct Attention {
         }
         Lanes<T>::scores(rows + j, queries, D, lanes, floats, scores + j * lanes);
       }
-      const bool partly = !all_seen(b, first, tokens, slot, history);
-      if (partly) look(b, first, tokens, slot, count, history, lanes, hidden);
       softmax(scores, used, partly ? hidden : nullptr, lanes, highest, total, factor);
       for (size_t i = 0; i < Q; i++)
         for (size_t begin = 0; begin < V && factor[i] != 1.0f; begin += layout.width) {
@@ -161,9 +162,11 @@ struct Attention {
   }
 
   // hidden [count padded to KEYS, lanes]: 0 where a query's token sees the slot, else minus infinity.
-  void look(size_t b, size_t first, size_t tokens, size_t slot, size_t count, size_t history,
+  // Returns whether there is any that is seen.
+  bool look(size_t b, size_t first, size_t tokens, size_t slot, size_t count, size_t history,
             size_t lanes, float* hidden) const {
     std::fill_n(hidden, round_up(count, KEYS) * lanes, -INFINITY);
+    bool any = false;
     for (size_t n = 0; n < tokens; n++) {
       const int64_t position = positions[b * N + first + n];
       const int64_t* depth = mask + b * mask_stride + (first + n) * M;
@@ -171,9 +174,11 @@ struct Attention {
         const size_t at = slot + j;
         const int64_t distance = at < history ? position - int64_t(at) : depth[at - history];
         if (distance < 0 || (window && distance >= window)) continue;
+        any = true;
         for (size_t h = 0; h < H / G; h++) hidden[j * lanes + h * tokens + n] = 0.0f;
       }
     }
+    return any;
   }
 
   // Turns scores [count, lanes] into e^(score - highest), zero where hidden; moves `highest` and
