@@ -187,6 +187,19 @@ def test_mlps_in_types_that_round(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("act", "up"), [("silu", True), ("gelu_tanh", True), ("relu2", False)])
+def test_the_mlp_of_a_prompt(
+    isa: InstructionSet, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, act: str, up: bool
+) -> None:
+    """Of more tokens than MLPs have kernels for: torch's products, and one pass between them."""
+    args = mlp_args(act, dtype, tokens=70, bias=True, up=up)
+    with references():
+        expected = sirius.dense_mlp(*args)
+    forbid_references(monkeypatch)
+    near(sirius.dense_mlp(*args), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [3, 70])
 def test_the_statistic_of_a_prompt(
     isa: InstructionSet, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tokens: int
@@ -447,15 +460,14 @@ def test_an_activation_that_kernels_do_not_know_is_the_reference_s(
 )
 def test_what_no_kernel_serves_is_left_to_the_references(change: Any) -> None:
     args = mlp_args(bias=True)
-    sirius.dense_mlp(*args)
+    sirius.topk_mlp(*args, 9)
     change(args)
     if args[0].device.type == "meta":
-        assert sirius.dense_mlp(
-            *[a.to("meta") if isinstance(a, Tensor) else a for a in args]
-        ).is_meta
+        there = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+        assert sirius.topk_mlp(*there, 9).is_meta
         return
     with pytest.raises(Fallback):
-        sirius.dense_mlp(*args)
+        sirius.topk_mlp(*args, 9)
 
 
 @pytest.mark.usefixtures("best")

@@ -136,7 +136,33 @@ def dense_mlp(
     """As `reference.dense_mlp`."""
     weights = gate, up, down, gate_bias, up_bias, down_bias, act
     done = _run("dense_mlp", _ALL, x, *weights)
-    return reference.dense_mlp(x, *weights, layer) if done is None else done[0]
+    if done is not None:
+        return done[0]
+    z = _product(x, gate, up, gate_bias, up_bias, act)
+    if z is None:
+        return reference.dense_mlp(x, *weights, layer)
+    return F.linear(z, down.t(), down_bias)
+
+
+def _product(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    act: str,
+) -> Tensor | None:
+    """act(gate x) · up x of many tokens: the products by torch, what follows them in one pass."""
+    library, code = kernels(), ACTIVATIONS.get(act)
+    if library is None or code is None or x.dtype not in TYPES or x.device.type != "cpu":
+        return None
+    g = F.linear(x, gate, gate_bias)  # contiguous, and nobody else's
+    u = None if up is None else F.linear(x, up, up_bias)
+    status = library.sirius_gated(
+        TYPES[g.dtype], code, g.data_ptr(), address(u), g.numel(), torch.get_num_threads()
+    )
+    check(status, "dense_mlp")
+    return g
 
 
 def dense_mlp_statistic(
@@ -165,7 +191,9 @@ def dense_mlp_statistic(
         return reference.dense_mlp_statistic(x, *weights, layer, valid)
     y, z = _run("dense_mlp_statistic", _Choice(product=True), x, *weights) or (None, None)
     if y is None or z is None:
-        z = reference.product(x, gate, up, gate_bias, up_bias, act).contiguous()
+        z = _product(x, gate, up, gate_bias, up_bias, act)
+        if z is None:
+            return reference.dense_mlp_statistic(x, *weights, layer, valid)
         y = F.linear(z, down.t(), down_bias)
     B, T, I = z.shape  # noqa: E741
     statistic = z.new_empty(B, I, dtype=torch.float32)

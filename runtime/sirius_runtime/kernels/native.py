@@ -27,6 +27,7 @@ _SIGNATURES = {
         *(_I, _P, _N, _N, _I, _F, _P, _P, _P, _I),
     ],
     "sirius_activity": [_I, _P, _P, _N, _N, _I],
+    "sirius_gated": [_I, _I, _P, _P, _N, _I],
     "sirius_statistic": [_I, _P, _P, _P, _N, _N, _N, _I],
     "sirius_rms_norm": [_I, _P, _P, _P, _P, _F, _P, _N, _N, _I],
     "sirius_rotate": [_I, _P, _N, _N, _N, _P, _P, _P, _N, _N, _N, _N, _I],

@@ -37,18 +37,6 @@ def _times_up(g: Tensor, x: Tensor, up: Tensor | None, up_bias: Tensor | None) -
     return g if up is None else g * F.linear(x, up, up_bias)
 
 
-def product(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    act: str,
-) -> Tensor:
-    """act(gate x) · up x of all neurons, [B, T, I]."""
-    return _times_up(_gate(x, gate, gate_bias, act), x, up, up_bias)
-
-
 def _down(z: Tensor, down: Tensor, down_bias: Tensor | None) -> Tensor:
     return F.linear(z, down.t(), down_bias)
 
@@ -67,7 +55,7 @@ def dense_mlp(
     """The dense MLP. x [B, T, C]; gate, up, down [I, C]; biases [I], [I], [C]; returns [B, T,
     C]. No `up`: a plain MLP.
     """
-    z = product(x, gate, up, gate_bias, up_bias, act)
+    z = _times_up(_gate(x, gate, gate_bias, act), x, up, up_bias)
     return _down(z, down, down_bias)
 
 
@@ -89,7 +77,7 @@ def dense_mlp_statistic(
     · up x (GRIFFIN, arXiv 2404.01365): its square root is the paper's score, and sums of chunks add
     up.
     """
-    z = product(x, gate, up, gate_bias, up_bias, act)
+    z = _times_up(_gate(x, gate, gate_bias, act), x, up, up_bias)
     unit = F.normalize(z.float(), dim=-1)
     statistic = (unit.square() * valid[..., None]).sum(1)
     return _down(z, down, down_bias), statistic
@@ -111,7 +99,7 @@ def dense_mlp_activity(
     Returns y [B, T, C] and (z / ‖z‖₂)², float32 [B, T, I]: summed over the tokens that were kept,
     it is what `dense_mlp_statistic` says of them.
     """
-    z = product(x, gate, up, gate_bias, up_bias, act)
+    z = _times_up(_gate(x, gate, gate_bias, act), x, up, up_bias)
     return _down(z, down, down_bias), F.normalize(z.float(), dim=-1).square()
 
 
@@ -174,7 +162,7 @@ def griffin_mlp(
     neurons: Tensor,
 ) -> Tensor:
     """Only the row's own `neurons` [layers, B, K] at `layer`, chosen once per prompt (GRIFFIN)."""
-    z = product(x, gate, up, gate_bias, up_bias, act)
+    z = _times_up(_gate(x, gate, gate_bias, act), x, up, up_bias)
     return _down(z * _chosen(z, neurons[layer]), down, down_bias)
 
 

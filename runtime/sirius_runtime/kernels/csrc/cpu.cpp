@@ -128,6 +128,14 @@ int sirius_activity(int type, const void* z, void* y, int64_t N, int64_t I, int 
   });
 }
 
+int sirius_gated(int type, int act, void* g, const void* u, int64_t n, int threads) {
+  return with_type(type, [&](auto zero) {
+    typedef decltype(zero) T;
+    gated<T>(Activation(act), (T*)g, (const T*)u, size_t(n), threads);
+    return DONE;
+  });
+}
+
 int sirius_statistic(int type, const void* z, const void* valid, void* y, int64_t B, int64_t N,
                      int64_t I, int threads) {
   return with_type(type, [&](auto zero) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "activations.h"
 #include "sums.h"
 
 namespace sirius {
@@ -43,6 +44,22 @@ void rms_norm(const T* x, const T* addend, T* total, const T* weight, float epsi
     if (rest)
       store_part(to + whole, load_part(weight + whole, rest) *
                                  rounded<T>(load_part(from + whole, rest) * scale), rest);
+  });
+}
+
+// g = act(g) * u, of n numbers; u may be null. Rounded between the two, as torch stores it.
+template <class T>
+void gated(Activation act, T* g, const T* u, size_t n, int threads) {
+  const size_t slab = 1024 * W, slabs = (n + slab - 1) / slab;
+  parallel(slabs, n < ALONE ? 1 : threads, [&](size_t task) {
+    const size_t begin = task * slab, end = std::min(n, begin + slab);
+    for (size_t i = begin; i < end; i += W) {
+      const size_t here = std::min(size_t(W), end - i);
+      const auto get = [&](const T* p) { return here == size_t(W) ? load(p) : load_part(p, here); };
+      Floats v = rounded<T>(activation<T>(act, get(g + i)));
+      if (u) v *= get(u + i);
+      here == size_t(W) ? store(g + i, v) : store_part(g + i, v, here);
+    }
   });
 }
 
