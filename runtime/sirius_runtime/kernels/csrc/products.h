@@ -280,79 +280,75 @@ void dots_block(const T* const* rows, const X<T>* x, const Layout& layout, size_
   if (tokens - n == 1) tile(std::integral_constant<size_t, 1>());
 }
 
-// As dots_tile for one token and rows that lie one after the other: read so, each while the next one
-// is asked for (`next` holds it), they come faster than side by side. Sums are added up as there.
+// dots of GROUP rows or fewer and up to BATCH tokens from `first` on; `known`: rows that there are.
+// Block of columns by block, so that the tokens' activations stay in the first cache.
 template <class T>
-inline void dots_alone(const T* const* rows, const T* const* next, const X<T>* x, size_t C,
-                       float sums[ROWS]) {
-  typedef Meet<T> M;
-  Floats acc[ROWS] = {};
-  for (size_t r = 0; r < ROWS; r++) {
-    const T *row = rows[r], *after = next[r];
-    Floats own = {};
-    size_t k = 0;
-#pragma GCC unroll 8
-    for (; k + M::STEP <= C; k += M::STEP) {
-      __builtin_prefetch(after + k);
-      own = M::mac(own, M::weights(row + k), M::activations(x + k));
+void dots_group(const T* const* rows, size_t count, size_t known, const X<T>* x,
+                const Layout& layout, size_t first, size_t tokens, float* out, size_t out_stride,
+                Ahead<T>& after) {
+  Floats kept[GROUP / ROWS][BATCH][ROWS];
+  float sums[BATCH][ROWS];
+  const bool few = layout.N <= TILE;  // too little is computed to hide what is asked for
+  const size_t tiles = (tokens + TILE - 1) / TILE;
+  const auto block = few || first > 0 ? dots_block<T, 0>  // later tokens find the rows in a cache
+                     : tiles < ROWS   ? dots_block<T, 2>
+                                      : dots_block<T, 1>;  // as many lines as the group's own
+  for (size_t begin = 0; begin < layout.C; begin += layout.width) {
+    const size_t end = std::min(layout.C, begin + layout.width);
+    for (size_t j = 0; j < count; j += ROWS) {
+      for (size_t r = j + ROWS; few && r < std::min(known, j + 2 * ROWS); r++) ask(rows[r]);
+      const T* own[ROWS];  // the last row again where there are fewer: read from the cache
+      for (size_t r = 0; r < ROWS; r++) own[r] = rows[std::min(j + r, count - 1)];
+      block(own, x + layout.at(first, begin), layout, tokens, begin, end, after, kept[j / ROWS],
+            sums);
+      if (end < layout.C) continue;
+      float* to = out + first * out_stride + j;
+      for (size_t n = 0; n < tokens; n++, to += out_stride)
+        if (j + ROWS <= count)
+          memcpy(to, sums[n], sizeof sums[n]);
+        else
+          std::copy_n(sums[n], count - j, to);
     }
-    if (k < C) own = M::mac(own, M::weights_part(row + k, C - k), M::activations(x + k));
-    acc[r] = own;
   }
-  sum_four(acc, sums);
+}
+
+// dots of one token and rows that lie one after the other: read so, each while the next one is asked
+// for, they come faster than side by side. Sums are added up as in dots_tile.
+template <class T>
+void dots_alone(const T* const* rows, size_t count, const X<T>* x, size_t C, float* out) {
+  typedef Meet<T> M;
+  for (size_t j = 0; j < count; j += ROWS) {
+    Floats acc[ROWS] = {};
+    for (size_t r = 0; r < ROWS; r++) {
+      const T *row = rows[std::min(j + r, count - 1)], *next = rows[std::min(j + r + 1, count - 1)];
+      Floats own = {};
+      size_t k = 0;
+#pragma GCC unroll 8
+      for (; k + M::STEP <= C; k += M::STEP) {
+        __builtin_prefetch(next + k);
+        own = M::mac(own, M::weights(row + k), M::activations(x + k));
+      }
+      if (k < C) own = M::mac(own, M::weights_part(row + k, C - k), M::activations(x + k));
+      acc[r] = own;
+    }
+    float sums[ROWS];
+    sum_four(acc, sums);
+    std::copy_n(sums, std::min(ROWS, count - j), out + j);
+  }
 }
 
 // out[n * out_stride + j] = rows[j] · x_n, of `count` rows of C weights and N tokens, x laid out as
-// `inputs` says and padded with zeros.
+// `inputs` says and padded with zeros. after: what is read next.
 template <class T>
 void dots(const T* const* rows, size_t count, const X<T>* x, size_t N, size_t C, float* out,
           size_t out_stride, Ahead<T> after = {}) {
+  const bool together = size_t(rows[count - 1] - rows[0]) < count * C;  // none is left out
+  if (N == 1 && together) return dots_alone(rows, count, x, C, out);
   const Layout layout = inputs(N, C);
-  Floats kept[GROUP / ROWS][BATCH][ROWS];
-  float sums[BATCH][ROWS];
-  if (N == 1 && size_t(rows[count - 1] - rows[0]) < count * C) {
-    for (size_t j = 0; j < count; j += ROWS) {
-      const T *own[ROWS], *next[ROWS];
-      for (size_t r = 0; r < ROWS; r++) {
-        own[r] = rows[std::min(j + r, count - 1)];
-        next[r] = rows[std::min(j + r + 1, count - 1)];
-      }
-      dots_alone<T>(own, next, x, C, sums[0]);
-      memcpy(out + j, sums[0], std::min(ROWS, count - j) * sizeof(float));
-    }
-    return;
-  }
-  for (size_t top = 0; top < count; top += GROUP) {
-    const size_t bottom = std::min(count, top + GROUP);
-    for (size_t first = 0; first < N; first += BATCH) {
-      const size_t tokens = std::min(BATCH, N - first), tiles = (tokens + TILE - 1) / TILE;
-      // As many lines as a group has, over its tiles. One tile computes little enough.
-      const size_t lines = N <= TILE || first > 0 ? 0 : tiles < ROWS ? 2 : 1;
-      for (size_t begin = 0; begin < C; begin += layout.width) {
-        const size_t end = std::min(C, begin + layout.width);
-        for (size_t j = top; j < bottom; j += ROWS) {
-          if (N <= TILE)
-            for (size_t r = j + ROWS; r < std::min(count, j + 2 * ROWS); r++) ask(rows[r]);
-          const T* own[ROWS];  // the last row again where there are fewer: read from the cache
-          for (size_t r = 0; r < ROWS; r++) own[r] = rows[std::min(j + r, bottom - 1)];
-          const X<T>* given = x + layout.at(first, begin);
-          Floats(*sum)[ROWS] = kept[(j - top) / ROWS];
-          const auto block = lines == 0   ? dots_block<T, 0>
-                             : lines == 1 ? dots_block<T, 1>
-                                          : dots_block<T, 2>;
-          block(own, given, layout, tokens, begin, end, after, sum, sums);
-          if (end < C) continue;
-          for (size_t n = 0; n < tokens; n++) {
-            float* to = out + (first + n) * out_stride + j;
-            if (j + ROWS <= bottom)
-              memcpy(to, sums[n], ROWS * sizeof(float));
-            else
-              memcpy(to, sums[n], (bottom - j) * sizeof(float));
-          }
-        }
-      }
-    }
-  }
+  for (size_t top = 0; top < count; top += GROUP)
+    for (size_t first = 0; first < N; first += BATCH)
+      dots_group(rows + top, std::min(GROUP, count - top), count - top, x, layout, first,
+                 std::min(BATCH, N - first), out + top, out_stride, after);
 }
 
 // What rows are multiplied by, for each token: a token's are `token` apart, and of a token, two rows'
