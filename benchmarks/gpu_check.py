@@ -57,7 +57,7 @@ class Case:
 
     def outputs(self, function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
         result = function(*arguments)
-        values = list(result) if isinstance(result, tuple) else [result]
+        values = list(result) if isinstance(result, tuple | list) else [result]
         return values + [arguments[index] for index in self.written]
 
     def error(self, device: torch.device) -> float:
@@ -77,6 +77,8 @@ def _error(found: Tensor, wanted: Tensor) -> float:
 
 
 def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_mapped(element, function) for element in value]
     return function(value) if isinstance(value, Tensor) else value
 
 
@@ -95,6 +97,11 @@ def linear_cases(dtype: torch.dtype, rows: int, tokens: int, width: int) -> Iter
     bias = _random(outputs, dtype=dtype)
     yield Case("linear", linear.linear, [x, weight.t().contiguous(), bias])
     yield Case("linear", linear.linear, [x, weight.t(), None])
+    sizes = (width, outputs, width // 4, 1)
+    few = [_random(n, width, dtype=dtype, scale=width**-0.5) for n in sizes]
+    some = [bias[:n] if n > 1 else None for n in sizes]
+    yield Case("linears", linear.linears, [x, few[:3], [None] * 3])
+    yield Case("linears", linear.linears, [x, few, some])
     # Scores are multiples of 1/8, and the threshold lies between two: no rounding decides.
     x = (x.float() * 4).round().div(4).to(dtype)
     threshold = 0.5 + 1 / 64

@@ -170,6 +170,10 @@ def torch_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *_: object) -> 
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down.t())
 
 
+def torch_linears(x: Tensor, weights: list[Tensor], _: object) -> tuple[Tensor, ...]:
+    return tuple(F.linear(x, weight) for weight in weights)
+
+
 def linear_cases(pool: Pool, shape: Shape, tokens: int) -> Iterator[Case]:
     x = pool.random(1, tokens, shape.hidden)
     shapes = {"q, o": (shape.hidden, shape.hidden)}
@@ -182,6 +186,17 @@ def linear_cases(pool: Pool, shape: Shape, tokens: int) -> Iterator[Case]:
         read = size[0] * size[1] * x.itemsize
         title = f"linear {name} [{size[0]}, {size[1]}]"
         yield Case(title, "linear", "linear", tokens, sets, F.linear, lambda _, read=read: read)
+    rows = shape.hidden, *[shape.groups * shape.head] * 2
+    read = sum(rows) * shape.hidden * x.itemsize
+    yield Case(
+        f"linears q, k, v [{' + '.join(map(str, rows))}, {shape.hidden}]",
+        "linear",
+        "linears",
+        tokens,
+        [(x, weights, [None] * 3) for weights in pool.sets(*((n, shape.hidden) for n in rows))],
+        torch_linears,
+        lambda _, read=read: read,
+    )
 
 
 def mlp_cases(pool: Pool, shape: Shape, tokens: int) -> Iterator[Case]:
@@ -313,7 +328,7 @@ def cases(pool: Pool, shape: Shape) -> Iterator[Case]:
 
 def error(actual: object, expected: object) -> float:
     """The largest difference over the largest value; integers may differ by near ties only."""
-    if isinstance(actual, tuple) and isinstance(expected, tuple):
+    if isinstance(actual, tuple | list) and isinstance(expected, tuple | list):
         return max(error(a, b) for a, b in zip(actual, expected, strict=True))
     assert isinstance(actual, Tensor)
     assert isinstance(expected, Tensor)

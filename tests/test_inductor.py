@@ -142,7 +142,7 @@ def test_entries_are_compiled_once(small: Compiled, cache: Path) -> None:
 
 
 def writes_the_caches_in_place(pair: Pair) -> None:
-    """Nothing as large as a layer's cache is allocated in a step."""
+    """Nothing as large as a layer's cache is allocated in a step; and q, k and v are one call."""
     session = open_session(pair.inductor, 1, 1 << 16)
     with torch.inference_mode():
         # as a decoder's, whose tensors are made in this mode
@@ -155,10 +155,15 @@ def writes_the_caches_in_place(pair: Pair) -> None:
         assert largest_allocation(session.full_step) < layer / 8
         assert largest_allocation(session.sparse_step) < layer / 8
         assert largest_allocation(caches["k_cache"][0].clone) >= layer
+        with profile(activities=[ProfilerActivity.CPU]) as watch:
+            session.full_step()
+        names = [event.name for event in watch.events()]
+        # One layer's; by themselves are its o and the head.
+        assert (names.count("sirius::linears"), names.count("sirius::linear")) == (1, 2)
     assert {name: tensor.data_ptr() for name, tensor in state_of(session).items()} == pointers
-    assert int(session.length) == len(RAGGED[2]) + 3
+    assert int(session.length) == len(RAGGED[2]) + 4
     written = caches["k_cache"][0, 0, 0].abs().sum(-1) > 0
-    assert written.sum() == len(RAGGED[2]) + 3
+    assert written.sum() == len(RAGGED[2]) + 4
 
 
 def largest_allocation(call: Callable[[], object]) -> int:

@@ -16,7 +16,7 @@ from sirius_runtime.kernels.build import InstructionSet
 from sirius_runtime.kernels.linear import linear, linears
 from sirius_runtime.kernels.native import references, using
 from sirius_runtime.kernels.pointwise import add_norm, rms_norm, rotate
-from sirius_runtime.kernels.rewrite import with_kernels
+from sirius_runtime.kernels.rewrite import with_kernels, with_linears
 from tests.support.kernels import SETS, require
 from tests.support.models import TinyModels
 from tests.support.operators import randn, sirius
@@ -271,8 +271,13 @@ def test_linears_of_one_input_are_one_call_to_the_bit() -> None:
     apart.recompile()
     arguments = (x, w, v, b)
     assert torch.equal(own(*arguments)[0], apart(*arguments)[0])
+    compiled = with_linears(module)
+    after = targets(compiled)
+    assert (after[sirius.linears.default], after[sirius.linear.default]) == (1, 1)
+    assert torch.equal(compiled(*arguments)[0], apart(*arguments)[0])
     with references():
-        torch.testing.assert_close(own(*arguments)[0], module(*arguments)[0])
+        for graph in (own, compiled):
+            torch.testing.assert_close(graph(*arguments)[0], module(*arguments)[0])
 
 
 def test_a_linear_of_a_weight_that_is_computed_stays_by_itself() -> None:
@@ -281,5 +286,23 @@ def test_a_linear_of_a_weight_that_is_computed_stays_by_itself() -> None:
         return q + aten.linear.default(x, v + q.sum())
 
     x, w, v = randn(2, 7, seed=0), randn(4, 7, seed=1), randn(4, 7, seed=2)
-    own = with_kernels(graph_of(both, x, w, v))
-    assert (targets(own)[linears], targets(own)[linear]) == (0, 2)
+    module = graph_of(both, x, w, v)
+    own = targets(with_kernels(module))
+    assert (own[linears], own[linear]) == (0, 2)
+    own = targets(with_linears(module))
+    assert (own[sirius.linears.default], own[sirius.linear.default]) == (0, 2)
+
+
+def test_a_compiled_graph_joins_no_more_linears_than_one_launch_takes() -> None:
+    def four(x: Tensor, w: Tensor, v: Tensor, u: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([aten.linear.default(x, weight) for weight in (w, v, u, t)], -1)
+
+    def five(x: Tensor, *weights: Tensor) -> Tensor:
+        return four(x, *weights[:4]) + aten.linear.default(x, weights[4])
+
+    x, *weights = randn(2, 7, seed=0), *(randn(1, 7, seed=i) for i in range(5))
+    for function, joined in ((four, 1), (five, 0)):
+        given = (x, *weights[: 4 if function is four else 5])
+        own = with_linears(graph_of(function, *given))
+        assert targets(own)[sirius.linears.default] == joined
+        near(own(*given)[0], function(*given))

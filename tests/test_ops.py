@@ -41,6 +41,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "griffin_mlp": (*mlp, neurons),
         "griffin_cats_mlp": (*mlp, neurons, 0.1),
         "linear": (linear[0], linear[1].t(), linear[2]),
+        "linears": (linear[0], [linear[1].t(), linear[1].t()[1:]], [linear[2], None]),
         "sparse_linear": (*linear, 0.3),
         "dense_moe": moe,
         "topk_moe": (*moe, 7),

@@ -1,10 +1,13 @@
-"""Linears that skip input channels, against the loop of `tests.support.naive`."""
+"""Linears of one input, and those that skip input channels, against `tests.support.naive`."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from sirius_runtime.kernels.native import references
 from tests.support import naive
 from tests.support.operators import (
     CHANNELS,
@@ -13,8 +16,25 @@ from tests.support.operators import (
     TOKENS,
     assert_near,
     linear_args,
+    randn,
     sirius,
 )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_linears(kernels: bool, tokens: int, dtype: torch.dtype) -> None:
+    x = linear_args(dtype, tokens=tokens)[0]
+    sizes = (4, 1, 9)
+    weights = [randn(n, CHANNELS, seed=n, dtype=dtype) for n in sizes]
+    biases = [randn(4, seed=0, dtype=dtype), None, randn(9, seed=1, dtype=dtype)]
+    with nullcontext() if kernels else references():
+        found = sirius.linears(x, weights, biases)
+    for y, weight, bias in zip(found, weights, biases, strict=True):
+        rows = [[naive.linear(t, weight, bias) for t in row] for row in x.double().tolist()]
+        assert_near(y, torch.tensor(rows, dtype=dtype))
+        assert y.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

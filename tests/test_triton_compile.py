@@ -28,7 +28,7 @@ from tests.support.triton_compiling import (  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KERNELS = {
-    *("linear", "neurons", "live_neurons", "weighted_rows", "add_up", "kept_channels"),
+    *("linears", "neurons", "live_neurons", "weighted_rows", "add_up", "kept_channels"),
     *("kth_largest", "select", "store_kv", "attend", "merge"),
 }
 SHARED = {80: 163 << 10, 90: 227 << 10}
@@ -49,12 +49,13 @@ def h100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_each_kernel_compiles() -> None:
     """For one token and for several; the slow test has the rest."""
     launches = {
-        (launch.kernel.__name__, launch.values.get("TOKENS")): launch
+        (name, launch.values.get("TOKENS"), launch.values.get("COUNT")): launch
         for tokens in (1, 8)
         for launch in all_launches(LLAMA_8B, torch.bfloat16, 1, tokens)
+        for name in (launch.kernel.__name__,)
     }
-    assert {name for name, _ in launches} == KERNELS
-    for (name, tokens), launch in launches.items():
+    assert {name for name, _, _ in launches} == KERNELS
+    for (name, tokens, _), launch in launches.items():
         ptx = compile_launch(launch, 90).asm["ptx"]
         if tokens is not None:  # it streams weights: 16 bytes a thread at once
             assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg", ptx), name

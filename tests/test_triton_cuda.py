@@ -44,11 +44,13 @@ def only_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def on_gpu(value: Any) -> Any:
+    if isinstance(value, list):
+        return [on_gpu(element) for element in value]
     return value.cuda() if isinstance(value, Tensor) else value
 
 
 def near(actual: Any, expected: Any) -> None:
-    if isinstance(expected, tuple):
+    if isinstance(expected, tuple | list):
         for one, other in zip(actual, expected, strict=True):
             near(one, other)
         return
@@ -70,6 +72,7 @@ def calls(dtype: torch.dtype, tokens: int) -> list[tuple[str, list[Any]]]:
     return [
         ("linear", [x, weight, bias]),
         ("linear", [x, by_inputs.t(), None]),
+        ("linears", [x, [weight, weight[:37], gate], [bias, None, None]]),
         ("sparse_linear", [x, by_inputs, None, None, 0.7]),
         ("sparse_linear", [x, by_inputs, bias, None, 100.0]),
         ("dense_mlp", gated),
@@ -96,9 +99,8 @@ def test_operators(dtype: torch.dtype, tokens: int) -> None:
 
 
 def near_bits(actual: Any, expected: Any) -> None:
-    pairs = (
-        zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
-    )
+    several = isinstance(expected, tuple | list)
+    pairs = zip(actual, expected, strict=True) if several else [(actual, expected)]
     assert all(torch.equal(one, other) for one, other in pairs)
 
 

@@ -105,11 +105,11 @@ def operator(name: str) -> Any:
 
 
 def test_every_kernel_of_the_cpu_has_one_on_cuda() -> None:
-    from sirius_runtime.kernels.register import _KERNELS
+    from sirius_runtime.kernels.register import KERNELS
 
     names = [o.__name__ for o in operators.operators()]
     mixtures = {"dense_moe", "topk_moe", "experts_moe"}  # the references', on CUDA
-    assert set(names) | mixtures == {kernel.__name__ for kernel in _KERNELS}
+    assert set(names) | mixtures == {kernel.__name__ for kernel in KERNELS}
     assert not mixtures & set(names)
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sirius::{name}", "CUDA")

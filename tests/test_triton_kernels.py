@@ -37,7 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def near(actual: Any, expected: Any) -> None:
     """Equal, or near where the values are not integers; tuples element by element."""
-    if isinstance(expected, tuple):
+    if isinstance(expected, tuple | list):
         for one, other in zip(actual, expected, strict=True):
             near(one, other)
         return
@@ -100,6 +100,38 @@ def test_linear(dtype: torch.dtype, tokens: int, bias: bool, by_inputs: bool) ->
     if by_inputs:
         weight = weight.t().contiguous().t()
     near(linear.linear(x, weight, offset), expected.to(dtype))
+
+
+@pytest.mark.usefixtures("small")
+# The parts' sums are added up with what lies between them, whatever that is.
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linears(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tokens: int, splits: int
+) -> None:
+    """Of sizes that are less than a block of rows, more, and just two; with and without biases."""
+    monkeypatch.setattr(tiles, "linear_splits", lambda *_: splits)
+    x = randn(1, tokens, C, seed=0, dtype=dtype)
+    sizes = (O, 7, 32, 1)
+    weights = [randn(n, C, seed=n, dtype=dtype) for n in sizes]
+    weights[1] = torch.cat([weights[1], weights[1]], 1)[:, C:]  # rows that lie further apart
+    biases = [None if n == 7 else randn(n, seed=n + 1, dtype=dtype) for n in sizes]
+    expected = tuple(
+        (x.double() @ weight.double().t() + (0 if bias is None else bias.double())).to(dtype)
+        for weight, bias in zip(weights, biases, strict=True)
+    )
+    for count in (2, 3, 4):
+        near(linear.linears(x, weights[:count], biases[:count]), expected[:count])
+    found = linear.linears(x, weights[:3], [None] * 3)
+    assert found is not None
+    for y, weight in zip(found, weights, strict=False):
+        alone = linear.linear(x, weight)
+        assert alone is not None
+        assert torch.equal(y, alone)
+        assert y.is_contiguous()
+        assert y.data_ptr() % 16 == 0  # as compiled code expects it
 
 
 @pytest.mark.usefixtures("small")
@@ -176,6 +208,7 @@ def test_the_tiles_that_run(dtype: torch.dtype, tokens: int) -> None:
     calls = [
         (linear.linear, sirius.linear, [x, gate]),
         (linear.linear, sirius.linear, [x[..., :70], gate.t()]),
+        (linear.linears, sirius.linears, [x, [gate, up[:3], down], [None] * 3]),
         (linear.sparse_linear, sirius.sparse_linear, [x, gate.t().contiguous(), None, None, 0.7]),
         (mlp.dense_mlp, sirius.dense_mlp, [x, *mlp_weights]),
         (mlp.cats_mlp, sirius.cats_mlp, [x, *mlp_weights, 0.3]),
@@ -310,6 +343,8 @@ def test_more_tokens_than_kernels_take() -> None:
     most = tiles.MOST_TOKENS
     assert linear.linear(randn(most, C, seed=0), randn(O, C, seed=1)) is not None
     assert linear.linear(randn(most + 1, C, seed=0), randn(O, C, seed=1)) is None
+    weights = [randn(O, C, seed=1)] * 2
+    assert linear.linears(randn(most + 1, C, seed=0), weights, [None] * 2) is None
     assert mlp.dense_mlp(*mlp_args(rows=most // T + 1)) is None
     assert mlp.cats_mlp(*mlp_args(tokens=most + 1), 0.3) is None
     x = randn(1, most + 1, C, seed=0)
@@ -335,6 +370,17 @@ def test_other_arguments(change: Any) -> None:
     assert mlp.dense_mlp(*args) is None
     assert mlp.topk_mlp(*args, 5) is None
     assert mlp.griffin_mlp(*args, some_neurons(5)) is None
+
+
+def test_other_weights_of_one_input() -> None:
+    x, weight = randn(1, T, C, seed=0), randn(O, C, seed=1)
+    assert linear.linears(x, [weight] * 4, [None] * 4) is not None
+    assert linear.linears(x, [weight] * 5, [None] * 5) is None
+    assert linear.linears(x, [], []) is None
+    for other in (weight.half(), weight[:, 1:], weight[:0], weight.t().contiguous().t()):
+        assert linear.linears(x, [weight, other], [None] * 2) is None
+    assert linear.linears(x, [weight] * 2, [None, randn(O + 1, seed=2)]) is None
+    assert linear.linears(x.double(), [weight.double()] * 2, [None] * 2) is None
 
 
 def test_other_neurons() -> None:

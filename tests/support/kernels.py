@@ -14,7 +14,7 @@ SETS = list(InstructionSet)
 
 _REFERENCES = {
     attention: ["cached_attention", "block_attention"],
-    linear: ["linear", "sparse_linear"],
+    linear: ["linear", "linears", "sparse_linear"],
     mlp: [
         *("dense_mlp", "dense_mlp_statistic", "dense_mlp_activity", "topk_mlp", "cats_mlp"),
         *("griffin_mlp", "griffin_cats_mlp"),

@@ -60,7 +60,7 @@ def interpreting() -> Iterator[None]:
     ]
     # The interpreter patches the language at each call of a function, which takes longer than the
     # function, and does not always take it back. Once for all is enough.
-    scopes = [interpreter._patch_lang(f) for f in (language.standard.sum.fn, products.linear.fn)]
+    scopes = [interpreter._patch_lang(f) for f in (language.standard.sum.fn, products.linears.fn)]
     for scope in scopes:
         # Triton 3.6 makes loop bounds of arrays of one element, which NumPy 2.4 refuses.
         scope.set_attr(language.tensor, "__index__", lambda self: self.handle.data.item())

@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linears(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """`linear` of each weight and its bias, in one call: what waits for all threads, waits once."""
+    """As `reference.linears`: what waits for all threads, waits once."""
     kind = TYPES.get(x.dtype)
     C = x.shape[-1] if x.ndim else 0
     tokens = x.numel() // C if C else 0

@@ -10,6 +10,7 @@ KERNELS = (
     attention.cached_attention,
     attention.block_attention,
     linear.linear,
+    linear.linears,
     linear.sparse_linear,
     mlp.dense_mlp,
     mlp.dense_mlp_statistic,

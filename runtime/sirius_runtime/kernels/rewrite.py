@@ -33,6 +33,9 @@ from sirius_runtime.kernels.reinplace import write_in_place
 
 aten = torch.ops.aten
 
+_MOST_COMPILED = 4
+"""Linears that a compiled graph joins: as many as one launch takes on CUDA."""
+
 
 def with_kernels(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a graph, and of those that its control flow runs, with kernels in it."""
@@ -42,7 +45,7 @@ def with_kernels(module: fx.GraphModule) -> fx.GraphModule:
         if isinstance(part, fx.GraphModule):
             for node in list(part.graph.nodes):
                 _rewrite(node)
-            _join_linears(part.graph)
+            _join_linears(part.graph, linear, linears, MOST_LINEARS)
             _join_sums(part.graph)
             as_python(part.graph)
             part.graph.lint()
@@ -51,12 +54,15 @@ def with_kernels(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def with_linears(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph with kernels for its linears alone: what a compiler that fuses the rest is
-    to call.
+    """A copy of a graph with operators for its linears alone, `sirius.linears` for those that share
+    an input: what a compiler that fuses the rest is to call.
     """
     own = copy.deepcopy(module)
     for node in own.graph.find_nodes(op="call_function", target=aten.linear.default):
         node.target = torch.ops.sirius.linear.default
+    sirius = torch.ops.sirius
+    _join_linears(own.graph, sirius.linear.default, sirius.linears.default, _MOST_COMPILED)
+    own.graph.lint()
     own.recompile()
     return own
 
@@ -83,18 +89,20 @@ def _rewrite(node: fx.Node) -> None:
             return
 
 
-def _join_linears(graph: fx.Graph) -> None:
-    """Makes one call of the linears that share an input, and whose weights the graph is given."""
+def _join_linears(graph: fx.Graph, single: Any, joined: Any, most: int) -> None:
+    """Makes one call of the linears that share an input, and whose weights the graph is given;
+    where they are more than `most`, they stay.
+    """
     groups: dict[Any, list[fx.Node]] = {}
-    for node in graph.find_nodes(op="call_function", target=linear):
+    for node in graph.find_nodes(op="call_function", target=single):
         if all(value.op == "placeholder" for value in node.all_input_nodes[1:]):
             groups.setdefault(node.args[0], []).append(node)
     for x, nodes in groups.items():
-        if not 2 <= len(nodes) <= MOST_LINEARS:
+        if not 2 <= len(nodes) <= most:
             continue
         weights, biases = zip(*((*node.args[1:], None)[:2] for node in nodes), strict=True)
         with graph.inserting_before(nodes[0]):
-            joint = graph.call_function(linears, (x, weights, biases))
+            joint = graph.call_function(joined, (x, weights, biases))
             for index, node in enumerate(nodes):
                 node.replace_all_uses_with(graph.call_function(operator.getitem, (joint, index)))
         for node in nodes:

@@ -6,6 +6,8 @@ skipping it skips the row. The reference computes every channel and masks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     stands behind it.
     """
     return F.linear(x, weight, bias)
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """`linear` of each weight and its bias, all of one x.
+
+    No graph says so: device graphs call it for the queries, keys and values of a layer, which are
+    then one call of a kernel.
+    """
+    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def sparse_linear(
@@ -46,7 +57,12 @@ def _fake_linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def _fake_linears(x: Tensor, weights: Sequence[Tensor], _: object) -> list[Tensor]:
+    return [_fake_linear(x, weight) for weight in weights]
+
+
 define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", linear, _fake_linear)
+define("linears(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]", linears, _fake_linears)
 define(
     "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float threshold) -> "
     "(Tensor, Tensor)",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,10 @@ from sirius_runtime.kernels.cuda.arguments import TYPES, given, is_matrix, is_ve
 from sirius_runtime.kernels.cuda.device import channels, products
 from sirius_runtime.kernels.cuda.launch import launch
 from sirius_runtime.kernels.cuda.sums import add_up, sum_of_rows
+
+MOST_LINEARS = 4
+"""Weights that one launch takes."""
+_ALIGNED = 8  # elements: 16 bytes at least, which compiled code expects of a tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -29,37 +36,77 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | No
         return None
     x_TC = x.reshape(tokens, C).contiguous()
     if is_matrix(weight, x, O, C):
-        y = _by_outputs(x_TC, weight, bias)
-    elif is_matrix(weight.t(), x, C, O):
+        return _by_outputs(x, x_TC, (weight,), (bias,))[0]
+    if is_matrix(weight.t(), x, C, O):
         y = sum_of_rows(x_TC[None], weight.t(), None, None, bias)
-    else:
+        return y.view(*x.shape[:-1], O)
+    return None
+
+
+def linears(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...] | None:
+    """As the reference `sirius_runtime.ops.linear.linears`: one launch, and where sums are in parts
+    another that adds them up.
+    """
+    if x.dtype not in TYPES or x.ndim == 0 or x.numel() == 0:
         return None
-    return y.view(*x.shape[:-1], O)
+    C = x.shape[-1]
+    tokens = x.numel() // C
+    if not (
+        1 <= len(weights) == len(biases) <= MOST_LINEARS
+        and tokens <= tiles.MOST_TOKENS
+        and all(w.ndim == 2 and len(w) > 0 and is_matrix(w, x, len(w), C) for w in weights)
+        and all(
+            is_vector(bias, x.dtype, x.device, len(weight))
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+    ):
+        return None
+    return _by_outputs(x, x.reshape(tokens, C).contiguous(), weights, biases)
 
 
-def _by_outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    T, C = x.shape
-    O = weight.shape[0]  # noqa: E741
-    tile = tiles.products(T, O, C, x.dtype, 1, x.device)
-    blocks, steps = -(-O // tile.rows), -(-C // tile.channels)
+def _by_outputs(
+    x: Tensor, x_TC: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Parts of one buffer, each contiguous and aligned as a tensor of its own would be."""
+    T, C = x_TC.shape
+    outputs = [len(weight) for weight in weights]
+    tile = tiles.products(T, sum(outputs), C, x.dtype, 1, x.device)
+    blocks, steps = sum(-(-n // tile.rows) for n in outputs), -(-C // tile.channels)
     splits = tiles.linear_splits(steps, blocks, x.device)
     each = -(-steps // splits)
     splits = -(-steps // each)
-    y = x.new_empty(T, O)
-    sums = y if splits == 1 else x.new_empty(splits, T, O, dtype=torch.float32)
+    before = (-(-T * n // _ALIGNED) * _ALIGNED for n in outputs[:-1])
+    starts = list(accumulate(before, initial=0))
+    size = starts[-1] + T * outputs[-1]
+    y = x.new_empty(size)
+    sums = y if splits == 1 else x.new_empty(splits, 1, size, dtype=torch.float32)
+    # What the kernel is told not to use is the first weight's again.
+    slots = [*range(len(weights)), *[0] * (MOST_LINEARS - len(weights))]
     launch(
-        products.linear,
+        products.linears,
         (blocks, splits),
         x.device,
-        (x, weight, given(bias, x), sums, T, C, O, C, weight.stride(0), each * tile.channels),
+        (
+            *(x_TC, *(weights[i] for i in slots), *(given(biases[i], x_TC) for i in slots)),
+            *(sums, T, C, *(outputs[i] for i in slots)),
+            *(C, *(weights[i].stride(0) for i in slots), each * tile.channels, size),
+        ),
         tile,
-        HAS_BIAS=bias is not None and splits == 1,
-        PARTIAL=splits > 1,
+        COUNT=len(weights),
+        BIASES=sum(1 << i for i, bias in enumerate(biases) if bias is not None),
+        ALIGNED=_ALIGNED,
         TOKENS=tiles.padded(T),
         ROWS=tile.rows,
         CHANNELS=tile.channels,
     )
-    return y if splits == 1 else add_up(sums, bias, y)
+    if splits > 1:
+        add_up(sums, None, y)
+    return tuple(
+        y[start : start + T * n].view(*x.shape[:-1], n)
+        for start, n in zip(starts, outputs, strict=True)
+    )
 
 
 def sparse_linear(

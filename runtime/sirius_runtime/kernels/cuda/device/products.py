@@ -102,30 +102,71 @@ def _times_two_rows(
 
 
 @triton.jit
-def linear(
-    x, weight, bias, y, T, C, O, stride_x, stride_w, per_split,
-    HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr,
+def _past(
+    block, index, start, weight, bias, O, stride, T, next_weight, next_bias, next_O, next_stride,
+    ROWS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Where a block is, of the weight `index` or, past its last row, of the next one."""
+    blocks = tl.cdiv(O, ROWS)
+    past = block >= blocks
+    return (
+        tl.where(past, block - blocks, block),
+        tl.where(past, index + 1, index),
+        tl.where(past, start + tl.cdiv(T * O, ALIGNED) * ALIGNED, start),
+        tl.where(past, next_weight, weight),
+        tl.where(past, next_bias, bias),
+        tl.where(past, next_O, O),
+        tl.where(past, next_stride, stride),
+    )
+
+
+@triton.jit
+def linears(
+    x, weight, weight_1, weight_2, weight_3, bias, bias_1, bias_2, bias_3, y, T, C,
+    O, O_1, O_2, O_3, stride_x, stride, stride_1, stride_2, stride_3, per_split, size,
+    COUNT: tl.constexpr, BIASES: tl.constexpr, ALIGNED: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y [T, O] of x [T, C] and weight [O, C]; grid (blocks of O, splits of C).
+    """y [T, O] of x [T, C] and weight [O, C], for the first COUNT of the weights; grid (blocks of
+    each O, splits of C).
 
-    PARTIAL: y is [splits, T, O], float32: sums over `per_split` channels each.
+    Each weight's y begins at a multiple of ALIGNED in the `size` elements of a split; with several
+    splits they are float32, sums over `per_split` channels each, and the first has the biases.
+    BIASES: bit i says whether weight i has one.
     """
     split = tl.program_id(1)
-    o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(0)
+    index, start = 0, 0
+    if COUNT > 1:
+        block, index, start, weight, bias, O, stride = _past(
+            block, index, start, weight, bias, O, stride, T, weight_1, bias_1, O_1, stride_1,
+            ROWS, ALIGNED,
+        )  # fmt: skip
+    if COUNT > 2:
+        block, index, start, weight, bias, O, stride = _past(
+            block, index, start, weight, bias, O, stride, T, weight_2, bias_2, O_2, stride_2,
+            ROWS, ALIGNED,
+        )  # fmt: skip
+    if COUNT > 3:
+        block, index, start, weight, bias, O, stride = _past(
+            block, index, start, weight, bias, O, stride, T, weight_3, bias_3, O_3, stride_3,
+            ROWS, ALIGNED,
+        )  # fmt: skip
+    o = block * ROWS + tl.arange(0, ROWS)
     live = o < O
     begin = split * per_split
     end = tl.minimum(begin + per_split, C)
     total = _times_rows(
-        x, T, stride_x, weight + o.to(tl.int64) * stride_w, live, begin, end,
+        x, T, stride_x, weight + o.to(tl.int64) * stride, live, begin, end,
         TOKENS, ROWS, CHANNELS,
     )  # fmt: skip
-    if HAS_BIAS:
-        total += tl.load(bias + o, mask=live, other=0.0).to(tl.float32)[None, :]
+    if BIASES != 0:
+        biased = tl.where(split == 0, O, 0)
+        if COUNT > 1:
+            biased *= (BIASES >> index) & 1
+        total += tl.load(bias + o, mask=o < biased, other=0.0).to(tl.float32)[None, :]
     t = tl.arange(0, TOKENS)
-    at = t[:, None] * O + o[None, :]
-    if PARTIAL:
-        at += split * T * O
+    at = split * size + start + t[:, None] * O + o[None, :]
     tl.store(y + at, narrowed(total, y.dtype.element_ty), mask=(t < T)[:, None] & live[None, :])
 
 
