@@ -31,7 +31,9 @@ def test_its_calls_are_served_and_right(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(gpu_kernels, "launchers", lambda name, _: MODULES[name])
     monkeypatch.setattr(gpu_kernels, "ROTATED", 1)
     monkeypatch.setattr(gpu_kernels, "SKIPPED", (0.5,))
-    torch.manual_seed(1)
+    torch.manual_seed(
+        1
+    )  # with 0, topk's last two scores are equal in bfloat16, and either is right
     pool = gpu_kernels.Pool(torch.bfloat16, CPU, 1 << 20, 1)
     pool.buffer *= 20  # gates that differ, at so few channels
     ran: dict[str, set[int]] = {}
@@ -49,12 +51,8 @@ def test_its_calls_are_served_and_right(monkeypatch: pytest.MonkeyPatch) -> None
         # What an operator returns besides its result are counts and the like.
         for one, other in zip(flattened(dense), flattened(done), strict=False):
             assert one.shape == other.shape
-        if case.operator in (
-            "linear",
-            "linears",
-            "dense_mlp",
-            "cached_attention",
-        ):  # nothing is skipped
+        skips = case.operator not in ("linear", "linears", "dense_mlp", "cached_attention")
+        if not skips:
             assert gpu_kernels.error(done, dense) < 0.02, case.name
         read = case.bytes(done)
         assert read == int(read) > 0
