@@ -206,7 +206,7 @@ def test_the_statistic_of_a_prompt(
 ) -> None:
     """Also of more tokens than MLPs have kernels for, and of tokens that have none of z."""
     args = mlp_args(dtype=dtype, tokens=tokens, bias=True)
-    valid = randn(B, tokens, seed=7) > -1
+    valid = (randn(tokens, B, seed=7) > -1).t()
     with references():
         expected, statistic = sirius.dense_mlp_statistic(*args, valid)
     forbid_references(monkeypatch)

@@ -50,6 +50,9 @@ FAST = {
 THRESHOLDS = {"qwen3": 0.12}
 """Other than the usual 0.1: there qwen3 gives a token of griffin's tree 0.099999994, which is as
 good as equal, and decided by how sums are rounded."""
+ROUNDED = {("mistral", "teal", 4): [9, 8, 7]}
+"""First prompts other than [7, 8, 9]: there a channel's score is its threshold but for the last bit
+(1.1757811 and 1.1757812), and sums of another order decide otherwise."""
 RAGGED = [[7, 8, 9], [50, 30, 11, 22, 60], [4 * i + 7 for i in range(15)]]
 ENDLESS: dict[str, Any] = {"eos_token_id": []}
 
@@ -86,8 +89,9 @@ def test_the_shipped_model(pairs: Pairs, method: str, width: int) -> None:
 )
 def test_families(pairs: Pairs, family: str, method: str, width: int) -> None:
     pair = pairs(method, width, 4, family, **FAMILIES[family])
+    rows = [ROUNDED.get((family, method, width), RAGGED[0]), *RAGGED[1:]]
     for mode in MODES:
-        for prompts in (RAGGED[:1], RAGGED):
+        for prompts in (rows[:1], rows):
             threshold = THRESHOLDS.get(family, 0.1)
             pair.agree(prompts, mode=mode, threshold=threshold, **ENDLESS)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,34 +136,39 @@ def dense_mlp(
 ) -> Tensor:
     """As `reference.dense_mlp`."""
     weights = gate, up, down, gate_bias, up_bias, down_bias, act
-    done = _run("dense_mlp", _ALL, x, *weights)
-    if done is not None:
-        return done[0]
-    z = _product(x, gate, up, gate_bias, up_bias, act)
-    if z is None:
-        return reference.dense_mlp(x, *weights, layer)
-    return F.linear(z, down.t(), down_bias)
+    done = _run("dense_mlp", _ALL, x, *weights) or _by_torch(x, *weights)
+    return reference.dense_mlp(x, *weights, layer) if done is None else done[0]
 
 
-def _product(
+def _by_torch(
     x: Tensor,
     gate: Tensor,
     up: Tensor | None,
+    down: Tensor,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
+    down_bias: Tensor | None,
     act: str,
-) -> Tensor | None:
-    """act(gate x) · up x of many tokens: the products by torch, what follows them in one pass."""
+) -> tuple[Tensor, Tensor] | None:
+    """y [B, T, C] and z = act(gate x) · up x [B, T, I] of many tokens: the products by torch, what
+    stands between them in one pass.
+    """
     library, code = kernels(), ACTIVATIONS.get(act)
     if library is None or code is None or x.dtype not in TYPES or x.device.type != "cpu":
         return None
-    g = F.linear(x, gate, gate_bias)  # contiguous, and nobody else's
+    z = F.linear(x, gate, gate_bias)  # contiguous, and nobody else's
     u = None if up is None else F.linear(x, up, up_bias)
     status = library.sirius_gated(
-        TYPES[g.dtype], code, g.data_ptr(), address(u), g.numel(), torch.get_num_threads()
+        TYPES[z.dtype], code, z.data_ptr(), address(u), z.numel(), torch.get_num_threads()
     )
     check(status, "dense_mlp")
-    return g
+    return F.linear(z, down.t(), down_bias), z
+
+
+def _with_product(operator: str, x: Tensor, *weights: Any) -> tuple[Tensor, Tensor] | None:
+    """y and z, as `_by_torch` has them, by a kernel where it serves."""
+    y, z = _run(operator, _Choice(product=True), x, *weights) or (None, None)
+    return _by_torch(x, *weights) if y is None or z is None else (y, z)
 
 
 def dense_mlp_statistic(
@@ -177,28 +183,19 @@ def dense_mlp_statistic(
     layer: int,
     valid: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.dense_mlp_statistic`. A prompt's products are torch's, its statistic is not."""
+    """As `reference.dense_mlp_statistic`."""
     weights = gate, up, down, gate_bias, up_bias, down_bias, act
-    library = kernels()
-    if (
-        library is None
-        or x.dtype not in TYPES
-        or x.device.type != "cpu"
-        or x.ndim != 3
-        or valid.dtype is not torch.bool
-        or valid.shape != x.shape[:2]
-    ):
+    library, done = kernels(), None
+    if x.ndim == 3 and valid.dtype is torch.bool and valid.shape == x.shape[:2]:
+        done = _with_product("dense_mlp_statistic", x, *weights)
+    if done is None or library is None:
         return reference.dense_mlp_statistic(x, *weights, layer, valid)
-    y, z = _run("dense_mlp_statistic", _Choice(product=True), x, *weights) or (None, None)
-    if y is None or z is None:
-        z = _product(x, gate, up, gate_bias, up_bias, act)
-        if z is None:
-            return reference.dense_mlp_statistic(x, *weights, layer, valid)
-        y = F.linear(z, down.t(), down_bias)
+    y, z = done
     B, T, I = z.shape  # noqa: E741
+    valid = valid.contiguous()
     statistic = z.new_empty(B, I, dtype=torch.float32)
     status = library.sirius_statistic(
-        TYPES[z.dtype], z.data_ptr(), valid.contiguous().data_ptr(), statistic.data_ptr(), B, T, I,
+        TYPES[z.dtype], z.data_ptr(), valid.data_ptr(), statistic.data_ptr(), B, T, I,
         torch.get_num_threads(),
     )  # fmt: skip
     check(status, "dense_mlp_statistic")
@@ -218,14 +215,19 @@ def dense_mlp_activity(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.dense_mlp_activity`."""
     weights = gate, up, down, gate_bias, up_bias, down_bias, act
-    y, z = _run("dense_mlp_activity", _Choice(product=True), x, *weights) or (None, None)
     library = kernels()
-    if y is None or z is None or library is None:
+    done = _with_product("dense_mlp_activity", x, *weights)
+    if done is None or library is None:
         return reference.dense_mlp_activity(x, *weights, layer)
+    y, z = done
     activity = torch.empty_like(z, dtype=torch.float32)
-    B, T, I = z.shape  # noqa: E741
     status = library.sirius_activity(
-        TYPES[z.dtype], z.data_ptr(), activity.data_ptr(), B * T, I, torch.get_num_threads()
+        TYPES[z.dtype],
+        z.data_ptr(),
+        activity.data_ptr(),
+        z.numel() // z.shape[-1],
+        z.shape[-1],
+        torch.get_num_threads(),
     )
     check(status, "dense_mlp_activity")
     return y, activity
