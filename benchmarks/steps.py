@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--skipped", type=float, nargs="+", default=SKIPPED)
-    parser.add_argument("--verify", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--verify", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--compiled", action="store_true", help="entries compiled by inductor")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--plot", type=Path, help="tokens/s over advance, to this PNG file")
