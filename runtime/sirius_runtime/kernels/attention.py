@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,19 +30,20 @@ def cached_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """As `reference.cached_attention`; IndexError for a slot that is not there."""
-    where = positions, slots, length, tree_mask
-    if not _serves(q, k, v, k_cache, v_cache, where, window, softcap, sinks):
-        return reference.cached_attention(
-            q, k, v, k_cache, v_cache, positions, slots, length, tree_mask, layer, scale, window,
-            softcap, sinks,
-        )  # fmt: skip
-    return _run(
-        "cached_attention", q, k, v, k_cache[layer], v_cache[layer], None, None, positions, slots,
-        length, tree_mask, scale, window, softcap, sinks,
+    return _cached(
+        q, k, v, k_cache, v_cache, positions, slots, length, tree_mask, layer, scale, window,
+        softcap, sinks,
     )  # fmt: skip
 
 
-def cached_attention_by_tokens(
+def cached_attention_by_tokens(*args: Any) -> Tensor:
+    """As `cached_attention`, for graphs that go on with a token's heads side by side: they lie so
+    in memory, and need not be copied.
+    """
+    return _cached(*args, by_tokens=True)
+
+
+def _cached(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -56,10 +58,9 @@ def cached_attention_by_tokens(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None = None,
+    *,
+    by_tokens: bool = False,
 ) -> Tensor:
-    """As `cached_attention`, for graphs that go on with a token's heads side by side: they lie so
-    in memory, and need not be copied.
-    """
     where = positions, slots, length, tree_mask
     if not _serves(q, k, v, k_cache, v_cache, where, window, softcap, sinks):
         return reference.cached_attention(
@@ -68,7 +69,7 @@ def cached_attention_by_tokens(
         )  # fmt: skip
     return _run(
         "cached_attention", q, k, v, k_cache[layer], v_cache[layer], None, None, positions, slots,
-        length, tree_mask, scale, window, softcap, sinks, by_tokens=True,
+        length, tree_mask, scale, window, softcap, sinks, by_tokens=by_tokens,
     )  # fmt: skip
 
 

@@ -70,7 +70,9 @@ def with_linears(module: fx.GraphModule) -> fx.GraphModule:
 @functools.cache
 def _functions() -> dict[Any, Any]:
     """The functions that take the places of operators."""
-    own = {getattr(torch.ops.sirius, kernel.__name__).default: kernel for kernel in KERNELS}
+    own: dict[Any, Any] = {
+        getattr(torch.ops.sirius, kernel.__name__).default: kernel for kernel in KERNELS
+    }
     own[torch.ops.sirius.cached_attention.default] = cached_attention_by_tokens
     own[aten.linear.default] = linear
     return own

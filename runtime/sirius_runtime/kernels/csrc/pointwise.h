@@ -12,6 +12,21 @@ namespace sirius {
 
 constexpr size_t ALONE = 1 << 17;  // numbers that are sooner done than shared among threads
 
+template <class T>
+float sum_of_squares(const T* x, size_t C) {
+  const size_t whole = C / W * W, rest = C - whole;
+  Floats squares[4] = {};
+  for (size_t c = 0; c < whole; c += W) {
+    const Floats v = load(x + c);
+    squares[c / W % 4] += v * v;
+  }
+  if (rest) {
+    const Floats v = load_part(x + whole, rest);
+    squares[0] += v * v;
+  }
+  return sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+}
+
 // y = weight * (x / √(mean x² + ε)) of N tokens of C; where there is an addend, of total = x + addend.
 template <class T>
 void rms_norm(const T* x, const T* addend, T* total, const T* weight, float epsilon, T* y, size_t N,
@@ -27,17 +42,7 @@ void rms_norm(const T* x, const T* addend, T* total, const T* weight, float epsi
         store_part(both + whole, load_part(from + whole, rest) + load_part(more + whole, rest), rest);
       from = both;
     }
-    Floats squares[4] = {};
-    for (size_t c = 0; c < whole; c += W) {
-      const Floats v = load(from + c);
-      squares[c / W % 4] += v * v;
-    }
-    if (rest) {
-      const Floats v = load_part(from + whole, rest);
-      squares[0] += v * v;
-    }
-    const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / float(C);
-    const float scale = 1.0f / std::sqrt(mean + epsilon);
+    const float scale = 1.0f / std::sqrt(sum_of_squares(from, C) / float(C) + epsilon);
     T* to = y + n * C;
     for (size_t c = 0; c < whole; c += W)
       store(to + c, load(weight + c) * rounded<T>(load(from + c) * scale));
@@ -66,18 +71,7 @@ void gated(Activation act, T* g, const T* u, size_t n, int threads) {
 // 1 / ‖z‖₂ of a token's I neurons; as in torch's normalize, no norm is less than 1e-12.
 template <class T>
 float reciprocal_norm(const T* z, size_t I) {
-  const size_t whole = I / W * W, rest = I - whole;
-  Floats squares[4] = {};
-  for (size_t i = 0; i < whole; i += W) {
-    const Floats v = load(z + i);
-    squares[i / W % 4] += v * v;
-  }
-  if (rest) {
-    const Floats v = load_part(z + whole, rest);
-    squares[0] += v * v;
-  }
-  const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
-  return 1.0f / std::max(std::sqrt(total), 1e-12f);
+  return 1.0f / std::max(std::sqrt(sum_of_squares(z, I)), 1e-12f);
 }
 
 // y = (z / ‖z‖₂)² of N tokens of I neurons.
