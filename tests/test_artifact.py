@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -429,3 +431,25 @@ def test_json_over_the_limit_is_not_written(
         ArtifactWriter(tmp_path / "model.sirius") as writer,
     ):
         writer.add_json("a.json", "x" * 9)
+
+
+def test_writes_end_where_large_pages_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At multiples of the chunk in the file, wherever an entry begins: by such, pages are kept."""
+    ends: list[int] = []
+
+    class Noting(io.FileIO):
+        def write(self, data: Any) -> int:
+            count = super().write(data)
+            ends.append(self.tell())
+            return count
+
+    raw = Noting(tmp_path / "raw", "w")
+    data = bytes(range(256)) * 100
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "_CHUNK_BYTES", 4096)
+        patch.setattr(Path, "open", lambda *_, **__: io.BufferedWriter(raw, 16))
+        with ArtifactWriter(tmp_path / "model.sirius") as writer:
+            for name in ("first", "second"):
+                writer.add_bytes(name, data)
+    assert [end for end in ends if end % 4096 == 0] == list(range(4096, max(ends), 4096))
+    assert (tmp_path / "raw").read_bytes().count(data) == 2
