@@ -196,6 +196,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="", help="cases whose name holds this")
     args = parser.parse_args()
+    if min(*args.tokens, *args.context, args.rounds, args.threads) < 1:
+        parser.error("--tokens, --context, --rounds and --threads are 1 or more")
     torch.set_num_threads(args.threads)
     library = kernels()
     if library is None:

@@ -319,6 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="to end early after")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(arguments)
+    if min(*args.verify, args.rounds, args.threads) < 1:
+        parser.error("--verify, --rounds and --threads are 1 or more")
     until = time.perf_counter() + args.seconds
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
