@@ -97,6 +97,19 @@ def test_linear(dtype: torch.dtype, tokens: int, bias: bool, by_inputs: bool) ->
 
 
 @pytest.mark.usefixtures("only_kernels")
+@pytest.mark.parametrize("outputs", [2049, 4096, 4864, 8960])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_outputs_than_one_task_takes(dtype: torch.dtype, outputs: int) -> None:
+    """By inputs: a task's outputs are whole blocks of its sums, of one token as of several."""
+    weight = (randn(70, outputs, seed=0) / 70**0.5).to(dtype)
+    for tokens in (1, 2, 3):
+        x = randn(1, tokens, 70, seed=1, dtype=dtype)
+        exact = x.double() @ weight.double()
+        near(sirius.linear(x, weight.t()), exact.to(dtype))
+        near(sirius.sparse_linear(x, weight, None, None, -1.0)[0], exact.to(dtype))
+
+
+@pytest.mark.usefixtures("only_kernels")
 @pytest.mark.parametrize("up", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("act", ACTIVATIONS)

@@ -22,7 +22,7 @@ from sirius_runtime.errors import BackendError
 _SOURCES = Path(__file__).parent / "csrc"
 _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w"),
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w", "-DNDEBUG"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")

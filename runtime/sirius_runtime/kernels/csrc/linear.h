@@ -57,7 +57,9 @@ void linear_of_channels(const X<T>* z, const int32_t* live, size_t count, const 
                         size_t stride, const T* bias, bool apart, T* y, size_t N, size_t O,
                         int threads) {
   thread_local Scratch<float> scratch;
-  constexpr size_t SLAB = 2048, CHUNK = 64;
+  // A task's columns are whole blocks of its sums. As many whatever N: else tokens would change the
+  // groups, and with them the order in which a token's sums are added up.
+  constexpr size_t SLAB = WIDEST, CHUNK = 64;
   const size_t slabs = (O + SLAB - 1) / SLAB, z_stride = channels_stride(count);
   const size_t units = (count + CHUNK - 1) / CHUNK;
   const size_t groups = std::max<size_t>(1, parts(units, threads) / slabs);

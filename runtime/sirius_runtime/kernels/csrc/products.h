@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cassert>
 #include <type_traits>
 
 #include "vectors.h"
@@ -35,7 +36,10 @@ struct Layout {
 
   size_t size() const { return (C + width - 1) / width * N * stride; }
   // Of a column that begins a block, and of a token in it.
-  size_t at(size_t n, size_t column) const { return (column / width * N + n) * stride; }
+  size_t at(size_t n, size_t column) const {
+    assert(column % width == 0);
+    return (column / width * N + n) * stride;
+  }
 };
 
 // Activations, as dots takes them. Up to TILE tokens are read but once for ROWS rows: one block.
@@ -46,11 +50,15 @@ inline Layout inputs(size_t N, size_t C) {
   return {N, C, width, width};
 }
 
+// Columns of the widest block of sums. Another block is as wide as this halved some times, or is the
+// only one: columns cut at multiples of WIDEST are whole blocks, whatever N and O.
+constexpr size_t WIDEST = 4096;
+
 // Sums, as accumulate makes them: 16 KB a block. A processor takes a load for one of what was just
 // stored 4096 bytes away: tokens are no such distance apart.
 inline Layout outputs(size_t N, size_t O) {
-  size_t width = 4096;
-  while (width * N > 4096 && width > PAD) width /= 2;
+  size_t width = WIDEST;
+  while (width * N > WIDEST && width > PAD) width /= 2;
   width = std::min(width, round_up(O, PAD));
   return {N, O, width, width + PAD / 2};
 }
