@@ -23,7 +23,8 @@ from benchmarks import gpu_check
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.compile import Compiled
 from sirius_runtime import load
-from sirius_runtime.backends.inductor import INDUCTOR_VARIABLE, InductorBackend
+from sirius_runtime.backends.inductor import InductorBackend
+from sirius_runtime.backends.inductor_cache import INDUCTOR_VARIABLE
 from sirius_runtime.errors import BackendError
 from sirius_runtime.graph import to_document
 from sirius_runtime.kernels.native import references

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,13 +10,14 @@ from torch import Tensor, fx
 from torch._dynamo.exc import TorchDynamoException
 
 from sirius_runtime.backends.eager import EagerBackend
-from sirius_runtime.backends.period import CACHE_VARIABLE, Progress, cache_folder
+from sirius_runtime.backends.inductor_cache import keeps_code_in
+from sirius_runtime.backends.period import Progress
+from sirius_runtime.cache import CACHE_VARIABLE, cache_folder, private_folder
 from sirius_runtime.errors import BackendError
 from sirius_runtime.kernels.build import compiler
 from sirius_runtime.kernels.rewrite import with_linears
 from sirius_runtime.spec import JSON, ProgramSpec
 
-INDUCTOR_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 _VARYING = frozenset("BTRMS")
 """Letters of an entry's shapes that differ from call to call: rows, tokens, rows of the tree's
 mask, slots of the block and of the caches. The others are the program's own."""
@@ -66,7 +64,7 @@ class InductorBackend(EagerBackend):
             except BackendError as error:
                 raise BackendError(f"{error}; or use backend eager") from error
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder = private_folder(self._folder, deep=True)
         except OSError as error:
             raise BackendError(
                 f"compiled code can't be kept in {self._folder} ({error}); name another folder by "
@@ -119,7 +117,7 @@ class InductorBackend(EagerBackend):
             self._graph(entry).forward, fullgraph=True, options={"fx_graph_cache": True}
         )
         try:
-            with _keeps_code_in(self._folder):
+            with keeps_code_in(self._folder):
                 result = compiled(*arguments)
         except TorchDynamoException as error:
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
@@ -146,17 +144,3 @@ def _dense(value: Tensor) -> Tensor:
     if value.stride() == tuple(reversed(expected)):
         return value
     return value.contiguous().flatten().view(value.shape)
-
-
-@contextmanager
-def _keeps_code_in(folder: Path) -> Iterator[None]:
-    """Within it, inductor keeps its code there; it reads the environment at each compilation."""
-    before = os.environ.get(INDUCTOR_VARIABLE)
-    os.environ[INDUCTOR_VARIABLE] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(INDUCTOR_VARIABLE, None)
-        else:
-            os.environ[INDUCTOR_VARIABLE] = before

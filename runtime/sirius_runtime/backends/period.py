@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import tempfile
 import warnings
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.backends.inductor_cache import keeps_code_in
+from sirius_runtime.cache import CACHE_VARIABLE, cache_folder, is_own, private_folder
 from sirius_runtime.errors import BackendError
 from sirius_runtime.plan import Limits
 from sirius_runtime.sizes import cache_slots
 from sirius_runtime.spec import JSON, ProgramSpec
 
 PERIOD = "period"
-CACHE_VARIABLE = "SIRIUS_CACHE"
 
 Progress = Callable[[str], None]
 
@@ -67,8 +67,12 @@ class AotiBackend(PeriodBackend):
         super().__init__(program, documents, weights, dtype=dtype, device=device)
         own = program.period
         self.limits = Limits(own.period, own.tree_width, rows, context)
-        path = cache_folder() / f"{_fingerprint(self, documents[PERIOD])}.pt2"
-        if not path.exists():
+        try:
+            folder = private_folder(cache_folder())
+        except OSError as error:
+            raise _not_kept(cache_folder(), error) from error
+        path = folder / f"{_fingerprint(self, documents[PERIOD])}.pt2"
+        if not is_own(path):
             _build(self, path, progress)
         try:
             self._compiled = torch._inductor.aoti_load_package(str(path))
@@ -83,12 +87,6 @@ class AotiBackend(PeriodBackend):
         if entry != PERIOD:
             return super().run(entry, inputs)
         return self._named(entry, self._compiled(*self._entries[entry].arguments(inputs)))
-
-
-def cache_folder() -> Path:
-    """Where compiled periods are kept."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen) if chosen else Path.home() / ".cache" / "sirius"
 
 
 def _fingerprint(backend: AotiBackend, document: JSON) -> str:
@@ -132,11 +130,12 @@ def _build(backend: AotiBackend, path: Path, progress: Progress) -> None:
         for name, spec in inputs.items()
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with (
             torch.no_grad(),
             warnings.catch_warnings(),
             tempfile.TemporaryDirectory(dir=path.parent) as scratch,
+            tempfile.TemporaryDirectory() as code,  # by default it is a name in /tmp, anybody's
+            keeps_code_in(Path(code)),
         ):
             warnings.simplefilter("ignore")  # of torch's own code about itself
             program = torch.export.export(
@@ -144,12 +143,10 @@ def _build(backend: AotiBackend, path: Path, progress: Progress) -> None:
             ).run_decompositions(decompositions())
             package = Path(scratch) / path.name
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+            package.chmod(0o600)  # whatever the umask: what others may write is never loaded
             package.replace(path)
     except OSError as error:
-        raise BackendError(
-            f"the compiled period can't be kept in {path.parent} ({error}); name another folder by "
-            f"the environment variable {CACHE_VARIABLE}"
-        ) from error
+        raise _not_kept(path.parent, error) from error
     except Exception as error:  # inductor raises what its compilers and torch do
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise BackendError(
@@ -157,6 +154,13 @@ def _build(backend: AotiBackend, path: Path, progress: Progress) -> None:
             "needs a C++ compiler (g++ or clang++). Use backend period or eager"
         ) from error
     progress("compiled")
+
+
+def _not_kept(folder: Path, error: OSError) -> BackendError:
+    return BackendError(
+        f"the compiled period can't be kept in {folder} ({error}); name another folder by the "
+        f"environment variable {CACHE_VARIABLE}"
+    )
 
 
 def _extents(backend: AotiBackend) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import tempfile
 from enum import StrEnum
 from pathlib import Path
 
+from sirius_runtime.cache import CACHE_VARIABLE, is_own, private_folder
 from sirius_runtime.errors import BackendError
 
 _SOURCES = Path(__file__).parent / "csrc"
@@ -64,13 +65,18 @@ def instruction_sets() -> list[InstructionSet]:
 
 
 def library(isa: InstructionSet, folder: Path) -> Path:
-    """The library for `isa`, in `folder`, built there if it isn't.
+    """The library for `isa`, in `folder`, built there if it isn't; in a private folder where others
+    could have written to that one.
 
     Says so on stderr when it builds. Raises BackendError where it can't, with the reason.
     """
     found, version = compiler()
+    try:
+        folder = private_folder(folder)
+    except OSError as error:
+        raise _not_kept(folder, error) from error
     path = folder / f"kernels-{isa}-{_fingerprint(isa, version)}.so"
-    if not _is_sound(path):
+    if not (is_own(path) and _is_sound(path)):
         _build(found, isa, path)
     return path
 
@@ -120,7 +126,6 @@ def _build(cxx: str, isa: InstructionSet, path: Path) -> None:
     )
     command = [cxx, *_FLAGS, *_TARGETS[isa], str(_SOURCES / "cpu.cpp"), "-o"]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             built = Path(scratch) / path.name
             done = subprocess.run(
@@ -134,11 +139,16 @@ def _build(cxx: str, isa: InstructionSet, path: Path) -> None:
                 )
             content = built.read_bytes()
             built.write_bytes(content + hashlib.sha256(content).digest())
+            built.chmod(0o700)  # whatever the umask: what others may write is never loaded
             built.replace(path)
     except subprocess.SubprocessError as error:
         raise BackendError(f"{cxx} can't compile the CPU kernels ({error})") from error
     except OSError as error:
-        raise BackendError(
-            f"the CPU kernels can't be kept in {path.parent} ({error}); name another folder by the "
-            "environment variable SIRIUS_CACHE"
-        ) from error
+        raise _not_kept(path.parent, error) from error
+
+
+def _not_kept(folder: Path, error: OSError) -> BackendError:
+    return BackendError(
+        f"the CPU kernels can't be kept in {folder} ({error}); name another folder by the "
+        f"environment variable {CACHE_VARIABLE}"
+    )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sirius_runtime.cache import cache_folder
 from sirius_runtime.errors import BackendError
 from sirius_runtime.kernels.build import InstructionSet, instruction_sets, library
 
@@ -89,9 +90,6 @@ def _load(isa: InstructionSet | None) -> ctypes.CDLL | None:
     wish = os.environ.get(VARIABLE, "")
     if isa is None and wish == "0":
         return None
-    # Here, because back ends import the operators, and these the kernels.
-    from sirius_runtime.backends.period import cache_folder
-
     try:
         return _bind(library(isa or _wished(wish), cache_folder()))
     except BackendError as error:
