@@ -19,6 +19,7 @@ from rich.console import Console
 from sirius_compile.config import Backend
 from sirius_runtime.errors import ConfigError, SiriusError, UserError
 from sirius_runtime.spec import DType, Method, Score
+from sirius_runtime.terminal import LINES, plain
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -159,10 +160,10 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        _err.print(f"sirius-compile: error: {error}", markup=False)
+        _err.print(f"sirius-compile: error: {plain(str(error), keep=LINES)}", markup=False)
         sys.exit(error.exit_code)
     except SiriusError as error:
-        _err.print(f"sirius-compile: internal error: {error}", markup=False)
+        _err.print(f"sirius-compile: internal error: {plain(str(error), LINES)}", markup=False)
         sys.exit(error.exit_code)
 
 

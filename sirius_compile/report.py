@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from rich.table import Table
+from rich.text import Text
 
 from sirius_compile.calibration import Calibration
 from sirius_compile.compile import Compiled
@@ -15,6 +16,7 @@ from sirius_compile.config import Backend
 from sirius_compile.onnx.package import onnx_summary
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.spec import JSON, to_json
+from sirius_runtime.terminal import plain
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Summary:
         table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold")
         table.add_column()
-        table.add_row("model", f"{model.source} ({model.model_type}), {model.dtype}")
+        named = plain(f"{model.source} ({model.model_type}), {model.dtype}")
+        table.add_row("model", Text(named))  # a name in brackets is no markup
         table.add_row("parameters", f"{model.parameters:,}")
         layers = len({site.layer for site in sparsity.sites})
         table.add_row("sparse layers", f"{layers} of {spec.state.layers}")

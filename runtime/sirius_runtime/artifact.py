@@ -38,6 +38,7 @@ from sirius_runtime.artifact_zip import (
     map_file,
 )
 from sirius_runtime.errors import ArtifactError, SiriusError
+from sirius_runtime.manifest_check import check_program
 from sirius_runtime.safetensors_file import STORED_TYPES, StoredType
 from sirius_runtime.spec import (
     FORMAT_VERSION,
@@ -184,8 +185,10 @@ def _manifest(image: Image, spans: dict[str, Span]) -> Manifest:
     document = _parse(image, MANIFEST, data)
     _check_version(image, document)
     try:
-        return from_json(Manifest, document)
-    except (ArtifactError, OverflowError) as error:
+        manifest = from_json(Manifest, document)
+        check_program(manifest.program)
+        return manifest
+    except (ArtifactError, RecursionError) as error:
         raise image.fault(f"{MANIFEST} is malformed ({error})") from error
 
 

@@ -53,7 +53,7 @@ def is_own(path: Path) -> bool:
     if not hasattr(os, "getuid"):
         return path.is_file()
     try:
-        found = os.lstat(path)
+        found = path.lstat()
     except OSError:
         return False
     fault = _fault(found)
@@ -77,11 +77,11 @@ def _make(folder: Path) -> None:
 
 
 def _folder_fault(folder: Path) -> str | None:
-    own, *above = (whole := folder.resolve(), *whole.parents)
-    if fault := _fault(os.stat(own)):
+    whole = folder.resolve()
+    if fault := _fault(whole.stat()):
         return f"it {fault}"
-    for place in above:
-        found = os.stat(place)
+    for place in whole.parents:
+        found = place.stat()
         if found.st_uid not in (0, os.getuid()):
             return f"the folder {place} above it belongs to another user"
         if found.st_mode & _OTHERS_WRITE and not found.st_mode & stat.S_ISVTX:
@@ -91,11 +91,11 @@ def _folder_fault(folder: Path) -> str | None:
 
 def _content_fault(folder: Path) -> str | None:
     """What lies in a folder that others can't enter is out of their reach, whatever its mode."""
-    reachable = os.stat(folder).st_mode & _OTHERS
+    reachable = folder.stat().st_mode & _OTHERS
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            path = os.path.join(place, name)
-            found = os.lstat(path)
+            path = Path(place, name)
+            found = path.lstat()
             if found.st_uid != os.getuid() or (reachable and _fault(found)):
                 return f"{path} {_fault(found)}"
     return None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sirius_runtime.errors import ConfigError, SiriusError, UserError
+from sirius_runtime.terminal import LINES, plain, without_controls
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.command(parsed)
     except UserError as error:
-        print(f"sirius: error: {error}", file=sys.stderr)
+        print(f"sirius: error: {plain(str(error), keep=LINES)}", file=sys.stderr)
         return error.exit_code
     except SiriusError as error:
-        print(f"sirius: internal error: {error}", file=sys.stderr)
+        print(f"sirius: internal error: {plain(str(error), keep=LINES)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\nsirius: interrupted", file=sys.stderr)
@@ -201,7 +202,12 @@ def _stream(model: Any, prompt: str, mode: str, options: dict[str, Any]) -> None
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    print(_on_terminal(text), end="", flush=True)
+
+
+def _on_terminal(text: str) -> str:
+    """A model's text as it is for a file or a pipe; a terminal would obey what controls it."""
+    return without_controls(text) if sys.stdout.isatty() else text
 
 
 def _output_json(output: Any) -> dict[str, Any]:
@@ -244,7 +250,8 @@ def _print_comparison(model: Any, prompt: str, options: dict[str, Any], as_json:
 
 
 def _shown(output: Any) -> str:
-    return str(output.texts[0] if output.texts else output.tokens[0]).strip("\n")
+    text = str(output.texts[0] if output.texts else output.tokens[0]).strip("\n")
+    return without_controls(text)
 
 
 def _side_by_side(texts: list[str], width: int) -> list[str]:
@@ -295,7 +302,7 @@ def _inspect(args: argparse.Namespace) -> None:
         print(json.dumps(to_json(manifest)))
         return
     for line in describe(manifest):
-        print(line)
+        print(plain(line))  # names and versions are whatever the file says
 
 
 def describe(manifest: Any) -> list[str]:

@@ -21,6 +21,7 @@ from sirius_runtime.decoder import Engine
 from sirius_runtime.errors import ArtifactError, BackendError, ConfigError
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.spec import JSON, DType, ProgramSpec
+from sirius_runtime.terminal import plain
 from sirius_runtime.text import read_tokenizer
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ PERIOD = "period"
 
 
 def _to_stderr(message: str) -> None:
-    print(f"sirius: {message}", file=sys.stderr)  # noqa: T201  (a minute of silence is no answer)
+    print(f"sirius: {plain(message)}", file=sys.stderr)  # noqa: T201  (a minute of silence is no answer)
 
 
 class BackendName(StrEnum):

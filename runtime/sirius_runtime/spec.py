@@ -8,6 +8,7 @@ slots, `S` cache slots; numbers are static.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ FORMAT_VERSION = (
 
 JSON = Any  # None, bool, int, float, str, list[JSON], dict[str, JSON]
 _T = TypeVar("_T")
+_INT64 = 2**63
+_SHOWN = 80  # characters of a wrong value, in a message
 
 
 class Method(StrEnum):
@@ -332,10 +335,10 @@ def _decode(hint: Any, value: JSON, where: str) -> Any:
                 return _decode(option, value, where)
             except ArtifactError:
                 continue
-        raise ArtifactError(f"{where}: {value!r} is not one of {hint}")
+        raise ArtifactError(f"{where}: {_shown(value)} is not one of {hint}")
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         if value not in list(hint):
-            raise ArtifactError(f"{where}: {value!r} is not one of {', '.join(hint)}")
+            raise ArtifactError(f"{where}: {_shown(value)} is not one of {', '.join(hint)}")
         return hint(value)
     if hint is float and type(value) is int:
         try:
@@ -344,5 +347,18 @@ def _decode(hint: Any, value: JSON, where: str) -> Any:
             raise ArtifactError(f"{where}: an integer of this size is no float") from None
     if type(value) is not hint:
         expected = "null" if hint is types.NoneType else getattr(hint, "__name__", hint)
-        raise ArtifactError(f"{where}: {expected} is expected, found {value!r}")
+        raise ArtifactError(f"{where}: {expected} is expected, found {_shown(value)}")
+    if hint is int and not -_INT64 <= value < _INT64:
+        raise ArtifactError(f"{where}: an integer of 64 bits is expected, found {_shown(value)}")
+    if hint is float and not math.isfinite(value):
+        raise ArtifactError(f"{where}: a finite number is expected, found {value}")
     return value
+
+
+def _shown(value: JSON) -> str:
+    """A value of any size, short."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # of an integer of thousands of digits, of a deep list
+        return f"a {type(value).__name__} that is too large"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+LINES = "\n"
+_CONTROLS = {
+    code: ascii(chr(code))[1:-1]
+    for code in (*range(32), *range(127, 160))
+    if chr(code) not in "\t\n"
+}
+
 
 def plain(text: str, keep: str = "") -> str:
     """`text` with every character that can't be printed written as Python writes it in a string
@@ -9,8 +16,11 @@ def plain(text: str, keep: str = "") -> str:
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in text)
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
-def _escaped(character: str) -> str:
-    return ascii(character)[1:-1]
+def without_controls(text: str) -> str:
+    """A model's text: as `plain`, but only of the characters that control a terminal. Joiners and
+    wide spaces, which `plain` takes for marks, are part of what is written.
+    """
+    return text.translate(_CONTROLS)
