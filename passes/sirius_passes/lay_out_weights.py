@@ -40,12 +40,9 @@ class LayOutWeights(Pass):
 
     def run(self, program: Program) -> int:
         count = 0
+        bound = [placeholders(module.graph, WEIGHT) for module in program.graphs.values()]
         for name, spec in list(program.weights.items()):
-            placed = [
-                node
-                for module in program.graphs.values()
-                if (node := placeholders(module.graph, WEIGHT).get(name)) is not None
-            ]
+            placed = [nodes[name] for nodes in bound if name in nodes]
             if not _wants_transposed(name, [r for node in placed for r in readers(node)]):
                 continue
             for node in placed:

@@ -152,11 +152,11 @@ class Program:
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
-    """The fake mode that the graph's values live in."""
-    mode = detect_fake_mode([n.meta["val"] for n in graph.nodes if "val" in n.meta])
-    if mode is None:
-        raise ValueError("the graph's nodes carry no fake values")
-    return mode
+    """The fake mode that the graph's values live in: one for all, so the first value tells."""
+    for node in graph.nodes:
+        if (mode := detect_fake_mode(node.meta.get("val"))) is not None:
+            return mode
+    raise ValueError("the graph's nodes carry no fake values")
 
 
 def call(
