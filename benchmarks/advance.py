@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sirius_runtime.new_file import NewFile
+
 PAPER_AAL = {"griffin": 15.22, "topk": 15.37}
 PAPER_PERIOD = 16
 SHARE = 0.9
@@ -70,4 +72,6 @@ def plot(measured: Measured, names: Sequence[str], title: str, path: Path) -> No
     axes[0][0].legend(fontsize=8, loc="upper left")
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with NewFile(path) as new:
+        figure.savefig(new.file, format="png", dpi=110)
+        new.finish()

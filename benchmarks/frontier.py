@@ -24,6 +24,7 @@ import transformers
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.shipped.problems import Problem, Task, final_answer, problems
 from sirius_runtime import Mode, SiriusModel
+from sirius_runtime.new_file import NewFile, write_file
 from sirius_runtime.spec import Method
 
 MODEL, MAX_NEW_TOKENS = "tally-3m", 110
@@ -148,7 +149,9 @@ def plot(dense: dict[Task, float], found: list[Row], path: Path) -> None:
     axes[0].scatter([], [], facecolors="none", edgecolors="0.4", label="sparse alone")
     axes[0].legend(loc="lower right", fontsize=8, framealpha=0.95)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with NewFile(path) as new:
+        figure.savefig(new.file, format="png", dpi=110)
+        new.finish()
 
 
 def main() -> None:
@@ -192,7 +195,7 @@ def main() -> None:
             )
     lines += ["", "![frontier](frontier.png)", "", table(dense, found), ""]
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "frontier.md").write_text("\n".join(lines))
+    write_file(args.out / "frontier.md", "\n".join(lines).encode())
     plot(dense, found, args.out / "frontier.png")
     print("\n".join(lines[4:7]), f"\nwritten to {args.out}/frontier.md and frontier.png")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernels import cpu_name
+from sirius_runtime.new_file import write_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -127,7 +128,7 @@ def run_all(
     for part in parts:
         result = run(part)
         text = document(result, where)
-        (out / f"{prefix}-{part.name}.md").write_text(text, encoding="utf-8")
+        write_file(out / f"{prefix}-{part.name}.md", text.encode())
         print(text, flush=True)
         if result.said:
             failed.append(part.name)

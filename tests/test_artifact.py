@@ -357,6 +357,14 @@ def test_killed_process_leaves_the_old_artifact(path: Path) -> None:
         process.kill()
     assert path.read_bytes() == before
     assert_same(Artifact.open(path).weights(), sample())
+    assert len(temporaries(path)) == 1
+    with ArtifactWriter(path, force=True):
+        assert len(temporaries(path)) == 1, "its own; what was left over is removed"
+    assert temporaries(path) == []
+
+
+def temporaries(path: Path) -> list[Path]:
+    return list(path.parent.glob(f".{path.name}.*.tmp"))
 
 
 @pytest.mark.parametrize(
@@ -443,13 +451,14 @@ def test_writes_end_where_large_pages_end(tmp_path: Path, monkeypatch: pytest.Mo
             ends.append(self.tell())
             return count
 
-    raw = Noting(tmp_path / "raw", "w")
     data = bytes(range(256)) * 100
     with monkeypatch.context() as patch:
         patch.setattr(writer_module, "_CHUNK_BYTES", 4096)
-        patch.setattr(Path, "open", lambda *_, **__: io.BufferedWriter(raw, 16))
+        patch.setattr(Path, "open", lambda path, _: io.BufferedWriter(Noting(path, "x"), 16))
         with ArtifactWriter(tmp_path / "model.sirius") as writer:
             for name in ("first", "second"):
                 writer.add_bytes(name, data)
+            (temporary,) = tmp_path.iterdir()
+            with io.FileIO(temporary) as written:
+                assert written.read().count(data) == 2
     assert [end for end in ends if end % 4096 == 0] == list(range(4096, max(ends), 4096))
-    assert (tmp_path / "raw").read_bytes().count(data) == 2

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from sirius_compile.shipped.problems import Task, problems
+from sirius_runtime.new_file import write_file
 
 COUNTS = {Task.REASONING: 48, Task.UNDERSTANDING: 16}
 
@@ -19,10 +20,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="the model's directory")
     path = parser.parse_args().model / "calibration_prompts.jsonl"
-    with path.open("w") as file:
-        for task, count in COUNTS.items():
-            for problem in itertools.islice(problems(task, "train", seed=1), count):
-                file.write(json.dumps({"prompt": problem.prompt}) + "\n")
+    lines = [
+        json.dumps({"prompt": problem.prompt})
+        for task, count in COUNTS.items()
+        for problem in itertools.islice(problems(task, "train", seed=1), count)
+    ]
+    write_file(path, "".join(f"{line}\n" for line in lines).encode())
     print(f"wrote {path}")
 
 

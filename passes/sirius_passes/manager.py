@@ -12,6 +12,7 @@ from sirius_passes.printer import print_graph
 from sirius_passes.program import Program, Stage
 from sirius_passes.verifier import verify
 from sirius_runtime.errors import PassError
+from sirius_runtime.new_file import write_file
 from sirius_runtime.spec import PassRecord
 
 
@@ -76,4 +77,5 @@ def dump_graphs(program: Program, folder: Path, index: int, name: str) -> None:
     """Writes each graph of `program` to ``folder/<index>_<name>.<graph>.txt``."""
     folder.mkdir(parents=True, exist_ok=True)
     for graph_name, module in program.graphs.items():
-        (folder / f"{index:02d}_{name}.{graph_name}.txt").write_text(print_graph(module))
+        path = folder / f"{index:02d}_{name}.{graph_name}.txt"
+        write_file(path, print_graph(module).encode())

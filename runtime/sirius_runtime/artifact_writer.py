@@ -6,20 +6,20 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, BinaryIO, Self
+from typing import IO, Self
 
 import torch
 
-from sirius_runtime.artifact import MANIFEST, WEIGHTS
+from sirius_runtime.artifact import MANIFEST, WEIGHTS, Artifact
 from sirius_runtime.artifact_zip import ALIGNMENT, MAX_JSON_BYTES, name_fault
 from sirius_runtime.dtypes import dtype_name
 from sirius_runtime.errors import ArtifactError, ConfigError, SiriusError
+from sirius_runtime.new_file import NewFile
 from sirius_runtime.safetensors_file import header_of, in_order, size_of
 from sirius_runtime.spec import (
     FORMAT_VERSION,
@@ -56,23 +56,20 @@ class ArtifactWriter:
 
     def __init__(self, path: str | os.PathLike[str], force: bool = False) -> None:
         self.path = Path(path)
-        folder = self.path.parent
-        if not folder.is_dir():
-            raise ConfigError(f"{self.path}: the folder {folder} does not exist; create it first")
-        if self.path.is_dir():
-            raise ConfigError(f"{self.path} is a folder; give the path of a file")
+        self._new = NewFile(self.path)
         if self.path.exists() and not force:
             raise ConfigError(f"{self.path} exists; choose another path or pass --force")
-        self._temporary = folder / f".{self.path.name}.{secrets.token_hex(8)}.tmp"
+        with self._disk_faults(), self._new:
+            pass  # a folder where nothing can be written is found before the work, not after
         self._files: dict[str, FileRecord] = {}
         self._weights: dict[str, WeightSpec] = {}
         self._shards = 0
-        self._opened: tuple[BinaryIO, zipfile.ZipFile] | None = None
+        self._opened: zipfile.ZipFile | None = None
 
     def __enter__(self) -> Self:
         with self._disk_faults():
-            file = self._temporary.open("xb")
-        self._opened = file, zipfile.ZipFile(file, "w")
+            self._new.__enter__()
+        self._opened = zipfile.ZipFile(self._new.file, "w")
         return self
 
     def __exit__(
@@ -81,14 +78,11 @@ class ArtifactWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._opened is None:
-            return
-        file, archive = self._opened
-        self._opened = None
-        for close in (archive.close, file.close):  # a full disk may refuse the last bytes of both
-            with contextlib.suppress(OSError):
-                close()
-        self._temporary.unlink(missing_ok=True)
+        if self._opened is not None:
+            with contextlib.suppress(OSError):  # a full disk may refuse the last bytes
+                self._opened.close()
+            self._opened = None
+        self._new.__exit__(kind, error, trace)
 
     def add_bytes(self, name: str, data: bytes) -> None:
         """Adds the entry `name`."""
@@ -129,21 +123,34 @@ class ArtifactWriter:
                     _write_tensor(sink, spec, get)
             self._shards += 1
 
-    def finish(self, program: ProgramSpec) -> None:
-        """Writes the manifest and makes the artifact appear at `path`, whole and on disk."""
+    def finish(
+        self, program: ProgramSpec, check: Callable[[Path], None] = lambda written: None
+    ) -> None:
+        """Writes the manifest and makes the artifact appear at `path`, whole and on disk.
+
+        The file is read back before it is renamed, by `check` too: where that or the reader raises
+        a SiriusError, nothing appears.
+        """
         if {weight.name: weight for weight in program.weights} != self._weights:
             raise SiriusError("the program's weights are not those that were added")
         files = dict(sorted(self._files.items()))
         self.add_json(MANIFEST, to_json(Manifest(FORMAT_VERSION, program, files)))
-        file, archive = self._state()
+        archive = self._state()
         with self._disk_faults():
             archive.close()
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            self._temporary.replace(self.path)
+            self._new.close()
         self._opened = None
-        _sync_folder(self.path.parent)
+        try:
+            with Artifact.open(self._new.temporary, verify=False):
+                pass
+            check(self._new.temporary)
+        except SiriusError as error:
+            raise SiriusError(
+                f"{self.path} is not written: what reads artifacts refuses it ({error}); please "
+                "report this, with the model's config.json"
+            ) from error
+        with self._disk_faults():
+            self._new.finish()
 
     @contextlib.contextmanager
     def _entry(self, name: str, size: int) -> Iterator[_Sink]:
@@ -152,7 +159,7 @@ class ArtifactWriter:
             raise SiriusError(f"the name of entry {name!r} {reason}")
         if name in self._files:
             raise SiriusError(f"entry {name!r} is added twice")
-        file, archive = self._state()
+        archive, file = self._state(), self._new.file
         info = zipfile.ZipInfo(name)  # its time is 1980: equal contents give equal bytes
         info.external_attr = _REGULAR_FILE
         info.file_size = size
@@ -169,7 +176,7 @@ class ArtifactWriter:
         info.extra = b""  # the directory at the end needs no padding
         self._files[name] = FileRecord(size, sink.digest.hexdigest())
 
-    def _state(self) -> tuple[BinaryIO, zipfile.ZipFile]:
+    def _state(self) -> zipfile.ZipFile:
         if self._opened is None:
             raise SiriusError("an ArtifactWriter is used inside its `with` block, before finish()")
         return self._opened
@@ -234,13 +241,3 @@ def _write_tensor(sink: _Sink, spec: WeightSpec, get: Callable[[WeightSpec], tor
         )
     flat = tensor.detach().cpu().contiguous().view(-1)  # a 0-d tensor can't be viewed as bytes
     sink.write(flat.view(torch.uint8).numpy().data)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` durable, where the system can (Windows and some mounts can't)."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sirius_runtime.artifact import Artifact
 from sirius_runtime.errors import ArtifactError, BackendError, ConfigError
+from sirius_runtime.new_file import NewFile, write_file
 from sirius_runtime.safetensors_file import header_of, in_order, size_of
 from sirius_runtime.spec import (
     DType,
@@ -146,7 +147,7 @@ def export_onnx(path: str | Path, folder: str | Path, *, force: bool = False) ->
         written = []
         for name in names:
             target = folder / Path(name).name
-            target.write_bytes(artifact.read_bytes(name))
+            write_file(target, artifact.read_bytes(name))
             written.append(target)
         _write_weights(artifact, folder / WEIGHTS_FILE)
         return [*written, folder / WEIGHTS_FILE]
@@ -156,15 +157,14 @@ def _write_weights(artifact: Artifact, path: Path) -> None:
     """The artifact's weights as one safetensors file, in the order of `places`."""
     buffer, slots = artifact.weight_slots()
     ordered = in_order(artifact.program.weights)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(header_of(ordered))
+    with NewFile(path) as new:
+        new.file.write(header_of(ordered))
         view = memoryview(buffer)
         for spec in ordered:
             slot = slots[spec.name]
             for start in range(slot.start, slot.end, _CHUNK_BYTES):
-                file.write(view[start : min(start + _CHUNK_BYTES, slot.end)])
-    temporary.replace(path)
+                new.file.write(view[start : min(start + _CHUNK_BYTES, slot.end)])
+        new.finish()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ from torch import Tensor
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.backends.inductor_cache import keeps_code_in
 from sirius_runtime.cache import CACHE_VARIABLE, cache_folder, is_own, private_folder
-from sirius_runtime.errors import BackendError
+from sirius_runtime.errors import BackendError, ConfigError
+from sirius_runtime.new_file import check_target, into_place
 from sirius_runtime.plan import Limits
 from sirius_runtime.sizes import cache_slots
 from sirius_runtime.spec import JSON, ProgramSpec
@@ -130,6 +131,7 @@ def _build(backend: AotiBackend, path: Path, progress: Progress) -> None:
         for name, spec in inputs.items()
     }
     try:
+        check_target(path)
         with (
             torch.no_grad(),
             warnings.catch_warnings(),
@@ -144,8 +146,8 @@ def _build(backend: AotiBackend, path: Path, progress: Progress) -> None:
             package = Path(scratch) / path.name
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
             package.chmod(0o600)  # whatever the umask: what others may write is never loaded
-            package.replace(path)
-    except OSError as error:
+            into_place(package, path)
+    except (OSError, ConfigError) as error:
         raise _not_kept(path.parent, error) from error
     except Exception as error:  # inductor raises what its compilers and torch do
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
@@ -156,7 +158,7 @@ def _build(backend: AotiBackend, path: Path, progress: Progress) -> None:
     progress("compiled")
 
 
-def _not_kept(folder: Path, error: OSError) -> BackendError:
+def _not_kept(folder: Path, error: OSError | ConfigError) -> BackendError:
     return BackendError(
         f"the compiled period can't be kept in {folder} ({error}); name another folder by the "
         f"environment variable {CACHE_VARIABLE}"

@@ -18,7 +18,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from sirius_runtime.cache import CACHE_VARIABLE, is_own, private_folder
-from sirius_runtime.errors import BackendError
+from sirius_runtime.errors import BackendError, ConfigError
+from sirius_runtime.new_file import check_target, into_place
 
 _SOURCES = Path(__file__).parent / "csrc"
 _COMPILERS = ("g++", "clang++", "c++")
@@ -126,6 +127,7 @@ def _build(cxx: str, isa: InstructionSet, path: Path) -> None:
     )
     command = [cxx, *_FLAGS, *_TARGETS[isa], str(_SOURCES / "cpu.cpp"), "-o"]
     try:
+        check_target(path)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             built = Path(scratch) / path.name
             done = subprocess.run(
@@ -140,14 +142,14 @@ def _build(cxx: str, isa: InstructionSet, path: Path) -> None:
             content = built.read_bytes()
             built.write_bytes(content + hashlib.sha256(content).digest())
             built.chmod(0o700)  # whatever the umask: what others may write is never loaded
-            built.replace(path)
+            into_place(built, path)
     except subprocess.SubprocessError as error:
         raise BackendError(f"{cxx} can't compile the CPU kernels ({error})") from error
-    except OSError as error:
+    except (OSError, ConfigError) as error:
         raise _not_kept(path.parent, error) from error
 
 
-def _not_kept(folder: Path, error: OSError) -> BackendError:
+def _not_kept(folder: Path, error: OSError | ConfigError) -> BackendError:
     return BackendError(
         f"the CPU kernels can't be kept in {folder} ({error}); name another folder by the "
         f"environment variable {CACHE_VARIABLE}"
