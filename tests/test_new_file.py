@@ -199,6 +199,6 @@ def test_kernels_are_no_exception(taken: Path, monkeypatch: pytest.MonkeyPatch) 
     isa = build.InstructionSet.PORTABLE
     path = taken.parent / f"kernels-{isa}-x.so"
     taken.rename(path)
-    with pytest.raises(BackendError, match="can't be kept .*only regular files are replaced"):
+    with pytest.raises(BackendError, match=r"can't be kept .*only regular files are replaced"):
         build.library(isa, taken.parent)
     path.rename(taken)
