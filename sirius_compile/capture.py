@@ -30,6 +30,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import sirius_runtime.ops  # noqa: F401  (registers sirius::attention)
 from sirius_compile.experts import Experts
+from sirius_compile.precision import keep_as_found, keep_as_loaded
 from sirius_compile.rope import place_tokens_alone
 from sirius_passes.program import DENSE, OUTPUTS, Program, Stage, calls
 from sirius_runtime.dtypes import dtype_name
@@ -64,8 +65,17 @@ class Capture:
     aliases: Mapping[str, tuple[str, ...]]
 
 
-def capture(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Capture:
+def capture(
+    config: PretrainedConfig,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    found: Mapping[str, torch.dtype] | None = None,
+) -> Capture:
     """Captures the decoder that `config` describes.
+
+    dtype: the program's. found: dtypes by name of a model in memory in that dtype; without them,
+    weights are kept in float32 as transformers keeps those that it loads.
 
     Raises UnsupportedModelError, naming the module or the reason, for a model that can't be
     captured.
@@ -77,7 +87,11 @@ def capture(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Cap
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with _refusing(config.model_type), torch.no_grad():
         with fake:
-            model = _build(config, trust_remote_code)
+            model = _build(config, trust_remote_code, CAPTURE_DTYPE)
+            if found is None:
+                keep_as_loaded(model, dtype)
+            else:
+                keep_as_found(model, found, dtype)
         experts.look_at(model)
         place_tokens_alone(model, config)
         with fake:
@@ -85,7 +99,7 @@ def capture(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Cap
     masks.check()
     aliases = _aliases(model)
     program = _program(exported, model, aliases)
-    constants = _constants(config, trust_remote_code, list(program.weights.values()))
+    constants = _constants(config, trust_remote_code, list(program.weights.values()), dtype)
     return Capture(program, constants, {name: aliases.get(name, ()) for name in program.weights})
 
 
@@ -121,13 +135,13 @@ def _reason(error: Exception) -> str:
     )
 
 
-def _build(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
+def _build(config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
     config = copy.deepcopy(config)  # which the dtype and the functions' names are written into
     config._experts_implementation = _NAME
     config.use_cache = False
     model: nn.Module = AutoModelForCausalLM.from_config(
         config,
-        dtype=CAPTURE_DTYPE,
+        dtype=dtype,
         attn_implementation=_NAME,
         trust_remote_code=trust_remote_code,
     )
@@ -290,9 +304,12 @@ def _program(
                 continue
             bound[name], node.meta[WEIGHT] = node, name
             value = node.meta["val"]
-            stored = name in persistent and value.is_floating_point()
             weights[name] = WeightSpec(
-                name, dtype_name(value.dtype), tuple(value.shape), retype=stored
+                name,
+                dtype_name(value.dtype),
+                tuple(value.shape),
+                retype=value.dtype is CAPTURE_DTYPE,
+                parameter=name in persistent and value.is_floating_point(),
             )
         elif spec.kind is InputKind.USER_INPUT and node.name in ("input_ids", "position_ids"):
             node.meta[INPUT] = {"position_ids": "positions"}.get(node.name, node.name)
@@ -342,15 +359,19 @@ def _state(graph: fx.Graph) -> StateSpec:
 
 
 def _constants(
-    config: PretrainedConfig, trust_remote_code: bool, weights: list[WeightSpec]
+    config: PretrainedConfig,
+    trust_remote_code: bool,
+    weights: list[WeightSpec],
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Real values of the buffers that no checkpoint holds, computed as from_pretrained does.
+    """Real values of the buffers that no checkpoint holds, computed as from_pretrained does for a
+    model in `dtype`.
 
     The parameters stay on the meta device; buffers get storage filled with NaN and the model's own
     initialisation, and one that is still NaN after it is refused.
     """
     with torch.device("meta"):
-        model = _build(config, trust_remote_code)
+        model = _build(config, trust_remote_code, dtype)
     persistent = set(model.state_dict())
     wanted = {spec.name for spec in weights} - persistent
     for module in model.modules():

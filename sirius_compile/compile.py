@@ -146,7 +146,10 @@ def compile_model(
 
 @dataclass(frozen=True)
 class _Source:
-    """A model to compile: its config, its tokenizer, and how its weights are opened."""
+    """A model to compile: its config, its tokenizer, and how its weights are opened.
+
+    `dtypes`: those of a model in memory, by name, where it is in a 16-bit dtype.
+    """
 
     name: str
     revision: str | None
@@ -157,6 +160,7 @@ class _Source:
     dtype: torch.dtype
     trust_remote_code: bool
     open_weights: Callable[[Capture], WeightSource]
+    dtypes: Mapping[str, torch.dtype] | None = None
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,9 @@ def _open(model: str | Path | PreTrainedModel, config: CompileConfig, tokenizer:
             dtype=model.dtype,
             trust_remote_code=True,  # its code has run already
             open_weights=lambda capture: _StateDict(tensors),
+            dtypes={name: tensor.dtype for name, tensor in tensors.items()}
+            if model.dtype.itemsize == 2
+            else None,
         )
     if tokenizer is not None:
         raise ConfigError("tokenizer= goes with a model in memory; a directory brings its own")
@@ -236,23 +243,23 @@ class _Compilation:
         config = self._config
         max_seq_len = _max_seq_len(source.config, config.max_seq_len)
         check_tree(config.period, config.tree_width, source.config.vocab_size, flag="--")
+        dtype = DType(config.dtype or dtype_name(source.dtype))
+        if config.backend is not Backend.TORCH:
+            dtype = onnx_dtype(config.dtype, dtype)
         with self._stage("capture"):
-            captured = capture(source.config, trust_remote_code=source.trust_remote_code)
+            captured = capture(
+                source.config,
+                trust_remote_code=source.trust_remote_code,
+                dtype=dtype_of(dtype),
+                found=source.dtypes if dtype_of(dtype) is source.dtype else None,
+            )
         check_method(captured.program, self._method)
         with self._stage("open weights"):
             weights = source.open_weights(captured)
         program = captured.program
-        dtype = DType(config.dtype or dtype_name(source.dtype))
-        if config.backend is not Backend.TORCH:
-            dtype = onnx_dtype(config.dtype, dtype)
         for name, spec in program.weights.items():
-            constant = captured.constants.get(name)
-            stored = (
-                dtype
-                if spec.retype
-                else dtype_name((constant if constant is not None else weights.get(name)).dtype)
-            )
-            program.update_weight(name, dtype=str(stored))
+            if spec.retype:
+                program.update_weight(name, dtype=str(dtype))
 
         def spec_of(program: Program) -> ProgramSpec:
             return self._spec(source, program, dtype, max_seq_len)

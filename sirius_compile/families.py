@@ -97,6 +97,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("gpt_oss", "gpt-oss", _MIXED, "attention sinks, biases, clamped SwiGLU", _EXPERTS),
     Family("granitemoe", "Granite 3 MoE", _MIXED, "multipliers", _EXPERTS),
     Family("phimoe", "Phi-3.5 MoE", _MIXED, "router scores twice", (Method.TOPK,)),
+    Family("glm4_moe", "GLM-4.5, GLM-4.6", _BOTH, "router in float32", (Method.TOPK,)),
+    Family("dots1", "dots.llm1", _BOTH, "router in float32", (Method.TOPK,)),
+    Family("ernie4_5_moe", "ERNIE 4.5 MoE", _BOTH, "router in float32", (Method.TOPK,)),
     Family("deepseek_v3", "DeepSeek-V3, R1", _BOTH, "latent attention", (Method.TOPK,)),
 )
 """What is supported; each row is tested."""

@@ -56,3 +56,14 @@ def test_the_config_of_the_caller_s_model_stays_as_it_was() -> None:
     capture(model.config)
     assert model.config._attn_implementation == "sdpa"
     assert model.config.to_dict() == before
+
+
+def test_constants_have_the_precision_of_the_program() -> None:
+    """Gemma scales embeddings by a root that bfloat16 rounds."""
+    config = small_config("gemma3_text", hidden_size=48)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        captured = capture(config, dtype=dtype)
+        (name,) = (name for name in captured.constants if "embed_scale" in name)
+        assert torch.equal(captured.constants[name], torch.tensor(48**0.5, dtype=dtype))
+        assert captured.program.weights[name].retype
+        assert not captured.program.weights[name].parameter

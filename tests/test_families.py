@@ -51,7 +51,20 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_calibration(tmp_path_factory.mktemp("families") / "words.txt", 80)
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.model_type)
+ALIKE = ("glm4_moe", "dots1", "ernie4_5_moe")  # of deepseek_v3's kind
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            family,
+            id=family.model_type,
+            marks=[pytest.mark.slow] if family.model_type in ALIKE else [],
+        )
+        for family in FAMILIES
+    ],
+)
 def family(request: pytest.FixtureRequest) -> Family:
     return request.param
 

@@ -148,7 +148,7 @@ def add_counts(module: fx.GraphModule, counts: Sequence[fx.Node], origin: str) -
 
 def parameters(program: Program) -> int:
     """The model's parameters, each stored tensor counted once; constants are not parameters."""
-    return sum(math.prod(spec.shape) for spec in program.weights.values() if spec.retype)
+    return sum(math.prod(spec.shape) for spec in program.weights.values() if spec.parameter)
 
 
 def step_parameters(program: Program) -> int:

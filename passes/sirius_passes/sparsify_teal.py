@@ -163,6 +163,6 @@ def _source(weight: fx.Node) -> NormSpec:
 def _norm(program: Program, graph: fx.Graph, source: NormSpec, channels: int) -> fx.Node:
     """The norms of these channels as a weight of the program."""
     name = f"{source.of}.norm_{source.start}_{source.end}"
-    spec = WeightSpec(name, "float32", (channels,), retype=False, norm=source)
+    spec = WeightSpec(name, "float32", (channels,), retype=False, parameter=False, norm=source)
     program.weights[name] = spec
     return add_weight(graph, spec)

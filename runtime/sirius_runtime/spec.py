@@ -104,9 +104,10 @@ class WeightSpec:
     """One stored tensor.
 
     `shape` and `dtype` are those of the stored bytes. `transposed`: the checkpoint's tensor was
-    stored transposed, in the layout that kernels stream. `retype`: a floating point parameter that
-    follows the dtype asked for at load (constants such as rotary frequencies do not). `norm`: not a
-    tensor of the checkpoint, but norms of one.
+    stored transposed, in the layout that kernels stream. `retype`: follows the dtype asked for at
+    load (rotary frequencies do not, nor do weights that a 16-bit model keeps in float32).
+    `parameter`: one of the model's, in a floating point dtype; not a constant. `norm`: not a tensor
+    of the checkpoint, but norms of one.
     """
 
     name: str
@@ -114,6 +115,7 @@ class WeightSpec:
     shape: tuple[int, ...]
     transposed: bool = False
     retype: bool = True
+    parameter: bool = True
     norm: NormSpec | None = None
 
 

@@ -102,6 +102,14 @@ CONFIGS: dict[str, dict[str, object]] = {
     },
     "phimoe": {"num_local_experts": 6},
     "minicpm3": _LATENT,
+    "glm4_moe": {**_GROUPED, "n_shared_experts": 1},
+    "dots1": {**_GROUPED, "n_shared_experts": 1},
+    "ernie4_5_moe": {
+        "moe_num_experts": 6,
+        "moe_k": 2,
+        "moe_intermediate_size": 32,
+        "moe_layer_start_index": 1,
+    },
     "deepseek_v3": {**_LATENT, **_GROUPED},
     # refused
     "falcon": {"head_dim": None, "num_key_value_heads": None},
@@ -155,11 +163,14 @@ def random_model(model_type: str, **changes: object) -> PreTrainedModel:
 class Caches:
     """A cache for ragged rows, driven through the `full` and `prefill` entries."""
 
-    def __init__(self, backend: Backend, rows: int, slots: int = 64) -> None:
+    def __init__(
+        self, backend: Backend, rows: int, slots: int = 64, dtype: torch.dtype = torch.float32
+    ) -> None:
         state = backend.program.state
         shape = (state.layers, rows, state.kv_heads, slots)
         self.backend = backend
-        self.k, self.v = torch.randn(*shape, state.key_dim), torch.randn(*shape, state.value_dim)
+        self.k = torch.randn(*shape, state.key_dim).to(dtype)
+        self.v = torch.randn(*shape, state.value_dim).to(dtype)
         self.length = torch.zeros(rows, dtype=torch.int64)
 
     def feed(self, ids_BT: Tensor, counts: Tensor, entry: str = "full") -> Tensor:

@@ -1,0 +1,66 @@
+"""Which weights of a 16-bit model are kept in float32, as transformers keeps them.
+
+Some modules make a weight in float32 whatever the model's dtype (routers of mixtures), and some
+model classes name weights that `from_pretrained` converts (`_keep_in_fp32_modules_strict`, and
+`_keep_in_fp32_modules` for float16). Their forward casts accordingly, so that a captured graph
+holds for one choice of dtypes only: the model is given that choice before it is traced.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sirius_runtime.graph import CAPTURE_DTYPE
+
+
+def keep_as_loaded(model: Any, dtype: torch.dtype) -> None:
+    """Converts to float32 what `from_pretrained(dtype=dtype)` would, of a model that was built in
+    `CAPTURE_DTYPE`. A model in float32 is taken for one in bfloat16: it may be run as one.
+    """
+    plan = model._get_dtype_plan(torch.bfloat16 if dtype is torch.float32 else dtype)
+    if not plan:
+        return
+    pattern = re.compile("|".join(f"(?:{glob.replace('*', '.*')})" for glob in plan))
+    names = [name for name, _ in _stored(model) if pattern.search(name)]
+    _convert(model, dict.fromkeys(names, torch.float32))
+
+
+def keep_as_found(model: nn.Module, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype) -> None:
+    """Gives a model that was built in `CAPTURE_DTYPE` the dtypes that its like in memory has, by
+    name; `dtype` is that of most of them, which `CAPTURE_DTYPE` stands for.
+    """
+    own = {name: CAPTURE_DTYPE if found is dtype else found for name, found in dtypes.items()}
+    _convert(model, own)
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers in a floating point dtype that a checkpoint holds, under all names."""
+    persistent = set(model.state_dict())
+    for group in (model.named_parameters, model.named_buffers):
+        for name, tensor in group(remove_duplicate=False):
+            if name in persistent and tensor.is_floating_point():
+                yield name, tensor
+
+
+def _convert(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Converts stored tensors by name; what is tied stays tied."""
+    converted: dict[int, Tensor] = {}
+    for name, tensor in list(_stored(model)):
+        wanted = dtypes.get(name, tensor.dtype)
+        if tensor.dtype is wanted:
+            continue
+        new = converted.get(id(tensor))
+        if new is None:
+            new = tensor.detach().to(wanted)
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            converted[id(tensor)] = new
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        table = module._parameters if own in module._parameters else module._buffers
+        table[own] = new  # type: ignore[assignment]
