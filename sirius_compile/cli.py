@@ -15,14 +15,25 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from sirius_compile.config import Backend
-from sirius_runtime.errors import ConfigError, SiriusError, UserError
+from sirius_compile.config import BUILTIN, Backend, CompileConfig, DenseLayers
+from sirius_runtime.command_line import finish, read_path, say, tell
+from sirius_runtime.errors import ConfigError
 from sirius_runtime.spec import DType, Method, Score
-from sirius_runtime.terminal import LINES, plain
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def _path(text: str) -> Path:
+    try:
+        return read_path(text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _file_or_builtin(text: str) -> str:
+    return text if text == BUILTIN else str(_path(text))
 
 
 @app.command()
@@ -31,7 +42,9 @@ def sirius_compile(
         str | None,
         typer.Argument(help="Shipped name, directory, hub id, or short name (llama-3-8b)."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The artifact to write.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", parser=_path, help="The artifact to write.")
+    ] = None,
     sparsity: Annotated[Method, typer.Option(help="The sparse path.")] = Method.CATS,
     keep: Annotated[
         float | None, typer.Option(help="Share of neurons or channels kept, in (0, 1]; 0.5.")
@@ -56,9 +69,11 @@ def sirius_compile(
     max_seq_len: Annotated[int | None, typer.Option(help="Default: the model's own.")] = None,
     dtype: Annotated[DType | None, typer.Option(help="Default: the checkpoint's.")] = None,
     device: Annotated[str, typer.Option(help="Where calibration runs.")] = "cpu",
-    calibration: Annotated[str, typer.Option(help="Text or JSONL file, or builtin.")] = "builtin",
+    calibration: Annotated[
+        str, typer.Option(parser=_file_or_builtin, help="Text or JSONL file, or builtin.")
+    ] = "builtin",
     revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
-    cache_dir: Annotated[Path | None, typer.Option(help="Hub cache.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(parser=_path, help="Hub cache.")] = None,
     backend: Annotated[
         Backend, typer.Option(help="Graphs for PyTorch (torch), ONNX Runtime (onnx), or both.")
     ] = Backend.TORCH,
@@ -68,10 +83,12 @@ def sirius_compile(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Summary as JSON on stdout.")] = False,
     dump_graphs: Annotated[
-        Path | None, typer.Option(help="Folder for the graphs before and after each pass.")
+        Path | None,
+        typer.Option(parser=_path, help="Folder for the graphs before and after each pass."),
     ] = None,
     expect_graphs: Annotated[
-        Path | None, typer.Option(help="Fail unless the graphs are those dumped there.")
+        Path | None,
+        typer.Option(parser=_path, help="Fail unless the graphs are those dumped there."),
     ] = None,
     list_models: Annotated[
         bool, typer.Option("--list-models", help="Print the supported model types and end.")
@@ -85,10 +102,10 @@ def sirius_compile(
     if model is None or out is None:
         raise ConfigError("a model and a target are needed: sirius-compile MODEL --out FILE")
     from sirius_compile.compile import compile_model
-    from sirius_compile.config import CompileConfig
-    from sirius_compile.guard import expect_graphs as guard
+    from sirius_compile.guard import compare_graphs, read_graphs
     from sirius_compile.report import summarise
     from sirius_runtime.artifact_writer import ArtifactWriter
+    from sirius_runtime.loading import find_device
 
     _quieten(verbose)
     config = CompileConfig(
@@ -106,43 +123,82 @@ def sirius_compile(
         max_seq_len=max_seq_len,
         dtype=dtype,
         device=device,
-        calibration=calibration if calibration == "builtin" else Path(calibration),
+        calibration=calibration,
         revision=revision,
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
         backend=backend,
     )
-    ArtifactWriter(out, force=force)  # refuses a bad target before minutes of work, not after
+    _check_use(config)
+    # What can be refused is refused before minutes of work, not after.
+    ArtifactWriter(out, force=force)
+    find_device(device)
+    expected = None
+    if expect_graphs is not None:
+        expected = read_graphs(expect_graphs)
+        if dump_graphs is not None and dump_graphs.resolve() == expect_graphs.resolve():
+            raise ConfigError(
+                f"--dump-graphs {dump_graphs} would replace the graphs that --expect-graphs "
+                "compares with: name another folder"
+            )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         dump = dump_graphs or (Path(scratch) if expect_graphs else None)
         compiled = compile_model(model, config, dump_graphs=dump, progress=_progress)
-        if expect_graphs is not None:
+        if expected is not None:
             assert dump is not None
-            count = guard(expect_graphs, dump)
-            _err.print(f"{'graphs as expected':28} {count} compared")
+            assert expect_graphs is not None
+            compare_graphs(expect_graphs, expected, dump)
+            tell(f"{'graphs as expected':28} {len(expected)} compared")
     begin = time.perf_counter()
     compiled.save(out, force=force)
     _progress("write artifact", time.perf_counter() - begin)
     summary = summarise(compiled, out, time.perf_counter() - start)
     if as_json:
-        print(json.dumps(summary.to_json()))
+        say(json.dumps(summary.to_json()))
     else:
-        Console(soft_wrap=True, highlight=False).print(summary.table())
+        _say_table(summary.table())
+
+
+def _check_use(config: CompileConfig) -> None:
+    """Raises ConfigError for flags that this sparse path has no use for."""
+    method, dense = Method(config.sparsity), DenseLayers.read(config.dense_layers)
+    if config.calibration != BUILTIN and not (method.has_thresholds or dense.auto):
+        raise ConfigError(
+            f"--calibration is read for thresholds, and --sparsity {method} has none: leave it out"
+        )
+    given = [
+        flag
+        for flag, value in (
+            ("--keep", config.keep),
+            ("--density", config.density),
+            ("--dense-layers", dense.fixed or dense.auto or None),
+        )
+        if value is not None
+    ]
+    if method is Method.NONE and given:
+        raise ConfigError(f"{given[0]} is of a sparse path, and --sparsity none has none")
 
 
 def _list_models(as_json: bool) -> None:
     from sirius_compile.families import families_json, families_tables
 
     if as_json:
-        print(json.dumps(families_json()))
+        say(json.dumps(families_json()))
     else:
         for table in families_tables():
-            Console(soft_wrap=True, highlight=False).print(table)
+            _say_table(table)
+
+
+def _say_table(table: Table) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    say(captured.get(), end="")
 
 
 def _progress(stage: str, seconds: float) -> None:
-    _err.print(f"{stage:28} {seconds:7.2f} s")
+    tell(f"{stage:28} {seconds:7.2f} s")
 
 
 def _quieten(verbose: bool) -> None:
@@ -156,15 +212,8 @@ def _quieten(verbose: bool) -> None:
 
 
 def main() -> None:
-    """The console script; exits with 2 for the user's to mend, 70 for a bug."""
-    try:
-        app(standalone_mode=True)
-    except UserError as error:
-        _err.print(f"sirius-compile: error: {plain(str(error), keep=LINES)}", markup=False)
-        sys.exit(error.exit_code)
-    except SiriusError as error:
-        _err.print(f"sirius-compile: internal error: {plain(str(error), LINES)}", markup=False)
-        sys.exit(error.exit_code)
+    """The console script; ends with the exit code of `sirius_runtime.command_line`."""
+    sys.exit(finish("sirius-compile", app))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ dumped.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 
 from sirius_runtime.errors import ConfigError, GraphMismatchError
@@ -12,20 +13,34 @@ from sirius_runtime.errors import ConfigError, GraphMismatchError
 _SHOWN_LINES = 60
 
 
-def expect_graphs(expected: Path, actual: Path) -> int:
-    """Compares two folders that `--dump-graphs` wrote; returns the number of graphs compared.
+def read_graphs(folder: Path) -> dict[str, str]:
+    """The graphs that `--dump-graphs` wrote into `folder`, by file name.
+
+    Raises ConfigError where there are none, or where they can't be read.
+    """
+    try:
+        graphs = {path.name: path.read_text("utf-8") for path in sorted(folder.glob("*.txt"))}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"the graphs of --expect-graphs {folder} can't be read ({error}); write them again "
+            f"with --dump-graphs {folder}"
+        ) from error
+    if not graphs:
+        raise ConfigError(
+            f"--expect-graphs {folder} holds no graphs; write them once with --dump-graphs {folder}"
+        )
+    return graphs
+
+
+def compare_graphs(expected: Path, old: Mapping[str, str], actual: Path) -> None:
+    """Compares the graphs `old` of the folder `expected` with those in the folder `actual`.
 
     Raises GraphMismatchError with a unified diff of the first graph that differs, and the names of
-    the others; ConfigError where `expected` holds no dumped graphs.
+    the others.
     """
-    old, new = _graphs(expected), _graphs(actual)
-    if not old:
-        raise ConfigError(
-            f"--expect-graphs {expected} holds no graphs; write them once with "
-            f"--dump-graphs {expected}"
-        )
+    new = read_graphs(actual)
     if old == new:
-        return len(old)
+        return
     differing = sorted(n for n in old.keys() | new.keys() if old.get(n) != new.get(n))
     # A graph that is in both folders says more than one that is missing or new.
     first = next((n for n in differing if n in old and n in new), differing[0])
@@ -46,7 +61,3 @@ def expect_graphs(expected: Path, actual: Path) -> int:
         f"them: {', '.join(differing)}\n{shown}\n"
         f"If the change is wanted, write the new graphs with --dump-graphs {expected}"
     )
-
-
-def _graphs(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in sorted(folder.glob("*.txt"))}

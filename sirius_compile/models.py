@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from sirius_runtime.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from sirius_runtime.errors import ConfigError, ModelNotFoundError, UnsupportedModelError, shown
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 """The names that save_pretrained gives to weights in one file, and to the index of several."""
@@ -122,7 +122,7 @@ def resolve_model(
     nowhere, and ConfigError for a `revision` of a model that is not from the hub.
     """
     name = str(model)
-    shipped, path = shipped_models(), Path(model).expanduser()
+    shipped, path = shipped_models(), _local(model)
     if name in shipped:
         _check_no_revision(name, revision)
         return ModelSource(shipped[name], name, None, False)
@@ -172,6 +172,22 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     if reason is not None:
         raise UnsupportedModelError(f"{source.name} (model type {config.model_type!r}) {reason}")
     return config
+
+
+def _local(model: str | Path) -> Path:
+    """`model` as a path; raises ModelNotFoundError for what the system can't even look up."""
+    try:
+        path = Path(model)
+        if str(model).startswith("~"):  # a Path forgets a leading ./
+            path = path.expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelNotFoundError(
+            f"model {shown(str(model))} can't be looked up ({reason}); give a shipped model, a "
+            "directory or a hub id"
+        ) from error
+    return path
 
 
 def _check_no_revision(name: str, revision: str | None) -> None:

@@ -49,7 +49,7 @@ def test_prompt_from_file_and_from_stdin(
     path = tmp_path / "prompt.txt"
     path.write_text(PROMPT + "\n")
     from_file = cli.run("run", artifact, "--prompt-file", path)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT + "\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{PROMPT}\n".encode())))
     from_stdin = cli.run("run", artifact)
     assert from_file.code == from_stdin.code == 0
     assert from_file.out == from_stdin.out == f"{generated(cli, artifact)['text']}\n"
@@ -132,7 +132,7 @@ def test_unknown_words_are_named(cli: Cli, artifact: Path) -> None:
         (("--mode", "sample", "--temperature", "0"), "temperature must be > 0, got 0.0"),
         (("--mode", "full", "--top-k", "-1"), "top_k must be >= 0 (0: no limit), got -1"),
         (("--mode", "sparse", "--top-p", "0"), "top_p must be in (0, 1], got 0.0"),
-        (("--compare", "--seed", "1"), "--compare is greedy"),
+        (("--compare", "--seed", "1"), "--compare runs modes full, sparse and sirius, greedily"),
         (("--threshold", "-1"), "threshold must be >= 0, got -1.0"),
         (("--max-new-tokens", "5000"), "max_new_tokens must be in 1.."),
         (("--dtype", "int4"), "dtype must be one of float32, bfloat16, float16"),

@@ -18,7 +18,8 @@ from sirius_runtime import load
 from sirius_runtime import loading as module
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.kernels.native import references
-from sirius_runtime.loading import BackendName, choose_backend
+from sirius_runtime.loading import BackendName, choose_backend, find_device
+from sirius_runtime.sizes import MOST_KERNEL_THREADS, most_threads
 from tests.support.cli import Cli
 from tests.support.models import TinyModels
 
@@ -116,6 +117,8 @@ def test_options_out_of_range(artifact: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"threads": 0}, "threads must be >= 1, got 0"),
         ({"threads": -2, "backend": "auto"}, "threads must be >= 1, got -2"),
+        ({"threads": 100_000}, f"threads must be at most {most_threads()} here"),
+        ({"threads": 10**30, "backend": "onnxruntime"}, "threads must be at most .*, got '10000"),
         ({"rows": 0}, "rows must be >= 1, got 0"),
         ({"backend": "fast"}, "one of auto, eager, inductor, cudagraph, period, aoti, onnxruntime"),
     ]
@@ -124,6 +127,29 @@ def test_options_out_of_range(artifact: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             load(artifact, **options)
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("cores", "most"), [(1, 16), (2, 32), (16, 256), (64, 256), (384, 384)])
+def test_the_most_threads_follow_from_cores_and_kernels(
+    monkeypatch: pytest.MonkeyPatch, cores: int, most: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert most_threads() == most
+
+
+def test_the_kernels_take_so_many_threads() -> None:
+    source = Path(module.__file__).parent / "kernels" / "csrc" / "threads.h"
+    assert f"constexpr size_t MOST = {MOST_KERNEL_THREADS};" in source.read_text()
+
+
+def test_devices_that_hold_no_values_are_refused() -> None:
+    for name in ("", "abacus", "meta", "hpu", "privateuseone", "mkldnn", "xla", "cuda:-1", "²"):
+        with pytest.raises(ConfigError) as refused:
+            find_device(name)
+        assert f"device {name!r} can't be used here (" in str(refused.value)
+    with pytest.raises(ConfigError) as refused:
+        find_device("x" * 5000)
+    assert len(str(refused.value)) < 400
 
 
 @pytest.mark.slow

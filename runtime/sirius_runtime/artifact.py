@@ -49,6 +49,7 @@ from sirius_runtime.spec import (
     WeightSpec,
     from_json,
 )
+from sirius_runtime.watched_file import WatchedFile
 
 if TYPE_CHECKING:
     import torch
@@ -76,14 +77,17 @@ class Artifact:
         self._slots = slots
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], verify: bool = True) -> Artifact:
+    def open(
+        cls, path: str | os.PathLike[str], verify: bool = True, copy: bool = False
+    ) -> Artifact:
         """Opens and checks the artifact at `path`.
 
         With `verify`, the sha256 of every file is compared with the manifest's; without, those of
-        the weight shards are not. All other checks are always made. Raises ArtifactError naming the
-        path, what is wrong with it and what to do.
+        the weight shards are not. All other checks are always made. With `copy`, the file is read
+        into memory and not mapped. Raises ArtifactError naming the path, what is wrong with it and
+        what to do.
         """
-        image, infos = map_file(Path(path))
+        image, infos = map_file(Path(path), copy=copy)
         spans = find_spans(image, infos)
         manifest = _manifest(image, spans)
         _check_files(image, spans, manifest.files)
@@ -126,6 +130,16 @@ class Artifact:
         have tensors of their own.
         """
         return self._opened().buffer, self._slots
+
+    @property
+    def file(self) -> WatchedFile | None:
+        """The mapped file; None where it was read into memory."""
+        return self._opened().file
+
+    def check_unchanged(self) -> None:
+        """Raises ArtifactError where the mapped file has changed since it was opened."""
+        if self.file is not None:
+            self.file.check()
 
     def close(self) -> None:
         """Lets go of the file; tensors from `weights` stay valid."""

@@ -6,7 +6,9 @@ Nothing of the file is trusted: names, kinds, sizes and places are checked befor
 from __future__ import annotations
 
 import contextlib
+import io
 import mmap
+import os
 import re
 import stat
 import struct
@@ -16,9 +18,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 from sirius_runtime.errors import ArtifactError
+from sirius_runtime.watched_file import WatchedFile
 
 ALIGNMENT = 64  # of every entry's data: a cache line, and the widest vector load of today's CPUs
 MAX_JSON_BYTES = 256 * 2**20
@@ -38,10 +41,11 @@ _PRIVATE = (
 
 @dataclass(frozen=True)
 class Image:
-    """The mapped file."""
+    """The mapped file, or a copy of it in memory; `file` is None then."""
 
     path: Path
     buffer: mmap.mmap
+    file: WatchedFile | None
 
     def fault(self, what: str, remedy: str = AGAIN) -> ArtifactError:
         return _fault(self.path, what, remedy)
@@ -81,30 +85,57 @@ def _fault(path: Path, what: str, remedy: str = AGAIN) -> ArtifactError:
     return ArtifactError(f"{path}: {what}; {remedy}")
 
 
-def map_file(path: Path) -> tuple[Image, list[zipfile.ZipInfo]]:
-    """The mapped file and its directory, both read through one file descriptor.
+def map_file(path: Path, *, copy: bool = False) -> tuple[Image, list[zipfile.ZipInfo]]:
+    """The mapped file and its directory, both read through one file descriptor; with `copy`, all
+    of the file is read into memory, and nothing that happens to it later matters.
 
     Pages of 2 MiB are asked for: weights are read from end to end in every step, and in pages of
     4 KiB the processor's lookups of addresses cost up to a fifth of that.
     """
-    if not path.exists():
-        raise _fault(path, "there is no such file", NOT_OURS)
-    if not path.is_file():
-        raise _fault(path, "it is a folder or a device, not a file", NOT_OURS)
     try:
+        if not path.exists():
+            raise _fault(path, "there is no such file", NOT_OURS)
+        if not path.is_file():
+            raise _fault(path, "it is a folder or a device, not a file", NOT_OURS)
         with path.open("rb") as file:
             infos = _directory(path, file)
-            fd = file.fileno()
-            if _PRIVATE is None:
-                return Image(path, mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)), infos
-            protection = mmap.PROT_READ | mmap.PROT_WRITE
-            buffer = mmap.mmap(fd, 0, flags=_PRIVATE, prot=protection)
-            with contextlib.suppress(OSError):  # a kernel without them
-                buffer.madvise(mmap.MADV_HUGEPAGE)
-            return Image(path, buffer), infos
+            if copy:
+                return Image(path, _read(path, file), None), infos
+            watched, buffer = WatchedFile(path, file.fileno()), _map(file.fileno())
+            return Image(path, buffer, watched), infos
     except OSError as error:
         remedy = "check its permissions and the disk"
         raise _fault(path, f"it can't be read ({error.strerror or error})", remedy) from error
+
+
+def _map(descriptor: int) -> mmap.mmap:
+    if _PRIVATE is None:
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    buffer = mmap.mmap(descriptor, 0, flags=_PRIVATE, prot=protection)
+    _want_large_pages(buffer)
+    return buffer
+
+
+def _read(path: Path, file: BinaryIO) -> mmap.mmap:
+    """The whole file in memory of our own."""
+    size = file.seek(0, os.SEEK_END)
+    buffer = mmap.mmap(-1, size)
+    _want_large_pages(buffer)
+    file.seek(0)
+    with memoryview(buffer) as view:
+        done = 0
+        while done < size and (count := cast(io.BufferedReader, file).readinto(view[done:])):
+            done += count
+    if done < size:
+        raise _fault(path, f"it ended after {done} of its {size} bytes while it was read")
+    return buffer
+
+
+def _want_large_pages(buffer: mmap.mmap) -> None:
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            buffer.madvise(mmap.MADV_HUGEPAGE)
 
 
 def _directory(path: Path, file: BinaryIO) -> list[zipfile.ZipInfo]:

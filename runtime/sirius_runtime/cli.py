@@ -12,63 +12,91 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from sirius_runtime.errors import ConfigError, SiriusError, UserError
-from sirius_runtime.terminal import LINES, plain, without_controls
+from sirius_runtime.command_line import (
+    ESCAPES,
+    finish,
+    path_argument,
+    read_stdin,
+    read_text_file,
+    real_number,
+    say,
+    tell,
+    unescaped,
+    whole_number,
+)
+from sirius_runtime.errors import ConfigError, shown
+from sirius_runtime.request import Mode
+from sirius_runtime.terminal import plain, without_controls
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script; returns the exit code (2: the user's to mend, 70: a bug)."""
-    parsed = _parser().parse_args(arguments)
-    try:
+    """The console script; returns the exit code."""
+
+    def command() -> None:
+        parsed = _parser().parse_args(arguments)
         parsed.command(parsed)
-    except UserError as error:
-        print(f"sirius: error: {plain(str(error), keep=LINES)}", file=sys.stderr)
-        return error.exit_code
-    except SiriusError as error:
-        print(f"sirius: internal error: {plain(str(error), keep=LINES)}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\nsirius: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone; say nothing more
-        return 0
-    return 0
+
+    return finish("sirius", command)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sirius", description="Run and inspect Sirius artifacts.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="generate from a prompt, streaming committed tokens")
+    run = commands.add_parser(
+        "run",
+        help="generate from a prompt, streaming committed tokens",
+        epilog=f"In the TEXT of a flag {ESCAPES}; any other backslash is itself. A file or stdin "
+        "is taken as it is, less one line break at its end.",
+    )
     run.set_defaults(command=_run)
-    run.add_argument("artifact", type=Path, metavar="MODEL.sirius")
+    run.add_argument("artifact", type=path_argument, metavar="MODEL.sirius")
     source = run.add_mutually_exclusive_group()
-    source.add_argument("-p", "--prompt", help="the prompt; \\n stands for a line break")
-    source.add_argument("--prompt-file", type=Path, help="a file with the prompt (default: stdin)")
-    run.add_argument(
-        "--mode", default="sirius", help="sirius (default), exact, sample, full or sparse"
+    source.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; see below")
+    source.add_argument(
+        "--prompt-file",
+        type=path_argument,
+        metavar="FILE",
+        help="a file with the prompt in UTF-8 (default: stdin)",
     )
+    run.add_argument("--mode", help="sirius (default), exact, sample, full or sparse")
     run.add_argument("--compare", action="store_true", help="full, sparse and Sirius side by side")
-    run.add_argument("--max-new-tokens", type=int, metavar="N")
+    run.add_argument("--max-new-tokens", type=whole_number, metavar="N")
     run.add_argument("--period", metavar="K", help="tokens per verification, or auto")
-    run.add_argument("--tree-width", type=int, metavar="W", help="paths drafted side by side")
-    run.add_argument("--threshold", type=float, metavar="R", help="probability that a token needs")
-    run.add_argument("--verify-temperature", type=float, metavar="T")
     run.add_argument(
-        "--confidence", type=float, metavar="C", help="probability that a draft needs to go on"
+        "--tree-width", type=whole_number, metavar="W", help="paths drafted side by side"
     )
     run.add_argument(
-        "--refresh", type=int, metavar="N", help="periods until griffin chooses neurons anew"
+        "--threshold", type=real_number, metavar="R", help="probability that a token needs"
     )
-    run.add_argument("--temperature", type=float, metavar="T", help="of sampling (mode sample)")
-    run.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
-    run.add_argument("--top-p", type=float, metavar="P", help="sample from this much probability")
-    run.add_argument("--seed", type=int, help="of sampling, for the same tokens again")
-    run.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
+    run.add_argument("--verify-temperature", type=real_number, metavar="T")
+    run.add_argument(
+        "--confidence",
+        type=real_number,
+        metavar="C",
+        help="probability that a draft needs to go on",
+    )
+    run.add_argument(
+        "--refresh",
+        type=whole_number,
+        metavar="N",
+        help="periods until griffin chooses neurons anew",
+    )
+    run.add_argument(
+        "--temperature", type=real_number, metavar="T", help="of sampling (mode sample)"
+    )
+    run.add_argument(
+        "--top-k", type=whole_number, metavar="K", help="sample from the K likeliest tokens"
+    )
+    run.add_argument(
+        "--top-p", type=real_number, metavar="P", help="sample from this much probability"
+    )
+    run.add_argument("--seed", type=whole_number, help="of sampling, for the same tokens again")
+    run.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated"
+    )
     run.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
     run.add_argument("--dtype", help="float32, bfloat16, float16 (default: as stored)")
     run.add_argument(
@@ -79,42 +107,41 @@ def _parser() -> argparse.ArgumentParser:
         "aoti (that graph, compiled once) or onnxruntime",
     )
     run.add_argument(
-        "--context", type=int, metavar="N", help="aoti: tokens of prompt and answer to compile for"
+        "--context",
+        type=whole_number,
+        metavar="N",
+        help="aoti: tokens of prompt and answer to compile for",
     )
     run.add_argument(
         "--providers", metavar="P,Q", help="onnxruntime: execution providers, the preferred first"
     )
-    run.add_argument("--threads", type=int, metavar="N", help="of one operator on the CPU")
+    run.add_argument("--threads", type=whole_number, metavar="N", help="of one operator on the CPU")
+    run.add_argument("--copy", action="store_true", help="read the file into memory, do not map it")
     run.add_argument("--no-verify", action="store_true", help="do not hash the weights at load")
     run.add_argument("--json", action="store_true", help="print one JSON object, no stream")
 
     inspect = commands.add_parser("inspect", help="show what an artifact holds")
     inspect.set_defaults(command=_inspect)
-    inspect.add_argument("artifact", type=Path, metavar="MODEL.sirius")
+    inspect.add_argument("artifact", type=path_argument, metavar="MODEL.sirius")
     inspect.add_argument("--json", action="store_true", help="print the whole manifest")
 
     export = commands.add_parser("export-onnx", help="write an artifact's ONNX graphs to a folder")
     export.set_defaults(command=_export_onnx)
-    export.add_argument("artifact", type=Path, metavar="MODEL.sirius")
-    export.add_argument("folder", type=Path, metavar="DIR")
+    export.add_argument("artifact", type=path_argument, metavar="MODEL.sirius")
+    export.add_argument("folder", type=path_argument, metavar="DIR")
     export.add_argument("--force", action="store_true", help="write into a folder with files")
     return parser
 
 
 def _run(args: argparse.Namespace) -> None:
-    from sirius_runtime.loading import load
+    from sirius_runtime.loading import BackendName, load
 
-    prompt = _prompt(args)
-    model = load(
-        args.artifact,
-        device=args.device,
-        dtype=args.dtype,
-        backend=args.backend,
-        context=args.context,
-        providers=args.providers.split(",") if args.providers else None,
-        threads=args.threads,
-        verify=not args.no_verify,
-    )
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    if args.compare and (args.mode is not None or any(v is not None for v in sampling.values())):
+        raise ConfigError(
+            "--compare runs modes full, sparse and sirius, greedily: leave out --mode, "
+            "--temperature, --top-k, --top-p and --seed"
+        )
     options: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
         "threshold": args.threshold,
@@ -123,38 +150,54 @@ def _run(args: argparse.Namespace) -> None:
         "verify_temperature": args.verify_temperature,
         "confidence": args.confidence,
         "refresh": args.refresh,
-        "stop": tuple(args.stop),
+        "stop": tuple(unescaped(text, "--stop") for text in args.stop),
     }
-    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    mode = Mode.SIRIUS if args.mode is None else args.mode
+    if args.context is not None and args.backend != BackendName.AOTI:
+        raise ConfigError(
+            f"--context is of backend aoti alone, which compiles for it, and this is backend "
+            f"{args.backend}: leave it out"
+        )
+    providers = None if args.providers is None else args.providers.split(",")
+    if providers is not None and "" in providers:
+        raise ConfigError(
+            f"--providers takes names of execution providers (P,Q), got {shown(args.providers)}"
+        )
+    prompt = _prompt(args)
+    model = load(
+        args.artifact,
+        device=args.device,
+        dtype=args.dtype,
+        backend=args.backend,
+        context=args.context,
+        providers=providers,
+        threads=args.threads,
+        verify=not args.no_verify,
+        copy=args.copy,
+    )
     _warn_of_unknown_tokens(model, prompt)
-    if args.compare and any(value is not None for value in sampling.values()):
-        raise ConfigError("--compare is greedy: leave out --temperature, --top-k, --top-p, --seed")
-    if not args.compare:
-        options |= sampling
     if args.compare:
         _print_comparison(model, prompt, options, args.json)
     elif args.json:
-        output = model.generate(prompt, mode=args.mode, **options)
-        print(json.dumps(_output_json(output)))
+        output = model.generate(prompt, mode=mode, **options, **sampling)
+        say(json.dumps(_output_json(output)))
     else:
-        _stream(model, prompt, args.mode, options)
+        _stream(model, prompt, mode, options | sampling)
 
 
 def _number_or_auto(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.lstrip("-").isdigit() else text
+    try:
+        return text if text is None else int(text)
+    except ValueError:
+        return text
 
 
 def _prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
-        return str(args.prompt).replace("\\n", "\n")
+        return unescaped(args.prompt, "--prompt")
     if args.prompt_file is not None:
-        try:
-            return args.prompt_file.read_text(encoding="utf-8").rstrip("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompt-file {args.prompt_file} can't be read: {error}") from error
-    if sys.stdin.isatty():
-        print("sirius: reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
-    return sys.stdin.read().rstrip("\n")
+        return read_text_file(args.prompt_file, f"--prompt-file {args.prompt_file}")
+    return read_stdin("the prompt")
 
 
 def _warn_of_unknown_tokens(model: Any, prompt: str) -> None:
@@ -167,10 +210,9 @@ def _warn_of_unknown_tokens(model: Any, prompt: str) -> None:
     ]
     if unknown:
         words = ", ".join(repr(w) for w in dict.fromkeys(unknown[:5]))
-        print(
+        tell(
             f"sirius: warning: {len(unknown)} pieces of the prompt are not in this model's "
-            f"vocabulary ({words})",
-            file=sys.stderr,
+            f"vocabulary ({words})"
         )
 
 
@@ -186,7 +228,7 @@ def _stream(model: Any, prompt: str, mode: str, options: dict[str, Any]) -> None
     if model.tokenizer is not None:
         streamer = TextStream(model.tokenizer, _write, options["stop"])
     output = model.generate(prompt, mode=mode, streamer=streamer, **options)
-    print(flush=True)
+    say("")
     stats = output.stats
     parts = [
         f"{stats.tokens} tokens ({output.finish_reasons[0]})",
@@ -198,11 +240,11 @@ def _stream(model: Any, prompt: str, mode: str, options: dict[str, Any]) -> None
     if output.seeds:
         parts.append(f"seed {output.seeds[0]}")
     parts += [f"density {stats.density:.3f}", f"effective {stats.effective_density:.3f}"]
-    print(f"sirius: {', '.join(parts)}", file=sys.stderr)
+    tell(f"sirius: {', '.join(parts)}")
 
 
 def _write(text: str) -> None:
-    print(_on_terminal(text), end="", flush=True)
+    say(_on_terminal(text), end="")
 
 
 def _on_terminal(text: str) -> str:
@@ -236,17 +278,17 @@ def _print_comparison(model: Any, prompt: str, options: dict[str, Any], as_json:
             | {"same_tokens": run.same_tokens, "speed": run.speed}
             for run in runs
         }
-        print(json.dumps(document))
+        say(json.dumps(document))
         return
     width = shutil.get_terminal_size().columns
     for line in _side_by_side([f"--- {r.mode} ---\n{_shown(r.output)}" for r in runs], width):
-        print(line)
-    print()
+        say(line)
+    say("")
     header = ("mode", "tokens", "as full", "AAL", "density", "eff.", "tokens/s", "x full")
     rows = [header] + [_comparison_row(run) for run in runs]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     for row in rows:
-        print("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)))
+        say("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)))
 
 
 def _shown(output: Any) -> str:
@@ -289,7 +331,7 @@ def _export_onnx(args: argparse.Namespace) -> None:
     from sirius_runtime.onnx_files import export_onnx
 
     for path in export_onnx(args.artifact, args.folder, force=args.force):
-        print(f"{path}  {path.stat().st_size:,} bytes")
+        say(f"{path}  {path.stat().st_size:,} bytes")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -299,10 +341,10 @@ def _inspect(args: argparse.Namespace) -> None:
     with Artifact.open(args.artifact) as artifact:
         manifest = artifact.manifest
     if args.json:
-        print(json.dumps(to_json(manifest)))
+        say(json.dumps(to_json(manifest)))
         return
     for line in describe(manifest):
-        print(plain(line))  # names and versions are whatever the file says
+        say(plain(line))  # names and versions are whatever the file says
 
 
 def describe(manifest: Any) -> list[str]:

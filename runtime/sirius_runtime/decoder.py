@@ -87,6 +87,11 @@ class Engine(Protocol):
         """Bytes of one parameter."""
         ...
 
+    @property
+    def threads(self) -> int:
+        """Threads of one operator on the CPU, at the most."""
+        ...
+
     def open(
         self,
         request: Request,

@@ -7,6 +7,8 @@ a bug.
 
 from __future__ import annotations
 
+_SHOWN = 60  # characters of a wrong value
+
 
 class SiriusError(Exception):
     """Root of all errors of this project; on its own, a fault of the tool (exit code 70)."""
@@ -56,3 +58,8 @@ class GraphMismatchError(UserError):
 
 class PassError(SiriusError):
     """A pass that broke the program: the verifier's finding, a bug of the compiler."""
+
+
+def shown(value: str) -> str:
+    """A value as a message repeats it: quoted, and cut where it is long."""
+    return repr(value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,8 +19,10 @@ from tokenizers import Tokenizer
 
 from sirius_runtime.artifact import Artifact
 from sirius_runtime.decoder import Engine
-from sirius_runtime.errors import ArtifactError, BackendError, ConfigError
+from sirius_runtime.errors import ArtifactError, BackendError, ConfigError, shown
+from sirius_runtime.forking import ran_on
 from sirius_runtime.model import SiriusModel
+from sirius_runtime.sizes import most_threads
 from sirius_runtime.spec import JSON, DType, ProgramSpec
 from sirius_runtime.terminal import plain
 from sirius_runtime.text import read_tokenizer
@@ -68,6 +71,7 @@ def load(
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     verify: bool = True,
+    copy: bool = False,
     progress: Callable[[str], None] = _to_stderr,
 ) -> SiriusModel:
     """Loads an artifact.
@@ -77,14 +81,23 @@ def load(
     by default the stored one. backend: a `BackendName`; ``auto`` takes the fastest that works here,
     and progress is told which and why. rows, context: of backend `aoti`, the largest batch and the
     most tokens of prompt and answer to compile for, by default the model's longest sequence;
-    progress is told when a back end compiles, which happens once. threads: of one operator on the
-    CPU, by default as many as PyTorch or ONNX Runtime takes; PyTorch's is a setting of the whole
-    process (`torch.set_num_threads`), which stays when the model is gone. Where torch is not
-    imported yet, its idle threads are told to sleep (OMP_WAIT_POLICY), which leaves the cores to
-    our kernels. providers: of backend
+    progress is told when a back end compiles, which happens once. providers: of backend
     `onnxruntime`, its execution providers in order of preference, by default CUDA where it works
     and the CPU else (progress is told which); it computes on the device of the provider, in the
     stored dtype. verify: check the sha256 of the weights too (everything else is always checked).
+
+    threads: of one operator on the CPU, by default as many as PyTorch or ONNX Runtime takes, at the
+    most 16 a core and 256, or one a core; PyTorch's is a setting of the whole process
+    (`torch.set_num_threads`), which stays when the model is gone. Where torch is not imported yet,
+    its idle threads are told to sleep (OMP_WAIT_POLICY), which leaves the cores to our kernels. A
+    process that is forked once something was generated on several threads can't generate on
+    several: start it by spawn.
+
+    copy: read the file into memory, once, at the price of its size; then nothing that happens to it
+    matters. A file that is mapped must stay as it is while the model is in use. `generate` looks at
+    its size and time before and after, and raises ArtifactError where they have changed; but a file
+    that is cut short in between kills the process (SIGBUS). Another file that is renamed over it,
+    as sirius-compile does it, or its removal, changes nothing.
 
     Raises ArtifactError for a file that is not a sound artifact, ConfigError for an option that
     can't be met and BackendError for a back end that can't run here, each with the remedy.
@@ -94,7 +107,7 @@ def load(
         let_threads_sleep()
     if dtype is not None and dtype not in list(DType):
         raise ConfigError(f"dtype must be one of {', '.join(DType)}, got {dtype!r}")
-    with Artifact.open(path, verify=verify) as artifact:
+    with Artifact.open(path, verify=verify, copy=copy) as artifact:
         runner: Engine
         if backend == BackendName.AUTO:
             choice = choose_backend(artifact.names("graphs/"), artifact.names("onnx/"), device)
@@ -111,21 +124,25 @@ def load(
 
             set_threads(threads)
             program = artifact.program
+            place, stored = find_device(device), program.model.dtype
             runner = make_backend(
                 backend,
                 program,
                 lambda name: artifact.read_json(f"graphs/{name}.json"),
                 artifact.weights(),
-                dtype=dtype_of(dtype or program.model.dtype),
-                device=find_device(device),
+                dtype=dtype_of(dtype or stored),
+                device=place,
                 rows=rows,
                 context=context,
                 progress=progress,
             )
+            if dtype not in (None, stored):
+                ran_on(runner.threads)  # which converting weights does
         tokenizer = None
         if artifact.names(TOKENIZER):
             tokenizer = _tokenizer(artifact.read_bytes(TOKENIZER), path)
-        return SiriusModel(runner, tokenizer)
+        artifact.check_unchanged()
+        return SiriusModel(runner, tokenizer, artifact.file)
 
 
 def make_backend(
@@ -222,11 +239,28 @@ def choose_backend(
 
 
 def set_threads(threads: int | None) -> None:
-    """Sets the threads of one PyTorch operator, and so of our kernels, for the whole process."""
+    """Sets the threads of one PyTorch operator, and so of our kernels, for the whole process;
+    raises ConfigError for a number that this machine can't have.
+    """
     if threads is not None:
         import torch
 
+        check_threads(threads)
+
         torch.set_num_threads(threads)
+
+
+def check_threads(threads: int, *, flag: str = "") -> None:
+    """Raises ConfigError for threads of one operator that this machine can't have; `flag` is put
+    before the name.
+    """
+    if threads < 1:
+        raise ConfigError(f"{flag}threads must be >= 1, got {threads}")
+    if threads > (most := most_threads()):
+        raise ConfigError(
+            f"{flag}threads must be at most {most} here ({os.cpu_count()} cores), got "
+            f"{shown(str(threads))}"
+        )
 
 
 def _check_backend(backend: str, rows: int, threads: int | None = None) -> None:
@@ -234,8 +268,8 @@ def _check_backend(backend: str, rows: int, threads: int | None = None) -> None:
         raise ConfigError(f"backend must be one of {', '.join(BackendName)}, got {backend!r}")
     if rows < 1:
         raise ConfigError(f"rows must be >= 1, got {rows}")
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads must be >= 1, got {threads}")
+    if threads is not None:
+        check_threads(threads)
 
 
 def let_threads_sleep() -> None:
@@ -289,12 +323,15 @@ def find_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about names that are no devices any more
+            found = torch.device(device)
+            torch.ones(1, device=found).item()  # some devices only pretend to hold values
+    except (RuntimeError, AssertionError, ImportError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise ConfigError(
-            f"device {str(device)!r} can't be used here ({reason}); leave it out, or use cpu"
+            f"device {shown(str(device))} can't be used here ({reason:.200}); leave it out, or use "
+            "cpu"
         ) from error
     return found
 

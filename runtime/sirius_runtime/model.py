@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from sirius_runtime.decoder import Engine
 from sirius_runtime.errors import GenerationError
+from sirius_runtime.forking import check_threads_live, ran_on
 from sirius_runtime.generation import Generation, Row, Streamer
 from sirius_runtime.request import (
     FinishReason,
@@ -20,6 +21,7 @@ from sirius_runtime.request import (
 from sirius_runtime.spec import ProgramSpec
 from sirius_runtime.stats import GenerationStats
 from sirius_runtime.text import cut_at_stop, decode
+from sirius_runtime.watched_file import WatchedFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,9 +54,13 @@ class GenerationOutput:
 class SiriusModel:
     """A program behind a back end: `generate` it."""
 
-    def __init__(self, backend: Engine, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, backend: Engine, tokenizer: Tokenizer | None, file: WatchedFile | None = None
+    ) -> None:
+        """`file`: where weights are used in place, which must stay as it is."""
         self.backend = backend
         self.tokenizer = tokenizer
+        self._file = file
 
     @property
     def program(self) -> ProgramSpec:
@@ -103,8 +109,11 @@ class SiriusModel:
         after which `griffin` chooses its neurons anew (0: never).
 
         Raises GenerationError for a request that can't be served and ConfigError for an option out
-        of range, each naming the limit; the model serves the next call all the same.
+        of range, each naming the limit; the model serves the next call all the same. ArtifactError
+        where the mapped file was written to: load the model again.
         """
+        check_threads_live(self.backend.threads)
+        self._check_file()
         prompts = self._prompts(inputs, attention_mask)
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         options = Options(
@@ -132,7 +141,9 @@ class SiriusModel:
         if streamer is not None and len(prompts) != 1:
             raise GenerationError(f"a streamer takes one row, the batch has {len(prompts)}")
         generation = Generation(self.backend, self.tokenizer, prompts, request, streamer)
+        ran_on(self.backend.threads)
         rows, stats = generation.run()
+        self._check_file()
         if streamer is not None:
             streamer.end()
         return GenerationOutput(
@@ -143,6 +154,10 @@ class SiriusModel:
             seeds=request.seeds,
             stats=stats,
         )
+
+    def _check_file(self) -> None:
+        if self._file is not None:
+            self._file.check()
 
     def _text(self, row: Row, stop: Sequence[str]) -> str:
         assert self.tokenizer is not None

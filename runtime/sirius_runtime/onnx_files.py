@@ -136,10 +136,11 @@ def export_onnx(path: str | Path, folder: str | Path, *, force: bool = False) ->
     artifact without ONNX graphs, and ConfigError for a folder that has files in it, unless `force`.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; give the path of one")
-    if folder.is_dir() and any(folder.iterdir()) and not force:
-        raise ConfigError(f"{folder} is not empty; choose another folder or pass --force")
+    with _disk_faults(folder):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is not a folder; give the path of one")
+        if folder.is_dir() and any(folder.iterdir()) and not force:
+            raise ConfigError(f"{folder} is not empty; choose another folder or pass --force")
     with Artifact.open(path) as artifact, _disk_faults(folder):
         read_program(artifact)
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,6 +151,7 @@ def export_onnx(path: str | Path, folder: str | Path, *, force: bool = False) ->
             write_file(target, artifact.read_bytes(name))
             written.append(target)
         _write_weights(artifact, folder / WEIGHTS_FILE)
+        artifact.check_unchanged()
         return [*written, folder / WEIGHTS_FILE]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from sirius_runtime.errors import ConfigError, GenerationError
+from sirius_runtime.errors import ConfigError, GenerationError, shown
 from sirius_runtime.plan import Limits, Plan
 from sirius_runtime.sampling import Rule, Sampling
 from sirius_runtime.sizes import PREFILL_CHUNK, node_count
@@ -161,7 +161,7 @@ def _tree(
     vocabulary, default = program.model.vocab_size, program.period
     if isinstance(options.period, str):
         if options.period != AUTO:
-            raise ConfigError(f"period must be a number or 'auto', got {options.period!r}")
+            raise ConfigError(f"period must be a number or 'auto', got {shown(options.period)}")
         if limits is not None:
             raise ConfigError(
                 "period 'auto' compares draft and verify times, which a compiled period does not "

@@ -30,6 +30,8 @@ def check_threshold(threshold: Any, temperature: Any) -> None:
     """Raises ConfigError for numbers out of range; tensors are a graph's inputs, not yet known."""
     if _known(threshold) and not threshold >= 0.0:
         raise ConfigError(f"threshold must be >= 0, got {threshold}")
+    if _known(threshold) and threshold == float("inf"):
+        raise ConfigError("threshold must be finite, got inf; 1.1 accepts no draft either")
     if _known(temperature) and not 0.0 < temperature < float("inf"):
         raise ConfigError(f"verify_temperature must be > 0, got {temperature}")
 

@@ -5,29 +5,29 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from sirius_runtime.errors import SiriusError
+from sirius_runtime.command_line import finish, path_argument
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code (2: the user's to mend, 70: a bug)."""
-    from sirius_compile.onnx.add import add_onnx
-
+    """Returns the exit code, as `sirius_runtime.command_line` has it."""
     parser = argparse.ArgumentParser(
         prog="python -m sirius_compile.onnx", description="Add ONNX graphs to an artifact."
     )
-    parser.add_argument("artifact", type=Path, metavar="MODEL.sirius")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the artifact to write")
+    parser.add_argument("artifact", type=path_argument, metavar="MODEL.sirius")
+    parser.add_argument(
+        "-o", "--out", type=path_argument, required=True, help="the artifact to write"
+    )
     parser.add_argument("--dtype", help="float32 or float16 (default: as stored)")
     parser.add_argument("--force", action="store_true", help="replace an existing artifact")
-    args = parser.parse_args(arguments)
-    try:
+
+    def command() -> None:
+        from sirius_compile.onnx.add import add_onnx
+
+        args = parser.parse_args(arguments)
         add_onnx(args.artifact, args.out, dtype=args.dtype, force=args.force)
-    except SiriusError as error:
-        sys.stderr.write(f"sirius-compile: error: {error}\n")
-        return error.exit_code
-    return 0
+
+    return finish("sirius-compile", command)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def add_onnx(
         for name, content in files.items():
             writer.add_bytes(name, content)
         writer.add_weights(program.weights, stored)
+        artifact.check_unchanged()
         writer.finish(program)
     return Path(out)
 

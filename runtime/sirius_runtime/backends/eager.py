@@ -56,6 +56,10 @@ class EagerBackend:
     def itemsize(self) -> int:
         return self.dtype.itemsize
 
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
     def open(
         self,
         request: Request,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import numpy as np
 from sirius_runtime.artifact import Artifact, Slot
 from sirius_runtime.backends.onnx_decoder import OnnxDecoder
 from sirius_runtime.decoder import Decoder, Uniform
-from sirius_runtime.errors import BackendError, ConfigError
+from sirius_runtime.errors import BackendError
 from sirius_runtime.onnx_files import SELECT, WEIGHTS_FILE, expert_name, graph_file, read_program
 from sirius_runtime.plan import Limits
 from sirius_runtime.request import Request
@@ -81,8 +82,7 @@ class OnnxBackend:
         self.kept = self._onnx.kept
         self._graphs = {name: artifact.read_bytes(graph_file(name)) for name in self._onnx.graphs}
         self._weights = _values(self._ort, *artifact.weight_slots())
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads must be >= 1, got {threads}")
+        self.threads = threads or os.cpu_count() or 1  # at the most
         self._threads = threads or 0  # 0: as many as ONNX Runtime thinks best
         self._opened: dict[str, Graph] = {}
         self.providers = self._providers(providers, progress)

@@ -1,0 +1,236 @@
+"""What all command lines share: how they end, their streams, and how they read text, numbers and
+paths.
+
+A command ends with 0, with 2 where the user can mend it, with 70 for a bug, and with 130 after
+Ctrl-C; each with a message and none with a traceback. A reader that has gone (``| head``) has what
+it wanted: 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from sirius_runtime.errors import ConfigError, SiriusError, UserError, shown
+from sirius_runtime.terminal import LINES, plain
+
+ESCAPES = r"\n, \t and \r stand for a line break, a tab and a carriage return, \\ for a backslash"
+"""The one rule of `unescaped`, for ``--help``."""
+
+MOST_TEXT_BYTES = 64 * 2**20
+"""Of a prompt that is read from a file or from stdin: no model's longest sequence has more."""
+
+_MEANINGS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+_NAME_BYTES = 255  # of one name in a path: what Linux, macOS and Windows allow
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def finish(program: str, command: Callable[[], object]) -> int:
+    """Runs `command` to its end; returns the exit code. Messages begin with `program`."""
+    _prepare_streams()
+    code = _code(program, command)
+    _let_go_of_broken_streams()
+    return code
+
+
+def _code(program: str, command: Callable[[], object]) -> int:
+    try:
+        if sys.stdout is None:
+            raise UserError("stdout is closed; send what you don't want to /dev/null")
+        try:
+            command()
+        except SystemExit as stop:  # of a parser: --help, or an error that it has told
+            _raise_origin(stop)
+            if stop.code:
+                return stop.code if isinstance(stop.code, int) else UserError.exit_code
+        say("", end="")  # what is still unwritten
+    except UserError as error:
+        tell(f"{program}: error: {plain(str(error), keep=LINES)}")
+        return error.exit_code
+    except SiriusError as error:
+        tell(f"{program}: internal error: {plain(str(error), keep=LINES)}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        tell(f"\n{program}: interrupted")
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader has what it wanted
+        return 0
+    except OSError as error:
+        of = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) else ""
+        tell(f"{program}: error: the system refused: {_reason(error)}{of}")
+        return UserError.exit_code
+    return 0
+
+
+def _raise_origin(stop: SystemExit) -> None:
+    """Some parsers make an exit of their own, with other codes, of what `finish` knows better."""
+    error: BaseException | None = stop
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt | BrokenPipeError):
+            raise error
+        error = error.__cause__ or error.__context__
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Writes to stdout, at once.
+
+    Raises BrokenPipeError where its reader has gone, and UserError where it can't be written.
+    """
+    try:
+        print(text, end=end, flush=True)  # noqa: T201  (what a command line is for)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(
+            f"stdout can't be written ({_reason(error)}); free some space there, or write elsewhere"
+        ) from error
+
+
+def tell(message: str) -> None:
+    """Writes a line to stderr, where there is one: a message that nobody can read stops nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        print(message, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def unescaped(text: str, flag: str) -> str:
+    """The text of a flag by the rule `ESCAPES`; any other backslash is itself.
+
+    Raises ConfigError for bytes that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # Python hands such bytes on as lone surrogates
+        raise ConfigError(
+            f"{flag} holds bytes that are not UTF-8 (character {error.start}); encode it as UTF-8"
+        ) from error
+    return re.sub(r"\\([ntr\\])", lambda match: _MEANINGS[match[1]], text)
+
+
+def read_text(source: BinaryIO, name: str) -> str:
+    """The UTF-8 text of `source` to its end, less one line break there: what an editor, `echo` or
+    Enter adds. Line breaks before it are kept.
+
+    Raises ConfigError, naming `name`, for what can't be read, is not UTF-8 or has no end.
+    """
+    try:
+        content = source.read(MOST_TEXT_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name} can't be read ({_reason(error)})") from error
+    if len(content) > MOST_TEXT_BYTES:
+        raise ConfigError(
+            f"{name} can't be read (it holds more than {MOST_TEXT_BYTES} bytes, more than any "
+            "prompt); give a shorter text"
+        )
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{name} can't be read (byte {error.start} is not UTF-8: 0x{content[error.start]:02x})"
+            "; convert it to UTF-8"
+        ) from error
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+
+
+def read_text_file(path: Path, name: str) -> str:
+    """As `read_text`, of a file."""
+    try:
+        with path.open("rb") as file:
+            return read_text(file, name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name} can't be read ({_reason(error)})") from error
+
+
+def read_stdin(name: str) -> str:
+    """As `read_text`, of stdin."""
+    if sys.stdin is None:
+        raise ConfigError(f"{name} can't be read (stdin is closed); give a file or a flag instead")
+    if sys.stdin.isatty():
+        tell(f"reading {name} from the terminal; end it with Ctrl-D")
+    return read_text(sys.stdin.buffer, name)
+
+
+def whole_number(text: str) -> int:
+    """For argparse: an int."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a whole number is needed, got {shown(text)}") from None
+
+
+def real_number(text: str) -> float:
+    """For argparse: a float."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number is needed, got {shown(text)}") from None
+
+
+def path_argument(text: str) -> Path:
+    """For argparse: as `read_path`."""
+    try:
+        return read_path(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def read_path(text: str | Path) -> Path:
+    """The path that a command line names, ``~`` and ``~user`` resolved: a shell does that in a word
+    of its own, and not after ``--out=``.
+
+    Raises ConfigError for what can be no path.
+    """
+    if not str(text):
+        raise ConfigError("a path is needed, got ''")
+    if "\0" in str(text):
+        raise ConfigError(f"a path has no NUL character, got {shown(str(text))}")
+    try:
+        path = Path(text)
+        if str(text).startswith("~"):  # a Path forgets a leading ./
+            path = path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{shown(str(text))} begins with the name of a user whom this machine does not know; "
+            "write ./~… where a file of that name is meant"
+        ) from error
+    for part in path.parts:
+        if (size := len(os.fsencode(part))) > _NAME_BYTES:
+            raise ConfigError(
+                f"{shown(part)} is too long for a file's name: {size} bytes, at most {_NAME_BYTES}"
+            )
+    return path
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _prepare_streams() -> None:
+    """Streams that take any text: what their encoding lacks is written as an escape (``\\u2019``).
+
+    Python has None where a stream was closed, and prints to stdout what is meant for such a stderr.
+    """
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  (for as long as the process lives)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _let_go_of_broken_streams() -> None:
+    """Sends what a stream can't write to nowhere: Python would try again as it ends, and say so."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
