@@ -38,6 +38,14 @@ class BackendError(UserError):
     """A back end that can't be made to work on this machine, with the reason."""
 
 
+class OperandError(UserError, ValueError):
+    """An operand that an operator refuses: its sizes are not those that the others need."""
+
+
+class OperandIndexError(OperandError, IndexError):
+    """An operand that holds an index of what is not there."""
+
+
 class UnsupportedModelError(UserError):
     """A model that the compiler refuses, with the module or node and the reason."""
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from sirius_runtime.errors import BackendError, OperandError, OperandIndexError
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the types in ``csrc/cpu.cpp``."""
@@ -37,22 +42,66 @@ def is_matrix(weight: Tensor, dtype: torch.dtype) -> bool:
         weight.dtype is dtype
         and weight.ndim == 2
         and weight.stride(1) == 1
-        and weight.device.type == "cpu"
+        and weight.is_cpu
     )
 
 
-def is_vector(bias: Tensor | None, dtype: torch.dtype, size: int) -> bool:
-    """Whether `bias` is none, or a contiguous vector of that type and size."""
-    return bias is None or (bias.dtype is dtype and bias.shape == (size,) and bias.stride(0) == 1)
+def is_vector(bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether `bias` is none, or a contiguous vector of that type on the CPU."""
+    return bias is None or (
+        bias.dtype is dtype and bias.ndim == 1 and bias.stride(0) == 1 and bias.is_cpu
+    )
 
 
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+# Operands as ``csrc/operands.h`` has them: addresses and true sizes, which the kernels compare. What
+# is none is null and zeros.
 
 
-def check(status: int, operator: str) -> None:
-    """Raises for what a kernel returned."""
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def matrix(weight: Tensor | None) -> tuple[int, int, int, int]:
+    """A ``Matrix``."""
+    return (0, 0, 0, 0) if weight is None else (weight.data_ptr(), *weight.shape, weight.stride(0))
+
+
+def vector(bias: Tensor | None) -> tuple[int, int]:
+    """A ``Tensor<1>``."""
+    return (0, 0) if bias is None else (bias.data_ptr(), *bias.shape)
+
+
+def of_ranks(operator: str, names: str, tensors: Sequence[Tensor], ranks: Sequence[int]) -> None:
+    """Raises OperandError for the first of the `tensors`, whose `names` these are, that has another
+    rank. The kernels compare sizes, and Python how many there are.
+    """
+    for name, tensor, rank in zip(names.split(), tensors, ranks, strict=True):
+        if tensor.ndim != rank:
+            raise OperandError(
+                f"sirius::{operator}: {name} has {tensor.ndim} dimensions, not {rank}. {_REMEDY}"
+            )
+
+
+_REMEDY = "Compile the artifact again, or pass operands that agree"
+
+
+def check(library: ctypes.CDLL, status: int, operator: str) -> None:
+    """Raises for what a kernel returned.
+
+    OperandError for sizes that don't agree, OperandIndexError for an index of what is not there,
+    MemoryError, and BackendError where it was none of these.
+    """
+    if status:
+        raise _error(status, operator, library.sirius_reason().decode(errors="replace"))
+
+
+def _error(status: int, operator: str, reason: str) -> Exception:
     if status == 1:
-        raise MemoryError(f"sirius::{operator}: no memory for its sums; run fewer rows at once")
-    if status == 2:
-        raise IndexError(f"sirius::{operator}: neurons or slots hold an index out of range")
+        return MemoryError(f"sirius::{operator}: no memory for its sums; run fewer rows at once")
+    if status in (2, 3):
+        kind = OperandIndexError if status == 2 else OperandError
+        return kind(f"sirius::{operator}: {reason}. {_REMEDY}")
+    return BackendError(
+        f"the kernel of sirius::{operator} failed ({reason or 'it did not say why'}); set "
+        "SIRIUS_KERNELS=0 to do without kernels"
+    )

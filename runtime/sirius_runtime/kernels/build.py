@@ -26,6 +26,8 @@ _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w", "-DNDEBUG"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    # Else libraries for two instruction sets would share their static variables, which differ.
+    "-fvisibility=hidden",
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")

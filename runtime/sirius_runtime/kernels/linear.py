@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -11,17 +11,22 @@ from torch import Tensor
 from sirius_runtime.kernels.arguments import (
     MOST_TOKENS,
     TYPES,
-    address,
     check,
     fits,
     is_matrix,
     is_vector,
+    matrix,
+    vector,
 )
 from sirius_runtime.kernels.native import kernels
 from sirius_runtime.ops import linear as reference
 
 MOST_LINEARS = 8
 """Weights that one call takes, as in ``csrc/cpu.cpp``."""
+
+# The structs of ``csrc/cpu.cpp``: LinearOperands, as many of them, and SparseOperands.
+_LINEARS = [Struct(f"={7 * count}q") for count in range(MOST_LINEARS + 1)]
+_SPARSE = Struct("=14q")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,30 +47,28 @@ def linears(
         kind is not None
         and len(weights) <= MOST_LINEARS
         and fits(tokens, 1, x.dtype)
-        and all(is_matrix(weight, x.dtype) and weight.shape[1] == C for weight in weights)
-        and all(is_vector(b, x.dtype, w.shape[0]) for w, b in zip(weights, biases, strict=True))
+        and all(is_matrix(weight, x.dtype) for weight in weights)
+        and all(is_vector(bias, x.dtype) for bias in biases)
         and (library := kernels()) is not None
     ):
         return tuple(map(reference.linear, [x] * len(weights), weights, biases))
     given = x.contiguous()
-    outputs = [weight.shape[0] for weight in weights]
-    ys = tuple(given.new_empty(*x.shape[:-1], count) for count in outputs)
-    pointers, numbers = ctypes.c_void_p * len(ys), ctypes.c_int64 * len(ys)
+    ys, operands = [], []
+    for weight, bias in zip(weights, biases, strict=True):
+        y = given.new_empty(*x.shape[:-1], weight.shape[0])
+        ys.append(y)
+        operands += [*matrix(weight), *vector(bias), y.data_ptr()]
     status = library.sirius_linears(
         kind,
         given.data_ptr(),
-        len(ys),
-        pointers(*(weight.data_ptr() for weight in weights)),
-        numbers(*(weight.stride(0) for weight in weights)),
-        pointers(*map(address, biases)),
-        pointers(*(y.data_ptr() for y in ys)),
-        numbers(*outputs),
         tokens,
         C,
+        _LINEARS[len(ys)].pack(*operands),
+        len(ys),
         torch.get_num_threads(),
     )
-    check(status, "linear")
-    return ys
+    check(library, status, "linear")
+    return tuple(ys)
 
 
 def _by_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,8 +81,8 @@ def _by_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         and x.ndim > 0
         and fits(tokens, 1, x.dtype)
         and x.shape[-1] == C
-        and is_matrix(weight.t(), x.dtype)
-        and is_vector(bias, x.dtype, outputs)
+        and is_matrix(stored := weight.t(), x.dtype)
+        and is_vector(bias, x.dtype)
         and (library := kernels()) is not None
     ):
         return reference.linear(x, weight, bias)
@@ -88,16 +91,12 @@ def _by_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     status = library.sirius_linear_by_inputs(
         kind,
         given.data_ptr(),
-        weight.data_ptr(),
-        weight.stride(1),
-        address(bias),
-        y.data_ptr(),
         tokens,
         C,
-        outputs,
+        _LINEARS[1].pack(*matrix(stored), *vector(bias), y.data_ptr()),
         torch.get_num_threads(),
     )
-    check(status, "linear")
+    check(library, status, "linear")
     return y
 
 
@@ -112,31 +111,22 @@ def sparse_linear(
         and x.shape[1] <= MOST_TOKENS
         and fits(x.shape[1], x.shape[0], x.dtype, x.shape[0] * MOST_TOKENS)
         and is_matrix(weight, x.dtype)
-        and x.shape[2] == weight.shape[0]
-        and is_vector(bias, x.dtype, weight.shape[1])
-        and is_vector(norm, torch.float32, weight.shape[0])
+        and is_vector(bias, x.dtype)
+        and is_vector(norm, torch.float32)
         and (library := kernels()) is not None
     ):
         return reference.sparse_linear(x, weight, bias, norm, threshold)
-    B, T, C = x.shape
-    outputs = weight.shape[1]
+    B, T, _ = x.shape
     given = x.contiguous()
-    y, counts = given.new_empty(B, T, outputs), given.new_empty(B, dtype=torch.int64)
+    y, counts = given.new_empty(B, T, weight.shape[1]), given.new_empty(B, dtype=torch.int64)
     status = library.sirius_sparse_linear(
         kind,
-        given.data_ptr(),
-        weight.data_ptr(),
-        weight.stride(0),
-        address(bias),
-        address(norm),
+        _SPARSE.pack(
+            given.data_ptr(), *given.shape, *matrix(weight), *vector(bias), *vector(norm),
+            y.data_ptr(), counts.data_ptr(),
+        ),
         threshold,
-        y.data_ptr(),
-        counts.data_ptr(),
-        B,
-        T,
-        C,
-        outputs,
         torch.get_num_threads(),
-    )
-    check(status, "sparse_linear")
+    )  # fmt: skip
+    check(library, status, "sparse_linear")
     return y, counts

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from struct import Struct
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from sirius_runtime.kernels.arguments import (
     fits,
     is_matrix,
     is_vector,
+    matrix,
+    vector,
 )
 from sirius_runtime.kernels.native import kernels
 from sirius_runtime.ops import mlp as reference
@@ -43,6 +46,8 @@ class _Choice:
 
 
 _ALL = _Choice()
+_MLP = Struct("=28q")  # MlpOperands of ``csrc/cpu.cpp``
+_STATISTIC = Struct("=7q")
 
 
 def _run(
@@ -63,7 +68,6 @@ def _run(
     if kind is None or code is None or x.ndim != 3:
         return None
     B, T, C = x.shape
-    I = gate.shape[0]  # noqa: E741
     chooses = choice.neurons is not None or choice.keep > 0 or choice.threshold is not None
     if not chooses:  # nothing tells rows from tokens
         B, T = 1, B * T
@@ -72,17 +76,16 @@ def _run(
         T <= MOST_TOKENS
         and fits(T, B, dtype, B * MOST_TOKENS if chooses else BFLOAT16_TOKENS)
         and is_matrix(gate, dtype)
-        and (up is None or (is_matrix(up, dtype) and up.shape == gate.shape))
+        and (up is None or is_matrix(up, dtype))
         and is_matrix(down, dtype)
-        and gate.shape == down.shape == (I, C)
-        and is_vector(gate_bias, dtype, I)
-        and is_vector(up_bias, dtype, I)
-        and is_vector(down_bias, dtype, C)
+        and is_vector(gate_bias, dtype)
+        and is_vector(up_bias, dtype)
+        and is_vector(down_bias, dtype)
     ):
         return None
     neurons = choice.neurons
     if neurons is not None:
-        if neurons.dtype is not torch.int64 or neurons.shape[0] != B or neurons.numel() == 0:
+        if neurons.dtype is not torch.int64 or neurons.ndim != 2 or neurons.numel() == 0:
             return None
         neurons = neurons.contiguous()
     library = kernels()
@@ -94,26 +97,26 @@ def _run(
     if choice.counts:
         extra = given.new_empty(B, dtype=torch.int64)
     elif choice.product:
-        extra = given.new_empty(*x.shape[:2], I)
+        extra = given.new_empty(*x.shape[:2], gate.shape[0])
     threshold = choice.threshold
     status = library.sirius_mlp(
-        kind, B, T, C, I,
-        given.data_ptr(),
-        gate.data_ptr(), gate.stride(0),
-        address(up), 0 if up is None else up.stride(0),
-        down.data_ptr(), down.stride(0),
-        address(gate_bias), address(up_bias), address(down_bias),
+        kind,
+        _MLP.pack(
+            given.data_ptr(), B, T, C,
+            *matrix(gate), *matrix(up), *matrix(down),
+            *vector(gate_bias), *vector(up_bias), *vector(down_bias),
+            address(neurons), *((0, 0) if neurons is None else neurons.shape),
+            y.data_ptr(),
+            address(extra if choice.counts else None),
+            address(extra if choice.product else None),
+        ),
         code,
-        address(neurons), 0 if neurons is None else neurons.shape[1],
         choice.keep,
         threshold is not None,
         0.0 if threshold is None else _as_stored(threshold, dtype),
-        y.data_ptr(),
-        address(extra if choice.counts else None),
-        address(extra if choice.product else None),
         torch.get_num_threads(),
     )  # fmt: skip
-    check(status, operator)
+    check(library, status, operator)
     return y, extra
 
 
@@ -159,9 +162,10 @@ def _by_torch(
     z = F.linear(x, gate, gate_bias)  # contiguous, and nobody else's
     u = None if up is None else F.linear(x, up, up_bias)
     status = library.sirius_gated(
-        TYPES[z.dtype], code, z.data_ptr(), address(u), z.numel(), torch.get_num_threads()
-    )
-    check(status, "dense_mlp")
+        TYPES[z.dtype], code, z.data_ptr(), z.numel(), address(u), 0 if u is None else u.numel(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    check(library, status, "dense_mlp")
     return F.linear(z, down.t(), down_bias), z
 
 
@@ -191,14 +195,15 @@ def dense_mlp_statistic(
     if done is None or library is None:
         return reference.dense_mlp_statistic(x, *weights, layer, valid)
     y, z = done
-    B, T, I = z.shape  # noqa: E741
     valid = valid.contiguous()
-    statistic = z.new_empty(B, I, dtype=torch.float32)
+    statistic = z.new_empty(z.shape[0], z.shape[2], dtype=torch.float32)
     status = library.sirius_statistic(
-        TYPES[z.dtype], z.data_ptr(), valid.data_ptr(), statistic.data_ptr(), B, T, I,
+        TYPES[z.dtype],
+        _STATISTIC.pack(z.data_ptr(), *z.shape, valid.data_ptr(), *valid.shape),
+        statistic.data_ptr(),
         torch.get_num_threads(),
-    )  # fmt: skip
-    check(status, "dense_mlp_statistic")
+    )
+    check(library, status, "dense_mlp_statistic")
     return y, statistic
 
 
@@ -229,7 +234,7 @@ def dense_mlp_activity(
         z.shape[-1],
         torch.get_num_threads(),
     )
-    check(status, "dense_mlp_activity")
+    check(library, status, "dense_mlp_activity")
     return y, activity
 
 

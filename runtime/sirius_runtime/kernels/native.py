@@ -20,19 +20,16 @@ VARIABLE = "SIRIUS_KERNELS"
 
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
-    "sirius_linears": [_I, _P, _N, _P, _P, _P, _P, _P, _N, _N, _I],
-    "sirius_linear_by_inputs": [_I, _P, _P, _N, _P, _P, _N, _N, _N, _I],
-    "sirius_sparse_linear": [_I, _P, _P, _N, _P, _P, _F, _P, _P, _N, _N, _N, _N, _I],
-    "sirius_mlp": [
-        *(_I, _N, _N, _N, _N, _P, _P, _N, _P, _N, _P, _N, _P, _P, _P),
-        *(_I, _P, _N, _N, _I, _F, _P, _P, _P, _I),
-    ],
+    "sirius_linears": [_I, _P, _N, _N, _P, _N, _I],
+    "sirius_linear_by_inputs": [_I, _P, _N, _N, _P, _I],
+    "sirius_sparse_linear": [_I, _P, _F, _I],
+    "sirius_mlp": [_I, _P, _I, _N, _I, _F, _I],
     "sirius_activity": [_I, _P, _P, _N, _N, _I],
-    "sirius_gated": [_I, _I, _P, _P, _N, _I],
-    "sirius_statistic": [_I, _P, _P, _P, _N, _N, _N, _I],
-    "sirius_rms_norm": [_I, _P, _P, _P, _P, _F, _P, _N, _N, _I],
-    "sirius_rotate": [_I, _P, _N, _N, _N, _P, _P, _P, _N, _N, _N, _N, _I],
-    "sirius_attention": [_I, *[_N] * 8, *[_P] * 11, _N, _N, _F, _F, _P, _P, _I, _I],
+    "sirius_gated": [_I, _I, _P, _N, _P, _N, _I],
+    "sirius_statistic": [_I, _P, _P, _I],
+    "sirius_rms_norm": [_I, _P, _N, _P, _N, _P, _P, _N, _F, _P, _I],
+    "sirius_rotate": [_I, _P, _P, _I],
+    "sirius_attention": [_I, _P, _N, _N, _F, _F, _I, _I],
 }
 
 
@@ -117,6 +114,7 @@ def _bind(path: Path) -> ctypes.CDLL:
         for name, arguments in _SIGNATURES.items():
             function = getattr(bound, name)
             function.argtypes, function.restype = arguments, ctypes.c_int
+        bound.sirius_reason.argtypes, bound.sirius_reason.restype = [], ctypes.c_char_p
     except (OSError, AttributeError) as error:
         raise BackendError(f"{path} can't be loaded ({error}); delete it") from error
     bound.sirius_read.argtypes, bound.sirius_read.restype = [_P, _N, _I], ctypes.c_uint64

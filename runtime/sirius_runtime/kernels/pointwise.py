@@ -6,11 +6,15 @@ decoder's time between its matrix products is the number of calls.
 
 from __future__ import annotations
 
+from struct import Struct
+
 import torch
 from torch import Tensor
 
 from sirius_runtime.kernels.arguments import TYPES, address, check, is_vector
 from sirius_runtime.kernels.native import kernels
+
+_ROTATE = Struct("=18q")  # x and its strides, cosine, sine: see ``csrc/cpu.cpp``
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
@@ -43,8 +47,9 @@ def _is_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     return (
         x.dtype in TYPES
         and x.dtype is dtype
-        and x.device.type == "cpu"
-        and is_vector(weight, dtype, x.shape[-1])
+        and x.is_cpu
+        and is_vector(weight, dtype)
+        and weight.shape[0] == x.shape[-1]
         and x.numel() > 0
         and kernels() is not None
     )
@@ -60,12 +65,12 @@ def _norm(
 ) -> None:
     library = kernels()
     assert library is not None
-    size = x.shape[-1]
     status = library.sirius_rms_norm(
-        TYPES[x.dtype], x.data_ptr(), address(addend), address(total), weight.data_ptr(), epsilon,
-        y.data_ptr(), x.numel() // size, size, torch.get_num_threads(),
+        TYPES[x.dtype], x.data_ptr(), x.numel(),
+        address(addend), 0 if addend is None else addend.numel(), address(total),
+        weight.data_ptr(), weight.shape[0], epsilon, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    check(status, "rms_norm")
+    check(library, status, "rms_norm")
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, half: int) -> Tensor:
@@ -80,21 +85,18 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, half: int) -> Tensor:
         and x.shape[3] == 2 * half
         and x.numel() > 0
         and x.stride(3) == 1
-        and x.device.type == "cpu"
+        and x.is_cpu
         and cosine.dtype is sine.dtype is x.dtype
         and cosine.shape == sine.shape == (x.shape[0], 1, *x.shape[2:])
         and (library := kernels()) is not None
     ):
-        B, H, T, D = x.shape
         cosine, sine = cosine.contiguous(), sine.contiguous()
-        y = x.new_empty(B, H, T, D)
-        row, head, token, _ = x.stride()
-        check(
-            library.sirius_rotate(
-                kind, x.data_ptr(), row, head, token, cosine.data_ptr(), sine.data_ptr(),
-                y.data_ptr(), B, H, T, D, torch.get_num_threads(),
-            ),
-            "rotate",
+        y = x.new_empty(x.shape)
+        operands = _ROTATE.pack(
+            x.data_ptr(), *x.shape, *x.stride()[:3],
+            cosine.data_ptr(), *cosine.shape, sine.data_ptr(), *sine.shape,
         )  # fmt: skip
+        status = library.sirius_rotate(kind, operands, y.data_ptr(), torch.get_num_threads())
+        check(library, status, "rotate")
         return y
     return x * cosine + torch.cat([-x[..., half:], x[..., :half]], -1) * sine

@@ -1,175 +1,317 @@
-// The C interface of the CPU kernels: pointers, sizes and flags, no type of torch's.
+// The C interface of the CPU kernels: operands, sizes and flags, no type of torch's.
 //
-// Functions return 0, 1 where memory ran out, or 2 where an index names nothing.
-#include <functional>
+// Functions return a Status; where it is not DONE, sirius_reason says why. Here every size and every
+// index is compared with the others before a kernel takes them for granted.
 #include <new>
 
 #include "attention.h"
 #include "linear.h"
 #include "mlp.h"
+#include "operands.h"
 #include "pointwise.h"
 
 namespace {
 
 using namespace sirius;
 
-enum Status { DONE = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
-
-// Calls f with a value of the type of that number: float32, bfloat16, float16.
+// Calls f with a value of the type of that number: float32, bfloat16, float16. Lets nothing out.
 template <class Call>
 int with_type(int type, const Call& f) {
+  reason()[0] = 0;
   try {
-    if (type == 0) return f(float());
-    if (type == 1) return f(bf16());
-    return f(fp16());
+    if (type == 0) return f(float()), DONE;
+    if (type == 1) return f(bf16()), DONE;
+    return f(fp16()), DONE;
+  } catch (const Refusal& refusal) {
+    return refusal.status;
   } catch (const std::bad_alloc&) {
     return NO_MEMORY;
+  } catch (const std::exception& error) {
+    snprintf(reason(), MOST_WORDS, "%s", error.what());
+  } catch (...) {
   }
+  return FAILED;
+}
+
+// Tokens of a call whose buffers have room for MOST_TOKENS.
+void few(const char* operand, int64_t tokens) { between(operand, "tokens", tokens, 1, MOST_TOKENS); }
+
+struct LinearOperands {
+  Matrix weight;
+  Tensor<1> bias;
+  void* y;
+};
+
+struct SparseOperands {
+  Tensor<3> x;
+  Matrix weight;
+  Tensor<1> bias, norm;
+  void *y, *counts;
+};
+
+struct MlpOperands {
+  Tensor<3> x;
+  Matrix gate, up, down;
+  Tensor<1> gate_bias, up_bias, down_bias;
+  Tensor<2> neurons;
+  void *y, *counts, *z;
+};
+
+struct AttentionOperands {
+  Tensor<4> q, k, v;
+  Tensor<5> keys, values;              // of all layers
+  Tensor<4> block_keys, block_values;  // of this one, where the block stands apart
+  Tensor<2> positions, slots;
+  Tensor<1> length;
+  Tensor<3> mask;
+  Tensor<1> sinks;
+  void* out;
+};
+
+void check(const MlpOperands& own, int64_t keep) {
+  const int64_t B = own.x.size[0], C = own.x.size[2], I = own.gate.rows;
+  present("x", own.x.at);
+  some("x", "rows", B), few("x", own.x.size[1]), some("x", "channels", C);
+  between("x", "tokens of all rows", B * own.x.size[1], 1, INT32_MAX);
+  some("gate", "neurons", I);
+  shaped("gate", own.gate, {"neurons", "channels"}, I, C);
+  if (own.up.at) shaped("up", own.up, {"neurons", "channels"}, I, C);
+  shaped("down", own.down, {"neurons", "channels"}, I, C);
+  optional("gate_bias", own.gate_bias, "neurons", I);
+  optional("up_bias", own.up_bias, "neurons", I);
+  optional("down_bias", own.down_bias, "channels", C);
+  if (keep < 0 || keep > I)
+    refuse(BAD_SIZE, "keep is %lld of %lld neurons", (long long)keep, (long long)I);
+  if (!own.neurons.at) return;
+  some("neurons", "neurons a row", own.neurons.size[1]);
+  same("neurons", "rows", own.neurons.size[0], B);
+  indices("neurons", own.neurons.as<int64_t>(), size_t(B * own.neurons.size[1]), I, "neurons");
+}
+
+void check(const AttentionOperands& own, int64_t layer, int64_t window) {
+  const int64_t B = own.q.size[0], H = own.q.size[1], N = own.q.size[2], D = own.q.size[3];
+  const int64_t G = own.k.size[1], V = own.v.size[3], S = own.keys.size[3], M = own.mask.size[2];
+  present("q", own.q.at);
+  some("q", "rows", B), some("q", "heads", H), some("q", "tokens", N), some("q", "numbers a head", D);
+  some("k", "heads", G), some("v", "numbers a head", V);
+  if (H % G != 0)
+    refuse(BAD_SIZE, "k has %lld heads, which %lld heads of q can't share evenly", (long long)G,
+           (long long)H);
+  shaped("k", own.k, {"rows", "heads", "tokens", "numbers a head"}, {B, G, N, D});
+  shaped("v", own.v, {"rows", "heads", "tokens", "numbers a head"}, {B, G, N, V});
+  const int64_t layers = own.keys.size[0];
+  if (layer < 0 || layer >= layers)
+    refuse(BAD_INDEX, "layer is %lld, and k_cache has %lld", (long long)layer, (long long)layers);
+  some("k_cache", "slots", S);
+  const char* const cache[] = {"layers", "rows", "heads", "slots", "numbers a head"};
+  shaped("k_cache", own.keys, cache, {layers, B, G, S, D});
+  shaped("v_cache", own.values, cache, {layers, B, G, S, V});
+  some("tree_mask", "slots of the block", M);
+  if (own.mask.size[0] != 1) same("tree_mask", "rows", own.mask.size[0], B);
+  shaped("tree_mask", own.mask, {"rows", "tokens", "slots of the block"}, {own.mask.size[0], N, M});
+  shaped("positions", own.positions, {"rows", "tokens"}, {B, N});
+  indices("positions", own.positions.as<int64_t>(), size_t(B * N), INT64_MAX, "positions");
+  shaped("length", own.length, {"rows"}, {B});
+  indices("length", own.length.as<int64_t>(), size_t(B), S + 1, "lengths that k_cache has room for");
+  optional("sinks", own.sinks, "heads", H);
+  if (window < 0) refuse(BAD_SIZE, "window is %lld", (long long)window);
+  const bool apart = own.block_keys.at != nullptr;
+  const char* const block[] = {"rows", "heads", "slots", "numbers a head"};
+  if (apart) {
+    shaped("k_block", own.block_keys, block, {B, G, M, D});
+    shaped("v_block", own.block_values, block, {B, G, M, V});
+  }
+  shaped("slots", own.slots, {"rows", "tokens"}, {apart ? 1 : B, N});
+  indices("slots", own.slots.as<int64_t>(), size_t((apart ? 1 : B) * N), apart ? M : S, "slots");
 }
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
-// Up to MOST_LINEARS weights [O, C] of one x.
-int sirius_linears(int type, const void* x, int64_t count, const void* const* weights,
-                   const int64_t* strides, const void* const* biases, void* const* ys,
-                   const int64_t* O, int64_t N, int64_t C, int threads) {
+// Why this thread's last call was not done, if there are words for it.
+const char* sirius_reason() { return reason(); }
+
+// Up to MOST_LINEARS weights [O, C] of one x [N, C].
+int sirius_linears(int type, const void* x, int64_t N, int64_t C, const void* operands, int64_t count,
+                   int threads) {
   constexpr int64_t MOST_LINEARS = 8;
-  if (count > MOST_LINEARS) return BAD_INDEX;
+  const auto* own = static_cast<const LinearOperands*>(operands);
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
     Product<T> all[MOST_LINEARS];
-    for (int64_t i = 0; i < count; i++)
-      all[i] = {(const T*)weights[i], size_t(strides[i]), (const T*)biases[i], (T*)ys[i],
-                size_t(O[i])};
-    linears_by_outputs<T>((const T*)x, all, size_t(count), size_t(N), size_t(C), threads);
-    return DONE;
+    between("the call", "weights", count, 0, MOST_LINEARS);
+    present("x", x), few("x", N), some("x", "channels", C);
+    for (int64_t i = 0; i < count; i++) {
+      const LinearOperands& one = own[i];
+      some("weight", "outputs", one.weight.rows);
+      shaped("weight", one.weight, {"outputs", "channels"}, one.weight.rows, C);
+      optional("bias", one.bias, "outputs", one.weight.rows);
+      all[i] = {one.weight.as<T>(), size_t(one.weight.stride), one.bias.as<const T>(), (T*)one.y,
+                size_t(one.weight.rows)};
+    }
+    linears_by_outputs<T>((const T*)x, all, size_t(count), size_t(N), size_t(C), bounded(threads));
   });
 }
 
 // A weight [C, O].
-int sirius_linear_by_inputs(int type, const void* x, const void* weight, int64_t stride,
-                            const void* bias, void* y, int64_t N, int64_t C, int64_t O,
+int sirius_linear_by_inputs(int type, const void* x, int64_t N, int64_t C, const void* operands,
                             int threads) {
+  const auto& own = *static_cast<const LinearOperands*>(operands);
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
-    linear_by_inputs<T>((const T*)x, (const T*)weight, size_t(stride), (const T*)bias, (T*)y,
-                        size_t(N), size_t(C), size_t(O), threads);
-    return DONE;
+    const int64_t O = own.weight.columns;
+    present("x", x), few("x", N), some("x", "channels", C), some("weight", "outputs", O);
+    shaped("weight", own.weight, {"channels", "outputs"}, C, O);
+    optional("bias", own.bias, "outputs", O);
+    linear_by_inputs<T>((const T*)x, own.weight.as<T>(), size_t(own.weight.stride),
+                        own.bias.as<const T>(), (T*)own.y, size_t(N), size_t(C), size_t(O),
+                        bounded(threads));
   });
 }
 
-int sirius_sparse_linear(int type, const void* x, const void* weight, int64_t stride,
-                         const void* bias, const void* norm, float threshold, void* y, void* counts,
-                         int64_t B, int64_t N, int64_t C, int64_t O, int threads) {
+int sirius_sparse_linear(int type, const void* operands, float threshold, int threads) {
+  const auto& own = *static_cast<const SparseOperands*>(operands);
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
-    sparse_linear<T>((const T*)x, (const T*)weight, size_t(stride), (const T*)bias,
-                     (const float*)norm, threshold, (T*)y, (int64_t*)counts, size_t(B), size_t(N),
-                     size_t(C), size_t(O), threads);
-    return DONE;
+    const int64_t B = own.x.size[0], N = own.x.size[1], C = own.x.size[2], O = own.weight.columns;
+    present("x", own.x.at), some("x", "rows", B), few("x", N), some("x", "channels", C);
+    some("weight", "outputs", O);
+    shaped("weight", own.weight, {"channels", "outputs"}, C, O);
+    optional("bias", own.bias, "outputs", O);
+    optional("norm", own.norm, "channels", C);
+    sparse_linear<T>(own.x.as<const T>(), own.weight.as<T>(), size_t(own.weight.stride),
+                     own.bias.as<const T>(), own.norm.as<const float>(), threshold, (T*)own.y,
+                     (int64_t*)own.counts, size_t(B), size_t(N), size_t(C), size_t(O),
+                     bounded(threads));
   });
 }
 
-int sirius_mlp(int type, int64_t B, int64_t N, int64_t C, int64_t I, const void* x,
-               const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
-               const void* down, int64_t down_stride, const void* gate_bias, const void* up_bias,
-               const void* down_bias, int act, const void* neurons, int64_t K, int64_t keep,
-               int thresholded, float threshold, void* y, void* counts, void* z, int threads) {
+int sirius_mlp(int type, const void* operands, int act, int64_t keep, int thresholded,
+               float threshold, int threads) {
+  const auto& own = *static_cast<const MlpOperands*>(operands);
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
+    check(own, keep);
     Mlp<T> mlp;
-    mlp.B = size_t(B), mlp.N = size_t(N), mlp.C = size_t(C), mlp.I = size_t(I);
-    mlp.x = (const T*)x;
-    mlp.gate = (const T*)gate, mlp.up = (const T*)up, mlp.down = (const T*)down;
-    mlp.gate_stride = size_t(gate_stride), mlp.up_stride = size_t(up_stride);
-    mlp.down_stride = size_t(down_stride);
-    mlp.gate_bias = (const T*)gate_bias, mlp.up_bias = (const T*)up_bias;
-    mlp.down_bias = (const T*)down_bias;
+    mlp.B = size_t(own.x.size[0]), mlp.N = size_t(own.x.size[1]), mlp.C = size_t(own.x.size[2]);
+    mlp.I = size_t(own.gate.rows);
+    mlp.x = own.x.as<const T>();
+    mlp.gate = own.gate.as<T>(), mlp.up = own.up.as<T>(), mlp.down = own.down.as<T>();
+    mlp.gate_stride = size_t(own.gate.stride), mlp.up_stride = size_t(own.up.stride);
+    mlp.down_stride = size_t(own.down.stride);
+    mlp.gate_bias = own.gate_bias.as<const T>(), mlp.up_bias = own.up_bias.as<const T>();
+    mlp.down_bias = own.down_bias.as<const T>();
     mlp.act = Activation(act);
-    mlp.neurons = (const int64_t*)neurons, mlp.K = size_t(K);
+    mlp.neurons = own.neurons.as<const int64_t>(), mlp.K = size_t(own.neurons.size[1]);
     mlp.keep = size_t(keep);
     mlp.thresholded = thresholded != 0, mlp.threshold = threshold;
-    mlp.y = (T*)y, mlp.counts = (int64_t*)counts, mlp.z = (T*)z;
-    mlp.threads = threads;
-    return mlp.run() ? DONE : BAD_INDEX;
+    mlp.y = (T*)own.y, mlp.counts = (int64_t*)own.counts, mlp.z = (T*)own.z;
+    mlp.threads = bounded(threads);
+    mlp.run();
   });
 }
 
-int sirius_attention(int type, int64_t B, int64_t H, int64_t G, int64_t N, int64_t D, int64_t V,
-                     int64_t S, int64_t M, const void* q, const void* k, const void* v, void* keys,
-                     void* values, void* block_keys, void* block_values, const void* positions,
-                     const void* slots, const void* length, const void* mask, int64_t mask_stride,
-                     int64_t window, float scale, float softcap, const void* sinks, void* out,
-                     int by_tokens, int threads) {
+int sirius_attention(int type, const void* operands, int64_t layer, int64_t window, float scale,
+                     float softcap, int by_tokens, int threads) {
+  const auto& given = *static_cast<const AttentionOperands*>(operands);
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
+    check(given, layer, window);
     Attention<T> own;
-    own.B = size_t(B), own.H = size_t(H), own.G = size_t(G), own.N = size_t(N);
-    own.D = size_t(D), own.V = size_t(V), own.S = size_t(S), own.M = size_t(M);
-    own.q = (const T*)q, own.k = (const T*)k, own.v = (const T*)v;
-    own.keys = (T*)keys, own.values = (T*)values;
-    own.block_keys = (T*)block_keys, own.block_values = (T*)block_values;
-    own.positions = (const int64_t*)positions, own.slots = (const int64_t*)slots;
-    own.length = (const int64_t*)length, own.mask = (const int64_t*)mask;
-    own.mask_stride = size_t(mask_stride), own.window = window;
-    own.scale = scale, own.softcap = softcap, own.sinks = (const T*)sinks;
-    own.out = (T*)out, own.by_tokens = by_tokens != 0, own.threads = threads;
-    return own.run() ? DONE : BAD_INDEX;
+    own.B = size_t(given.q.size[0]), own.H = size_t(given.q.size[1]);
+    own.N = size_t(given.q.size[2]), own.D = size_t(given.q.size[3]);
+    own.G = size_t(given.k.size[1]), own.V = size_t(given.v.size[3]);
+    own.S = size_t(given.keys.size[3]), own.M = size_t(given.mask.size[2]);
+    own.q = given.q.as<const T>(), own.k = given.k.as<const T>(), own.v = given.v.as<const T>();
+    const size_t slots = size_t(layer) * own.B * own.G * own.S;  // before this layer's
+    own.keys = given.keys.as<T>() + slots * own.D, own.values = given.values.as<T>() + slots * own.V;
+    own.block_keys = given.block_keys.as<T>(), own.block_values = given.block_values.as<T>();
+    own.positions = given.positions.as<const int64_t>(), own.slots = given.slots.as<const int64_t>();
+    own.length = given.length.as<const int64_t>(), own.mask = given.mask.as<const int64_t>();
+    own.mask_stride = given.mask.size[0] == 1 ? 0 : own.N * own.M;
+    own.window = window;
+    own.scale = scale, own.softcap = softcap, own.sinks = given.sinks.as<const T>();
+    own.out = (T*)given.out, own.by_tokens = by_tokens != 0, own.threads = bounded(threads);
+    own.run();
   });
 }
 
 int sirius_activity(int type, const void* z, void* y, int64_t N, int64_t I, int threads) {
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
-    activity<T>((const T*)z, (float*)y, size_t(N), size_t(I), threads);
-    return DONE;
+    present("z", z), some("z", "tokens", N), some("z", "neurons", I);
+    activity<T>((const T*)z, (float*)y, size_t(N), size_t(I), bounded(threads));
   });
 }
 
-int sirius_gated(int type, int act, void* g, const void* u, int64_t n, int threads) {
+// u may be null.
+int sirius_gated(int type, int act, void* g, int64_t n, const void* u, int64_t u_size, int threads) {
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
-    gated<T>(Activation(act), (T*)g, (const T*)u, size_t(n), threads);
-    return DONE;
+    if (n) present("gate's products", g);
+    if (u) same("up", "products", u_size, n);
+    gated<T>(Activation(act), (T*)g, (const T*)u, size_t(n), bounded(threads));
   });
 }
 
-int sirius_statistic(int type, const void* z, const void* valid, void* y, int64_t B, int64_t N,
-                     int64_t I, int threads) {
+int sirius_statistic(int type, const void* operands, void* y, int threads) {
+  struct Own {
+    Tensor<3> z;
+    Tensor<2> valid;
+  };
+  const auto& own = *static_cast<const Own*>(operands);
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
-    statistic<T>((const T*)z, (const uint8_t*)valid, (float*)y, size_t(B), size_t(N), size_t(I),
-                 threads);
-    return DONE;
+    const int64_t B = own.z.size[0], N = own.z.size[1], I = own.z.size[2];
+    present("z", own.z.at), some("z", "rows", B), some("z", "tokens", N), some("z", "neurons", I);
+    shaped("valid", own.valid, {"rows", "tokens"}, {B, N});
+    statistic<T>(own.z.as<const T>(), own.valid.as<const uint8_t>(), (float*)y, size_t(B), size_t(N),
+                 size_t(I), bounded(threads));
   });
 }
 
-int sirius_rms_norm(int type, const void* x, const void* addend, void* total, const void* weight,
-                    float epsilon, void* y, int64_t N, int64_t C, int threads) {
+// x [N, C], of `size` numbers; addend, which may be null, of `addend_size`.
+int sirius_rms_norm(int type, const void* x, int64_t size, const void* addend, int64_t addend_size,
+                    void* total, const void* weight, int64_t C, float epsilon, void* y, int threads) {
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
+    present("x", x), present("weight", weight), some("weight", "channels", C);
+    if (size % C != 0)
+      refuse(BAD_SIZE, "x has %lld numbers, and weight %lld channels", (long long)size, (long long)C);
+    if (addend) same("addend", "numbers", addend_size, size), present("total", total);
     rms_norm<T>((const T*)x, (const T*)addend, (T*)total, (const T*)weight, epsilon, (T*)y,
-                size_t(N), size_t(C), threads);
-    return DONE;
+                size_t(size / C), size_t(C), bounded(threads));
   });
 }
 
-int sirius_rotate(int type, const void* x, int64_t row, int64_t head, int64_t token,
-                  const void* cosine, const void* sine, void* y, int64_t B, int64_t H, int64_t N,
-                  int64_t D, int threads) {
+int sirius_rotate(int type, const void* operands, void* y, int threads) {
+  struct Own {
+    Tensor<4> x;
+    int64_t row, head, token;  // strides
+    Tensor<4> cosine, sine;
+  };
+  const auto& own = *static_cast<const Own*>(operands);
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
-    rotate<T>((const T*)x, row, head, token, (const T*)cosine, (const T*)sine, (T*)y, size_t(B),
-              size_t(H), size_t(N), size_t(D), threads);
-    return DONE;
+    const int64_t B = own.x.size[0], H = own.x.size[1], N = own.x.size[2], D = own.x.size[3];
+    present("x", own.x.at), some("x", "rows", B), some("x", "heads", H), some("x", "tokens", N);
+    some("x", "numbers a head", D);
+    if (D % 2) refuse(BAD_SIZE, "x has %lld numbers a head, no halves", (long long)D);
+    if (own.row < 0 || own.head < 0 || own.token < 0) refuse(BAD_SIZE, "x lies backwards in memory");
+    const char* const units[] = {"rows", "heads", "tokens", "numbers a head"};
+    shaped("cosine", own.cosine, units, {B, 1, N, D});
+    shaped("sine", own.sine, units, {B, 1, N, D});
+    rotate<T>(own.x.as<const T>(), own.row, own.head, own.token, own.cosine.as<const T>(),
+              own.sine.as<const T>(), (T*)y, size_t(B), size_t(H), size_t(N), size_t(D),
+              bounded(threads));
   });
 }
 
 // Reads `bytes` as fast as the threads can: what the kernels' speed is measured against.
 uint64_t sirius_read(const void* from, int64_t bytes, int threads) {
-  const size_t tasks = size_t(threads) * 8, words = size_t(bytes) / sizeof(Words) / 8;
+  const size_t tasks = size_t(bounded(threads)) * 8, words = size_t(bytes) / sizeof(Words) / 8;
   std::atomic<uint64_t> result{0};
   parallel(tasks, threads, [&](size_t task) {
     const char* p = (const char*)from + words * task / tasks * 8 * sizeof(Words);
@@ -188,3 +330,4 @@ uint64_t sirius_read(const void* from, int64_t bytes, int threads) {
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -2,24 +2,46 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
+#include <new>
 
 #include "products.h"
 #include "threads.h"
 
 namespace sirius {
 
-// Memory that is kept between calls: no call allocates what an earlier one could.
+// Memory that is kept between calls: no call allocates what an earlier one could. Nothing is in it.
 template <class V>
-struct Scratch {
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { drop(); }
+
   V* take(size_t n) {
-    if (own.size() < n + 64 / sizeof(V)) own.resize(n + 64 / sizeof(V));
-    const uintptr_t at = reinterpret_cast<uintptr_t>(own.data());
-    return reinterpret_cast<V*>((at + 63) & ~uintptr_t(63));
+    if (n > room || EXACT) {
+      drop();
+      own = static_cast<V*>(::operator new(n * sizeof(V), ALIGNED));
+      room = n;
+    }
+    return own;
   }
 
  private:
-  std::vector<V> own;
+  void drop() {
+    if (own) ::operator delete(own, ALIGNED);
+    own = nullptr;
+    room = 0;
+  }
+
+  static constexpr std::align_val_t ALIGNED{64};
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr bool EXACT = true;  // so that whatever lies beyond is seen
+#else
+  static constexpr bool EXACT = false;
+#endif
+  V* own = nullptr;
+  size_t room = 0;
 };
 
 // How many parts work is cut into: enough that a thread held up costs little. Not a matter of how
