@@ -21,7 +21,7 @@ from tests.support.operators import sirius
 
 PORTABLE = InstructionSet.PORTABLE
 
-SMALL = 'extern "C" int answer() { return 42; }\n'
+SMALL = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
 """Compiled in a moment, in place of the kernels: how it is built is the same."""
 
 

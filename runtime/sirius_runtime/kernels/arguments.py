@@ -38,12 +38,7 @@ def fits(tokens: int, rows: int, dtype: torch.dtype, bfloat16: int = BFLOAT16_TO
 
 def is_matrix(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether `weight` is a matrix of that type on the CPU whose rows are contiguous."""
-    return (
-        weight.dtype is dtype
-        and weight.ndim == 2
-        and weight.stride(1) == 1
-        and weight.is_cpu
-    )
+    return weight.dtype is dtype and weight.ndim == 2 and weight.stride(1) == 1 and weight.is_cpu
 
 
 def is_vector(bias: Tensor | None, dtype: torch.dtype) -> bool:
@@ -53,8 +48,8 @@ def is_vector(bias: Tensor | None, dtype: torch.dtype) -> bool:
     )
 
 
-# Operands as ``csrc/operands.h`` has them: addresses and true sizes, which the kernels compare. What
-# is none is null and zeros.
+# Operands as ``csrc/operands.h`` has them: addresses and true sizes, which the kernels compare.
+# What is none is null and zeros.
 
 
 def address(tensor: Tensor | None) -> int:
@@ -77,12 +72,15 @@ def of_ranks(operator: str, names: str, tensors: Sequence[Tensor], ranks: Sequen
     """
     for name, tensor, rank in zip(names.split(), tensors, ranks, strict=True):
         if tensor.ndim != rank:
-            raise OperandError(
-                f"sirius::{operator}: {name} has {tensor.ndim} dimensions, not {rank}. {_REMEDY}"
-            )
+            raise refuse(operator, f"{name} has {tensor.ndim} dimensions, not {rank}")
 
 
-_REMEDY = "Compile the artifact again, or pass operands that agree"
+def refuse(operator: str, reason: str, *, index: bool = False) -> OperandError:
+    """The error for an operand, which `reason` names first; `index`: for an index that it holds."""
+    kind = OperandIndexError if index else OperandError
+    return kind(
+        f"sirius::{operator}: {reason}. Compile the artifact again, or pass operands that agree"
+    )
 
 
 def check(library: ctypes.CDLL, status: int, operator: str) -> None:
@@ -99,8 +97,7 @@ def _error(status: int, operator: str, reason: str) -> Exception:
     if status == 1:
         return MemoryError(f"sirius::{operator}: no memory for its sums; run fewer rows at once")
     if status in (2, 3):
-        kind = OperandIndexError if status == 2 else OperandError
-        return kind(f"sirius::{operator}: {reason}. {_REMEDY}")
+        return refuse(operator, reason, index=status == 2)
     return BackendError(
         f"the kernel of sirius::{operator} failed ({reason or 'it did not say why'}); set "
         "SIRIUS_KERNELS=0 to do without kernels"

@@ -253,7 +253,7 @@ def topk_mlp(
     """As `reference.topk_mlp`; of neurons with equal scores, the first."""
     weights = gate, up, down, gate_bias, up_bias, down_bias, act
     done = None
-    if 1 <= keep <= gate.shape[0]:
+    if keep > 0:
         done = _run("topk_mlp", _Choice(keep=keep), x, *weights)
     return reference.topk_mlp(x, *weights, layer, keep) if done is None else done[0]
 

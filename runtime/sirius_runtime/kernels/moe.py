@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.kernels import mlp
-from sirius_runtime.kernels.arguments import ACTIVATIONS
+from sirius_runtime.kernels.arguments import ACTIVATIONS, refuse
 from sirius_runtime.kernels.linear import linear
 from sirius_runtime.ops import moe as reference
 
@@ -37,10 +37,17 @@ def dense_moe(
     mlps = gate, up, down, gate_bias, up_bias, down_bias
     if act not in ACTIVATIONS:
         return reference.dense_moe(x, experts, weights, *mlps, act, layer)
+    return _all_of(_hit("dense_moe", x, experts, weights, gate), x, experts, weights, mlps, act)
+
+
+def _all_of(
+    hit: list[int], x: Tensor, experts: Tensor, weights: Tensor, mlps: Weights, act: str
+) -> Tensor:
+    """All of each token's experts; `hit`: which those are."""
     y = x.new_empty(*experts.shape, x.shape[1])
-    for expert in experts.unique().tolist():
+    for expert in hit:
         token, place = (experts == expert).nonzero(as_tuple=True)
-        y[token, place] = mlp.dense_mlp(x[None, token], *_of(expert, mlps), act, layer)[0]
+        y[token, place] = mlp.dense_mlp(x[None, token], *_of(expert, mlps), act, 0)[0]
     return _weighted(y, weights)
 
 
@@ -62,6 +69,7 @@ def topk_moe(
     mlps = gate, up, down, gate_bias, up_bias, down_bias
     if act not in ACTIVATIONS or x.shape[0] > FEW_TOKENS:
         return reference.topk_moe(x, experts, weights, *mlps, act, layer, keep)
+    _hit("topk_moe", x, experts, weights, gate)
     routed = experts.tolist()
     own = [[_of(expert, mlps) for expert in row] for row in routed]
     g = torch.stack(
@@ -95,9 +103,32 @@ def experts_moe(
     normalised: bool,
 ) -> Tensor:
     """As `reference.experts_moe`."""
-    experts, weights = reference.heaviest(experts, weights, keep, normalised)
     mlps = gate, up, down, gate_bias, up_bias, down_bias
-    return dense_moe(x, experts, weights, *mlps, act, layer)
+    if act not in ACTIVATIONS:
+        return reference.experts_moe(x, experts, weights, *mlps, act, layer, keep, normalised)
+    _hit("experts_moe", x, experts, weights, gate)
+    experts, weights = reference.heaviest(experts, weights, keep, normalised)
+    return _all_of(experts.unique().tolist(), x, experts, weights, mlps, act)
+
+
+def _hit(operator: str, x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor) -> list[int]:
+    """The experts that tokens have, in order.
+
+    Raises OperandError where they are not those of x's tokens, or are not there.
+    """
+    N = x.shape[0]
+    if experts.ndim != 2 or experts.shape[0] != N:
+        reason = f"experts has the shape {list(experts.shape)}, not [{N}, experts a token]"
+        raise refuse(operator, reason)
+    if weights.shape != experts.shape:
+        reason = f"weights has the shape {list(weights.shape)}, not {list(experts.shape)}"
+        raise refuse(operator, reason)
+    hit: list[int] = experts.unique().tolist()  # sorted
+    for expert in hit[:1] + hit[-1:]:
+        if not 0 <= expert < gate.shape[0]:
+            reason = f"experts holds {expert}, an index out of range: there are {gate.shape[0]}"
+            raise refuse(operator, reason, index=True)
+    return hit
 
 
 def _of(expert: int, mlps: Weights) -> Weights:
