@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.plan import Limits, Plan
 from sirius_runtime.request import Request
 from sirius_runtime.spec import ProgramSpec
@@ -53,6 +54,10 @@ class Decoder(Protocol):
 
     def sparse_step(self) -> list[int]:
         """One sparse step that is never verified; returns each row's next token."""
+        ...
+
+    def logprobs(self) -> list[list[TokenLogprobs]]:
+        """Of each row's tokens that the last call committed, where the request asks for them."""
         ...
 
     def set_active(self, active: Sequence[bool]) -> None:

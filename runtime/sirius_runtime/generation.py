@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from sirius_runtime.controller import Controller, Observation
 from sirius_runtime.decoder import Engine
+from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.request import RULES, FinishReason, Mode, Request
 from sirius_runtime.sizes import node_count
 from sirius_runtime.stats import GenerationStats, Phase, PhaseClock, StatsRecorder
@@ -30,6 +31,7 @@ class Row:
 
     def __init__(self, tokenizer: Tokenizer | None, request: Request, seed: int | None) -> None:
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
         self.reason: FinishReason | None = None
         self._request = request
         self._scanner = StopScanner(tokenizer, request.stop) if tokenizer and request.stop else None
@@ -165,16 +167,24 @@ class Generation:
 
     def _commit(self, tokens: list[list[int]]) -> None:
         ended = False
-        for row, new in zip(self._live, tokens, strict=True):
+        for row, new, logprobs in zip(self._live, tokens, self._logprobs(), strict=True):
             if row.reason is not None:
                 continue
             taken = row.take(new)
+            row.logprobs += logprobs[: len(taken)]
             self._recorder.tokens += len(taken)
             ended |= row.reason is not None
             if self._streamer is not None:
                 self._streamer.put(self._decoder.array(taken))
         if ended:
             self._decoder.set_active([row.reason is None for row in self._live])
+
+    def _logprobs(self) -> Sequence[Sequence[TokenLogprobs]]:
+        """Of each held row's last tokens; none where none are asked for."""
+        scoring = self._request.scoring
+        if scoring is None or scoring.logprobs is None:
+            return [()] * len(self._held)
+        return self._decoder.logprobs()
 
     def _leave_out_finished(self) -> None:
         """Drops rows that have ended from the decoder, once that halves the batch.

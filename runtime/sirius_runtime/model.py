@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from tokenizers import Tokenizer
 
@@ -12,6 +12,7 @@ from sirius_runtime.decoder import Engine
 from sirius_runtime.errors import GenerationError
 from sirius_runtime.forking import check_threads_live, ran_on
 from sirius_runtime.generation import Generation, Row, Streamer
+from sirius_runtime.logits_options import LogitsOptions, LogitsProcessor, TokenLogprobs
 from sirius_runtime.request import (
     FinishReason,
     Mode,
@@ -29,7 +30,17 @@ if TYPE_CHECKING:
 
     Array = Tensor | np.ndarray
 
-__all__ = ["FinishReason", "GenerationOutput", "Mode", "Prompt", "SiriusModel", "Streamer"]
+__all__ = [
+    "FinishReason",
+    "GenerationOutput",
+    "LogitsOptions",
+    "LogitsProcessor",
+    "Mode",
+    "Prompt",
+    "SiriusModel",
+    "Streamer",
+    "TokenLogprobs",
+]
 
 Prompt = str | Sequence[int]
 
@@ -41,6 +52,7 @@ class GenerationOutput:
     A row that ended by an EOS token or a stop string has it as the end of its tokens; its text ends
     before the stop string, and leaves special tokens out. `texts` is None for a model without a
     tokenizer. `seeds`: of each row, for drawing the same again; None where nothing was drawn.
+    `logprobs`: of each token of `tokens`; None where none were asked for.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -49,6 +61,7 @@ class GenerationOutput:
     finish_reasons: tuple[FinishReason, ...]
     seeds: tuple[int, ...] | None
     stats: GenerationStats
+    logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None = None
 
 
 class SiriusModel:
@@ -83,10 +96,15 @@ class SiriusModel:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] = (),
         eos_token_id: int | Sequence[int] | None = None,
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
+        logprobs: int | None = None,
         streamer: Streamer | None = None,
+        **logits: Unpack[LogitsOptions],
     ) -> GenerationOutput:
         """Generates from one prompt or a batch.
 
@@ -98,9 +116,31 @@ class SiriusModel:
 
         mode: ``sirius``, ``exact`` (dense greedy tokens), ``sample`` (tokens of the full path's
         distribution), ``full`` or ``sparse``. temperature (1), top_k (0: no limit), top_p (1),
-        seed: for mode ``sample``, and where one is given for ``full`` and ``sparse``. seed: one a
-        row, or the first row's, the next ones counting up from it; a row's tokens depend on its own
-        seed and on no other row.
+        min_p (0), typical_p (1), seed: for mode ``sample``, and where one is given for ``full`` and
+        ``sparse``; what is not given is the artifact's own, of the model's generation config. seed:
+        one a row, or the first row's, the next ones counting up from it; a row's tokens depend on
+        its own seed and on no other row.
+
+        logits: transformers' options repetition_penalty, no_repeat_ngram_size, bad_words_ids,
+        suppress_tokens, min_new_tokens and the others of `LogitsOptions`, under its names and with
+        its meaning; by default as in the model's generation config (``repetition_penalty=1.0``,
+        ``suppress_tokens=[]``, … switch one off). They apply to the full path's logits after every
+        token that is verified, with what stands before it, so that mode ``exact`` gives the tokens
+        of transformers' greedy search under the same options; to the sparse path's in the same way.
+
+        logits_processor: callables ``(input_ids [rows, tokens], scores [rows, V]) -> scores``, as
+        transformers', after the options above. They are called for every node that is drafted or
+        verified, in groups of equal length without padding: a row of theirs is no row of the batch,
+        and they may keep no state between calls. A period of K tokens calls them at least K times,
+        each after a wait for the device.
+
+        logprobs: also tell each committed token's log-probability, and those of so many of the
+        likeliest tokens: of the full path's distribution (in mode ``sparse`` the sparse path's)
+        after processors, before temperature, top_k, top_p, min_p and typical_p, as transformers'
+        ``scores`` of a greedy run.
+
+        With any of these, a period runs step by step, also on a back end that runs whole periods as
+        one graph or from one recording.
 
         The artifact's defaults unless given: period, tokens per verification, or ``"auto"``: chosen
         as it runs, with the tree's width, by the speed measured; tree_width, drafted paths;
@@ -127,7 +167,12 @@ class SiriusModel:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            typical_p=typical_p,
             seed=seed,
+            logits=logits,
+            logits_processor=logits_processor,
+            logprobs=logprobs,
         )
         request = read_options(
             options,
@@ -153,6 +198,7 @@ class SiriusModel:
             finish_reasons=tuple(row.reason or FinishReason.LENGTH for row in rows),
             seeds=request.seeds,
             stats=stats,
+            logprobs=None if logprobs is None else tuple(tuple(row.logprobs) for row in rows),
         )
 
     def _check_file(self) -> None:

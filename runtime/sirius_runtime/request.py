@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sirius_runtime.errors import ConfigError, GenerationError, shown
+from sirius_runtime.logits_options import LogitsOptions, Scoring, check_processors, merged
 from sirius_runtime.plan import Limits, Plan
 from sirius_runtime.sampling import Rule, Sampling
 from sirius_runtime.sizes import PREFILL_CHUNK, node_count
 from sirius_runtime.spec import ProgramSpec
+
+if TYPE_CHECKING:
+    from sirius_runtime.logits_options import LogitsProcessor
 
 DEFAULT_NEW_TOKENS = 256
 MAX_PERIOD = PREFILL_CHUNK
@@ -65,7 +69,12 @@ class Options:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
     seed: int | Sequence[int] | None = None
+    logits: LogitsOptions = field(default_factory=LogitsOptions)
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = ()
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,8 @@ class Request:
     """A checked request: what the generation loop follows.
 
     `widths`: the tree width, or those to choose from where `adaptive`, as `period` is then the
-    longest one. `seeds` [rows]: None where nothing is drawn.
+    longest one. `seeds` [rows]: None where nothing is drawn. `scoring`: None where logits are taken
+    as they come, and nothing is told of them.
     """
 
     mode: Mode
@@ -86,6 +96,14 @@ class Request:
     max_new_tokens: int
     eos: frozenset[int]
     stop: tuple[str, ...]
+    scoring: Scoring | None = None
+
+    @property
+    def whole_periods(self) -> bool:
+        """Whether a period may run as the one graph that was compiled of it: it has no processors
+        of logits and gives no log-probabilities.
+        """
+        return self.mode in RULES and self.scoring is None and self.plan.sampling.fits_graph
 
 
 def check_tree(period: int, width: int, vocabulary: int, *, flag: str = "") -> None:
@@ -129,12 +147,14 @@ def read_options(
     if mode not in list(Mode):
         raise ConfigError(f"mode must be one of {', '.join(Mode)}, got {mode!r}")
     mode, default = Mode(mode), program.period
-    limits = limits if mode in RULES else None  # other modes run the entries
     rows = len(prompt_lengths)
+    scoring = _scoring(options, program)
+    sampling, seeds = _sampling(options, mode, rows, program)
+    if mode not in RULES or scoring is not None or not sampling.fits_graph:
+        limits = None  # what runs are the entries
     new_tokens = check_new_tokens(max(prompt_lengths), rows, max_new_tokens, program, limits)
     adaptive = options.period == AUTO
     period, widths = _tree(options, program, limits)
-    sampling, seeds = _sampling(options, mode, rows)
     confidence = default.confidence if options.confidence is None else options.confidence
     refresh = _refresh(options, program)
     check_ranges(confidence, refresh)
@@ -151,7 +171,21 @@ def read_options(
         confidence=confidence,
         sampling=sampling,
     )
-    return Request(mode, period, widths, adaptive, plan, refresh, seeds, new_tokens, eos, stop)
+    return Request(
+        mode, period, widths, adaptive, plan, refresh, seeds, new_tokens, eos, stop, scoring
+    )
+
+
+def _scoring(options: Options, program: ProgramSpec) -> Scoring | None:
+    """What is done to logits; None where that is nothing."""
+    vocabulary, count = program.model.vocab_size, options.logprobs
+    if count is not None and not 0 <= count <= vocabulary:
+        raise ConfigError(f"logprobs must be in 0..{vocabulary} (the vocabulary), got {count}")
+    spec = merged(options.logits, program.generation.logits, vocabulary)
+    own = check_processors(options.logits_processor)
+    if spec.changes_nothing and not own and count is None:
+        return None
+    return Scoring(spec, own, count)
 
 
 def _tree(
@@ -187,11 +221,13 @@ def _tree(
     return period, (width,)
 
 
-def _sampling(options: Options, mode: Mode, rows: int) -> tuple[Sampling, tuple[int, ...] | None]:
+def _sampling(
+    options: Options, mode: Mode, rows: int, program: ProgramSpec
+) -> tuple[Sampling, tuple[int, ...] | None]:
     """The distribution to draw from, and each row's seed; none where the run is greedy."""
     given = {
         name: value
-        for name in ("temperature", "top_k", "top_p", "seed")
+        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
         if (value := getattr(options, name)) is not None
     }
     if mode in (Mode.SIRIUS, Mode.EXACT) and given:
@@ -208,7 +244,7 @@ def _sampling(options: Options, mode: Mode, rows: int) -> tuple[Sampling, tuple[
         raise ConfigError(f"seed: {len(seeds)} seeds for {rows} rows; give one, or one a row")
     if min(seeds) < 0:
         raise ConfigError(f"seed must be >= 0, got {min(seeds)}")
-    return Sampling(**given), seeds
+    return Sampling(**program.generation.sampling.said() | given), seeds
 
 
 def _refresh(options: Options, program: ProgramSpec) -> int:

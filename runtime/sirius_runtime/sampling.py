@@ -39,20 +39,26 @@ def check_threshold(threshold: Any, temperature: Any) -> None:
 @dataclass(frozen=True)
 class Sampling:
     """A distribution over the vocabulary: softmax(logits / temperature), cut to the `top_k`
-    likeliest tokens and then to the smallest set of probability `top_p` (transformers' order).
+    likeliest tokens, to the smallest set of probability `top_p`, to the tokens of `min_p` times the
+    likeliest one's probability, and to the smallest set of probability `typical_p` whose surprise
+    is nearest to the entropy (transformers' order).
 
-    top_k 0 and top_p 1 cut nothing.
+    top_k 0, top_p 1, min_p 0 and typical_p 1 cut nothing. A graph has no min_p and no typical_p.
     """
 
     temperature: Scalar = 1.0
     top_k: Tensor | int = 0
     top_p: Scalar = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
 
     def __post_init__(self) -> None:
         for value, allowed, range_ in (
             (self.temperature, lambda v: 0.0 < v < float("inf"), "temperature must be > 0"),
             (self.top_k, lambda v: v >= 0, "top_k must be >= 0 (0: no limit)"),
             (self.top_p, lambda v: 0.0 < v <= 1.0, "top_p must be in (0, 1]"),
+            (self.min_p, lambda v: 0.0 <= v <= 1.0, "min_p must be in [0, 1]"),
+            (self.typical_p, lambda v: 0.0 < v <= 1.0, "typical_p must be in (0, 1]"),
         ):
             if _known(value) and not allowed(value):
                 raise ConfigError(f"{range_}, got {value}")
@@ -73,13 +79,36 @@ class Sampling:
         likelier = p.cumsum(-1) - p
         beyond = (likelier >= self.top_p) & (rank > 0)
         values = values.masked_fill(beyond & torch.as_tensor(self.top_p < 1.0), float("-inf"))
+        if self.min_p > 0.0:
+            p = values.softmax(-1)
+            values = values.masked_fill(p < self.min_p * p[..., :1], float("-inf"))
+        if self.typical_p < 1.0:
+            values = values.masked_fill(~_typical(values, self.typical_p), float("-inf"))
         return torch.zeros_like(values).scatter(-1, order, values.softmax(-1))
 
     def _cuts_nothing(self) -> bool:
         """Known only of plain numbers: a graph that takes them at run time always sorts."""
         if not (_known(self.top_k) and _known(self.top_p)):
             return False
-        return bool(self.top_k == 0 and self.top_p == 1.0)
+        return bool(self.top_k == 0 and self.top_p == 1.0) and self.fits_graph
+
+    @property
+    def fits_graph(self) -> bool:
+        """Whether the graphs `period` and `pick` can draw from it."""
+        return self.min_p == 0.0 and self.typical_p == 1.0
+
+
+def _typical(logits: Tensor, mass: float) -> Tensor:
+    """The locally typical tokens [..., V] of probability `mass` (Meister et al., arXiv
+    2202.00666).
+    """
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    entropy = -(p * log_p).nansum(-1, keepdim=True)
+    distance, order = (-log_p - entropy).abs().sort(dim=-1, stable=True)
+    before = (p.gather(-1, order).cumsum(-1) < mass).sum(-1, keepdim=True)
+    farthest = distance.gather(-1, before.clamp(max=distance.shape[-1] - 1))
+    return (-log_p - entropy).abs() <= farthest
 
 
 def _known(value: Any) -> bool:

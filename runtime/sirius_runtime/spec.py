@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from sirius_runtime.errors import ArtifactError
+from sirius_runtime.logits_options import GenerationSpec
 
 FORMAT_VERSION = (
     1,
@@ -263,6 +264,7 @@ class ProgramSpec:
     pad_token_id: int | None
     passes: tuple[PassRecord, ...]
     tools: ToolVersions
+    generation: GenerationSpec = GenerationSpec()  # noqa: RUF009  (frozen)
 
     def entry(self, name: str) -> EntrySpec:
         """The entry of that name; raises ArtifactError where there is none."""

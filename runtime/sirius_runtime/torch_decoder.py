@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.decoder import RowPeriod, Uniform
+from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.period_session import PeriodSession
 from sirius_runtime.plan import Plan
 from sirius_runtime.policy import draw
-from sirius_runtime.request import RULES, Request
+from sirius_runtime.request import Request
+from sirius_runtime.scored_session import ScoredSession
+from sirius_runtime.scorer import Scorer
 from sirius_runtime.session import Backend, Pick, Session, greedy
 from sirius_runtime.sizes import cache_slots
 from sirius_runtime.stats import StatsRecorder
@@ -38,12 +41,7 @@ class TorchDecoder:
         """`session`: one with room for the rows; by default one is opened."""
         self._request, self._uniform, self._device = request, uniform, backend.device
         if session is None:
-            period, limits = request.period, backend.limits
-            kind = Session
-            if limits is not None and request.mode in RULES:
-                kind, period = PeriodSession, limits.period  # its block is of the compiled size
-            slots = cache_slots(tokens, period, max(request.widths))
-            session = kind(backend, rows, slots, recorder, refresh=request.refresh)
+            session = _session(backend, request, rows, tokens, recorder)
         self._session, self.resizable = session, session.resizable
 
     @torch.inference_mode()
@@ -74,6 +72,11 @@ class TorchDecoder:
     def select(self, rows: Sequence[int]) -> None:
         self._session.select(torch.tensor(rows, device=self._device))
 
+    @torch.inference_mode()
+    def logprobs(self) -> list[list[TokenLogprobs]]:
+        assert isinstance(self._session, ScoredSession)
+        return self._session.scorer.logprobs()
+
     def density(self) -> float:
         return self._session.density()
 
@@ -89,3 +92,19 @@ class TorchDecoder:
         assert self._uniform is not None
         p = self._request.plan.sampling.distribution(logits_BV)
         return draw(p, torch.from_numpy(self._uniform(1)).to(self._device)[:, 0])
+
+
+def _session(
+    backend: Backend, request: Request, rows: int, tokens: int, recorder: StatsRecorder
+) -> Session:
+    """The session that a request needs, with room for rows of `tokens`."""
+    refresh, limits = request.refresh, backend.limits
+    if limits is not None and request.whole_periods:
+        slots = cache_slots(tokens, limits.period, max(request.widths))  # of the compiled size
+        return PeriodSession(backend, rows, slots, recorder, refresh=refresh)
+    slots = cache_slots(tokens, request.period, max(request.widths))
+    if request.scoring is None:
+        return Session(backend, rows, slots, recorder, refresh=refresh)
+    vocabulary = backend.program.model.vocab_size
+    scorer = Scorer(request, rows, slots, vocabulary, backend.device)
+    return ScoredSession(backend, rows, slots, recorder, scorer=scorer, refresh=refresh)

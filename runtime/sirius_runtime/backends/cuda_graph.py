@@ -145,7 +145,8 @@ class CudaGraphBackend(InductorBackend):
 
     State stays on the device; a period is one launch and one small copy to the host. Prompts are
     run as they come, and so are the periods of ``period="auto"``, which compares the times of
-    drafting and of verifying: a recording does not tell them apart.
+    drafting and of verifying: a recording does not tell them apart. So are those whose logits are
+    processed, which may call the user's code.
     """
 
     def __init__(
@@ -175,6 +176,6 @@ class CudaGraphBackend(InductorBackend):
         recorder: StatsRecorder,
         uniform: Uniform | None,
     ) -> Decoder:
-        if request.adaptive:
+        if request.adaptive or request.scoring is not None:
             return super().open(request, rows, tokens, recorder, uniform)
         return self._sessions.open(request, rows, tokens, recorder, uniform)

@@ -26,7 +26,7 @@ from sirius_runtime.decoder import Decoder, Uniform
 from sirius_runtime.errors import BackendError
 from sirius_runtime.onnx_files import SELECT, WEIGHTS_FILE, expert_name, graph_file, read_program
 from sirius_runtime.plan import Limits
-from sirius_runtime.request import Request
+from sirius_runtime.request import RULES, Request
 from sirius_runtime.stats import StatsRecorder
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -100,7 +100,9 @@ class OnnxBackend:
         recorder: StatsRecorder,
         uniform: Uniform | None,
     ) -> Decoder:
-        return OnnxDecoder(self, request, rows, tokens, recorder, uniform)
+        if request.scoring is None and request.plan.sampling.fits_graph:
+            return OnnxDecoder(self, request, rows, tokens, recorder, uniform)
+        return _scored_decoder(request)(self, request, rows, tokens, recorder, uniform)
 
     def graph(self, name: str) -> Graph:
         """The graph of that name, opened."""
@@ -177,6 +179,28 @@ class OnnxBackend:
         chosen = list(dict.fromkeys([*chosen, CPU]))  # which takes what the others can't
         progress(f"onnxruntime {self._ort.__version__} on {chosen[0]}")
         return chosen
+
+
+def _scored_decoder(request: Request) -> type[OnnxDecoder]:
+    """The decoder of requests that no graph of the artifact can serve.
+
+    Raises ConfigError for a tree, and BackendError where PyTorch is not installed.
+    """
+    asked = request.scoring.names if request.scoring else "min_p, typical_p"
+    if request.mode in RULES and max(request.widths) > 1:
+        raise ConfigError(
+            f"{asked}: backend onnxruntime drafts chains where logits are processed, and "
+            f"tree_width is {max(request.widths)}; pass tree_width=1, or use backend eager"
+        )
+    try:
+        from sirius_runtime.backends.onnx_scored import ScoredOnnxDecoder
+    except ImportError as error:
+        raise BackendError(
+            f"{asked}: backend onnxruntime processes logits with PyTorch, which is missing here "
+            f"({error}); pip install torch, or switch these off (see LogitsOptions: "
+            "repetition_penalty=1.0, suppress_tokens=[], …)"
+        ) from error
+    return ScoredOnnxDecoder
 
 
 def _onnxruntime() -> Any:

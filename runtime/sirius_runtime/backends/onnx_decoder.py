@@ -13,9 +13,10 @@ import numpy as np
 
 from sirius_runtime.backends.onnx_state import Caches, DeviceCaches, HostCaches
 from sirius_runtime.decoder import RowPeriod, Uniform
+from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.onnx_files import SELECT
 from sirius_runtime.plan import INTEGERS, Plan, sampling_numbers
-from sirius_runtime.request import RULES, Request
+from sirius_runtime.request import Request
 from sirius_runtime.sizes import PREFILL_CHUNK, cache_slots
 from sirius_runtime.stats import Phase, StatsRecorder, measured_density
 
@@ -44,7 +45,7 @@ class OnnxDecoder:
         self._uniform, self._periods = uniform, 0
         program = backend.program
         state, period = program.state, request.period
-        if backend.limits is not None and request.mode in RULES:
+        if backend.limits is not None and request.whole_periods:
             period = backend.limits.period  # its block is of the compiled size
         slots = cache_slots(tokens, period, max(request.widths))
         shape = (state.layers, rows, state.kv_heads, slots)
@@ -122,9 +123,7 @@ class OnnxDecoder:
         self._recorder.draft_steps += int(result["levels"])
         self._recorder.full_passes += 1
         self._statistic = result.get("next_statistic")
-        self._periods += 1
-        if self._request.refresh and self._periods % self._request.refresh == 0:
-            self._choose_neurons()
+        self._end_period()
         rows = zip(result["tokens"], result["advance"], drafted, strict=True)
         return [RowPeriod(tokens[:n].tolist(), int(levels)) for tokens, n, levels in rows]
 
@@ -137,11 +136,11 @@ class OnnxDecoder:
     def sparse_step(self) -> list[int]:
         with self._recorder.clock(Phase.DRAFT):
             result = self._tokens("sparse", self._root[:, None], weights=self._kept_weights)
-        if "kept" in result:
-            self._kept += (result["kept"] * self._active).sum(1)
-            self._kept_tokens += int(self._active.sum())
-        self._recorder.draft_steps += 1
+        self._count_kept(result, self._active)
         return self._advance(result)
+
+    def logprobs(self) -> list[list[TokenLogprobs]]:
+        raise AssertionError("a ScoredOnnxDecoder gives them")
 
     def set_active(self, active: Sequence[bool]) -> None:
         self._active = np.array(active)
@@ -165,6 +164,19 @@ class OnnxDecoder:
         return np.array(tokens, np.int64)
 
     # what it is made of
+
+    def _count_kept(self, result: Mapping[str, Any], rows_B: np.ndarray) -> None:
+        """Counts a sparse step, and what it kept of these rows."""
+        if "kept" in result:
+            self._kept += (result["kept"] * rows_B).sum(1)
+            self._kept_tokens += int(rows_B.sum())
+        self._recorder.draft_steps += 1
+
+    def _end_period(self) -> None:
+        """Counts a period, and chooses neurons anew where it is time to."""
+        self._periods += 1
+        if self._request.refresh and self._periods % self._request.refresh == 0:
+            self._choose_neurons()
 
     def _advance(self, result: Mapping[str, Any]) -> list[int]:
         token = self._pick(result["logits"][:, 0])

@@ -1,0 +1,290 @@
+"""How logits are processed before tokens are chosen by them: what an artifact says by default, and
+what `generate` is asked for. Names and meanings are those of transformers' generation config.
+
+Plain values, read and checked without PyTorch; `sirius_runtime.logits` is what they do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+
+from sirius_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LogitsProcessor: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
+"""As transformers': (input_ids [rows, tokens], scores [rows, V] float32) -> scores."""
+
+
+@dataclass(frozen=True)
+class SequenceBias:
+    """`bias` is added to the logit of the last of `tokens` where the others stand before it."""
+
+    tokens: tuple[int, ...]
+    bias: float
+
+
+@dataclass(frozen=True)
+class LogitsSpec:
+    """What is done to logits; the defaults do nothing.
+
+    See `sirius_runtime.logits` for each. `min_new_tokens` replaces `min_length` where it is given,
+    as in transformers.
+    """
+
+    sequence_bias: tuple[SequenceBias, ...] = ()
+    encoder_repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    min_length: int = 0
+    min_new_tokens: int | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: tuple[int, ...] = ()
+    remove_invalid_values: bool = False
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    renormalize_logits: bool = False
+
+    @property
+    def changes_nothing(self) -> bool:
+        return replace(self, min_new_tokens=self.min_new_tokens or None) == LogitsSpec()
+
+    def said(self) -> dict[str, Any]:
+        """The options that are not at their defaults, by name."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in own.items() if value != getattr(_NOTHING, name)}
+
+
+_NOTHING = LogitsSpec()
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """An artifact's defaults of mode `sample`; None where it says nothing."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+
+    def said(self) -> dict[str, float]:
+        """The values that are given, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """What the model's generation config says of choosing tokens."""
+
+    logits: LogitsSpec = LogitsSpec()
+    sampling: SamplingSpec = SamplingSpec()
+
+
+class LogitsOptions(TypedDict, total=False):
+    """Options of `generate`, each None or left out for the artifact's default.
+
+    1.0, 0, False and an empty list switch one off, `[]` also what else would be a token id.
+    """
+
+    sequence_bias: Mapping[Sequence[int], float] | Sequence[Sequence[Any]] | None
+    encoder_repetition_penalty: float | None
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    encoder_no_repeat_ngram_size: int | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    min_length: int | None
+    min_new_tokens: int | None
+    forced_bos_token_id: int | Sequence[int] | None
+    forced_eos_token_id: int | Sequence[int] | None
+    remove_invalid_values: bool | None
+    exponential_decay_length_penalty: Sequence[float] | None
+    suppress_tokens: Sequence[int] | None
+    begin_suppress_tokens: Sequence[int] | None
+    renormalize_logits: bool | None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is done to a run's logits, and what is told of them.
+
+    `processors`: callables of the user's, after all that `logits` says. `logprobs`: None, or how
+    many of the likeliest tokens are told beside each committed one.
+    """
+
+    logits: LogitsSpec
+    processors: tuple[LogitsProcessor, ...]
+    logprobs: int | None
+
+    @property
+    def names(self) -> str:
+        """The options that ask for it, for messages."""
+        found = list(self.logits.said())
+        found += ["logits_processor"] if self.processors else []
+        found += ["logprobs"] if self.logprobs is not None else []
+        return ", ".join(found)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The log-probability of one committed token, and `top`: the likeliest token ids in its place
+    with theirs, best first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def merged(options: LogitsOptions, default: LogitsSpec, vocabulary: int) -> LogitsSpec:
+    """`default` with the options that are given in place of its own.
+
+    Raises ConfigError, naming the option, for a value that it can't have.
+    """
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in _READERS:
+            raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
+        if value is not None:
+            given[name] = _READERS[name](name, value)
+    if "min_length" in given and "min_new_tokens" not in given:
+        given["min_new_tokens"] = None  # what is asked for here goes before the artifact's
+    spec = replace(default, **given)
+    for name, tokens in _token_ids(spec):
+        if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
+            raise ConfigError(
+                f"{name} has token id {wrong[0]}, outside of the vocabulary (0..{vocabulary - 1})"
+            )
+    return spec
+
+
+def check_processors(processors: Any) -> tuple[LogitsProcessor, ...]:
+    """One callable or several as a tuple; raises ConfigError for anything else."""
+    every = tuple(processors) if isinstance(processors, Sequence) else (processors,)
+    for processor in every:
+        if not callable(processor):
+            raise ConfigError(
+                "logits_processor must be callables (input_ids, scores) -> scores, got "
+                f"{type(processor).__name__}"
+            )
+    return every
+
+
+def _token_ids(spec: LogitsSpec) -> list[tuple[str, Sequence[int]]]:
+    """Each option that has token ids, with them."""
+    bos = spec.forced_bos_token_id
+    return [
+        *(("sequence_bias", entry.tokens) for entry in spec.sequence_bias),
+        *(("bad_words_ids", tokens) for tokens in spec.bad_words_ids),
+        ("forced_bos_token_id", () if bos is None else (bos,)),
+        ("forced_eos_token_id", spec.forced_eos_token_id),
+        ("suppress_tokens", spec.suppress_tokens),
+        ("begin_suppress_tokens", spec.begin_suppress_tokens),
+    ]
+
+
+def _is_integer(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral)
+
+
+def _is_real(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _penalty(name: str, value: Any) -> float:
+    if not _is_real(value) or value <= 0:
+        raise ConfigError(f"{name} must be a number > 0 (1.0: none), got {value!r}")
+    return float(value)
+
+
+def _count(name: str, value: Any) -> int:
+    if not _is_integer(value) or value < 0:
+        raise ConfigError(f"{name} must be an integer >= 0 (0: none), got {value!r}")
+    return int(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _tokens(name: str, value: Any) -> tuple[int, ...]:
+    every = [value] if _is_integer(value) else value
+    if not _is_list(every) or not all(map(_is_integer, every)):
+        raise ConfigError(f"{name} must be a list of token ids ([]: none), got {value!r}")
+    return tuple(map(int, every))
+
+
+def _one_token(name: str, value: Any) -> int | None:
+    tokens = _tokens(name, value)
+    if len(tokens) > 1:
+        raise ConfigError(f"{name} must be one token id ([]: none), got {value!r}")
+    return tokens[0] if tokens else None
+
+
+def _sequences(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
+    if not _is_list(value) or not all(_is_list(entry) and len(entry) for entry in value):
+        raise ConfigError(f"{name} must be lists of token ids ([]: none), got {value!r}")
+    return tuple(_tokens(name, entry) for entry in value)
+
+
+def _biases(name: str, value: Any) -> tuple[SequenceBias, ...]:
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    form = "must be {(token ids): bias} or [[token ids], bias] pairs ([]: none)"
+    if not _is_list(pairs) or not all(_is_list(pair) and len(pair) == 2 for pair in pairs):
+        raise ConfigError(f"{name} {form}, got {value!r}")
+    found: dict[tuple[int, ...], float] = {}
+    for tokens, bias in pairs:
+        if not _is_list(tokens) or not len(tokens):
+            raise ConfigError(f"{name} {form}, got {value!r}")
+        if not _is_real(bias):
+            raise ConfigError(
+                f"{name} must have finite biases, got {bias!r}; bad_words_ids forbids a sequence"
+            )
+        found[_tokens(name, tokens)] = float(bias)
+    return tuple(SequenceBias(tokens, bias) for tokens, bias in found.items())
+
+
+def _decay(name: str, value: Any) -> tuple[int, float] | None:
+    if _is_list(value) and not len(value):
+        return None
+    if (
+        not _is_list(value)
+        or len(value) != 2
+        or not (_is_real(value[0]) and value[0] == int(value[0]) >= 0 and _is_real(value[1]))
+        or value[1] <= 0
+    ):
+        raise ConfigError(f"{name} must be (start >= 0, factor > 0) ([]: none), got {value!r}")
+    return int(value[0]), float(value[1])
+
+
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "sequence_bias": _biases,
+    "encoder_repetition_penalty": _penalty,
+    "repetition_penalty": _penalty,
+    "no_repeat_ngram_size": _count,
+    "encoder_no_repeat_ngram_size": _count,
+    "bad_words_ids": _sequences,
+    "min_length": _count,
+    "min_new_tokens": _count,
+    "forced_bos_token_id": _one_token,
+    "forced_eos_token_id": _tokens,
+    "remove_invalid_values": _flag,
+    "exponential_decay_length_penalty": _decay,
+    "suppress_tokens": _tokens,
+    "begin_suppress_tokens": _tokens,
+    "renormalize_logits": _flag,
+}

@@ -1,0 +1,103 @@
+"""What the logits of a batch become before tokens are chosen by them, and what is told of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sirius_runtime.logits import (
+    History,
+    Logprobs,
+    node_histories,
+    processors,
+    read_logprobs,
+    step_logprobs,
+    verdict_logprobs,
+)
+from sirius_runtime.logits_options import LogitsSpec, TokenLogprobs
+from sirius_runtime.policy import Verdict
+from sirius_runtime.request import Request
+from sirius_runtime.tree import Tree
+
+
+class Scorer:
+    """The histories of a batch's rows, the processors of their logits, and log-probabilities.
+
+    A row's history is its prompt and its committed tokens; callers say how many of them count.
+    """
+
+    def __init__(
+        self, request: Request, rows: int, capacity: int, vocabulary: int, device: torch.device
+    ) -> None:
+        """capacity: tokens of a row, those of a period's draft after its last one among them."""
+        scoring = request.scoring
+        self._processors = processors(
+            LogitsSpec() if scoring is None else scoring.logits,
+            () if scoring is None else scoring.processors,
+            eos=request.eos,
+            max_new_tokens=request.max_new_tokens,
+            vocabulary=vocabulary,
+            device=device,
+        )
+        self._count = None if scoring is None else scoring.logprobs
+        self._told: Logprobs | None = None
+        self._tokens = torch.zeros(rows, capacity, dtype=torch.int64, device=device)
+        self._prompts = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Takes the prompts."""
+        for row, prompt in enumerate(prompts):
+            self._tokens[row, : len(prompt)] = torch.tensor(prompt)
+        self._prompts = torch.tensor([len(p) for p in prompts], device=self._tokens.device)
+
+    def pick(
+        self, logits_BV: Tensor, count_B: Tensor, choose: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The token [B] that `choose` takes by processed logits, after `count` tokens of each row;
+        it becomes the next one.
+        """
+        logits = self._processed(logits_BV, History(self._tokens, count_B, self._prompts))
+        token = choose(logits)
+        if self._count is not None:
+            self._told = step_logprobs(logits, token, self._count)
+        self._remember(token[:, None], count_B)
+        return token
+
+    def nodes(self, logits_BnV: Tensor, count_B: Tensor, tree: Tree, nodes: Tensor) -> Tensor:
+        """Processed logits after `nodes` [n] of every row's tree, whose root is the last of a row's
+        `count` tokens.
+        """
+        if not self._processors:
+            return logits_BnV
+        committed = History(self._tokens, count_B, self._prompts)
+        flat = self._processed(logits_BnV.flatten(0, 1), node_histories(committed, tree, nodes))
+        return flat.unflatten(0, logits_BnV.shape[:2])
+
+    def commit(self, logits_BNV: Tensor, count_B: Tensor, verdict: Verdict) -> None:
+        """Takes what a period committed after `count` tokens of each row, by processed logits."""
+        if self._count is not None:
+            self._told = verdict_logprobs(logits_BNV, verdict, self._count)
+        self._remember(verdict.tokens, count_B)
+
+    def logprobs(self) -> list[list[TokenLogprobs]]:
+        """Of the tokens that came last, of each row."""
+        assert self._told is not None
+        return read_logprobs(self._told)
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows."""
+        self._tokens, self._prompts = self._tokens[rows], self._prompts[rows]
+
+    def _processed(self, logits_RV: Tensor, history: History) -> Tensor:
+        for process in self._processors:
+            logits_RV = process(logits_RV.float(), history)
+        return logits_RV
+
+    def _remember(self, tokens_BK: Tensor, count_B: Tensor) -> None:
+        """Writes tokens after the first `count` of each row: those that the row does not commit
+        lie beyond what counts, and are overwritten.
+        """
+        places = count_B[:, None] + torch.arange(tokens_BK.shape[1], device=tokens_BK.device)
+        self._tokens.scatter_(1, places, tokens_BK)
