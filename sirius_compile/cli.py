@@ -153,6 +153,8 @@ def sirius_compile(
     begin = time.perf_counter()
     compiled.save(out, force=force)
     _progress("write artifact", time.perf_counter() - begin)
+    for warning in compiled.warnings:
+        _err.print(f"sirius-compile: warning: {plain(warning)}", markup=False)
     summary = summarise(compiled, out, time.perf_counter() - start)
     if as_json:
         say(json.dumps(summary.to_json()))

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from sirius_compile.capture import Capture, capture
 from sirius_compile.checkpoint import WeightSource, checkpoint_dtype, open_weights
 from sirius_compile.config import BUILTIN, Backend, CompileConfig
+from sirius_compile.generation import read_generation
 from sirius_compile.models import ModelSource, load_config, resolve_model
 from sirius_compile.onnx.package import onnx_dtype, onnx_files
 from sirius_compile.pipeline import back, front
@@ -42,6 +43,7 @@ from sirius_runtime.dtypes import dtype_name, dtype_of
 from sirius_runtime.errors import CalibrationError, ConfigError
 from sirius_runtime.graph import to_document
 from sirius_runtime.loading import BackendName, find_device, make_backend
+from sirius_runtime.logits_options import GenerationSpec
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.request import check_tree
 from sirius_runtime.spec import (
@@ -66,7 +68,8 @@ Progress = Callable[[str, float], None]
 class Compiled:
     """A compiled program in memory: its spec and graphs, and where its weights come from.
 
-    `sparse`: what its sparse path was found to keep; None while it is dense.
+    `sparse`: what its sparse path was found to keep; None while it is dense. `warnings`: what of
+    the model the artifact does not do.
     """
 
     spec: ProgramSpec
@@ -76,6 +79,7 @@ class Compiled:
     tokenizer_files: Mapping[str, bytes]
     _weights: Callable[[WeightSpec], Tensor]
     backend: Backend = Backend.TORCH
+    warnings: tuple[str, ...] = ()
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Writes the artifact to `path` (a temporary name, then renamed). `force` replaces a
@@ -261,8 +265,11 @@ class _Compilation:
             if spec.retype:
                 program.update_weight(name, dtype=str(dtype))
 
+        generation, left_out = read_generation(source.generation, source.config.vocab_size)
+        warnings = (f"not applied of generation_config: {', '.join(left_out)}",) if left_out else ()
+
         def spec_of(program: Program) -> ProgramSpec:
-            return self._spec(source, program, dtype, max_seq_len)
+            return self._spec(source, program, dtype, max_seq_len, generation)
 
         def stored_form(spec: WeightSpec) -> Tensor:
             return _materialise(spec, captured, weights)
@@ -276,6 +283,7 @@ class _Compilation:
                 tokenizer_files=source.tokenizer_files,
                 _weights=stored_form,
                 backend=Backend(config.backend),
+                warnings=warnings,
             )
 
         self._passes(program, front(self._method))
@@ -324,7 +332,12 @@ class _Compilation:
         return windows(read_texts(Path(self._config.calibration)), tokenizer)
 
     def _spec(
-        self, source: _Source, program: Program, dtype: DType, max_seq_len: int
+        self,
+        source: _Source,
+        program: Program,
+        dtype: DType,
+        max_seq_len: int,
+        generation: GenerationSpec,
     ) -> ProgramSpec:
         config = self._config
         eos = source.generation.eos_token_id
@@ -358,6 +371,7 @@ class _Compilation:
             tools=ToolVersions(
                 version("sirius-compile"), torch.__version__, transformers.__version__
             ),
+            generation=generation,
         )
 
     @contextmanager

@@ -44,6 +44,7 @@ class Summary:
             "artifact_bytes": self.artifact_bytes,
             "dense_bytes": self.dense_bytes,
             "seconds": self.seconds,
+            "warnings": list(self.compiled.warnings),
         }
 
     def table(self) -> Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import shutil
 import sys
 import textwrap
@@ -97,6 +98,21 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated"
     )
+    run.add_argument(
+        "--repetition-penalty", type=real_number, metavar="P", help="as transformers'; 1.0: none"
+    )
+    run.add_argument(
+        "--min-new-tokens",
+        type=whole_number,
+        metavar="N",
+        help="tokens before which none ends the answer",
+    )
+    run.add_argument(
+        "--logprobs",
+        type=whole_number,
+        metavar="N",
+        help="with --json: each token's log-probability, and the N likeliest tokens'",
+    )
     run.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
     run.add_argument("--dtype", help="float32, bfloat16, float16 (default: as stored)")
     run.add_argument(
@@ -151,7 +167,11 @@ def _run(args: argparse.Namespace) -> None:
         "confidence": args.confidence,
         "refresh": args.refresh,
         "stop": tuple(unescaped(text, "--stop") for text in args.stop),
+        "repetition_penalty": args.repetition_penalty,
+        "min_new_tokens": args.min_new_tokens,
     }
+    if args.logprobs is not None and (args.compare or not args.json):
+        raise ConfigError("--logprobs goes with --json, and not with --compare")
     mode = Mode.SIRIUS if args.mode is None else args.mode
     if args.context is not None and args.backend != BackendName.AOTI:
         raise ConfigError(
@@ -179,8 +199,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.compare:
         _print_comparison(model, prompt, options, args.json)
     elif args.json:
-        output = model.generate(prompt, mode=mode, **options, **sampling)
-        say(json.dumps(_output_json(output)))
+        output = model.generate(prompt, mode=mode, logprobs=args.logprobs, **options, **sampling)
+        say(json.dumps(_output_json(output) | _logprobs_json(output)))
     else:
         _stream(model, prompt, mode, options | sampling)
 
@@ -266,6 +286,27 @@ def _output_json(output: Any) -> dict[str, Any]:
         "seed": output.seeds[0] if output.seeds else None,
         "stats": stats,
     }
+
+
+def _logprobs_json(output: Any) -> dict[str, Any]:
+    """The log-probabilities of the first row's tokens, where there are some; null for minus
+    infinity, which JSON has no number for.
+    """
+    if output.logprobs is None:
+        return {}
+
+    def number(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    tokens = [
+        {
+            "token": entry.token,
+            "logprob": number(entry.logprob),
+            "top": [{"token": token, "logprob": number(value)} for token, value in entry.top],
+        }
+        for entry in output.logprobs[0]
+    ]
+    return {"logprobs": tokens}
 
 
 def _print_comparison(model: Any, prompt: str, options: dict[str, Any], as_json: bool) -> None:
@@ -367,6 +408,7 @@ def describe(manifest: Any) -> list[str]:
         f"threshold {program.period.threshold}, verify temperature "
         f"{program.period.verify_temperature}, confidence {program.period.confidence}, refresh "
         f"{program.period.refresh or 'never'}",
+        f"choosing   {_said(program.generation)}",
         f"files      {len(manifest.files)}, {size:,} bytes, {weights:,} of them weights",
         f"compiled   sirius-compile {program.tools.sirius}, torch {program.tools.torch}, "
         f"transformers {program.tools.transformers}; "
@@ -392,6 +434,17 @@ def describe(manifest: Any) -> list[str]:
         for record in program.passes
     ]
     return lines
+
+
+def _said(generation: Any) -> str:
+    """What an artifact says of choosing tokens."""
+    given = generation.logits.said() | generation.sampling.said()
+    names = [f"{name} {_short(value)}" for name, value in given.items()]
+    return ", ".join(names) or "the likeliest token, as it is"
+
+
+def _short(value: Any) -> str:
+    return f"({len(value)})" if isinstance(value, tuple) and len(value) > 4 else str(value)
 
 
 def _shape(tensor: Any) -> str:

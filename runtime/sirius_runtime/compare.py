@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Unpack
 
+from sirius_runtime.logits_options import LogitsOptions
 from sirius_runtime.model import GenerationOutput, Mode, Prompt, SiriusModel
 
 COMPARED = (Mode.FULL, Mode.SPARSE, Mode.SIRIUS)
@@ -35,6 +37,7 @@ def compare(
     confidence: float | None = None,
     refresh: int | None = None,
     stop: tuple[str, ...] = (),
+    **logits: Unpack[LogitsOptions],
 ) -> list[Comparison]:
     """Generates from `prompt` by each of `COMPARED`, the dense path first (after one warm-up).
 
@@ -53,6 +56,7 @@ def compare(
             confidence=confidence,
             refresh=refresh,
             stop=stop,
+            **logits,
         )
 
     for mode in COMPARED:  # first calls pay for allocation and code paths

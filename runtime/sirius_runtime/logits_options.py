@@ -6,16 +6,20 @@ Plain values, read and checked without PyTorch; `sirius_runtime.logits` is what 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from sirius_runtime.errors import ConfigError
+from sirius_runtime.sampling import Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MOST_TOKENS = 2**31 - 1
+"""The longest sequence, and the largest vocabulary."""
+_LARGEST = 2.0**127  # of a number that float32 holds
 
 LogitsProcessor: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 """As transformers': (input_ids [rows, tokens], scores [rows, V] float32) -> scores."""
@@ -76,7 +80,7 @@ class SamplingSpec:
     min_p: float | None = None
     typical_p: float | None = None
 
-    def said(self) -> dict[str, float]:
+    def said(self) -> dict[str, Any]:
         """The values that are given, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
@@ -166,6 +170,15 @@ def merged(options: LogitsOptions, default: LogitsSpec, vocabulary: int) -> Logi
     return spec
 
 
+def check_generation(spec: GenerationSpec, vocabulary: int) -> None:
+    """Raises ConfigError, naming the option, for what can't be an option's value."""
+    given: Any = spec.logits.said()
+    if spec.logits.sequence_bias:
+        given["sequence_bias"] = [(entry.tokens, entry.bias) for entry in spec.logits.sequence_bias]
+    merged(given, LogitsSpec(), vocabulary)
+    Sampling(**spec.sampling.said())
+
+
 def check_processors(processors: Any) -> tuple[LogitsProcessor, ...]:
     """One callable or several as a tuple; raises ConfigError for anything else."""
     every = tuple(processors) if isinstance(processors, Sequence) else (processors,)
@@ -196,7 +209,10 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    number: Any = value
+    return bool(-_LARGEST <= number <= _LARGEST)
 
 
 def _is_list(value: Any) -> bool:
@@ -210,8 +226,8 @@ def _penalty(name: str, value: Any) -> float:
 
 
 def _count(name: str, value: Any) -> int:
-    if not _is_integer(value) or value < 0:
-        raise ConfigError(f"{name} must be an integer >= 0 (0: none), got {value!r}")
+    if not _is_integer(value) or not 0 <= value <= MOST_TOKENS:
+        raise ConfigError(f"{name} must be an integer in 0..{MOST_TOKENS} (0: none), got {value!r}")
     return int(value)
 
 
@@ -264,10 +280,10 @@ def _decay(name: str, value: Any) -> tuple[int, float] | None:
     if (
         not _is_list(value)
         or len(value) != 2
-        or not (_is_real(value[0]) and value[0] == int(value[0]) >= 0 and _is_real(value[1]))
-        or value[1] <= 0
+        or not (_is_integer(value[0]) and 0 <= value[0] <= MOST_TOKENS)
+        or not (_is_real(value[1]) and value[1] > 0)
     ):
-        raise ConfigError(f"{name} must be (start >= 0, factor > 0) ([]: none), got {value!r}")
+        raise ConfigError(f"{name} must be (tokens >= 0, factor > 0) ([]: none), got {value!r}")
     return int(value[0]), float(value[1])
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sirius_runtime.errors import ArtifactError, ConfigError
+from sirius_runtime.logits_options import MOST_TOKENS, check_generation
 from sirius_runtime.request import check_ranges, check_tree
 from sirius_runtime.sampling import check_threshold
 from sirius_runtime.spec import (
@@ -22,8 +23,6 @@ from sirius_runtime.spec import (
     StateSpec,
 )
 
-MOST_TOKENS = 2**31 - 1
-"""The longest sequence, and the largest vocabulary."""
 _MOST_LAYERS = 2**14
 _MOST_WIDE = 2**20  # heads, and dimensions of one
 _MOST_PARAMETERS = 2**53  # up to which a float counts exactly
@@ -38,6 +37,8 @@ def check_program(program: ProgramSpec) -> None:
     check_ids(program.eos_token_ids)
     if program.pad_token_id is not None:
         check_ids((program.pad_token_id,), "pad_token_id")
+    vocabulary = program.model.vocab_size
+    _as_options(lambda: check_generation(program.generation, vocabulary), "generation")
     names = [entry.name for entry in program.entries]
     for name in names:
         if names.count(name) > 1:
@@ -101,12 +102,12 @@ def _check_site(site: SiteSpec, state: StateSpec, where: str) -> None:
     _within(0, _MOST_PARAMETERS, site.params, f"{where}.params")
 
 
-def _as_options(check: Callable[[], None]) -> None:
+def _as_options(check: Callable[[], None], where: str = "period") -> None:
     """A default is held to what the option itself is."""
     try:
         check()
     except ConfigError as error:
-        raise ArtifactError(f"period: {error}") from error
+        raise ArtifactError(f"{where}: {error}") from error
 
 
 def _within(least: Any, most: Any, value: Any, field: str) -> None:

@@ -1,0 +1,87 @@
+"""What a model's generation config says of choosing tokens, read for the artifact."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, cast
+
+from transformers import GenerationConfig
+
+from sirius_runtime.errors import ArtifactError, ConfigError
+from sirius_runtime.logits_options import (
+    GenerationSpec,
+    LogitsOptions,
+    LogitsSpec,
+    SamplingSpec,
+    check_generation,
+    merged,
+)
+from sirius_runtime.spec import from_json
+
+_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "do_sample": ((False,), "only mode sample draws tokens"),
+    "num_beams": ((1,), "no beam search: one sequence is written"),
+    "num_return_sequences": ((1,), "one answer a prompt"),
+    "penalty_alpha": ((0.0,), "no contrastive search"),
+    "dola_layers": ((), "no contrast of layers"),
+    "guidance_scale": ((1, 1.0), "no classifier-free guidance"),
+    "watermarking_config": ((), "no watermark"),
+    "constraints": ((), "no constrained search"),
+    "force_words_ids": ((), "no constrained search"),
+    "token_healing": ((False,), "the prompt's last token stays as it is"),
+    "epsilon_cutoff": ((0, 0.0), "mode sample does not cut by it"),
+    "eta_cutoff": ((0, 0.0), "mode sample does not cut by it"),
+    "top_h": ((), "mode sample does not cut by it"),
+    "stop_strings": ((), "pass them as stop"),
+    "max_time": ((), "nothing stops by the clock"),
+    "max_length": ((20,), "pass max_new_tokens"),
+    "max_new_tokens": ((), "pass max_new_tokens"),
+}
+"""What changes transformers' answers and is not done here: the values that change nothing, besides
+None, and what a user should know."""
+_SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
+
+
+def read_generation(
+    config: GenerationConfig, vocabulary: int
+) -> tuple[GenerationSpec, tuple[str, ...]]:
+    """The defaults of choosing tokens, and each value that is not applied, with what that means."""
+    left_out: list[str] = []
+    logits, sampling = LogitsSpec(), SamplingSpec()
+    for name, value in _given(config, LogitsSpec):
+        if name in _SUPPRESSED and isinstance(value, list | tuple):
+            # transformers suppresses what its models can't say, too; it changes nothing.
+            value = [token for token in value if not _is_no_token(token, vocabulary)]
+        try:
+            logits = merged(cast(LogitsOptions, {name: value}), logits, vocabulary)
+        except ConfigError as error:
+            left_out.append(_said(name, value, str(error)))
+    for name, value in _given(config, SamplingSpec):
+        try:
+            found = from_json(SamplingSpec, sampling.said() | {name: value}, "generation_config")
+            check_generation(GenerationSpec(sampling=found), vocabulary)
+            sampling = found
+        except (ConfigError, ArtifactError) as error:
+            left_out.append(_said(name, value, str(error)))
+    for name, (neutral, meaning) in _UNSUPPORTED.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in neutral:
+            left_out.append(_said(name, value, meaning))
+    return GenerationSpec(logits, sampling), tuple(left_out)
+
+
+def _is_no_token(token: Any, vocabulary: int) -> bool:
+    return isinstance(token, int) and not 0 <= token < vocabulary
+
+
+def _given(
+    config: GenerationConfig, spec: type[LogitsSpec | SamplingSpec]
+) -> list[tuple[str, Any]]:
+    """What the config says under the names of a spec."""
+    values = [(field.name, getattr(config, field.name, None)) for field in fields(spec)]
+    return [(name, value) for name, value in values if value is not None]
+
+
+def _said(name: str, value: Any, meaning: str) -> str:
+    shown = repr(value)
+    return f"{name}={shown if len(shown) <= 60 else shown[:60] + '…'} ({meaning:.200})"
