@@ -21,6 +21,7 @@ from sirius_compile.config import BUILTIN, Backend, CompileConfig, DenseLayers
 from sirius_runtime.command_line import finish, read_path, say, tell
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.spec import DType, Method, Score
+from sirius_runtime.terminal import plain
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -154,7 +155,7 @@ def sirius_compile(
     compiled.save(out, force=force)
     _progress("write artifact", time.perf_counter() - begin)
     for warning in compiled.warnings:
-        _err.print(f"sirius-compile: warning: {plain(warning)}", markup=False)
+        tell(f"sirius-compile: warning: {plain(warning)}")
     summary = summarise(compiled, out, time.perf_counter() - start)
     if as_json:
         say(json.dumps(summary.to_json()))

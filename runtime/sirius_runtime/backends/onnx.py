@@ -23,7 +23,7 @@ import numpy as np
 from sirius_runtime.artifact import Artifact, Slot
 from sirius_runtime.backends.onnx_decoder import OnnxDecoder
 from sirius_runtime.decoder import Decoder, Uniform
-from sirius_runtime.errors import BackendError
+from sirius_runtime.errors import BackendError, ConfigError
 from sirius_runtime.onnx_files import SELECT, WEIGHTS_FILE, expert_name, graph_file, read_program
 from sirius_runtime.plan import Limits
 from sirius_runtime.request import RULES, Request
