@@ -98,7 +98,7 @@ class Subject:
 
     def compiled(self, method: str) -> Path:
         if method not in self.made:
-            config = CompileConfig(sparsity=method, dtype="float32", backend="both", period=16)
+            config = CompileConfig(sparsity=method, dtype="float32", graphs="both", period=16)
             self.folder.mkdir(exist_ok=True)
             path = self.folder / f"{method}.sirius"
             self.made[method] = compile_model(self.make(), config).save(path)

@@ -1,6 +1,6 @@
 """Drive an exported period.onnx with ONNX Runtime alone, as a port to another language would.
 
-sirius-compile tally-3m --sparsity griffin --period 8 --backend both --out tally.sirius
+sirius-compile tally-3m --sparsity griffin --period 8 --graphs both --out tally.sirius
 sirius export-onnx tally.sirius tally-onnx
 python examples/onnx_minimal.py tally-onnx "Q: Zoe has 25 nuts. How many nuts does Zoe have?\\nA:"
 """

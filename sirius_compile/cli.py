@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sirius_compile.config import BUILTIN, Backend, CompileConfig, DenseLayers
+from sirius_compile.config import BUILTIN, CompileConfig, DenseLayers, Graphs
 from sirius_runtime.command_line import finish, read_path, say, tell
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.spec import DType, Method, Score
@@ -75,9 +75,16 @@ def sirius_compile(
     ] = "builtin",
     revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(parser=_path, help="Hub cache.")] = None,
+    graphs: Annotated[
+        Graphs,
+        typer.Option(
+            help="Graphs for PyTorch (torch), for it without whole periods (entries: compiles in "
+            "half of the time), for ONNX Runtime (onnx), or both."
+        ),
+    ] = Graphs.TORCH,
     backend: Annotated[
-        Backend, typer.Option(help="Graphs for PyTorch (torch), ONNX Runtime (onnx), or both.")
-    ] = Backend.TORCH,
+        Graphs | None, typer.Option(hidden=True, help="The former name of --graphs.")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code of the model's repository.")
     ] = False,
@@ -109,6 +116,9 @@ def sirius_compile(
     from sirius_runtime.loading import find_device
 
     _quieten(verbose)
+    if backend is not None:
+        tell(f"sirius-compile: --backend is now called --graphs; taken as --graphs {backend}")
+        graphs = backend
     config = CompileConfig(
         sparsity=sparsity,
         keep=keep,
@@ -128,7 +138,7 @@ def sirius_compile(
         revision=revision,
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
-        backend=backend,
+        graphs=graphs,
     )
     _check_use(config)
     # What can be refused is refused before minutes of work, not after.

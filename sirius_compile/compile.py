@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from sirius_compile.capture import Capture, capture
 from sirius_compile.checkpoint import WeightSource, checkpoint_dtype, open_weights
-from sirius_compile.config import BUILTIN, Backend, CompileConfig
+from sirius_compile.config import BUILTIN, CompileConfig, Graphs
 from sirius_compile.generation import read_generation
 from sirius_compile.models import ModelSource, load_config, resolve_model
 from sirius_compile.onnx.package import onnx_dtype, onnx_files
@@ -78,7 +78,7 @@ class Compiled:
     generation_config: Mapping[str, JSON]
     tokenizer_files: Mapping[str, bytes]
     _weights: Callable[[WeightSpec], Tensor]
-    backend: Backend = Backend.TORCH
+    graphs: Graphs = Graphs.TORCH
     warnings: tuple[str, ...] = ()
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
@@ -88,10 +88,10 @@ class Compiled:
         path = Path(path)
         with ArtifactWriter(path, force=force) as writer:
             documents = self._documents()
-            if self.backend is not Backend.ONNX:
+            if self.graphs.for_torch:
                 for name, document in documents.items():
                     writer.add_json(f"graphs/{name}.json", document)
-            if self.backend is not Backend.TORCH:
+            if self.graphs.for_onnx:
                 for name, content in onnx_files(self.spec, documents.__getitem__).items():
                     writer.add_bytes(name, content)
             writer.add_json("generation_config.json", dict(self.generation_config))
@@ -248,7 +248,7 @@ class _Compilation:
         max_seq_len = _max_seq_len(source.config, config.max_seq_len)
         check_tree(config.period, config.tree_width, source.config.vocab_size, flag="--")
         dtype = DType(config.dtype or dtype_name(source.dtype))
-        if config.backend is not Backend.TORCH:
+        if Graphs(config.graphs).for_onnx:
             dtype = onnx_dtype(config.dtype, dtype)
         with self._stage("capture"):
             captured = capture(
@@ -282,7 +282,7 @@ class _Compilation:
                 generation_config=source.generation.to_diff_dict(),
                 tokenizer_files=source.tokenizer_files,
                 _weights=stored_form,
-                backend=Backend(config.backend),
+                graphs=Graphs(config.graphs),
                 warnings=warnings,
             )
 
@@ -305,6 +305,7 @@ class _Compilation:
                 period=config.period,
                 tree_width=config.tree_width,
                 max_seq_len=max_seq_len,
+                whole_periods=Graphs(config.graphs).whole_periods,
             ),
         )
         return compiled(sparse)
@@ -329,7 +330,8 @@ class _Compilation:
         if self._config.calibration == BUILTIN:
             plain = compiled.to_runtime(device=self._config.device)
             return on_policy(read_prompts(source.prompts), plain)
-        return windows(read_texts(Path(self._config.calibration)), tokenizer)
+        longest = compiled.spec.model.max_seq_len
+        return windows(read_texts(Path(self._config.calibration)), tokenizer, longest)
 
     def _spec(
         self,

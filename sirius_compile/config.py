@@ -17,12 +17,28 @@ DEFAULT_KEEP = 0.5
 _E = TypeVar("_E", bound=StrEnum)
 
 
-class Backend(StrEnum):
+class Graphs(StrEnum):
     """What an artifact's graphs are for."""
 
+    ENTRIES = "entries"
+    """The entries for PyTorch. No graph of a whole period, which takes half of the compile time."""
     TORCH = "torch"
+    """The entries and a whole period for PyTorch."""
     ONNX = "onnx"
+    """The entries and a whole period for ONNX Runtime."""
     BOTH = "both"
+
+    @property
+    def for_onnx(self) -> bool:
+        return self in (Graphs.ONNX, Graphs.BOTH)
+
+    @property
+    def for_torch(self) -> bool:
+        return self is not Graphs.ONNX
+
+    @property
+    def whole_periods(self) -> bool:
+        return self is not Graphs.ENTRIES
 
 
 @dataclass(frozen=True)
@@ -74,8 +90,8 @@ class CompileConfig:
     shapes of the graph `period`. They, threshold, verify_temperature, confidence and refresh
     are defaults that the artifact carries, which a run can change. max_seq_len: the longest
     sequence served, by default the model's own. dtype: of the stored weights, by default the
-    checkpoint's. backend: what the artifact's graphs are for; with ``onnx`` or ``both`` weights
-    are float32 or float16, by default float32 where the checkpoint's are neither. device: where
+    checkpoint's. graphs: what the artifact's graphs are for (see `Graphs`); with ``onnx`` or
+    ``both`` weights are float32 or float16, by default float32 where the checkpoint's are neither. device: where
     calibration runs. calibration: a text or JSONL file, or ``builtin``.
 
     Raises ConfigError for a value out of its range, with the range.
@@ -99,12 +115,12 @@ class CompileConfig:
     revision: str | None = None
     cache_dir: Path | None = None
     trust_remote_code: bool = False
-    backend: Backend | str = Backend.TORCH
+    graphs: Graphs | str = Graphs.TORCH
 
     def __post_init__(self) -> None:
         # Names are taken from Python as from the command line.
         object.__setattr__(self, "sparsity", _member(Method, self.sparsity, "--sparsity"))
-        object.__setattr__(self, "backend", _member(Backend, self.backend, "--backend"))
+        object.__setattr__(self, "graphs", _member(Graphs, self.graphs, "--graphs"))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", _member(DType, self.dtype, "--dtype"))
         object.__setattr__(self, "score", _member(Score, self.score, "--score"))

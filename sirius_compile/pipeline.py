@@ -79,11 +79,13 @@ def sparsify(
             return []
 
 
-def back(*, period: int, tree_width: int, max_seq_len: int) -> list[Pass]:
+def back(
+    *, period: int, tree_width: int, max_seq_len: int, whole_periods: bool = True
+) -> list[Pass]:
     """From the sparse and full paths to the program that is packaged."""
     return [
         # one stored copy of each weight, as the kernels stream it
         LayOutWeights(),
         # draft, verify, accept and roll back as one graph
-        BuildPeriod(period, tree_width, max_seq_len),
+        *([BuildPeriod(period, tree_width, max_seq_len)] if whole_periods else []),
     ]

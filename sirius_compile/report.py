@@ -12,7 +12,6 @@ from rich.text import Text
 
 from sirius_compile.calibration import Calibration
 from sirius_compile.compile import Compiled
-from sirius_compile.config import Backend
 from sirius_compile.onnx.package import onnx_summary
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.spec import JSON, to_json
@@ -73,7 +72,7 @@ class Summary:
             "artifact",
             f"{self.artifact}, {self.artifact_bytes:,} bytes, {ratio:.3f} x the dense weights",
         )
-        if self.compiled.backend is not Backend.TORCH:
+        if self.compiled.graphs.for_onnx:
             table.add_row("onnx", onnx_summary(spec))
         passes = ", ".join(f"{p.name} {p.seconds * 1e3:.0f} ms" for p in spec.passes)
         table.add_row("passes", passes)

@@ -68,22 +68,29 @@ def read_prompts(path: Path) -> list[str]:
     return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
 
 
-def windows(texts: Sequence[str], tokenizer: Tokenizer) -> list[Sample]:
+def windows(texts: Sequence[str], tokenizer: Tokenizer, longest: int) -> list[Sample]:
     """Windows of token ids of the texts, `MAX_TOKENS` in all at the most; the first half of each
-    stands for a prompt.
+    stands for a prompt. No window is longer than `longest`, the model's longest sequence.
     """
+    size = min(WINDOW, longest)
     found: list[list[int]] = []
     left = MAX_TOKENS
     for text in texts:
         ids = tokenizer.encode(text).ids[:left]
         left -= len(ids)
-        found += [ids[i : i + WINDOW] for i in range(0, len(ids), WINDOW)]
+        found += [ids[i : i + size] for i in range(0, len(ids), size)]
     return [Sample(tuple(w), max(1, len(w) // 2)) for w in found if w]
 
 
 def on_policy(prompts: Sequence[str], model: SiriusModel) -> list[Sample]:
-    """The prompts with the dense model's greedy continuation."""
-    output = model.generate(list(prompts), mode=Mode.FULL, max_new_tokens=CONTINUATION)
+    """The prompts with the dense model's greedy continuation; both shorter where the model's
+    longest sequence leaves no room.
+    """
+    assert model.tokenizer is not None
+    longest = model.program.model.max_seq_len
+    new_tokens = min(CONTINUATION, longest // 2)
+    ids = [model.tokenizer.encode(prompt).ids[: longest - new_tokens] for prompt in prompts]
+    output = model.generate(ids, mode=Mode.FULL, max_new_tokens=new_tokens)
     pairs = zip(output.prompts, output.tokens, strict=True)
     return [Sample((*prompt, *new), len(prompt)) for prompt, new in pairs]
 

@@ -15,12 +15,12 @@ from sirius_compile.allocation import LEAST_KEPT, _allocate_layer
 from sirius_compile.calibration import Calibration, calibrate
 from sirius_compile.pipeline import Thresholds
 from sirius_compile.quantiles import QuantileSketch
-from sirius_compile.texts import Sample, hold_out
+from sirius_compile.texts import Sample, hold_out, on_policy, windows
 from sirius_compile.tokenwise import Tokenwise
 from sirius_passes.sparsify import KEEP_ALL, Threshold
 from sirius_runtime.errors import CalibrationError
 from sirius_runtime.spec import Method, SiteSpec
-from tests.support.models import random_decoder
+from tests.support.models import MAX_SEQ_LEN, TinyModels, random_decoder
 from tests.support.paths import chooser, samples, tokenwise
 
 ALL = Thresholds((Threshold(0.3, 0.5),) * 2, (Threshold(0.4, 0.5),) * 14)
@@ -271,3 +271,13 @@ def test_a_density_with_layers_chosen() -> None:
     chosen = own.choose()
     program = own._try(chosen.keep, chosen.dense_layers, chosen.calibration.thresholds)
     assert program.sparsity.density == pytest.approx(0.75, abs=1e-3)
+
+
+def test_no_text_is_longer_than_the_model_s_longest_sequence(tiny: TinyModels) -> None:
+    """GPT-2 has a table of positions: beyond its end there is nothing to look up."""
+    model = tiny("gpt2", "cats", n_inner=96).model
+    assert model.tokenizer is not None
+    text = " ".join(f"w{6 + i % 90}" for i in range(300))
+    assert {len(sample) for sample in windows([text], model.tokenizer, MAX_SEQ_LEN)} == {128, 44}
+    longest = max(len(sample) for sample in on_policy([text, "w7 w8"], model))
+    assert longest <= MAX_SEQ_LEN

@@ -18,7 +18,8 @@ from sirius_compile.models import shipped_models
 from sirius_runtime.artifact import Artifact
 from tests.support.cli import Cli
 
-FAST = ("--sparsity", "topk")  # needs no calibration
+FAST = ("--sparsity", "topk", "--graphs", "entries")  # no calibration, no graph of a period
+WHOLE = ("--sparsity", "topk")
 
 
 @pytest.fixture
@@ -168,18 +169,18 @@ def test_a_killed_compile_leaves_the_old_artifact(tmp_path: Path) -> None:
 
 def test_graphs_are_dumped_and_guarded(cli: Cli, tmp_path: Path) -> None:
     graphs = tmp_path / "graphs"
-    dump = ("tally-3m", *FAST, "--out", tmp_path / "a.sirius", "--dump-graphs", graphs)
+    dump = ("tally-3m", *WHOLE, "--out", tmp_path / "a.sirius", "--dump-graphs", graphs)
     assert cli.compile(*dump).code == 0
     names = sorted(p.name for p in graphs.iterdir())
     assert names[0] == "00_capture.dense.txt"
     assert "06_lay_out_weights.sparse.txt" in names
     assert "07_build_period.period.txt" in names
-    same = cli.compile("tally-3m", *FAST, "--out", tmp_path / "b.sirius", "--expect-graphs", graphs)
+    same = cli.compile("tally-3m", *WHOLE, "--out", tmp_path / "b.sirius", "--expect-graphs", graphs)
     assert same.code == 0, same.err
     assert f"{len(names)} compared" in same.err
     other = cli.compile(
         "tally-3m",
-        *FAST,
+        *WHOLE,
         "--keep",
         "0.25",
         "--out",
@@ -216,3 +217,20 @@ def test_a_model_and_a_target_are_needed(cli: Cli, given: tuple[str, ...]) -> No
     done = cli.compile(*given)
     assert done.code == 2
     assert "a model and a target are needed: sirius-compile MODEL --out FILE" in done.err
+
+
+def test_the_former_name_of_graphs_still_works_and_says_so(cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "m.sirius"
+    done = cli.compile("tally-3m", "--sparsity", "topk", "--backend", "entries", "--out", out)
+    assert done.code == 0, done.err
+    assert "--backend is now called --graphs; taken as --graphs entries" in done.err
+    with Artifact.open(out) as artifact:
+        assert "period" not in [entry.name for entry in artifact.program.entries]
+
+
+def test_without_whole_periods_a_back_end_of_theirs_is_refused(cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "m.sirius"
+    assert cli.compile("tally-3m", *FAST, "--out", out).code == 0
+    done = cli.run("run", out, "-p", "Q", "--backend", "period")
+    assert done.code == 2
+    assert "the artifact holds none: use backend eager or inductor" in done.err

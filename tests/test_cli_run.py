@@ -19,7 +19,9 @@ PROMPT = next(problems(Task.REASONING, "test", seed=11)).prompt
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiled = compile_model("tally-3m", CompileConfig(sparsity="griffin", keep=0.4))
+    compiled = compile_model(
+        "tally-3m", CompileConfig(sparsity="griffin", keep=0.4, graphs="entries")
+    )
     return compiled.save(tmp_path_factory.mktemp("artifact") / "tally.sirius")
 
 

@@ -71,7 +71,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 @pytest.fixture(scope="module")
 def pair(family: Family, calibration: Path) -> Pair:
-    options = CompileConfig(sparsity=method_of(family), calibration=calibration)
+    options = CompileConfig(sparsity=method_of(family), calibration=calibration, graphs="entries")
     model = random_model(family.model_type)
     compiled = compile_model(model, options, tokenizer=word_tokenizer())
     graph = compiled.program.graphs[FULL].graph

@@ -16,7 +16,9 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_runtime_needs_neither_transformers_nor_typer(tmp_path: Path) -> None:
-    path = compile_model("tally-3m", CompileConfig(sparsity="topk")).save(tmp_path / "m.sirius")
+    path = compile_model("tally-3m", CompileConfig(sparsity="topk", graphs="entries")).save(
+        tmp_path / "m.sirius"
+    )
     code = (
         "import sys, sirius_runtime\n"
         f"model = sirius_runtime.load({str(path)!r})\n"
@@ -40,7 +42,7 @@ def test_compiling_a_directory_opens_no_connection(tmp_path: Path) -> None:
         "socket.socket.connect = refuse\n"
         "socket.create_connection = refuse\n"
         "from sirius_compile import CompileConfig, compile_model\n"
-        "compile_model('tally-3m', CompileConfig(sparsity='topk'))"
+        "compile_model('tally-3m', CompileConfig(sparsity='topk', graphs='entries'))"
         f".save({str(tmp_path / 'm.sirius')!r})\n"
         "print('compiled')\n"
     )

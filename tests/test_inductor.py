@@ -85,7 +85,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def compiled_of(text: Path, method: str, **config: object) -> Compiled:
-    options = CompileConfig(sparsity=method, period=8, calibration=text)
+    options = CompileConfig(sparsity=method, period=8, calibration=text, graphs="entries")
     return compile_model(random_decoder("llama", **config), options, tokenizer=word_tokenizer())
 
 

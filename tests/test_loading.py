@@ -154,7 +154,7 @@ def test_devices_that_hold_no_values_are_refused() -> None:
 
 @pytest.mark.slow
 def test_an_artifact_of_onnx_graphs_alone(tmp_path: Path) -> None:
-    options = CompileConfig(sparsity="topk", period=4, dtype="float32", backend="onnx")
+    options = CompileConfig(sparsity="topk", period=4, dtype="float32", graphs="onnx")
     path = compile_model("tally-3m", options).save(tmp_path / "model.sirius")
     told: list[str] = []
     model = load(path, backend="auto", progress=told.append)

@@ -33,7 +33,9 @@ class Both:
     """The shipped model compiled, and as the naive decoder runs it."""
 
     def __init__(self, method: str, keep: float) -> None:
-        compiled = compile_model("tally-3m", CompileConfig(sparsity=method, keep=keep))
+        compiled = compile_model(
+            "tally-3m", CompileConfig(sparsity=method, keep=keep, graphs="entries")
+        )
         self.model = compiled.to_runtime(dtype="float32")
         self._reference = LlamaForCausalLM.from_pretrained(
             shipped_models()["tally-3m"], dtype=torch.float32

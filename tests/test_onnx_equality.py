@@ -116,7 +116,7 @@ def test_every_family_of_the_table(family: str, tmp_path: Path) -> None:
         period=4,
         tree_width=1 + place % 3,
         dtype="float32",
-        backend="both",
+        graphs="both",
         calibration=write_calibration(tmp_path / "words.txt", 80),
     )
     made = compile_model(random_model(family), config, tokenizer=word_tokenizer())
@@ -162,7 +162,7 @@ def test_few_neurons_or_channels_are_gathered(tmp_path: Path, method: str, famil
         period=4,
         tree_width=2,
         dtype="float32",
-        backend="both",
+        graphs="both",
         calibration=write_calibration(tmp_path / "words.txt"),
     )
     made = compile_model(random_decoder(family), config, tokenizer=word_tokenizer())

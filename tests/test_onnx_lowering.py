@@ -535,7 +535,7 @@ def call(name: str, target: str, *args: Any) -> JSON:
         (call("y", "sirius.routed_mlp.default", "x"), "operator sirius.routed_mlp has no transl"),
         (
             call("y", "sirius.sparse_linear.default", "x", "x", None, None, 0.5, "x"),
-            r"sirius.sparse_linear is given 1 arguments more .* knows \(5\); use --backend torch",
+            r"sirius.sparse_linear is given 1 arguments more .* knows \(5\); use --graphs torch",
         ),
         (
             call("y", "aten.argmax.default", "x", 0, False, 3),

@@ -204,7 +204,7 @@ def test_any_runtime_finds_an_expert_in_the_exported_file(
 
 
 def compiled(family: str, method: str, folder: Path, **options: Any) -> Pair:
-    config = CompileConfig(sparsity=method, period=4, dtype="float32", backend="both", **options)
+    config = CompileConfig(sparsity=method, period=4, dtype="float32", graphs="both", **options)
     made = compile_model(random_model(family), config, tokenizer=word_tokenizer())
     words = "the experts that it keeps" if method == "experts" else "topk saves no time"
     assert words in onnx_summary(made.spec)

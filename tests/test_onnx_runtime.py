@@ -199,7 +199,7 @@ def test_weights_are_not_copied_into_memory(method: str, tmp_path: Path) -> None
         ("small", {}),
         ("large", {"hidden_size": 1024, "intermediate_size": 16384, "vocab_size": 8192}),
     ):
-        options = CompileConfig(sparsity=method, period=4, dtype="float32", backend="onnx")
+        options = CompileConfig(sparsity=method, period=4, dtype="float32", graphs="onnx")
         made = compile_model(random_decoder("llama", **sizes), options)
         paths[name] = str(made.save(tmp_path / f"{name}.sirius"))
         gathered = gathered_bytes(made.spec) / 2**20
@@ -215,7 +215,7 @@ def test_weights_are_not_copied_into_memory(method: str, tmp_path: Path) -> None
 def test_weights_beyond_two_gigabytes(tally: Path, tmp_path: Path) -> None:
     """An artifact and its export whose weights lie after 2.2 GB of others."""
     made = compile_model(
-        "tally-3m", CompileConfig(sparsity="topk", period=4, dtype="float32", backend="onnx")
+        "tally-3m", CompileConfig(sparsity="topk", period=4, dtype="float32", graphs="onnx")
     )
     filler = WeightSpec("filler", "float64", (275_000_000,), retype=False)
     spec = replace(made.spec, weights=(filler, *made.spec.weights))
@@ -327,7 +327,7 @@ def test_an_artifact_without_graphs_names_what_adds_them(
         with pytest.raises(BackendError) as caught:
             ask()
         told, _, command = str(caught.value).partition("python -m sirius_compile.onnx ")
-        assert "--backend both" in told
+        assert "--graphs both" in told
     monkeypatch.chdir(tmp_path)
     assert add_main(command.split()) == 0  # as it is told
     assert load_onnx(tmp_path / "with-onnx.sirius").generate("Q", max_new_tokens=2).tokens
@@ -346,14 +346,14 @@ def test_graphs_are_added(plain: Path, tmp_path: Path) -> None:
 
 
 def test_the_dtype_of_an_artifact_with_graphs(tmp_path: Path) -> None:
-    made = compile_model("tally-3m", CompileConfig(sparsity="none", backend="onnx"))
+    made = compile_model("tally-3m", CompileConfig(sparsity="none", graphs="onnx"))
     assert made.spec.model.dtype == "float32"
-    with pytest.raises(ConfigError, match=r"--backend onnx needs .*got bfloat16"):
-        compile_model("tally-3m", CompileConfig(sparsity="none", backend="both", dtype="bfloat16"))
+    with pytest.raises(ConfigError, match=r"--graphs onnx needs .*got bfloat16"):
+        compile_model("tally-3m", CompileConfig(sparsity="none", graphs="both", dtype="bfloat16"))
     path = made.save(tmp_path / "onnx.sirius")
     with Artifact.open(path) as artifact:
         assert not artifact.names("graphs/")
-    with pytest.raises(BackendError, match=r"holds ONNX graphs only: .*--backend both"):
+    with pytest.raises(BackendError, match=r"holds ONNX graphs only: .*--graphs both"):
         load(path, device="cpu")
     assert load_onnx(path).generate(PROMPT, max_new_tokens=4).stats.tokens == 4
 

@@ -71,7 +71,9 @@ def one_by_one(model: PreTrainedModel, tokens: list[int]) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_beyond_the_original_length(kind: str, model_type: str) -> None:
     own = changes(kind, model_type)
-    compiled = compile_model(random_model(model_type, **own), CompileConfig(sparsity="topk"))
+    compiled = compile_model(
+        random_model(model_type, **own), CompileConfig(sparsity="topk", graphs="entries")
+    )
     pair = Pair(random_model(model_type, **own), compiled.to_runtime())
     expected = [
         one_by_one(pair.model, row) if kind == "dynamic" else pair.reference(row) for row in ROWS
@@ -97,12 +99,12 @@ def test_the_longest_sequence(kind: str, longest: int) -> None:
 def test_longrope_beyond_its_original_length_is_refused() -> None:
     model = random_model("llama", **changes("longrope", "llama"))
     with pytest.raises(ConfigError, match=r"--max-seq-len must be in 2..32 .*, got 33"):
-        compile_model(model, CompileConfig(sparsity="topk", max_seq_len=33))
+        compile_model(model, CompileConfig(sparsity="topk", max_seq_len=33, graphs="entries"))
 
 
 def test_longrope_serves_its_original_length_unless_told() -> None:
     model = random_model("llama", **changes("longrope", "llama"))
-    compiled = compile_model(model, CompileConfig(sparsity="none"))
+    compiled = compile_model(model, CompileConfig(sparsity="none", graphs="entries"))
     assert compiled.spec.model.max_seq_len == 32
 
 

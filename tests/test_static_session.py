@@ -60,7 +60,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
 
     def make(method: str, family: str = "llama") -> Compiled:
         if (method, family) not in made:
-            options = CompileConfig(sparsity=method, period=5, calibration=text)
+            options = CompileConfig(sparsity=method, period=5, calibration=text, graphs="entries")
             made[method, family] = compile_model(
                 random_decoder(family), options, tokenizer=word_tokenizer()
             )

@@ -170,11 +170,16 @@ def make_backend(
         backend = choice.backend
     if backend == BackendName.ONNXRUNTIME:
         raise ConfigError(
-            "backend onnxruntime runs the ONNX graphs of an artifact: compile with backend onnx or "
+            "backend onnxruntime runs the ONNX graphs of an artifact: compile with graphs onnx or "
             "both, save it, and load the file"
         )
     whole = backend in (BackendName.PERIOD, BackendName.AOTI)  # others have no use for that graph
     names = [e.name for e in program.entries if whole or e.name != PERIOD]
+    if whole and PERIOD not in names:
+        raise BackendError(
+            f"backend {backend} runs whole periods as one graph, and the artifact holds none: use "
+            "backend eager or inductor, or compile it with sirius-compile --graphs torch"
+        )
     documents = {name: document(name) for name in names}
     if backend == BackendName.EAGER:
         return EagerBackend(program, documents, weights, dtype=dtype, device=device)
@@ -306,7 +311,7 @@ def _check_torch(artifact: Artifact, providers: Sequence[str] | None) -> None:
     if not artifact.names("graphs/"):
         raise BackendError(
             f"{artifact.path} holds ONNX graphs only: use backend onnxruntime, or compile it with "
-            "sirius-compile --backend both"
+            "sirius-compile --graphs both"
         )
     try:
         import torch  # noqa: F401  (the back ends' own)

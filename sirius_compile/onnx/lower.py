@@ -203,7 +203,7 @@ class Lowering:
         if any(a is not None for a in extra):
             raise UnsupportedModelError(
                 f"onnx: {target} is given {len(extra)} arguments more than its translation knows "
-                f"({known}); use --backend torch for this model"
+                f"({known}); use --graphs torch for this model"
             )
         if name == "cached_attention":
             for block, value in zip(self.new, args[1:3], strict=True):
@@ -305,7 +305,7 @@ def _rows(name: str, weight: Value) -> View:
     if view is None or view.axis != 0 or view.transposed or view.step != 1:
         raise UnsupportedModelError(
             f"onnx: sirius.{name} reads {weight.name}, whose neurons are not rows of a stored "
-            "weight; use --backend torch for this model"
+            "weight; use --graphs torch for this model"
         )
     return view
 
@@ -327,16 +327,16 @@ def _applied(
         inspect.signature(build).bind(scope, *args, **kwargs)
     except TypeError as error:
         reason = f"onnx: the translation of {target} does not know how it is called here ({error})"
-        raise UnsupportedModelError(f"{reason}; use --backend torch for this model") from error
+        raise UnsupportedModelError(f"{reason}; use --graphs torch for this model") from error
     try:
         return build(scope, *args, **kwargs)
     except NotImplementedError as error:
         reason = f"onnx: {target} can't be translated ({error})"
-        raise UnsupportedModelError(f"{reason}; use --backend torch for this model") from error
+        raise UnsupportedModelError(f"{reason}; use --graphs torch for this model") from error
 
 
 def _no_translation(target: str) -> str:
     return (
-        f"onnx: operator {target} has no translation to ONNX; use --backend torch for this model, "
+        f"onnx: operator {target} has no translation to ONNX; use --graphs torch for this model, "
         "or open an issue with its config.json"
     )

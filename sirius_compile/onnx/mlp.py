@@ -70,7 +70,7 @@ def activation(s: Scope, x: Value, act: str) -> Value:
             positive = s.op("Relu", x, shape=x.shape)
             return e.elementwise(s, "Mul", positive, positive)
     raise UnsupportedModelError(
-        f"onnx: activation {act!r} has no translation to ONNX; use --backend torch for this model"
+        f"onnx: activation {act!r} has no translation to ONNX; use --graphs torch for this model"
     )
 
 

@@ -80,7 +80,7 @@ def onnx_summary(program: ProgramSpec) -> str:
 def _check_dtype(dtype: DType | str) -> None:
     if dtype not in DTYPES:
         raise ConfigError(
-            f"--backend onnx needs weights in {' or '.join(DTYPES)}, which ONNX Runtime computes "
+            f"--graphs onnx needs weights in {' or '.join(DTYPES)}, which ONNX Runtime computes "
             f"in everywhere, got {dtype}; pass --dtype float32 (or --dtype float16)"
         )
 

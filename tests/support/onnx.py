@@ -77,7 +77,7 @@ class Pairs:
                 period=size,
                 tree_width=width,
                 dtype=dtype,
-                backend="both",
+                graphs="both",
                 calibration=self._problems if model_type == "tally-3m" else self._words,
             )
             tokenizer = None if isinstance(model, str) else word_tokenizer()
