@@ -41,8 +41,7 @@ state["tree_mask"] = np.maximum(np.arange(T)[:, None] - np.arange(T), -1)[None]
 found = graph("prefill")(state)
 write((found["k_new"], found["v_new"]), 0)
 state |= {"length": np.array([T]), "root": found["logits"][0].argmax(-1)}
-if about["kept"]:
-    state |= graph("select")(found) | {"statistic": found["statistic"]}
+state |= graph("select")(found) | {"statistic": found["statistic"]} if about["kept"] else {}
 
 # 2. Periods: the sparse path drafts, the full path keeps what it would have said too (rule 1).
 size, tokens, ends = about["period"]["period"], state["root"].tolist(), set(about["eos_token_ids"])
@@ -56,4 +55,5 @@ while not ends & set(tokens) and T + len(tokens) + size < slots:
     write((found["k_kept"], found["v_kept"]), state["length"][0])
     tokens += found["tokens"][0, : found["advance"][0]].tolist()
     state |= {k.removeprefix("next_"): v for k, v in found.items() if k.startswith("next_")}
-print(tokenizer.decode(tokens[: next((i for i, t in enumerate(tokens) if t in ends), None)]))
+whole = [*ids[0], *tokens[: next((i for i, t in enumerate(tokens) if t in ends), None)]]
+print(tokenizer.decode(whole).removeprefix(tokenizer.decode(ids[0])))  # keeps its first space

@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.shipped.problems import Task, problems
 from sirius_runtime.cli import _side_by_side
 from tests.support.cli import Cli
+from tests.support.models import TinyModels, word_tokenizer
 
 PROMPT = next(problems(Task.REASONING, "test", seed=11)).prompt
 
@@ -161,6 +164,30 @@ def test_empty_prompt_and_missing_files(cli: Cli, artifact: Path, tmp_path: Path
     nowhere = cli.run("run", tmp_path / "no.sirius", "--prompt", PROMPT)
     assert nowhere.code == 2
     assert "there is no such file" in nowhere.err
+
+
+def test_a_second_bos_is_said_once_on_stderr(cli: Cli, tiny: TinyModels, tmp_path: Path) -> None:
+    tokenizer = word_tokenizer().backend_tokenizer
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    files = {"tokenizer.json": tokenizer.to_str().encode()}
+    compiled = replace(tiny(method="griffin").compiled, tokenizer_files=files)
+    path = compiled.save(tmp_path / "bos.sirius")
+    run = ("run", path, "--prompt", "<s> w7", "--max-new-tokens", "4")
+    for flags in ((), ("--json",), ("--compare",)):
+        said = cli.run(*run, *flags).err
+        assert said.count("begins with <s> already") == 1
+        assert "sirius: warning: prompt 0 begins with <s>" in said
+        assert "--no-add-special-tokens" in said
+        plain = cli.run(*run, *flags, "--no-add-special-tokens")
+        assert plain.code == 0
+        assert "warning" not in plain.err
+    one = cli.run("run", path, "--prompt", "w7", "--max-new-tokens", "4", "--json")
+    assert (
+        json.loads(one.out)["tokens"]
+        == json.loads(cli.run(*run, "--json", "--no-add-special-tokens").out)["tokens"]
+    )
 
 
 def test_inspect_shows_what_the_file_holds(cli: Cli, artifact: Path) -> None:

@@ -169,11 +169,19 @@ def test_eos_as_the_first_token_needs_no_period(model: SiriusModel) -> None:
 # stop strings
 
 
-def first_stop(model: SiriusModel, tokens: Sequence[int], stop: Sequence[str]) -> int:
-    """How many tokens it takes to complete one of the stop strings."""
+def text_after(model: SiriusModel, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """What tokens add to the text of their prompt."""
     assert model.tokenizer is not None
+    text: str = model.tokenizer.decode([*prompt, *tokens])
+    return text.removeprefix(model.tokenizer.decode(list(prompt)))
+
+
+def first_stop(
+    model: SiriusModel, prompt: Sequence[int], tokens: Sequence[int], stop: Sequence[str]
+) -> int:
+    """How many tokens it takes to complete one of the stop strings."""
     for count in range(1, len(tokens) + 1):
-        if any(s in model.tokenizer.decode(tokens[:count]) for s in stop):
+        if any(s in text_after(model, prompt, tokens[:count]) for s in stop):
             return count
     return len(tokens)
 
@@ -190,11 +198,11 @@ def test_stop_strings_wherever_they_lie(
     for _ in range(data.draw(st.integers(1, 2))):
         start = data.draw(st.integers(0, len(text) - 1))
         stop.append(text[start : start + data.draw(st.integers(1, 12))])
-    count = first_stop(model, tokens, stop)
+    count = first_stop(model, prompt, tokens, stop)
     output = model.generate(prompt, stop=stop, **options)
     assert output.tokens[0] == tokens[:count]
     assert output.finish_reasons == (FinishReason.STOP,)
-    shown = model.tokenizer.decode(tokens[:count])  # type: ignore[union-attr]
+    shown = text_after(model, prompt, tokens[:count])
     assert output.texts == (shown[: min(shown.index(s) for s in stop if s in shown)],)
 
 
@@ -209,7 +217,7 @@ def test_stop_string_across_tokens_and_periods(tiny: TinyModels) -> None:
     assert text.index(stop) == len(" ".join(words[:5])) - 1
     output = model.generate(PROMPT, stop=stop, **options)
     assert output.tokens[0] == tokens[:6]
-    assert output.texts == (" ".join(words[:5])[:-1],)
+    assert output.texts == (" " + " ".join(words[:5])[:-1],)
 
 
 def test_stop_string_in_the_prompt_stops_nothing(model: SiriusModel) -> None:
@@ -364,7 +372,8 @@ def test_streamer_of_transformers(model: SiriusModel) -> None:
     with redirect_stdout(written):
         streamer = TextStreamer(word_tokenizer(), skip_prompt=True)
         output = model.generate(PROMPT, max_new_tokens=12, eos_token_id=[], streamer=streamer)
-    assert output.texts == (written.getvalue().removesuffix("\n"),)
+    # It decodes the answer alone, without the space after the prompt.
+    assert output.texts == (" " + written.getvalue().removesuffix("\n"),)
     assert len(output.tokens[0]) == 12
 
 

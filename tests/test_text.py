@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sirius_runtime.text import (
     IncrementalDecoder,
     StopScanner,
     TextStream,
+    answer_text,
     cut_at_stop,
     read_tokenizer,
 )
@@ -51,8 +52,54 @@ def metaspace() -> Tokenizer:
     return tokenizer
 
 
+LLAMA_PIECES = ["<unk>", "<s>", EOS, *(f"<0x{b:02X}>" for b in range(256))]
+LLAMA_PIECES += ["▁", "▁Hello", "▁world", "▁a", "Hello", "a", "b", "!", "é", "▁▁"]
+WORD_PIECES = ["[UNK]", "[CLS]", EOS, "hello", "world", "##ly", "##s", "!", "a"]
+
+
+def llama_2() -> Tokenizer:
+    """As Llama 2's: words with their space before them, bytes where there is no piece; decoding
+    drops the first space.
+    """
+    pieces = {piece: index for index, piece in enumerate(LLAMA_PIECES)}
+    tokenizer = Tokenizer(models.BPE(pieces, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", EOS])
+    return tokenizer
+
+
+def word_piece() -> Tokenizer:
+    """Words without their spaces, which decoding puts between them."""
+    pieces = {piece: index for index, piece in enumerate(WORD_PIECES)}
+    tokenizer = Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(["[CLS]", EOS])
+    return tokenizer
+
+
+def ids_of(tokenizer: Tokenizer, *pieces: str) -> list[int]:
+    """Token ids of pieces; of the bytes of what is none."""
+    ids: list[int] = []
+    for piece in pieces:
+        known = tokenizer.token_to_id(piece)
+        if known is None:
+            ids += [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in piece.encode()]
+        else:
+            ids.append(known)
+    return ids
+
+
 MANY = settings(max_examples=150)  # they are cheap
 TOKENIZERS = {"byte_level": byte_level(), "metaspace": metaspace()}
+LLAMA, WORDS = llama_2(), word_piece()
+EVERY = {**TOKENIZERS, "llama_2": LLAMA, "word_piece": WORDS}
 BYTES = TOKENIZERS["byte_level"]
 texts = st.text(st.sampled_from(sorted(set("".join(CORPUS))) + list("€ßabc")), max_size=20)
 stops = st.lists(
@@ -136,6 +183,99 @@ def test_special_tokens_have_no_text() -> None:
     assert [decoder.add(token) for token in ids] == ["a", "", "b"]
 
 
+# after a prompt
+
+
+AFTER: list[tuple[Tokenizer, list[str], list[str], list[str]]] = [
+    # the space between prompt and answer is the answer's
+    (LLAMA, ["<s>", "▁Hello"], ["▁world", "!"], [" world", "!"]),
+    (LLAMA, ["<s>", "▁Hello", EOS], ["▁world"], [" world"]),
+    (LLAMA, ["▁Hello", "▁"], ["▁", "▁a"], [" ", " a"]),
+    (LLAMA, ["▁Hello", "!"], [EOS, "▁world"], ["", " world"]),
+    (LLAMA, ["▁Hello"], ["Hello"], ["Hello"]),
+    (TOKENIZERS["metaspace"], ["▁a"], ["▁bc", "a"], [" bc", "a"]),
+    (TOKENIZERS["metaspace"], ["a"], ["▁▁", "▁a"], ["  ", " a"]),
+    (WORDS, ["[CLS]", "hello"], ["world", "##ly", "!"], [" world", "ly", "!"]),
+    (WORDS, ["hello"], ["##s", "a"], ["s", " a"]),
+    # nothing before it: the text begins here, and its space is the tokenizer's own
+    (LLAMA, [], ["▁world", "▁a"], ["world", " a"]),
+    (LLAMA, ["<s>"], ["▁world"], ["world"]),
+    # characters of several bytes
+    (LLAMA, ["▁Hello"], ["▁", "好", "▁a"], [" ", "", "", "好", " a"]),
+    (LLAMA, ["▁Hello", "好"], ["好", "a"], ["", "", "好", "a"]),
+    (LLAMA, ["▁Hello", "好好好好"], ["🙂"], ["", "", "", "🙂"]),
+    (LLAMA, ["好" * 30], ["好"], ["", "", "好"]),
+    (LLAMA, ["▁Hello"], ["好", "<0xE5>", "a"], ["", "", "好", "", "\ufffda"]),
+    # the prompt ends within a character
+    (LLAMA, ["a", "<0xE5>", "<0xA5>"], ["<0xBD>", "a"], ["好", "a"]),
+    (LLAMA, ["a", "<0xE5>", "<0xA5>"], ["▁a", "b"], [" a", "b"]),
+    (LLAMA, ["a", "<0xF0>"], ["<0x9F>", "b"], ["", "\ufffdb"]),
+    (LLAMA, ["<0xE5>"], ["<0xA5>", "<0xBD>", "▁a"], ["", "好", " a"]),
+    (LLAMA, ["<0xE5>"], ["<0xA5>", "<0xBD>", "好", "a"], ["", "好", "", "", "好", "a"]),
+    # which ends with what looks like one
+    (LLAMA, ["a", "\ufffd"], ["▁a", "b"], [" a", "b"]),
+]
+
+
+@pytest.mark.parametrize(("tokenizer", "prompt", "answer", "pieces"), AFTER)
+def test_what_an_answer_adds_to_its_prompt(
+    tokenizer: Tokenizer, prompt: list[str], answer: list[str], pieces: list[str]
+) -> None:
+    before, ids = ids_of(tokenizer, *prompt), ids_of(tokenizer, *answer)
+    decoder = IncrementalDecoder(tokenizer, before)
+    assert [decoder.add(token) for token in ids] == pieces
+    assert decoder.flush() == ""
+    text = "".join(pieces)
+    assert answer_text(tokenizer, before, ids) == text
+    written: list[str] = []
+    stream = TextStream(tokenizer, written.append)
+    for put in ([before], ids):
+        stream.put(put)
+    stream.end()
+    assert "".join(written) == text
+
+
+def test_the_prompt_may_end_within_a_character_of_byte_level() -> None:
+    euro = byte_ids("a€".encode())
+    decoder = IncrementalDecoder(BYTES, euro[:-1])
+    assert [decoder.add(token) for token in [euro[-1], *byte_ids(b"b")]] == ["€", "b"]
+    decoder = IncrementalDecoder(BYTES, euro[:-1])
+    assert [decoder.add(token) for token in byte_ids(b"b")] == ["b"]
+
+
+@pytest.mark.parametrize("name", EVERY)
+@MANY
+@given(data=st.data())
+def test_prompt_and_answer_join_to_the_text_of_both(name: str, data: st.DataObject) -> None:
+    """Wherever the prompt ends, and however long it is."""
+    tokenizer = EVERY[name]
+    if name == "byte_level":
+        ids = data.draw(tokenised())
+    else:  # whole characters: see above for others
+        pieces = LLAMA_PIECES[259:] if name == "llama_2" else list(tokenizer.get_vocab())
+        pieces += ["好", "🙂"] if name == "llama_2" else []
+        ids = ids_of(tokenizer, *data.draw(st.lists(st.sampled_from([*pieces, EOS]), max_size=30)))
+    cut = data.draw(st.integers(0, len(ids)))
+    prompt, answer = tokenizer.decode(ids[:cut]), answer_text(tokenizer, ids[:cut], ids[cut:])
+    assert prompt.rstrip("\ufffd") + answer == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@MANY
+@given(data=st.data())
+def test_a_stream_after_a_prompt_is_its_text(name: str, data: st.DataObject) -> None:
+    """Of any ids, broken characters among them."""
+    tokenizer = EVERY[name]
+    prompt, ids = data.draw(any_ids(tokenizer)), data.draw(any_ids(tokenizer))
+    written: list[str] = []
+    stream = TextStream(tokenizer, written.append)
+    stream.put([prompt])
+    for token in ids:
+        stream.put([token])
+    stream.end()
+    assert "".join(written) == answer_text(tokenizer, prompt, ids)
+
+
 # stop strings
 
 
@@ -155,6 +295,56 @@ def test_scanner_stops_at_the_token_that_completes_a_stop(ids: list[int], stop: 
     count = count_to_stop(ids, stop)
     found = any(s in BYTES.decode(ids) for s in stop)
     assert stopped[:count] == [False] * (count - 1) + [found] if count else not stopped
+
+
+CHATTY = byte_level()
+CHATTY.add_special_tokens(["<|im_end|>", "<|im_end|>x", "<|call|>"])
+CHATTY.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "count", "text"),
+    [
+        ("ab<|im_end|>cd", ["<|im_end|>"], 3, "ab"),
+        ("<|im_end|>cd", ["<|im_end|>"], 1, ""),
+        ("ab<|im_end|>cd", ["b<|im_end|>"], 3, "a"),
+        ("ab<|im_end|>cd", ["<|im_end|>cd"], 5, "ab"),
+        ("ab<|im_end|>cd", ["d", "b<|im_end|>c"], 4, "a"),
+        ("a<|call|>b<|call|><|im_end|>c", ["<|call|><|im_end|>"], 5, "ab"),
+        ("a<|im_end|>xb<|im_end|>b", ["<|im_end|>"], 4, "ab"),  # the first is another token
+        ("a<|im_end|>xb", ["<|im_end|>x"], 2, "a"),
+        ("ab<think>c", ["<think>"], 3, "ab"),  # which is shown
+        ("ab" + EOS + "c", ["d", EOS], 3, "ab"),
+        # not named by any: it is not there
+        ("ab<|im_end|>cd", ["bc"], 4, "a"),
+        ("ab<|im_end|>cd", ["<|im_end", "|>"], None, "abcd"),
+        ("ab<|im_end|>cd", ["<|call|>"], None, "abcd"),
+        ("ab<|im_end|>cd", ["<|im_end|>d"], None, "abcd"),
+        ("a€<|im_end|>", ["€<|im_end|>"], 5, "a"),
+    ],
+)
+def test_special_tokens_in_stop_strings(
+    answer: str, stop: list[str], count: int | None, text: str
+) -> None:
+    """They were left out of the text that is searched, and so never found."""
+    prompt, ids = CHATTY.encode("a b").ids, CHATTY.encode(answer).ids
+    scanner = StopScanner(CHATTY, stop, prompt)
+    stopped = next((n for n, token in enumerate(ids, 1) if scanner.stops_at(token)), None)
+    assert stopped == count
+    assert answer_text(CHATTY, prompt, ids[:count], stop) == text
+    written: list[str] = []
+    text_stream = TextStream(CHATTY, written.append, stop)
+    for put in [prompt, *([token] for token in ids[:count])]:
+        text_stream.put(put)
+    text_stream.end()
+    assert "".join(written) == text
+
+
+def test_a_stop_string_with_the_space_after_the_prompt() -> None:
+    prompt, ids = ids_of(LLAMA, "<s>", "▁Hello"), ids_of(LLAMA, "▁world", "▁a")
+    scanner = StopScanner(LLAMA, [" world"], prompt)
+    assert scanner.stops_at(ids[0])
+    assert answer_text(LLAMA, prompt, ids, [" world"]) == ""
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import math
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from sirius_runtime.command_line import (
     ESCAPES,
@@ -37,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         parsed = _parser().parse_args(arguments)
-        parsed.command(parsed)
+        with warnings.catch_warnings():
+            warnings.showwarning = _tell_warning
+            parsed.command(parsed)
 
     return finish("sirius", command)
 
@@ -61,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
         type=path_argument,
         metavar="FILE",
         help="a file with the prompt in UTF-8 (default: stdin)",
+    )
+    run.add_argument(
+        "--no-add-special-tokens",
+        dest="add_special_tokens",
+        action="store_false",
+        help="take the prompt as it is, without the BOS that the tokenizer puts before it: for one "
+        "that brings its special tokens, as a chat template's does",
     )
     run.add_argument("--mode", help="sirius (default), exact, sample, full or sparse")
     run.add_argument("--compare", action="store_true", help="full, sparse and Sirius side by side")
@@ -151,7 +161,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> None:
     from sirius_runtime.loading import BackendName, load
+    from sirius_runtime.prompts import PromptWarning
 
+    warnings.simplefilter("always", PromptWarning)
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
     if args.compare and (args.mode is not None or any(v is not None for v in sampling.values())):
         raise ConfigError(
@@ -159,6 +171,7 @@ def _run(args: argparse.Namespace) -> None:
             "--temperature, --top-k, --top-p and --seed"
         )
     options: dict[str, Any] = {
+        "add_special_tokens": args.add_special_tokens,
         "max_new_tokens": args.max_new_tokens,
         "threshold": args.threshold,
         "period": _number_or_auto(args.period),
@@ -261,6 +274,18 @@ def _stream(model: Any, prompt: str, mode: str, options: dict[str, Any]) -> None
         parts.append(f"seed {output.seeds[0]}")
     parts += [f"density {stats.density:.3f}", f"effective {stats.effective_density:.3f}"]
     tell(f"sirius: {', '.join(parts)}")
+
+
+def _tell_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning as a line on stderr, without the place in the code that Python adds."""
+    tell(f"sirius: warning: {plain(str(message))}")
 
 
 def _write(text: str) -> None:

@@ -29,6 +29,7 @@ def compare(
     model: SiriusModel,
     prompt: Prompt,
     *,
+    add_special_tokens: bool = True,
     max_new_tokens: int | None = None,
     threshold: float | None = None,
     period: int | str | None = None,
@@ -47,6 +48,7 @@ def compare(
     def run(mode: Mode, new_tokens: int | None) -> GenerationOutput:
         return model.generate(
             prompt,
+            add_special_tokens=add_special_tokens,
             mode=mode,
             max_new_tokens=new_tokens,
             threshold=threshold,

@@ -29,12 +29,20 @@ class Streamer(Protocol):
 class Row:
     """What the host knows of one sequence: its committed tokens, and why it ended."""
 
-    def __init__(self, tokenizer: Tokenizer | None, request: Request, seed: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        prompt: Sequence[int],
+        request: Request,
+        seed: int | None,
+    ) -> None:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.reason: FinishReason | None = None
         self._request = request
-        self._scanner = StopScanner(tokenizer, request.stop) if tokenizer and request.stop else None
+        self._scanner = None
+        if tokenizer is not None and request.stop:
+            self._scanner = StopScanner(tokenizer, request.stop, prompt)
         self._random = None if seed is None else np.random.default_rng(seed)
 
     def take(self, tokens: Sequence[int]) -> list[int]:
@@ -79,7 +87,10 @@ class Generation:
     ) -> None:
         self._prompts, self._request, self._streamer = prompts, request, streamer
         seeds = request.seeds or (None,) * len(prompts)
-        self._rows = [Row(tokenizer, request, seed) for seed in seeds]
+        self._rows = [
+            Row(tokenizer, prompt, request, seed)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
         self._held = list(range(len(prompts)))  # the decoder's rows, as indices of all rows
         self._recorder = StatsRecorder(
             rows=len(prompts),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from tokenizers import Tokenizer
 
 from sirius_runtime.decoder import Engine
-from sirius_runtime.errors import GenerationError
+from sirius_runtime.errors import GenerationError, shown
 from sirius_runtime.forking import check_threads_live, ran_on
-from sirius_runtime.generation import Generation, Row, Streamer
+from sirius_runtime.generation import Generation, Streamer
 from sirius_runtime.logits_options import LogitsOptions, LogitsProcessor, TokenLogprobs
+from sirius_runtime.prompts import Prompt, PromptReader, is_text, read_ids
 from sirius_runtime.request import (
     FinishReason,
     Mode,
@@ -21,14 +22,11 @@ from sirius_runtime.request import (
 )
 from sirius_runtime.spec import ProgramSpec
 from sirius_runtime.stats import GenerationStats
-from sirius_runtime.text import cut_at_stop, decode
+from sirius_runtime.text import answer_text
 from sirius_runtime.watched_file import WatchedFile
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
-    Array = Tensor | np.ndarray
+    from sirius_runtime.prompts import Array, Ids, Inputs
 
 __all__ = [
     "FinishReason",
@@ -42,16 +40,15 @@ __all__ = [
     "TokenLogprobs",
 ]
 
-Prompt = str | Sequence[int]
-
 
 @dataclass(frozen=True)
 class GenerationOutput:
     """What `generate` returns: `tokens` and `texts` are the new ones of each row, prompts left out.
 
     A row that ended by an EOS token or a stop string has it as the end of its tokens; its text ends
-    before the stop string, and leaves special tokens out. `texts` is None for a model without a
-    tokenizer. `seeds`: of each row, for drawing the same again; None where nothing was drawn.
+    before the stop string, and leaves special tokens out. A text is what follows its prompt's: the
+    space between them is the answer's first. `texts` is None for a model without a tokenizer.
+    `seeds`: of each row, for drawing the same again; None where nothing was drawn.
     `logprobs`: of each token of `tokens`; None where none were asked for.
     """
 
@@ -74,6 +71,7 @@ class SiriusModel:
         self.backend = backend
         self.tokenizer = tokenizer
         self._file = file
+        self._prompts = PromptReader(tokenizer, backend.program.model.vocab_size)
 
     @property
     def program(self) -> ProgramSpec:
@@ -82,9 +80,11 @@ class SiriusModel:
 
     def generate(
         self,
-        inputs: Prompt | Sequence[Prompt] | Array,
+        inputs: Inputs | None = None,
         *,
-        attention_mask: Array | None = None,
+        input_ids: Ids | None = None,
+        attention_mask: Ids | None = None,
+        add_special_tokens: bool = True,
         max_new_tokens: int | None = None,
         mode: Mode | str = Mode.SIRIUS,
         threshold: float | None = None,
@@ -99,8 +99,8 @@ class SiriusModel:
         min_p: float | None = None,
         typical_p: float | None = None,
         seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] = (),
-        eos_token_id: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+        eos_token_id: int | Sequence[int] | Array | None = None,
         logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
         logprobs: int | None = None,
         streamer: Streamer | None = None,
@@ -108,11 +108,14 @@ class SiriusModel:
     ) -> GenerationOutput:
         """Generates from one prompt or a batch.
 
-        inputs: text, token ids, a list of either, or input_ids [B, T] (with `attention_mask` [B, T]
-        where rows are padded, left or right). max_new_tokens: by default what is left of the
-        model's length, at most 256. stop: strings that end a row once they stand in its text.
-        eos_token_id: replaces the model's own EOS ids. streamer: one row only; is given committed
-        tokens, never taken back.
+        inputs: text, token ids, a list of either, an array of ids [T] or [B, T], or a tokenizer's
+        output: a mapping with input_ids, and attention_mask where rows are padded, left or right.
+        input_ids, attention_mask: the same as arguments of their own. add_special_tokens: whether a
+        text gets what the tokenizer puts around it (BOS); not for text that brings its special
+        tokens, as a chat template's does. max_new_tokens: by default what is left of the model's
+        length, at most 256. stop: strings that end a row once they stand in its text, in which
+        special tokens count where a stop string names them. eos_token_id: replaces the model's own
+        EOS ids. streamer: one row only; is given committed tokens, never taken back.
 
         mode: ``sirius``, ``exact`` (dense greedy tokens), ``sample`` (tokens of the full path's
         distribution), ``full`` or ``sparse``. temperature (1), top_k (0: no limit), top_p (1),
@@ -154,8 +157,10 @@ class SiriusModel:
         """
         check_threads_live(self.backend.threads)
         self._check_file()
-        prompts = self._prompts(inputs, attention_mask)
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        prompts = self._prompts.read(
+            inputs, input_ids, attention_mask, add_special_tokens=add_special_tokens
+        )
+        stop = self._stop(stop)
         options = Options(
             mode=mode,
             threshold=threshold,
@@ -181,7 +186,7 @@ class SiriusModel:
             prompt_lengths=[len(prompt) for prompt in prompts],
             max_new_tokens=max_new_tokens,
             eos=self._eos(eos_token_id),
-            stop=self._stop(stop),
+            stop=stop,
         )
         if streamer is not None and len(prompts) != 1:
             raise GenerationError(f"a streamer takes one row, the batch has {len(prompts)}")
@@ -194,7 +199,12 @@ class SiriusModel:
         return GenerationOutput(
             prompts=tuple(map(tuple, prompts)),
             tokens=tuple(tuple(row.tokens) for row in rows),
-            texts=None if self.tokenizer is None else tuple(self._text(r, stop) for r in rows),
+            texts=None
+            if (tokenizer := self.tokenizer) is None
+            else tuple(
+                answer_text(tokenizer, prompt, row.tokens, stop)
+                for prompt, row in zip(prompts, rows, strict=True)
+            ),
             finish_reasons=tuple(row.reason or FinishReason.LENGTH for row in rows),
             seeds=request.seeds,
             stats=stats,
@@ -205,69 +215,28 @@ class SiriusModel:
         if self._file is not None:
             self._file.check()
 
-    def _text(self, row: Row, stop: Sequence[str]) -> str:
-        assert self.tokenizer is not None
-        return cut_at_stop(decode(self.tokenizer, row.tokens), stop)
-
-    def _prompts(
-        self, inputs: Prompt | Sequence[Prompt] | Array, mask: Array | None
-    ) -> list[list[int]]:
-        if hasattr(inputs, "ndim"):  # PyTorch's or NumPy's: neither is imported to tell
-            prompts = _unpadded(inputs, mask)
-        elif mask is not None:
-            raise GenerationError("attention_mask goes with a tensor of input_ids only")
-        elif isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], int)):
-            prompts = [self._encode(inputs)]  # type: ignore[arg-type]
-        else:
-            prompts = [self._encode(prompt) for prompt in inputs]  # type: ignore[arg-type]
-        if not prompts:
-            raise GenerationError("no prompt was given")
-        vocabulary = self.program.model.vocab_size
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise GenerationError(f"prompt {index} is empty: give at least one token")
-            if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-                raise GenerationError(
-                    f"prompt {index} has a token id outside of the vocabulary (0..{vocabulary - 1})"
-                )
-        return prompts
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
-        if self.tokenizer is None:
-            raise GenerationError("the artifact holds no tokenizer: give token ids, not text")
-        return list(self.tokenizer.encode(prompt).ids)
-
-    def _eos(self, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+    def _eos(self, eos_token_id: int | Sequence[int] | Array | None) -> frozenset[int]:
         if eos_token_id is None:
             return frozenset(self.program.eos_token_ids)
-        return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+        return frozenset(read_ids(eos_token_id, "eos_token_id"))
 
-    def _stop(self, stop: tuple[str, ...]) -> tuple[str, ...]:
+    def _stop(self, given: str | Sequence[str] | None) -> tuple[str, ...]:
+        if not isinstance(given, str | Sequence | None):
+            raise GenerationError(f"stop must be text, or a list of texts, got {given!r}")
+        stop = (given,) if isinstance(given, str) else tuple(given or ())
         if stop and self.tokenizer is None:
             raise GenerationError("stop strings need a tokenizer, and the artifact holds none")
-        if "" in stop:
-            raise GenerationError("a stop string is empty: it would stop every row at once")
+        for string in stop:
+            if not isinstance(string, str):
+                raise GenerationError(
+                    f"a stop string must be text, got {string!r}; token ids that end a row are "
+                    "eos_token_id"
+                )
+            if not string:
+                raise GenerationError("a stop string is empty: it would stop every row at once")
+            if not is_text(string):
+                raise GenerationError(
+                    f"stop string {shown(string)} has a lone surrogate, which no text has: decode "
+                    "its bytes as UTF-8"
+                )
         return stop
-
-
-def _unpadded(ids: Any, mask: Any) -> list[list[int]]:
-    """The rows of input_ids, without the tokens that attention_mask leaves out."""
-    shape = list(ids.shape)
-    rows = ids.tolist() if ids.ndim == 2 else [ids.tolist()]
-    if len(shape) not in (1, 2) or not all(type(token) is int for row in rows for token in row):
-        raise GenerationError(
-            f"input_ids must be integers of shape [B, T] or [T], got {ids.dtype} {shape}"
-        )
-    if mask is None:
-        return rows
-    if list(mask.shape) != shape:
-        raise GenerationError(
-            f"attention_mask has shape {list(mask.shape)}, which must be that of input_ids, {shape}"
-        )
-    kept = mask.tolist() if mask.ndim == 2 else [mask.tolist()]
-    return [
-        [token for token, keep in zip(*pair, strict=True) if keep]
-        for pair in zip(rows, kept, strict=True)
-    ]
