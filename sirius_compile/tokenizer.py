@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from sirius_compile.added_tokens import ADDED, CONFIG, SPECIAL, TOKENIZER, complete
 from sirius_compile.models import ModelSource
 from sirius_runtime.errors import UnsupportedModelError
 
-_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+_STORED = (TOKENIZER, CONFIG, SPECIAL, "chat_template.jinja")
 
 
 def tokenizer_files(source: ModelSource | Any) -> Mapping[str, bytes]:
     """The files of a model directory's tokenizer, or of a transformers tokenizer; empty for None.
 
-    A directory without `tokenizer.json` has its tokenizer converted by transformers. Raises
-    UnsupportedModelError for one that has no fast form.
+    A directory without `tokenizer.json` has its tokenizer converted by transformers; where tokens
+    are declared in other files alone, they are added to it. Raises UnsupportedModelError for one
+    that has no fast form, that can't be read, or whose tokens can't have the ids they should have.
     """
     if source is None:
         return {}
     if isinstance(source, ModelSource):
-        found = _read(source.directory)
-        names = ("tokenizer.model", "vocab.json", "tokenizer_config.json")
-        if "tokenizer.json" in found or not any((source.directory / n).exists() for n in names):
+        found = _read(source.directory, _STORED)
+        if TOKENIZER in found:
+            declaring = _read(source.directory, (ADDED,))
+            return {**found, TOKENIZER: complete({**found, **declaring})}
+        names = ("tokenizer.model", "vocab.json", CONFIG)
+        if not any((source.directory / n).exists() for n in names):
             return found
         source = AutoTokenizer.from_pretrained(
             source.directory, trust_remote_code=source.trust_remote_code
@@ -43,8 +43,8 @@ def tokenizer_files(source: ModelSource | Any) -> Mapping[str, bytes]:
         )
     with tempfile.TemporaryDirectory() as folder:
         source.save_pretrained(folder)
-        return _read(Path(folder))
+        return _read(Path(folder), _STORED)
 
 
-def _read(folder: Path) -> dict[str, bytes]:
-    return {n: (folder / n).read_bytes() for n in _FILES if (folder / n).exists()}
+def _read(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+    return {n: (folder / n).read_bytes() for n in names if (folder / n).exists()}
