@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import time
 
 import torch
@@ -20,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.compile import Compiled
+from sirius_runtime.command_line import finish, positive_number
 from sirius_runtime.loading import BackendName
 from sirius_runtime.period_session import PeriodSession
 from sirius_runtime.plan import Plan
@@ -52,11 +54,11 @@ def open_session(compiled: Compiled, kind: type[Session], backend: str, slots: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--period", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--width", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--context", type=positive_number, default=4096)
+    parser.add_argument("--period", type=positive_number, nargs="+", default=[4, 16])
+    parser.add_argument("--width", type=positive_number, nargs="+", default=[1, 4])
+    parser.add_argument("--layers", type=positive_number, default=4)
+    parser.add_argument("--repeats", type=positive_number, default=9)
     parser.add_argument("--backend", default="period", choices=["period", "aoti"])
     args = parser.parse_args()
     model = random_llama(args.context, args.layers)
@@ -111,4 +113,4 @@ def row(compiled: Compiled, prompt: list[int], slots: int, repeats: int, backend
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("benchmarks.context", main))

@@ -30,6 +30,8 @@ import torch
 
 from benchmarks.kernels import cpu_name
 from benchmarks.steps import random_llama
+from sirius_runtime.command_line import finish, positive_number, threads_argument
+from sirius_runtime.spec import Method
 
 NEW_TOKENS = 8
 
@@ -113,11 +115,11 @@ def compile_cost(model: Path, out: Path, sparsity: str) -> tuple[float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--sparsity", default="griffin")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--layers", type=positive_number, default=16)
+    parser.add_argument("--prompt", type=positive_number, default=512)
+    parser.add_argument("--repeats", type=positive_number, default=3)
+    parser.add_argument("--sparsity", type=Method, default="griffin")
+    parser.add_argument("--threads", type=threads_argument, default=torch.get_num_threads())
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder, artifact = Path(scratch) / "model", Path(scratch) / "model.sirius"
@@ -175,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("benchmarks.costs", main))

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.parts import RESULTS, Part, choose, run_all
+from sirius_runtime.command_line import finish, folder_argument
 
 
 def parts(out: Path) -> list[Part]:
@@ -42,7 +43,7 @@ def parts(out: Path) -> list[Part]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=folder_argument, default=RESULTS)
     parser.add_argument("--only", nargs="+", metavar="PART", help="kernels, steps, costs, …")
     parser.add_argument("--commit", help="where this is no git checkout")
     args = parser.parse_args(arguments)
@@ -55,4 +56,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(finish("benchmarks.cpu", main))

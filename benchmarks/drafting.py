@@ -16,6 +16,7 @@ import argparse
 import itertools
 import platform
 import statistics
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,7 @@ import torch
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.shipped.problems import Problem, Task, final_answer, problems
 from sirius_runtime import SiriusModel
+from sirius_runtime.command_line import finish, positive_number
 
 MODEL, MAX_NEW_TOKENS = "tally-3m", 110
 DENSE = {"mode": "full"}
@@ -93,8 +95,8 @@ def measure(model: SiriusModel, batch: list[Problem], timed: int) -> dict[str, R
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--problems", type=int, default=200)
-    parser.add_argument("--timed", type=int, default=16)
+    parser.add_argument("--problems", type=positive_number, default=200)
+    parser.add_argument("--timed", type=positive_number, default=16)
     parser.add_argument("--sparsity", default="griffin", choices=["griffin", "griffin+teal"])
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.3])
     args = parser.parse_args()
@@ -134,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("benchmarks.drafting", main))

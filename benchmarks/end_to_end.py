@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +34,9 @@ from sirius_compile import CompileConfig, compile_model
 from sirius_compile.compile import Compiled
 from sirius_compile.shipped.problems import Problem, Task, final_answer, problems
 from sirius_runtime import SiriusModel
+from sirius_runtime.command_line import finish, positive_number, threads_argument
 from sirius_runtime.loading import BackendName
+from sirius_runtime.spec import Method
 
 MODEL, MAX_NEW_TOKENS, CONTEXT = "tally-3m", 110, 512
 BASELINE = "dense, ours"
@@ -151,14 +154,14 @@ def table(found: list[Row], count: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--problems", type=int, default=12, help="of each task")
-    parser.add_argument("--sparsity", default="griffin+teal")
+    parser.add_argument("--problems", type=positive_number, default=12, help="of each task")
+    parser.add_argument("--sparsity", type=Method, default="griffin+teal")
     parser.add_argument("--keep", type=float, default=0.4)
-    parser.add_argument("--period", type=int, default=8)
+    parser.add_argument("--period", type=positive_number, default=8)
     parser.add_argument("--confidence", type=float, default=0.9)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--aoti", action="store_true", help="compile the period too: a minute")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=threads_argument, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
@@ -182,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("benchmarks.end_to_end", main))

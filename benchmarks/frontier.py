@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import transformers
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.shipped.problems import Problem, Task, final_answer, problems
 from sirius_runtime import Mode, SiriusModel
+from sirius_runtime.command_line import finish, folder_argument, positive_number
 from sirius_runtime.new_file import NewFile, write_file
 from sirius_runtime.spec import Method
 
@@ -156,9 +158,9 @@ def plot(dense: dict[Task, float], found: list[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--problems", type=positive_number, default=200)
     parser.add_argument("--sparsity", nargs="+", type=Method, default=list(KEEPS))
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--out", type=folder_argument, default=Path("docs/results"))
     args = parser.parse_args()
     start = time.perf_counter()
     batches = {
@@ -201,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("benchmarks.frontier", main))

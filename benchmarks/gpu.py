@@ -16,11 +16,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from benchmarks.parts import RESULTS, Part, choose, run_all
+from sirius_runtime.command_line import finish, folder_argument
 
 
 def parts(device: str, smoke: bool) -> list[Part]:
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=folder_argument, default=RESULTS)
     parser.add_argument("--only", nargs="+", metavar="PART", help="check, kernels, steps-8b, …")
     parser.add_argument("--commit", help="where this is no git checkout")
     args = parser.parse_args(arguments)
@@ -85,4 +85,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(finish("benchmarks.gpu", main))

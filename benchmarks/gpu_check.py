@@ -28,6 +28,7 @@ from sirius_compile.compile import Compiled
 from sirius_compile.shipped.problems import Task, problems
 from sirius_runtime.backends.cuda_graph import StaticSessions
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.command_line import finish
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.ops import attention, linear, mlp, moe
 from sirius_runtime.spec import Method
@@ -267,4 +268,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("benchmarks.gpu_check", main))

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sirius_runtime.ops  # registers the operators
+from sirius_runtime.command_line import finish
 from sirius_runtime.kernels.cuda.available import launchers
 from sirius_runtime.ops import attention, linear, mlp
 
@@ -468,4 +470,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("benchmarks.gpu_kernels", main))

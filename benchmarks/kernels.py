@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from torch import Tensor
 
 import sirius_runtime.ops  # noqa: F401  (registers the operators)
 from benchmarks.memory import in_large_pages
+from sirius_runtime.command_line import finish, positive_number, threads_argument
 from sirius_runtime.kernels.native import kernels, references
 
 HIDDEN, NEURONS, HEADS, GROUPS, HEAD, VOCABULARY = 2048, 8192, 32, 8, 64, 128_256
@@ -190,10 +192,10 @@ def cpu_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8, 16])
-    parser.add_argument("--context", type=int, nargs="+", default=[512, 4096])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tokens", type=positive_number, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--context", type=positive_number, nargs="+", default=[512, 4096])
+    parser.add_argument("--rounds", type=positive_number, default=15)
+    parser.add_argument("--threads", type=threads_argument, default=torch.get_num_threads())
     parser.add_argument("--only", default="", help="cases whose name holds this")
     args = parser.parse_args()
     if min(*args.tokens, *args.context, args.rounds, args.threads) < 1:
@@ -246,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("benchmarks.kernels", main))

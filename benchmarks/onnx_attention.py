@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -26,6 +27,7 @@ from sirius_compile.onnx import attention
 from sirius_compile.onnx import emit as e
 from sirius_compile.onnx.lower import make_model
 from sirius_compile.onnx.scope import Scope, Value, value_info
+from sirius_runtime.command_line import finish, positive_number, threads_argument
 
 OPSET, IR_VERSION = 23, 11  # the first with Attention
 H, G, D, S = 8, 2, 64, 4608
@@ -34,8 +36,8 @@ DTYPE = "float32"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--threads", type=threads_argument, default=1)
+    parser.add_argument("--repeats", type=positive_number, default=60)
     args = parser.parse_args()
     print(
         f"onnxruntime {onnxruntime.__version__}, opset {OPSET}, {args.threads} threads, {DTYPE}, "
@@ -172,4 +174,4 @@ def opened(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("benchmarks.onnx_attention", main))

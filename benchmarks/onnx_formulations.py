@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from sirius_compile.onnx.lower import make_model
 from sirius_compile.onnx.mlp import activation, sparse_linear, topk
 from sirius_compile.onnx.moe import dense_moe
 from sirius_compile.onnx.scope import Scope, Value, value_info
+from sirius_runtime.command_line import finish, threads_argument
 
 C, I = 2048, 8192  # noqa: E741
 E, K, J = 16, 2, 1792  # experts, of which a token has two, of J neurons
@@ -38,7 +40,7 @@ Way = Callable[[Scope, Value], Value]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=threads_argument, default=1)
     formulations(parser.parse_args().threads)
 
 
@@ -314,4 +316,4 @@ def measured(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, lis
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("benchmarks.onnx_formulations", main))

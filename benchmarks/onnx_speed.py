@@ -43,6 +43,7 @@ from sirius_compile import CompileConfig, compile_model
 from sirius_compile.shipped.problems import Task, problems
 from sirius_runtime import load
 from sirius_runtime.artifact import Artifact
+from sirius_runtime.command_line import finish, positive_number, threads_argument
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.onnx_files import gathered_bytes
 from sirius_runtime.plan import Plan
@@ -59,9 +60,9 @@ Run = Callable[[list[int]], float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=7, help="of the shipped model")
-    parser.add_argument("--layers", type=int, default=2, help="of the large one")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompts", type=positive_number, default=7, help="of the shipped model")
+    parser.add_argument("--layers", type=positive_number, default=2, help="of the large one")
+    parser.add_argument("--threads", type=threads_argument, default=1)
     parser.add_argument("--genai", action="store_true")
     parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
     args = parser.parse_args()
@@ -348,4 +349,4 @@ TABLES: dict[str, Callable[[Sequence[Subject], argparse.Namespace], None]] = {
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("benchmarks.onnx_speed", main))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 
@@ -21,6 +22,7 @@ import torch
 from benchmarks.random_programs import SHAPES, RandomPrograms, Shape
 from benchmarks.steps import compiled_backend, machine, replay_on
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.command_line import finish, positive_number
 from sirius_runtime.plan import Plan
 from sirius_runtime.session import Session
 from sirius_runtime.spec import Method
@@ -89,12 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shape", default="1b", choices=SHAPES)
-    parser.add_argument("--layers", type=int, help="fewer than the shape's own")
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--period", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--width", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--layers", type=positive_number, help="fewer than the shape's own")
+    parser.add_argument("--context", type=positive_number, default=512)
+    parser.add_argument("--period", type=positive_number, nargs="+", default=[4, 16])
+    parser.add_argument("--width", type=positive_number, nargs="+", default=[1, 4])
     parser.add_argument("--compiled", action="store_true", help="entries compiled by inductor")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=positive_number, default=11)
     args = parser.parse_args(arguments)
     device, shape = torch.device(args.device), SHAPES[args.shape]
     if args.layers:
@@ -112,4 +114,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("benchmarks.periods", main))

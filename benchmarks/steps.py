@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ from benchmarks.random_programs import METHODS, SHAPES, RandomPrograms, Shape
 from sirius_runtime.backends.cuda_graph import GraphReplay
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.backends.inductor import InductorBackend
+from sirius_runtime.command_line import finish, new_file_argument, positive_number, threads_argument
 from sirius_runtime.kernels.native import kernels, references
 from sirius_runtime.plan import Plan
 from sirius_runtime.session import Session, greedy
@@ -308,16 +310,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shape", default="1b", choices=SHAPES)
-    parser.add_argument("--layers", type=int, help="fewer than the shape's own")
-    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--layers", type=positive_number, help="fewer than the shape's own")
+    parser.add_argument("--context", type=positive_number, default=512)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--skipped", type=float, nargs="+", default=SKIPPED)
-    parser.add_argument("--verify", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--verify", type=positive_number, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--compiled", action="store_true", help="entries compiled by inductor")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--plot", type=Path, help="tokens/s over advance, to this PNG file")
+    parser.add_argument("--rounds", type=positive_number, default=11)
+    parser.add_argument(
+        "--plot", type=new_file_argument, help="tokens/s over advance, to this PNG file"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="to end early after")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=threads_argument, default=torch.get_num_threads())
     args = parser.parse_args(arguments)
     if min(*args.verify, args.rounds, args.threads) < 1:
         parser.error("--verify, --rounds and --threads are 1 or more")
@@ -378,4 +382,4 @@ def computed(steps: Sequence[Step]) -> Measured:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("benchmarks.steps", main))

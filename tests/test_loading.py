@@ -19,7 +19,7 @@ from sirius_runtime import loading as module
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.kernels.native import references
 from sirius_runtime.loading import BackendName, choose_backend, find_device
-from sirius_runtime.sizes import MOST_KERNEL_THREADS, most_threads
+from sirius_runtime.threads import MOST_KERNEL_THREADS, most_threads
 from tests.support.cli import Cli
 from tests.support.models import TinyModels
 

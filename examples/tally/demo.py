@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from rich.table import Table
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.shipped.problems import Problem, Task, final_answer, problems
 from sirius_runtime import GenerationStats, Mode, SiriusModel
+from sirius_runtime.command_line import finish, positive_number
 from sirius_runtime.spec import Method
 
 MODEL = "tally-3m"
@@ -92,10 +94,10 @@ def rows(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--problems", type=int, default=50)
+    parser.add_argument("--problems", type=positive_number, default=50)
     parser.add_argument("--sparsity", nargs="+", type=Method, default=[Method.GRIFFIN, Method.CATS])
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.3])
-    parser.add_argument("--period", type=int, help="default: 16, the artifact's own")
+    parser.add_argument("--period", type=positive_number, help="default: 16, the artifact's own")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
     start = time.perf_counter()
@@ -115,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("demo.py", main))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,12 @@ from sirius_compile.shipped.problems import (
     final_answer,
     problems,
     vocabulary,
+)
+from sirius_runtime.command_line import (
+    finish,
+    folder_argument,
+    path_argument,
+    positive_number,
 )
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
@@ -265,16 +272,18 @@ def ship(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--log", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--until", type=int, help="stop after this step of --steps")
-    parser.add_argument("--resume", type=Path, help="go on from the weights of an earlier run")
+    parser.add_argument("--out", type=folder_argument, required=True)
+    parser.add_argument("--log", type=path_argument, required=True)
+    parser.add_argument("--steps", type=positive_number, default=6000)
+    parser.add_argument("--until", type=positive_number, help="stop after this step of --steps")
+    parser.add_argument(
+        "--resume", type=path_argument, help="go on from the weights of an earlier run"
+    )
     parser.add_argument("--cooldown", type=float, default=0.4, help="share of steps, at the end")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=positive_number, default=128)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--eval-every", type=int, default=500)
+    parser.add_argument("--eval-every", type=positive_number, default=500)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -301,4 +310,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("train.py", main))

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from pathlib import Path
+import sys
 
 from sirius_compile.shipped.problems import Task, problems
+from sirius_runtime.command_line import finish, path_argument
 from sirius_runtime.new_file import write_file
 
 COUNTS = {Task.REASONING: 48, Task.UNDERSTANDING: 16}
@@ -18,7 +19,7 @@ COUNTS = {Task.REASONING: 48, Task.UNDERSTANDING: 16}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="the model's directory")
+    parser.add_argument("model", type=path_argument, help="the model's directory")
     path = parser.parse_args().model / "calibration_prompts.jsonl"
     lines = [
         json.dumps({"prompt": problem.prompt})
@@ -30,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("write_calibration_prompts.py", main))

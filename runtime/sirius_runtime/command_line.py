@@ -14,12 +14,14 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from sirius_runtime.errors import ConfigError, SiriusError, UserError, shown
+from sirius_runtime.new_file import check_target
 from sirius_runtime.terminal import LINES, plain
+from sirius_runtime.threads import check_threads
 
 ESCAPES = r"\n, \t and \r stand for a line break, a tab and a carriage return, \\ for a backslash"
 """The one rule of `unescaped`, for ``--help``."""
@@ -32,20 +34,23 @@ _NAME_BYTES = 255  # of one name in a path: what Linux, macOS and Windows allow
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
-def finish(program: str, command: Callable[[], object]) -> int:
-    """Runs `command` to its end; returns the exit code. Messages begin with `program`."""
+def finish(program: str, command: Callable[[], int | None]) -> int:
+    """Runs `command` to its end; returns the exit code, which may be its own. Messages begin with
+    `program`.
+    """
     _prepare_streams()
     code = _code(program, command)
     _let_go_of_broken_streams()
     return code
 
 
-def _code(program: str, command: Callable[[], object]) -> int:
+def _code(program: str, command: Callable[[], int | None]) -> int:
+    own = None
     try:
         if sys.stdout is None:
             raise UserError("stdout is closed; send what you don't want to /dev/null")
         try:
-            command()
+            own = command()
         except SystemExit as stop:  # of a parser: --help, or an error that it has told
             _raise_origin(stop)
             if stop.code:
@@ -66,7 +71,7 @@ def _code(program: str, command: Callable[[], object]) -> int:
         of = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) else ""
         tell(f"{program}: error: the system refused: {_reason(error)}{of}")
         return UserError.exit_code
-    return 0
+    return own or 0
 
 
 def _raise_origin(stop: SystemExit) -> None:
@@ -172,10 +177,47 @@ def real_number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"a number is needed, got {shown(text)}") from None
 
 
+def positive_number(text: str) -> int:
+    """For argparse: an int of 1 or more."""
+    number = whole_number(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"1 or more is needed, got {number}")
+    return number
+
+
+def threads_argument(text: str) -> int:
+    """For argparse: threads of one operator that this machine can have."""
+    with _as_argument_error():
+        check_threads(number := whole_number(text))
+    return number
+
+
 def path_argument(text: str) -> Path:
     """For argparse: as `read_path`."""
-    try:
+    with _as_argument_error():
         return read_path(text)
+
+
+def new_file_argument(text: str) -> Path:
+    """For argparse: where a file can be written."""
+    with _as_argument_error():
+        check_target(path := read_path(text))
+    return path
+
+
+def folder_argument(text: str) -> Path:
+    """For argparse: a folder, or where one can be made."""
+    path = path_argument(text)
+    first = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not first.is_dir():
+        raise argparse.ArgumentTypeError(f"{shown(str(first))} is not a folder")
+    return path
+
+
+@contextlib.contextmanager
+def _as_argument_error() -> Iterator[None]:
+    try:
+        yield
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -22,10 +22,10 @@ from sirius_runtime.decoder import Engine
 from sirius_runtime.errors import ArtifactError, BackendError, ConfigError, shown
 from sirius_runtime.forking import ran_on
 from sirius_runtime.model import SiriusModel
-from sirius_runtime.sizes import most_threads
 from sirius_runtime.spec import JSON, DType, ProgramSpec
 from sirius_runtime.terminal import plain
 from sirius_runtime.text import read_tokenizer
+from sirius_runtime.threads import check_threads
 
 if TYPE_CHECKING:
     import torch
@@ -253,19 +253,6 @@ def set_threads(threads: int | None) -> None:
         check_threads(threads)
 
         torch.set_num_threads(threads)
-
-
-def check_threads(threads: int, *, flag: str = "") -> None:
-    """Raises ConfigError for threads of one operator that this machine can't have; `flag` is put
-    before the name.
-    """
-    if threads < 1:
-        raise ConfigError(f"{flag}threads must be >= 1, got {threads}")
-    if threads > (most := most_threads()):
-        raise ConfigError(
-            f"{flag}threads must be at most {most} here ({os.cpu_count()} cores), got "
-            f"{shown(str(threads))}"
-        )
 
 
 def _check_backend(backend: str, rows: int, threads: int | None = None) -> None:
