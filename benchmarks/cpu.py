@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chosen = choose(parts(args.out), args.only)
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 1 if run_all(chosen, "cpu", args.out, "cpu", args.commit) else 0
 

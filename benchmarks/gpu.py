@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chosen = choose(parts(args.device, args.smoke), args.only)
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 1 if run_all(chosen, args.device, args.out, "gpu", args.commit) else 0
 

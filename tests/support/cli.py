@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -28,19 +29,24 @@ class Cli:
 
     def compile(self, *arguments: object) -> Finished:
         """`sirius-compile arguments…`"""
-        self._monkeypatch.setattr(sys, "argv", ["sirius-compile", *map(str, arguments)])
-        try:
-            sirius_compile.cli.main()
-            code: int | str | None = 0
-        except SystemExit as stop:
-            code = stop.code
-        return self._finished(int(code or 0))
+        return self.script("sirius-compile", sirius_compile.cli.main, arguments)
 
     def run(self, *arguments: object) -> Finished:
         """`sirius arguments…`"""
+        return self.call(lambda: sirius_runtime.cli.main(list(map(str, arguments))))
+
+    def script(
+        self, name: str, main: Callable[[], int | None], arguments: Sequence[object]
+    ) -> Finished:
+        """`name arguments…`, of a script that reads `sys.argv`."""
+        self._monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        return self.call(main)
+
+    def call(self, main: Callable[[], int | None]) -> Finished:
+        """What `main` leaves behind, whether it returns its code or exits with it."""
         try:
-            code: int | str | None = sirius_runtime.cli.main(list(map(str, arguments)))
-        except SystemExit as stop:  # argparse
+            code: int | str | None = main()
+        except SystemExit as stop:
             code = stop.code
         return self._finished(int(code or 0))
 
