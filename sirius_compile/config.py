@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.request import check_ranges, check_tree
+from sirius_runtime.sampling import LEAST_TEMPERATURE
 from sirius_runtime.spec import DType, Method, Score
 
 BUILTIN = "builtin"
@@ -146,6 +147,11 @@ class CompileConfig:
             raise ConfigError(f"--threshold must be in [0, 1], got {self.threshold}")
         if not 0.0 < self.verify_temperature < float("inf"):
             raise ConfigError(f"--verify-temperature must be > 0, got {self.verify_temperature}")
+        if self.verify_temperature < LEAST_TEMPERATURE:
+            raise ConfigError(
+                f"--verify-temperature must be >= {LEAST_TEMPERATURE}, got "
+                f"{self.verify_temperature}"
+            )
         if self.max_seq_len is not None and self.max_seq_len < 2:
             raise ConfigError(f"--max-seq-len must be at least 2, got {self.max_seq_len}")
 

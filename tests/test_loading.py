@@ -139,7 +139,7 @@ def test_the_most_threads_follow_from_cores_and_kernels(
 
 def test_the_kernels_take_so_many_threads() -> None:
     source = Path(module.__file__).parent / "kernels" / "csrc" / "threads.h"
-    assert f"constexpr size_t MOST = {MOST_KERNEL_THREADS};" in source.read_text()
+    assert f"constexpr int MOST_THREADS = {MOST_KERNEL_THREADS};" in source.read_text()
 
 
 def test_devices_that_hold_no_values_are_refused() -> None:

@@ -59,12 +59,15 @@ def run_lines() -> Iterator[Line]:
         yield from flags("sirius", run, flag, (*NO_INTEGER, "0", "-1", BEYOND))
     yield from flags("sirius", run, "--refresh", (*NO_INTEGER, "-1", "3"))
     yield from flags("sirius", run, "--period", (*NO_INTEGER, "0", "-1", "513", BEYOND, "auto "))
-    yield from flags("sirius", sample, "--top-k", (*NO_INTEGER, "-1"))
+    yield from flags("sirius", sample, "--top-k", (*NO_INTEGER, "-1", BEYOND))
     yield from flags("sirius", sample, "--seed", (*NO_INTEGER, "-1"))
+    yield from flags("sirius", run, "--min-new-tokens", (*NO_INTEGER, "-1", BEYOND))
+    yield from flags("sirius", (*run, "--json"), "--logprobs", (*NO_INTEGER, "-1", BEYOND))
+    yield from flags("sirius", run, "--repetition-penalty", (*NO_FLOAT, *NOT_FINITE, "0", "-1"))
     yield from flags("sirius", run, "--threshold", (*NO_FLOAT, *NOT_FINITE, "-1"))
-    yield from flags("sirius", run, "--verify-temperature", (*NO_FLOAT, *NOT_FINITE, "0", "-1"))
+    yield from flags("sirius", run, "--verify-temperature", (*NO_FLOAT, *NOT_FINITE, "0", "1e-9"))
     yield from flags("sirius", run, "--confidence", (*NO_FLOAT, *NOT_FINITE, "1.1", "-0.1"))
-    yield from flags("sirius", sample, "--temperature", (*NO_FLOAT, *NOT_FINITE, "0", "-1"))
+    yield from flags("sirius", sample, "--temperature", (*NO_FLOAT, *NOT_FINITE, "0", "1e-9"))
     yield from flags("sirius", sample, "--top-p", (*NO_FLOAT, *NOT_FINITE, "0", "1.1"))
     yield from flags("sirius", run, "--device", NO_DEVICE)
     yield from flags("sirius", run, "--mode", ("", "foo", "SIRIUS"))
@@ -77,13 +80,14 @@ def run_lines() -> Iterator[Line]:
         (("--stop", "\udcff"), "--stop holds bytes that are not UTF-8"),
         (("--context", "64"), "--context is of backend aoti alone"),
         (("--context", "64", "--backend", "eager"), "--context is of backend aoti alone"),
-        (("--backend", "aoti", "--context", "1"), "context must be in 2.."),
-        (("--backend", "aoti", "--context", BEYOND), "context must be in 2.."),
+        (("--backend", "aoti", "--context", "64"), "the artifact holds none"),
         (("--compare", "--mode", "foo"), "--compare runs modes full, sparse and sirius"),
         (("--compare", "--mode", "exact"), "leave out --mode"),
         (("--compare", "--top-k", "5"), "leave out --mode, --temperature, --top-k"),
         (("--compare", "--threshold", "inf"), "threshold must be finite"),
-        (("--backend", "period", "--period", "auto"), "period 'auto' compares"),
+        (("--backend", "period"), "the artifact holds none"),
+        (("--logprobs", "1"), "--logprobs goes with --json"),
+        (("--logprobs", "1", "--json", "--compare"), "--logprobs goes with --json"),
         (("--backend", "onnxruntime"), "holds no ONNX graphs"),
         (("--backend", "onnxruntime", "--device", "cpu"), "takes providers, not a device"),
         (("--backend", "onnxruntime", "--providers", ""), "--providers takes names"),
@@ -145,9 +149,9 @@ def compile_lines() -> Iterator[Line]:
         yield from flags("compile", topk, flag, (*NO_FLOAT, *NOT_FINITE, "0", "1.1"))
     for flag in ("--threshold", "--confidence"):
         yield from flags("compile", topk, flag, (*NO_FLOAT[:3], *NOT_FINITE, "-0.1", "1.1"))
-    yield from flags("compile", topk, "--verify-temperature", (*NO_FLOAT, *NOT_FINITE, "0"))
+    yield from flags("compile", topk, "--verify-temperature", (*NO_FLOAT, *NOT_FINITE, "0", "1e-9"))
     yield from flags("compile", topk, "--dense-layers", ("x", "²", "9" * 5000, "auto:", "auto:x:y"))
-    for flag in ("--sparsity", "--dtype", "--backend", "--score"):
+    for flag in ("--sparsity", "--dtype", "--graphs", "--score"):
         yield from flags("compile", cats, flag, ("", "foo", "TOPK"))
     yield from flags("compile", topk, "--device", NO_DEVICE)
     for flag in ("--cache-dir", "--dump-graphs", "--expect-graphs", "--calibration", "--out"):

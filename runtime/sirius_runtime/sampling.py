@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Scalar: TypeAlias = "Tensor | float"
 
+LEAST_TEMPERATURE = 1e-6
+"""Below it, logits over the temperature leave float32; at it, the likeliest token has all."""
+
 
 class Rule(IntEnum):
     """How drafted tokens are accepted: by a `…Acceptance` of this name."""
@@ -34,6 +37,8 @@ def check_threshold(threshold: Any, temperature: Any) -> None:
         raise ConfigError("threshold must be finite, got inf; 1.1 accepts no draft either")
     if _known(temperature) and not 0.0 < temperature < float("inf"):
         raise ConfigError(f"verify_temperature must be > 0, got {temperature}")
+    if _known(temperature) and temperature < LEAST_TEMPERATURE:
+        raise ConfigError(f"verify_temperature must be >= {LEAST_TEMPERATURE}, got {temperature}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,13 @@ class Sampling:
     def __post_init__(self) -> None:
         for value, allowed, range_ in (
             (self.temperature, lambda v: 0.0 < v < float("inf"), "temperature must be > 0"),
+            (
+                self.temperature,
+                lambda v: v >= LEAST_TEMPERATURE,
+                f"temperature must be >= {LEAST_TEMPERATURE} (mode exact is greedy)",
+            ),
             (self.top_k, lambda v: v >= 0, "top_k must be >= 0 (0: no limit)"),
+            (self.top_k, lambda v: v < 2**63, "top_k must be below 2^63 (0: no limit)"),
             (self.top_p, lambda v: 0.0 < v <= 1.0, "top_p must be in (0, 1]"),
             (self.min_p, lambda v: 0.0 <= v <= 1.0, "min_p must be in [0, 1]"),
             (self.typical_p, lambda v: 0.0 < v <= 1.0, "typical_p must be in (0, 1]"),
