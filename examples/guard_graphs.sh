@@ -6,6 +6,10 @@
 #
 # Commit GRAPHS_DIR. When a change is wanted, delete it, run this again and commit the new graphs.
 set -euo pipefail
+if [ $# -lt 2 ]; then
+    echo "usage: examples/guard_graphs.sh MODEL GRAPHS_DIR [flags of sirius-compile]" >&2
+    exit 2
+fi
 model=$1 graphs=$2
 shift 2
 artifact=$(mktemp -d)/model.sirius

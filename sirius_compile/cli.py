@@ -5,6 +5,7 @@ Progress goes to stderr, the summary to stdout (as JSON with `--json`).
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -204,10 +205,16 @@ def _list_models(as_json: bool) -> None:
 
 
 def _say_table(table: Table) -> None:
-    console = Console(soft_wrap=True, highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    say(captured.get(), end="")
+    screen, text = Console(), io.StringIO()
+    console = Console(
+        file=text,
+        width=screen.width,
+        force_terminal=screen.is_terminal,
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(table)
+    say(text.getvalue(), end="")
 
 
 def _progress(stage: str, seconds: float) -> None:

@@ -75,6 +75,12 @@ def test_bytes_that_are_no_text_are_named() -> None:
         unescaped("a\udcffb", "--stop")
 
 
+def test_text_in_utf_8_is_read_whatever_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = "Zoe’s".encode().decode("ascii", "surrogateescape")  # as where the locale is C
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+    assert unescaped(given, "--prompt") == "Zoe’s"
+
+
 def test_prompt_and_stop_follow_it(
     cli: Cli, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +301,8 @@ def test_python_says_no_more_as_it_ends(artifact: Path) -> None:
     code = SIRIUS.format(arguments=["inspect", str(artifact)])
     with Path("/dev/full").open("w") as full:
         done = python(code, stdout=full)
+        untold = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full)
+    assert untold.returncode == 0
     assert done.returncode == 2
     assert done.stderr.startswith("sirius: error: stdout can't be written (No space left")
     assert done.stderr.count("\n") == 1

@@ -111,10 +111,15 @@ def unescaped(text: str, flag: str) -> str:
     """
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # Python hands such bytes on as lone surrogates
-        raise ConfigError(
-            f"{flag} holds bytes that are not UTF-8 (character {error.start}); encode it as UTF-8"
-        ) from error
+    except UnicodeEncodeError as outside:
+        # What the locale's encoding lacks comes as lone surrogates: it may be UTF-8 all the same.
+        try:
+            text = os.fsencode(text).decode()
+        except UnicodeError as error:
+            raise ConfigError(
+                f"{flag} holds bytes that are not UTF-8 (character {outside.start}); encode it as "
+                "UTF-8"
+            ) from error
     return re.sub(r"\\([ntr\\])", lambda match: _MEANINGS[match[1]], text)
 
 

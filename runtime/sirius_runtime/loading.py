@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from sirius_runtime.artifact import Artifact
+from sirius_runtime.command_line import tell
 from sirius_runtime.decoder import Engine
 from sirius_runtime.errors import ArtifactError, BackendError, ConfigError, shown
 from sirius_runtime.forking import ran_on
@@ -38,7 +39,7 @@ PERIOD = "period"
 
 
 def _to_stderr(message: str) -> None:
-    print(f"sirius: {plain(message)}", file=sys.stderr)  # noqa: T201  (a minute of silence is no answer)
+    tell(f"sirius: {plain(message)}")
 
 
 class BackendName(StrEnum):
