@@ -219,7 +219,7 @@ def token_rows(
     for method in methods:
         config = CompileConfig(sparsity=method, keep=0.5, period=8, dtype="float32")
         compiled = compile_model("tally-3m", config)
-        wanted = compiled.to_runtime()
+        wanted = compiled.to_runtime(device="cpu")
         for backend in backends:
             found, same, count = behind(backend, compiled, device), 0, 0
             for mode in ("sirius", "exact", "full"):

@@ -104,7 +104,7 @@ class Compiled:
     def to_runtime(
         self,
         *,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         dtype: DType | str | None = None,
         backend: BackendName | str = BackendName.EAGER,
         rows: int = 1,

@@ -92,8 +92,8 @@ class CompileConfig:
     are defaults that the artifact carries, which a run can change. max_seq_len: the longest
     sequence served, by default the model's own. dtype: of the stored weights, by default the
     checkpoint's. graphs: what the artifact's graphs are for (see `Graphs`); with ``onnx`` or
-    ``both`` weights are float32 or float16, by default float32 where the checkpoint's are neither. device: where
-    calibration runs. calibration: a text or JSONL file, or ``builtin``.
+    ``both`` weights are float32 or float16, by default float32 where the checkpoint's are
+    neither. device: where calibration runs. calibration: a text or JSONL file, or ``builtin``.
 
     Raises ConfigError for a value out of its range, with the range.
     """

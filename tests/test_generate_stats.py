@@ -21,7 +21,7 @@ from sirius_runtime.plan import Plan
 from sirius_runtime.policy import Draft, Verdict
 from sirius_runtime.sampling import Rule
 from sirius_runtime.session import Session
-from sirius_runtime.stats import GenerationStats, Phase
+from sirius_runtime.stats import GenerationStats, Phase, PhaseClock
 from tests.support.models import METHODS, VOCABULARY, Rows, TinyModels, open_session
 
 PROMPT = [7, 8, 9]
@@ -235,8 +235,31 @@ def test_seconds_add_up(model: SiriusModel) -> None:
     assert stats.total_seconds == sum(stats.seconds.values())
     assert 0.5 * wall < stats.total_seconds <= wall
     assert 0 < stats.prefill_seconds < stats.seconds[Phase.REST]
-    assert stats.tokens_per_second == 20 / (stats.total_seconds - stats.prefill_seconds)
+    assert stats.tokens_per_second == 19 / (stats.total_seconds - stats.prefill_seconds)
     assert sum(stats.seconds_per_token.values()) == pytest.approx(stats.total_seconds / 20)
+
+
+@pytest.mark.parametrize("mode", [Mode.FULL, Mode.SPARSE, Mode.SIRIUS])
+def test_a_token_that_prefill_made_is_no_speed_of_decoding(model: SiriusModel, mode: Mode) -> None:
+    stats = model.generate([PROMPT, PROMPT[:3]], mode=mode, max_new_tokens=1).stats
+    assert stats.tokens == 2
+    assert stats.decoded_tokens == 0
+    assert stats.tokens_per_second is None
+    assert stats.effective_density is None
+
+
+def test_the_clock_is_asked_in_periods_only_by_the_controller(
+    model: SiriusModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it waits for the device."""
+    asked = []
+    seconds = PhaseClock.seconds
+    monkeypatch.setattr(PhaseClock, "seconds", lambda self: asked.append(1) or seconds(self))
+    assert model.generate(PROMPT, period=4, max_new_tokens=20, eos_token_id=[]).stats.periods > 1
+    assert len(asked) == 1, "when the generation ends"
+    asked.clear()
+    stats = model.generate(PROMPT, period="auto", max_new_tokens=20, eos_token_id=[]).stats
+    assert len(asked) == 1 + 2 * stats.periods
 
 
 # host reads
@@ -320,8 +343,11 @@ def test_one_read_a_step(model: SiriusModel, mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_period_needs_no_values(tiny: TinyModels, method: str) -> None:
+def test_a_period_needs_no_values(
+    tiny: TinyModels, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the meta device tensors have none: to read one is an error."""
+    monkeypatch.setattr("sirius_compile.compile.find_device", torch.device)  # which refuses it
     model = tiny(method=method).compiled.to_runtime(device="meta")
     session = open_session(model, 2, refresh=1 if method == "griffin" else 0)
     session.prefill([PROMPT, [50, 30]])

@@ -265,14 +265,18 @@ def _stream(model: Any, prompt: str, mode: str, options: dict[str, Any]) -> None
     stats = output.stats
     parts = [
         f"{stats.tokens} tokens ({output.finish_reasons[0]})",
-        f"{stats.tokens_per_second:.1f} tokens/s",
+        f"{_figure(stats.tokens_per_second, 1)} tokens/s",
     ]
     if stats.periods:
-        aal = "-" if stats.aal is None else f"{stats.aal:.2f}"
-        parts += [f"{stats.periods} periods", f"AAL {aal}", f"{stats.corrections} corrections"]
+        parts += [
+            f"{stats.periods} periods",
+            f"AAL {_figure(stats.aal, 2)}",
+            f"{stats.corrections} corrections",
+        ]
     if output.seeds:
         parts.append(f"seed {output.seeds[0]}")
-    parts += [f"density {stats.density:.3f}", f"effective {stats.effective_density:.3f}"]
+    parts.append(f"density {stats.density:.3f}")
+    parts.append(f"effective {_figure(stats.effective_density, 3)}")
     tell(f"sirius: {', '.join(parts)}")
 
 
@@ -385,12 +389,17 @@ def _comparison_row(run: Any) -> tuple[str, ...]:
         str(run.mode),
         str(stats.tokens),
         str(run.same_tokens),
-        "-" if stats.aal is None else f"{stats.aal:.2f}",
+        _figure(stats.aal, 2),
         "1.000" if run.mode == "full" else f"{stats.density:.3f}",
-        f"{stats.effective_density:.3f}",
-        f"{stats.tokens_per_second:.1f}",
-        f"{run.speed:.2f}",
+        _figure(stats.effective_density, 3),
+        _figure(stats.tokens_per_second, 1),
+        _figure(run.speed, 2),
     )
+
+
+def _figure(value: float | None, places: int) -> str:
+    """A number for a reader; a dash for one that was not measured."""
+    return "-" if value is None else f"{value:.{places}f}"
 
 
 def _export_onnx(args: argparse.Namespace) -> None:

@@ -16,13 +16,13 @@ class Comparison:
     """One mode's run, beside the dense run of the same call.
 
     `same_tokens`: leading tokens equal to the dense run's. `speed`: its tokens per second over the
-    dense run's.
+    dense run's; None where either ended with its first token.
     """
 
     mode: Mode
     output: GenerationOutput
     same_tokens: int
-    speed: float
+    speed: float | None
 
 
 def compare(
@@ -70,10 +70,14 @@ def compare(
             mode=mode,
             output=output,
             same_tokens=_common_prefix(output.tokens[0], dense.tokens[0]),
-            speed=output.stats.tokens_per_second / dense.stats.tokens_per_second,
+            speed=_ratio(output.stats.tokens_per_second, dense.stats.tokens_per_second),
         )
         for mode, output in outputs.items()
     ]
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one / other
 
 
 def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:

@@ -141,7 +141,9 @@ class Generation:
         sizes = [1 if row.reason is not None else row.chunk_size(period) for row in rows]
         plan = replace(request.plan, size=max(sizes), width=width)
         noise = self._uniform(2, request.period) if request.mode is Mode.SAMPLE else None
-        before = self._recorder.clock.seconds()
+        controller = self._controller
+        # On a GPU the clock waits for the device: it is asked only where somebody listens.
+        before = {} if controller is None else self._recorder.clock.seconds()
         steps = self._recorder.draft_steps
         outcomes = self._decoder.period(plan, sizes, noise)
         live = []
@@ -150,9 +152,9 @@ class Generation:
                 advance, drafted = len(outcome.tokens), outcome.drafted
                 live.append((drafted, advance - 1))
                 self._recorder.period(index, drafted + 1, advance)
-        if self._controller is not None:
+        if controller is not None:
             levels = self._recorder.draft_steps - steps
-            self._controller.observe(self._observation(before, plan.size, width, levels, live))
+            controller.observe(self._observation(before, plan.size, width, levels, live))
         self._commit([outcome.tokens for outcome in outcomes])
 
     def _observation(

@@ -38,7 +38,8 @@ class GenerationStats:
     drafted token. `acceptance_rate`: accepted over drafted tokens. `density`: share of the
     parameters that one sparse step read. `effective_density`: weight reads per committed token over
     the periods that `aal` counts, dense = 1. `weight_bytes`: bytes of the model's parameters, as
-    one dense step reads them.
+    one dense step reads them. None stands for a number that nothing was measured for: a generation
+    that ends with its first token, which prefill makes, has no decoding.
     """
 
     rows: int
@@ -50,7 +51,7 @@ class GenerationStats:
     corrections: int
     acceptance_rate: float | None
     density: float
-    effective_density: float
+    effective_density: float | None
     weight_bytes: int
     seconds: dict[Phase, float]
     prefill_seconds: float
@@ -61,10 +62,16 @@ class GenerationStats:
         return sum(self.seconds.values())
 
     @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens over the time after prefill."""
-        decode = self.total_seconds - self.prefill_seconds
-        return self.tokens / decode if decode > 0 else float("nan")
+    def decoded_tokens(self) -> int:
+        """Tokens that decoding made: all but each row's first, which prefill makes."""
+        return self.tokens - self.rows
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decoded tokens over the time after prefill; None where there are none."""
+        if not self.decoded_tokens:
+            return None
+        return self.decoded_tokens / (self.total_seconds - self.prefill_seconds)
 
     @property
     def bytes_per_token(self) -> dict[Phase, float]:
@@ -172,11 +179,12 @@ class StatsRecorder:
         advance = sum(a for _, a in reads)
         drafted = sum(size - 1 for size, _ in every)
         weight_reads = sum((size - 1) * density + 1 for size, _ in reads)
+        steps = self.draft_steps + self.full_passes
+        effective = None
         if advance:
             effective = weight_reads / advance
-        else:  # modes without periods
-            step_reads = self.draft_steps * density + self.full_passes
-            effective = step_reads / max(self.draft_steps + self.full_passes, 1)
+        elif steps:  # modes without periods
+            effective = (self.draft_steps * density + self.full_passes) / steps
         return GenerationStats(
             rows=self.rows,
             prompt_tokens=self.prompt_tokens,
