@@ -324,7 +324,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=0,
         bos_token_id=1,
     )
-    config = CompileConfig(sparsity="griffin", period=4, backend="both")
+    config = CompileConfig(sparsity="griffin", period=4, graphs="both")
     compiled = compile_model(model, config, tokenizer=word_tokenizer())
     assert not compiled.warnings
     return compiled.save(tmp_path_factory.mktemp("artifact") / "m.sirius")

@@ -55,6 +55,9 @@ class SampleProposer:
     ) -> tuple[Level, Tensor | None]:
         assert width == 1, "a tree's candidates are not drawn"
         q = self.sampling.distribution(logits_BWV[:, 0])
+        # A sparse path that computes NaN is sure of token 0: a draft may be of any distribution.
+        sure = (torch.arange(q.shape[-1], device=q.device) == 0).to(q.dtype)
+        q = torch.where(q == q, q, sure)
         token = draw(q, self.noise.draft.index_select(1, level[None] - 1)[:, 0])[:, None]
         log_p = (logits_BWV[:, 0].float() / self.temperature).log_softmax(-1)
         above = beams(level - 1, 1, 1)

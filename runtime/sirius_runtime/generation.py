@@ -11,8 +11,10 @@ from tokenizers import Tokenizer
 
 from sirius_runtime.controller import Controller, Observation
 from sirius_runtime.decoder import Engine
+from sirius_runtime.errors import GenerationError
 from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.request import RULES, FinishReason, Mode, Request
+from sirius_runtime.sampling import NO_TOKEN
 from sirius_runtime.sizes import node_count
 from sirius_runtime.stats import GenerationStats, Phase, PhaseClock, StatsRecorder
 from sirius_runtime.text import StopScanner
@@ -51,6 +53,8 @@ class Row:
         for token in tokens:
             if self.reason is not None:
                 break
+            if token == NO_TOKEN:
+                raise GenerationError(_no_token(self._request, len(self.tokens) + len(taken)))
             taken.append(token)
             if token in self._request.eos:
                 self.reason = FinishReason.EOS
@@ -208,3 +212,15 @@ class Generation:
         if self._decoder.resizable and 2 * len(going) <= len(self._held):
             self._decoder.select(going)
             self._held = [self._held[place] for place in going]
+
+
+def _no_token(request: Request, place: int) -> str:
+    """Why no token follows the first `place` ones of an answer, and what to do about it."""
+    path = "sparse" if request.mode is Mode.SPARSE and place else "full"  # prompts run densely
+    processing = "" if request.scoring is None else request.scoring.processing
+    forbidden = f" Or {processing} forbid every token: relax them." if processing else ""
+    return (
+        f"token {place + 1} of an answer can't be chosen: the {path} path's logits for it are NaN "
+        "or infinite. In 16 bits some models overflow: load with dtype float32. In float32 the "
+        f"weights hold NaN or infinity: compile a sound checkpoint.{forbidden}"
+    )

@@ -77,7 +77,8 @@ def verdict_logprobs(logits_BNV: Tensor, verdict: Verdict, count: int) -> Logpro
     """
     index = verdict.nodes[:, :, None].expand(-1, -1, logits_BNV.shape[2])
     log_p = logits_BNV.float().gather(1, index).log_softmax(-1)
-    chosen, best = log_p.gather(2, verdict.tokens[:, :, None])[..., 0], log_p.topk(count, -1)
+    tokens = verdict.tokens.clamp(min=0)  # where there is none, nothing is told of it
+    chosen, best = log_p.gather(2, tokens[:, :, None])[..., 0], log_p.topk(count, -1)
     return Logprobs(verdict.tokens, verdict.advance, chosen, best.values, best.indices)
 
 

@@ -129,12 +129,15 @@ class Scoring:
     logprobs: int | None
 
     @property
+    def processing(self) -> str:
+        """The names of what changes logits, for messages."""
+        return ", ".join([*self.logits.said(), *(["logits_processor"] if self.processors else [])])
+
+    @property
     def names(self) -> str:
-        """The options that ask for it, for messages."""
-        found = list(self.logits.said())
-        found += ["logits_processor"] if self.processors else []
-        found += ["logprobs"] if self.logprobs is not None else []
-        return ", ".join(found)
+        """The names of all that asks for it, for messages."""
+        told = [] if self.logprobs is None else ["logprobs"]
+        return ", ".join([name for name in (self.processing, *told) if name])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sirius_runtime.sampling import Sampling, Scalar, check_threshold
+from sirius_runtime.sampling import NO_TOKEN, Sampling, Scalar, check_threshold
 from sirius_runtime.tree import Tree, longest_path
 
 
@@ -105,7 +105,7 @@ class ThresholdAcceptance:
         chosen = _after_parent(scaled, draft.tree) - scaled.logsumexp(-1).gather(
             1, draft.tree.parents
         )
-        choice = logits.argmax(-1)
+        choice = likeliest(logits)
         return Decision(chosen.exp() >= self.threshold, choice, choice)
 
 
@@ -114,7 +114,7 @@ class ExactAcceptance:
     """A token passes if it is the full path's argmax: the output is the dense greedy one."""
 
     def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
-        choice = logits_BNV.float().argmax(-1)  # of bfloat16 it takes five times as long
+        choice = likeliest(logits_BNV)
         return Decision(_is_choice(choice, draft.tree), choice, choice)
 
 
@@ -172,14 +172,24 @@ class SampleAcceptance:
         return Decision(passes, torch.cat([corrections, bonuses[:, -1:]], 1), bonuses)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """The token [...] of the largest of logits [..., V], the first of equals; `NO_TOKEN` where the
+    largest is NaN or infinite. Its reader on the host finds it there, without one read more.
+    """
+    logits = logits.float()  # of bfloat16 the largest takes five times as long to find
+    token = logits.argmax(-1)
+    return _if_finite(logits.gather(-1, token[..., None])[..., 0], token)
+
+
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """One index of `weights` [..., V], unnormalised, per `uniform` number [...], by the inverse of
-    the distribution function; never one of weight 0 (where all are 0, the last).
+    the distribution function; never one of weight 0 (where all are 0, the last). `NO_TOKEN` where
+    their sum is NaN or infinite.
     """
     # float32 sums over a large vocabulary would shift the tail's probabilities.
     sums = weights.double().cumsum(-1)
     below = sums <= (uniform * sums[..., -1])[..., None]
-    return below.sum(-1).clamp(max=weights.shape[-1] - 1)
+    return _if_finite(sums[..., -1], below.sum(-1).clamp(max=weights.shape[-1] - 1))
 
 
 def select_neurons(statistic: Tensor, count: int) -> Tensor:
@@ -200,6 +210,11 @@ def observed(activity: Tensor, nodes_BK: Tensor, advance_B: Tensor) -> Tensor:
         1, nodes_BK, kept.to(activity.dtype)
     )
     return torch.einsum("lbni,bn->lbi", activity, weights)
+
+
+def _if_finite(value: Tensor, token: Tensor) -> Tensor:
+    """`token` where `value` is finite, else `NO_TOKEN`."""
+    return torch.where(value - value == 0, token, NO_TOKEN)
 
 
 def _is_choice(choice_BN: Tensor, tree: Tree) -> Tensor:

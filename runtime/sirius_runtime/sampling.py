@@ -20,6 +20,9 @@ Scalar: TypeAlias = "Tensor | float"
 LEAST_TEMPERATURE = 1e-6
 """Below it, logits over the temperature leave float32; at it, the likeliest token has all."""
 
+NO_TOKEN = -1
+"""What is chosen where nothing can be: logits of NaN, or none of them finite."""
+
 
 class Rule(IntEnum):
     """How drafted tokens are accepted: by a `…Acceptance` of this name."""

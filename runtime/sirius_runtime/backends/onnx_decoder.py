@@ -17,6 +17,7 @@ from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.onnx_files import SELECT
 from sirius_runtime.plan import INTEGERS, Plan, sampling_numbers
 from sirius_runtime.request import Request
+from sirius_runtime.sampling import NO_TOKEN
 from sirius_runtime.sizes import PREFILL_CHUNK, cache_slots
 from sirius_runtime.stats import Phase, StatsRecorder, measured_density
 
@@ -187,7 +188,9 @@ class OnnxDecoder:
     def _pick(self, logits_BV: np.ndarray) -> np.ndarray:
         """The next token of each row: its likeliest, or one drawn with the row's own number."""
         if self._uniform is None:
-            return logits_BV.argmax(-1)
+            token = logits_BV.argmax(-1)
+            best = np.take_along_axis(logits_BV, token[:, None], -1)[:, 0]
+            return np.where(np.isfinite(best), token, NO_TOKEN)
         inputs = {
             "logits": logits_BV.astype(self._backend.dtype),
             "uniform": self._uniform(1)[:, 0],
