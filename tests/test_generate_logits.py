@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_runtime import load
 from sirius_runtime.errors import BackendError, ConfigError, GenerationError
 from sirius_runtime.model import SiriusModel
+from tests import test_generate_sampling as sampling
 from tests.support.models import VOCABULARY, Tiny, TinyModels, random_decoder, word_tokenizer
 from tests.support.onnx import load_onnx
+from tests.support.statistics import LEVEL
 
 RAGGED = [[7, 8, 9, 7, 8], [14, 50, 30, 11], [33]]
 NEW = 16
@@ -305,6 +312,40 @@ def test_what_asks_for_nothing_tells_nothing_and_runs_as_before(subject: Tiny) -
         output = subject.model.generate(RAGGED, max_new_tokens=2, repetition_penalty=1.0)
     assert made == [Session]
     assert output.logprobs is None
+
+
+# sampling
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"mode": "sample", "period": 4},
+        pytest.param({"mode": "sample", "period": 4, "tree_width": 2}, marks=pytest.mark.slow),
+        pytest.param({"mode": "full"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_sampling_is_lossless_under_processors(tiny: TinyModels, shape: dict[str, Any]) -> None:
+    """Tokens have the distribution of transformers' own logits after transformers' processor."""
+    subject = tiny(method="topk", keep=0.1, vocab_size=sampling.VOCABULARY)
+    paths = torch.tensor(
+        list(itertools.product(range(sampling.VOCABULARY), repeat=sampling.COUNT - 1))
+    )
+    start = len(sampling.START)
+    ids = torch.cat([torch.tensor(sampling.START).expand(len(paths), -1), paths], 1)
+    with torch.no_grad():
+        logits = subject.reference(ids).logits[:, start - 1 :]
+    penalty = RepetitionPenaltyLogitsProcessor(2.5)
+    processed = torch.stack(
+        [penalty(ids[:, : start + t], logits[:, t]) for t in range(sampling.COUNT)], 1
+    )
+    whole = (sampling.VOCABULARY,) * (sampling.COUNT - 1)
+    tokens = sampling.sampled(subject.model, repetition_penalty=2.5, **shape)
+    wanted = sampling.joint(processed.unflatten(0, whole))
+    assert sampling.least_p_value(tokens, wanted) > LEVEL
+    plain = sampling.joint(logits.unflatten(0, whole))
+    assert sampling.least_p_value(tokens, plain) < 1e-12
 
 
 # other back ends

@@ -15,6 +15,7 @@ from transformers.generation import logits_process as hf
 from sirius_runtime.errors import ConfigError, GenerationError
 from sirius_runtime.logits import History, node_histories, processors
 from sirius_runtime.logits_options import LogitsOptions, LogitsSpec, check_processors, merged
+from sirius_runtime.sampling import Sampling
 from sirius_runtime.tree import Level, attach, plant
 
 VOCABULARY, LONGEST, NEW = 9, 14, 12
@@ -323,3 +324,38 @@ def test_what_can_t_be_called_is_no_processor() -> None:
         check_processors(["x"])
     one = lambda ids, scores: scores  # noqa: E731
     assert check_processors(one) == check_processors([one]) == (one,)
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        {"min_p": 0.1},
+        {"typical_p": 0.7},
+        {"typical_p": 1e-6},
+        {"min_p": 0.02, "typical_p": 0.9},
+        {"top_k": 6, "min_p": 0.05, "typical_p": 0.8},
+        {"top_k": 7, "top_p": 0.9, "min_p": 0.05},
+    ],
+    ids=str,
+)
+def test_sampling_cuts_as_transformers_does(cuts: dict[str, Any]) -> None:
+    scores = torch.randn(400, 23, generator=torch.Generator().manual_seed(3)) * 2
+    wanted = scores / 1.3
+    for name, warper in (
+        ("top_k", hf.TopKLogitsWarper),
+        ("top_p", hf.TopPLogitsWarper),
+        ("min_p", hf.MinPLogitsWarper),
+        ("typical_p", hf.TypicalLogitsWarper),
+    ):
+        if name in cuts:
+            wanted = warper(cuts[name])(torch.zeros(400, 1).long(), wanted)
+    found = Sampling(1.3, **cuts).distribution(scores)
+    assert torch.allclose(found, wanted.softmax(-1), atol=1e-6)
+    assert not Sampling(1.3, **cuts).fits_graph
+
+
+@pytest.mark.parametrize("wrong", [{"min_p": -0.1}, {"min_p": 1.5}, {"typical_p": 0.0}], ids=str)
+def test_cuts_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=rf"^{name} must be in"):
+        Sampling(**wrong)
