@@ -13,9 +13,6 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
-if len(sys.argv) != 3 or not (Path(sys.argv[1]) / "program.json").is_file():
-    print("error: give a folder that sirius export-onnx wrote, and a prompt", file=sys.stderr)
-    sys.exit(2)
 folder, prompt, slots = Path(sys.argv[1]), sys.argv[2].replace("\\n", "\n"), 512
 about = json.loads((folder / "program.json").read_text())
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

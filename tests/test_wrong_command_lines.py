@@ -7,7 +7,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -288,14 +287,6 @@ def test_it_is_refused(line: Line, cli: Cli, artifact: Path, tmp_path: Path) -> 
 def option(flag: str) -> str:
     """The flag's name in Python, by which options of `generate` are told."""
     return flag.removeprefix("--").replace("-", "_")
-
-
-@pytest.mark.parametrize("arguments", [(), ("x",), ("nowhere", "Q:")])
-def test_the_minimal_example_says_what_it_needs(cli: Cli, arguments: tuple[str, ...]) -> None:
-    example = str(ROOT / "examples" / "onnx_minimal.py")
-    done = cli.script(example, lambda: runpy.run_path(example) and None, arguments)
-    assert (done.code, done.out) == (2, "")
-    assert done.err == "error: give a folder that sirius export-onnx wrote, and a prompt\n"
 
 
 def test_there_are_enough_of_them() -> None:
