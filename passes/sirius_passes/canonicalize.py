@@ -37,7 +37,7 @@ from sirius_passes.manager import Pass
 from sirius_passes.program import Program, Stage, call, calls
 from sirius_passes.verifier import EXPORT_NOISE, mutates
 from sirius_runtime.errors import UnsupportedModelError
-from sirius_runtime.graph import WEIGHT
+from sirius_runtime.graph import WEIGHT, storable
 
 aten = torch.ops.aten
 
@@ -61,7 +61,21 @@ class Canonicalize(Pass):
     gives: ClassVar[Stage] = Stage.CANONICAL
 
     def run(self, program: Program) -> int:
-        return sum(canonicalize(module) for module in program.graphs.values())
+        rewrites = sum(canonicalize(module) for module in program.graphs.values())
+        for module in program.graphs.values():
+            _refuse_unknown(module.graph)
+        return rewrites
+
+
+def _refuse_unknown(graph: fx.Graph) -> None:
+    """What artifacts can't name is refused here, before minutes of calibration."""
+    for node in graph.nodes:
+        if node.op == "call_function" and not storable(node.target):
+            raise UnsupportedModelError(
+                f"the model's graph calls {node.target} (node {node.name}), which is not among the "
+                "operators that an artifact may name (sirius_runtime.graph_operators), because an "
+                "artifact comes from anybody; please open an issue with the model's config.json"
+            )
 
 
 def canonicalize(module: fx.GraphModule) -> int:

@@ -22,74 +22,18 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
 
+from sirius_runtime.entries import FULL, INPUTS, OBSERVE, PERIOD, PREFILL, RESULTS, SPARSE
 from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders
-from sirius_runtime.spec import EntrySpec, Method, SparsitySpec, StateSpec, TensorSpec, WeightSpec
+from sirius_runtime.spec import EntrySpec, Method, SparsitySpec, StateSpec, WeightSpec
+
+__all__ = ["FULL", "INPUTS", "OBSERVE", "PERIOD", "PREFILL", "RESULTS", "SPARSE"]
 
 OUTPUTS = "outputs"  # key of the output node's meta: the names of its values
 ORIGIN = "origin"  # key of a node's meta: the pass that made it, and from what
 CALIBRATED = "calibrated"  # key of a node's meta: positions of arguments that calibration chose
 
-DENSE, PREFILL, SPARSE, FULL = "dense", "prefill", "sparse", "full"
-OBSERVE, PERIOD = "observe", "period"
-
-INPUTS: dict[str, TensorSpec] = {
-    spec.name: spec
-    for spec in (
-        TensorSpec("input_ids", "int64", ("B", "T")),
-        TensorSpec("positions", "int64", ("B", "T")),
-        TensorSpec("slots", "int64", ("B", "T")),
-        TensorSpec("length", "int64", ("B",)),
-        TensorSpec("tree_mask", "int64", ("R", "T", "M")),  # R: 1 or B
-        TensorSpec("k_cache", "model", ("layers", "B", "G", "S", "D")),
-        TensorSpec("v_cache", "model", ("layers", "B", "G", "S", "Dv")),
-        TensorSpec("last", "int64", ("B",)),
-        TensorSpec("valid", "bool", ("B", "T")),
-        TensorSpec("neurons", "int64", ("layers", "B", "kept")),
-        # of the functional forms
-        TensorSpec("k_block", "model", ("layers", "B", "G", "M", "D")),
-        TensorSpec("v_block", "model", ("layers", "B", "G", "M", "Dv")),
-        TensorSpec("nodes", "int64", ("T",)),
-        # of the period
-        TensorSpec("root", "int64", ("B",)),
-        TensorSpec("active", "bool", ("B",)),
-        TensorSpec("most", "int64", ("B",)),
-        TensorSpec("rule", "int64", ()),
-        TensorSpec("threshold", "float32", ()),
-        TensorSpec("verify_temperature", "float32", ()),
-        TensorSpec("confidence", "float32", ()),
-        TensorSpec("temperature", "float32", ()),
-        TensorSpec("top_k", "int64", ()),
-        TensorSpec("top_p", "float32", ()),
-        TensorSpec("noise", "float64", ("B", 2, "K")),
-        TensorSpec("statistic", "float32", ("layers", "B", "I")),
-        TensorSpec("refresh", "bool", ()),
-    )
-}
-"""Every input that a graph may have; shape letters as in `sirius_runtime.ops`."""
-
-RESULTS: dict[str, TensorSpec] = {
-    spec.name: spec
-    for spec in (
-        TensorSpec("logits", "model", ("B", "T", "V")),
-        TensorSpec("statistic", "float32", ("layers", "B", "I")),
-        TensorSpec("activity", "float32", ("layers", "B", "T", "I")),
-        TensorSpec("kept", "int64", ("sites", "B")),
-        # of the functional forms
-        TensorSpec("k_block", "model", ("layers", "B", "G", "M", "D")),
-        TensorSpec("v_block", "model", ("layers", "B", "G", "M", "Dv")),
-        # of the period
-        TensorSpec("tokens", "int64", ("B", "K")),
-        TensorSpec("advance", "int64", ("B",)),
-        TensorSpec("drafted", "int64", ("B",)),
-        TensorSpec("root", "int64", ("B",)),
-        TensorSpec("length", "int64", ("B",)),
-        TensorSpec("levels", "int64", ()),
-        TensorSpec("k_kept", "model", ("layers", "B", "G", "K", "D")),
-        TensorSpec("v_kept", "model", ("layers", "B", "G", "K", "Dv")),
-        TensorSpec("neurons", "int64", ("layers", "B", "kept")),
-    )
-}
-"""Every output that a graph may have. `prefill` gives the logits of one token a row (T = 1)."""
+DENSE = "dense"
+"""The one graph of a captured model; the others are the runtime's entries."""
 
 
 class Stage(IntEnum):

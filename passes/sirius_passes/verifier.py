@@ -125,9 +125,9 @@ def _period_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
 
 def _graph_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
     graph, stage = module.graph, program.stage
-    yield from _sound_findings(program, module)
     if stage >= Stage.CANONICAL and (noise := calls(graph, *EXPORT_NOISE)):
         yield f"export noise is left: {noise[0].name} ({noise[0].target})"
+    yield from _sound_findings(program, module)
     cached, cacheless = sirius.cached_attention.default, sirius.attention.default
     target, other = (cached, cacheless) if stage >= Stage.CACHED else (cacheless, cached)
     layers = [node.args[9 if target is cached else 3] for node in calls(graph, target)]

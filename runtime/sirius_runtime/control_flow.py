@@ -16,6 +16,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
+from sirius_runtime.errors import ArtifactError
+
+_MOST_STEPS = 4096
+"""More than any period has levels."""
+
 Branch = Callable[..., Sequence[Tensor]]
 
 
@@ -29,10 +34,18 @@ def as_python(graph: fx.Graph) -> None:
 def while_loop(
     goes_on: Callable[..., Tensor], body: Branch, carried: Sequence[Tensor], given: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """What is carried when `goes_on` says no (a bool tensor of one element)."""
-    while goes_on(*carried, *given):
+    """What is carried when `goes_on` says no (a bool tensor of one element).
+
+    Raises ArtifactError for a loop that does not end: a period drafts a level in each step.
+    """
+    for _ in range(_MOST_STEPS):
+        if not goes_on(*carried, *given):
+            return carried
         carried = body(*carried, *given)
-    return carried
+    raise ArtifactError(
+        f"a loop of a graph has not ended after {_MOST_STEPS} steps; the artifact may be damaged: "
+        "compile the model again"
+    )
 
 
 def cond(which: Tensor, yes: Branch, no: Branch, given: Sequence[Tensor] = ()) -> Sequence[Tensor]:

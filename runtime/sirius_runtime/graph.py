@@ -1,27 +1,34 @@
 """Graphs as data: an `fx.GraphModule` to and from plain JSON, without pickle and without code.
 
-A document lists nodes in order. Inputs and weights are named; calls name an operator of an allowed
-namespace (`aten`, `sirius`), control flow (`while_loop`, `cond`) or one of a few Python functions
-on sizes; arguments are literals or references to earlier nodes. What control flow runs is a
-document within the document, whose placeholders are its arguments, by position. Reading a document
-can therefore run nothing but those operators. The dtype that graphs are captured in
-(`CAPTURE_DTYPE`) stands for "the program's dtype" and is written as ``model``, so one graph runs in
-any floating point type; devices are written as ``model`` likewise.
+A document lists nodes in order. Inputs and weights are named; calls name an operator of the table
+`graph_operators.OPERATORS`, control flow (`while_loop`, `cond`) or one of a few Python functions on
+sizes; arguments are literals or references to earlier nodes. What control flow runs is a document
+within the document, whose placeholders are its arguments, by position. A document that was read can
+run nothing but those; whether their arguments are right, and what they come to, `graph_check` says.
+The dtype that graphs are captured in (`CAPTURE_DTYPE`) stands for "the program's dtype" and is
+written as ``model``, so one graph runs in any floating point type; devices are written as ``model``
+likewise.
 """
 
 from __future__ import annotations
 
 import keyword
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-import sirius_runtime.ops  # noqa: F401  (registers the sirius:: operators that documents name)
 from sirius_runtime.dtypes import dtype_name, dtype_of
 from sirius_runtime.errors import ArtifactError
+from sirius_runtime.graph_operators import (
+    DTYPES,
+    FUNCTIONS,
+    LAYOUTS,
+    MEMORY_FORMATS,
+    OPERATORS,
+    operator_name,
+)
 from sirius_runtime.spec import JSON
 
 CAPTURE_DTYPE = torch.bfloat16
@@ -32,37 +39,15 @@ _MAX_DEPTH = 4  # of graphs within graphs
 
 WEIGHT, INPUT = "weight", "input"  # keys of a placeholder's meta: what it is bound to, by name
 
-_NAMESPACES = ("aten", "sirius")
 _CONTROL_FLOW = {
     "while_loop": torch.ops.higher_order.while_loop,
     "cond": torch.ops.higher_order.cond,
 }
-_REFUSED = {"aten::from_file"}  # the one dispatcher operator that touches the file system
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    f.__name__: f
-    for f in (
-        operator.getitem,
-        operator.add,
-        operator.sub,
-        operator.mul,
-        operator.floordiv,
-        operator.mod,
-        operator.neg,
-        operator.eq,
-        operator.ne,
-        operator.lt,
-        operator.le,
-        operator.gt,
-        operator.ge,
-    )
-}
-_FUNCTION_NAMES = {f: name for name, f in _FUNCTIONS.items()}
+_FUNCTIONS = {name: function for name, (function, _) in FUNCTIONS.items()}
+_FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _ENUMS: dict[str, dict[str, Any]] = {
-    "layout": {"torch.strided": torch.strided},
-    "memory_format": {
-        "torch.contiguous_format": torch.contiguous_format,
-        "torch.preserve_format": torch.preserve_format,
-    },
+    "layout": {str(layout): layout for layout in LAYOUTS},
+    "memory_format": {str(one): one for one in MEMORY_FORMATS},
 }
 
 
@@ -136,7 +121,7 @@ def _from_document(
         if kind == "node":
             return env[content]
         if kind == "dtype":
-            return dtype if content == "model" else dtype_of(content)
+            return dtype if content == "model" else _dtype_of(content)
         if kind == "device":
             return device
         if kind == "float":
@@ -170,6 +155,9 @@ def _from_document(
                 node = graph.output(tuple(returned) if isinstance(returned, list) else returned)
             else:
                 raise ArtifactError(f"graph: node {name!r} has the unknown op {op!r}")
+            if node.name != name and op != "output":
+                # fx renames what stands there already, and what its own code has a meaning for.
+                raise ArtifactError(f"graph: {name!r} can't be the name of a node, or is one twice")
             env[name] = node
         if [n for n in graph.nodes if n.op == "output"] != [next(iter(reversed(graph.nodes)))]:
             raise ArtifactError("graph: its last node, and no other, must be the output")
@@ -181,40 +169,57 @@ def _from_document(
         raise ArtifactError(f"graph: not a graph document ({error!r})") from error
 
 
+def _dtype_of(name: str) -> torch.dtype:
+    dtype = dtype_of(name)
+    if dtype not in DTYPES:
+        raise ArtifactError(f"graph: dtype {name!r} is none that graphs compute in")
+    return dtype
+
+
 def _identifier(name: JSON) -> str:
     """`name`, checked: fx pastes the names of placeholders and keywords into code that it runs."""
-    if not (isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)):
+    is_name = isinstance(name, str) and name.isascii() and name.isidentifier()
+    if not is_name or keyword.iskeyword(name):
         raise ArtifactError(f"graph: {name!r} is not a name")
     return name
 
 
+def storable(target: Any) -> bool:
+    """Whether a call of `target` can be written."""
+    return (
+        (isinstance(target, torch._ops.OpOverload) and operator_name(target) in OPERATORS)
+        or target in _CONTROL_FLOW.values()
+        or target in _FUNCTION_NAMES
+    )
+
+
 def _target_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
-        return f"{target.namespace}.{target._opname}.{target._overloadname}"
+    if not storable(target):
+        raise ArtifactError(
+            f"a call of {target} can't be stored: it is not among the operators that an artifact "
+            "may name (sirius_runtime.graph_operators)"
+        )
+    if isinstance(target, torch._ops.OpOverload):
+        return operator_name(target)
     for name, operator_ in _CONTROL_FLOW.items():
         if target is operator_:
             return f"control_flow.{name}"
-    if target in _FUNCTION_NAMES:
-        return f"python.{_FUNCTION_NAMES[target]}"
-    raise ArtifactError(f"a call of {target} can't be stored; allowed: {', '.join(_NAMESPACES)}")
+    return f"python.{_FUNCTION_NAMES[target]}"
 
 
-def _target_of(name: str) -> Callable[..., Any]:
+def _target_of(name: JSON) -> Callable[..., Any]:
+    if not isinstance(name, str):
+        raise ArtifactError("graph: not a graph document (an operator is named by text)")
     namespace, _, rest = name.partition(".")
     if namespace == "python" and rest in _FUNCTIONS:
         return _FUNCTIONS[rest]
     if namespace == "control_flow" and rest in _CONTROL_FLOW:
         return _CONTROL_FLOW[rest]
-    opname, _, overload = rest.partition(".")
-    if namespace in _NAMESPACES and opname.isidentifier() and overload.isidentifier():
+    if name in OPERATORS:
+        opname, _, overload = rest.partition(".")
         packet = getattr(getattr(torch.ops, namespace), opname, None)
         found = getattr(packet, overload, None)
-        # Operators of TorchScript's interpreter (aten::save among them) have no dispatcher kernel.
-        if (
-            isinstance(found, torch._ops.OpOverload)
-            and found._schema.name not in _REFUSED
-            and torch._C._dispatch_has_kernel(found.name())
-        ):
+        if isinstance(found, torch._ops.OpOverload):  # else of another torch
             return found
     raise ArtifactError(
         f"graph: operator {name!r} is unknown here; the artifact may need another version of torch "

@@ -122,9 +122,11 @@ def load(
         else:
             _check_torch(artifact, providers)
             from sirius_runtime.dtypes import dtype_of
+            from sirius_runtime.graph_check import check_entries
 
             set_threads(threads)
             program = artifact.program
+            check_entries(program)
             place, stored = find_device(device), program.model.dtype
             runner = make_backend(
                 backend,

@@ -7,7 +7,8 @@ given, stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from sirius_runtime.decoder import Decoder, Uniform
 from sirius_runtime.errors import ArtifactError
 from sirius_runtime.graph import INPUT, WEIGHT, from_document
+from sirius_runtime.graph_check import check_graph
 from sirius_runtime.kernels.rewrite import with_kernels
 from sirius_runtime.plan import Limits
 from sirius_runtime.request import Request
@@ -38,18 +40,22 @@ class EagerBackend:
         device: torch.device,
     ) -> None:
         """`documents`: each entry's graph; `weights`: the stored tensors, used in place where dtype
-        and device are already those asked for."""
+        and device are already those asked for.
+
+        Raises ArtifactError where a graph can't run on what the program says of its inputs and
+        weights.
+        """
         self.program, self.dtype, self.device = program, dtype, device
+        modules = {name: from_document(graph, dtype, device) for name, graph in documents.items()}
+        for name, module in modules.items():
+            check_graph(program, program.entry(name), module, dtype)
         self.weights = {
             spec.name: weights[spec.name].to(
                 device=device, dtype=dtype if spec.retype else weights[spec.name].dtype
             )
             for spec in program.weights
         }
-        self._entries = {
-            name: _Entry(from_document(document, dtype, device), self.weights)
-            for name, document in documents.items()
-        }
+        self._entries = {name: _Entry(module, self.weights) for name, module in modules.items()}
         self._outputs = {e.name: [o.name for o in e.outputs] for e in program.entries}
 
     @property
@@ -75,10 +81,31 @@ class EagerBackend:
         bound = self._entries[entry]
         if bound.runs is None:
             bound.runs = bound.module if self.device.type != "cpu" else with_kernels(bound.module)
-        return self._named(entry, bound.runs(*bound.arguments(inputs)))
+        with blaming_the_graph(entry):
+            return self._named(entry, bound.runs(*bound.arguments(inputs)))
 
     def _named(self, entry: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self._outputs[entry], values, strict=True))
+
+
+@contextmanager
+def blaming_the_graph(entry: str) -> Iterator[None]:
+    """Turns what torch raises of the values in a graph's tensors (an index that is not there),
+    which nobody could know before, into an ArtifactError. A machine without memory is not the
+    graph's fault.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except (RuntimeError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        if "allocate memory" in reason:
+            raise
+        raise ArtifactError(
+            f"graph {entry!r} failed as it ran ({reason:.300}); the artifact may be damaged: "
+            "compile the model again"
+        ) from error
 
 
 class _Entry:
