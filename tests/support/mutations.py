@@ -1,0 +1,102 @@
+"""Artifacts as an attacker would change them: one value of a document, and hashes that fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sirius_runtime.spec import JSON
+from tests.support.artifacts import rebuild
+from tests.support.json_values import places
+
+MANIFEST = "manifest.json"
+
+_VALUES: tuple[JSON, ...] = (
+    *(None, True, False, 0, 1, -1, 2, 3, 7, 64, 127, 2**31, 2**63 - 1, 2**63, -(2**63), 10**30),
+    *(0.0, 0.5, -0.5, 1.5, 1e308, float("inf"), float("nan"), {"float": "nan"}, {"float": "inf"}),
+    *("", "x", "model", "B", "T", "\x1b[2J", "../x", "__class__", "inf", "self", "torch"),
+    *([], {}, [0], [[]], {"node": "x"}, {"dtype": "float64"}, {"dtype": "complex64"}),
+    *({"dtype": "model"}, {"device": "cuda"}, {"layout": "torch.sparse_coo"}, {"graph": {}}),
+)
+_TARGETS = (
+    *("aten._reshape_alias.default", "aten.segment_reduce.default", "aten.as_strided.default"),
+    *("aten.resize_.default", "aten.set_.source_Storage", "aten.add_.Tensor", "aten.neg.default"),
+    *("aten.mul.Tensor", "aten.view.default", "aten.slice.Tensor", "aten.item.default"),
+    *("aten.gather.default", "aten.cat.default", "aten.sum.dim_IntList", "aten.t.default"),
+    *("sirius.cached_attention.default", "sirius.dense_mlp.default", "python.getitem"),
+    *("python.mul", "control_flow.cond", "control_flow.while_loop", "python.eval"),
+)
+
+
+def mutated(document: JSON, chance: random.Random) -> JSON:
+    """The document with one thing changed: a value, a place, an order, or a reference."""
+    document = copy.deepcopy(document)
+    every = places(document)
+    container, key = chance.choice(every)
+    match chance.randrange(8):
+        case 0:
+            del container[key]
+        case 1:  # a value of elsewhere in the document
+            other, place = chance.choice(every)
+            container[key] = copy.deepcopy(other[place])
+        case 2:  # two of a list in each other's places
+            lists = [c for c, _ in every if isinstance(c, list) and len(c) > 1]
+            chosen = chance.choice(lists)
+            i, j = chance.randrange(len(chosen)), chance.randrange(len(chosen))
+            chosen[i], chosen[j] = chosen[j], chosen[i]
+        case 3:
+            numbers = [(c, k) for c, k in every if type(c[k]) in (int, float)]
+            container, key = chance.choice(numbers)
+            container[key] = changed_number(container[key], chance)
+        case 4:
+            targets = [c for c, k in every if k == "target"]
+            if targets:
+                chance.choice(targets)["target"] = chance.choice(_TARGETS)
+        case 5:  # a reference to another node
+            nodes = [c for c, k in every if k == "node" and len(c) == 1]
+            if len(nodes) > 1:
+                first, second = chance.sample(nodes, 2)
+                first["node"] = second["node"]
+        case _:
+            container[key] = copy.deepcopy(chance.choice(_VALUES))
+    return document
+
+
+def changed_number(value: int | float, chance: random.Random) -> JSON:
+    return chance.choice(
+        (value + 1, value - 1, value * 2, -value, value // 2, 0, 1, value * 10**9, float(value))
+    )
+
+
+def hostile(sound: Path, folder: Path, count: int, seed: int) -> Iterator[tuple[str, Path]]:
+    """`count` artifacts, each with one document of `sound` changed; and what was."""
+    from sirius_runtime.artifact import Artifact
+
+    chance = random.Random(seed)
+    with Artifact.open(sound) as artifact:
+        names = [MANIFEST, MANIFEST, *artifact.names("graphs/")]
+        documents = {name: artifact.read_json(name) for name in set(names)}
+    for index in range(count):
+        name = chance.choice(names)
+        path = folder / "hostile.sirius"
+        path.write_bytes(sound.read_bytes())
+        spoil(path, name, mutated(documents[name], chance))
+        yield f"seed {seed}, case {index}: {name}", path
+
+
+def spoil(path: Path, name: str, document: JSON) -> None:
+    """Puts a document in the place of an entry, with hashes that fit."""
+    if name == MANIFEST:
+
+        def replace(manifest: dict[str, Any]) -> None:
+            manifest.clear()
+            manifest.update(document if isinstance(document, dict) else {})
+
+        rebuild(path, manifest=replace)
+    else:
+        text = json.dumps(document).encode()
+        rebuild(path, lambda entries: entries.update({name: text}))

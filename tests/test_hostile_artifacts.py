@@ -1,0 +1,99 @@
+"""Artifacts with a value changed and hashes that fit: refused by an ArtifactError when they are
+loaded, or loaded rightly and run; never another exception, a crash or a hang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sirius_runtime import load
+from sirius_runtime.errors import UserError
+from tests.support.models import TinyModels
+from tests.support.mutations import hostile
+
+PROMPT = [7, 8, 9]
+SECONDS = 30  # of one artifact
+
+
+def attack(sound: Path, folder: Path, count: int, seed: int) -> dict[str, int]:
+    """Loads and runs hostile artifacts; raises AssertionError where it ends otherwise than it may.
+
+    Run in a process of its own: it may be killed.
+    """
+    found = {"refused": 0, "loaded": 0, "failed": 0}
+    for case, path in hostile(sound, folder, count, seed):
+        print(case, flush=True)  # noqa: T201  (the last one says where it died)
+        found[outcome(path, ("eager", "period")[seed % 2])] += 1
+    return found
+
+
+def outcome(path: Path, backend: str) -> str:
+    """What comes of an artifact: user's errors are all that may be raised."""
+    try:
+        model = load(path, device="cpu", backend=backend, progress=lambda _: None)
+    except UserError:
+        return "refused"
+    try:
+        model.generate(PROMPT, max_new_tokens=9)
+    except UserError:
+        return "failed"
+    return "loaded"
+
+
+def in_a_process(sound: Path, folder: Path, count: int, seed: int) -> dict[str, int]:
+    code = (
+        "import sys, json; from pathlib import Path; "
+        "from tests.test_hostile_artifacts import attack; "
+        "found = attack(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]));"
+        "print(json.dumps(found))"
+    )
+    command = [sys.executable, "-c", code, *map(str, (sound, folder, count, seed))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=60 + SECONDS * count,
+        env=environment,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, (lines[-1:], done.stderr[-3000:])
+    found: dict[str, int] = json.loads(lines[-1])
+    assert sum(found.values()) == count
+    return found
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile")
+    return tiny("llama", "griffin").compiled.save(folder / "sound.sirius")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_some_hostile_artifacts(artifact: Path, tmp_path: Path, seed: int) -> None:
+    found = in_a_process(artifact, tmp_path, 100, seed)
+    assert found["refused"] > 40
+    assert found["loaded"] > 5, "what does no harm is loaded"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["griffin+teal", "cats", "topk", "none"])
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_many_hostile_artifacts(tiny: TinyModels, tmp_path: Path, method: str, seed: int) -> None:
+    sound = tiny("llama", method).compiled.save(tmp_path / "sound.sirius")
+    in_a_process(sound, tmp_path, 250, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6, 10))
+def test_many_hostile_mixtures(tiny: TinyModels, tmp_path: Path, seed: int) -> None:
+    experts = {"num_local_experts": 6, "num_experts_per_tok": 3}
+    sound = tiny("mixtral", "experts", **experts).compiled.save(tmp_path / "sound.sirius")
+    in_a_process(sound, tmp_path, 250, seed)
