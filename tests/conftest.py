@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.support.models import TinyModels, write_calibration
+from sirius_compile import CompileConfig, compile_model
+from sirius_compile.compile import Compiled
+from tests.support.models import TinyModels, random_decoder, word_tokenizer, write_calibration
 
 torch.set_num_threads(1)
 settings.register_profile("sirius", derandomize=True, deadline=None, max_examples=25)
@@ -21,3 +23,10 @@ settings.load_profile("sirius")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """Tiny random decoders by family, sparsity and config: see `tests.support.models`."""
     return TinyModels(write_calibration(tmp_path_factory.mktemp("calibration") / "words.txt"))
+
+
+@pytest.fixture(scope="session")
+def whole() -> Compiled:
+    """A tiny Llama compiled for griffin, with the graph of a whole period."""
+    options = CompileConfig(sparsity="griffin", period=4)
+    return compile_model(random_decoder("llama"), options, tokenizer=word_tokenizer())

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from sirius_compile.compile import Compiled as Made
 from sirius_runtime.entries import INPUTS, PERIOD, PREFILL, RESULTS, SPARSE
 from sirius_runtime.errors import ArtifactError
 from sirius_runtime.graph import from_document, to_document
@@ -64,15 +65,14 @@ class Compiled:
             self.check(entry, spoil, spec)
 
 
-def compiled(tiny: TinyModels, method: str) -> Compiled:
-    made = tiny("llama", method).compiled
+def graphs_of(made: Made) -> Compiled:
     graphs = made.program.graphs.items()
     return Compiled(made.spec, {name: to_document(graph) for name, graph in graphs})
 
 
-@pytest.fixture
-def griffin(tiny: TinyModels) -> Compiled:
-    return compiled(tiny, "griffin")
+@pytest.fixture(scope="module")
+def griffin(whole: Made) -> Compiled:
+    return graphs_of(whole)
 
 
 def calls(nodes: list[Any], target: str) -> list[Any]:
@@ -94,7 +94,16 @@ def placed(nodes: list[Any], bound: str) -> JSON:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_compiled_is_accepted(tiny: TinyModels, method: str, dtype: torch.dtype) -> None:
-    program = compiled(tiny, method)
+    accepted(graphs_of(tiny("llama", method).compiled), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_whole_period_is_accepted(griffin: Compiled, dtype: torch.dtype) -> None:
+    assert griffin.spec.entry(PERIOD)
+    accepted(griffin, dtype)
+
+
+def accepted(program: Compiled, dtype: torch.dtype) -> None:
     check_entries(program.spec)
     for entry in program.spec.entries:
         program.check(entry.name, dtype=dtype)

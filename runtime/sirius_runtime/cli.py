@@ -250,7 +250,10 @@ def _warn_of_unknown_tokens(model: Any, prompt: str) -> None:
 
 
 def _tokens_and_offsets(tokenizer: Any, prompt: str) -> tuple[list[str], list[tuple[int, int]]]:
-    encoding = tokenizer.encode(prompt)
+    from sirius_runtime.tokenizer_guard import guarded
+
+    with guarded():
+        encoding = tokenizer.encode(prompt)
     return encoding.tokens, encoding.offsets
 
 

@@ -444,7 +444,7 @@ def slice_(x: Array, dim: Any = 0, start: Any = None, end: Any = None, step: Any
     length: Size
     if isinstance(end, int) and end >= _NO_END:
         end = size
-    if all(isinstance(value, int) for value in (size, start, end)):
+    if isinstance(size, int) and isinstance(start, int) and isinstance(end, int):
         length = len(range(*slice(start, end, step).indices(size)))
     elif step == 1 and start == 0 and end == size:
         length = size

@@ -27,6 +27,7 @@ from sirius_runtime.spec import JSON, DType, ProgramSpec
 from sirius_runtime.terminal import plain
 from sirius_runtime.text import read_tokenizer
 from sirius_runtime.threads import check_threads
+from sirius_runtime.tokenizer_guard import check_tokenizer, guarded
 
 if TYPE_CHECKING:
     import torch
@@ -333,7 +334,15 @@ def find_device(device: str | torch.device | None) -> torch.device:
 
 def _tokenizer(content: bytes, path: str | Path) -> Tokenizer:
     try:
-        return read_tokenizer(content)
+        check_tokenizer(content)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{path}: {TOKENIZER} is refused: {error}; compile the model again, with the tokenizer "
+            "that belongs to it"
+        ) from error
+    try:
+        with guarded():  # its panics are no Exceptions
+            return read_tokenizer(content)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ArtifactError(
             f"{path}: {TOKENIZER} can't be read by this version of tokenizers ({error}); "

@@ -23,6 +23,7 @@ from sirius_runtime.request import (
 from sirius_runtime.spec import ProgramSpec
 from sirius_runtime.stats import GenerationStats
 from sirius_runtime.text import answer_text
+from sirius_runtime.tokenizer_guard import panics_caught
 from sirius_runtime.watched_file import WatchedFile
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class SiriusModel:
         """What the artifact says of the model."""
         return self.backend.program
 
+    @panics_caught()
     def generate(
         self,
         inputs: Inputs | None = None,

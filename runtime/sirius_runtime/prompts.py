@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Encoding, Tokenizer
 
 from sirius_runtime.errors import GenerationError, shown
+from sirius_runtime.tokenizer_guard import guarded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +87,8 @@ class PromptReader:
             raise GenerationError(
                 f"prompt {index} has a lone surrogate, which no text has: decode its bytes as UTF-8"
             )
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        with guarded():
+            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         twice = _doubled(encoding)
         if twice and not self._warned:
             self._warned = True

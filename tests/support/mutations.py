@@ -11,7 +11,6 @@ from typing import Any
 
 from sirius_runtime.spec import JSON
 from tests.support.artifacts import rebuild
-from tests.support.json_values import places
 
 MANIFEST = "manifest.json"
 
@@ -32,38 +31,56 @@ _TARGETS = (
 )
 
 
-def mutated(document: JSON, chance: random.Random) -> JSON:
-    """The document with one thing changed: a value, a place, an order, or a reference."""
-    document = copy.deepcopy(document)
-    every = places(document)
-    container, key = chance.choice(every)
+def mutated(text: str, chance: random.Random) -> JSON:
+    """The document of a JSON text, one thing changed: a value, a place, an order, a reference."""
+    document = json.loads(text)
+    every = list(containers(document))
+    container = chance.choices(every, [len(c) for c in every])[0]
+    key = chance.choice(keys_of(container))
     match chance.randrange(8):
         case 0:
             del container[key]
         case 1:  # a value of elsewhere in the document
-            other, place = chance.choice(every)
-            container[key] = copy.deepcopy(other[place])
+            other = chance.choice(every)
+            container[key] = copy.deepcopy(other[chance.choice(keys_of(other))])
         case 2:  # two of a list in each other's places
-            lists = [c for c, _ in every if isinstance(c, list) and len(c) > 1]
-            chosen = chance.choice(lists)
+            chosen = chance.choice([c for c in every if isinstance(c, list) and len(c) > 1])
             i, j = chance.randrange(len(chosen)), chance.randrange(len(chosen))
             chosen[i], chosen[j] = chosen[j], chosen[i]
         case 3:
-            numbers = [(c, k) for c, k in every if type(c[k]) in (int, float)]
+            numbers = [(c, k) for c in every for k in keys_of(c) if type(c[k]) in (int, float)]
             container, key = chance.choice(numbers)
             container[key] = changed_number(container[key], chance)
         case 4:
-            targets = [c for c, k in every if k == "target"]
+            targets = [c for c in every if isinstance(c, dict) and "target" in c]
             if targets:
                 chance.choice(targets)["target"] = chance.choice(_TARGETS)
         case 5:  # a reference to another node
-            nodes = [c for c, k in every if k == "node" and len(c) == 1]
+            nodes = [c for c in every if isinstance(c, dict) and list(c) == ["node"]]
             if len(nodes) > 1:
                 first, second = chance.sample(nodes, 2)
                 first["node"] = second["node"]
         case _:
             container[key] = copy.deepcopy(chance.choice(_VALUES))
     return document
+
+
+def containers(document: JSON) -> Iterator[Any]:
+    """Every list and object of a document that holds something."""
+    left = [document]
+    while left:
+        one = left.pop()
+        if one:
+            yield one
+        left += [v for v in (one.values() if isinstance(one, dict) else one) if is_container(v)]
+
+
+def is_container(value: JSON) -> bool:
+    return isinstance(value, dict | list)
+
+
+def keys_of(container: Any) -> list[Any]:
+    return list(container) if isinstance(container, dict) else list(range(len(container)))
 
 
 def changed_number(value: int | float, chance: random.Random) -> JSON:
@@ -79,7 +96,7 @@ def hostile(sound: Path, folder: Path, count: int, seed: int) -> Iterator[tuple[
     chance = random.Random(seed)
     with Artifact.open(sound) as artifact:
         names = [MANIFEST, MANIFEST, *artifact.names("graphs/")]
-        documents = {name: artifact.read_json(name) for name in set(names)}
+        documents = {name: artifact.read_bytes(name).decode() for name in set(names)}
     for index in range(count):
         name = chance.choice(names)
         path = folder / "hostile.sirius"

@@ -1,0 +1,212 @@
+"""Guards around a stranger's `tokenizer.json`: what is refused before the tokenizers library reads
+it, and what the library's own failures become.
+
+The library is compiled code that can't be interrupted, so what could keep it busy for ever is
+looked for in the file. Refused are patterns that are too long to compile cheaply, that repeat what
+repeats or branches (the ones whose search may take time without bound), and replacements that blow
+a text up. This is a guard in part: a pattern that takes time quadratic in the text is let through,
+as those of well-known tokenizers do too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sirius_runtime.errors import ArtifactError
+from sirius_runtime.spec import JSON
+
+MOST_BYTES = 128 * 2**20
+"""Of a tokenizer.json; those of a quarter million tokens have 35 MiB."""
+LONGEST_PATTERN = 4096
+"""Characters of all patterns together: each class of Unicode letters takes 15 kB compiled."""
+MOST_REPEATED = 64
+"""Of a counted repetition of more than one character."""
+MOST_GROWTH = 64
+"""Times that all replacements together may lengthen a text."""
+
+
+def check_tokenizer(content: bytes) -> None:
+    """Raises ArtifactError, naming the reason, for a tokenizer.json that is not to be read."""
+    if len(content) > MOST_BYTES:
+        raise ArtifactError(f"it has {len(content)} bytes, at most {MOST_BYTES} are read")
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"it is not JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise ArtifactError("it is not an object")
+    growth, length = 1.0, 0
+    for name, part in document.items():
+        if name == "model":
+            continue  # its words are no patterns
+        for rule in _objects(part):
+            pattern = rule.get("pattern")
+            text = _text_of(pattern)
+            if isinstance(pattern, dict) and "Regex" in pattern:
+                length += len(text)
+                if length > LONGEST_PATTERN:
+                    raise ArtifactError(
+                        f"its patterns have more than {LONGEST_PATTERN} characters together"
+                    )
+                if reason := fault_of(text):
+                    raise ArtifactError(f"its pattern {text!r:.80} {reason}")
+                text = "x"  # the least that it may match
+            for written in ("content", "replacement", "prepend"):
+                value = rule.get(written)
+                if isinstance(value, str) and (pattern is not None or written != "content"):
+                    growth *= max(1.0, len(value) / max(len(text), 1))
+    if growth > MOST_GROWTH:
+        raise ArtifactError(
+            f"its replacements lengthen a text up to {growth:.0f} times, at most {MOST_GROWTH}"
+        )
+
+
+def _text_of(pattern: JSON) -> str:
+    if isinstance(pattern, dict):
+        for kind in ("Regex", "String"):
+            if isinstance(pattern.get(kind), str):
+                return str(pattern[kind])
+    return pattern if isinstance(pattern, str) else ""
+
+
+def _objects(value: JSON) -> Iterator[dict[str, Any]]:
+    """Every object within a value, at any depth."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            yield one
+            left.extend(one.values())
+        elif isinstance(one, list):
+            left.extend(one)
+
+
+def fault_of(pattern: str) -> str | None:
+    """Why the search for a pattern may take time without bound, or None where it is not seen to."""
+    # Of each open group: whether it holds what varies, a branch or a repetition.
+    varies = [False]
+    place, ended = 0, False  # ended: what stands before is a group, and whether that varies
+    last_varies = False
+    while place < len(pattern):
+        character = pattern[place]
+        if character == "\\":
+            follows = pattern[place + 1 : place + 2]
+            if follows in ("g", "k") or (follows.isdigit() and follows != "0"):
+                return "refers to what it has matched"
+            place, ended, last_varies = place + 2, False, False
+            if follows in "pPuxoO" and pattern[place : place + 1] == "{":
+                close = pattern.find("}", place)  # the name of a class, no repetition
+                place = len(pattern) if close < 0 else close + 1
+        elif character == "[":
+            place, ended, last_varies = _after_class(pattern, place), False, False
+        elif character == "(":
+            varies.append(False)
+            place, ended = place + 1, False
+            if pattern[place : place + 1] == "?":
+                place += 1  # no repetition, but the kind of the group
+        elif character == ")":
+            inner = varies.pop() if len(varies) > 1 else False
+            varies[-1] |= inner
+            place, ended, last_varies = place + 1, True, inner
+        elif character == "|":
+            varies[-1] = True
+            place, ended, last_varies = place + 1, False, False
+        elif character in "*+?{":
+            least, most, after = _repetition(pattern, place)
+            if after == place:  # a brace that counts nothing
+                place, ended, last_varies = place + 1, False, False
+                continue
+            if ended and last_varies and most > 1:
+                return "repeats what repeats or branches itself"
+            if most > MOST_REPEATED and most != _WITHOUT_END:
+                return f"repeats more than {MOST_REPEATED} times"
+            counted = least == most <= _FEW  # the three digits of a group of them
+            varies[-1] |= not counted
+            place, last_varies = after, last_varies or not counted
+            ended = ended or most > 1  # a repetition of it would be nested
+        else:
+            place, ended, last_varies = place + 1, False, False
+    return None
+
+
+_WITHOUT_END = 2**31
+_FEW = 8
+_COUNTED = re.compile(r"\{(?=[\d,]*\d)(\d{0,9})(,?)(\d{0,9})\}")
+
+
+def _repetition(pattern: str, place: int) -> tuple[int, int, int]:
+    """How often the repetition at `place` repeats at the least and at the most, and where it ends;
+    that is `place` for a brace that counts nothing.
+    """
+    character, after = pattern[place], place + 1
+    least, most = {"?": (0, 1), "*": (0, _WITHOUT_END), "+": (1, _WITHOUT_END)}.get(
+        character, (0, 0)
+    )
+    if character == "{":
+        found = _COUNTED.match(pattern, place)
+        if found is None:
+            return 0, 0, place
+        few, comma, many = found.groups()
+        least, after = int(few or 0), found.end()
+        most = int(many) if many else _WITHOUT_END if comma else least
+    marks = "?" if character == "{" else "?+"  # lazy, or for good
+    if pattern[after : after + 1] in tuple(marks):
+        after += 1
+    return least, most, after
+
+
+def _after_class(pattern: str, place: int) -> int:
+    """The place after the class of characters that starts at `place`; classes may be nested."""
+    depth = 0
+    while place < len(pattern):
+        character = pattern[place]
+        if character == "\\":
+            place += 2
+            continue
+        depth += (character == "[") - (character == "]")
+        place += 1
+        if not depth:
+            break
+        if character == "[" and pattern[place : place + 1] == "^":
+            place += 1
+        if character == "[" and pattern[place : place + 1] == "]":
+            place += 1  # the first stands for itself
+    return place
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Turns a panic of the tokenizers library, which no `except Exception` catches, into an
+    ArtifactError; and the plain Exception that its errors are.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error) and type(error) is not Exception:
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        raise ArtifactError(
+            f"the artifact's tokenizer failed ({reason:.200}); compile the model again, with the "
+            "tokenizer that belongs to it"
+        ) from error
+
+
+@contextmanager
+def panics_caught() -> Iterator[None]:
+    """As `guarded`, of panics alone: for what runs a caller's own code too."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        with guarded():
+            raise
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an exception is what Rust's panics become; its class can't be imported."""
+    return type(error).__name__ == "PanicException"
