@@ -366,6 +366,7 @@ def test_calls_that_are_no_calls_of_the_operator() -> None:
     refused("aten.neg.default", "too many arguments", X, X)
     refused("aten.neg.default", "it has no argument 'other'", X, other=X)
     refused("aten.mul.Tensor", "argument self is given twice", X, X, self=X)
+    refused("aten.mul.Tensor", "argument other must stand in its place", X, other=X)
     refused("aten.segment_reduce.default", "not an operator that graphs may name", X, "sum")
 
 

@@ -281,6 +281,8 @@ def call(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str
             need(not by_name, f"argument {one.name} is given twice")
             value = args[place]
         elif by_name:
+            # Kernels are put into graphs by the places of arguments.
+            need(one.keyword_only, f"argument {one.name} must stand in its place")
             value = kwargs[one.name]
         else:
             need(not one.required, f"argument {one.name} is missing")

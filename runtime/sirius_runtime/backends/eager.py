@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from sirius_runtime.decoder import Decoder, Uniform
-from sirius_runtime.errors import ArtifactError
+from sirius_runtime.errors import ArtifactError, SiriusError
 from sirius_runtime.graph import INPUT, WEIGHT, from_document
 from sirius_runtime.graph_check import check_graph
 from sirius_runtime.kernels.rewrite import with_kernels
@@ -78,14 +78,20 @@ class EagerBackend:
 
     @torch.inference_mode()
     def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        bound = self._entries[entry]
-        if bound.runs is None:
-            bound.runs = bound.module if self.device.type != "cpu" else with_kernels(bound.module)
+        bound, on_cpu = self._entries[entry], self.device.type == "cpu"
         with blaming_the_graph(entry):
+            if bound.runs is None:
+                bound.runs = with_kernels(bound.module) if on_cpu else bound.module
             return self._named(entry, bound.runs(*bound.arguments(inputs)))
 
     def _named(self, entry: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self._outputs[entry], values, strict=True))
+
+
+_FAULTS = (
+    *(RuntimeError, ValueError, TypeError, LookupError, ArithmeticError),
+    *(AttributeError, AssertionError),
+)
 
 
 @contextmanager
@@ -96,9 +102,9 @@ def blaming_the_graph(entry: str) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):
+    except (SiriusError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (RuntimeError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
+    except _FAULTS as error:
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         if "allocate memory" in reason:
             raise

@@ -148,7 +148,8 @@ def _norm(node: Any) -> tuple[Any, ...] | None:
     if not _calls(node, aten.mul.Tensor):
         return None
     weight, stored = node.args
-    if not (_calls(stored, aten.to.dtype) and len(stored.args) == 2):
+    given = isinstance(weight, fx.Node) and _calls(stored, aten.to.dtype)
+    if not (given and len(stored.args) == 2):
         return None
     scaled, dtype = stored.args
     if not _calls(scaled, aten.mul.Tensor):
@@ -176,6 +177,8 @@ def _rotation(node: Any) -> tuple[Any, ...] | None:
     if not (_calls(straight, aten.mul.Tensor) and _calls(across, aten.mul.Tensor)):
         return None
     (x, cosine), (turned, sine) = straight.args, across.args
+    if not all(isinstance(value, fx.Node) for value in (x, cosine, sine)):
+        return None
     if not (_is(turned, aten.cat.default, -1) and len(turned.args[0]) == 2):
         return None
     negative, first = turned.args[0]
