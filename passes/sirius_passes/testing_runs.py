@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 from sirius_passes.program import OUTPUTS, Program, Stage, calls
 from sirius_passes.weight_views import transposed_shape
 from sirius_runtime.dtypes import dtype_of
-from sirius_runtime.graph import INPUT, WEIGHT, from_document, placeholders, to_document
+from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders, subgraph
 
 Tensors = Mapping[str, Tensor]
 
@@ -54,8 +55,8 @@ def run_graph(
 def runnable(
     module: fx.GraphModule, dtype: torch.dtype
 ) -> Callable[[Tensors, Tensors], dict[str, Tensor]]:
-    """`run_graph` of one graph, to be called many times. Goes by way of the graph's document."""
-    graph = from_document(to_document(module), dtype, torch.device("cpu"))
+    """`run_graph` of one graph, to be called many times."""
+    graph = _in_dtype(module, dtype)
     bound = [node.meta for node in graph.graph.nodes if node.op == "placeholder"]
     names = module.graph.output_node().meta[OUTPUTS]
 
@@ -65,6 +66,25 @@ def runnable(
             return dict(zip(names, graph(*arguments), strict=True))
 
     return run
+
+
+def _in_dtype(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
+    """A copy that computes in `dtype`. As a document it would be read so, but a captured graph
+    calls operators that no document may name.
+    """
+    root, graph = torch.nn.Module(), fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+
+    def constant(value: Any) -> Any:
+        return dtype if value is CAPTURE_DTYPE else value
+
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            root.add_module(str(node.target), _in_dtype(subgraph(node), dtype))
+        own = env[node] = graph.node_copy(node, env.__getitem__)
+        own.args = fx.node.map_aggregate(own.args, constant)
+        own.kwargs = fx.node.map_aggregate(own.kwargs, constant)
+    return fx.GraphModule(root, graph)
 
 
 def random_weights(

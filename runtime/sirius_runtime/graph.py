@@ -146,6 +146,8 @@ def _from_document(
                 node.meta[op] = record["bound"]
             elif op == "call":
                 args = tuple(decode(a) for a in record["args"])
+                if record["target"].startswith("python.") and not isinstance(args[0], fx.Node):
+                    raise ArtifactError(f"graph: node {name} computes with constants alone")
                 kwargs = {_identifier(k): decode(v) for k, v in record.get("kwargs", {}).items()}
                 node = graph.create_node(
                     "call_function", _target_of(record["target"]), args, kwargs, name=name
