@@ -108,12 +108,13 @@ def _node_findings(graph: fx.Graph) -> Iterator[str]:
 
 
 def _period_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
-    yield from _sound_findings(program, module)
     layers: list[Any] = []
     for part in (module, *subgraphs(module)):
         for node in part.graph.nodes:
             if mutates(node):
                 yield f"node {node.name} ({node.target}) mutates; state goes in and comes out here"
+    yield from _sound_findings(program, module)
+    for part in (module, *subgraphs(module)):
         layers += [node.args[11] for node in calls(part.graph, sirius.block_attention.default)]
     tokens = outputs(module.graph).get("tokens")
     drafts = tokens is not None and tokens.meta["val"].shape[1] > 1
