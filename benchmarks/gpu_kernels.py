@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import sirius_runtime.ops  # registers the operators
+import sirius_runtime.operators  # registers the operators
 from sirius_runtime.command_line import finish
 from sirius_runtime.kernels.cuda.available import launchers
 from sirius_runtime.ops import attention, linear, mlp
@@ -435,7 +435,7 @@ def machine() -> str:
     """The GPU, the versions and the commit that the numbers are of."""
     import triton
 
-    folder = Path(sirius_runtime.ops.__file__).parent
+    folder = Path(sirius_runtime.operators.__file__).parent
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=folder,

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import sirius_runtime.ops  # noqa: F401  (registers the operators)
+import sirius_runtime.operators  # noqa: F401  (registers the operators)
 from benchmarks.memory import in_large_pages
 from sirius_runtime.command_line import finish, positive_number, threads_argument
 from sirius_runtime.kernels.native import kernels, references

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-import sirius_runtime.ops  # noqa: F401  (registers sirius::attention)
+import sirius_runtime.operators  # noqa: F401  (registers sirius::attention)
 from sirius_compile.experts import Experts
 from sirius_compile.precision import keep_as_found, keep_as_loaded
 from sirius_compile.rope import place_tokens_alone

@@ -417,7 +417,7 @@ def test_threads_of_python_may_call_at_once() -> None:
 def test_a_forked_process_works_without_its_parent_s_threads() -> None:
     require(InstructionSet.PORTABLE)
     script = """
-import os, torch, sirius_runtime.ops
+import os, torch, sirius_runtime.operators
 torch.set_num_threads(3)
 x, w = torch.randn(1, 512), torch.randn(4096, 512)
 expected = torch.ops.sirius.linear(x, w)

@@ -32,7 +32,7 @@ for isa in instruction_sets():
 TOO_SHORT = """
 import sys, torch
 import tests.support.sanitized
-import sirius_runtime.ops
+import sirius_runtime.operators
 from sirius_runtime.kernels import linear
 from sirius_runtime.kernels.native import kernels
 x, w, y = torch.ones(40), torch.ones(8, 64), torch.empty(8)

@@ -118,7 +118,7 @@ def test_memory_that_runs_out_in_a_helper_is_an_error() -> None:
     """Tasks of attention need about 100 MB each for such heads, and there are 60 in all."""
     require(InstructionSet.PORTABLE)
     script = """
-import resource, torch, sirius_runtime.ops
+import resource, torch, sirius_runtime.operators
 from pathlib import Path
 torch.set_num_threads(3)
 D = 1 << 20

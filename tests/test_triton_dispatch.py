@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import sirius_runtime.ops  # noqa: F401  (registers the operators)
+import sirius_runtime.operators  # noqa: F401  (registers the operators)
 from sirius_runtime.kernels.cuda import available, operators
 from sirius_runtime.kernels.native import VARIABLE, KernelWarning, references
 
@@ -133,7 +133,7 @@ def test_importing_the_operators_imports_no_triton() -> None:
         "import sys\n"
         "import torch\n"
         "before = 'triton' in sys.modules\n"
-        "import sirius_runtime, sirius_runtime.ops\n"
+        "import sirius_runtime, sirius_runtime.operators\n"
         "assert ('triton' in sys.modules) == before\n"
         "assert not any(m.startswith('sirius_runtime.kernels.cuda.device') for m in sys.modules)\n"
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-import sirius_runtime.ops  # noqa: F401  (registers the sirius:: operators)
+import sirius_runtime.operators  # noqa: F401  (registers the sirius:: operators)
 from sirius_runtime import graph_rules as rules
 from sirius_runtime import graph_rules_of_ours as ours
 from sirius_runtime.graph_rules import Array, CallError, Scalar, need

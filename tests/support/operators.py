@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-import sirius_runtime.ops  # noqa: F401  (registers the operators)
+import sirius_runtime.operators  # noqa: F401  (registers the operators)
 from tests.support import naive
 
 sirius = torch.ops.sirius

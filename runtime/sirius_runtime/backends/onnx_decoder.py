@@ -7,10 +7,11 @@ state and its bookkeeping. Shape letters as in `sirius_runtime.session`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from sirius_runtime.backends.onnx_graphs import OnnxGraphs
 from sirius_runtime.backends.onnx_state import Caches, DeviceCaches, HostCaches
 from sirius_runtime.decoder import RowPeriod, Uniform
 from sirius_runtime.logits_options import TokenLogprobs
@@ -20,9 +21,6 @@ from sirius_runtime.request import Request
 from sirius_runtime.sampling import NO_TOKEN
 from sirius_runtime.sizes import PREFILL_CHUNK, cache_slots
 from sirius_runtime.stats import Phase, StatsRecorder, measured_density
-
-if TYPE_CHECKING:
-    from sirius_runtime.backends.onnx import OnnxBackend
 
 _STAYS = ("k_new", "v_new", "k_kept", "v_kept")
 """Outputs that are read by other graphs alone: on a device they stay there."""
@@ -35,7 +33,7 @@ class OnnxDecoder:
 
     def __init__(
         self,
-        backend: OnnxBackend,
+        backend: OnnxGraphs,
         request: Request,
         rows: int,
         tokens: int,

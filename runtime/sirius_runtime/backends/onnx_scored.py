@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from sirius_runtime.backends.onnx_decoder import OnnxDecoder
+from sirius_runtime.backends.onnx_graphs import OnnxGraphs
 from sirius_runtime.decoder import RowPeriod, Uniform
 from sirius_runtime.drafting import begin, extend, first_levels
 from sirius_runtime.logits_options import TokenLogprobs
@@ -24,9 +24,6 @@ from sirius_runtime.scorer import Scorer
 from sirius_runtime.session import greedy
 from sirius_runtime.stats import Phase, StatsRecorder
 
-if TYPE_CHECKING:
-    from sirius_runtime.backends.onnx import OnnxBackend
-
 
 class ScoredOnnxDecoder(OnnxDecoder):
     """As `OnnxDecoder`, for chains, with processed logits in the place of logits; see
@@ -35,7 +32,7 @@ class ScoredOnnxDecoder(OnnxDecoder):
 
     def __init__(
         self,
-        backend: OnnxBackend,
+        backend: OnnxGraphs,
         request: Request,
         rows: int,
         tokens: int,

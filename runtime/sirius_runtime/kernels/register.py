@@ -27,7 +27,7 @@ KERNELS = (
 
 
 def register() -> None:
-    """Called once, when `sirius_runtime.ops` has defined its operators."""
+    """Called once, by `sirius_runtime.operators`, when the operators are defined."""
     for kernel in KERNELS:
         define_cpu(kernel)
     for operator in operators():

@@ -1,7 +1,7 @@
 """The `sirius::` operators: schema, fake (shapes only) and plain-PyTorch reference of each.
 
-Importing this package registers them with torch, and the CPU kernels (`sirius_runtime.kernels`)
-behind them; those are built when one is first called. Shape letters in all its modules: `B` rows,
+Importing this package registers them with torch; `sirius_runtime.operators` puts the kernels behind
+them. Shape letters in all its modules: `B` rows,
 `T` tokens of the call, `M` block slots, `S` cache slots, `H` query heads, `G` key/value heads, `D`
 head dim, `C` hidden size, `I` neurons of an MLP, `K` kept neurons, `O` output features of a linear;
 in a mixture, `N` tokens of all rows, `E` experts, `k` of a token.
@@ -9,9 +9,6 @@ in a mixture, `N` tokens of all rows, `E` experts, `k` of a token.
 
 from __future__ import annotations
 
-from sirius_runtime.kernels.register import register
 from sirius_runtime.ops import attention, linear, mlp, moe
 
 __all__ = ["attention", "linear", "mlp", "moe"]
-
-register()

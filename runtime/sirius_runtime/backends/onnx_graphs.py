@@ -1,0 +1,214 @@
+"""An artifact's ONNX graphs and weights in ONNX Runtime.
+
+Graphs are opened when they are first needed. On the CPU the float32 weights of all of them are the
+artifact's own bytes, mapped: kernels are kept from packing copies of them. Of float16 weights each
+opened graph has float32 copies there, because the CPU's kernels compute in that. On a GPU each
+opened graph holds the weights that it reads, as each session of ONNX Runtime does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sirius_runtime.artifact import Artifact, Slot
+from sirius_runtime.errors import BackendError
+from sirius_runtime.onnx_files import SELECT, WEIGHTS_FILE, expert_name, graph_file, read_program
+from sirius_runtime.plan import Limits
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_BFLOAT16 = 16  # ONNX's number of the one stored dtype that NumPy lacks
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+_PROBE = "pick"  # a graph without weights
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class HostClock:
+    """A device whose work is over when a call returns: ONNX Runtime waits for it."""
+
+    type: str = "cpu"
+
+
+class Graph(NamedTuple):
+    """An `InferenceSession`, and the names of its inputs and outputs."""
+
+    session: Any
+    inputs: frozenset[str]
+    outputs: tuple[str, ...]
+
+
+class OnnxGraphs:
+    """The graphs, opened when they are first needed, and what there is to know of them."""
+
+    device = HostClock()
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        providers: Sequence[str] | None,
+        threads: int | None,
+        progress: Progress,
+    ) -> None:
+        """providers: execution providers in order of preference, all of which must work; by default
+        CUDA where it works, and the CPU else, which `progress` is told. threads: of one operator.
+
+        Raises BackendError for an artifact without ONNX graphs, for a provider that is not there,
+        and for graphs that the installed ONNX Runtime is too old for.
+        """
+        self._ort = _onnxruntime()
+        self.program = artifact.program
+        self._onnx = read_program(artifact)
+        self.limits: Limits | None = Limits(
+            self.program.period.period, self.program.period.tree_width
+        )
+        self.dtype = np.dtype(str(self._onnx.model.dtype))
+        self.itemsize = self.dtype.itemsize
+        self.kept = self._onnx.kept
+        self._graphs = {name: artifact.read_bytes(graph_file(name)) for name in self._onnx.graphs}
+        self._weights = _values(self._ort, *artifact.weight_slots())
+        self.threads = threads or os.cpu_count() or 1  # at the most
+        self._threads = threads or 0  # 0: as many as ONNX Runtime thinks best
+        self._opened: dict[str, Graph] = {}
+        self.providers = self._providers(providers, progress)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether state lives in a GPU's memory."""
+        return self.providers[0] == CUDA
+
+    def graph(self, name: str) -> Graph:
+        """The graph of that name, opened."""
+        if name not in self._opened:
+            session = self._session(name, self.providers)
+            self._opened[name] = Graph(
+                session,
+                frozenset(i.name for i in session.get_inputs()),
+                tuple(o.name for o in session.get_outputs()),
+            )
+        return self._opened[name]
+
+    def value(self, array: np.ndarray) -> Any:
+        """An `OrtValue`: on the CPU it is the array's own memory, else a copy on the device."""
+        if self.on_device:
+            return self._ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0)
+        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    def _session(self, graph: str, providers: Sequence[str], *, quiet: bool = False) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        # A packed weight is a second copy of it, of which every graph would have its own.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        # Of its optimiser's warnings a user can mend none.
+        options.log_severity_level = 4 if quiet else 3
+        # Runs once a prompt: what it needs in between would stay allocated beside what it gathers.
+        options.enable_cpu_mem_arena = graph != SELECT
+        spec = self._onnx.graphs[graph]
+        in_place, copied = list(spec.weights), list(spec.constants)
+        if self.dtype != np.float32 and list(providers) == [CPU]:  # made float32 there, all of them
+            in_place, copied = [], in_place + copied
+        for name in in_place:
+            options.add_initializer(name, self._weights[name])
+        if copied:
+            options.add_external_initializers(copied, [self._weights[name] for name in copied])
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                # The file that the weights' places name must exist, though nothing is read of it.
+                (Path(folder) / WEIGHTS_FILE).touch()
+                options.add_session_config_entry(_WEIGHTS_FOLDER, folder)
+                return self._ort.InferenceSession(
+                    self._graphs[graph], options, providers=list(providers)
+                )
+        except Exception as error:  # the library's own classes share no public root
+            raise BackendError(self._refusal(graph, error)) from error
+
+    def _refusal(self, graph: str, error: Exception) -> str:
+        own, program = self._ort.__version__, self._onnx
+        reason = " ".join(str(error).split())
+        return (
+            f"onnxruntime {own} does not take the graph {graph!r} (ONNX opset {program.opset}, IR "
+            f"version {program.ir_version}): {reason:.300}; if it is too old: pip install "
+            "--upgrade onnxruntime; else use backend eager"
+        )
+
+    def _providers(self, wanted: Sequence[str] | None, progress: Progress) -> list[str]:
+        available = self._ort.get_available_providers()
+        for name in wanted or ():
+            if name not in available:
+                raise BackendError(
+                    f"onnxruntime {self._ort.__version__} has no {name} here (it has: "
+                    f"{', '.join(available)}); {_remedy(name)}"
+                )
+        found = CUDA in available and _has_driver()
+        chosen = list(wanted) if wanted else [CUDA] * found
+        for name in [n for n in chosen if n != CPU]:
+            if name not in self._session(_PROBE, [name, CPU], quiet=True).get_providers():
+                if wanted:
+                    raise BackendError(
+                        f"{name} can't be started here (no such device, or its libraries are "
+                        f"missing); {_remedy(name)}, or leave providers out"
+                    )
+                chosen.remove(name)
+        chosen = list(dict.fromkeys([*chosen, CPU]))  # which takes what the others can't
+        progress(f"onnxruntime {self._ort.__version__} on {chosen[0]}")
+        return chosen
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            f"backend onnxruntime needs the package onnxruntime ({error}); pip install onnxruntime "
+            "(or onnxruntime-gpu)"
+        ) from error
+    return onnxruntime
+
+
+def _has_driver() -> bool:
+    """Whether CUDA's driver is here: without it ONNX Runtime's own attempt fills the terminal."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+def _remedy(provider: str) -> str:
+    if provider == CUDA:
+        return "pip install onnxruntime-gpu, with the CUDA and cuDNN versions that it names"
+    return "install the build of onnxruntime that has it"
+
+
+def _values(ort: Any, buffer: mmap.mmap, slots: Mapping[str, Slot]) -> dict[str, Any]:
+    """Each weight, and each expert's matrix of one, as an `OrtValue` over the mapped file: no byte
+    is read or copied here."""
+
+    def value(array: np.ndarray, slot: Slot) -> Any:
+        if slot.dtype.name == "bfloat16":
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+        return ort.OrtValue.ortvalue_from_numpy(array)
+
+    values = {}
+    for name, slot in slots.items():
+        count, kind = math.prod(slot.shape), slot.dtype.name
+        stored = np.int16 if kind == "bfloat16" else np.dtype(kind)
+        array = np.frombuffer(buffer, stored, count, slot.start).reshape(slot.shape)
+        values[name] = value(array, slot)
+        if array.ndim == 3:
+            for index, matrix in enumerate(array):
+                values[expert_name(name, index)] = value(matrix, slot)
+    return values
