@@ -34,6 +34,7 @@ PROGRAM = f"{FOLDER}program.json"
 WEIGHTS_FILE = "weights.safetensors"
 SELECT = "select"
 """The graph that chooses a prompt's neurons and gathers their weights."""
+_GRAPHS = ("prefill", "sparse", "full", "period", "pick", "write")
 _CHUNK_BYTES = 16 * 2**20
 
 
@@ -126,7 +127,38 @@ def read_program(artifact: Artifact) -> OnnxProgram:
             f"or add them by: python -m sirius_compile.onnx {artifact.path} --out with-onnx.sirius"
             f"{' --dtype float32' * other}"
         )
-    return from_json(OnnxProgram, artifact.read_json(PROGRAM), PROGRAM)
+    try:
+        found = from_json(OnnxProgram, artifact.read_json(PROGRAM), PROGRAM)
+        _check_program(found, artifact)
+    except ArtifactError as error:
+        raise ArtifactError(f"{artifact.path}: {error}; compile it again") from error
+    return found
+
+
+def _check_program(found: OnnxProgram, artifact: Artifact) -> None:
+    """The same program as the manifest's, all of its graphs, and no weights but those stored."""
+    program = artifact.program
+    told = {
+        "model": (found.model, program.model),
+        "state": (found.state, program.state),
+        "method": (found.method, program.sparsity.method),
+        "period": (found.period, program.period),
+        "eos_token_ids": (found.eos_token_ids, program.eos_token_ids),
+    }
+    for name, (own, expected) in told.items():
+        if own != expected:
+            raise ArtifactError(f"{PROGRAM}: {name} contradicts the manifest")
+    needed = {*_GRAPHS, *(SELECT,) * bool(found.kept)}
+    if missing := sorted(needed - found.graphs.keys()):
+        raise ArtifactError(f"{PROGRAM}: there is no graph {', '.join(missing)}")
+    names = set(artifact.names(FOLDER))
+    weights = places(program.weights).keys()
+    for name, graph in found.graphs.items():
+        if graph_file(name) not in names:
+            raise ArtifactError(f"{PROGRAM}: there is no entry {graph_file(name)!r}")
+        for weight in (*graph.weights, *graph.constants):
+            if weight not in weights:
+                raise ArtifactError(f"{PROGRAM}: weight {weight!r} of {name} is not stored")
 
 
 def export_onnx(path: str | Path, folder: str | Path, *, force: bool = False) -> list[Path]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import TorchDynamoException
 
-from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.backends.eager import EagerBackend, blaming_the_graph
 from sirius_runtime.backends.inductor_cache import keeps_code_in
 from sirius_runtime.backends.period import Progress
 from sirius_runtime.cache import CACHE_VARIABLE, cache_folder, private_folder
@@ -82,9 +82,10 @@ class InductorBackend(EagerBackend):
         arguments = self._entries[entry].arguments(inputs)
         bucket = self._bucket(entry, inputs)
         compiled = self._compiled.get((entry, bucket))
-        if compiled is None:
-            return self._named(entry, self._compile(entry, bucket, inputs, arguments))
-        return self._named(entry, compiled(*arguments))
+        with blaming_the_graph(entry):
+            if compiled is None:
+                return self._named(entry, self._compile(entry, bucket, inputs, arguments))
+            return self._named(entry, compiled(*arguments))
 
     def _bucket(self, entry: str, inputs: Mapping[str, Tensor]) -> Bucket:
         ones = {

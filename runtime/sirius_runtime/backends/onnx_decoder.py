@@ -14,6 +14,7 @@ import numpy as np
 from sirius_runtime.backends.onnx_graphs import OnnxGraphs
 from sirius_runtime.backends.onnx_state import Caches, DeviceCaches, HostCaches
 from sirius_runtime.decoder import RowPeriod, Uniform
+from sirius_runtime.errors import ArtifactError
 from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.onnx_files import SELECT
 from sirius_runtime.plan import INTEGERS, Plan, sampling_numbers
@@ -206,7 +207,7 @@ class OnnxDecoder:
         for name in self._backend.kept:
             binding.bind_output(name, "cuda" if self._backend.on_device else "cpu")
         self._kept_weights.clear()  # before their successors need room
-        session.run_with_iobinding(binding)
+        run_bound(SELECT, session, binding)
         self._kept_weights = dict(zip(self._backend.kept, binding.get_outputs(), strict=True))
 
     def _tokens(
@@ -246,9 +247,23 @@ class OnnxDecoder:
         for name in names:
             on_device = backend.on_device and name in _STAYS
             binding.bind_output(name, "cuda" if on_device else "cpu")
-        session.run_with_iobinding(binding)
+        run_bound(graph, session, binding)
         outputs = zip(names, binding.get_outputs(), strict=True)
         return {name: value if name in _STAYS else value.numpy() for name, value in outputs}
+
+
+def run_bound(graph: str, session: Any, binding: Any) -> None:
+    """Runs a graph; ArtifactError for what ONNX Runtime raises of it, but for want of memory."""
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:  # the library's own classes share no public root
+        reason = " ".join(str(error).split())
+        if "allocate" in reason:
+            raise
+        raise ArtifactError(
+            f"ONNX graph {graph!r} failed as it ran ({reason:.300}); the artifact may be damaged: "
+            "compile the model again"
+        ) from error
 
 
 def _scalars(numbers: Mapping[str, int | float]) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.backends.eager import EagerBackend, blaming_the_graph
 from sirius_runtime.backends.inductor_cache import keeps_code_in
 from sirius_runtime.cache import CACHE_VARIABLE, cache_folder, is_own, private_folder
 from sirius_runtime.errors import BackendError, ConfigError
@@ -87,7 +87,8 @@ class AotiBackend(PeriodBackend):
     def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if entry != PERIOD:
             return super().run(entry, inputs)
-        return self._named(entry, self._compiled(*self._entries[entry].arguments(inputs)))
+        with blaming_the_graph(entry):
+            return self._named(entry, self._compiled(*self._entries[entry].arguments(inputs)))
 
 
 def _fingerprint(backend: AotiBackend, document: JSON) -> str:
