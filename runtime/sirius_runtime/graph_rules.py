@@ -208,6 +208,10 @@ def quotient(a: Operand, b: Operand) -> Array:
     return made(floating(promoted(a, b)), _both(a, b))
 
 
+def rounded_quotient(a: Operand, b: Operand, mode: str | None = None) -> Array:
+    return quotient(a, b) if mode is None else floor_quotient(a, b)
+
+
 def floor_quotient(a: Operand, b: Operand) -> Array:
     need(b != 0, "a division by 0")
     dtype = promoted(a, b)
@@ -535,6 +539,11 @@ def squeeze(x: Array, dim: Any) -> Array:
     return Array(x.dtype, shape)
 
 
+def squeeze_all(x: Array) -> Array:
+    need(all(isinstance(size, int) for size in x.shape), f"some dimension of {x} may be 1, or not")
+    return Array(x.dtype, tuple(size for size in x.shape if size != 1))
+
+
 def cat(arrays: Sequence[Array], dim: Any = 0) -> Array:
     first = arrays[0]
     place = axis(dim, len(first.shape))
@@ -636,6 +645,11 @@ def index_copy(x: Array, dim: Any, index: Array, source: Array) -> Array:
     wanted = (*x.shape[:place], index.shape[0], *x.shape[place + 1 :])
     need(source == Array(x.dtype, wanted), f"{source} does not go into {x} at {index}")
     return x
+
+
+def index_add(x: Array, dim: Any, index: Array, source: Array, alpha: Number = 1) -> Array:
+    need(alpha == 1 and type(alpha) is int, "alpha must be 1")
+    return index_copy(x, dim, index, source)
 
 
 def index(x: Array, indices: Sequence[Array | None]) -> Array:
