@@ -57,11 +57,10 @@ def test_every_operator_is_torch_s_and_of_known_arguments(name: str) -> None:
 
 def test_what_a_rule_lets_through_runs_and_gives_what_it_says() -> None:
     """Random arguments of each operator's schema: torch runs what the rule accepts."""
-    chance = random.Random(0)
     for name in ATEN:
         if name in _OF_THE_HOST:
             continue
-        target, accepted = overload(name), 0
+        target, accepted, chance = overload(name), 0, random.Random(name)
         for _ in range(TRIES):
             args, kwargs = drawn(target, name, chance)
             accepted += agrees(target, args, kwargs)
@@ -70,7 +69,7 @@ def test_what_a_rule_lets_through_runs_and_gives_what_it_says() -> None:
 
 
 TRIES = 400
-_RARE = {"aten.addmm.default", "aten.einsum.default", "aten.index_add.default"}
+_RARE = {"aten.addmm.default", "aten.einsum.default"}
 """Random shapes seldom fit."""
 
 
@@ -92,8 +91,8 @@ def test_products_that_chance_seldom_makes() -> None:
 
 @pytest.mark.slow
 def test_what_a_rule_lets_through_runs_for_many_more() -> None:
-    chance = random.Random(1)
     for name in ATEN:
+        chance = random.Random(f"{name}, more")
         if name not in _OF_THE_HOST:
             for _ in range(20 * TRIES):
                 agrees(overload(name), *drawn(overload(name), name, chance))
@@ -199,6 +198,8 @@ def tensor(name: str, shape: list[int], dtype: torch.dtype, chance: random.Rando
     if chance.random() < 0.2:
         shape = shape[1:] if chance.random() < 0.5 else [2, *shape]
     if name in ("index", "indices"):
+        if chance.random() < 0.4:  # a list of places
+            shape = [chance.choice((1, 2, 3))]
         dtype = torch.int64 if chance.random() < 0.9 else dtype
     elif name in ("mask", "condition"):
         dtype = torch.bool

@@ -105,6 +105,7 @@ OPERATORS: dict[str, Row] = {
     "aten.ne.Tensor": Row(rules.comparison),
     "aten.pow.Scalar": Row(rules.power_of),
     "aten.pow.Tensor_Scalar": Row(rules.power),
+    "aten.pow.Tensor_Tensor": Row(rules.power_by),
     "aten.sub.Tensor": _of_two(rules.difference),
     "aten.where.ScalarOther": Row(rules.where),
     "aten.where.self": Row(rules.where),

@@ -244,6 +244,12 @@ def clamp(x: Array, least: Number | None = None, most: Number | None = None) -> 
     return Array(dtype, x.shape)
 
 
+def power_by(x: Array, exponent: Array) -> Array:
+    dtype = promoted(x, exponent)
+    need(dtype.is_floating_point, "floating point numbers are needed")
+    return made(dtype, _both(x, exponent))
+
+
 def power_of(base: Number, x: Array) -> Array:
     dtype = promoted(x, base)
     need(dtype is not torch.bool, "numbers are needed, found bool")
