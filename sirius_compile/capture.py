@@ -30,6 +30,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import sirius_runtime.operators  # noqa: F401  (registers sirius::attention)
 from sirius_compile.experts import Experts
+from sirius_compile.live import check_modules, main_dtype
 from sirius_compile.precision import keep_as_found, keep_as_loaded
 from sirius_compile.rope import place_tokens_alone
 from sirius_passes.program import DENSE, OUTPUTS, Program, Stage, calls
@@ -52,17 +53,32 @@ class MaskRule:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a captured graph reads of a checkpoint.
+
+    `shapes`: of its weights, by name. `aliases`: by weight, the other names of the same tied
+    weight. `names`: of all that the model has a place for. `ignored`: patterns of what else its
+    checkpoints may hold. `base`: the first part of the names of all but the head.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, tuple[str, ...]]
+    names: frozenset[str]
+    ignored: tuple[str, ...] = ()
+    base: str = ""
+
+
+@dataclass(frozen=True)
 class Capture:
     """A captured model.
 
     `program` is at stage CAPTURED. `constants` are buffers that no checkpoint holds (rotary
-    frequencies), by name, with real values. `aliases` maps each weight's name to the other names of
-    the same tied weight.
+    frequencies), by name, with real values. `wanted`: what the rest of its weights are.
     """
 
     program: Program
     constants: Mapping[str, Tensor]
-    aliases: Mapping[str, tuple[str, ...]]
+    wanted: Wanted
 
 
 def capture(
@@ -70,12 +86,13 @@ def capture(
     *,
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.bfloat16,
-    found: Mapping[str, torch.dtype] | None = None,
+    live: nn.Module | None = None,
 ) -> Capture:
     """Captures the decoder that `config` describes.
 
-    dtype: the program's. found: dtypes by name of a model in memory in that dtype; without them,
-    weights are kept in float32 as transformers keeps those that it loads.
+    dtype: the program's. live: the model in memory that is to be captured, whose weights keep the
+    dtypes that they have where it is in that dtype; otherwise weights are kept in float32 as
+    transformers keeps those that it loads.
 
     Raises UnsupportedModelError, naming the module or the reason, for a model that can't be
     captured.
@@ -88,10 +105,12 @@ def capture(
     with _refusing(config.model_type), torch.no_grad():
         with fake:
             model = _build(config, trust_remote_code, CAPTURE_DTYPE)
-            if found is None:
+            if live is not None:
+                check_modules(live, model)
+            if live is None or dtype.itemsize > 2 or main_dtype(live) is not dtype:
                 keep_as_loaded(model, dtype)
             else:
-                keep_as_found(model, found, dtype)
+                keep_as_found(model, live, dtype)
         experts.look_at(model)
         place_tokens_alone(model, config)
         with fake:
@@ -100,7 +119,17 @@ def capture(
     aliases = _aliases(model)
     program = _program(exported, model, aliases)
     constants = _constants(config, trust_remote_code, list(program.weights.values()), dtype)
-    return Capture(program, constants, {name: aliases.get(name, ()) for name in program.weights})
+    return Capture(
+        program,
+        constants,
+        Wanted(
+            {n: spec.shape for n, spec in program.weights.items() if n not in constants},
+            {name: aliases.get(name, ()) for name in program.weights},
+            names=frozenset(model.state_dict()),
+            ignored=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+            base=str(getattr(model, "base_model_prefix", "")),
+        ),
+    )
 
 
 @contextmanager

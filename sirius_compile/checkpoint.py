@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import torch
@@ -13,13 +13,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from sirius_compile.models import INDEX_FILE, SINGLE_FILE, ModelSource
+from sirius_compile.capture import Wanted
+from sirius_compile.config_check import read_object
+from sirius_compile.live import MERGE
+from sirius_compile.models import INDEX_FILE, SINGLE_FILE, ModelSource, whole_config
+from sirius_compile.text_model import text_config, text_names
 from sirius_runtime.dtypes import dtype_name, dtype_of
 from sirius_runtime.errors import ModelNotFoundError, UnsupportedModelError
 from sirius_runtime.spec import DType
 
 _FLOATS = tuple(dtype_of(name) for name in DType)
 _AGAIN = "download or save the model again"
+_HARMLESS = (r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$", r"position_ids$")
+"""Buffers that older releases of transformers saved, and that models now make themselves."""
+_ADAPTER = re.compile(r"\.lora_|\.base_layer\.|\.modules_to_save\.")
+_LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
 
 class WeightSource(Protocol):
@@ -98,10 +106,16 @@ class _StateDict:
 
 
 class _Renamed:
-    """A weight source under other names."""
+    """Tensors of a store under other names: name → name there."""
 
-    def __init__(self, source: WeightSource, names: Mapping[str, str]) -> None:
+    def __init__(self, source: _Store, names: Mapping[str, str]) -> None:
         self._source, self._names = source, names
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(self._names[name])
 
     def get(self, name: str) -> Tensor:
         return self._source.get(self._names[name])
@@ -113,20 +127,25 @@ class _Renamed:
 def open_weights(
     source: ModelSource,
     config: PretrainedConfig,
-    names: Mapping[str, tuple[int, ...]],
-    aliases: Mapping[str, tuple[str, ...]],
+    wanted: Wanted,
+    warn: Callable[[str], None] = lambda warning: None,
 ) -> WeightSource:
-    """The weights of `names` (name → shape), mapped where the files hold them as the model does.
+    """The weights of a captured graph, mapped where the files hold them as the model does.
 
-    A tied weight may stand under any of its `aliases`. Where names or shapes differ (transformers
-    renames and converts at load), the model is loaded and its state dict taken. Raises
-    UnsupportedModelError where a weight is in neither, or where tied weights differ.
+    A tied weight may stand under any of its names. Where names or shapes differ (transformers
+    renames and converts at load), the model is loaded and its state dict taken. `warn` is told what
+    of the checkpoint is left out. Raises UnsupportedModelError where a weight is in neither, where
+    tied weights differ, and where an adapter or layers would be left out.
     """
-    checkpoint = Checkpoint(source.directory)
+    names, aliases = wanted.shapes, wanted.aliases
+    files = Checkpoint(source.directory)
+    checkpoint, prefixes = _text_part(source, files, config, wanted, warn)
     homes = _homes(source, checkpoint, names, aliases)
     if len(homes) == len(names):
+        _check_left_over(source, config, wanted, checkpoint.names(), warn)
         return _Renamed(checkpoint, homes)
-    loaded = _load(source, config)
+    loaded, unexpected = _load(source, config, prefixes)
+    _check_left_over(source, config, wanted, unexpected, warn)
     homes = _homes(source, loaded, names, aliases)
     missing = [name for name in names if name not in homes]
     if missing:
@@ -175,20 +194,34 @@ def _files(directory: Path) -> dict[str, list[str]]:
             f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; {_AGAIN}"
         )
     try:
-        homes = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        files: dict[str, list[str]] = {str(file): [] for file in sorted(set(homes.values()))}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        homes = dict(read_object(index, _AGAIN)["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelNotFoundError(
             f"{index} is not an index of safetensors ({type(error).__name__}: {error}); {_AGAIN}"
         ) from error
+    files: dict[str, list[str]] = {}
     for name, file in homes.items():
-        files[file].append(name)
+        if not _is_within(file):
+            raise ModelNotFoundError(
+                f"{index} says that {name} is in {file!r:.80}, which is no file of this folder; "
+                f"{_AGAIN}"
+            )
+        files.setdefault(file, []).append(name)
+    files = dict(sorted(files.items()))
     absent = [file for file in files if not (directory / file).is_file()]
     if absent:
         raise ModelNotFoundError(
             f"{directory} lacks {_some(absent)}, which {INDEX_FILE} names; {_AGAIN}"
         )
     return files
+
+
+def _is_within(file: Any) -> bool:
+    """Whether an index names a file that lies in its folder (or that the folder links to)."""
+    if not isinstance(file, str) or not file or "\0" in file:
+        return False
+    path = PurePath(file)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _open(path: Path) -> Any:
@@ -221,8 +254,93 @@ def _homes(
     return homes
 
 
-def _load(source: ModelSource, config: PretrainedConfig) -> _StateDict:
-    """The model's weights as transformers loads them, without those that it had to make up."""
+def _text_part(
+    source: ModelSource,
+    files: Checkpoint,
+    config: PretrainedConfig,
+    wanted: Wanted,
+    warn: Callable[[str], None],
+) -> tuple[_Store, dict[str, str]]:
+    """The tensors of a multimodal model's text model under the names that it gives them, and how
+    transformers is told of these: patterns of names, and what to put in their place. All tensors,
+    and nothing, of a model of text.
+    """
+    if text_config(whole_config(source)) is None:
+        return files, {}
+    stored = files.names()
+    found, prefix = text_names(stored, wanted.names, wanted.base)
+    if prefix is None:
+        return files, {}
+    # With those of the text model that it has no place for, which are looked at like any other's.
+    own = {
+        name: f"{wanted.base}.{name.removeprefix(prefix)}"
+        for name in stored
+        if name.startswith(prefix)
+    } | found
+    others = [name for name in stored if name not in own]
+    if others:
+        parts = sorted({name.removeprefix("model.").split(".")[0] for name in others})
+        warn(
+            f"{source.name} is multimodal: of it the text model is compiled (model type "
+            f"{config.model_type!r}), and {len(others)} tensors are left out ({_some(parts)})"
+        )
+    heads = {there: name for there, name in found.items() if not there.startswith(prefix)}
+    patterns = {rf"^{re.escape(there)}$": name for there, name in heads.items()}
+    patterns[rf"^{re.escape(prefix)}"] = f"{wanted.base}."
+    return _Renamed(files, {name: there for there, name in own.items()}), patterns
+
+
+def _check_left_over(
+    source: ModelSource,
+    config: PretrainedConfig,
+    wanted: Wanted,
+    stored: Iterable[str],
+    warn: Callable[[str], None],
+) -> None:
+    """Looks at stored tensors that the model has no place for, which transformers would drop."""
+    ignored = (*wanted.ignored, *_HARMLESS)
+    left = [
+        name
+        for name in stored
+        if name not in wanted.names and not any(re.search(p, name) for p in ignored)
+    ]
+    for name in left:
+        if _ADAPTER.search(name):
+            raise UnsupportedModelError(
+                f"{source.name}: its checkpoint holds {name}, of an adapter that would be left "
+                f"out; {MERGE}"
+            )
+    layers = _layers(wanted.names)
+    more = int(getattr(config, "num_nextn_predict_layers", None) or 0)
+    for name in left:
+        for match in _LAYER.finditer(name):
+            known = layers.get(name[: match.start()])
+            if known is not None and int(match[1]) >= known + more:
+                raise UnsupportedModelError(
+                    f"{source.name}: its checkpoint holds {name}, of layer {match[1]}, and "
+                    f"config.json gives the model {known} layers (num_hidden_layers, which counts "
+                    "from layer 0); use the checkpoint's own config.json"
+                )
+    if left:
+        warn(f"{source.name} holds tensors that the model has no place for: {_some(left)}")
+
+
+def _layers(names: Iterable[str]) -> dict[str, int]:
+    """The layers of each list of them, by what stands before a layer's number."""
+    found: dict[str, int] = {}
+    for name in names:
+        for match in _LAYER.finditer(name):
+            before = name[: match.start()]
+            found[before] = max(found.get(before, 0), int(match[1]) + 1)
+    return found
+
+
+def _load(
+    source: ModelSource, config: PretrainedConfig, prefixes: Mapping[str, str]
+) -> tuple[_StateDict, list[str]]:
+    """The model's weights as transformers loads them, without those that it had to make up, and the
+    stored names that it had no use for. `prefixes`: as `_text_part` gives them.
+    """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.directory,
@@ -232,13 +350,15 @@ def _load(source: ModelSource, config: PretrainedConfig) -> _StateDict:
             ignore_mismatched_sizes=True,  # reported below with the missing ones
             output_loading_info=True,
             trust_remote_code=source.trust_remote_code,
+            **({"key_mapping": dict(prefixes)} if prefixes else {}),
         )
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
+    except Exception as error:  # of any class: the files decide which code trips over them
         raise UnsupportedModelError(
             f"{source.name}: transformers can't load its weights ({error}); {_AGAIN}"
         ) from error
     made_up = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    return _StateDict({n: t for n, t in model.state_dict().items() if n not in made_up})
+    weights = _StateDict({n: t for n, t in model.state_dict().items() if n not in made_up})
+    return weights, [] if prefixes else sorted(info["unexpected_keys"])
 
 
 def _commonest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

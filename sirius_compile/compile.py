@@ -19,11 +19,18 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from sirius_compile.capture import Capture, capture
 from sirius_compile.checkpoint import WeightSource, checkpoint_dtype, open_weights
 from sirius_compile.config import BUILTIN, CompileConfig, Graphs
+from sirius_compile.config_check import (
+    check_config,
+    check_token_ids,
+    check_weights,
+    read_generation_config,
+)
 from sirius_compile.generation import read_generation
-from sirius_compile.models import ModelSource, load_config, resolve_model
+from sirius_compile.live import check_model, compare, main_dtype
+from sirius_compile.models import load_config, resolve_model
 from sirius_compile.onnx.package import onnx_dtype, onnx_files
 from sirius_compile.pipeline import back, front
-from sirius_compile.rope import longest_sequence
+from sirius_compile.rope import longest_sequence, rope_warnings
 from sirius_compile.sparse_path import Chooser, SparsePath
 from sirius_compile.texts import (
     BUILTIN_PROMPTS,
@@ -40,9 +47,9 @@ from sirius_passes.program import Program
 from sirius_passes.sparsify import parameters
 from sirius_runtime.artifact_writer import ArtifactWriter
 from sirius_runtime.dtypes import dtype_name, dtype_of
-from sirius_runtime.errors import CalibrationError, ConfigError
+from sirius_runtime.errors import CalibrationError, ConfigError, UnsupportedModelError
 from sirius_runtime.graph import to_document
-from sirius_runtime.loading import BackendName, find_device, make_backend
+from sirius_runtime.loading import BackendName, find_device, load, make_backend
 from sirius_runtime.logits_options import GenerationSpec
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.request import check_tree
@@ -98,8 +105,17 @@ class Compiled:
             for name, content in self.tokenizer_files.items():
                 writer.add_bytes(f"tokenizer/{name}", content)
             writer.add_weights(self.spec.weights, self._weights)
-            writer.finish(self.spec)
+            writer.finish(self.spec, self._read_back)
         return path
+
+    def _read_back(self, path: Path) -> None:
+        """Loads what was written, as its user will; an artifact without PyTorch's graphs is opened
+        only, and its tokenizer read.
+        """
+        if self.graphs is Graphs.ONNX:
+            self._tokenizer()
+        else:
+            load(path, device="cpu", backend=BackendName.EAGER, verify=False)
 
     def to_runtime(
         self,
@@ -145,14 +161,17 @@ def compile_model(
     `dump_graphs`: a folder for the graphs before and after each pass. Raises UserError classes,
     each naming the thing, the reason and the remedy, for what can't be compiled.
     """
-    return _Compilation(config, dump_graphs, progress).run(_open(model, config, tokenizer))
+    if dump_graphs is not None:
+        _make_folder(dump_graphs)
+    warnings: list[str] = []
+    source = _open(model, config, tokenizer, warnings.append)
+    return _Compilation(config, dump_graphs, progress, warnings).run(source)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A model to compile: its config, its tokenizer, and how its weights are opened.
-
-    `dtypes`: those of a model in memory, by name, where it is in a 16-bit dtype.
+    """A model to compile: its config, its tokenizer, and how its weights are opened. `live`: the
+    model itself, of one in memory.
     """
 
     name: str
@@ -164,7 +183,7 @@ class _Source:
     dtype: torch.dtype
     trust_remote_code: bool
     open_weights: Callable[[Capture], WeightSource]
-    dtypes: Mapping[str, torch.dtype] | None = None
+    live: PreTrainedModel | None = None
 
 
 @dataclass(frozen=True)
@@ -174,28 +193,39 @@ class _StateDict:
     tensors: Mapping[str, Tensor]
 
     def get(self, name: str) -> Tensor:
-        return self.tensors[name].detach()
+        tensor = self.tensors[name].detach()
+        if tensor.is_meta:
+            raise UnsupportedModelError(
+                f"{name} is on the meta device and has no values; load the model's weights first"
+            )
+        return tensor
 
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
 
 
-def _open(model: str | Path | PreTrainedModel, config: CompileConfig, tokenizer: Any) -> _Source:
-    if isinstance(model, PreTrainedModel):
+def _open(
+    model: str | Path | PreTrainedModel,
+    config: CompileConfig,
+    tokenizer: Any,
+    warn: Callable[[str], None],
+) -> _Source:
+    if not isinstance(model, str | Path):
+        model = check_model(model)
+        name = model.config.name_or_path or type(model).__name__
+        check_config(model.config, name)
         tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         return _Source(
-            name=model.config.name_or_path or type(model).__name__,
+            name=name,
             revision=None,
             config=model.config,
             generation=model.generation_config or GenerationConfig.from_model_config(model.config),
             tokenizer_files=tokenizer_files(tokenizer),
             prompts=BUILTIN_PROMPTS,
-            dtype=model.dtype,
+            dtype=main_dtype(model),
             trust_remote_code=True,  # its code has run already
             open_weights=lambda capture: _StateDict(tensors),
-            dtypes={name: tensor.dtype for name, tensor in tensors.items()}
-            if model.dtype.itemsize == 2
-            else None,
+            live=model,
         )
     if tokenizer is not None:
         raise ConfigError("tokenizer= goes with a model in memory; a directory brings its own")
@@ -211,40 +241,30 @@ def _open(model: str | Path | PreTrainedModel, config: CompileConfig, tokenizer:
         name=source.name,
         revision=source.revision,
         config=hf_config,
-        generation=_generation_config(source, hf_config),
+        generation=read_generation_config(source.directory, hf_config, source.name),
         tokenizer_files=tokenizer_files(source),
         prompts=own_prompts if own_prompts.exists() else BUILTIN_PROMPTS,
         dtype=checkpoint_dtype(source, hf_config),
         trust_remote_code=source.trust_remote_code,
-        open_weights=lambda capture: open_weights(
-            source,
-            hf_config,
-            {
-                name: spec.shape
-                for name, spec in capture.program.weights.items()
-                if name not in capture.constants
-            },
-            capture.aliases,
-        ),
+        open_weights=lambda capture: open_weights(source, hf_config, capture.wanted, warn),
     )
-
-
-def _generation_config(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
-    if (source.directory / "generation_config.json").exists():
-        return GenerationConfig.from_pretrained(source.directory)
-    return GenerationConfig.from_model_config(config)
 
 
 class _Compilation:
     """One run of the compiler."""
 
-    def __init__(self, config: CompileConfig, dump: Path | None, progress: Progress) -> None:
+    def __init__(
+        self, config: CompileConfig, dump: Path | None, progress: Progress, warnings: list[str]
+    ) -> None:
         self._config, self._dump, self._progress = config, dump, progress
+        self._warnings = warnings
         self._method = Method(config.sparsity)
         self._records: tuple[PassRecord, ...] = ()
 
     def run(self, source: _Source) -> Compiled:
         config = self._config
+        check_token_ids(source.generation, source.config, source.name)
+        self._warnings += rope_warnings(source.config)
         max_seq_len = _max_seq_len(source.config, config.max_seq_len)
         check_tree(config.period, config.tree_width, source.config.vocab_size, flag="--")
         dtype = DType(config.dtype or dtype_name(source.dtype))
@@ -255,18 +275,20 @@ class _Compilation:
                 source.config,
                 trust_remote_code=source.trust_remote_code,
                 dtype=dtype_of(dtype),
-                found=source.dtypes if dtype_of(dtype) is source.dtype else None,
+                live=source.live,
             )
         check_method(captured.program, self._method)
         with self._stage("open weights"):
             weights = source.open_weights(captured)
         program = captured.program
+        self._check_weights(source, captured, weights, dtype_of(dtype))
         for name, spec in program.weights.items():
             if spec.retype:
                 program.update_weight(name, dtype=str(dtype))
 
         generation, left_out = read_generation(source.generation, source.config.vocab_size)
-        warnings = (f"not applied of generation_config: {', '.join(left_out)}",) if left_out else ()
+        if left_out:
+            self._warnings.append(f"not applied of generation_config: {', '.join(left_out)}")
 
         def spec_of(program: Program) -> ProgramSpec:
             return self._spec(source, program, dtype, max_seq_len, generation)
@@ -283,7 +305,7 @@ class _Compilation:
                 tokenizer_files=source.tokenizer_files,
                 _weights=stored_form,
                 graphs=Graphs(config.graphs),
-                warnings=warnings,
+                warnings=tuple(self._warnings),
             )
 
         self._passes(program, front(self._method))
@@ -309,6 +331,29 @@ class _Compilation:
             ),
         )
         return compiled(sparse)
+
+    def _check_weights(
+        self, source: _Source, captured: Capture, weights: WeightSource, dtype: torch.dtype
+    ) -> None:
+        """Looks at every weight, and runs a model in memory beside what was captured of it."""
+        program, constants = captured.program, captured.constants
+        with self._stage("check weights"):
+            check_weights(
+                (
+                    (name, dtype if spec.retype else dtype_of(spec.dtype))
+                    for name, spec in program.weights.items()
+                    if name not in constants
+                ),
+                weights.get,
+                source.name,
+            )
+            if source.live is not None:
+                compare(
+                    source.live,
+                    program,
+                    dtype,
+                    lambda name: constants[name] if name in constants else weights.get(name),
+                )
 
     def _passes(self, program: Program, passes: list[Any]) -> None:
         self._records += run_passes(
@@ -383,12 +428,21 @@ class _Compilation:
         self._progress(name, time.perf_counter() - start)
 
 
-def _max_seq_len(config: PretrainedConfig, wanted: int | None) -> int:
-    limit = longest_sequence(config) or wanted or 2048
-    if wanted is not None and wanted > limit:
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # something else of that name, or a zero byte in it
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--max-seq-len must be in 2..{limit} (what the model's positions allow), got {wanted}"
-        )
+            f"--dump-graphs {path}: no folder can be made there ({reason}); name another"
+        ) from error
+
+
+def _max_seq_len(config: PretrainedConfig, wanted: int | None) -> int:
+    longest = longest_sequence(config)
+    limit = longest.tokens or wanted or 2048
+    if wanted is not None and wanted > limit:
+        raise ConfigError(f"--max-seq-len must be in 2..{limit} ({longest.why}), got {wanted}")
     return int(wanted or limit)
 
 

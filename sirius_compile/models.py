@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -24,6 +23,9 @@ from huggingface_hub.errors import (
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from sirius_compile.config_check import check_config, read_object
+from sirius_compile.live import MERGE
+from sirius_compile.text_model import is_causal, text_config
 from sirius_runtime.errors import ConfigError, ModelNotFoundError, UnsupportedModelError, shown
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -35,6 +37,7 @@ _CONFIG_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.tx
 # same weights once more under their publisher's names: gigabytes that nobody would read.
 _NEVER_FETCHED = ["*/*", "consolidated*"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_ADAPTERS = ("adapter_config.json", "adapter_model*")
 _REMOTE_CODE = "pass --trust-remote-code if you have read that code and trust it"
 _CAUSAL_LM = "AutoModelForCausalLM"
 
@@ -151,16 +154,30 @@ def resolve_model(
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """The model's configuration; runs no code of the model's repository unless it was trusted.
+    """The model's configuration, of a multimodal one that of its text model; runs no code of the
+    model's repository unless it was trusted.
 
     Raises UnsupportedModelError, with the model's type, for one that is not a decoder of text, that
     needs such code, or that this transformers does not know; ModelNotFoundError for a config.json
-    that can't be read.
+    that can't be read. Values out of their range are refused by name.
     """
+    config = whole_config(source)
+    text = text_config(config)
+    reason = _refusal(config, source.trust_remote_code)
+    if reason is None and text is not None:
+        reason = _text_refusal(text)
+    if reason is not None:
+        raise UnsupportedModelError(f"{source.name} (model type {config.model_type!r}) {reason}")
+    check_config(text or config, source.name)
+    return text or config
+
+
+def whole_config(source: ModelSource) -> PretrainedConfig:
+    """As `load_config`, whatever kind of model it is, a multimodal one's as it stands there."""
     raw = _read_config(source.directory / "config.json")
     _check_known(source, raw)
     try:
-        config = AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             source.directory, trust_remote_code=source.trust_remote_code
         )
     except Exception as error:  # of any class: the values decide which code trips over them
@@ -168,9 +185,6 @@ def load_config(source: ModelSource) -> PretrainedConfig:
             f"{source.name}: transformers can't read its config.json ({_summary(error)}); compare "
             "it with the original model's"
         ) from error
-    reason = _refusal(config, source.trust_remote_code)
-    if reason is not None:
-        raise UnsupportedModelError(f"{source.name} (model type {config.model_type!r}) {reason}")
     return config
 
 
@@ -204,6 +218,7 @@ def _is_path(name: str) -> bool:
 
 
 def _check_files(directory: Path, name: str, *, weights: bool) -> None:
+    _check_no_adapter(directory, name)
     if not (directory / "config.json").is_file():
         raise ModelNotFoundError(
             f"{name} holds no config.json, so it is not a transformers model; give a directory "
@@ -218,6 +233,22 @@ def _check_files(directory: Path, name: str, *, weights: bool) -> None:
     raise ModelNotFoundError(
         f"{name} has neither {SINGLE_FILE} nor {INDEX_FILE}: {found}convert it to safetensors "
         "(load it with transformers where you trust it, save_pretrained) and give that directory"
+    )
+
+
+def _check_no_adapter(directory: Path, name: str) -> None:
+    """Refuses a LoRA adapter, which transformers would apply where peft is installed."""
+    found = [f for kind in _ADAPTERS for f in sorted(directory.glob(kind))]
+    if not found:
+        return
+    if not (directory / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"{name} holds an adapter ({found[0].name}) and no model; load it on its base model by "
+            f"peft's AutoPeftModelForCausalLM, {MERGE}"
+        )
+    raise UnsupportedModelError(
+        f"{name} holds an adapter ({found[0].name}) beside its weights, which would be left out; "
+        f"{MERGE}. To compile the model without it, move it to another folder"
     )
 
 
@@ -283,13 +314,8 @@ def _summary(error: BaseException) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(
-            f"{path} can't be read ({_summary(error)}); download the model again"
-        ) from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+    raw = read_object(path, "download the model again")
+    if not isinstance(raw.get("model_type"), str):
         raise ModelNotFoundError(
             f"{path} names no model_type, so it is not a transformers model's; give the directory "
             "that save_pretrained wrote"
@@ -300,6 +326,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_known(source: ModelSource, raw: Mapping[str, Any]) -> None:
     """Refuses a type that only the model's own code knows, unless that code was trusted."""
     model_type, auto_map = raw["model_type"], raw.get("auto_map") or {}
+    if not isinstance(auto_map, dict):
+        raise UnsupportedModelError(
+            f"{source.name}: config.json gives auto_map as {auto_map!r:.80}; it must be an object"
+        )
     if model_type in CONFIG_MAPPING or (source.trust_remote_code and "AutoConfig" in auto_map):
         return
     if auto_map:
@@ -312,17 +342,23 @@ def _check_known(source: ModelSource, raw: Mapping[str, Any]) -> None:
     )
 
 
+def _text_refusal(text: PretrainedConfig) -> str | None:
+    """Why the text model of a multimodal one can't be compiled."""
+    what = f"is multimodal, and its text model (model type {text.model_type!r})"
+    if text.is_encoder_decoder:
+        return f"{what} is an encoder-decoder; only decoders are supported"
+    if not is_causal(text):
+        return f"{what} has no causal language model of its own in transformers"
+    return None
+
+
 def _refusal(config: PretrainedConfig, trusted: bool) -> str | None:
     """Why a model is not a decoder that can be compiled; None for one that may be."""
     own_code = _CAUSAL_LM in (getattr(config, "auto_map", None) or {})
-    text = getattr(config, "text_config", None)
     if config.is_encoder_decoder:
         return "is an encoder-decoder; only decoders are supported"
-    if text is not None:
-        return (
-            "is multimodal; only decoders of text are supported: save its text decoder "
-            f"(model type {getattr(text, 'model_type', '?')!r}) as a checkpoint of its own"
-        )
+    if text_config(config) is not None:
+        return None  # whatever the whole model is, its text model is compiled
     if own_code and trusted:
         return None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

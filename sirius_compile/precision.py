@@ -26,31 +26,31 @@ def keep_as_loaded(model: Any, dtype: torch.dtype) -> None:
     if not plan:
         return
     pattern = re.compile("|".join(f"(?:{glob.replace('*', '.*')})" for glob in plan))
-    names = [name for name, _ in _stored(model) if pattern.search(name)]
-    _convert(model, dict.fromkeys(names, torch.float32))
+    floats = (name for name, tensor in stored(model) if tensor.is_floating_point())
+    _convert(model, {name: torch.float32 for name in floats if pattern.search(name)})
 
 
-def keep_as_found(model: nn.Module, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype) -> None:
-    """Gives a model that was built in `CAPTURE_DTYPE` the dtypes that its like in memory has, by
-    name; `dtype` is that of most of them, which `CAPTURE_DTYPE` stands for.
+def keep_as_found(model: nn.Module, live: nn.Module, dtype: torch.dtype) -> None:
+    """Gives a model that was built in `CAPTURE_DTYPE` the dtypes that its like in memory has;
+    `dtype` is that of most of its weights, which `CAPTURE_DTYPE` stands for.
     """
-    own = {name: CAPTURE_DTYPE if found is dtype else found for name, found in dtypes.items()}
-    _convert(model, own)
+    found = {name: tensor.dtype for name, tensor in stored(live)}
+    _convert(model, {n: CAPTURE_DTYPE if own is dtype else own for n, own in found.items()})
 
 
-def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers in a floating point dtype that a checkpoint holds, under all names."""
+def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and buffers that a checkpoint holds, under all their names."""
     persistent = set(model.state_dict())
     for group in (model.named_parameters, model.named_buffers):
         for name, tensor in group(remove_duplicate=False):
-            if name in persistent and tensor.is_floating_point():
+            if name in persistent:
                 yield name, tensor
 
 
 def _convert(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Converts stored tensors by name; what is tied stays tied."""
+    """Converts tensors by name; what is tied stays tied."""
     converted: dict[int, Tensor] = {}
-    for name, tensor in list(_stored(model)):
+    for name, tensor in list(stored(model)):
         wanted = dtypes.get(name, tensor.dtype)
         if tensor.dtype is wanted:
             continue

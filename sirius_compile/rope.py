@@ -12,7 +12,8 @@ call, which a graph that serves ragged rows, chunks and trees must not:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sirius_runtime.errors import UnsupportedModelError
 
+_ORIGINAL = "original_max_position_embeddings"
+_CONSTANT = ("linear", "llama3", "yarn")
+"""Kinds of scaling that only change constants."""
 _LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda angles: angles,
     lambda angles: torch.cat([angles, angles], -1),
@@ -30,16 +34,60 @@ _LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
 """How models lay out the angles [..., D/2] of one token in cos and sin [..., D]."""
 
 
-def longest_sequence(config: PretrainedConfig) -> int | None:
-    """The longest text that can be served; None where the config names no limit."""
+@dataclass(frozen=True)
+class Longest:
+    """The longest text that can be served; None where the config names no limit. `why`: what sets
+    it, and what to change for more.
+    """
+
+    tokens: int | None
+    why: str
+
+
+def longest_sequence(config: PretrainedConfig) -> Longest:
+    """How long a text may be, by the config's positions and rotary embeddings."""
     limit: int | None = getattr(config, "max_position_embeddings", None)
-    for parameters in _parameters(config).values():
-        kind = str(parameters.get("rope_type"))
+    why = "max_position_embeddings of config.json"
+    for parameters in rope_parameters(config).values():
+        kind, factor = str(parameters.get("rope_type")), parameters.get("factor")
         if limit is not None and "dynamic" in kind:
             limit = int(limit * parameters["factor"])
+            why = f"max_position_embeddings of config.json times the factor of rope_type {kind}"
         elif kind == "longrope":
-            limit = parameters.get("original_max_position_embeddings", limit)
-    return limit
+            limit = parameters.get(_ORIGINAL, limit)
+            why = (
+                f"{_ORIGINAL} of config.json: past it rope_type longrope changes the frequencies "
+                "of all tokens, those in the cache too, so that no longer text can be served"
+            )
+        elif limit is not None and factor and kind in _CONSTANT:
+            why = f"max_position_embeddings of config.json; {_raise(kind, parameters, limit)}"
+    return Longest(limit, why)
+
+
+def rope_warnings(config: PretrainedConfig) -> Iterator[str]:
+    """What a user should know of a model's rotary embeddings."""
+    limit = getattr(config, "max_position_embeddings", None)
+    for parameters in rope_parameters(config).values():
+        kind, factor = str(parameters.get("rope_type")), parameters.get("factor")
+        original = parameters.get(_ORIGINAL)
+        if "dynamic" in kind:
+            yield (
+                f"rope_type {kind}: past {limit} tokens each token is placed by its own position, "
+                "as where transformers decodes one by one; transformers places all tokens of a "
+                "prompt by the prompt's length, and so answers longer prompts differently"
+            )
+        elif kind in _CONSTANT and limit and factor and original and factor * original > limit:
+            yield f"texts are held to {limit} tokens; {_raise(kind, parameters, limit)}"
+
+
+def _raise(kind: str, parameters: Mapping[str, Any], limit: int) -> str:
+    """How to have longer texts served, of a kind that only changes constants."""
+    factor, original = parameters["factor"], parameters.get(_ORIGINAL, limit)
+    return (
+        f"for longer ones, up to the {int(factor * original)} that rope_type {kind} of factor "
+        f"{factor:g} reaches, raise max_position_embeddings there, with {_ORIGINAL} {original} "
+        "beside the factor"
+    )
 
 
 def place_tokens_alone(model: nn.Module, config: PretrainedConfig) -> None:
@@ -53,7 +101,7 @@ def place_tokens_alone(model: nn.Module, config: PretrainedConfig) -> None:
             module.forward = _Rotary(module, kinds, config)
 
 
-def _parameters(config: PretrainedConfig) -> dict[str | None, dict[str, Any]]:
+def rope_parameters(config: PretrainedConfig) -> dict[str | None, dict[str, Any]]:
     """Rotary parameters by layer type, None where all layers share them."""
     given: Any = getattr(config, "rope_parameters", None) or {}
     nested = given and all(isinstance(value, dict) for value in given.values())
@@ -68,7 +116,7 @@ class _Rotary:
         # Without the decorator that updates the frequencies by the call's longest position: what is
         # left uses those that the module was made with, longrope's for short texts.
         self._forward = inspect.unwrap(type(module).forward)
-        parameters = _parameters(config)
+        parameters = rope_parameters(config)
         self._dynamic = {
             layer_type: _Dynamic(module, self._forward, layer_type, parameters[layer_type], config)
             for layer_type, kind in kinds.items()

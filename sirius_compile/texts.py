@@ -43,29 +43,51 @@ def read_texts(path: Path) -> list[str]:
     """
     try:
         content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no UTF-8, or a name with a zero byte
         raise CalibrationError(
             f"calibration file {path} can't be read as UTF-8 text ({error}); give plain text or "
             "JSONL with a 'text' field, or --calibration builtin"
         ) from error
     if path.suffix != ".jsonl":
         return [content]
-    texts = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            texts.append(str(json.loads(line)["text"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CalibrationError(
-                f"calibration file {path}, line {number}: not a JSON object with a 'text' field"
-            ) from error
-    return texts
+    return _field(content, "text", path)
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a built-in calibration file (JSONL, field ``prompt``)."""
-    return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    """The prompts of a built-in calibration file (JSONL, field ``prompt``), a model's own too.
+
+    Raises CalibrationError for a file that is none.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{path} can't be read as UTF-8 text ({error})") from error
+    prompts = _field(content, "prompt", path)
+    if not prompts:
+        raise CalibrationError(
+            f"{path} holds no prompts; add some, remove it, or give text by --calibration"
+        )
+    return prompts
+
+
+def _field(content: str, field: str, path: Path) -> list[str]:
+    """A field of text of each line of JSONL."""
+    texts = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[field]
+            if not isinstance(text, str):
+                raise TypeError
+            text.encode()  # halves of surrogate pairs are no text
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CalibrationError(
+                f"calibration file {path}, line {number}: not a JSON object with text in its field "
+                f"{field!r}"
+            ) from error
+        texts.append(text)
+    return texts
 
 
 def windows(texts: Sequence[str], tokenizer: Tokenizer, longest: int) -> list[Sample]:

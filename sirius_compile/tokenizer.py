@@ -33,9 +33,7 @@ def tokenizer_files(source: ModelSource | Any) -> Mapping[str, bytes]:
         names = ("tokenizer.model", "vocab.json", CONFIG)
         if not any((source.directory / n).exists() for n in names):
             return found
-        source = AutoTokenizer.from_pretrained(
-            source.directory, trust_remote_code=source.trust_remote_code
-        )
+        source = _converted(source)
     if not getattr(source, "is_fast", False):
         raise UnsupportedModelError(
             f"tokenizer {type(source).__name__} has no fast form (tokenizer.json), which the "
@@ -44,6 +42,20 @@ def tokenizer_files(source: ModelSource | Any) -> Mapping[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         source.save_pretrained(folder)
         return _read(Path(folder), _STORED)
+
+
+def _converted(source: ModelSource) -> Any:
+    """The tokenizer as transformers reads it from files of another form."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.directory, trust_remote_code=source.trust_remote_code
+        )
+    except Exception as error:  # of any class: the files decide which code trips over them
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"{source.name}: transformers can't read its tokenizer ({reason:.200}); save it again "
+            "as tokenizer.json, or remove its files to compile without one"
+        ) from error
 
 
 def _read(folder: Path, names: Iterable[str]) -> dict[str, bytes]:

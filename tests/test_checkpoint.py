@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from sirius_compile import checkpoint as checkpoint_module
+from sirius_compile.capture import Wanted
 from sirius_compile.checkpoint import Checkpoint, WeightSource, checkpoint_dtype, open_weights
 from sirius_compile.models import INDEX_FILE, SINGLE_FILE, ModelSource, load_config
 from sirius_runtime.errors import ModelNotFoundError, UnsupportedModelError
@@ -158,10 +159,10 @@ def lose_the_index(directory: Path) -> None:
         (emptied, r"model-00001-of-\d+\.safetensors is cut short or damaged"),
         (lose_a_shard, r"lacks model-00001-of-\d+\.safetensors, which .*index\.json names"),
         (lose_a_tensor, r"model-00001-of-\d+\.safetensors lacks \S+, which .*index\.json says"),
-        (index_is_no_json, r"index\.json is not an index of safetensors \(JSONDecodeError"),
-        (index_is_a_list, r"index\.json is not an index of safetensors \(TypeError"),
+        (index_is_no_json, r"index\.json can't be read \(Expecting property"),
+        (index_is_a_list, r"index\.json holds a JSON list where an object is expected"),
         (index_maps_nothing, r"index\.json is not an index of safetensors \(KeyError"),
-        (index_maps_oddly, r"index\.json is not an index of safetensors \(TypeError"),
+        (index_maps_oddly, r"index\.json says that a is in 3, which is no file of this folder"),
         (lose_the_index, r"neither model\.safetensors nor model\.safetensors\.index\.json"),
     ],
 )
@@ -179,13 +180,23 @@ def test_a_damaged_checkpoint_is_named(
 # ---------------------------------------------------------------- open_weights
 
 
+def opened(
+    source: ModelSource,
+    config: PretrainedConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    aliases: Mapping[str, tuple[str, ...]],
+) -> WeightSource:
+    names = frozenset([*shapes, *(name for others in aliases.values() for name in others)])
+    return open_weights(source, config, Wanted(shapes, aliases, names))
+
+
 @pytest.mark.usefixtures("no_loading")
 @pytest.mark.parametrize("shard", ["1GB", "4KB"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_are_mapped_without_a_model(tmp_path: Path, shard: str, tied: bool) -> None:
     model = llama(tied=tied, dtype=torch.bfloat16)
     source = saved(model, tmp_path, shard=shard)
-    weights = open_weights(source, load_config(source), needed(model), TIED if tied else {})
+    weights = opened(source, load_config(source), needed(model), TIED if tied else {})
     assert_weights(weights, model)
     assert weights.get(UP).data_ptr() == weights.get(UP).data_ptr()
 
@@ -195,7 +206,7 @@ def test_a_tied_weight_may_stand_under_its_other_name(tmp_path: Path) -> None:
     model = llama(tied=True)
     source = saved(model, tmp_path)
     rewrite(source, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
-    assert_weights(open_weights(source, load_config(source), needed(model), TIED), model)
+    assert_weights(opened(source, load_config(source), needed(model), TIED), model)
 
 
 @pytest.mark.usefixtures("no_loading")
@@ -203,7 +214,7 @@ def test_a_tied_weight_may_stand_under_both_names(tmp_path: Path) -> None:
     model = llama(tied=True)
     source = saved(model, tmp_path)
     rewrite(source, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
-    assert_weights(open_weights(source, load_config(source), needed(model), TIED), model)
+    assert_weights(opened(source, load_config(source), needed(model), TIED), model)
 
 
 def test_tied_weights_that_differ_are_refused(tmp_path: Path) -> None:
@@ -211,7 +222,7 @@ def test_tied_weights_that_differ_are_refused(tmp_path: Path) -> None:
     source = saved(model, tmp_path)
     rewrite(source, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + 1}))
     with pytest.raises(UnsupportedModelError, match=rf"ties {EMBEDDING} and {HEAD}.*to false"):
-        open_weights(source, load_config(source), needed(model), TIED)
+        opened(source, load_config(source), needed(model), TIED)
 
 
 def test_names_that_only_transformers_resolves(tmp_path: Path) -> None:
@@ -220,7 +231,7 @@ def test_names_that_only_transformers_resolves(tmp_path: Path) -> None:
     model.model.save_pretrained(tmp_path)
     source = ModelSource(tmp_path, "a-model", None, False)
     assert UP not in Checkpoint(tmp_path).names()
-    weights = open_weights(source, load_config(source), needed(model), TIED)
+    weights = opened(source, load_config(source), needed(model), TIED)
     assert_weights(weights, model)
 
 
@@ -230,7 +241,7 @@ def test_a_missing_weight_is_never_made_up(tmp_path: Path) -> None:
     model.model.save_pretrained(tmp_path)
     source = ModelSource(tmp_path, "a-model", None, False)
     with pytest.raises(UnsupportedModelError, match=rf"a-model: .* holds no {HEAD} .*\[31, 16\]"):
-        open_weights(source, load_config(source), needed(model), {})
+        opened(source, load_config(source), needed(model), {})
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
@@ -239,7 +250,7 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     config = rewrite_config(source, intermediate_size=32)
     wanted = needed(LlamaForCausalLM(config))
     with pytest.raises(UnsupportedModelError, match=r"proj\.weight and 3 more .*\[32, 16\]"):
-        open_weights(source, config, wanted, {})
+        opened(source, config, wanted, {})
 
 
 def test_what_transformers_cannot_load_is_refused(
@@ -252,7 +263,7 @@ def test_what_transformers_cannot_load_is_refused(
 
     monkeypatch.setattr(checkpoint_module.AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(UnsupportedModelError, match=r"a-model: .*\(conversion failed\)"):
-        open_weights(source, load_config(source), {"other.weight": (1,)}, {})
+        opened(source, load_config(source), {"other.weight": (1,)}, {})
 
 
 # ---------------------------------------------------------------- dtypes

@@ -16,6 +16,7 @@ import pytest
 from benchmarks.parts import Part, run_all
 from sirius_passes.manager import dump_graphs
 from sirius_runtime.artifact_writer import ArtifactWriter
+from sirius_runtime.backends.inductor_cache import check_name
 from sirius_runtime.errors import ArtifactError, BackendError, ConfigError
 from sirius_runtime.kernels import build
 from sirius_runtime.new_file import NewFile, check_target, into_place, write_file
@@ -202,3 +203,10 @@ def test_kernels_are_no_exception(taken: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(BackendError, match=r"can't be kept .*only regular files are replaced"):
         build.library(isa, taken.parent)
     path.rename(taken)
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", 'q"q', "a\\b"])
+def test_folders_that_inductor_would_lose_are_named(tmp_path: Path, name: str) -> None:
+    check_name(tmp_path, "SIRIUS_CACHE")
+    with pytest.raises(BackendError, match=r"takes no folder with spaces.* SIRIUS_CACHE"):
+        check_name(tmp_path / name, "SIRIUS_CACHE")

@@ -9,7 +9,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.capture import capture
-from sirius_compile.rope import longest_sequence
+from sirius_compile.compile import _max_seq_len
+from sirius_compile.rope import longest_sequence, rope_warnings
 from sirius_runtime.errors import ConfigError, UnsupportedModelError
 from tests.support.families import (
     Caches,
@@ -93,7 +94,39 @@ def test_beyond_the_original_length(kind: str, model_type: str) -> None:
     ("kind", "longest"), [("linear", 64), ("dynamic", 64), ("longrope", 32), ("yarn", 64)]
 )
 def test_the_longest_sequence(kind: str, longest: int) -> None:
-    assert longest_sequence(small_config("llama", **changes(kind, "llama"))) == longest
+    assert longest_sequence(small_config("llama", **changes(kind, "llama"))).tokens == longest
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("yarn", r"64 \(max_position_embeddings of config\.json; .*, up to the 64 that rope_type"),
+        ("linear", r"64 \(max_position_.*up to the 256 .*, raise max_position_embeddings there"),
+        ("dynamic", r"64 \(max_position_embeddings of config\.json times the factor of rope_type"),
+        ("longrope", r"32 \(original_max_position_embeddings of .* no longer text can be served\)"),
+    ],
+)
+def test_the_limit_says_what_sets_it(kind: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--max-seq-len must be in 2\.\.{why}.*, got 300"):
+        _max_seq_len(small_config("llama", **changes(kind, "llama")), 300)
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "said"),
+    [
+        ("yarn", 32, "texts are held to 32 tokens; for longer ones, up to the 64 that rope_type"),
+        ("dynamic", ORIGINAL, "rope_type dynamic: past 16 tokens each token is placed by its own"),
+    ],
+)
+def test_what_a_user_should_know(kind: str, length: int, said: str) -> None:
+    config = small_config("llama", **changes(kind, "llama") | {"max_position_embeddings": length})
+    (warning,) = rope_warnings(config)
+    assert warning.startswith(said)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear", "llama3", "longrope"])
+def test_where_there_is_nothing_to_know(kind: str) -> None:
+    assert list(rope_warnings(small_config("llama", **changes(kind, "llama")))) == []
 
 
 def test_longrope_beyond_its_original_length_is_refused() -> None:

@@ -266,7 +266,7 @@ def check_new_tokens(
     Raises GenerationError, naming the limit, where there is no room, or none for so many rows.
     """
     limit, name = program.model.max_seq_len, "max_seq_len"
-    remedy = "compile with a larger --max-seq-len"
+    remedy = "compile with a larger --max-seq-len where the model's positions allow it"
     if limits is not None and limits.context is not None and limits.context < limit:
         limit, name, remedy = limits.context, "context", "load the artifact with a larger context"
     if limits is not None and limits.rows is not None and rows > limits.rows:

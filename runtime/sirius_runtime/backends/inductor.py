@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch._dynamo.exc import TorchDynamoException
 
 from sirius_runtime.backends.eager import EagerBackend, blaming_the_graph
-from sirius_runtime.backends.inductor_cache import keeps_code_in
+from sirius_runtime.backends.inductor_cache import check_name, keeps_code_in
 from sirius_runtime.backends.period import Progress
 from sirius_runtime.cache import CACHE_VARIABLE, cache_folder, private_folder
 from sirius_runtime.errors import BackendError
@@ -65,6 +65,7 @@ class InductorBackend(EagerBackend):
                 raise BackendError(f"{error}; or use backend eager") from error
         try:
             self._folder = private_folder(self._folder, deep=True)
+            check_name(self._folder, CACHE_VARIABLE)
         except OSError as error:
             raise BackendError(
                 f"compiled code can't be kept in {self._folder} ({error}); name another folder by "

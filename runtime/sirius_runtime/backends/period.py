@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.backends.eager import EagerBackend, blaming_the_graph
-from sirius_runtime.backends.inductor_cache import keeps_code_in
+from sirius_runtime.backends.inductor_cache import check_name, keeps_code_in
 from sirius_runtime.cache import CACHE_VARIABLE, cache_folder, is_own, private_folder
 from sirius_runtime.errors import BackendError, ConfigError
 from sirius_runtime.new_file import check_target, into_place
@@ -131,6 +131,7 @@ def _build(backend: AotiBackend, path: Path, progress: Progress) -> None:
         )
         for name, spec in inputs.items()
     }
+    check_name(Path(tempfile.gettempdir()), "TMPDIR")
     try:
         check_target(path)
         with (

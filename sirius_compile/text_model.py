@@ -1,0 +1,75 @@
+"""The text model of a multimodal one: its config, and its weights among the others'.
+
+A multimodal checkpoint keeps its text model under a prefix that differs from family to family
+(``language_model.model.``, ``model.language_model.``, …); it is found by what follows it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+
+_OF_THE_WHOLE = ("dtype", "quantization_config", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig | None:
+    """The config of a multimodal model's text model, with what only the whole model's says; None
+    for a model of text.
+    """
+    own = getattr(config, "text_config", None)
+    if not isinstance(own, PretrainedConfig):
+        return None
+    text = copy.deepcopy(own)
+    for key in _OF_THE_WHOLE:
+        value = getattr(config, key, None)
+        if value is not None and getattr(text, key, None) is None:
+            setattr(text, key, value)
+    # The whole model has the head, so that its config says whether that is tied.
+    text.tie_word_embeddings = config.tie_word_embeddings
+    return text
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether transformers has a causal language model for a config."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def text_names(
+    stored: Iterable[str], wanted: Collection[str], base: str
+) -> tuple[dict[str, str], str | None]:
+    """The text model's tensors among the stored ones: stored name → name in the text model.
+
+    wanted: names of the text model; base: the first part of those below its head. Also gives the
+    prefix that stands in the checkpoint for `base`; None where there is none.
+    """
+    by_end = _by_end(stored)
+    inner = {name: name.removeprefix(f"{base}.") for name in wanted}
+    prefixes = Counter(
+        found.removesuffix(end)
+        for name, end in inner.items()
+        if end != name
+        for found in by_end.get(end, ())
+    )
+    if not prefixes:
+        return {}, None
+    ((prefix, _), *_) = prefixes.most_common(1)
+    stored_names = {name for names in by_end.values() for name in names}
+    named = {f"{prefix}{end}": name for name, end in inner.items() if end != name}
+    found = {there: name for there, name in named.items() if there in stored_names}
+    for name, end in inner.items():
+        if end == name and len(by_end.get(name, ())) == 1:  # the head, which stands beside the rest
+            found[by_end[name][0]] = name
+    return found, prefix
+
+
+def _by_end(names: Iterable[str]) -> Mapping[str, list[str]]:
+    """Names by each of their ends that begins after a dot, and by the whole."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            found.setdefault(".".join(parts[start:]), []).append(name)
+    return found
