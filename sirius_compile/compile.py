@@ -31,6 +31,7 @@ from sirius_compile.models import load_config, resolve_model
 from sirius_compile.onnx.package import onnx_dtype, onnx_files
 from sirius_compile.pipeline import back, front
 from sirius_compile.rope import longest_sequence, rope_warnings
+from sirius_compile.self_check import check_kernels
 from sirius_compile.sparse_path import Chooser, SparsePath
 from sirius_compile.texts import (
     BUILTIN_PROMPTS,
@@ -49,6 +50,7 @@ from sirius_runtime.artifact_writer import ArtifactWriter
 from sirius_runtime.dtypes import dtype_name, dtype_of
 from sirius_runtime.errors import CalibrationError, ConfigError, UnsupportedModelError
 from sirius_runtime.graph import to_document
+from sirius_runtime.kernels.native import kernels
 from sirius_runtime.loading import BackendName, find_device, load, make_backend
 from sirius_runtime.logits_options import GenerationSpec
 from sirius_runtime.model import SiriusModel
@@ -330,6 +332,15 @@ class _Compilation:
                 whole_periods=Graphs(config.graphs).whole_periods,
             ),
         )
+        del chooser  # and the weights that it holds
+        if Graphs(config.graphs) is not Graphs.ONNX and kernels() is not None:
+            with self._stage("check kernels"):
+                check_kernels(
+                    spec_of(program),
+                    lambda name: to_document(program.graphs[name]),
+                    stored_form,
+                    dtype_of(dtype),
+                )
         return compiled(sparse)
 
     def _check_weights(

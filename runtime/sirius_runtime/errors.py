@@ -71,3 +71,7 @@ class PassError(SiriusError):
 def shown(value: str) -> str:
     """A value as a message repeats it: quoted, and cut where it is long."""
     return repr(value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…")
+
+
+class KernelError(SiriusError):
+    """A kernel that computes something else than its reference: a bug of the kernel."""

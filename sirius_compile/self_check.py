@@ -1,0 +1,307 @@
+"""Whether a compiled program says with the CPU kernels what it says with the reference operators.
+
+One prompt runs through the entry `prefill`; after it, tokens of one period through `sparse`, `full`
+and `observe`: one alone, as a step takes it, and as many as a verification has. Each runs twice, by
+the kernels as the eager back end has them in its graphs, and operator by operator by the
+references. The logits are compared token by token, by the cosine and by the likeliest token, where
+the reference's margin is larger than what rounding may make of it. Where they differ, that run is
+gone through again, each kernel compared with its reference on the same inputs
+(`sirius_compile.operator_check`), and the first that is wrong is named. Where none is, rounding
+made the difference (a router that chose another expert) and nothing is wrong.
+
+Measured on Qwen2.5-Coder-0.5B (24 layers), 1 less the least cosine of a token's logits:
+
+    bfloat16   dense 1.7e-4, topk 1.1e-3, teal 1.8e-3 (scores at the border fell on other sides)
+    float16    dense 8.8e-7, topk 6.1e-4
+    float32    dense 1.0e-12, topk 2.0e-13
+    the linears' last 32 columns zero, bfloat16: 1.8e-2; a wrong slab of 2,048 columns: 1.07
+
+By operator on the same inputs, the largest relative error was 8.3e-3 in bfloat16 (of attention;
+3.1e-2 is allowed), 8.8e-4 in float16 (of 3.9e-3) and 2.1e-5 in float32 (of 1.5e-4), of topk 6.3e-2
+where its border moved; 32 of 896 columns are 1.9e-1.
+
+A weight is taken in its stored form when the first of the runs reads it and dropped when the last
+has: all runs go through the layers together, and no more than a layer or so is held at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, fx
+
+from sirius_compile.operator_check import Difference, compare, name_of
+from sirius_passes.program import FULL, OBSERVE, PREFILL, SPARSE
+from sirius_runtime.errors import KernelError
+from sirius_runtime.graph import INPUT, WEIGHT, from_document
+from sirius_runtime.kernels.arguments import BFLOAT16_TOKENS
+from sirius_runtime.kernels.native import references
+from sirius_runtime.kernels.rewrite import with_kernels
+from sirius_runtime.policy import select_neurons
+from sirius_runtime.spec import JSON, ProgramSpec, WeightSpec
+
+PROMPT_TOKENS = 40
+COSINE = {torch.float32: 0.99999, torch.float16: 0.998, torch.bfloat16: 0.995}
+"""Of a token's logits: below it operators are looked at. See the module's text."""
+
+Fetch = Callable[[WeightSpec], Tensor]
+"""The stored form of a weight."""
+Look = Callable[[fx.Node, Any, Sequence[Any], Any], None]
+"""Is shown a call that has run: its node, what was called, the arguments and the result."""
+
+
+def check_kernels(
+    spec: ProgramSpec, document: Callable[[str], JSON], weights: Fetch, dtype: torch.dtype
+) -> None:
+    """Raises KernelError where a kernel computes something else than its reference, and names it.
+
+    `document`: of an entry's graph. Computes in `dtype` on the CPU.
+    """
+    _Check(spec, document, weights, dtype).run()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """An entry and its inputs, but for the caches."""
+
+    entry: str
+    inputs: Mapping[str, Tensor]
+
+    @property
+    def tokens(self) -> int:
+        return self.inputs["input_ids"].shape[1]
+
+
+class _Check:
+    def __init__(
+        self,
+        spec: ProgramSpec,
+        document: Callable[[str], JSON],
+        weights: Fetch,
+        dtype: torch.dtype,
+    ) -> None:
+        self._spec, self._dtype = spec, dtype
+        self._weights = _Weights(spec, weights)
+        names = [e.name for e in spec.entries if e.name in (PREFILL, SPARSE, FULL, OBSERVE)]
+        self._plain = {
+            name: from_document(document(name), dtype, torch.device("cpu")) for name in names
+        }
+        self._fast = {name: with_kernels(module) for name, module in self._plain.items()}
+        self._prompt = max(1, min(PROMPT_TOKENS, spec.model.max_seq_len - 1))
+        self._period = min(spec.period.period, BFLOAT16_TOKENS)
+        self._ids = torch.randint(
+            spec.model.vocab_size,
+            (1, self._prompt + self._period),
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        caches = self._caches(), self._caches()
+        prompt = self._after(0, PREFILL, self._prompt)
+        (result,) = self._compared([prompt], caches)
+        extra: dict[str, Tensor] = {}
+        if "statistic" in result:
+            extra["neurons"] = select_neurons(result["statistic"], self._spec.sparsity.kept_neurons)
+        counts = {1, self._period}
+        runs = [self._after(self._prompt, SPARSE, 1, **extra)]
+        runs += [self._after(self._prompt, FULL, count) for count in sorted(counts)]
+        if OBSERVE in self._plain:
+            runs.append(self._after(self._prompt, OBSERVE, self._period))
+        self._compared(runs, caches)
+
+    def _compared(
+        self, runs: Sequence[_Run], caches: tuple[dict[str, Tensor], dict[str, Tensor]]
+    ) -> list[dict[str, Tensor]]:
+        """Runs them on both sides; returns what the references say."""
+        fast = [self._walk(self._fast, run, caches[0]) for run in runs]
+        plain = [self._walk(self._plain, run, caches[1], references) for run in runs]
+        together([*fast, *plain])
+        results = []
+        for run, one, other in zip(runs, fast, plain, strict=True):
+            found, wanted = (self._named(run.entry, walk.outputs) for walk in (one, other))
+            if not agree(found["logits"][0], wanted["logits"][0], COSINE[self._dtype]):
+                self._find(run, caches[0])
+            results.append(wanted)
+        return results
+
+    def _find(self, run: _Run, caches: dict[str, Tensor]) -> None:
+        """Goes through a run again; raises for the first kernel that is wrong."""
+
+        def look(node: fx.Node, target: Any, arguments: Sequence[Any], value: Any) -> None:
+            if name_of(target) and not (found := compare(target, arguments, value)).right:
+                raise KernelError(self._said(run, node, found))
+
+        together([self._walk(self._fast, run, caches, look=look)])
+
+    def _said(self, run: _Run, node: fx.Node, found: Difference) -> str:
+        weights = [n.meta[WEIGHT] for n in _leaves(node) if WEIGHT in n.meta]
+        of = f" of {', '.join(weights[:3])}" if weights else ""
+        dtype = str(self._dtype).removeprefix("torch.")
+        return (
+            f"the CPU kernel of {name_of(node.target)}{of} computes something else than its "
+            f"reference ({found}; entry {run.entry}, tokens {run.tokens}, {dtype}). No artifact is "
+            "written: it would give wrong text. Set SIRIUS_KERNELS=0 to compile, and to run, "
+            "without the kernels, and report this with the model's config.json"
+        )
+
+    def _walk(
+        self,
+        modules: Mapping[str, fx.GraphModule],
+        run: _Run,
+        caches: Mapping[str, Tensor],
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
+        look: Look | None = None,
+    ) -> Walk:
+        inputs = {**run.inputs, **caches}
+        return Walk(modules[run.entry], inputs, self._weights.get, within, look)
+
+    def _named(self, entry: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        names = [output.name for output in self._spec.entry(entry).outputs]
+        return dict(zip(names, values, strict=True))
+
+    def _caches(self) -> dict[str, Tensor]:
+        state = self._spec.state
+        shape = (state.layers, 1, state.kv_heads, self._prompt + self._period)
+        return {
+            "k_cache": torch.zeros(*shape, state.key_dim, dtype=self._dtype),
+            "v_cache": torch.zeros(*shape, state.value_dim, dtype=self._dtype),
+        }
+
+    def _after(self, length: int, entry: str, tokens: int, **extra: Tensor) -> _Run:
+        """A chain of `tokens` after so many committed ones."""
+        index = torch.arange(tokens)
+        slots = (length + index)[None]
+        return _Run(
+            entry,
+            {
+                "input_ids": self._ids[:, length : length + tokens],
+                "positions": slots.clamp(max=self._spec.model.max_seq_len - 1),
+                "slots": slots,
+                "length": torch.tensor([length]),
+                "tree_mask": (index[:, None] - index).clamp(min=-1)[None],
+                "last": torch.tensor([tokens - 1]),
+                "valid": torch.ones(1, tokens, dtype=torch.bool),
+                **extra,
+            },
+        )
+
+
+def agree(found: Tensor, wanted: Tensor, cosine: float) -> bool:
+    """Whether logits [T, V] are the same but for rounding, token by token.
+
+    A cosine of c leaves a relative error of about √(2 (1 - c)), so two logits may move by that much
+    of their root mean square towards each other. A token for which `wanted` has no numbers is not
+    compared.
+    """
+    found, wanted = found.double(), wanted.double()
+    known = wanted.isfinite().all(-1)
+    found, wanted = found[known], wanted[known]
+    near = torch.cosine_similarity(found, wanted, dim=-1) >= cosine
+    near |= (found == wanted).all(-1)  # of zeros too
+    best, second = wanted.topk(2, -1).values.unbind(-1)
+    error = (2 * (1 - cosine)) ** 0.5 * wanted.square().mean(-1).sqrt()
+    near &= (found.argmax(-1) == wanted.argmax(-1)) | (best - second <= 2 * error)
+    return bool(near.all())
+
+
+class _Weights:
+    """Weights in their stored form, each fetched anew once nothing holds it any more."""
+
+    def __init__(self, spec: ProgramSpec, fetch: Fetch) -> None:
+        self._specs = {weight.name: weight for weight in spec.weights}
+        self._fetch = fetch
+        self._live: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+
+    def get(self, name: str) -> Tensor:
+        found = self._live.get(name)
+        if found is None:
+            # An alias: of a model in memory the tensor itself would live on, and be found always.
+            found = self._live[name] = self._fetch(self._specs[name]).detach()
+        return found
+
+
+class Walk:
+    """One run of a graph without control flow, over weights that it takes as it comes to them.
+
+    `within`: the context in which it calls. After the last step, `outputs` are the graph's.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        inputs: Mapping[str, Tensor],
+        weight: Callable[[str], Tensor],
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
+        look: Look | None = None,
+    ) -> None:
+        self._graph, self._inputs, self._weight = module.graph, inputs, weight
+        self._within, self._look = within, look
+        self.outputs: Sequence[Any] = ()
+
+    def steps(self) -> Iterator[int]:
+        """Runs; gives the number of weights taken so far, each time that it has taken some and
+        before it reads them.
+        """
+        env: dict[fx.Node, Any] = {}
+        dead, taken = _last_readers(self._graph), 0
+        for node in self._graph.nodes:
+            if node.op == "placeholder":
+                continue
+            for value in node.all_input_nodes:
+                if value.op == "placeholder" and value not in env:
+                    if WEIGHT in value.meta:
+                        env[value] = self._weight(value.meta[WEIGHT])
+                        taken += 1
+                        yield taken
+                    else:
+                        env[value] = self._inputs[value.meta[INPUT]]
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+            if node.op == "output":
+                self.outputs = args[0]
+                return
+            with self._within():
+                env[node] = node.target(*args, **kwargs)
+            if self._look is not None and not kwargs:
+                self._look(node, node.target, args, env[node])
+            del args, kwargs
+            for value in dead.get(node, ()):
+                env.pop(value, None)
+
+
+def together(walks: Sequence[Walk]) -> None:
+    """Runs them side by side: on goes the one that has taken the fewest weights."""
+    steps = [walk.steps() for walk in walks]
+    taken = dict.fromkeys(range(len(walks)), 0)
+    while taken:
+        index = min(taken, key=lambda i: taken[i])
+        try:
+            taken[index] = next(steps[index])
+        except StopIteration:
+            del taken[index]
+
+
+def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The values that a node is the last to read; those that nothing reads are its own."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        last = max(node.users, key=lambda user: order[user], default=node)
+        found.setdefault(last, []).append(node)
+    return found
+
+
+def _leaves(node: fx.Node) -> list[fx.Node]:
+    """The placeholders that a call reads, directly or through a view of one."""
+    found: list[fx.Node] = []
+    for value in node.all_input_nodes:
+        if value.op == "placeholder":
+            found.append(value)
+        elif len(value.all_input_nodes) == 1:
+            found += [n for n in value.all_input_nodes if n.op == "placeholder"]
+    return found
