@@ -42,7 +42,7 @@ gpu:                   ## right and fast on this machine's GPU: docs/results/gpu
 	PYTHONPATH=.:passes:runtime $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(FLAGS)
 
 frontier: setup        ## what every sparse path answers and reads: docs/results/frontier.md
-	$(BIN)/python benchmarks/frontier.py --problems 100
+	$(BIN)/python -m benchmarks.frontier --problems 100
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -7,7 +7,8 @@ loads both, each in a process of its own: seconds of `load` with the file in the
 time to the first token of a `--prompt` of tokens, and the process's memory. *resident* is what the
 process holds after it has generated, less what it held before it loaded (what malloc keeps for
 later is given back first), beside the bytes of weights and K/V; *peak* is the most it held at once.
-transformers is the baseline of the same run. Linux only: /proc is read.
+transformers is the baseline of the same run. Linux only: /proc is read. A process of its own
+generates first with every operator compared with its reference (`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import checked
 from benchmarks.kernels import cpu_name
 from benchmarks.steps import random_llama
 from sirius_runtime.command_line import finish, positive_number, threads_argument
@@ -64,6 +66,15 @@ def ours(path: str, prompt: int, threads: int, verify: bool) -> Cost:
         return lambda count: model.generate(ids, max_new_tokens=count, period=4)
 
     return _cost(load, threads)
+
+
+def check(path: str, prompt: int, threads: int) -> None:
+    """Raises WrongResultError for an operator that is wrong."""
+    import sirius_runtime
+
+    torch.set_num_threads(threads)
+    model = sirius_runtime.load(path, backend="eager", device="cpu")
+    checked.generation("ours", model, list(range(100, 100 + prompt)), period=4)
 
 
 def transformers(path: str, prompt: int, threads: int, verify: bool) -> Cost:
@@ -146,6 +157,7 @@ def main() -> None:
             "ours": (ours, str(artifact), True),
             "ours, verify=False": (ours, str(artifact), False),
         }
+        apart(check, str(artifact), args.prompt, args.threads)
         header = ("load", "s", "x", "first token s", "x", "resident", "peak")
         print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
         base: list[Cost] = []

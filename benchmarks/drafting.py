@@ -1,13 +1,14 @@
 """What trees, adaptive drafting, refreshed neurons and the online controller gain, on the shipped
 model.
 
-    python benchmarks/drafting.py --sparsity griffin+teal --problems 60 --timed 4 --keep 0.4
+    python -m benchmarks.drafting --sparsity griffin+teal --problems 60 --timed 4 --keep 0.4
 
 Each row is one setting of `generate` on fresh test problems of one task: exact match, AAL and
 effective density over one batch; tokens per second over the first `--timed` problems answered one
 at a time, the median, as a ratio to the dense model's and to the fixed chain's (period 16) on the
 same problems, interleaved with them in the same run. `auto` follows the clock, so it is answered
-one at a time throughout.
+one at a time throughout. Each setting first answers with every operator compared with its
+reference (`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks import checked
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.shipped.problems import Problem, Task, final_answer, problems
 from sirius_runtime import SiriusModel
@@ -82,6 +84,8 @@ class Result:
 
 def measure(model: SiriusModel, batch: list[Problem], timed: int) -> dict[str, Result]:
     """Every setting on one task's problems."""
+    for name, options in SETTINGS.items():
+        checked.generation(name, model, batch[0].prompt, **options)
     results = {name: Result() for name in SETTINGS}
     for name, options in SETTINGS.items():
         alone = options.get("period") == "auto"

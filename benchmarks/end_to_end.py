@@ -8,6 +8,10 @@ tokens per second, its quartiles, and the median over problems of the ratio to o
 the same problem. Seconds cover the whole call, prompt included. llama.cpp takes part where `gguf`
 and `llama-cpp-python` are installed.
 
+Before anything is timed, each of our rows answers with every operator compared with its reference
+(`benchmarks.checked`); in float32, rows that are to answer as our dense path does must give its
+tokens. llama.cpp rounds elsewhere, and is held to exact match alone.
+
 The model has 3 M parameters and lies in the cache: this shows what calls cost, not what reading
 less saves. `benchmarks.steps` has real sizes.
 """
@@ -28,7 +32,7 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM
 
-from benchmarks import llama_cpp
+from benchmarks import checked, llama_cpp
 from benchmarks.kernels import cpu_name
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.compile import Compiled
@@ -49,6 +53,10 @@ class Row:
 
     name: str
     answer: Answer
+    answers_as: str | None = None
+    """The row whose tokens it must give, in float32."""
+    tokens: list[int] = field(default_factory=list)
+    """Of the last answer."""
     right: int = 0
     speeds: list[float] = field(default_factory=list)
 
@@ -56,6 +64,7 @@ class Row:
         begin = time.perf_counter()
         tokens = self.answer(prompt)
         self.speeds.append(len(tokens) / (time.perf_counter() - begin))
+        self.tokens = list(tokens)
         self.right += final_answer(decode(tokens)) == final_answer(wanted)
 
 
@@ -101,17 +110,21 @@ def rows(
         Row(
             f"Sirius, {name}, k {args.period}, confidence {args.confidence:g}", ours(model, **best)
         ),
-        Row(f"exact, {name}, k {args.period}", ours(model, mode="exact", **best)),
+        Row(f"exact, {name}, k {args.period}", ours(model, mode="exact", **best), BASELINE),
     ]
     if args.aoti:
         whole = program.to_runtime(dtype=args.dtype, backend=BackendName.AOTI, context=CONTEXT)
-        found += [Row(f"Sirius, {name}, k 16, compiled period", ours(whole))]
+        found += [Row(f"Sirius, {name}, k 16, compiled period", ours(whole), found[2].name)]
     folder = Path(__file__).parents[1] / "sirius_compile" / "shipped" / MODEL
     reference = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     found += [
-        Row("transformers, eager", hugging_face(reference)),
-        Row("transformers, compiled, static cache", compiled(folder, dtype)),
-        Row("transformers, prompt look-up", hugging_face(reference, prompt_lookup_num_tokens=10)),
+        Row("transformers, eager", hugging_face(reference), BASELINE),
+        Row("transformers, compiled, static cache", compiled(folder, dtype), BASELINE),
+        Row(
+            "transformers, prompt look-up",
+            hugging_face(reference, prompt_lookup_num_tokens=10),
+            BASELINE,
+        ),
     ]
     if llama_cpp.available():
         path = scratch / "model.gguf"
@@ -122,14 +135,19 @@ def rows(
     return found
 
 
-def measure(found: list[Row], batch: list[Problem], model: SiriusModel) -> None:
-    """Every row on every problem, in turn; the first turn pays for what is made once."""
+def measure(found: list[Row], batch: list[Problem], model: SiriusModel, exactly: bool) -> None:
+    """Every row on every problem, in turn; the first turn pays for what is made once. `exactly`:
+    whether tokens are compared, where nothing is rounded that chooses one.
+    """
     tokenizer = model.tokenizer
     assert tokenizer is not None
+    by_name = {row.name: row for row in found}
     for problem in [*batch, *batch]:
         ids = tokenizer.encode(problem.prompt).ids
         for row in found:
             row.run(ids, problem.answer, lambda tokens: tokenizer.decode(list(tokens)))
+            if row.answers_as is not None and exactly:
+                checked.equal(row.name, row.tokens, by_name[row.answers_as].tokens)
     for row in found:
         row.speeds, row.right = row.speeds[len(batch) :], row.right // 2
 
@@ -174,7 +192,9 @@ def main() -> None:
     model = program.to_runtime(dtype=args.dtype)
     with tempfile.TemporaryDirectory() as scratch:
         found = rows(args, program, model, Path(scratch))
-        measure(found, batch, model)
+        for mode in ("full", "sparse", "sirius", "exact"):
+            checked.generation(f"{mode}, {args.sparsity}", model, batch[0].prompt, mode=mode)
+        measure(found, batch, model, args.dtype == "float32")
     print(
         f"{MODEL}, {args.dtype}, {len(batch)} problems; torch {torch.__version__}, transformers "
         f"{transformers.__version__}, {torch.get_num_threads()} threads, {cpu_name()}\n"

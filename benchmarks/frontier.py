@@ -1,11 +1,12 @@
 """The frontier of the sparse paths on the shipped model: what is answered right, what is read.
 
-    python benchmarks/frontier.py --problems 100 --out docs/results
+    python -m benchmarks.frontier --problems 100 --out docs/results
 
 Sweeps methods, kept shares, periods and tree widths over fresh test problems of both tasks, all in
 one run, and writes `frontier.md` (a row a setting) and `frontier.png`. The dense model's answers
 are the baseline; *effective* is weight reads per committed token, dense = 1. A setting is on target
-where it answers at most a point less than the dense model and reads at most half.
+where it answers at most a point less than the dense model and reads at most half. Each path first
+answers with every operator compared with its reference (`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from benchmarks import checked
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.shipped.problems import Problem, Task, final_answer, problems
 from sirius_runtime import Mode, SiriusModel
@@ -77,6 +79,9 @@ def rows(methods: list[Method], batches: dict[Task, list[Problem]]) -> Iterator[
         for keep in KEEPS[method]:
             compiled = compile_model(MODEL, CompileConfig(sparsity=method, keep=keep))
             model = compiled.to_runtime(dtype="float32")
+            for mode in (Mode.FULL, Mode.SPARSE, Mode.SIRIUS):
+                prompt = next(iter(batches.values()))[0].prompt
+                checked.generation(f"{method} at {keep:g}, {mode}", model, prompt, mode=mode)
             for task, batch in batches.items():
                 alone, _ = answer(model, batch, mode=Mode.SPARSE)
                 for period, width in TREES:
@@ -181,7 +186,7 @@ def main() -> None:
     lines = [
         f"# {MODEL}: what each sparse path answers and reads",
         "",
-        f"`python benchmarks/frontier.py --problems {args.problems}`: {args.problems} fresh "
+        f"`python -m benchmarks.frontier --problems {args.problems}`: {args.problems} fresh "
         f"problems a task, float32, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {platform.machine()}, "
         f"{time.perf_counter() - start:.0f} s. *on target*: at most a point "

@@ -25,6 +25,7 @@ from benchmarks.random_programs import METHODS
 from benchmarks.steps import replay_on
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.compile import Compiled
+from sirius_compile.operator_check import tolerance
 from sirius_compile.shipped.problems import Task, problems
 from sirius_runtime.backends.cuda_graph import StaticSessions
 from sirius_runtime.backends.eager import EagerBackend
@@ -33,8 +34,8 @@ from sirius_runtime.model import SiriusModel
 from sirius_runtime.ops import attention, linear, mlp, moe
 from sirius_runtime.spec import Method
 
-BOUNDS = {torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float16: 5e-3}
-"""Of the error: some times what rounding each product's inputs once makes of it."""
+BOUNDS = {dtype: tolerance(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16)}
+"""Of the error: what rounding may make of it, as `sirius_compile.operator_check` derives it."""
 SHAPES = [
     *((1, 1, 32), (3, 4, 64), (1, 16, 256)),
     *((1, 1, 512), (2, 1, 256), (1, 61, 128), (3, 64, 96)),

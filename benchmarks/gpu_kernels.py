@@ -4,8 +4,9 @@
 
 Random weights, one row, bf16 by default. GB/s counts the bytes that a call needs to read, once
 each: weights, and keys and values in use; not activations. The roof is the copy of a gigabyte,
-counted as read and written. Before a call is timed, its result is compared with the reference's on
-the same GPU: `error` is the largest difference over the largest value.
+counted as read and written. What a graph's first and last call gave, once it has been replayed, is
+compared with the reference's result on the same GPU: `error` is that of a token, relative, and a
+row is shown only where it is no more than rounding makes (`benchmarks.checked`).
 
 A call takes a few kernels of a few microseconds, which a host can't launch as fast one by one; so
 each side is a CUDA graph of calls, as a captured period is. Its calls take their weights from
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sirius_runtime.operators  # registers the operators
+from benchmarks import checked
 from sirius_runtime.command_line import finish
 from sirius_runtime.kernels.cuda.available import launchers
 from sirius_runtime.ops import attention, linear, mlp
@@ -42,9 +44,6 @@ SKIPPED = (0.3, 0.5, 0.65)
 POOL, ROTATED, COPIED = 3 << 30, 1 << 29, 1 << 30  # bytes
 MOST_CALLS = 32  # of a graph
 REPLAYS = 21
-MOST_ERROR = 0.05
-"""Of the largest value: room for bfloat16, and for neurons whose scores are equal at the border,
-of which the reference takes others. A row beyond it is marked, and the exit status is 1."""
 REFERENCES = {"linear": linear, "mlp": mlp, "attention": attention}
 
 
@@ -121,10 +120,6 @@ class Row:
     torch_quartiles: tuple[float, float]
     error: float
 
-    @property
-    def right(self) -> bool:
-        return self.error <= MOST_ERROR
-
     def cells(self) -> list[str]:
         return [
             *(self.shape, self.case, str(self.tokens), f"{self.megabytes:.1f}"),
@@ -133,7 +128,7 @@ class Row:
             f"{self.torch_microseconds:.1f} "
             f"({self.torch_quartiles[0]:.1f}-{self.torch_quartiles[1]:.1f})",
             f"{self.torch_microseconds / self.microseconds:.2f}",
-            f"{self.error:.1e}" if self.right else f"WRONG: {self.error:.1e}",
+            f"{self.error:.1e}",
         ]
 
 
@@ -328,16 +323,6 @@ def cases(pool: Pool, shape: Shape) -> Iterator[Case]:
         yield from attention_cases(pool, shape, tokens)
 
 
-def error(actual: object, expected: object) -> float:
-    """The largest difference over the largest value; integers may differ by near ties only."""
-    if isinstance(actual, tuple | list) and isinstance(expected, tuple | list):
-        return max(error(a, b) for a, b in zip(actual, expected, strict=True))
-    assert isinstance(actual, Tensor)
-    assert isinstance(expected, Tensor)
-    difference = (actual.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp(min=1e-30))
-
-
 @contextmanager
 def float32_sums() -> Iterator[None]:
     """Within it, torch adds up products in float32, as the kernels do; timed is its default."""
@@ -353,8 +338,10 @@ def float32_sums() -> Iterator[None]:
             setattr(matmul, name, value)
 
 
-def captured(call: Callable[..., object], sets: list[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:
-    """A graph of one call for each set."""
+def captured(
+    call: Callable[..., Any], sets: list[tuple[Any, ...]]
+) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+    """A graph of one call for each set, and the results that it writes to."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what is compiled, loaded or allocated once is so by now
@@ -363,9 +350,8 @@ def captured(call: Callable[..., object], sets: list[tuple[Any, ...]]) -> torch.
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for args in sets:
-            call(*args)
-    return graph
+        results = [call(*args) for args in sets]
+    return graph, results
 
 
 def replayed(graphs: list[torch.cuda.CUDAGraph], replays: int) -> list[list[float]]:
@@ -387,20 +373,31 @@ def copy_bandwidth(pool: Pool) -> float:
     """Bytes a second, read and written, of a copy within the device."""
     half = min(COPIED // pool.dtype.itemsize, pool.buffer.numel() // 2)
     source, target = pool.buffer[:half], torch.empty_like(pool.buffer[:half])
-    graph = captured(lambda: target.copy_(source), [()] * 2)
+    graph, _ = captured(lambda: target.copy_(source), [()] * 2)
     times = replayed([graph], REPLAYS)[0]
     return 2 * 2 * half * pool.dtype.itemsize / (statistics.median(times) * 1e-6)
 
 
-def measured(case: Case, shape: Shape, pool: Pool, copy: float) -> Row:
-    """A case checked, then timed."""
-    kernel = case.kernel(pool.device)
-    done = kernel(*case.sets[0])
+def right(case: Case, shape: Shape, args: tuple[Any, ...], done: object) -> float:
+    """The error of a call's result; ends the program where it is more than rounding makes."""
+    row = f"{shape.name}, {case.name}, {case.tokens} tokens"
     with float32_sums():
-        found = error(done, case.reference()(*case.sets[0]))
+        return checked.call(row, case.reference(), args, done).error
+
+
+def ends(sets: list[tuple[Any, ...]]) -> list[tuple[int, tuple[Any, ...]]]:
+    """The first and the last set of arguments, by index."""
+    return [(0, sets[0]), (len(sets) - 1, sets[-1])]
+
+
+def measured(case: Case, shape: Shape, pool: Pool, copy: float) -> Row:
+    """A case timed, and what was timed checked: of the first and the last call of its graph."""
+    kernel = case.kernel(pool.device)
     needed = statistics.mean(case.bytes(kernel(*args)) for args in case.sets)
-    graphs = [captured(call, case.sets) for call in (kernel, case.torch)]
-    ours, theirs = ([t / len(case.sets) for t in times] for times in replayed(graphs, REPLAYS))
+    (graph, results), (baseline, _) = (captured(c, case.sets) for c in (kernel, case.torch))
+    replays = replayed([graph, baseline], REPLAYS)
+    ours, theirs = ([t / len(case.sets) for t in times] for times in replays)
+    found = max(right(case, shape, args, results[i]) for i, args in ends(case.sets))
     (low, ours_median, high), (torch_low, torch_median, torch_high) = (
         statistics.quantiles(times, n=4) for times in (ours, theirs)
     )
@@ -465,8 +462,6 @@ def main() -> None:
         parser.exit(1, f"{parser.prog}: {problem}\n")
     print(f"{machine()}; {args.dtype}; copy {copy / 1e9:.0f} GB/s; {REPLAYS} replays\n")
     print(table(found))
-    if not all(row.right for row in found):
-        parser.exit(1, f"{parser.prog}: a kernel's result is not the reference's: see WRONG\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ cache, so that none are there from the call before. Every round runs the read lo
 by kernel, then every case by torch, whose threads stay awake for a while after a call and would
 hold up what shares the cores with them; printed are the medians over the rounds, and then the same
 of each one's fastest round, which says what a machine does that other work disturbs less. torch is
-`F.linear` for linears, else the operators' references, which read what they mask.
+`F.linear` for linears, else the operators' references, which read what they mask. Before anything
+is timed, each case's result is compared with its reference's (`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import sirius_runtime.operators  # noqa: F401  (registers the operators)
+from benchmarks import checked
 from benchmarks.memory import in_large_pages
 from sirius_runtime.command_line import finish, positive_number, threads_argument
 from sirius_runtime.kernels.native import kernels, references
@@ -45,8 +48,16 @@ class Case:
     name: str
     tokens: int
     bytes: float
-    call: Callable[[], object]
+    operator: Callable[..., object]
+    arguments: Callable[[], Sequence[Any]]
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"kernel": [], "torch": []})
+
+    def call(self) -> object:
+        return self.operator(*self.arguments())
+
+    def check(self) -> None:
+        """Ends the program where the kernel is wrong."""
+        checked.call(f"{self.name}, {self.tokens} tokens", self.operator, self.arguments())
 
     def time(self, side: str) -> None:
         self.call()  # as in a step, where threads are awake from the call before
@@ -94,13 +105,15 @@ def linear_cases(pool: Pool, tokens: int) -> Iterator[Case]:
             f"linear {name} {list(shape)}",
             tokens,
             size,
-            lambda shape=shape: sirius.linear(x, pool.take(*shape)),
+            sirius.linear.default,
+            lambda shape=shape: (x, pool.take(*shape)),
         )
     yield Case(
         f"linear of a transposed weight [{HIDDEN}, {NEURONS}]",
         tokens,
         HIDDEN * NEURONS * x.itemsize,
-        lambda: sirius.linear(x, pool.take(HIDDEN, NEURONS).t()),
+        sirius.linear.default,
+        lambda: (x, pool.take(HIDDEN, NEURONS).t()),
     )
 
 
@@ -112,7 +125,7 @@ def mlp_cases(pool: Pool, tokens: int) -> Iterator[Case]:
         matrices = [pool.take(NEURONS, HIDDEN) for _ in range(3)]
         return [x, *matrices, None, None, None, "silu", 0]
 
-    yield Case("dense_mlp", tokens, 3 * NEURONS * row, lambda: sirius.dense_mlp(*weights()))
+    yield Case("dense_mlp", tokens, 3 * NEURONS * row, sirius.dense_mlp.default, weights)
     if tokens > 8:
         return
     sample = torch.nn.functional.silu(torch.nn.functional.linear(x, pool.take(NEURONS, HIDDEN)))
@@ -127,19 +140,22 @@ def mlp_cases(pool: Pool, tokens: int) -> Iterator[Case]:
             f"griffin_mlp, {share}",
             tokens,
             3 * keep * row,
-            lambda neurons=neurons: sirius.griffin_mlp(*weights(), neurons),
+            sirius.griffin_mlp.default,
+            lambda neurons=neurons: (*weights(), neurons),
         )
         yield Case(
             f"topk_mlp, {share}",
             tokens,
             kept * row,
-            lambda keep=keep: sirius.topk_mlp(*weights(), keep),
+            sirius.topk_mlp.default,
+            lambda keep=keep: (*weights(), keep),
         )
         yield Case(
             f"cats_mlp, {share}",
             tokens,
             kept * row,
-            lambda threshold=threshold: sirius.cats_mlp(*weights(), threshold),
+            sirius.cats_mlp.default,
+            lambda threshold=threshold: (*weights(), threshold),
         )
 
 
@@ -154,8 +170,10 @@ def channel_cases(pool: Pool, tokens: int) -> Iterator[Case]:
                 f"sparse_linear [{inputs}, {outputs}], {skipped:.0%} skipped",
                 tokens,
                 kept * outputs * x.itemsize,
-                lambda x=x, shape=(inputs, outputs), threshold=threshold: sirius.sparse_linear(
-                    x, pool.take(*shape), None, None, threshold
+                sirius.sparse_linear.default,
+                lambda x=x, shape=(inputs, outputs), threshold=threshold: (
+                    *(x, pool.take(*shape), None, None),
+                    threshold,
                 ),
             )
 
@@ -175,8 +193,10 @@ def attention_cases(pool: Pool, tokens: int, context: int) -> Iterator[Case]:
         f"cached_attention, {context} tokens in use",
         tokens,
         2 * context * GROUPS * HEAD * dtype.itemsize,
-        lambda: sirius.cached_attention(
-            q, k, v, *caches, at, at, length, mask, next(turn) % layers, 0.125, None, None
+        sirius.cached_attention.default,
+        lambda: (
+            *(q, k, v, *caches, at, at, length, mask),
+            *(next(turn) % layers, 0.125, None, None),
         ),
     )
 
@@ -189,7 +209,7 @@ def cpu_name() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--tokens", type=positive_number, nargs="+", default=[1, 4, 8, 16])
@@ -197,7 +217,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive_number, default=15)
     parser.add_argument("--threads", type=threads_argument, default=torch.get_num_threads())
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if min(*args.tokens, *args.context, args.rounds, args.threads) < 1:
         parser.error("--tokens, --context, --rounds and --threads are 1 or more")
     torch.set_num_threads(args.threads)
@@ -220,6 +240,8 @@ def main() -> None:
     ]
     reads: list[float] = []
     with torch.inference_mode():
+        for case in cases:
+            case.check()
         for turn in range(args.rounds + 2):
             for start in range(0, POOL, READ):
                 begin = time.perf_counter()

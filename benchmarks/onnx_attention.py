@@ -1,13 +1,14 @@
 """ONNX's operator Attention beside what attention is lowered to here, one layer, on the CPU.
 
-    python benchmarks/onnx_attention.py            # the table, in seconds
+    python -m benchmarks.onnx_attention            # the table, in seconds
 
 Queries of T tokens see E committed slots of a cache, and of their block of M nodes what a tree mask
 shows. `whole`: the cache as it is stored, [layers, B, G, S, D], as in verification or one step.
 `in the loop`: its committed slots have been cut out before, as the graph `period` does once for all
 of its steps. Attention takes these as past keys and values, and the block as keys and values, which
 it joins; `joined before` is its bound for a cache that had the block in it already. Times are
-medians of one interleaved run; a ratio below 1 would speak for the operator.
+medians of one interleaved run; a ratio below 1 would speak for the operator. All are compared with
+the reference operator first; `difference` is the largest (`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -16,29 +17,32 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from onnx import helper
 
+from benchmarks import checked
 from sirius_compile.onnx import attention
 from sirius_compile.onnx import emit as e
 from sirius_compile.onnx.lower import make_model
 from sirius_compile.onnx.scope import Scope, Value, value_info
 from sirius_runtime.command_line import finish, positive_number, threads_argument
+from sirius_runtime.ops.attention import cached_attention
 
 OPSET, IR_VERSION = 23, 11  # the first with Attention
 H, G, D, S = 8, 2, 64, 4608
 DTYPE = "float32"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=threads_argument, default=1)
     parser.add_argument("--repeats", type=positive_number, default=60)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     print(
         f"onnxruntime {onnxruntime.__version__}, opset {OPSET}, {args.threads} threads, {DTYPE}, "
         f"{H} heads, {G} key/value heads of {D}\n"
@@ -57,8 +61,11 @@ def row(E: int, T: int, M: int, form: str, args: argparse.Namespace) -> str:
         name: opened(make(T, M, form), args.threads, given)
         for name, make in (("ours", ours), ("Attention", standard), ("joined", joined))
     }
-    found = [call() for call in calls.values()]
-    difference = max(float(np.abs(found[0] - other).max()) for other in found[1:])
+    wanted = reference(given, T)
+    found = {name: torch.from_numpy(call()) for name, call in calls.items()}
+    for name, y in found.items():
+        checked.near(f"{name}, E {E}, T {T}, M {M}, {form}", y, wanted)
+    difference = max(float((y - wanted).abs().max()) for y in found.values())
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(args.repeats + 3):
         for name, call in calls.items():
@@ -100,6 +107,28 @@ def inputs(E: int, T: int, M: int) -> dict[str, np.ndarray]:
         "length": np.array([E]),
         "tree_mask": np.maximum(depth, -1)[None, M - T :],
     }
+
+
+def reference(given: dict[str, np.ndarray], T: int) -> torch.Tensor:
+    """The operator of the block's last T nodes, once the others lie in the cache, in PyTorch."""
+    tensors = {name: torch.from_numpy(value.copy()) for name, value in given.items()}
+    E, M = int(tensors["length"]), tensors["k"].shape[2]
+    caches = tensors["k_cache"], tensors["v_cache"]
+    for cache, new in zip(caches, (tensors["k"], tensors["v"]), strict=True):
+        cache[0, :, :, E : E + M] = new
+    return cached_attention(
+        tensors["q"],
+        *(tensors[name][:, :, M - T :] for name in "kv"),
+        *caches,
+        tensors["positions"],
+        torch.arange(E + M - T, E + M)[None],
+        tensors["length"],
+        tensors["tree_mask"],
+        0,
+        D**-0.5,
+        None,
+        None,
+    )
 
 
 class Graph:

@@ -6,7 +6,8 @@ One MLP of one token on the CPU, float32, at the shapes of Llama-3.2-1B's, by ea
 in each form: all computed and what is left out masked, gathered anew each step, and of griffin
 gathered once a prompt. Weights are random; the thresholds of cats and teal are those that keep the
 share on this token. The second table is a mixture: all experts, the token's own gathered, and each
-expert's product over the rows that go to it. Times are medians of one interleaved run.
+expert's product over the rows that go to it. Times are medians of one interleaved run. Each form's
+result is compared with its rule's reference operator first (`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,18 +26,30 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 
+from benchmarks import checked
 from sirius_compile.onnx import emit as e
 from sirius_compile.onnx.lower import make_model
 from sirius_compile.onnx.mlp import activation, sparse_linear, topk
 from sirius_compile.onnx.moe import dense_moe
 from sirius_compile.onnx.scope import Scope, Value, value_info
 from sirius_runtime.command_line import finish, threads_argument
+from sirius_runtime.ops import mlp, moe
+from sirius_runtime.ops.linear import sparse_linear as sparse_reference
 
 C, I = 2048, 8192  # noqa: E741
 E, K, J = 16, 2, 1792  # experts, of which a token has two, of J neurons
 
 Way = Callable[[Scope, Value], Value]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to compute something, and what the reference operator makes of the same values."""
+
+    way: Way
+    wanted: Callable[[], torch.Tensor]
 
 
 def main() -> None:
@@ -48,19 +62,27 @@ def formulations(threads: int, repeats: int = 15) -> None:
     """Prints both tables."""
     print(f"| MLP {C} x {I}, one token | kept | ms | of all neurons |\n|---|---|---|---|")
     for keep in (0.5, 0.3, 0.1):
-        show({"all neurons": dense} | ways(keep), f"{keep:g}", threads, repeats)
+        show(
+            {"all neurons": Form(dense, dense_reference)} | ways(keep),
+            f"{keep:g}",
+            threads,
+            repeats,
+        )
     print(f"\n| {E} experts of {J} neurons, one token | experts | ms | of all experts |")
     print("|---|---|---|---|")
     mixture = {
-        "all experts": all_experts,
-        "a token's own, gathered each step": gathered_experts,
-        "a token's own, in place": own_experts,
+        "all experts": Form(all_experts, mixture_reference),
+        "a token's own, gathered each step": Form(gathered_experts, mixture_reference),
+        "a token's own, in place": Form(own_experts, mixture_reference),
     }
     show(mixture, f"{K} of {E}", threads, repeats)
 
 
-def show(forms: dict[str, Way], kept: str, threads: int, repeats: int) -> None:
-    seconds = measured({name: built(way, threads) for name, way in forms.items()}, repeats)
+def show(forms: dict[str, Form], kept: str, threads: int, repeats: int) -> None:
+    calls = {name: built(form.way, threads) for name, form in forms.items()}
+    for name, form in forms.items():
+        checked.near(f"{name}, {kept}", torch.from_numpy(calls[name]()), form.wanted())
+    seconds = measured(calls, repeats)
     base, *_ = seconds.values()
     for name, own in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(own, base, strict=True))
@@ -70,21 +92,84 @@ def show(forms: dict[str, Way], kept: str, threads: int, repeats: int) -> None:
 # MLPs
 
 
-def ways(keep: float) -> dict[str, Way]:
+def ways(keep: float) -> dict[str, Form]:
     count = round(keep * I)
     # Of this token's |act(gate x)| and |x|, which the weights' seed makes what they are.
     activity, channels = threshold(gated, keep), threshold(lambda s, x: x, keep)
     hidden = threshold(lambda s, x: hidden_of(s, x), keep)
+    teal = {"outer": channels, "inner": hidden}
     return {
-        "griffin, gathered once a prompt": partial(gathered_once, count=count),
-        "griffin, gathered each step": partial(gathered_by_index, count=count),
-        "topk, masked": partial(masked, count=count),
-        "topk, gathered each step": partial(gathered_each_step, count=count),
-        "cats, masked": partial(masked_above, threshold=activity),
-        "cats, gathered each step": partial(gathered_above, threshold=activity),
-        "teal, masked": partial(inputs_masked, outer=channels, inner=hidden),
-        "teal, gathered each step": partial(inputs_gathered, outer=channels, inner=hidden),
+        "griffin, gathered once a prompt": Form(
+            partial(gathered_once, count=count), partial(gathered_once_reference, count)
+        ),
+        "griffin, gathered each step": Form(
+            partial(gathered_by_index, count=count), partial(griffin_reference, count)
+        ),
+        "topk, masked": Form(partial(masked, count=count), partial(topk_reference, count)),
+        "topk, gathered each step": Form(
+            partial(gathered_each_step, count=count), partial(topk_reference, count)
+        ),
+        "cats, masked": Form(
+            partial(masked_above, threshold=activity), partial(cats_reference, activity)
+        ),
+        "cats, gathered each step": Form(
+            partial(gathered_above, threshold=activity), partial(cats_reference, activity)
+        ),
+        "teal, masked": Form(partial(inputs_masked, **teal), partial(teal_reference, **teal)),
+        "teal, gathered each step": Form(
+            partial(inputs_gathered, **teal), partial(teal_reference, **teal)
+        ),
     }
+
+
+# What the reference operators say, each [1, C]
+
+
+def tensor(name: str, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(value_of(name, shape))
+
+
+def mlp_arguments() -> tuple[Any, ...]:
+    """x [1, 1, C], the weights, no biases, the activation and the layer."""
+    matrices = (tensor(name, I, C) for name in ("gate", "up", "down"))
+    return tensor("x", 1, C)[None], *matrices, None, None, None, "silu", 0
+
+
+def dense_reference() -> torch.Tensor:
+    return mlp.dense_mlp(*mlp_arguments())[0]
+
+
+def griffin_reference(count: int) -> torch.Tensor:
+    return mlp.griffin_mlp(*mlp_arguments(), tensor("neurons", count)[None, None])[0]
+
+
+def gathered_once_reference(count: int) -> torch.Tensor:
+    """Whose neurons have weights of their own here."""
+    gate, up = (tensor(f"{name}_kept", C, count).t() for name in ("gate", "up"))
+    x, _gate, _up, _down, *rest = mlp_arguments()
+    return mlp.dense_mlp(x, gate, up, tensor("down_kept", count, C), *rest)[0]
+
+
+def topk_reference(count: int) -> torch.Tensor:
+    return mlp.topk_mlp(*mlp_arguments(), count)[0]
+
+
+def cats_reference(threshold: float) -> torch.Tensor:
+    return mlp.cats_mlp(*mlp_arguments(), threshold)[0][0]
+
+
+def teal_reference(outer: float, inner: float) -> torch.Tensor:
+    x, gate, up, down, *_ = mlp_arguments()
+    g, u = (sparse_reference(x, w.t(), None, None, outer)[0] for w in (gate, up))
+    z = torch.nn.functional.silu(g) * u
+    return sparse_reference(z, down, None, None, inner)[0][0]
+
+
+def mixture_reference() -> torch.Tensor:
+    gate, down = (tensor(name, E, J, C) for name in ("gates", "downs"))
+    index, shares = tensor("experts", 1, K), tensor("shares", 1, K)
+    mlps = gate, None, down, None, None, None
+    return moe.dense_moe(tensor("x", 1, C), index, shares, *mlps, "silu", 0)
 
 
 def weights(s: Scope) -> tuple[Value, Value, Value]:
@@ -251,13 +336,13 @@ def value_of(name: str, shape: Sequence[int]) -> np.ndarray:
     if name not in VALUES:
         generator = np.random.default_rng(len(VALUES))
         if name == "neurons":
-            VALUES[name] = np.sort(generator.permutation(I)[: shape[0]])
-            return VALUES.pop(name)
+            return np.sort(np.random.default_rng(shape[0]).permutation(I)[: shape[0]])
         if name == "experts":
             return np.arange(K)[None] * (E // K) + 1
-        array = generator.standard_normal(tuple(shape), np.float32)
         if "_kept" in name:
-            return array
+            kept = np.random.default_rng(sum(map(ord, name)))
+            return kept.standard_normal(tuple(shape), np.float32)
+        array = generator.standard_normal(tuple(shape), np.float32)
         VALUES[name] = array if name == "x" else array * C**-0.5
     return VALUES[name]
 

@@ -11,6 +11,9 @@ are random: it accepts nothing of itself, so all drafts are taken, and its Siriu
 `memory`: what a process has for itself, beside the file that it maps, after all modes have run.
 `formulations`: see `benchmarks.onnx_formulations`.
 
+Before it is timed, PyTorch's side answers with every operator compared with its reference, and in
+each run ONNX Runtime must give its tokens (`benchmarks.checked`); genai's models are not compared.
+
 `--genai` needs onnxruntime-genai and onnx_ir, in a folder that PYTHONPATH names if not installed:
 its own model builder writes the models that it runs.
 """
@@ -37,6 +40,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sirius_compile
+from benchmarks import checked
 from benchmarks.kernels import cpu_name
 from benchmarks.onnx_formulations import formulations
 from sirius_compile import CompileConfig, compile_model
@@ -54,8 +58,8 @@ METHODS = ("griffin", "topk")
 SHIPPED = Path(sirius_compile.__file__).parent / "shipped" / "tally-3m"
 LAYERS, VOCABULARY = 16, 128_256  # of Llama-3.2-1B
 
-Run = Callable[[list[int]], float]
-"""Tokens per second on a prompt."""
+Run = Callable[[list[int]], tuple[float, Sequence[int]]]
+"""Tokens per second on a prompt, and the tokens; none where they are not compared."""
 
 
 def main() -> None:
@@ -156,6 +160,14 @@ def generation(subjects: Sequence[Subject], args: argparse.Namespace) -> None:
             path = subject.compiled(method)
             for backend in ("torch", "onnx"):
                 model, tokens = opened(path, backend, args.threads), subject.new_tokens
+                if backend == "torch":
+                    checked.generation(
+                        f"{method}, {subject.title}",
+                        model,
+                        subject.prompts[0],
+                        eos_token_id=[],
+                        threshold=subject.threshold,
+                    )
                 if method == METHODS[0]:
                     runs[f"{backend}, dense"] = by(model, tokens, mode="full")
                 sirius = by(model, tokens, threshold=subject.threshold)
@@ -183,9 +195,9 @@ def opened(path: Path, backend: str, threads: int) -> SiriusModel:
 
 
 def by(model: SiriusModel, tokens: int, **options: Any) -> Run:
-    def run(prompt: list[int]) -> float:
+    def run(prompt: list[int]) -> tuple[float, Sequence[int]]:
         output = model.generate(prompt, max_new_tokens=tokens, eos_token_id=[], **options)
-        return output.stats.tokens_per_second
+        return output.stats.tokens_per_second, output.tokens[0]
 
     return run
 
@@ -208,7 +220,7 @@ def genai(folder: Path, tokens: int, threads: int) -> Run:
     config.overlay(f'{{"model": {{"decoder": {{"session_options": {options}}}}}}}')
     model = og.Model(config)
 
-    def run(prompt: list[int]) -> float:
+    def run(prompt: list[int]) -> tuple[float, Sequence[int]]:
         parameters, length = og.GeneratorParams(model), len(prompt) + tokens
         parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = og.Generator(model, parameters)
@@ -218,7 +230,7 @@ def genai(folder: Path, tokens: int, threads: int) -> Run:
         while not generator.is_done():
             generator.generate_next_token()
             made += 1
-        return made / (time.perf_counter() - begin)
+        return made / (time.perf_counter() - begin), ()
 
     return run
 
@@ -229,8 +241,13 @@ def compared(runs: dict[str, Run], prompts: Sequence[list[int]]) -> Iterator[tup
         run(prompts[0])
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     for prompt in prompts:
+        answers: dict[str, Sequence[int]] = {}
         for name, run in runs.items():
-            speeds[name].append(run(prompt))
+            speed, answers[name] = run(prompt)
+            speeds[name].append(speed)
+        for name, tokens in answers.items():
+            if name.startswith("onnx,"):
+                checked.equal(name, tokens, answers[name.replace("onnx,", "torch,", 1)])
     for name, own in speeds.items():
         ratios = (
             statistics.median(a / b for a, b in zip(own, speeds[base], strict=True))
@@ -245,7 +262,11 @@ def compared(runs: dict[str, Run], prompts: Sequence[list[int]]) -> Iterator[tup
 def period(subjects: Sequence[Subject], args: argparse.Namespace) -> None:
     rows = []
     for subject in subjects:
-        model = opened(subject.compiled("griffin"), "onnx", args.threads)
+        path, answers = subject.compiled("griffin"), []
+        for backend in ("torch", "onnx"):
+            model = opened(path, backend, args.threads)
+            answers.append(by(model, 17, threshold=0.0)(list(range(1, 64)))[1])
+        checked.equal(f"a period, {subject.title}", answers[1], answers[0])
         rows.append((subject.title, *one_call(model, args.prompts)))
     show(("griffin, k 16, w 1", "one call, ms", "entries, ms", "entries / one call"), rows)
 

@@ -6,7 +6,9 @@ One row of griffin at 50% after a history of `--context` tokens, random weights,
 draft is accepted, so that each period does the same work). Both start from the same state and take
 turns; printed are the medians of a period's milliseconds from the call to the tokens on the host,
 of their ratio, and the ratio's quartiles. On a GPU the recording is a CUDA graph; on the CPU, where
-nothing is recorded, the same work runs as it is, and the ratio is of no interest.
+nothing is recorded, the same work runs as it is, and the ratio is of no interest. One period of the
+Session is run with every operator compared with its reference, and each pair of periods must commit
+the same tokens (`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from benchmarks import checked
 from benchmarks.random_programs import SHAPES, RandomPrograms, Shape
 from benchmarks.steps import compiled_backend, machine, replay_on
 from sirius_runtime.backends.eager import EagerBackend
@@ -51,8 +54,10 @@ def sessions(
     return driven, static
 
 
-def seconds_of(session: Session, plan: Plan, context: int) -> float:
-    """One period from `context` tokens on, to the tokens on the host."""
+def one_period(session: Session, plan: Plan, context: int) -> tuple[float, list[int]]:
+    """Seconds of one period from `context` tokens on, to the tokens on the host; those tokens, and
+    how many are committed.
+    """
     device = session._backend.device
     session.length.fill_(context)
     session.root.fill_(7)
@@ -60,8 +65,8 @@ def seconds_of(session: Session, plan: Plan, context: int) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    session.period(plan, most).packed.tolist()
-    return time.perf_counter() - begin
+    (packed,) = session.period(plan, most).packed.tolist()
+    return time.perf_counter() - begin, packed
 
 
 def rows(args: argparse.Namespace, shape: Shape, device: torch.device) -> Iterator[str]:
@@ -73,10 +78,17 @@ def rows(args: argparse.Namespace, shape: Shape, device: torch.device) -> Iterat
         for width in args.width:
             pair = sessions(programs, backend, args.context, size)
             plan = Plan(size, width, threshold=0.0)
+            name = f"k {size}, w {width}"
+            with checked.operators(name, backend):
+                _, wanted = one_period(pair[0], plan, args.context)
             taken: tuple[list[float], list[float]] = ([], [])
             for turn in range(args.rounds + 2):
-                for session, seconds in zip(pair, taken, strict=True):
-                    spent = seconds_of(session, plan, args.context)
+                results = [one_period(session, plan, args.context) for session in pair]
+                (_, driven), (_, replayed) = results
+                checked.equal(name, replayed, driven)
+                if not args.compiled:  # which rounds elsewhere, and may choose by it
+                    checked.equal(name, driven, wanted)
+                for (spent, _), seconds in zip(results, taken, strict=True):
                     if turn >= 2:  # the first pay for allocation and recording
                         seconds.append(spent)
             ratios = [static / driven for driven, static in zip(*taken, strict=True)]

@@ -20,6 +20,10 @@ installed, by llama.cpp; a second table is where a period's time goes: inside th
 what stands between them. On a GPU, steps are CUDA graphs, and the dense step also runs operator by
 operator; with `--compiled`, the entries are compiled by inductor first. The last table, and the
 plot, are computed from the steps (`benchmarks.advance`).
+
+Each step of ours is run once with its operators compared with their references, on the step's own
+inputs, and what is timed must give that run's logits (`benchmarks.checked`); the steps of others,
+whose weights and history are their own, are not compared.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from benchmarks import llama_cpp
+from benchmarks import checked, llama_cpp
 from benchmarks.advance import SHARE, Measured, plot, table
 from benchmarks.kernels import cpu_name
 from benchmarks.memory import in_large_pages
@@ -71,6 +75,8 @@ class Step:
     bytes: float
     call: Callable[[], object]
     within: Callable[[], AbstractContextManager[None]] = nullcontext
+    check: Callable[[object], None] = lambda result: None
+    """Is shown what the call gives, and ends the program where it is wrong."""
     seconds: list[float] = field(default_factory=list)
 
     def row(self, dense: Step, bandwidth: float) -> str:
@@ -120,26 +126,36 @@ def replay_on(device: torch.device) -> Replay:
     return GraphReplay() if device.type == "cuda" else run_at_once
 
 
-def recorded(session: Session, work: Callable[[], object]) -> Callable[[], None]:
-    """The work as a CUDA graph of its own; on the CPU, as it is."""
-    replay = replay_on(session._backend.device)
+def recorded(session: Session, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The work as a CUDA graph of its own, which writes to the same result each time; on the CPU,
+    as it is.
+    """
+    replay, result = replay_on(session._backend.device), []
 
-    def silent() -> None:
-        work()
+    def keep() -> None:
+        result[:] = [work()]
 
-    return lambda: replay("step", silent, [])
+    def call() -> Tensor:
+        replay("step", keep, [])
+        return result[0]
+
+    return call
 
 
-def one_step(session: Session, entry: str) -> None:
-    greedy(session._step(entry)["logits"][:, 0])
+def one_step(session: Session, entry: str) -> Tensor:
+    """Logits [B, V], and the token that they choose."""
+    logits: Tensor = session._step(entry)["logits"][:, 0]
+    greedy(logits)
+    return logits
 
 
-def verify(session: Session, tokens: int) -> None:
-    """One full pass over a chain."""
+def verify(session: Session, tokens: int) -> Tensor:
+    """One full pass over a chain: logits [B, T, V]."""
     index = torch.arange(tokens, device=session._backend.device)
     distance = (index[:, None] - index).clamp(min=-1)
     ids = index[None] + 9
-    session._run("full", ids, slots=index, depth=index, tree_mask=distance[None])
+    result = session._run("full", ids, slots=index, depth=index, tree_mask=distance[None])
+    return result["logits"]
 
 
 def random_llama(layers: int, shape: Shape = SHAPES["1b"]) -> LlamaForCausalLM:
@@ -221,13 +237,14 @@ class Steps:
         )
 
     def all(self, until: float) -> list[Step]:
-        """All of them, each having run once, which pays for allocation, compilation and recording;
-        those that are made before the clock says `until`.
+        """All of them, each run and checked once, which pays for allocation, compilation
+        and recording; those that are made before the clock says `until`.
         """
         made: list[Step] = []
         for step in self._each():
             with step.within():
-                step.call()
+                result = step.call()
+            step.check(result)
             made.append(step)
             if time.perf_counter() > until:
                 break
@@ -242,42 +259,60 @@ class Steps:
 
     def _verifications(self) -> Iterator[Step]:
         for tokens in self._args.verify:
-            work = recorded(self.first, functools.partial(verify, self.first, tokens))
-            yield self._step(f"verify {tokens}", work)
+            work = functools.partial(verify, self.first, tokens)
+            yield self._step(f"verify {tokens}", self.first, work)
             if self._device.type == "cpu":
-                yield self._step(f"verify {tokens}, torch reference", work, references)
+                yield self._step(f"verify {tokens}, torch reference", self.first, work, references)
 
     def _dense(self) -> Iterator[Step]:
         work = functools.partial(one_step, self.first, "full")
-        yield self._step("dense", recorded(self.first, work))
-        yield self._step("dense, torch reference", recorded(self.first, work), references)
+        yield self._step("dense", self.first, work)
+        yield self._step("dense, torch reference", self.first, work, references)
         if self._device.type == "cpu":
             if not self._args.compiled:
                 model, context = random_llama(self._shape.layers, self._shape), self._args.context
-                yield self._step("dense, transformers eager", transformers_step(model, context))
+                yield self._peer("dense, transformers eager", transformers_step(model, context))
                 if llama_cpp.available():
                     peer = llama_cpp_step(model, context, self._args.threads)
-                    yield self._step("dense, llama.cpp", peer)
+                    yield self._peer("dense, llama.cpp", peer)
         else:
-            yield self._step("dense, no CUDA graph", work)
+            yield self._peer("dense, no CUDA graph", work)
 
     def _sparse(self, method: Method, skipped: float) -> Step:
         backend = self._programs.backend(method, skipped, self._make)
         session = self._programs.session(backend, self._args.context, skipped)
-        work = recorded(session, lambda: one_step(session, "sparse"))
-        return self._step(f"{method}, {skipped:.0%} skipped", work, nullcontext, method, skipped)
+        work = functools.partial(one_step, session, "sparse")
+        name = f"{method}, {skipped:.0%} skipped"
+        return self._step(name, session, work, nullcontext, method, skipped)
 
     def _step(
         self,
         name: str,
-        work: Callable[[], object],
+        session: Session,
+        work: Callable[[], Tensor],
         within: Callable[[], AbstractContextManager[None]] = nullcontext,
         method: Method = Method.NONE,
         skipped: float = 0.0,
     ) -> Step:
+        """Some work of a session, checked operator by operator, and by its logits."""
+        backend = session._backend
+        assert isinstance(backend, EagerBackend)
+
+        def check(result: object) -> None:
+            assert isinstance(result, Tensor)
+            with checked.operators(name, backend):
+                checked.near(name, result, work(), self._shape.layers)
+
+        read = self._bytes(method, skipped)
+        return Step(name, read, recorded(session, work), within, check)
+
+    def _peer(self, name: str, work: Callable[[], object]) -> Step:
+        return Step(name, self._bytes(), work)
+
+    def _bytes(self, method: Method = Method.NONE, skipped: float = 0.0) -> float:
         shape = self._shape
         history = 2 * shape.layers * self._args.context * shape.groups * shape.head
-        return Step(name, 2 * (shape.read(method, skipped) + history), work, within)
+        return 2 * (shape.read(method, skipped) + history)
 
 
 def compiled_backend(*args: Any, **options: Any) -> EagerBackend:

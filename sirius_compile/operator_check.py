@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-import sirius_runtime.ops  # noqa: F401  (registers the operators)
+import sirius_runtime.operators  # noqa: F401  (registers them)
 from sirius_runtime.kernels.native import references
 from sirius_runtime.ops.mlp import ACTIVATIONS
 from sirius_runtime.ops.moe import EXPERT_ACTIVATIONS
