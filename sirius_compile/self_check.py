@@ -7,7 +7,8 @@ references. The logits are compared token by token, by the cosine and by the lik
 the reference's margin is larger than what rounding may make of it. Where they differ, that run is
 gone through again, each kernel compared with its reference on the same inputs
 (`sirius_compile.operator_check`), and the first that is wrong is named. Where none is, rounding
-made the difference (a router that chose another expert) and nothing is wrong.
+made the difference (a router that chose another expert) and nothing is wrong. The entry `period`
+has the same operators but for `block_attention`, which is compared where `full` attends.
 
 Measured on Qwen2.5-Coder-0.5B (24 layers), 1 less the least cosine of a token's logits:
 
@@ -36,10 +37,11 @@ import torch
 from torch import Tensor, fx
 
 from sirius_compile.operator_check import Difference, compare, name_of
-from sirius_passes.program import FULL, OBSERVE, PREFILL, SPARSE
+from sirius_passes.program import FULL, OBSERVE, PERIOD, PREFILL, SPARSE
 from sirius_runtime.errors import KernelError
 from sirius_runtime.graph import INPUT, WEIGHT, from_document
 from sirius_runtime.kernels.arguments import BFLOAT16_TOKENS
+from sirius_runtime.kernels.attention import block_attention, cached_attention_by_tokens
 from sirius_runtime.kernels.native import references
 from sirius_runtime.kernels.rewrite import with_kernels
 from sirius_runtime.policy import select_neurons
@@ -119,7 +121,7 @@ class _Check:
         self, runs: Sequence[_Run], caches: tuple[dict[str, Tensor], dict[str, Tensor]]
     ) -> list[dict[str, Tensor]]:
         """Runs them on both sides; returns what the references say."""
-        fast = [self._walk(self._fast, run, caches[0]) for run in runs]
+        fast = [self._walk(self._fast, run, caches[0], look=self._look(run)) for run in runs]
         plain = [self._walk(self._plain, run, caches[1], references) for run in runs]
         together([*fast, *plain])
         results = []
@@ -130,21 +132,39 @@ class _Check:
             results.append(wanted)
         return results
 
+    def _look(self, run: _Run) -> Look | None:
+        """Compares `block_attention` on what a layer's cached attention is given."""
+        if run.entry != FULL or all(entry.name != PERIOD for entry in self._spec.entries):
+            return None
+
+        def look(node: fx.Node, target: Any, arguments: Sequence[Any], value: Any) -> None:
+            if name_of(target) != cached_attention_by_tokens.__name__:
+                return
+            q, k, v, *caches = arguments[:5]
+            positions, _slots, length, mask, *rest = arguments[5:]
+            blocks = (c.new_zeros(*c.shape[:3], mask.shape[2], c.shape[4]) for c in caches)
+            nodes = torch.arange(q.shape[2])
+            block = (q, k, v, *caches, *blocks, positions, nodes, length, mask, *rest)
+            if not (found := compare(block_attention, block)).right:
+                raise KernelError(self._said(run, node, block_attention, found))
+
+        return look
+
     def _find(self, run: _Run, caches: dict[str, Tensor]) -> None:
         """Goes through a run again; raises for the first kernel that is wrong."""
 
         def look(node: fx.Node, target: Any, arguments: Sequence[Any], value: Any) -> None:
             if name_of(target) and not (found := compare(target, arguments, value)).right:
-                raise KernelError(self._said(run, node, found))
+                raise KernelError(self._said(run, node, target, found))
 
         together([self._walk(self._fast, run, caches, look=look)])
 
-    def _said(self, run: _Run, node: fx.Node, found: Difference) -> str:
+    def _said(self, run: _Run, node: fx.Node, target: Any, found: Difference) -> str:
         weights = [n.meta[WEIGHT] for n in _leaves(node) if WEIGHT in n.meta]
         of = f" of {', '.join(weights[:3])}" if weights else ""
         dtype = str(self._dtype).removeprefix("torch.")
         return (
-            f"the CPU kernel of {name_of(node.target)}{of} computes something else than its "
+            f"the CPU kernel of {name_of(target)}{of} computes something else than its "
             f"reference ({found}; entry {run.entry}, tokens {run.tokens}, {dtype}). No artifact is "
             "written: it would give wrong text. Set SIRIUS_KERNELS=0 to compile, and to run, "
             "without the kernels, and report this with the model's config.json"

@@ -156,6 +156,22 @@ def test_a_wrong_kernel_stops_the_compile_and_is_named(
         assert part in said
 
 
+def test_the_attention_of_a_period_s_graph_is_compared(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = self_check.block_attention
+
+    @functools.wraps(right)
+    def wrong(*args: Any) -> Any:
+        out, *new = right(*args)
+        return (out if native.switched_off() else out * 1.5, *new)
+
+    monkeypatch.setattr(self_check, "block_attention", wrong)
+    assert "check kernels" in stages(text, sparsity="none", graphs="entries")
+    with pytest.raises(KernelError, match=r"^the CPU kernel of block_attention computes .* full"):
+        stages(text, sparsity="none", graphs="torch")
+
+
 def test_without_kernels_there_is_nothing_to_say(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
