@@ -108,3 +108,21 @@ def test_exact_mode_writes_what_transformers_finds_likeliest(case: Case) -> None
     behind = live.amax(-1) - live.gather(1, torch.tensor(tokens)[:, None])[:, 0]
     # Two numbers, each as far off as any of transformers' own are, may change places.
     assert behind.max() <= 2 * (live - exact).abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "ernie4_5_moe"])
+def test_onnx_graphs_keep_routers_in_float32(model_type: str, tmp_path: Path) -> None:
+    random_model(model_type).to(torch.float16).save_pretrained(tmp_path)
+    options = CompileConfig(sparsity=Method.TOPK, period=4, graphs="both")
+    compiled = compile_model(tmp_path, options)
+    routers = {w.name: w.dtype for w in compiled.spec.weights if w.name.endswith("gate.weight")}
+    assert set(routers.values()) == {"float32"}
+    path = compiled.save(tmp_path / "model.sirius")
+    written = [
+        load(path, backend=backend).generate(
+            [PROMPT], mode=Mode.EXACT, max_new_tokens=NEW_TOKENS, eos_token_id=[]
+        )
+        for backend in ("eager", "onnxruntime")
+    ]
+    assert written[0].tokens == written[1].tokens

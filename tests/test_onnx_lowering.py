@@ -172,6 +172,7 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Tensor]]] = {
     ),
     "sqrt.default": (lambda x: (x * x).sqrt(), [X]),
     "square.default": (lambda x: aten.square(x), [X]),
+    "squeeze.default": (lambda x: x.squeeze() + 0.0, [floats(1, 3, 1)]),
     "squeeze.dim": (lambda x: aten.squeeze.dim(x[:, :1], 1), [X]),
     "stack.default": (lambda x, y: (torch.stack([x, y]), torch.stack([x, y], -1)), [X, Y]),
     "sub.Tensor": (lambda x, n: (x - n, n - 1, x - 0.5), [X, N]),

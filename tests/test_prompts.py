@@ -194,7 +194,9 @@ REFUSED: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "message"), REFUSED, ids=[message[:50] for _, message in REFUSED])
+@pytest.mark.parametrize(
+    ("given", "message"), REFUSED, ids=[message[:50] for _, message in REFUSED]
+)
 def test_what_is_no_prompt_is_refused_by_name(given: Any, message: str) -> None:
     with pytest.raises(GenerationError) as refused:
         READER.read(given)

@@ -287,6 +287,14 @@ def _einsum(s: Scope, equation: str, operands: Sequence[Value]) -> Value:
     return s.op("Einsum", *operands, shape=shape, equation=equation)
 
 
+def _squeeze(s: Scope, x: Value) -> Value:
+    if not all(isinstance(extent, int) for extent in x.shape):
+        raise NotImplementedError("the sizes of what is squeezed must be known")
+    for axis in reversed([axis for axis, extent in enumerate(x.shape) if extent == 1]):
+        x = e.squeeze(s, x, axis)
+    return x
+
+
 def _split(s: Scope, x: Value, size: int, dim: int = 0) -> tuple[Value, ...]:
     extent = x.shape[e.axis_of(x, dim)]
     if not isinstance(extent, int):
@@ -418,6 +426,7 @@ ATEN: dict[str, Builder] = {
     "split_with_sizes.default": _split_with_sizes,
     "sqrt.default": _unary("Sqrt"),
     "square.default": lambda s, x: e.elementwise(s, "Mul", x, x),
+    "squeeze.default": _squeeze,
     "squeeze.dim": lambda s, x, dim: e.squeeze(s, x, dim),
     "stack.default": lambda s, tensors, dim=0: e.stack(s, tensors, dim),
     "sub.Tensor": _binary("Sub"),
