@@ -140,6 +140,8 @@ OPERATORS: dict[str, Row] = {
     "aten.concat.default": Row(rules.cat),
     "aten.expand.default": Row(rules.expand),
     "aten.flatten.using_ints": Row(rules.flatten),
+    "aten.mT.default": Row(rules.matrices_transposed),
+    "aten.numpy_T.default": Row(rules.t),
     "aten.permute.default": Row(rules.permute),
     "aten.repeat.default": Row(rules.repeat),
     "aten.repeat_interleave.self_int": Row(rules.repeat_interleave),

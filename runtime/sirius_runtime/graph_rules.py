@@ -524,6 +524,11 @@ def t(x: Array) -> Array:
     return Array(x.dtype, x.shape[::-1])
 
 
+def matrices_transposed(x: Array) -> Array:
+    need(len(x.shape) >= 2, f"{x} is no matrix")
+    return transpose(x, -2, -1)
+
+
 def permute(x: Array, dims: Sequence[Any]) -> Array:
     every = [axis(dim, len(x.shape)) for dim in dims]
     need(sorted(every) == list(range(len(x.shape))), f"{list(dims)} are not the dimensions of {x}")
