@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sirius_compile.onnx.aten import ATEN as ATEN_TO_ONNX
 from sirius_runtime.graph import to_document
 from sirius_runtime.graph_operators import (
     _KINDS,
@@ -50,6 +51,10 @@ def test_every_operator_is_torch_s_and_of_known_arguments(name: str) -> None:
     assert not [a for a in target._schema.arguments if a.alias_info and a.alias_info.is_write] or (
         name == "sirius.cached_attention.default"
     ), "but for the caches, nothing is written in place"
+
+
+def test_what_has_an_onnx_form_may_be_named() -> None:
+    assert {f"aten.{name}" for name in ATEN_TO_ONNX} <= OPERATORS.keys()
 
 
 # against torch itself

@@ -123,7 +123,7 @@ class OwnAttention(nn.Module):
 
 def test_other_attention_stays() -> None:
     program = after(lambda: Decoder(Attention(0), OwnAttention()), Canonicalize())
-    expect = {"aten.matmul": (2, 2), "aten.softmax": (1, 1)}
+    expect = {"aten.matmul": (2, 2)}
     assert check_pass(program, InsertKvCache(), expect=expect).rewrites == 1
 
 

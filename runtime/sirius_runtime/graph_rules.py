@@ -524,6 +524,11 @@ def t(x: Array) -> Array:
     return Array(x.dtype, x.shape[::-1])
 
 
+def matrix_transposed(x: Array) -> Array:
+    need(len(x.shape) == 2, f"{x} is no matrix")
+    return t(x)
+
+
 def matrices_transposed(x: Array) -> Array:
     need(len(x.shape) >= 2, f"{x} is no matrix")
     return transpose(x, -2, -1)
