@@ -20,7 +20,7 @@ from tests.support.kernels import require_compiler
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has no modes")
 
-HONEST = 'extern "C" int answer() { return 42; }\n'
+HONEST = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
 PLANTED = b"\x7fELF of somebody else"
 
 
