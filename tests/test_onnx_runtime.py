@@ -25,8 +25,9 @@ from sirius_compile.onnx.add import add_onnx
 from sirius_compile.onnx.package import every_node, onnx_summary
 from sirius_runtime import TextStream, load
 from sirius_runtime.artifact import Artifact
-from sirius_runtime.backends import onnx as backend_module
-from sirius_runtime.backends.onnx import Graph, OnnxBackend
+from sirius_runtime.backends import onnx_graphs as backend_module
+from sirius_runtime.backends.onnx import OnnxBackend
+from sirius_runtime.backends.onnx_graphs import Graph
 from sirius_runtime.backends.onnx_decoder import OnnxDecoder
 from sirius_runtime.backends.onnx_state import DeviceCaches, HostCaches
 from sirius_runtime.cli import main as sirius

@@ -98,7 +98,7 @@ class PromptReader:
                 "--no-add-special-tokens) for text that brings its special tokens, as a chat "
                 "template's does",
                 PromptWarning,
-                stacklevel=4,  # who called `generate`
+                stacklevel=5,  # who called `generate`, which has a decorator
             )
         return list(encoding.ids)
 
