@@ -27,8 +27,8 @@ from sirius_runtime import TextStream, load
 from sirius_runtime.artifact import Artifact
 from sirius_runtime.backends import onnx_graphs as backend_module
 from sirius_runtime.backends.onnx import OnnxBackend
-from sirius_runtime.backends.onnx_graphs import Graph
 from sirius_runtime.backends.onnx_decoder import OnnxDecoder
+from sirius_runtime.backends.onnx_graphs import Graph
 from sirius_runtime.backends.onnx_state import DeviceCaches, HostCaches
 from sirius_runtime.cli import main as sirius
 from sirius_runtime.errors import BackendError, ConfigError
