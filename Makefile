@@ -23,7 +23,7 @@ test: setup            ## the fast suite
 	$(BIN)/python -m pytest -n auto
 
 test-all: setup        ## the fast suite and the slow tests
-	$(BIN)/python -m pytest -n auto -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto -m "slow or not slow" --hypothesis-profile thorough
 
 lint: setup            ## style, types, import contracts
 	$(BIN)/ruff check .

@@ -15,8 +15,9 @@ from sirius_compile.compile import Compiled
 from tests.support.models import TinyModels, random_decoder, word_tokenizer, write_calibration
 
 torch.set_num_threads(1)
-settings.register_profile("sirius", derandomize=True, deadline=None, max_examples=25)
-settings.load_profile("sirius")
+settings.register_profile("fast", derandomize=True, deadline=None, max_examples=10)
+settings.register_profile("thorough", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("fast")  # `make test-all` asks for the other
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,7 @@ def test_scores_are_what_a_threshold_is_compared_with() -> None:
 
 
 @pytest.mark.parametrize("method", [Method.CATS, Method.TEAL, Method.GRIFFIN_TEAL])
-@pytest.mark.parametrize("keep", [0.5, 0.2])
+@pytest.mark.parametrize("keep", [0.5, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_what_is_asked_for_is_kept_of_text_held_out(method: Method, keep: float) -> None:
     text = samples(64, 64)  # random tokens: a quarter of few is not like the rest
     found = calibrate(tokenwise(method, keep), text, keep)

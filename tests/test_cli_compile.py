@@ -107,6 +107,7 @@ def test_values_out_of_range(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_density_is_reached_and_dense_layers_are_told(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "m.sirius"
     flags = ("--sparsity", "teal", "--score", "weight-norm", "--density", "0.6")

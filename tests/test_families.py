@@ -51,7 +51,12 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_calibration(tmp_path_factory.mktemp("families") / "words.txt", 80)
 
 
-ALIKE = ("glm4_moe", "dots1", "ernie4_5_moe")  # of deepseek_v3's kind
+FAST = (
+    *("llama", "gemma2", "gemma3_text", "phi3", "smollm3", "glm4", "cohere"),
+    *("gpt2", "opt", "gpt_neox", "starcoder2"),
+    *("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"),
+)
+"""One of each class of MLP, mask, rotary embedding and fusion; the others are slow."""
 
 
 @pytest.fixture(
@@ -60,7 +65,7 @@ ALIKE = ("glm4_moe", "dots1", "ernie4_5_moe")  # of deepseek_v3's kind
         pytest.param(
             family,
             id=family.model_type,
-            marks=[pytest.mark.slow] if family.model_type in ALIKE else [],
+            marks=[] if family.model_type in FAST else [pytest.mark.slow],
         )
         for family in FAMILIES
     ],

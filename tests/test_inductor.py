@@ -113,6 +113,7 @@ def compilations() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], counters["aot_autograd"]["total"]
 
 
+@pytest.mark.slow
 def test_entries_are_compiled_once(small: Compiled, cache: Path) -> None:
     pair = behind_inductor(small)
     pair.agree(RAGGED[:1])

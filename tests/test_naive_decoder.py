@@ -17,13 +17,13 @@ from sirius_compile.shipped.problems import Task, problems
 from sirius_runtime import GenerationOutput
 from tests.support.naive_decoder import Sparsity, Written, naive_sirius, naive_sirius_tree
 
-PROMPTS = 30
+PROMPTS = 9
 NEW_TOKENS = 48
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[str]:
-    tasks = [(Task.REASONING, 20), (Task.UNDERSTANDING, 10)]
+    tasks = [(Task.REASONING, 6), (Task.UNDERSTANDING, 3)]
     return [
         p.prompt for task, n in tasks for p in itertools.islice(problems(task, "test", seed=5), n)
     ]

@@ -100,6 +100,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_compiled_period(artifacts: Artifacts, cache: Path) -> None:
     artifact = artifacts("griffin", 2, 4)
     model, told = artifact.load()
