@@ -54,7 +54,7 @@ class Row:
     width: int
     sparse: float
     sirius: float
-    aal: float
+    aal: float | None  # None where no row has a period but its last
     density: float
     effective: float
 
@@ -114,7 +114,7 @@ def table(dense: dict[Task, float], found: list[Row]) -> str:
             f"{dense[row.task]:.1%}",
             f"{row.sparse:.1%}",
             f"{row.sirius:.1%}",
-            f"{row.aal:.2f}",
+            "-" if row.aal is None else f"{row.aal:.2f}",
             f"{row.density:.3f}",
             f"{row.effective:.3f}",
             "yes" if on_target(dense, row) else "",
