@@ -31,8 +31,7 @@ LAST_PLACE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 ATTENTION = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 BIG = 1 << 26
-"""Numbers of a weight above which one and three tokens must do for all but the best instruction
-set: the matrix takes minutes, not an hour."""
+"""Numbers of a weight above which one number of threads is enough for each call."""
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
@@ -62,8 +61,6 @@ def each(size: int, tokens: tuple[int, ...]) -> Iterator[tuple[str, int, slice]]
     turn = 0
     for isa in instruction_sets():
         for count, own in calls(tokens):
-            if size > BIG and isa is not instruction_sets()[0] and count not in (1, 3):
-                continue
             for several in THREADS if count == 1 and size <= BIG else [THREADS[turn % 4]]:
                 with using(isa), threads(several):
                     yield f"{isa}, {count} tokens, {several} threads", count, own
