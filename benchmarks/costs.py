@@ -116,7 +116,7 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 def compile_cost(model: Path, out: Path, sparsity: str) -> tuple[float, int]:
     """Seconds and peak memory of `sirius-compile`."""
-    code = "from sirius_compile.cli import main; main()"
+    code = "import sys; from sirius_compile.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, str(model), "--sparsity", sparsity, "--out", str(out)]
     begin = time.perf_counter()
     subprocess.run([*command, "--force"], check=True, capture_output=True)

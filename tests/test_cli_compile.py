@@ -236,3 +236,26 @@ def test_without_whole_periods_a_back_end_of_theirs_is_refused(cli: Cli, tmp_pat
     done = cli.run("run", out, "-p", "Q", "--backend", "period")
     assert done.code == 2
     assert "the artifact holds none: use backend eager or inductor" in done.err
+
+
+def test_a_command_is_a_line_in_the_table(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from sirius_compile.cli import commands
+
+    said: list[str] = []
+
+    def greet(name: str, loud: bool = False) -> None:
+        """Greet someone."""
+        said.append(name.upper() if loud else name)
+
+    monkeypatch.setattr(commands, "COMMANDS", {**commands.COMMANDS, "greet": greet})
+    assert cli.compile("greet", "you", "--loud").code == 0
+    assert said == ["YOU"]
+    assert "sirius-compile greet --help" in " ".join(cli.compile("--help").out.split())
+    assert "Greet someone" in cli.compile("greet", "--help").out
+    assert "sirius-compile greet [OPTIONS]" in cli.compile("greet").err
+    # What is no command is a model, wherever it stands.
+    named = cli.compile("--out", tmp_path / "m.sirius", "greet")
+    assert "greet" in named.err
+    assert said == ["YOU"]

@@ -13,7 +13,7 @@ from tokenizers import processors
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.shipped.problems import Task, problems
-from sirius_runtime.cli import _side_by_side
+from sirius_runtime.cli.comparison import side_by_side
 from tests.support.cli import Cli
 from tests.support.models import TinyModels, word_tokenizer
 
@@ -109,8 +109,8 @@ def test_compare_prints_the_three_paths(cli: Cli, artifact: Path) -> None:
     assert document["full"]["speed"] == 1.0
 
 
-def test_texts_stand_side_by_side() -> None:
-    lines = _side_by_side(["a\n b\nc", "x" * 20], width=34)
+def test_texts_standside_by_side() -> None:
+    lines = side_by_side(["a\n b\nc", "x" * 20], width=34)
     assert lines == ["a" + " " * 17 + "x" * 16, " b" + " " * 16 + "x" * 4, "c"]
 
 

@@ -320,8 +320,8 @@ def test_python_says_no_more_as_it_ends(artifact: Path) -> None:
 
 def test_ctrl_c_while_it_waits_for_a_prompt() -> None:
     code = (
-        "import sys, time, sirius_runtime.cli as c\n"
-        "c.read_stdin = lambda name: (print('waits', flush=True), time.sleep(60))\n"
+        "import sys, time, sirius_runtime.cli as c, sirius_runtime.cli.options as o\n"
+        "o.read_stdin = lambda name: (print('waits', flush=True), time.sleep(60))\n"
         "sys.exit(c.main(['run', 'm']))"
     )
     process = subprocess.Popen(

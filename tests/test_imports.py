@@ -53,7 +53,7 @@ def test_compiling_a_directory_opens_no_connection(tmp_path: Path) -> None:
 def test_a_hub_model_without_a_network_says_what_to_do() -> None:
     code = (
         "import sys; sys.argv = ['sirius-compile', 'llama-3-8b', '--out', 'never.sirius']\n"
-        "import sirius_compile.cli; sirius_compile.cli.main()\n"
+        "import sirius_compile.cli; sys.exit(sirius_compile.cli.main())\n"
     )
     done = python(code, HF_HUB_OFFLINE="1", HF_HOME="/nonexistent")
     assert done.returncode == 2

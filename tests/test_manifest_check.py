@@ -176,11 +176,11 @@ def test_a_path_with_escapes_can_t_either(
 def test_a_model_s_text_can_t_control_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sirius_runtime import cli
+    from sirius_runtime.cli import results
 
     text = "a\tb\n\u3000\u200d\x1b[2J\x9b1m\r\x7f"
-    cli._write(text)
+    results.write_text(text)
     assert capsys.readouterr().out == text  # to a file or a pipe, as it is
-    monkeypatch.setattr(cli.sys.stdout, "isatty", lambda: True)
-    cli._write(text)
+    monkeypatch.setattr(results.sys.stdout, "isatty", lambda: True)
+    results.write_text(text)
     assert capsys.readouterr().out == "a\tb\n\u3000\u200d\\x1b[2J\\x9b1m\\r\\x7f"

@@ -15,7 +15,6 @@ from types import ModuleType
 
 import pytest
 
-import sirius_compile.onnx.__main__ as onnx_command
 from sirius_runtime.command_line import finish
 from tests.support.cli import Cli, Finished
 from tests.support.models import TinyModels
@@ -124,12 +123,13 @@ def other_lines() -> Iterator[Line]:
         ("onnx", (), ("--out", f"{FOLDER}/new.sirius")),
     ):
         for path in NO_PATH:
-            yield Line(command, (*before, path, *after), "argument MODEL.sirius: ")
+            said = "'MODEL.sirius': " if command == "onnx" else "argument MODEL.sirius: "
+            yield Line(command, (*before, path, *after), said)
         for path in (*NOT_HERE, str(ROOT / "pyproject.toml"), "/"):
             yield Line(command, (*before, path, *after), path)
     for path in NO_PATH:
         yield Line("sirius", ("export-onnx", ARTIFACT, path), "argument DIR: ")
-        yield Line("onnx", (ARTIFACT, "--out", path), "argument -o/--out: ")
+        yield Line("onnx", (ARTIFACT, "--out", path), "'--out': ")
     for path in (FOLDER, ARTIFACT, f"{ARTIFACT}/below", f"{FOLDER}/no/where.sirius", "/dev/null"):
         yield Line("onnx", (ARTIFACT, "--out", path), path)
     yield Line("onnx", (), "MODEL.sirius")
@@ -263,7 +263,7 @@ def runner(line: Line, cli: Cli) -> Callable[..., Finished]:
     if line.command == "compile":
         return cli.compile
     if line.command == "onnx":
-        return lambda *arguments: cli.call(lambda: onnx_command.main(arguments))
+        return lambda *arguments: cli.compile("onnx", *arguments)
     command: Callable[[], int | None] = module(line.command).main
     return lambda *arguments: cli.script(
         line.command, lambda: finish(line.command, command), arguments

@@ -124,7 +124,7 @@ def read_program(artifact: Artifact) -> OnnxProgram:
         other = artifact.program.model.dtype is DType.BFLOAT16
         raise BackendError(
             f"{artifact.path} holds no ONNX graphs: compile it with sirius-compile --graphs both, "
-            f"or add them by: python -m sirius_compile.onnx {artifact.path} --out with-onnx.sirius"
+            f"or add them by: sirius-compile onnx {artifact.path} --out with-onnx.sirius"
             f"{' --dtype float32' * other}"
         )
     try:

@@ -1,4 +1,4 @@
-"""`sirius-compile`: parses, calls `compile_model` and `save`, prints.
+"""`sirius-compile MODEL --out FILE`: parses, calls `compile_model` and `save`, prints.
 
 Progress goes to stderr, the summary to stdout (as JSON with `--json`).
 """
@@ -12,40 +12,34 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from sirius_compile.cli.arguments import path
 from sirius_compile.config import BUILTIN, CompileConfig, DenseLayers, Graphs
-from sirius_runtime.command_line import finish, read_path, say, tell
+from sirius_runtime.command_line import say, tell
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.spec import DType, Method, Score
 from sirius_runtime.terminal import plain
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-def _path(text: str) -> Path:
-    try:
-        return read_path(text)
-    except ConfigError as error:
-        raise typer.BadParameter(str(error)) from error
+if TYPE_CHECKING:
+    from sirius_compile.compile import Compiled
 
 
 def _file_or_builtin(text: str) -> str:
-    return text if text == BUILTIN else str(_path(text))
+    return text if text == BUILTIN else str(path(text))
 
 
-@app.command()
-def sirius_compile(
+def compile_artifact(
     model: Annotated[
         str | None,
         typer.Argument(help="Shipped name, directory, hub id, or short name (llama-3-8b)."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", parser=_path, help="The artifact to write.")
+        Path | None, typer.Option("-o", "--out", parser=path, help="The artifact to write.")
     ] = None,
     sparsity: Annotated[Method, typer.Option(help="The sparse path.")] = Method.CATS,
     keep: Annotated[
@@ -75,7 +69,7 @@ def sirius_compile(
         str, typer.Option(parser=_file_or_builtin, help="Text or JSONL file, or builtin.")
     ] = "builtin",
     revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
-    cache_dir: Annotated[Path | None, typer.Option(parser=_path, help="Hub cache.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(parser=path, help="Hub cache.")] = None,
     graphs: Annotated[
         Graphs,
         typer.Option(
@@ -93,11 +87,11 @@ def sirius_compile(
     as_json: Annotated[bool, typer.Option("--json", help="Summary as JSON on stdout.")] = False,
     dump_graphs: Annotated[
         Path | None,
-        typer.Option(parser=_path, help="Folder for the graphs before and after each pass."),
+        typer.Option(parser=path, help="Folder for the graphs before and after each pass."),
     ] = None,
     expect_graphs: Annotated[
         Path | None,
-        typer.Option(parser=_path, help="Fail unless the graphs are those dumped there."),
+        typer.Option(parser=path, help="Fail unless the graphs are those dumped there."),
     ] = None,
     list_models: Annotated[
         bool, typer.Option("--list-models", help="Print the supported model types and end.")
@@ -110,8 +104,6 @@ def sirius_compile(
         return
     if model is None or out is None:
         raise ConfigError("a model and a target are needed: sirius-compile MODEL --out FILE")
-    from sirius_compile.compile import compile_model
-    from sirius_compile.guard import compare_graphs, read_graphs
     from sirius_compile.report import summarise
     from sirius_runtime.artifact_writer import ArtifactWriter
     from sirius_runtime.loading import find_device
@@ -145,23 +137,8 @@ def sirius_compile(
     # What can be refused is refused before minutes of work, not after.
     ArtifactWriter(out, force=force)
     find_device(device)
-    expected = None
-    if expect_graphs is not None:
-        expected = read_graphs(expect_graphs)
-        if dump_graphs is not None and dump_graphs.resolve() == expect_graphs.resolve():
-            raise ConfigError(
-                f"--dump-graphs {dump_graphs} would replace the graphs that --expect-graphs "
-                "compares with: name another folder"
-            )
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        dump = dump_graphs or (Path(scratch) if expect_graphs else None)
-        compiled = compile_model(model, config, dump_graphs=dump, progress=_progress)
-        if expected is not None:
-            assert dump is not None
-            assert expect_graphs is not None
-            compare_graphs(expect_graphs, expected, dump)
-            tell(f"{'graphs as expected':28} {len(expected)} compared")
+    compiled = _compiled(model, config, dump_graphs, expect_graphs)
     begin = time.perf_counter()
     compiled.save(out, force=force)
     _progress("write artifact", time.perf_counter() - begin)
@@ -172,6 +149,29 @@ def sirius_compile(
         say(json.dumps(summary.to_json()))
     else:
         _say_table(summary.table())
+
+
+def _compiled(
+    model: str, config: CompileConfig, dump: Path | None, expect: Path | None
+) -> Compiled:
+    """Compiles. `dump`: a folder for the graphs; `expect`: a folder of those that they must be."""
+    from sirius_compile.compile import compile_model
+    from sirius_compile.guard import compare_graphs, read_graphs
+
+    if expect is None:
+        return compile_model(model, config, dump_graphs=dump, progress=_progress)
+    expected = read_graphs(expect)
+    if dump is not None and dump.resolve() == expect.resolve():
+        raise ConfigError(
+            f"--dump-graphs {dump} would replace the graphs that --expect-graphs compares with: "
+            "name another folder"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        found = dump or Path(scratch)
+        compiled = compile_model(model, config, dump_graphs=found, progress=_progress)
+        compare_graphs(expect, expected, found)
+    tell(f"{'graphs as expected':28} {len(expected)} compared")
+    return compiled
 
 
 def _check_use(config: CompileConfig) -> None:
@@ -229,12 +229,3 @@ def _quieten(verbose: bool) -> None:
     if not verbose:
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-
-
-def main() -> None:
-    """The console script; ends with the exit code of `sirius_runtime.command_line`."""
-    sys.exit(finish("sirius-compile", app))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,180 @@
+"""The options that several commands take: of the prompt, of choosing tokens and of loading; and
+what they say as arguments of `SiriusModel.generate` and of `load`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sirius_runtime.command_line import (
+    path_argument,
+    read_stdin,
+    read_text_file,
+    real_number,
+    unescaped,
+    whole_number,
+)
+from sirius_runtime.errors import ConfigError, shown
+
+
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """The prompt: a flag, a file or stdin."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; see below")
+    source.add_argument(
+        "--prompt-file",
+        type=path_argument,
+        metavar="FILE",
+        help="a file with the prompt in UTF-8 (default: stdin)",
+    )
+    parser.add_argument(
+        "--no-add-special-tokens",
+        dest="add_special_tokens",
+        action="store_false",
+        help="take the prompt as it is, without the BOS that the tokenizer puts before it: for one "
+        "that brings its special tokens, as a chat template's does",
+    )
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt that `add_prompt` was given."""
+    if args.prompt is not None:
+        return unescaped(args.prompt, "--prompt")
+    if args.prompt_file is not None:
+        return read_text_file(args.prompt_file, f"--prompt-file {args.prompt_file}")
+    return read_stdin("the prompt")
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """How tokens are drafted, accepted and chosen."""
+    parser.add_argument("--mode", help="sirius (default), exact, sample, full or sparse")
+    parser.add_argument("--max-new-tokens", type=whole_number, metavar="N")
+    parser.add_argument("--period", metavar="K", help="tokens per verification, or auto")
+    parser.add_argument(
+        "--tree-width", type=whole_number, metavar="W", help="paths drafted side by side"
+    )
+    parser.add_argument(
+        "--threshold", type=real_number, metavar="R", help="probability that a token needs"
+    )
+    parser.add_argument("--verify-temperature", type=real_number, metavar="T")
+    parser.add_argument(
+        "--confidence",
+        type=real_number,
+        metavar="C",
+        help="probability that a draft needs to go on",
+    )
+    parser.add_argument(
+        "--refresh",
+        type=whole_number,
+        metavar="N",
+        help="periods until griffin chooses neurons anew",
+    )
+    parser.add_argument(
+        "--temperature", type=real_number, metavar="T", help="of sampling (mode sample)"
+    )
+    parser.add_argument(
+        "--top-k", type=whole_number, metavar="K", help="sample from the K likeliest tokens"
+    )
+    parser.add_argument(
+        "--top-p", type=real_number, metavar="P", help="sample from this much probability"
+    )
+    parser.add_argument("--seed", type=whole_number, help="of sampling, for the same tokens again")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=real_number, metavar="P", help="as transformers'; 1.0: none"
+    )
+    parser.add_argument(
+        "--min-new-tokens",
+        type=whole_number,
+        metavar="N",
+        help="tokens before which none ends the answer",
+    )
+
+
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `SiriusModel.generate`, but for the mode and the options of sampling."""
+    return {
+        "add_special_tokens": args.add_special_tokens,
+        "max_new_tokens": args.max_new_tokens,
+        "threshold": args.threshold,
+        "period": _number_or_auto(args.period),
+        "tree_width": args.tree_width,
+        "verify_temperature": args.verify_temperature,
+        "confidence": args.confidence,
+        "refresh": args.refresh,
+        "stop": tuple(unescaped(text, "--stop") for text in args.stop),
+        "repetition_penalty": args.repetition_penalty,
+        "min_new_tokens": args.min_new_tokens,
+    }
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `SiriusModel.generate` that mode sample alone takes."""
+    return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """The artifact, and what runs it."""
+    parser.add_argument("artifact", type=path_argument, metavar="MODEL.sirius")
+    parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: as stored)")
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        help="auto (default: the fastest that works here), eager, inductor (compiled by "
+        "torch.compile), cudagraph (and recorded, on a CUDA GPU), period (a period as one graph), "
+        "aoti (that graph, compiled once) or onnxruntime",
+    )
+    parser.add_argument(
+        "--context",
+        type=whole_number,
+        metavar="N",
+        help="aoti: tokens of prompt and answer to compile for",
+    )
+    parser.add_argument(
+        "--providers", metavar="P,Q", help="onnxruntime: execution providers, the preferred first"
+    )
+    parser.add_argument(
+        "--threads", type=whole_number, metavar="N", help="of one operator on the CPU"
+    )
+    parser.add_argument(
+        "--copy", action="store_true", help="read the file into memory, do not map it"
+    )
+    parser.add_argument("--no-verify", action="store_true", help="do not hash the weights at load")
+
+
+def loading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `load`. Raises ConfigError for some that don't go together."""
+    from sirius_runtime.loading import BackendName
+
+    if args.context is not None and args.backend != BackendName.AOTI:
+        raise ConfigError(
+            f"--context is of backend aoti alone, which compiles for it, and this is backend "
+            f"{args.backend}: leave it out"
+        )
+    providers = None if args.providers is None else args.providers.split(",")
+    if providers is not None and "" in providers:
+        raise ConfigError(
+            f"--providers takes names of execution providers (P,Q), got {shown(args.providers)}"
+        )
+    return {
+        "path": args.artifact,
+        "device": args.device,
+        "dtype": args.dtype,
+        "backend": args.backend,
+        "context": args.context,
+        "providers": providers,
+        "threads": args.threads,
+        "verify": not args.no_verify,
+        "copy": args.copy,
+    }
+
+
+def _number_or_auto(text: str | None) -> int | str | None:
+    try:
+        return text if text is None else int(text)
+    except ValueError:
+        return text

@@ -1,0 +1,80 @@
+"""What `generate` returns, as JSON and for a reader."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from sirius_runtime.command_line import say
+from sirius_runtime.terminal import without_controls
+
+
+def output_json(output: Any) -> dict[str, Any]:
+    """The first row's answer and its statistics."""
+    from sirius_runtime.spec import to_json
+
+    stats = to_json(output.stats)
+    stats["tokens_per_second"] = output.stats.tokens_per_second
+    stats["seconds_per_token"] = to_json(output.stats.seconds_per_token)
+    stats["bytes_per_token"] = to_json(output.stats.bytes_per_token)
+    return {
+        "text": output.texts[0] if output.texts else None,
+        "tokens": list(output.tokens[0]),
+        "finish_reason": output.finish_reasons[0],
+        "seed": output.seeds[0] if output.seeds else None,
+        "stats": stats,
+    }
+
+
+def logprobs_json(output: Any) -> dict[str, Any]:
+    """The log-probabilities of the first row's tokens, where there are some; null for minus
+    infinity, which JSON has no number for.
+    """
+    if output.logprobs is None:
+        return {}
+
+    def number(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    tokens = [
+        {
+            "token": entry.token,
+            "logprob": number(entry.logprob),
+            "top": [{"token": token, "logprob": number(value)} for token, value in entry.top],
+        }
+        for entry in output.logprobs[0]
+    ]
+    return {"logprobs": tokens}
+
+
+def summary(output: Any) -> str:
+    """What an answer took, as one line for a reader."""
+    stats = output.stats
+    parts = [
+        f"{stats.tokens} tokens ({output.finish_reasons[0]})",
+        f"{figure(stats.tokens_per_second, 1)} tokens/s",
+    ]
+    if stats.periods:
+        parts += [
+            f"{stats.periods} periods",
+            f"AAL {figure(stats.aal, 2)}",
+            f"{stats.corrections} corrections",
+        ]
+    if output.seeds:
+        parts.append(f"seed {output.seeds[0]}")
+    parts.append(f"density {stats.density:.3f}")
+    parts.append(f"effective {figure(stats.effective_density, 3)}")
+    return ", ".join(parts)
+
+
+def figure(value: float | None, places: int) -> str:
+    """A number for a reader; a dash for one that was not measured."""
+    return "-" if value is None else f"{value:.{places}f}"
+
+
+def write_text(text: str) -> None:
+    """Writes a model's text to stdout: as it is to a file or a pipe; a terminal would obey what
+    controls it.
+    """
+    say(without_controls(text) if sys.stdout.isatty() else text, end="")
