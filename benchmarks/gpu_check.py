@@ -107,8 +107,8 @@ def linear_cases(dtype: torch.dtype, rows: int, tokens: int, width: int) -> Iter
     # Scores are multiples of 1/8, and the threshold lies between two: no rounding decides.
     x = (x.float() * 4).round().div(4).to(dtype)
     threshold = 0.5 + 1 / 64
-    yield Case("sparse_linear", linear.sparse_linear, [x, weight, bias, None, threshold])
-    yield Case("sparse_linear", linear.sparse_linear, [x, weight, None, None, threshold])
+    yield Case("sparse_linear", linear.sparse_linear, [x, weight, bias, threshold])
+    yield Case("sparse_linear", linear.sparse_linear, [x, weight, None, threshold])
 
 
 def mlp_cases(dtype: torch.dtype, rows: int, tokens: int, width: int) -> Iterator[Case]:

@@ -260,7 +260,7 @@ def channel_cases(pool: Pool, shape: Shape, tokens: int) -> Iterator[Case]:
                 "linear",
                 "sparse_linear",
                 tokens,
-                [(x, weight, None, None, threshold) for (weight,) in weights],
+                [(x, weight, None, threshold) for (weight,) in weights],
                 lambda x, weight, *_: F.linear(x, weight.t()),
                 lambda done, row=outputs * x.itemsize: int(done[1].sum()) * row,
             )

@@ -172,7 +172,7 @@ def channel_cases(pool: Pool, tokens: int) -> Iterator[Case]:
                 kept * outputs * x.itemsize,
                 sirius.sparse_linear.default,
                 lambda x=x, shape=(inputs, outputs), threshold=threshold: (
-                    *(x, pool.take(*shape), None, None),
+                    *(x, pool.take(*shape), None),
                     threshold,
                 ),
             )

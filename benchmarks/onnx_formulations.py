@@ -160,9 +160,9 @@ def cats_reference(threshold: float) -> torch.Tensor:
 
 def teal_reference(outer: float, inner: float) -> torch.Tensor:
     x, gate, up, down, *_ = mlp_arguments()
-    g, u = (sparse_reference(x, w.t(), None, None, outer)[0] for w in (gate, up))
+    g, u = (sparse_reference(x, w.t(), None, outer)[0] for w in (gate, up))
     z = torch.nn.functional.silu(g) * u
-    return sparse_reference(z, down, None, None, inner)[0][0]
+    return sparse_reference(z, down, None, inner)[0][0]
 
 
 def mixture_reference() -> torch.Tensor:
@@ -258,9 +258,9 @@ def places(s: Scope, x: Value, threshold: float) -> Value:
 def inputs_masked(s: Scope, x: Value, outer: float, inner: float) -> Value:
     """Weights are stored [in, out], as teal's are."""
     x, gate, up, down = as_teal(s, x)
-    g, u = (sparse_linear(s, x, w, None, None, outer)[0] for w in (gate, up))
+    g, u = (sparse_linear(s, x, w, None, outer)[0] for w in (gate, up))
     z = e.elementwise(s, "Mul", activation(s, g, "silu"), u)
-    return e.squeeze(s, sparse_linear(s, z, down, None, None, inner)[0], 0)
+    return e.squeeze(s, sparse_linear(s, z, down, None, inner)[0], 0)
 
 
 def as_teal(s: Scope, x: Value) -> tuple[Value, Value, Value, Value]:

@@ -63,7 +63,6 @@ from sirius_runtime.spec import (
     PassRecord,
     PeriodSpec,
     ProgramSpec,
-    Score,
     ToolVersions,
     WeightSpec,
 )
@@ -322,7 +321,7 @@ class _Compilation:
         )
         with self._stage("calibrate" if self._method.has_thresholds else "choose what to keep"):
             sparse = chooser.choose()
-        self._passes(program, sparse.passes(self._method, Score(config.score)))
+        self._passes(program, sparse.passes(self._method))
         self._passes(
             program,
             back(
@@ -459,9 +458,6 @@ def _max_seq_len(config: PretrainedConfig, wanted: int | None) -> int:
 
 def _materialise(spec: WeightSpec, captured: Capture, weights: WeightSource) -> Tensor:
     """The stored form of a weight: in the program's dtype and layout."""
-    if spec.norm is not None:
-        norm, whole = spec.norm, weights.get(spec.norm.of).float()
-        return whole.narrow(norm.dim, norm.start, norm.end - norm.start).norm(dim=norm.dim)
     constant = captured.constants.get(spec.name)
     tensor = weights.get(spec.name) if constant is None else constant
     tensor = tensor.to(dtype_of(spec.dtype))

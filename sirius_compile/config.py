@@ -11,7 +11,7 @@ from typing import TypeVar
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.request import check_ranges, check_tree
 from sirius_runtime.sampling import LEAST_TEMPERATURE
-from sirius_runtime.spec import DType, Method, Score
+from sirius_runtime.spec import DType, Method
 
 BUILTIN = "builtin"
 DEFAULT_KEEP = 0.5
@@ -86,13 +86,13 @@ class CompileConfig:
     sparsity, keep: the sparse path and the share of neurons or channels that it keeps (0.5).
     density: in place of `keep`, the share of the weights that a sparse step should read; the
     kept share that reaches it is found. dense_layers: layers that skip nothing: their numbers,
-    or ``auto:N`` for the N whose sparsity costs most agreement with the full path. score: of
-    `teal`, what thresholds compare (see `Score`). period, tree_width: of a draft, the static
-    shapes of the graph `period`. They, threshold, verify_temperature, confidence and refresh
-    are defaults that the artifact carries, which a run can change. max_seq_len: the longest
-    sequence served, by default the model's own. dtype: of the stored weights, by default the
-    checkpoint's. graphs: what the artifact's graphs are for (see `Graphs`); with ``onnx`` or
-    ``both`` weights are float32 or float16, by default float32 where the checkpoint's are
+    or ``auto:N`` for the N whose sparsity costs most agreement with the full path. period,
+    tree_width: of a draft, the static shapes of the graph `period`. They, threshold,
+    verify_temperature, confidence and refresh are defaults that the artifact carries, which a
+    run can change. max_seq_len: the longest sequence served, by default the model's own. dtype:
+    of the stored weights, by default the checkpoint's. graphs: what the artifact's graphs are
+    for (see `Graphs`); with ``onnx`` or ``both`` weights are float32 or float16, by default
+    float32 where the checkpoint's are
     neither. device: where calibration runs. calibration: a text or JSONL file, or ``builtin``.
 
     Raises ConfigError for a value out of its range, with the range.
@@ -102,7 +102,6 @@ class CompileConfig:
     keep: float | None = None
     density: float | None = None
     dense_layers: DenseLayers | str | Sequence[int] = ()
-    score: Score | str = Score.MAGNITUDE
     period: int = 16
     tree_width: int = 1
     threshold: float = 0.1
@@ -124,18 +123,12 @@ class CompileConfig:
         object.__setattr__(self, "graphs", _member(Graphs, self.graphs, "--graphs"))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", _member(DType, self.dtype, "--dtype"))
-        object.__setattr__(self, "score", _member(Score, self.score, "--score"))
         object.__setattr__(self, "dense_layers", DenseLayers.read(self.dense_layers))
         if self.keep is not None and self.density is not None:
             raise ConfigError("--keep and --density say the same thing twice: give one of them")
         for value, flag in ((self.keep, "--keep"), (self.density, "--density")):
             if value is not None and not 0.0 < value <= 1.0:
                 raise ConfigError(f"{flag} must be in (0, 1], got {value}")
-        if self.score is not Score.MAGNITUDE and Method.TEAL not in self.sparsity:
-            raise ConfigError(
-                f"--score is of teal's thresholds; --sparsity {self.sparsity} has none. Leave it "
-                f"out, or use --sparsity {Method.TEAL} or {Method.GRIFFIN_TEAL}"
-            )
         check_tree(self.period, self.tree_width, max(self.tree_width, 1), flag="--")
         check_ranges(self.confidence, self.refresh, flag="--")
         if self.refresh and not Method(self.sparsity).per_prompt:

@@ -19,7 +19,7 @@ from sirius_passes.sparsify_griffin import SparsifyGriffin
 from sirius_passes.sparsify_griffin_cats import SparsifyGriffinCats
 from sirius_passes.sparsify_teal import SparsifyTeal
 from sirius_passes.sparsify_topk import SparsifyTopk
-from sirius_runtime.spec import Method, Score
+from sirius_runtime.spec import Method
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,6 @@ def sparsify(
     keep: float,
     thresholds: Thresholds | None,
     dense_layers: Collection[int] = (),
-    score: Score = Score.MAGNITUDE,
 ) -> list[Pass]:
     """What makes the sparse path sparse. thresholds: None to keep whatever a threshold would
     decide, which is what calibration runs.
@@ -65,13 +64,13 @@ def sparsify(
         case Method.GRIFFIN:
             return [SparsifyGriffin(keep, dense)]
         case Method.TEAL:
-            return [SparsifyTeal(keep, channels, dense, score=score)]
+            return [SparsifyTeal(keep, channels, dense)]
         case Method.GRIFFIN_TEAL:
             return [
                 # the prompt's neurons, and of them a token's
                 SparsifyGriffinCats(keep, neurons, dense),
                 # what is left: the linears of attention
-                SparsifyTeal(keep, channels, dense, score=score, method=method),
+                SparsifyTeal(keep, channels, dense, method=method),
             ]
         case Method.EXPERTS:
             return [SparsifyExperts(keep, dense)]

@@ -21,7 +21,7 @@ from sirius_passes.manager import Pass, run_passes
 from sirius_passes.program import FULL, PREFILL, SPARSE, Program, copy_program
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.graph import to_document
-from sirius_runtime.spec import Method, ProgramSpec, Score, WeightSpec
+from sirius_runtime.spec import Method, ProgramSpec, WeightSpec
 
 LEAST_KEEP = 0.01  # the smallest share that `--density` tries
 CLOSE = 5e-4  # in density
@@ -36,10 +36,10 @@ class SparsePath:
     calibration: Calibration | None
     ranking: tuple[LayerAgreement, ...]
 
-    def passes(self, method: Method, score: Score) -> list[Pass]:
+    def passes(self, method: Method) -> list[Pass]:
         """The passes that make it."""
         thresholds = self.calibration.thresholds if self.calibration else Thresholds()
-        return sparsify(method, self.keep, thresholds, self.dense_layers, score)
+        return sparsify(method, self.keep, thresholds, self.dense_layers)
 
 
 class Chooser:
@@ -58,7 +58,7 @@ class Chooser:
     ) -> None:
         """`samples` gives the text, where any is needed."""
         self._config, self._program = config, program
-        self._method, self._score = Method(config.sparsity), Score(config.score)
+        self._method = Method(config.sparsity)
         self._spec_of, self._weights, self._samples = spec_of, weights, samples
         self._dtype, self._device = dtype, device
         self._loaded: dict[str, Tensor] = {}
@@ -116,7 +116,7 @@ class Chooser:
         self, keep: float, dense_layers: Collection[int], thresholds: Thresholds | None
     ) -> Program:
         program = copy_program(self._program)
-        run_passes(program, sparsify(self._method, keep, thresholds, dense_layers, self._score))
+        run_passes(program, sparsify(self._method, keep, thresholds, dense_layers))
         return program
 
     def _path(self, program: Program) -> Tokenwise:

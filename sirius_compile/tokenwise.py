@@ -175,8 +175,7 @@ def scores(target: Any, args: Sequence[Any]) -> Tensor:
     """What a counted operator compares with its threshold, [R, T, units]."""
     x = args[0]
     if target is sirius.sparse_linear.default:
-        norm = args[3]
-        return x.float().abs() if norm is None else x.float().abs() * norm
+        return x.float().abs()
     _, gate, _, _, gate_bias, _, _, act, layer = args[:9]
     activations = ACTIVATIONS[act](F.linear(x, gate, gate_bias)).abs()
     if target is sirius.griffin_cats_mlp.default:

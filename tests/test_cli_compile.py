@@ -77,7 +77,7 @@ def test_a_directory_compiles_like_the_shipped_name(cli: Cli, tmp_path: Path) ->
         (("--dense-layers", "auto:"), "takes layer numbers (0,31) or auto:N, got 'auto:'"),
         (("--dense-layers", "auto:5"), "--dense-layers must leave some of the 5 layers sparse"),
         (("--dense-layers", "0,1,2,3,4"), "must leave some of the 5 layers sparse; use --sparsity"),
-        (("--score", "weight-norm"), "--score is of teal's thresholds; --sparsity topk has none"),
+        (("--score", "weight-norm"), "--score weight-norm is no longer an option"),
         (("--period", "0"), "--period must be in 1..512, got 0"),
         (("--tree-width", "0"), "--tree-width must be"),
         (("--tree-width", "999", "--period", "2"), "(the vocabulary), got 999"),
@@ -110,7 +110,7 @@ def test_values_out_of_range(
 @pytest.mark.slow
 def test_a_density_is_reached_and_dense_layers_are_told(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "m.sirius"
-    flags = ("--sparsity", "teal", "--score", "weight-norm", "--density", "0.6")
+    flags = ("--sparsity", "teal", "--density", "0.6")
     done = cli.compile("tally-3m", *flags, "--dense-layers", "auto:1", "--out", out, "--json")
     assert done.code == 0, done.err
     summary = json.loads(done.out)

@@ -97,6 +97,20 @@ def test_what_is_compiled_is_accepted(tiny: TinyModels, method: str, dtype: torc
     accepted(graphs_of(tiny("llama", method).compiled), dtype)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_teal_graphs_that_still_have_norms_are_refused(tiny: TinyModels, norm: bool) -> None:
+    """`sparse_linear` took norms of the weights, or None, before its threshold."""
+
+    def spoil(nodes: list[Any]) -> None:
+        linear = calls(nodes, "sirius.sparse_linear.default")[0]
+        linear["args"].insert(3, linear["args"][1] if norm else None)
+
+    again = (
+        r"\(sirius.sparse_linear.default\) can't run: argument threshold.*; compile the model again"
+    )
+    graphs_of(tiny("llama", "teal").compiled).refused(again, "sparse", spoil)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_whole_period_is_accepted(griffin: Compiled, dtype: torch.dtype) -> None:
     assert griffin.spec.entry(PERIOD)

@@ -233,7 +233,7 @@ def valid_calls() -> Iterator[tuple[str, list[Any]]]:
         yield "griffin_mlp", [*args, neurons]
         yield "griffin_cats_mlp", [*args, neurons, 0.1]
     yield "sparse_linear", [*linear_args(), 0.1]
-    yield "sparse_linear", [*linear_args(bias=False, norm=False), 0.1]
+    yield "sparse_linear", [*linear_args(bias=False), 0.1]
     for args in (moe_args(), moe_args(bias=True), moe_args(plain=True)):
         yield "dense_moe", args
         yield "topk_moe", [*args, 4]

@@ -99,7 +99,7 @@ def check_linears(C: int, O: int, dtype: torch.dtype, tokens: tuple[int, ...] = 
         which = f"{C} to {O}, {which}"
         equal(sirius.linear(x[own], weight, bias), wanted[own], which)
         equal(sirius.linear(x[own], stored.t()), transposed[own].to(dtype), f"{which}, by inputs")
-        y, counts = sirius.sparse_linear(x[own][None], stored, bias, None, 2.1)
+        y, counts = sirius.sparse_linear(x[own][None], stored, bias, 2.1)
         equal(y[0], skipping[own], f"{which}, sparse")
         assert counts.tolist() == [int(live[own][0].sum())]
 

@@ -113,7 +113,7 @@ def skip_channels(program: Program) -> None:
         x, weight, *bias = linear.args
         with graph.inserting_before(linear):
             turned = call(graph, torch.ops.aten.t.default, (weight,), origin="test")
-            args = (x, turned, *(bias or [None]), None, -1.0)
+            args = (x, turned, *(bias or [None]), -1.0)
             both = call(graph, torch.ops.sirius.sparse_linear.default, args, origin="test")
             y = call(graph, operator.getitem, (both, 0), origin="test")
         linear.replace_all_uses_with(y)
@@ -146,7 +146,7 @@ def test_a_linear_reads_a_view_where_another_path_skips_channels() -> None:
     ]
     assert printed(program, SPARSE, "sirius.sparse_linear")[0] == (
         "%16: (model[B, T, 10], int64[B]) = sirius.sparse_linear("
-        "%15, %layers.0.gate.weight, None, None, -1.0)"
+        "%15, %layers.0.gate.weight, None, -1.0)"
     )
 
 
@@ -162,7 +162,7 @@ def test_slices_of_a_weight_follow_it() -> None:
     ]
     assert printed(program, SPARSE, "aten.slice.Tensor", "sirius.sparse_linear")[:2] == [
         "%15: model[6, 10] = aten.slice.Tensor(%layers.0.gate_up.weight, 1, 0, 10)",
-        "%16: (model[B, T, 10], int64[B]) = sirius.sparse_linear(%14, %15, None, None, -1.0)",
+        "%16: (model[B, T, 10], int64[B]) = sirius.sparse_linear(%14, %15, None, -1.0)",
     ]
 
 
@@ -178,7 +178,7 @@ def test_neurons_and_input_channels_may_agree() -> None:
         )
         g = call(graph, torch.ops.aten.silu.default, (g,), origin="test")
         z = call(graph, torch.ops.aten.mul.Tensor, (g, u), origin="test")
-        args = (z, down, None, None, -1.0)
+        args = (z, down, None, -1.0)
         both = call(graph, torch.ops.sirius.sparse_linear.default, args, origin="test")
         y = call(graph, operator.getitem, (both, 0), origin="test")
     mlp.replace_all_uses_with(y)
@@ -193,7 +193,7 @@ def test_neurons_and_input_channels_may_disagree() -> None:
     (mlp,) = calls(graph, torch.ops.sirius.dense_mlp.default)
     with graph.inserting_before(mlp):
         turned = call(graph, torch.ops.aten.t.default, (mlp.args[1],), origin="test")
-        args = (mlp.args[0], turned, None, None, -1.0)
+        args = (mlp.args[0], turned, None, -1.0)
         both = call(graph, torch.ops.sirius.sparse_linear.default, args, origin="test")
         g = call(graph, operator.getitem, (both, 0), origin="test")
         mean = call(graph, torch.ops.aten.mean.dim, (g, [-1], True), origin="test")

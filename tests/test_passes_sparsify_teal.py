@@ -13,7 +13,7 @@ from sirius_passes.sparsify import Threshold
 from sirius_passes.sparsify_teal import SparsifyTeal, projections
 from sirius_passes.testing import Reference, check_pass, run_graph, snapshot
 from sirius_runtime.errors import CalibrationError, UnsupportedModelError
-from sirius_runtime.spec import Method, NormSpec, Score, SiteSpec
+from sirius_runtime.spec import Method, SiteSpec
 from tests.support import naive
 from tests.support.graphs import Attention, Decoder, Mlp, plainly_paired, run_replacing
 
@@ -41,7 +41,7 @@ def reference_for(thresholds: list[Threshold]) -> Reference:
             if len(counts) == len(thresholds):  # the head
                 return torch.nn.functional.linear(x, weight, bias)
             threshold = thresholds[len(counts)].value
-            y, count = naive.sparse_linear(x, weight.t(), bias, None, threshold)
+            y, count = naive.sparse_linear(x, weight.t(), bias, threshold)
             counts.append(count)
             return y
 
@@ -68,7 +68,7 @@ def test_before_and_after() -> None:
     lines = snapshot(program.graphs[SPARSE]).splitlines()
     calls = [line.partition(" = ")[2] for line in lines if "sparse_linear" in line]
     assert [call.split("(")[0] for call in calls] == ["sirius.sparse_linear"] * 4
-    assert all(call.endswith("None, None, <calibrated>)") for call in calls)
+    assert all(call.endswith(", None, <calibrated>)") for call in calls)
     assert lines[-1].startswith("return logits=")
     assert ", kept=" in lines[-1]
 
@@ -81,20 +81,6 @@ def test_every_linear_equals_loops_over_its_channels() -> None:
     )
     assert check.rewrites == 7
     assert check.differences["sparse.kept"] == 0
-
-
-def test_norms_are_weights_that_the_sparse_path_alone_reads() -> None:
-    program = plainly_paired(one_layer)
-    check_pass(program, SparsifyTeal(0.5, None, score=Score.WEIGHT_NORM))
-    norms = [spec for spec in program.weights.values() if spec.norm is not None]
-    assert [spec.norm for spec in norms[:2]] == [
-        NormSpec("layers.0.q.weight", 0, 0, 4),
-        NormSpec("layers.0.k.weight", 0, 0, 2),
-    ]
-    assert all(spec.dtype == "float32" and not spec.retype for spec in norms)
-    assert [spec.shape for spec in norms] == [(6,), (6,), (6,), (4,), (6,), (6,), (10,)]
-    assert snapshot(program.graphs[SPARSE]).count(".norm_0_") == 14  # each bound, and read once
-    assert ".norm_0_" not in snapshot(program.graphs[FULL])
 
 
 def test_without_thresholds_it_is_dense() -> None:

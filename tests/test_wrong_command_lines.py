@@ -151,7 +151,7 @@ def compile_lines() -> Iterator[Line]:
         yield from flags("compile", topk, flag, (*NO_FLOAT[:3], *NOT_FINITE, "-0.1", "1.1"))
     yield from flags("compile", topk, "--verify-temperature", (*NO_FLOAT, *NOT_FINITE, "0", "1e-9"))
     yield from flags("compile", topk, "--dense-layers", ("x", "²", "9" * 5000, "auto:", "auto:x:y"))
-    for flag in ("--sparsity", "--dtype", "--graphs", "--score"):
+    for flag in ("--sparsity", "--dtype", "--graphs"):
         yield from flags("compile", cats, flag, ("", "foo", "TOPK"))
     yield from flags("compile", topk, "--device", NO_DEVICE)
     for flag in ("--cache-dir", "--dump-graphs", "--expect-graphs", "--calibration", "--out"):
@@ -165,7 +165,7 @@ def compile_lines() -> Iterator[Line]:
         yield Line("compile", (model, "--out", f"{FOLDER}/m.sirius"), shown)
     for given, says in (
         (("--keep", "0.5", "--density", "0.6"), "--keep and --density say the same"),
-        (("--score", "weight-norm"), "--score is of teal's thresholds"),
+        (("--score", "weight-norm"), "--score weight-norm is no longer an option"),
         (("--tree-width", "8", "--period", "200"), "has 1593 nodes"),
         (("--revision", "main"), "--revision main goes with a model from the hub"),
         (("--sparsity", "none", "--keep", "0.5"), "--keep is of a sparse path"),

@@ -2,16 +2,14 @@
 
     Before (sparse)                          After (sparse)
     %1 = aten.linear(%x, %w, %b)             %1 = aten.t(%w)
-                                             %2 = sirius.sparse_linear(%x, %1, %b, None, 0.0713)
+                                             %2 = sirius.sparse_linear(%x, %1, %b, 0.0713)
                                              %3 = %2[0], %4 = %2[1]
                                              %9 = aten.stack([…, %4, …])
                                              return logits=%8, kept=%9
 
-Every linear of attention and MLPs, not the head. One threshold a linear, on |x|; with
-`Score.WEIGHT_NORM` on |x| times the norm of the channel's weights, which the artifact then holds
-too (WINA's rule without its rotation; the weights stay as they are). `kept` [sites, B] counts the
-channels that were kept. Reads the kept channels of each weight; `lay_out_weights` stores it
-input-major (arXiv 2408.14690).
+Every linear of attention and MLPs, not the head. One threshold a linear, on |x|. `kept` [sites,
+B] counts the channels that were kept. Reads the kept channels of each weight; `lay_out_weights`
+stores it input-major (arXiv 2408.14690).
 """
 
 from __future__ import annotations
@@ -29,7 +27,6 @@ from sirius_passes.program import (
     SPARSE,
     Program,
     Stage,
-    add_weight,
     call,
     calls,
 )
@@ -37,7 +34,7 @@ from sirius_passes.sparsify import Threshold, add_counts, add_sites, both_values
 from sirius_passes.weight_views import is_transpose
 from sirius_runtime.errors import UnsupportedModelError
 from sirius_runtime.graph import INPUT, WEIGHT, placeholders
-from sirius_runtime.spec import Method, NormSpec, Score, SiteSpec, WeightSpec
+from sirius_runtime.spec import Method, SiteSpec
 
 aten = torch.ops.aten
 sparse_linear = torch.ops.sirius.sparse_linear.default
@@ -56,11 +53,10 @@ class SparsifyTeal(Pass):
         thresholds: Sequence[Threshold] | None,
         dense_layers: Collection[int] = (),
         *,
-        score: Score = Score.MAGNITUDE,
         method: Method = Method.TEAL,
     ) -> None:
         """thresholds: None to keep all channels: to calibrate."""
-        self.keep, self.dense_layers, self.score, self.method = keep, dense_layers, score, method
+        self.keep, self.dense_layers, self.method = keep, dense_layers, method
         self.thresholds = thresholds
 
     def run(self, program: Program) -> int:
@@ -74,14 +70,12 @@ class SparsifyTeal(Pass):
             assert isinstance(x, fx.Node)
             assert isinstance(weight, fx.Node)
             features, units = (int(extent) for extent in weight.meta["val"].shape)
-            source, norm = _source(weight), None
-            if self.score is Score.WEIGHT_NORM:
-                norm = _norm(program, graph, source, units)
+            source = _source(weight)
             origin = f"{self.name}({linear.name})"
             with graph.inserting_before(linear):
                 x, restore = _by_rows(graph, x, features, origin)
                 rows = call(graph, aten.t.default, (weight,), origin=origin)
-                arguments = (x, rows, bias[0] if bias else None, norm, own.value)
+                arguments = (x, rows, bias[0] if bias else None, own.value)
                 both = call(graph, sparse_linear, arguments, origin=origin)
                 both.meta[CALIBRATED] = (len(both.args) - 1,)
             y, count = both_values(linear, both, self.name)
@@ -90,7 +84,7 @@ class SparsifyTeal(Pass):
             take_over(linear, y)
             counts.append(count)
             kept = units * own.keep
-            sites.append(SiteSpec(layer, source.of, units, kept, features, own.value, True))
+            sites.append(SiteSpec(layer, source, units, kept, features, own.value, True))
         add_sites(program, self.method, self.keep, sites, self.dense_layers)
         add_counts(module, counts, self.name)
         module.recompile()
@@ -139,30 +133,17 @@ def _by_rows(
     )
 
 
-def _source(weight: fx.Node) -> NormSpec:
-    """Which part of which stored tensor a linear's weight [O, C] is, read through slices and
-    transposes.
-    """
-    transposed, start, end = False, 0, int(weight.meta["val"].shape[0])
+def _source(weight: fx.Node) -> str:
+    """The stored tensor that a linear's weight [O, C] is of, read through slices and transposes."""
+    transposed = False
     node = weight
     while WEIGHT not in node.meta:
         if is_transpose(node):
             transposed = not transposed
-        elif node.target is aten.slice.Tensor and int(node.args[1]) == int(transposed):  # type: ignore[arg-type]
-            start += int(node.args[2])  # type: ignore[arg-type]
-            end += int(node.args[2])  # type: ignore[arg-type]
-        else:
+        elif node.target is not aten.slice.Tensor or node.args[1] != int(transposed):
             raise UnsupportedModelError(
                 f"a linear's weight is computed, by {node.name} ({node.target}); its channels "
                 "can't be skipped. Use --sparsity topk, cats or griffin"
             )
         (node,) = node.all_input_nodes
-    return NormSpec(node.meta[WEIGHT], int(transposed), start, end)
-
-
-def _norm(program: Program, graph: fx.Graph, source: NormSpec, channels: int) -> fx.Node:
-    """The norms of these channels as a weight of the program."""
-    name = f"{source.of}.norm_{source.start}_{source.end}"
-    spec = WeightSpec(name, "float32", (channels,), retype=False, parameter=False, norm=source)
-    program.weights[name] = spec
-    return add_weight(graph, spec)
+    return str(node.meta[WEIGHT])

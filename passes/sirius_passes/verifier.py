@@ -75,7 +75,7 @@ def _findings(program: Program) -> Iterator[tuple[str, str]]:
         full = set(placeholders(program.graphs[FULL].graph, WEIGHT))
         for name, module in program.graphs.items():
             read = placeholders(module.graph, WEIGHT)
-            if extra := {w for w in read if program.weights[w].norm is None} - full:
+            if extra := set(read) - full:
                 yield name, f"reads weights that the full path does not: {sorted(extra)[:3]}"
 
 

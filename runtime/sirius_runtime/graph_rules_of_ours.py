@@ -286,7 +286,7 @@ def griffin_cats_mlp(x: Array, *rest: Any) -> tuple[Array, Array]:
 
 
 def sparse_linear(
-    x: Array, weight: Array, bias: Array | None, norm: Array | None, threshold: float
+    x: Array, weight: Array, bias: Array | None, threshold: float
 ) -> tuple[Array, Array]:
     B, T = _tokens(x)
     _need_model(x=x, weight=weight, bias=bias)
@@ -295,8 +295,6 @@ def sparse_linear(
     C, O = weight.shape  # noqa: E741
     need(x.shape[2] == C, f"x {x} does not go through weight {weight}")
     _need_shape("bias", bias, O)
-    _need_shape("norm", norm, C)
-    _need_dtype(torch.float32, norm=norm)
     _need_finite(threshold=threshold)
     return made(x.dtype, (B, T, O)), _counts(x)
 

@@ -51,15 +51,6 @@ class Method(StrEnum):
         return self in (Method.CATS, Method.TEAL, Method.GRIFFIN_TEAL)
 
 
-class Score(StrEnum):
-    """What an input channel's threshold is compared with."""
-
-    MAGNITUDE = "magnitude"
-    """|x|"""
-    WEIGHT_NORM = "weight-norm"
-    """|x| times the L2 norm of the channel's weights"""
-
-
 class DType(StrEnum):
     """Floating point types that weights and activations may have."""
 
@@ -89,26 +80,13 @@ class EntrySpec:
 
 
 @dataclass(frozen=True)
-class NormSpec:
-    """L2 norms of a weight's input channels: of the checkpoint's tensor `of`, reduced along `dim`,
-    over the output features `start` to `end` alone.
-    """
-
-    of: str
-    dim: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
 class WeightSpec:
     """One stored tensor.
 
     `shape` and `dtype` are those of the stored bytes. `transposed`: the checkpoint's tensor was
     stored transposed, in the layout that kernels stream. `retype`: follows the dtype asked for at
     load (rotary frequencies do not, nor do weights that a 16-bit model keeps in float32).
-    `parameter`: one of the model's, in a floating point dtype; not a constant. `norm`: not a tensor
-    of the checkpoint, but norms of one.
+    `parameter`: one of the model's, in a floating point dtype; not a constant.
     """
 
     name: str
@@ -117,7 +95,6 @@ class WeightSpec:
     transposed: bool = False
     retype: bool = True
     parameter: bool = True
-    norm: NormSpec | None = None
 
 
 @dataclass(frozen=True)

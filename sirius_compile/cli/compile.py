@@ -22,7 +22,7 @@ from sirius_compile.cli.arguments import path
 from sirius_compile.config import BUILTIN, CompileConfig, DenseLayers, Graphs
 from sirius_runtime.command_line import say, tell
 from sirius_runtime.errors import ConfigError
-from sirius_runtime.spec import DType, Method, Score
+from sirius_runtime.spec import DType, Method
 from sirius_runtime.terminal import plain
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ def compile_artifact(
     dense_layers: Annotated[
         str, typer.Option(help="Layers that skip nothing: 0,31, or auto:N for the N costliest.")
     ] = "",
-    score: Annotated[Score, typer.Option(help="teal: what thresholds compare.")] = Score.MAGNITUDE,
     period: Annotated[int, typer.Option(help="Tokens per verification.")] = 16,
     tree_width: Annotated[int, typer.Option(help="Paths drafted side by side.")] = 1,
     threshold: Annotated[float, typer.Option(help="Probability a drafted token needs.")] = 0.1,
@@ -80,6 +79,7 @@ def compile_artifact(
     backend: Annotated[
         Graphs | None, typer.Option(hidden=True, help="The former name of --graphs.")
     ] = None,
+    score: Annotated[str | None, typer.Option(hidden=True, help="Removed.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code of the model's repository.")
     ] = False,
@@ -112,12 +112,16 @@ def compile_artifact(
     if backend is not None:
         tell(f"sirius-compile: --backend is now called --graphs; taken as --graphs {backend}")
         graphs = backend
+    if score is not None:
+        raise ConfigError(
+            f"--score {score} is no longer an option: teal ranks channels by |x| alone, which "
+            "agrees with the full path more often than weight-norm did. Leave --score out"
+        )
     config = CompileConfig(
         sparsity=sparsity,
         keep=keep,
         density=density,
         dense_layers=dense_layers,
-        score=score,
         period=period,
         tree_width=tree_width,
         threshold=threshold,

@@ -267,15 +267,12 @@ def sparse_linear(
     x: Value,
     weight: Value,
     bias: Value | None,
-    norm: Value | None,
     threshold: float,
     *,
     gathers: bool = False,
 ) -> tuple[Value, Value]:
     size = s.op("Abs", e.cast(s, x, "float32"), shape=x.shape)
     score = e.reduced(s, "ReduceMean", size, [1], True)
-    if norm is not None:
-        score = e.elementwise(s, "Mul", score, norm)
     kept = e.elementwise(s, "Greater", score, threshold, result="bool")
     x = e.elementwise(s, "Mul", x, kept)
     if gathers and _is_rows(weight):

@@ -236,15 +236,14 @@ def griffin_cats_mlp(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def sparse_linear(
-    x_BTC: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, threshold: float
+    x_BTC: Tensor, weight: Tensor, bias: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    norms = [1.0] * x_BTC.shape[2] if norm is None else norm.double().tolist()
     result, counts = x_BTC.new_zeros(*x_BTC.shape[:2], weight.shape[1]), []
     for b, tokens in enumerate(x_BTC.double().tolist()):
         means = [
             math.fsum(map(abs, channel)) / len(tokens) for channel in zip(*tokens, strict=True)
         ]
-        kept = [i for i, mean in enumerate(means) if mean * norms[i] > threshold]
+        kept = [i for i, mean in enumerate(means) if mean > threshold]
         counts.append(len(kept))
         for t, x in enumerate(tokens):
             only = [value if i in kept else 0.0 for i, value in enumerate(x)]

@@ -198,9 +198,8 @@ def linear_args(
     *,
     tokens: int = TOKENS,
     bias: bool = True,
-    norm: bool = True,
 ) -> list[Any]:
-    """x, the weight, the bias and the norm of its channels; |x| are multiples of 1/4, below 3."""
+    """x, the weight and the bias; |x| are multiples of 1/4, below 3."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-11, 12, (ROWS, TOKENS, CHANNELS), generator=generator).to(dtype) / 4
     weight = randn(CHANNELS, FEATURES, seed=1, dtype=dtype)
@@ -208,7 +207,6 @@ def linear_args(
         x[:, :tokens],
         weight,
         randn(FEATURES, seed=2, dtype=dtype) if bias else None,
-        weight.float().norm(dim=1) if norm else None,
     ]
 
 

@@ -53,8 +53,6 @@ def chooser(
     tensors = dict(model.named_parameters(remove_duplicate=False))
 
     def weights(spec: WeightSpec) -> torch.Tensor:
-        if spec.norm is not None:
-            return tensors[spec.norm.of].detach().norm(dim=spec.norm.dim)
         tensor = captured.constants.get(spec.name)
         return tensors[spec.name].detach() if tensor is None else tensor
 

@@ -26,7 +26,7 @@ MOST_LINEARS = 8
 
 # The structs of ``csrc/cpu.cpp``: LinearOperands, as many of them, and SparseOperands.
 _LINEARS = [Struct(f"={7 * count}q") for count in range(MOST_LINEARS + 1)]
-_SPARSE = Struct("=14q")
+_SPARSE = Struct("=12q")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -101,7 +101,7 @@ def _by_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def sparse_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, threshold: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """As `reference.sparse_linear`."""
     kind = TYPES.get(x.dtype)
@@ -112,17 +112,16 @@ def sparse_linear(
         and fits(x.shape[1], x.shape[0], x.dtype, x.shape[0] * MOST_TOKENS)
         and is_matrix(weight, x.dtype)
         and is_vector(bias, x.dtype)
-        and is_vector(norm, torch.float32)
         and (library := kernels()) is not None
     ):
-        return reference.sparse_linear(x, weight, bias, norm, threshold)
+        return reference.sparse_linear(x, weight, bias, threshold)
     B, T, _ = x.shape
     given = x.contiguous()
     y, counts = given.new_empty(B, T, weight.shape[1]), given.new_empty(B, dtype=torch.int64)
     status = library.sirius_sparse_linear(
         kind,
         _SPARSE.pack(
-            given.data_ptr(), *given.shape, *matrix(weight), *vector(bias), *vector(norm),
+            given.data_ptr(), *given.shape, *matrix(weight), *vector(bias),
             y.data_ptr(), counts.data_ptr(),
         ),
         threshold,

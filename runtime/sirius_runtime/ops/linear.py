@@ -34,17 +34,16 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
 
 
 def sparse_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, threshold: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """Per row, only the input channels with |x|, the mean over the call's T tokens, above
-    `threshold`; with `norm`, |x| times the L2 norm of the channel's weights.
+    `threshold`.
 
-    x [B, T, C]; weight [C, O]; bias [O]; norm [C], float32. Returns y [B, T, O] and the number of
-    channels kept, int64 [B]. The beams of a tree share their channels, because the union of sets of
-    their own would soon be all channels.
+    x [B, T, C]; weight [C, O]; bias [O]. Returns y [B, T, O] and the number of channels kept, int64
+    [B]. The beams of a tree share their channels, because the union of sets of their own would soon
+    be all channels.
     """
-    score = x.float().abs().mean(1, keepdim=True)
-    kept = (score if norm is None else score * norm) > threshold
+    kept = x.float().abs().mean(1, keepdim=True) > threshold
     y = (x * kept) @ weight
     return y if bias is None else y + bias, kept.sum((1, 2))
 
@@ -64,8 +63,7 @@ def _fake_linears(x: Tensor, weights: Sequence[Tensor], _: object) -> list[Tenso
 define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", linear, _fake_linear)
 define("linears(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]", linears, _fake_linears)
 define(
-    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float threshold) -> "
-    "(Tensor, Tensor)",
+    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, float threshold) -> (Tensor, Tensor)",
     sparse_linear,
     _fake_sparse_linear,
 )

@@ -45,7 +45,7 @@ struct LinearOperands {
 struct SparseOperands {
   Tensor<3> x;
   Matrix weight;
-  Tensor<1> bias, norm;
+  Tensor<1> bias;
   void *y, *counts;
 };
 
@@ -180,11 +180,9 @@ int sirius_sparse_linear(int type, const void* operands, float threshold, int th
     some("weight", "outputs", O);
     shaped("weight", own.weight, {"channels", "outputs"}, C, O);
     optional("bias", own.bias, "outputs", O);
-    optional("norm", own.norm, "channels", C);
     sparse_linear<T>(own.x.as<const T>(), own.weight.as<T>(), size_t(own.weight.stride),
-                     own.bias.as<const T>(), own.norm.as<const float>(), threshold, (T*)own.y,
-                     (int64_t*)own.counts, size_t(B), size_t(N), size_t(C), size_t(O),
-                     bounded(threads));
+                     own.bias.as<const T>(), threshold, (T*)own.y, (int64_t*)own.counts, size_t(B),
+                     size_t(N), size_t(C), size_t(O), bounded(threads));
   });
 }
 

@@ -99,11 +99,10 @@ void linear_by_inputs(const T* x, const T* weight, size_t stride, const T* bias,
 }
 
 // As `linear_by_inputs` of x [B, N, C], row by row and only of its channels whose mean |x| over the
-// row's tokens, times norm[c] where there is one, is above the threshold. counts [B].
+// row's tokens is above the threshold. counts [B].
 template <class T>
-void sparse_linear(const T* x, const T* weight, size_t stride, const T* bias, const float* norm,
-                   float threshold, T* y, int64_t* counts, size_t B, size_t N, size_t C, size_t O,
-                   int threads) {
+void sparse_linear(const T* x, const T* weight, size_t stride, const T* bias, float threshold,
+                   T* y, int64_t* counts, size_t B, size_t N, size_t C, size_t O, int threads) {
   thread_local Scratch<X<T>> activations;
   thread_local Scratch<int32_t> channels;
   X<T>* z = activations.take(N * channels_stride(C));
@@ -116,7 +115,7 @@ void sparse_linear(const T* x, const T* weight, size_t stride, const T* bias, co
       for (size_t n = 0; n < N; n++) score += std::fabs(to_float(own[n * C + c]));
       score /= float(N);
       live[count] = int32_t(c);
-      count += (norm ? score * norm[c] : score) > threshold;
+      count += score > threshold;
     }
     const size_t z_stride = channels_stride(count);
     for (size_t n = 0; n < N; n++)

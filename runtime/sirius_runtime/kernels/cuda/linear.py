@@ -110,7 +110,7 @@ def _by_outputs(
 
 
 def sparse_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, threshold: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor] | None:
     """As the reference `sirius_runtime.ops.linear.sparse_linear`."""
     if x.dtype not in TYPES or x.ndim != 3 or weight.ndim != 2 or x.numel() == 0:
@@ -122,7 +122,6 @@ def sparse_linear(
         and O > 0
         and is_matrix(weight, x, C, O)
         and is_vector(bias, x.dtype, x.device, O)
-        and is_vector(norm, torch.float32, x.device, C)
     ):
         return None
     x = x.contiguous()
@@ -137,11 +136,10 @@ def sparse_linear(
         (blocks, splits),
         x.device,
         (
-            *(x, weight, given(norm, x), partials, counts),
+            *(x, weight, partials, counts),
             *(threshold, B, T, C, O, weight.stride(0)),
         ),
         tile,
-        HAS_NORM=norm is not None,
         TOKENS=tiles.padded(T),
         SHARE=share,
         ROWS=tile.rows,

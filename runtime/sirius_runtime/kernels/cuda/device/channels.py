@@ -8,9 +8,8 @@ from sirius_runtime.kernels.cuda.device.arithmetic import dot
 
 @triton.jit
 def kept_channels(
-    x, weight, norm, partials, counts, threshold, B, T, C, O, stride_w,
-    HAS_NORM: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+    x, weight, partials, counts, threshold, B, T, C, O, stride_w,
+    TOKENS: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """partials [splits, B, T, O], float32, of x [B, T, C] and the rows of weight [C, O] whose
     channels are kept; counts [splits, B], int32. Grid (B times blocks of O, splits); a split is
@@ -31,8 +30,6 @@ def kept_channels(
         score += tl.abs(value.to(tl.float32))
     if TOKENS > 1:
         score = score / T
-    if HAS_NORM:
-        score = score * tl.load(norm + c, mask=present, other=0.0)
     kept = present & (score > threshold)
     rank = tl.cumsum(kept.to(tl.int32), 0) - 1
     n = tl.sum(kept.to(tl.int32), 0)
