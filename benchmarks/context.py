@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import checked
 from sirius_compile import CompileConfig, compile_model
-from sirius_compile.compile import Compiled
+from sirius_compile.product import Compiled
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.command_line import finish, positive_number
 from sirius_runtime.loading import BackendName

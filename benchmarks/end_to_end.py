@@ -35,7 +35,7 @@ from transformers import LlamaForCausalLM
 from benchmarks import checked, llama_cpp
 from benchmarks.kernels import cpu_name
 from sirius_compile import CompileConfig, compile_model
-from sirius_compile.compile import Compiled
+from sirius_compile.product import Compiled
 from sirius_compile.shipped.problems import Problem, Task, final_answer, problems
 from sirius_runtime import SiriusModel
 from sirius_runtime.command_line import finish, positive_number, threads_argument

@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.random_programs import METHODS
 from benchmarks.steps import replay_on
 from sirius_compile import CompileConfig, compile_model
-from sirius_compile.compile import Compiled
 from sirius_compile.operator_check import tolerance
+from sirius_compile.product import Compiled
 from sirius_compile.shipped.problems import Task, problems
 from sirius_runtime.backends.cuda_graph import StaticSessions
 from sirius_runtime.backends.eager import EagerBackend

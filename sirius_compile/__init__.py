@@ -12,10 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sirius_compile.compile import Compiled, compile_model
+    from sirius_compile.compile import compile_model
     from sirius_compile.config import CompileConfig
+    from sirius_compile.product import Compiled
 
-_HOMES = {"CompileConfig": "config", "Compiled": "compile", "compile_model": "compile"}
+_HOMES = {"CompileConfig": "config", "Compiled": "product", "compile_model": "compile"}
 
 __all__ = ["CompileConfig", "Compiled", "compile_model"]
 

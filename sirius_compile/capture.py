@@ -34,6 +34,7 @@ from sirius_compile.live import check_modules, main_dtype
 from sirius_compile.precision import keep_as_found, keep_as_loaded
 from sirius_compile.rope import place_tokens_alone
 from sirius_passes.program import DENSE, OUTPUTS, Program, Stage, calls
+from sirius_passes.tracing import one_at_a_time
 from sirius_runtime.dtypes import dtype_name
 from sirius_runtime.errors import UnsupportedModelError
 from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT
@@ -81,6 +82,7 @@ class Capture:
     wanted: Wanted
 
 
+@one_at_a_time
 def capture(
     config: PretrainedConfig,
     *,
@@ -88,7 +90,7 @@ def capture(
     dtype: torch.dtype = torch.bfloat16,
     live: nn.Module | None = None,
 ) -> Capture:
-    """Captures the decoder that `config` describes.
+    """Captures the decoder that `config` describes. Threads that capture at once wait.
 
     dtype: the program's. live: the model in memory that is to be captured, whose weights keep the
     dtypes that they have where it is in that dtype; otherwise weights are kept in float32 as

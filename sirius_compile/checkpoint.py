@@ -86,8 +86,8 @@ class Checkpoint:
         return self.get(name).dtype
 
 
-class _StateDict:
-    """The weights of a loaded model."""
+class StateDict:
+    """The weights of a model in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -99,7 +99,12 @@ class _StateDict:
         return tuple(self._tensors[name].shape)
 
     def get(self, name: str) -> Tensor:
-        return self._tensors[name]
+        tensor = self._tensors[name].detach()
+        if tensor.is_meta:
+            raise UnsupportedModelError(
+                f"{name} is on the meta device and has no values; load the model's weights first"
+            )
+        return tensor
 
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
@@ -337,7 +342,7 @@ def _layers(names: Iterable[str]) -> dict[str, int]:
 
 def _load(
     source: ModelSource, config: PretrainedConfig, prefixes: Mapping[str, str]
-) -> tuple[_StateDict, list[str]]:
+) -> tuple[StateDict, list[str]]:
     """The model's weights as transformers loads them, without those that it had to make up, and the
     stored names that it had no use for. `prefixes`: as `_text_part` gives them.
     """
@@ -357,7 +362,7 @@ def _load(
             f"{source.name}: transformers can't load its weights ({error}); {_AGAIN}"
         ) from error
     made_up = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    weights = _StateDict({n: t for n, t in model.state_dict().items() if n not in made_up})
+    weights = StateDict({n: t for n, t in model.state_dict().items() if n not in made_up})
     return weights, [] if prefixes else sorted(info["unexpected_keys"])
 
 

@@ -109,6 +109,11 @@ def shipped_models() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(_SHIPPED_FOLDER.glob("*/config.json"))}
 
 
+def is_name(model: Any) -> bool:
+    """Whether `model` is what `resolve_model` finds a model by."""
+    return isinstance(model, str | Path)
+
+
 def resolve_model(
     model: str | Path,
     *,

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sirius_compile.calibration import Calibration
-from sirius_compile.compile import Compiled
 from sirius_compile.onnx.package import onnx_summary
+from sirius_compile.product import Compiled
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.spec import JSON, to_json
 from sirius_runtime.terminal import plain

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from sirius_runtime.errors import UnsupportedModelError
+from sirius_runtime.errors import ConfigError, UnsupportedModelError
 
 _ORIGINAL = "original_max_position_embeddings"
 _CONSTANT = ("linear", "llama3", "yarn")
@@ -62,6 +62,17 @@ def longest_sequence(config: PretrainedConfig) -> Longest:
         elif limit is not None and factor and kind in _CONSTANT:
             why = f"max_position_embeddings of config.json; {_raise(kind, parameters, limit)}"
     return Longest(limit, why)
+
+
+def max_seq_len(config: PretrainedConfig, wanted: int | None) -> int:
+    """The longest sequence to serve. Raises ConfigError where the model can't serve what is wanted,
+    and says what sets the limit.
+    """
+    longest = longest_sequence(config)
+    limit = longest.tokens or wanted or 2048
+    if wanted is not None and wanted > limit:
+        raise ConfigError(f"--max-seq-len must be in 2..{limit} ({longest.why}), got {wanted}")
+    return int(wanted or limit)
 
 
 def rope_warnings(config: PretrainedConfig) -> Iterator[str]:

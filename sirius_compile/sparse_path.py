@@ -5,7 +5,6 @@ passes run.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,53 +13,35 @@ from sirius_compile.allocation import LEAST_KEPT
 from sirius_compile.calibration import Calibration, calibrate
 from sirius_compile.config import DEFAULT_KEEP, CompileConfig, DenseLayers
 from sirius_compile.pipeline import Thresholds, sparsify
+from sirius_compile.product import Compiled, SparsePath
 from sirius_compile.ranking import LayerAgreement, rank_layers
 from sirius_compile.texts import Sample
 from sirius_compile.tokenwise import Tokenwise
-from sirius_passes.manager import Pass, run_passes
+from sirius_passes.manager import run_passes
 from sirius_passes.program import FULL, PREFILL, SPARSE, Program, copy_program
+from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.graph import to_document
-from sirius_runtime.spec import Method, ProgramSpec, WeightSpec
+from sirius_runtime.spec import Method
 
 LEAST_KEEP = 0.01  # the smallest share that `--density` tries
 CLOSE = 5e-4  # in density
 
 
-@dataclass(frozen=True)
-class SparsePath:
-    """What was chosen. `ranking`: of the layers, where it was asked which to leave dense."""
-
-    keep: float
-    dense_layers: tuple[int, ...]
-    calibration: Calibration | None
-    ranking: tuple[LayerAgreement, ...]
-
-    def passes(self, method: Method) -> list[Pass]:
-        """The passes that make it."""
-        thresholds = self.calibration.thresholds if self.calibration else Thresholds()
-        return sparsify(method, self.keep, thresholds, self.dense_layers)
-
-
 class Chooser:
-    """Tries passes on copies of a paired program, and runs what comes out on text."""
+    """Tries passes on copies of a product that is dense yet, and runs what comes out on text."""
 
     def __init__(
         self,
         config: CompileConfig,
-        program: Program,
-        *,
-        spec_of: Callable[[Program], ProgramSpec],
-        weights: Callable[[WeightSpec], Tensor],
+        dense: Compiled,
         samples: Callable[[], Sequence[Sample]],
-        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`samples` gives the text, where any is needed."""
-        self._config, self._program = config, program
+        """`samples` gives the text, where any is needed; `device` reads it."""
+        self._config, self._dense, self._program = config, dense, dense.program
         self._method = Method(config.sparsity)
-        self._spec_of, self._weights, self._samples = spec_of, weights, samples
-        self._dtype, self._device = dtype, device
+        self._samples, self._device = samples, device
         self._loaded: dict[str, Tensor] = {}
 
     def choose(self) -> SparsePath:
@@ -122,12 +103,12 @@ class Chooser:
     def _path(self, program: Program) -> Tokenwise:
         for name, spec in program.weights.items():
             if name not in self._loaded:
-                self._loaded[name] = self._weights(spec)
+                self._loaded[name] = self._dense.weights(spec)
         return Tokenwise(
-            self._spec_of(program),
+            self._dense.spec_of(program),
             {name: to_document(program.graphs[name]) for name in (PREFILL, SPARSE, FULL)},
             self._loaded,
-            dtype=self._dtype,
+            dtype=dtype_of(self._dense.spec.model.dtype),
             device=self._device,
         )
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 
 from sirius_compile import CompileConfig, compile_model
-from sirius_compile.compile import Compiled
+from sirius_compile.product import Compiled
 from tests.support.models import TinyModels, random_decoder, word_tokenizer, write_calibration
 
 torch.set_num_threads(1)

@@ -347,7 +347,7 @@ def test_a_period_needs_no_values(
     tiny: TinyModels, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the meta device tensors have none: to read one is an error."""
-    monkeypatch.setattr("sirius_compile.compile.find_device", torch.device)  # which refuses it
+    monkeypatch.setattr("sirius_compile.product.find_device", torch.device)  # which refuses it
     model = tiny(method=method).compiled.to_runtime(device="meta")
     session = open_session(model, 2, refresh=1 if method == "griffin" else 0)
     session.prefill([PROMPT, [50, 30]])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sirius_compile.compile import Compiled as Made
+from sirius_compile.product import Compiled as Made
 from sirius_runtime.entries import INPUTS, PERIOD, PREFILL, RESULTS, SPARSE
 from sirius_runtime.errors import ArtifactError
 from sirius_runtime.graph import from_document, to_document

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sirius_compile.compile import Compiled
+from sirius_compile.product import Compiled
 from sirius_runtime import load
 from sirius_runtime.errors import ArtifactError, UserError
 from sirius_runtime.graph import from_document, to_document

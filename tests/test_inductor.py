@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks import gpu_check
 from sirius_compile import CompileConfig, compile_model
-from sirius_compile.compile import Compiled
+from sirius_compile.product import Compiled
 from sirius_runtime import load
 from sirius_runtime.backends.inductor import InductorBackend
 from sirius_runtime.backends.inductor_cache import INDUCTOR_VARIABLE
@@ -100,7 +100,7 @@ def behind_inductor(compiled: Compiled) -> Pair:
     backend = InductorBackend(
         compiled.spec,
         {name: to_document(graph) for name, graph in compiled.program.graphs.items()},
-        {spec.name: compiled._weights(spec) for spec in compiled.spec.weights},
+        {spec.name: compiled.weights(spec) for spec in compiled.spec.weights},
         dtype=torch.float32,
         device=torch.device("cpu"),
         progress=told.append,

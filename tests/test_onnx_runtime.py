@@ -221,7 +221,7 @@ def test_weights_beyond_two_gigabytes(tally: Path, tmp_path: Path) -> None:
     filler = WeightSpec("filler", "float64", (275_000_000,), retype=False)
     spec = replace(made.spec, weights=(filler, *made.spec.weights))
     zeros = torch.zeros(filler.shape, dtype=torch.float64)
-    large = replace(made, spec=spec, _weights=lambda w: zeros if w is filler else made._weights(w))
+    large = replace(made, spec=spec, weights=lambda w: zeros if w is filler else made.weights(w))
     path = large.save(tmp_path / "large.sirius")
     wanted = load(tally, device="cpu").generate(PROMPT, mode="full", max_new_tokens=8).tokens
     assert load_onnx(path).generate(PROMPT, mode="full", max_new_tokens=8).tokens == wanted

@@ -9,8 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.capture import capture
-from sirius_compile.compile import _max_seq_len
-from sirius_compile.rope import longest_sequence, rope_warnings
+from sirius_compile.rope import longest_sequence, max_seq_len, rope_warnings
 from sirius_runtime.errors import ConfigError, UnsupportedModelError
 from tests.support.families import (
     Caches,
@@ -108,7 +107,7 @@ def test_the_longest_sequence(kind: str, longest: int) -> None:
 )
 def test_the_limit_says_what_sets_it(kind: str, why: str) -> None:
     with pytest.raises(ConfigError, match=rf"--max-seq-len must be in 2\.\.{why}.*, got 300"):
-        _max_seq_len(small_config("llama", **changes(kind, "llama")), 300)
+        max_seq_len(small_config("llama", **changes(kind, "llama")), 300)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sirius_compile import CompileConfig, compile_model
-from sirius_compile.compile import Compiled
+from sirius_compile.product import Compiled
 from sirius_runtime import load
 from sirius_runtime.backends.cuda_graph import (
     IDLE,

@@ -58,6 +58,7 @@ from sirius_passes.program import (
     subgraphs,
 )
 from sirius_passes.runtime_policy import Parameters, RuntimeAcceptance, RuntimeProposer
+from sirius_passes.tracing import one_at_a_time
 from sirius_runtime.drafting import DraftState, begin, extend
 from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders
 from sirius_runtime.policy import Verdict, judge, observed, select_neurons
@@ -103,6 +104,7 @@ class _Builder:
         ]
         self.inputs = names + (["neurons", "statistic", "refresh"] if self.refreshes else [])
 
+    @one_at_a_time  # for `_CALLED`
     def build(self) -> fx.GraphModule:
         order = self.inputs + self.weights
         names: tuple[str, ...] = ()

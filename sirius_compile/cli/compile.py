@@ -26,7 +26,7 @@ from sirius_runtime.spec import DType, Method
 from sirius_runtime.terminal import plain
 
 if TYPE_CHECKING:
-    from sirius_compile.compile import Compiled
+    from sirius_compile.product import Compiled
 
 
 def _file_or_builtin(text: str) -> str:

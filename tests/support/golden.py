@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sirius_compile import CompileConfig, compile_model
-from sirius_compile.compile import Compiled
+from sirius_compile.product import Compiled
 from tests.support.families import CONFIGS
 from tests.support.models import METHODS, random_decoder, word_tokenizer, write_calibration
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from sirius_compile import CompileConfig, compile_model
-from sirius_compile.compile import Compiled
+from sirius_compile.product import Compiled
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.session import Session
 from sirius_runtime.spec import Method

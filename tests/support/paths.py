@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from sirius_compile.capture import capture
 from sirius_compile.config import CompileConfig
 from sirius_compile.pipeline import Thresholds, front
+from sirius_compile.product import Compiled
 from sirius_compile.sparse_path import Chooser
 from sirius_compile.texts import Sample
 from sirius_compile.tokenwise import Tokenwise
@@ -56,15 +57,8 @@ def chooser(
         tensor = captured.constants.get(spec.name)
         return tensors[spec.name].detach() if tensor is None else tensor
 
-    return Chooser(
-        config,
-        program,
-        spec_of=spec_of,
-        weights=weights,
-        samples=lambda: text,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    dense = Compiled(spec_of(program), program, None, {}, {}, weights)
+    return Chooser(config, dense, lambda: text, torch.device("cpu"))
 
 
 def tokenwise(

@@ -1,0 +1,129 @@
+"""What a compilation makes: a value that generates as it is, and that is written to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from sirius_compile.calibration import Calibration
+from sirius_compile.config import Graphs
+from sirius_compile.onnx.package import onnx_files
+from sirius_compile.pipeline import Thresholds, sparsify
+from sirius_compile.ranking import LayerAgreement
+from sirius_passes.manager import Pass
+from sirius_passes.program import Program
+from sirius_runtime.artifact_writer import ArtifactWriter
+from sirius_runtime.dtypes import dtype_of
+from sirius_runtime.graph import to_document
+from sirius_runtime.loading import BackendName, find_device, load, make_backend
+from sirius_runtime.model import SiriusModel
+from sirius_runtime.spec import JSON, DType, Method, ProgramSpec, WeightSpec
+from sirius_runtime.text import read_tokenizer
+
+
+@dataclass(frozen=True)
+class SparsePath:
+    """What was chosen. `ranking`: of the layers, where it was asked which to leave dense."""
+
+    keep: float
+    dense_layers: tuple[int, ...]
+    calibration: Calibration | None
+    ranking: tuple[LayerAgreement, ...]
+
+    def passes(self, method: Method) -> list[Pass]:
+        """The passes that make it."""
+        thresholds = self.calibration.thresholds if self.calibration else Thresholds()
+        return sparsify(method, self.keep, thresholds, self.dense_layers)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled program in memory: its spec and graphs, and where its weights come from.
+
+    `weights`: gives the stored form of a weight. `sparse`: what its sparse path was found to keep,
+    and what calibration measured; None while it is dense. `warnings`: what of the model the
+    artifact does not do.
+    """
+
+    spec: ProgramSpec
+    program: Program
+    sparse: SparsePath | None
+    generation_config: Mapping[str, JSON]
+    tokenizer_files: Mapping[str, bytes]
+    weights: Callable[[WeightSpec], Tensor]
+    graphs: Graphs = Graphs.TORCH
+    warnings: tuple[str, ...] = ()
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Writes the artifact to `path` (a temporary name, then renamed). `force` replaces a
+        file.
+        """
+        path = Path(path)
+        with ArtifactWriter(path, force=force) as writer:
+            documents = {name: self.document(name) for name in self.program.graphs}
+            if self.graphs.for_torch:
+                for name, document in documents.items():
+                    writer.add_json(f"graphs/{name}.json", document)
+            if self.graphs.for_onnx:
+                for name, content in onnx_files(self.spec, documents.__getitem__).items():
+                    writer.add_bytes(name, content)
+            writer.add_json("generation_config.json", dict(self.generation_config))
+            for name, content in self.tokenizer_files.items():
+                writer.add_bytes(f"tokenizer/{name}", content)
+            writer.add_weights(self.spec.weights, self.weights)
+            writer.finish(self.spec, self._read_back)
+        return path
+
+    def _read_back(self, path: Path) -> None:
+        """Loads what was written, as its user will; an artifact without PyTorch's graphs is opened
+        only, and its tokenizer read.
+        """
+        if self.graphs is Graphs.ONNX:
+            self.tokenizer()
+        else:
+            load(path, device="cpu", backend=BackendName.EAGER, verify=False)
+
+    def to_runtime(
+        self,
+        *,
+        device: str | torch.device | None = None,
+        dtype: DType | str | None = None,
+        backend: BackendName | str = BackendName.EAGER,
+        rows: int = 1,
+        context: int | None = None,
+    ) -> SiriusModel:
+        """The program ready to generate, without a file; arguments as for `sirius_runtime.load`."""
+        runner = make_backend(
+            backend,
+            self.spec,
+            self.document,
+            {spec.name: self.weights(spec) for spec in self.spec.weights},
+            dtype=dtype_of(dtype or self.spec.model.dtype),
+            device=find_device(device),
+            rows=rows,
+            context=context,
+        )
+        return SiriusModel(runner, self.tokenizer())
+
+    def spec_of(self, program: Program) -> ProgramSpec:
+        """The spec of another program of the same model: one that passes are tried on."""
+        return replace(
+            self.spec,
+            entries=program.entries(),
+            weights=tuple(program.weights.values()),
+            sparsity=program.sparsity,
+        )
+
+    def document(self, entry: str) -> JSON:
+        """The graph of an entry, as a document."""
+        return to_document(self.program.graphs[entry])
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, where there is one."""
+        content = self.tokenizer_files.get("tokenizer.json")
+        return None if content is None else read_tokenizer(content)

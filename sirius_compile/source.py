@@ -1,0 +1,33 @@
+"""A model to compile, wherever it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from sirius_compile.capture import Wanted
+from sirius_compile.checkpoint import WeightSource
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's config, its tokenizer, and how its weights are opened.
+
+    `prompts`: the file of its calibration prompts. `open_weights`: opens the weights that a
+    captured graph reads. `live`: the model itself, of one in memory.
+    """
+
+    name: str
+    revision: str | None
+    config: PretrainedConfig
+    generation: GenerationConfig
+    tokenizer_files: Mapping[str, bytes]
+    prompts: Path
+    dtype: torch.dtype
+    trust_remote_code: bool
+    open_weights: Callable[[Wanted], WeightSource]
+    live: PreTrainedModel | None = None
