@@ -1,16 +1,27 @@
-"""Which layers to keep dense: those whose sparsity costs most agreement with the full path."""
+"""Which layers to keep dense: those whose sparsity costs most agreement with the full path.
+
+Each layer is tried sparse alone. One graph serves all of them: that of the sparse path, in which
+an operator of any other layer runs as its dense counterpart. A text runs through it densely once,
+and from each layer on once more, with that layer sparse; what stands before the layer is the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from sirius_compile.texts import Sample
-from sirius_compile.tokenwise import Tokenwise
+from sirius_compile.tokenwise import Operators, Tokenwise, tokenwise
+from sirius_passes.program import SPARSE
 
 SAMPLES = 8  # texts that agreement is measured on, at the most
+
+sirius = torch.ops.sirius
 
 
 @dataclass(frozen=True)
@@ -24,24 +35,125 @@ class LayerAgreement:
     agreement: float
 
 
-def rank_layers(
-    layers: int, sparse_alone: Callable[[int], Tokenwise], samples: Sequence[Sample]
-) -> tuple[LayerAgreement, ...]:
-    """Every layer, the costliest first. `sparse_alone`: a program that is sparse in that layer
-    only.
-    """
-    found = []
-    for layer in range(layers):
-        path = sparse_alone(layer)
-        values = [_overlap(path, sample) for sample in samples[:SAMPLES]]
-        found.append(LayerAgreement(layer, float(torch.cat(values).mean())))
-    return tuple(sorted(found, key=lambda one: (one.agreement, one.layer)))
+def rank_layers(path: Tokenwise, samples: Sequence[Sample]) -> tuple[LayerAgreement, ...]:
+    """Every layer, the costliest first. `path`: sparse in all of them."""
+    walk = _LayerByLayer(path)
+    found: list[list[Tensor]] = [[] for _ in range(path.spec.state.layers)]
+    for sample in samples[:SAMPLES]:
+        first = min(sample.prompt, len(sample) - 1)  # tokens after the prompt's are compared
+        full, *alone = (_distribution(logits, first) for logits in walk.run(sample))
+        for values, sparse in zip(found, alone, strict=True):
+            values.append(torch.minimum(full, sparse).sum(-1))
+    ranking = [
+        LayerAgreement(layer, float(torch.cat(values).mean())) for layer, values in enumerate(found)
+    ]
+    return tuple(sorted(ranking, key=lambda one: (one.agreement, one.layer)))
 
 
-def _overlap(path: Tokenwise, sample: Sample) -> torch.Tensor:
-    """Overlap [tokens] after each token that was not the prompt's."""
-    ids = torch.tensor([sample.tokens])
-    first = min(sample.prompt, len(sample) - 1)
-    full = path.full(ids)[0, first:].float().softmax(-1)
-    sparse = path.sparse(ids, path.neurons(ids[:, : sample.prompt]))[0, first:].float().softmax(-1)
-    return torch.minimum(full, sparse).sum(-1)
+def _distribution(logits: Tensor, first: int) -> Tensor:
+    return logits[0, first:].float().softmax(-1)
+
+
+class _LayerByLayer:
+    """Runs the sparse path's graph densely, and then with one layer sparse, for each layer."""
+
+    def __init__(self, path: Tokenwise) -> None:
+        self._path = path
+        self._entry = path._backend._entries[SPARSE]
+        graph = path.graph
+        self._logits: fx.Node = graph.output_node().args[0][0]  # type: ignore[index,assignment]
+        self._nodes = _leading_to(graph, self._logits)
+        self._last = {
+            source: index
+            for index, node in enumerate(self._nodes)
+            for source in node.all_input_nodes
+        }
+        counted = dict(zip(path.counted, path.spec.sparsity.counted, strict=True))
+        self._layer_of = {
+            node: counted[node].layer if node in counted else _layer_argument(node)
+            for node in self._nodes
+            if node.target in Operators
+        }
+        self._starts: dict[int, int] = {}
+        for index, node in enumerate(self._nodes):
+            if node in self._layer_of:
+                self._starts.setdefault(self._layer_of[node], index)
+
+    @torch.inference_mode()
+    def run(self, sample: Sample) -> Iterator[Tensor]:
+        """Logits [1, T, V]: all layers dense, then layer 0 alone sparse, layer 1 alone, …"""
+        ids = torch.tensor([sample.tokens])
+        neurons = self._path.neurons(ids[:, : sample.prompt])
+        arguments = self._entry.arguments(self._path._inputs(ids, neurons))
+        given = dict(zip(self._path.graph.find_nodes(op="placeholder"), arguments, strict=True))
+        before: dict[int, dict[fx.Node, Any]] = {}
+        env: dict[fx.Node, Any] = {}
+        position = 0
+        for layer, start in sorted(self._starts.items(), key=lambda pair: pair[1]):
+            self._run(position, start, given, env)
+            before[layer], position = dict(env), start
+        yield self._run(position, len(self._nodes), given, env)
+        for layer in range(self._path.spec.state.layers):
+            if layer not in before:  # it has nothing that could be sparse
+                yield env[self._logits]
+            else:
+                own = before.pop(layer)
+                yield self._run(self._starts[layer], len(self._nodes), given, own, layer)
+
+    def _run(
+        self,
+        start: int,
+        end: int,
+        given: Mapping[fx.Node, Any],
+        env: dict[fx.Node, Any],
+        sparse: int | None = None,
+    ) -> Any:
+        """Runs nodes `start` to `end`, layer `sparse` sparsely; `env` keeps what is read later.
+        Returns the logits, where they have been reached.
+        """
+        for index in range(start, end):
+            node = self._nodes[index]
+            assert callable(node.target)
+            args, kwargs = fx.node.map_arg(
+                (node.args, node.kwargs), lambda n: given[n] if n in given else env[n]
+            )
+            if node not in self._layer_of:
+                env[node] = node.target(*args, **kwargs)
+            elif self._layer_of[node] == sparse:
+                env[node] = tokenwise(node.target, args, kwargs)
+            else:
+                env[node] = _densely(node.target, args)
+            for source in node.all_input_nodes:
+                if self._last[source] == index:
+                    env.pop(source, None)
+        return env.get(self._logits)
+
+
+def _densely(target: Any, args: Sequence[Any]) -> Any:
+    """What a sparse operator computes of the same operands where nothing is skipped."""
+    if target is sirius.sparse_linear.default:
+        x, weight, bias = args[:3]
+        y = F.linear(x, weight.mT, bias)
+    else:
+        dense = sirius.dense_moe if "experts" in _names(target) else sirius.dense_mlp
+        y = dense.default(*args[: len(_names(dense.default))])
+    return (y, None) if len(target._schema.returns) > 1 else y
+
+
+def _names(target: Any) -> list[str]:
+    return [argument.name for argument in target._schema.arguments]
+
+
+def _layer_argument(node: fx.Node) -> int:
+    layer = node.args[_names(node.target).index("layer")]
+    assert isinstance(layer, int)
+    return layer
+
+
+def _leading_to(graph: fx.Graph, value: fx.Node) -> list[fx.Node]:
+    """The calls that `value` is computed by, in order: counts of what is kept are left out."""
+    leads = {value}
+    for node in reversed(graph.nodes):
+        if node in leads:
+            leads.update(node.all_input_nodes)
+    return [node for node in graph.nodes if node.op == "call_function" and node in leads]

@@ -84,11 +84,8 @@ class Chooser:
     def _rank(
         self, keep: float, calibration: Calibration | None, samples: Sequence[Sample]
     ) -> tuple[LayerAgreement, ...]:
-        def sparse_alone(layer: int) -> Tokenwise:
-            own = None if calibration is None else calibration.only([layer]).thresholds
-            return self._path(self._try(keep, self._others([layer]), own))
-
-        return rank_layers(self._program.state.layers, sparse_alone, samples)
+        thresholds = None if calibration is None else calibration.thresholds
+        return rank_layers(self._path(self._try(keep, (), thresholds)), samples)
 
     def _others(self, layers: Collection[int]) -> list[int]:
         return [layer for layer in range(self._program.state.layers) if layer not in layers]

@@ -20,7 +20,7 @@ from sirius_compile.tokenwise import Tokenwise
 from sirius_passes.sparsify import KEEP_ALL, Threshold
 from sirius_runtime.errors import CalibrationError
 from sirius_runtime.spec import Method, SiteSpec
-from tests.support.models import MAX_SEQ_LEN, TinyModels, random_decoder
+from tests.support.models import MAX_SEQ_LEN, METHODS, TinyModels, random_decoder
 from tests.support.paths import chooser, samples, tokenwise
 
 ALL = Thresholds((Threshold(0.3, 0.5),) * 2, (Threshold(0.4, 0.5),) * 14)
@@ -261,6 +261,33 @@ def test_the_layer_that_costs_nothing_ranks_last() -> None:
         assert agreements == sorted(agreements)
         if chosen.calibration is not None:
             assert chosen.dense_layers[0] not in {s.layer for s in chosen.calibration.sites}
+
+
+@pytest.mark.parametrize("method", [*METHODS[:-1], "experts"])
+def test_a_ranking_is_that_of_programs_with_one_sparse_layer(method: str) -> None:
+    """As it was before one graph served all layers: a program a layer, both paths run whole."""
+    family = "mixtral" if method == "experts" else "llama"
+    text = samples()
+    own = chooser(method, model=random_decoder(family, num_hidden_layers=3), text=text)
+    calibration = own._calibrate(0.3, (), text) if own._method.has_thresholds else None
+    agreements = {}
+    for layer in range(3):
+        thresholds = None if calibration is None else calibration.only([layer]).thresholds
+        others = [other for other in range(3) if other != layer]
+        path = own._path(own._try(0.3, others, thresholds))
+        overlaps = []
+        for sample in text:
+            ids = torch.tensor([sample.tokens])
+            neurons = path.neurons(ids[:, : sample.prompt])
+            both = [
+                logits[0, sample.prompt :].softmax(-1)
+                for logits in (path.full(ids), path.sparse(ids, neurons))
+            ]
+            overlaps.append(torch.minimum(*both).sum(-1))
+        agreements[layer] = float(torch.cat(overlaps).mean())
+    found = own._rank(0.3, calibration, text)
+    assert {one.layer: one.agreement for one in found} == agreements
+    assert min(agreements.values()) < 0.99
 
 
 def test_a_density_with_layers_chosen() -> None:

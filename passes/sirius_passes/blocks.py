@@ -8,6 +8,7 @@ order of attention and MLP has to be known.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -29,20 +30,18 @@ def layer_inputs(graph: fx.Graph) -> list[fx.Node]:
     """
     every = cuts(graph)
     order = {node: index for index, node in enumerate(graph.nodes)}
-    attention = calls(graph, *_ATTENTION)
-    ends = [*attention, graph.output_node()]
+    places = [order[cut] for cut in every]
+    # The head's own results are no layer's.
+    ends = [*calls(graph, *_ATTENTION), head_linear(graph)]
     starts: list[fx.Node] = []
     for layer, end in enumerate(ends):
-        before = [cut for cut in every if order[cut] < order[end]]
-        if layer == len(attention):  # not the head's own results
-            head = head_linear(graph)
-            before = [cut for cut in before if order[cut] < order[head]]
-        if not before or (starts and order[before[-1]] <= order[starts[-1]]):
+        before = bisect_left(places, order[end])
+        if not before or (starts and places[before - 1] <= order[starts[-1]]):
             raise UnsupportedModelError(
                 f"no single value leads into layer {layer}: the layers share more than a residual "
                 "stream, so their weights can't be told apart. Use --sparsity topk, cats or griffin"
             )
-        starts.append(before[-1])
+        starts.append(every[before - 1])
     return starts
 
 
@@ -52,7 +51,7 @@ def layers_of(graph: fx.Graph, nodes: list[fx.Node]) -> dict[fx.Node, int]:
     bounds = [order[cut] for cut in layer_inputs(graph)]
     found = {}
     for node in nodes:
-        layer = sum(bound < order[node] for bound in bounds) - 1
+        layer = bisect_left(bounds, order[node]) - 1
         if 0 <= layer < len(bounds) - 1:
             found[node] = layer
     return found

@@ -96,7 +96,8 @@ def projections(graph: fx.Graph, dense_layers: Collection[int] = ()) -> dict[fx.
 
     Raises UnsupportedModelError where there are none, or where layers can't be told apart.
     """
-    linears = [n for n in calls(graph, aten.linear.default) if n is not head_linear(graph)]
+    head = head_linear(graph)
+    linears = [n for n in calls(graph, aten.linear.default) if n is not head]
     layers = layers_of(graph, linears)
     if not layers:
         raise UnsupportedModelError(
