@@ -13,6 +13,8 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
+if len(sys.argv) != 3 or not Path(sys.argv[1], "program.json").is_file():
+    sys.exit("usage: onnx_minimal.py FOLDER PROMPT, of a folder that `sirius export-onnx` wrote")
 folder, prompt, slots = Path(sys.argv[1]), sys.argv[2].replace("\\n", "\n"), 512
 about = json.loads((folder / "program.json").read_text())
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -42,14 +44,12 @@ found = graph("prefill")(state)
 write((found["k_new"], found["v_new"]), 0)
 state |= {"length": np.array([T]), "root": found["logits"][0].argmax(-1)}
 state |= graph("select")(found) | {"statistic": found["statistic"]} if about["kept"] else {}
-
 # 2. Periods: the sparse path drafts, the full path keeps what it would have said too (rule 1).
 size, tokens, ends = about["period"]["period"], state["root"].tolist(), set(about["eos_token_ids"])
 numbers = {"threshold": 0, "verify_temperature": 1, "confidence": 0, "temperature": 1, "top_p": 1}
 state |= {name: np.array(value, np.float32) for name, value in numbers.items()}
 state |= {"rule": np.array(1), "top_k": np.array(0), "most": np.array([size])}
-state |= {"active": np.array([True]), "noise": np.zeros((1, 2, size))}
-period = graph("period")
+state["active"], state["noise"], period = np.array([True]), np.zeros((1, 2, size)), graph("period")
 while not ends & set(tokens) and T + len(tokens) + size < slots:
     found = period(state)
     write((found["k_kept"], found["v_kept"]), state["length"][0])

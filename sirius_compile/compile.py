@@ -28,7 +28,7 @@ from sirius_compile.rope import max_seq_len, rope_warnings
 from sirius_compile.self_check import check_kernels
 from sirius_compile.source import Source
 from sirius_compile.sparse_path import Chooser
-from sirius_compile.texts import Sample, on_policy, read_prompts, read_texts, windows
+from sirius_compile.texts import Sample, on_policy, read_prompts, read_windows
 from sirius_passes.manager import Pass, run_passes
 from sirius_passes.mixtures import check_method
 from sirius_passes.program import Program
@@ -197,7 +197,7 @@ class _Compilation:
             runtime = dense.to_runtime(device=self._config.device)
             return on_policy(read_prompts(self._source.prompts), runtime)
         longest = dense.spec.model.max_seq_len
-        return windows(read_texts(Path(self._config.calibration)), tokenizer, longest)
+        return read_windows(Path(self._config.calibration), tokenizer, longest)
 
     def _passes(self, program: Program, passes: list[Pass]) -> None:
         self._records += run_passes(

@@ -7,7 +7,8 @@ compiler, and the dense model's own greedy continuation of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ CONTINUATION = 48  # new tokens after each built-in prompt
 WINDOW = 512  # tokens of a text that are read together
 MAX_TOKENS = 16_384
 LEAST_TOKENS = 64
+PREFIX = 16 * MAX_TOKENS  # characters of a plain text that are read at first
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,43 @@ class Sample:
         return len(self.tokens)
 
 
-def read_texts(path: Path) -> list[str]:
-    """The texts of a calibration file: JSONL with a ``text`` field a line, or plain text as one.
+def read_windows(path: Path, tokenizer: Tokenizer, longest: int) -> list[Sample]:
+    """Windows of a calibration file, which is read no further than `MAX_TOKENS` reach: JSONL with a
+    ``text`` field a line, or plain text as one.
 
     Raises CalibrationError for a file that can't be read as either.
     """
+    if path.suffix == ".jsonl":
+        return windows(_field(_lines(path), "text", path), tokenizer, longest)
+    characters = PREFIX
+    while True:
+        text = _prefix(path, characters)
+        ids = tokenizer.encode(text).ids
+        # Its last word may be cut, so its last tokens are those of another text.
+        if len(text) < characters or len(ids) > 2 * MAX_TOKENS:
+            return _windows([ids], longest)
+        characters *= 4
+
+
+def _prefix(path: Path, characters: int) -> str:
+    with _reading(path), path.open(encoding="utf-8") as file:
+        return file.read(characters)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with _reading(path), path.open(encoding="utf-8", newline="\n") as file:
+        yield from file
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # no UTF-8, or a name with a zero byte
+        yield
+    except (OSError, UnicodeError, ValueError) as error:  # no UTF-8, or a name with a zero byte
         raise CalibrationError(
             f"calibration file {path} can't be read as UTF-8 text ({error}); give plain text or "
             "JSONL with a 'text' field, or --calibration builtin"
         ) from error
-    if path.suffix != ".jsonl":
-        return [content]
-    return _field(content, "text", path)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -62,7 +86,7 @@ def read_prompts(path: Path) -> list[str]:
         content = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{path} can't be read as UTF-8 text ({error})") from error
-    prompts = _field(content, "prompt", path)
+    prompts = list(_field(content.split("\n"), "prompt", path))
     if not prompts:
         raise CalibrationError(
             f"{path} holds no prompts; add some, remove it, or give text by --calibration"
@@ -70,10 +94,9 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _field(content: str, field: str, path: Path) -> list[str]:
+def _field(lines: Iterable[str], field: str, path: Path) -> Iterator[str]:
     """A field of text of each line of JSONL."""
-    texts = []
-    for number, line in enumerate(content.split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -86,21 +109,26 @@ def _field(content: str, field: str, path: Path) -> list[str]:
                 f"calibration file {path}, line {number}: not a JSON object with text in its field "
                 f"{field!r}"
             ) from error
-        texts.append(text)
-    return texts
+        yield text
 
 
-def windows(texts: Sequence[str], tokenizer: Tokenizer, longest: int) -> list[Sample]:
+def windows(texts: Iterable[str], tokenizer: Tokenizer, longest: int) -> list[Sample]:
     """Windows of token ids of the texts, `MAX_TOKENS` in all at the most; the first half of each
     stands for a prompt. No window is longer than `longest`, the model's longest sequence.
     """
+    return _windows((tokenizer.encode(text).ids for text in texts), longest)
+
+
+def _windows(texts: Iterable[list[int]], longest: int) -> list[Sample]:
     size = min(WINDOW, longest)
     found: list[list[int]] = []
     left = MAX_TOKENS
-    for text in texts:
-        ids = tokenizer.encode(text).ids[:left]
+    for ids in texts:
+        ids = ids[:left]
         left -= len(ids)
         found += [ids[i : i + size] for i in range(0, len(ids), size)]
+        if not left:
+            break
     return [Sample(tuple(w), max(1, len(w) // 2)) for w in found if w]
 
 

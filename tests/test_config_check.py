@@ -17,7 +17,7 @@ from sirius_compile.capture import Wanted
 from sirius_compile.checkpoint import Checkpoint, open_weights
 from sirius_compile.config_check import check_token_ids, check_weights, read_generation_config
 from sirius_compile.models import ModelSource, load_config, resolve_model
-from sirius_compile.texts import read_prompts, read_texts
+from sirius_compile.texts import MAX_TOKENS, PREFIX, read_prompts, read_windows
 from sirius_compile.tokenizer import tokenizer_files
 from sirius_runtime.artifact_writer import ArtifactWriter
 from sirius_runtime.errors import (
@@ -30,6 +30,7 @@ from sirius_runtime.errors import (
 )
 from tests.support.artifacts import program_of
 from tests.support.families import random_model, small_config
+from tests.support.models import word_tokenizer
 
 DEEP = "[" * 100_000
 
@@ -258,7 +259,25 @@ def test_calibration_lines_that_are_none(tmp_path: Path, line: str) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text(f'{{"text": "a\u2028b"}}\n\n{line}\n')
     with pytest.raises(CalibrationError, match=r"line 3: not a JSON object with text in its field"):
-        read_texts(path)
+        read_windows(path, word_tokenizer().backend_tokenizer, 64)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_calibration_file_is_read_no_further_than_it_is_used(tmp_path: Path, suffix: str) -> None:
+    """Its end is no text, which who reads it all refuses."""
+    tokenizer = word_tokenizer().backend_tokenizer
+    line = " ".join(f"w{6 + i % 90}" for i in range(50)) + " "
+    given = json.dumps({"text": line}) + "\n" if suffix == ".jsonl" else line
+    count = 2 * MAX_TOKENS // 50 if suffix == ".jsonl" else 2 * PREFIX // len(line)
+    path = tmp_path / f"text{suffix}"
+    path.write_bytes(given.encode() * count + b"\xff")
+    found = read_windows(path, tokenizer, 512)
+    ids = [token for sample in found for token in sample.tokens]
+    assert ids == (tokenizer.encode(line).ids * count)[:MAX_TOKENS]
+    assert len(ids) == MAX_TOKENS
+    path.write_bytes(given.encode() + b"\xff")
+    with pytest.raises(CalibrationError, match="can't be read as UTF-8 text"):
+        read_windows(path, tokenizer, 512)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"text": "x"}', b"\xff"])

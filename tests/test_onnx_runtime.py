@@ -237,6 +237,18 @@ def test_weights_beyond_two_gigabytes(tally: Path, tmp_path: Path) -> None:
     assert done.stdout.strip().endswith("#### 5"), done.stderr
 
 
+@pytest.mark.parametrize("given", [(), (".",), (".", "Q:"), ("nowhere", "Q:"), ("a", "b", "c")])
+def test_the_example_names_what_it_needs(given: tuple[str, ...], tmp_path: Path) -> None:
+    example = ROOT / "examples" / "onnx_minimal.py"
+    done = subprocess.run(
+        [sys.executable, str(example), *given], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "usage: onnx_minimal.py FOLDER PROMPT, of a folder that `sirius export-onnx` wrote\n"
+    )
+
+
 def test_the_exported_weights_are_one_safetensors_file(tally: Path, exported: Path) -> None:
     found = safetensors.torch.load_file(exported / WEIGHTS_FILE)
     with Artifact.open(tally) as artifact:

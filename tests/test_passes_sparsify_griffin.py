@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from sirius_passes.manager import run_passes
 from sirius_passes.program import FULL, OBSERVE, PREFILL, SPARSE
 from sirius_passes.recognise_mlps import DENSE_MLP
 from sirius_passes.sparsify_griffin import SparsifyGriffin
+from sirius_passes.sparsify_griffin_cats import SparsifyGriffinCats
 from sirius_passes.testing import check_pass, random_weights, run_graph, snapshot
 from sirius_passes.testing_runs import make_calls
 from sirius_runtime.errors import ConfigError, UnsupportedModelError
@@ -228,3 +230,10 @@ def test_layers_of_different_widths_are_refused() -> None:
 def test_a_share_out_of_range_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"must be in \(0, 1\], got 0.0"):
         check_pass(paired(two_layers), SparsifyGriffin(0.0))
+
+
+@pytest.mark.parametrize("method", [SparsifyGriffin, SparsifyGriffinCats])
+def test_a_sparse_path_without_a_sparse_layer_is_refused(method: type[SparsifyGriffin]) -> None:
+    step = method(0.5, None, (0, 1)) if method is SparsifyGriffinCats else method(0.5, (0, 1))  # type: ignore[call-arg,arg-type]
+    with pytest.raises(ConfigError, match=r"--dense-layers keeps all of the 2 dense. Leave some"):
+        run_passes(paired(two_layers), [step])

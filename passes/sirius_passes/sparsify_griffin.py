@@ -49,7 +49,7 @@ from sirius_passes.sparsify import (
     stack,
     take_over,
 )
-from sirius_runtime.errors import UnsupportedModelError
+from sirius_runtime.errors import ConfigError, UnsupportedModelError
 from sirius_runtime.spec import Method, SiteSpec
 
 griffin_mlp = torch.ops.sirius.griffin_mlp.default
@@ -82,6 +82,11 @@ class SparsifyGriffin(Pass):
             raise UnsupportedModelError(
                 f"griffin keeps one number of neurons in all layers, but this model's MLPs have "
                 f"{sorted(sizes)} neurons. Use --sparsity cats or topk"
+            )
+        if not found:
+            raise ConfigError(
+                "griffin has no layer left to choose neurons in: --dense-layers keeps all of "
+                f"the {len(every)} dense. Leave some sparse, or use --sparsity none"
             )
         self._rewrite_sparse(program, found)
         valid = add_input(program.graphs[PREFILL].graph, "valid")
