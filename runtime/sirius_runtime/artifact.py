@@ -75,25 +75,43 @@ class Artifact:
         self._image: Image | None = image
         self._spans = spans
         self._slots = slots
+        self._hashing: _Hashing | None = None
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], verify: bool = True, copy: bool = False
+        cls,
+        path: str | os.PathLike[str],
+        verify: bool = True,
+        copy: bool = False,
+        *,
+        weights_later: bool = False,
     ) -> Artifact:
         """Opens and checks the artifact at `path`.
 
         With `verify`, the sha256 of every file is compared with the manifest's; without, those of
         the weight shards are not. All other checks are always made. With `copy`, the file is read
-        into memory and not mapped. Raises ArtifactError naming the path, what is wrong with it and
-        what to do.
+        into memory and not mapped. With `weights_later`, the shards are hashed on other threads
+        while the caller works, who must call `check_weights` before it trusts them. Raises
+        ArtifactError naming the path, what is wrong with it and what to do.
         """
         image, infos = map_file(Path(path), copy=copy)
         spans = find_spans(image, infos)
         manifest = _manifest(image, spans)
         _check_files(image, spans, manifest.files)
-        names = [n for n in manifest.files if verify or not n.startswith(WEIGHTS)]
-        _check_hashes(image, spans, manifest.files, names)
-        return cls(image, spans, manifest, _slots(image, spans, manifest.program.weights))
+        shards = [name for name in manifest.files if name.startswith(WEIGHTS)]
+        others = [name for name in manifest.files if not name.startswith(WEIGHTS)]
+        hashing = _Hashing(image, spans, manifest.files, shards) if verify else None
+        try:
+            _Hashing(image, spans, manifest.files, others).check()
+            if hashing is not None and not weights_later:
+                hashing.check()
+            artifact = cls(image, spans, manifest, _slots(image, spans, manifest.program.weights))
+        except BaseException:
+            if hashing is not None:
+                hashing.stop()
+            raise
+        artifact._hashing = hashing
+        return artifact
 
     @property
     def program(self) -> ProgramSpec:
@@ -141,8 +159,15 @@ class Artifact:
         if self.file is not None:
             self.file.check()
 
+    def check_weights(self) -> None:
+        """Raises ArtifactError where a shard's hash is wrong; waits for those that are not done."""
+        if self._hashing is not None:
+            self._hashing.check()
+
     def close(self) -> None:
         """Lets go of the file; tensors from `weights` stay valid."""
+        if self._hashing is not None:
+            self._hashing.stop()
         # Not mmap.close(): torch keeps the mmap object alive but holds no buffer export, so closing
         # it would pull the memory away from under the tensors.
         self._image = None
@@ -229,17 +254,35 @@ def _check_files(image: Image, spans: dict[str, Span], files: dict[str, FileReco
             raise image.fault(f"the size of entry {name!r} is {size}, not {record.size} bytes")
 
 
-def _check_hashes(
-    image: Image, spans: dict[str, Span], files: dict[str, FileRecord], names: Sequence[str]
-) -> None:
-    def digest(name: str) -> str:
-        return hashlib.sha256(image.view(spans[name])).hexdigest()  # hashlib lets go of the GIL
+class _Hashing:
+    """The sha256 of some entries, on threads of their own from now on."""
 
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        digests = zip(names, pool.map(digest, names), strict=True)
-        wrong = [name for name, found in digests if found != files[name].sha256]
-    if wrong:
-        raise image.fault(f"wrong sha256 of {', '.join(map(repr, wrong))}")
+    def __init__(
+        self,
+        image: Image,
+        spans: dict[str, Span],
+        files: dict[str, FileRecord],
+        names: Sequence[str],
+    ) -> None:
+        def is_wrong(name: str) -> bool:
+            # hashlib lets go of the GIL
+            return hashlib.sha256(image.view(spans[name])).hexdigest() != files[name].sha256
+
+        self._image, self._names = image, names
+        self._pool = ThreadPoolExecutor(_HASH_THREADS)
+        self._wrong = [self._pool.submit(is_wrong, name) for name in names]
+
+    def check(self) -> None:
+        """Raises ArtifactError where one is not the manifest's; waits for those not done."""
+        found = zip(self._names, self._wrong, strict=True)
+        wrong = [name for name, is_wrong in found if is_wrong.result()]
+        self.stop()
+        if wrong:
+            raise self._image.fault(f"wrong sha256 of {', '.join(map(repr, wrong))}")
+
+    def stop(self) -> None:
+        """Waits for no more of them than have begun."""
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _slots(image: Image, spans: dict[str, Span], specs: Sequence[WeightSpec]) -> dict[str, Slot]:

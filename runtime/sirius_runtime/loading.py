@@ -109,7 +109,7 @@ def load(
         let_threads_sleep()
     if dtype is not None and dtype not in list(DType):
         raise ConfigError(f"dtype must be one of {', '.join(DType)}, got {dtype!r}")
-    with Artifact.open(path, verify=verify, copy=copy) as artifact:
+    with Artifact.open(path, verify=verify, copy=copy, weights_later=True) as artifact:
         runner: Engine
         if backend == BackendName.AUTO:
             choice = choose_backend(artifact.names("graphs/"), artifact.names("onnx/"), device)
@@ -145,6 +145,7 @@ def load(
         tokenizer = None
         if artifact.names(TOKENIZER):
             tokenizer = _tokenizer(artifact.read_bytes(TOKENIZER), path)
+        artifact.check_weights()
         artifact.check_unchanged()
         return SiriusModel(runner, tokenizer, artifact.file)
 
