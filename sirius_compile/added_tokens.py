@@ -76,7 +76,7 @@ def complete(files: Mapping[str, bytes]) -> bytes:
 
 def _declared(files: Mapping[str, bytes]) -> Iterator[_Declared]:
     """The tokens that stand beside `tokenizer.json`; those with all of their flags first."""
-    documents = {name: _read(files, name) for name in (CONFIG, SPECIAL, ADDED)}
+    documents = {name: read_file(files, name) for name in (CONFIG, SPECIAL, ADDED)}
     named = [
         _Declared(_token(value, file, special=True), file)
         for file in (CONFIG, SPECIAL)
@@ -84,7 +84,7 @@ def _declared(files: Mapping[str, bytes]) -> Iterator[_Declared]:
     ]
     special = {declared.token.content for declared in named}
     for id, fields in _items(documents[CONFIG].get("added_tokens_decoder"), CONFIG):
-        token = _token(fields, CONFIG, special=_content(fields, CONFIG) in special)
+        token = _token(fields, CONFIG, special=content_of(fields, CONFIG) in special)
         yield _Declared(token, CONFIG, _id(id, CONFIG), counts=True)
     for content, id in _items(documents[ADDED], ADDED):
         yield _Declared(_token(content, ADDED, special=content in special), ADDED, _id(id, ADDED))
@@ -100,7 +100,7 @@ def _named(document: Mapping[str, JSON]) -> Iterator[JSON]:
             yield value
 
 
-def _read(files: Mapping[str, bytes], name: str) -> dict[str, JSON]:
+def read_file(files: Mapping[str, bytes], name: str) -> dict[str, JSON]:
     """A file's object; empty where there is no such file."""
     try:
         document = json.loads(files.get(name, b"{}"))
@@ -118,7 +118,7 @@ def _items(value: JSON, name: str) -> Iterator[tuple[str, JSON]]:
         raise _fault(name, f"holds a {type(value).__name__} of tokens where an object belongs")
 
 
-def _content(value: JSON, name: str) -> str:
+def content_of(value: JSON, name: str) -> str:
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str):
         raise _fault(name, f"declares a token without content ({shown(str(value))})")
@@ -133,7 +133,7 @@ def _token(value: JSON, name: str, *, special: bool) -> AddedToken:
     flags = {flag: said[flag] for flag in _FLAGS if isinstance(said.get(flag), bool)}
     special = special or flags.get("special", False)
     flags = {"normalized": not special, **flags, "special": special}
-    return AddedToken(_content(value, name), **flags)
+    return AddedToken(content_of(value, name), **flags)
 
 
 def _id(value: JSON, name: str) -> int:

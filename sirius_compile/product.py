@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sirius_compile.calibration import Calibration
+from sirius_compile.chat import CHAT_FILE
 from sirius_compile.config import Graphs
 from sirius_compile.onnx.package import onnx_files
 from sirius_compile.pipeline import Thresholds, sparsify
@@ -18,6 +20,7 @@ from sirius_compile.ranking import LayerAgreement
 from sirius_passes.manager import Pass
 from sirius_passes.program import Program
 from sirius_runtime.artifact_writer import ArtifactWriter
+from sirius_runtime.chat import Chat
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.graph import to_document
 from sirius_runtime.loading import BackendName, find_device, load, make_backend
@@ -108,7 +111,7 @@ class Compiled:
             rows=rows,
             context=context,
         )
-        return SiriusModel(runner, self.tokenizer())
+        return SiriusModel(runner, self.tokenizer(), chat=self.chat())
 
     def spec_of(self, program: Program) -> ProgramSpec:
         """The spec of another program of the same model: one that passes are tried on."""
@@ -127,3 +130,8 @@ class Compiled:
         """The tokenizer, where there is one."""
         content = self.tokenizer_files.get("tokenizer.json")
         return None if content is None else read_tokenizer(content)
+
+    def chat(self) -> Chat | None:
+        """The chat templates, where there are some."""
+        content = self.tokenizer_files.get(CHAT_FILE)
+        return None if content is None else Chat.read(json.loads(content))

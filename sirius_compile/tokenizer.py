@@ -10,17 +10,19 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from sirius_compile.added_tokens import ADDED, CONFIG, SPECIAL, TOKENIZER, complete
+from sirius_compile.chat import TEMPLATE, chat_files
 from sirius_compile.models import ModelSource
 from sirius_runtime.errors import UnsupportedModelError
 
-_STORED = (TOKENIZER, CONFIG, SPECIAL, "chat_template.jinja")
+_STORED = (TOKENIZER, CONFIG, SPECIAL, TEMPLATE)
 
 
 def tokenizer_files(source: ModelSource | Any) -> Mapping[str, bytes]:
     """The files of a model directory's tokenizer, or of a transformers tokenizer; empty for None.
 
     A directory without `tokenizer.json` has its tokenizer converted by transformers; where tokens
-    are declared in other files alone, they are added to it. Raises UnsupportedModelError for one
+    are declared in other files alone, they are added to it. Its chat templates are one file more,
+    in the form that the runtime reads. Raises UnsupportedModelError for one
     that has no fast form, that can't be read, or whose tokens can't have the ids they should have.
     """
     if source is None:
@@ -29,7 +31,8 @@ def tokenizer_files(source: ModelSource | Any) -> Mapping[str, bytes]:
         found = _read(source.directory, _STORED)
         if TOKENIZER in found:
             declaring = _read(source.directory, (ADDED,))
-            return {**found, TOKENIZER: complete({**found, **declaring})}
+            whole = {**found, TOKENIZER: complete({**found, **declaring})}
+            return whole | chat_files(source.directory, found)
         names = ("tokenizer.model", "vocab.json", CONFIG)
         if not any((source.directory / n).exists() for n in names):
             return found
@@ -41,7 +44,8 @@ def tokenizer_files(source: ModelSource | Any) -> Mapping[str, bytes]:
         )
     with tempfile.TemporaryDirectory() as folder:
         source.save_pretrained(folder)
-        return _read(Path(folder), _STORED)
+        found = _read(Path(folder), _STORED)
+        return found | chat_files(Path(folder), found)
 
 
 def _converted(source: ModelSource) -> Any:

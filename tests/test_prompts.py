@@ -120,14 +120,14 @@ def test_a_rendered_chat(tiny: TinyModels) -> None:
     assert model.generate(rendered, max_new_tokens=1).prompts == ((7, 8, 9),)
     with pytest.raises(GenerationError) as refused:
         model.generate(messages)
-    assert "chat messages are no prompt yet: render them" in str(refused.value)
+    assert "chat messages are no prompt yet: give them as generate(messages=" in str(refused.value)
     assert "tokenizer.apply_chat_template(messages, add_generation_prompt=True" in str(
         refused.value
     )
 
 
 MESSAGE = {"role": "user", "content": "w7"}
-CHAT = "chat messages are no prompt yet: render them with the model's tokenizer"
+CHAT = "chat messages are no prompt yet: give them as generate"
 HERE = "where token ids belong"
 REFUSED: list[tuple[Any, str]] = [
     (None, "no prompt was given: give text, token ids, or a batch of them"),

@@ -131,7 +131,7 @@ class Chat:
         environment = self._environment
         from jinja2 import TemplateError, TemplateSyntaxError
 
-        from sirius_runtime.template_guard import Budget, TemplateLimit
+        from sirius_runtime.template_guard import Budget, TemplateLimitError
 
         with self._lock:
             environment.budget = Budget()
@@ -140,7 +140,7 @@ class Chat:
                     source = self.spec.templates[name]
                     self._compiled[name] = environment.from_string(source)
                 return self._compiled[name].render(variables)
-            except TemplateLimit as error:
+            except TemplateLimitError as error:
                 raise ArtifactError(
                     f"the chat template {shown(name)} is stopped: {error}; render the messages "
                     "elsewhere, and give the text"
@@ -177,8 +177,9 @@ def conversations(messages: Messages) -> list[Sequence[Message]]:
         )
     if not messages:
         raise GenerationError("messages is empty: give at least one")
+    given: Any = messages
     batch = isinstance(messages[0], Sequence) and not isinstance(messages[0], str)
-    return list(messages) if batch else [messages]  # type: ignore[list-item]
+    return list(given) if batch else [given]
 
 
 def read_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from sirius_runtime.artifact import Artifact
+from sirius_runtime.chat import CHAT, Chat
 from sirius_runtime.command_line import tell
 from sirius_runtime.decoder import Engine
 from sirius_runtime.errors import ArtifactError, BackendError, ConfigError, shown
@@ -145,9 +146,12 @@ def load(
         tokenizer = None
         if artifact.names(TOKENIZER):
             tokenizer = _tokenizer(artifact.read_bytes(TOKENIZER), path)
+        chat = None
+        if artifact.names(CHAT):
+            chat = _chat(artifact.read_json(CHAT), path)
         artifact.check_weights()
         artifact.check_unchanged()
-        return SiriusModel(runner, tokenizer, artifact.file)
+        return SiriusModel(runner, tokenizer, artifact.file, chat)
 
 
 def make_backend(
@@ -349,3 +353,10 @@ def _tokenizer(content: bytes, path: str | Path) -> Tokenizer:
             f"{path}: {TOKENIZER} can't be read by this version of tokenizers ({error}); "
             "update the tokenizers package, or compile the model again"
         ) from error
+
+
+def _chat(document: JSON, path: str | Path) -> Chat | None:
+    try:
+        return Chat.read(document)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {CHAT} is malformed ({error}); compile it again") from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from tokenizers import Tokenizer
 
+from sirius_runtime.chat import NO_TEMPLATE, Chat, conversations
 from sirius_runtime.decoder import Engine
 from sirius_runtime.errors import GenerationError, shown
 from sirius_runtime.forking import check_threads_live, ran_on
@@ -27,6 +28,7 @@ from sirius_runtime.tokenizer_guard import panics_caught
 from sirius_runtime.watched_file import WatchedFile
 
 if TYPE_CHECKING:
+    from sirius_runtime.chat import Messages
     from sirius_runtime.prompts import Array, Ids, Inputs
 
 __all__ = [
@@ -66,11 +68,18 @@ class SiriusModel:
     """A program behind a back end: `generate` it."""
 
     def __init__(
-        self, backend: Engine, tokenizer: Tokenizer | None, file: WatchedFile | None = None
+        self,
+        backend: Engine,
+        tokenizer: Tokenizer | None,
+        file: WatchedFile | None = None,
+        chat: Chat | None = None,
     ) -> None:
-        """`file`: where weights are used in place, which must stay as it is."""
+        """`file`: where weights are used in place, which must stay as it is. `chat`: the chat
+        templates, where there are some.
+        """
         self.backend = backend
         self.tokenizer = tokenizer
+        self.chat = chat
         self._file = file
         self._prompts = PromptReader(tokenizer, backend.program.model.vocab_size)
 
@@ -86,6 +95,9 @@ class SiriusModel:
         *,
         input_ids: Ids | None = None,
         attention_mask: Ids | None = None,
+        messages: Messages | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         add_special_tokens: bool = True,
         max_new_tokens: int | None = None,
         mode: Mode | str = Mode.SIRIUS,
@@ -112,12 +124,16 @@ class SiriusModel:
 
         inputs: text, token ids, a list of either, an array of ids [T] or [B, T], or a tokenizer's
         output: a mapping with input_ids, and attention_mask where rows are padded, left or right.
-        input_ids, attention_mask: the same as arguments of their own. add_special_tokens: whether a
-        text gets what the tokenizer puts around it (BOS); not for text that brings its special
-        tokens, as a chat template's does. max_new_tokens: by default what is left of the model's
-        length, at most 256. stop: strings that end a row once they stand in its text, in which
-        special tokens count where a stop string names them. eos_token_id: replaces the model's own
-        EOS ids. streamer: one row only; is given committed tokens, never taken back.
+        input_ids, attention_mask: the same as arguments of their own. messages: a conversation, or
+        a batch of them, in place of a prompt: mappings with role and content, which the model's own
+        chat template turns into its prompt. chat_template: the name of one, where there are
+        several; chat_template_kwargs: for `Chat.render` (tools, enable_thinking, …).
+        add_special_tokens: whether a text gets what the tokenizer puts around it (BOS); not for
+        text that brings its special tokens, as a chat template's does. max_new_tokens: by default
+        what is left of the model's length, at most 256. stop: strings that end a row once they
+        stand in its text, in which special tokens count where a stop string names them.
+        eos_token_id: replaces the model's own EOS ids. streamer: one row only; is given committed
+        tokens, never taken back.
 
         mode: ``sirius``, ``exact`` (dense greedy tokens), ``sample`` (tokens of the full path's
         distribution), ``full`` or ``sparse``. temperature (1), top_k (0: no limit), top_p (1),
@@ -159,6 +175,13 @@ class SiriusModel:
         """
         check_threads_live(self.backend.threads)
         self._check_file()
+        if messages is not None:
+            if not (inputs is input_ids is attention_mask is None):
+                raise GenerationError("messages are given beside another prompt: give one of them")
+            inputs = self._render(messages, chat_template, chat_template_kwargs)
+            add_special_tokens = False  # the template's text has them
+        elif chat_template is not None or chat_template_kwargs is not None:
+            raise GenerationError("chat_template and chat_template_kwargs go with messages")
         prompts = self._prompts.read(
             inputs, input_ids, attention_mask, add_special_tokens=add_special_tokens
         )
@@ -212,6 +235,15 @@ class SiriusModel:
             stats=stats,
             logprobs=None if logprobs is None else tuple(tuple(row.logprobs) for row in rows),
         )
+
+    def _render(
+        self, messages: Messages, template: str | None, options: Mapping[str, Any] | None
+    ) -> list[str]:
+        """The prompt of each conversation."""
+        if self.chat is None:
+            raise GenerationError(NO_TEMPLATE)
+        given = {**(options or {}), "template": template}
+        return [self.chat.render(one, **given) for one in conversations(messages)]
 
     def _check_file(self) -> None:
         if self._file is not None:

@@ -27,9 +27,9 @@ Prompt = str | Sequence[int]
 _READ = ("input_ids", "attention_mask")
 _WITHOUT_MEANING = ("token_type_ids",)  # some tokenizers return it whatever the model is
 _CHAT = (
-    "chat messages are no prompt yet: render them with the model's tokenizer, as in "
-    "generate(tokenizer.apply_chat_template(messages, add_generation_prompt=True, "
-    "return_dict=True, return_tensors='pt'))"
+    "chat messages are no prompt yet: give them as generate(messages=[…]), which renders them by "
+    "the model's chat template, or give what tokenizer.apply_chat_template(messages, "
+    "add_generation_prompt=True, return_dict=True, return_tensors='pt') returns"
 )
 
 

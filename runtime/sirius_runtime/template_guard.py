@@ -3,7 +3,7 @@
 A template comes with an artifact, from a stranger. The sandbox keeps it from what is not its own;
 it would still let it loop for ever or fill the memory. So every step of a loop, every call and
 every text that is made is counted, and what can grow is estimated before it is made. A template
-over the limits raises `TemplateLimit`.
+over the limits raises `TemplateLimitError`.
 
 jinja2 is imported here alone, and this module where a template is first rendered.
 """
@@ -24,30 +24,33 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MOST_TEXT = 2**26
 """Characters (and elements of lists) that a rendering may make, intermediate ones counted."""
-MOST_STEPS = 2**20
-"""Steps of loops, and calls, of one rendering."""
-MOST_SECONDS = 10.0
+MOST_STEPS = 2**18
+"""Steps of loops, and calls, of one rendering; a thousand messages take some ten thousand."""
+MOST_SECONDS = 5.0
 """That a rendering may take."""
-_MOST_NUMBER = 2**20  # of one that says how long a text becomes, or how large a number
+_MOST_ELEMENTS = 2**18  # of one value, nested ones each time that they stand there
+_MOST_NUMBER = 2**20  # of one that says how long a text becomes
+_MOST_BITS = 2**16  # of a number
 
 # What is made of each may be as long as the text it is called on, times what it is called with.
-_TIMES_ARGUMENTS = frozenset("replace join translate format format_map indent wordwrap %".split())
+_FORMATS = frozenset(("format", "format_map", "%"))
+_TIMES_ARGUMENTS = _FORMATS | {"replace", "join", "translate", "indent", "wordwrap"}
 # … times the largest number that it is called with.
 _TIMES_NUMBER = frozenset(
-    "ljust rjust center zfill expandtabs format format_map indent wordwrap tojson batch slice round"
-    " * % **".split()
+    "ljust rjust center zfill expandtabs indent wordwrap tojson batch slice round * **".split()
 )
+_COMPUTED_WIDTH = re.compile(r"\{[^{}]*\{|%[^a-zA-Z]*\*")
 # No template of a chat has a use for these, and they may take long.
 _LEFT_OUT = ("urlize", "xmlattr")
 
 
-class TemplateLimit(Exception):
+class TemplateLimitError(Exception):
     """A template does more than any that makes a prompt."""
 
 
@@ -62,28 +65,31 @@ class Budget:
         """Counts steps."""
         self._steps -= count
         if self._steps < 0:
-            raise TemplateLimit(f"it takes more than {MOST_STEPS} steps")
+            raise TemplateLimitError(f"it takes more than {MOST_STEPS} steps")
         if time.monotonic() > self._end:
-            raise TemplateLimit(f"it takes more than {MOST_SECONDS:g} seconds")
+            raise TemplateLimitError(f"it takes more than {MOST_SECONDS:g} seconds")
 
     def write(self, size: int) -> None:
         """Counts characters that are made."""
         self._text -= size
         if self._text < 0:
-            raise TemplateLimit(f"it makes more than {MOST_TEXT} characters")
+            raise TemplateLimitError(f"it makes more than {MOST_TEXT} characters")
 
 
 def weigh(value: Any) -> int:
     """The characters, digits and elements of a value, nested ones each time that they stand there:
-    an upper bound of the length of its text, but for what quoting adds.
+    an upper bound of the length of its text, but for what quoting adds. Raises TemplateLimitError
+    for a value that is too large for any use.
     """
-    total, left = 0, [value]
+    total, elements, left = 0, 0, [value]
     while left:
         one = left.pop()
-        total += 1
+        elements += 1
         if isinstance(one, str | bytes):
             total += len(one)
         elif isinstance(one, int):
+            if one.bit_length() > _MOST_BITS:
+                raise TemplateLimitError(f"it makes a number of more than {_MOST_BITS} bits")
             total += one.bit_length() // 3
         elif isinstance(one, dict):
             left += one.keys()
@@ -91,10 +97,10 @@ def weigh(value: Any) -> int:
         elif isinstance(one, list | tuple | set | frozenset):
             left += one
         elif isinstance(one, Namespace):
-            left.append(one._Namespace__attrs)  # type: ignore[attr-defined]
-        if total + len(left) > MOST_TEXT:
-            raise TemplateLimit(f"it makes a value of more than {MOST_TEXT} characters")
-    return total
+            left.append(one._Namespace__attrs)
+        if elements + len(left) > _MOST_ELEMENTS:
+            raise TemplateLimitError(f"it makes a value of more than {_MOST_ELEMENTS} elements")
+    return total + elements
 
 
 def _check_growth(name: str, values: Sequence[Any]) -> None:
@@ -103,18 +109,24 @@ def _check_growth(name: str, values: Sequence[Any]) -> None:
     bound = sum(parts)
     if name in _TIMES_ARGUMENTS and parts:
         bound = max(bound, parts[0] * sum(parts[1:]))
-    if name in _TIMES_NUMBER:
-        numbers = [abs(value) for value in values if isinstance(value, int)]
-        if name in ("format", "format_map", "%") and values and isinstance(values[0], str):
-            numbers += [int(digits[:9]) for digits in re.findall(r"\d+", values[0])]  # widths
-        number = max(numbers, default=0)
-        if all(isinstance(value, int | float) for value in values) and name in "*%":
-            number = 0  # of numbers alone: as long as both
-        elif number > _MOST_NUMBER:
-            raise TemplateLimit(f"{name} with the number {number} makes too much")
-        bound = max(bound, sum(parts) * number)
-    if bound > MOST_TEXT:
-        raise TemplateLimit(f"{name} may make more than {MOST_TEXT} characters")
+    number = _number(name, values)
+    if number > _MOST_NUMBER:
+        raise TemplateLimitError(f"{name} with the number {number} makes too much")
+    if max(bound, sum(parts) * number) > MOST_TEXT:
+        raise TemplateLimitError(f"{name} may make more than {MOST_TEXT} characters")
+
+
+def _number(name: str, values: Sequence[Any]) -> int:
+    """The largest number that says how much the operation makes; 0 where none does."""
+    if name in _FORMATS and isinstance(values[0], str):
+        if _COMPUTED_WIDTH.search(values[0]):
+            raise TemplateLimitError(f"{name} takes a width from its arguments")
+        return max((int(digits[:9]) for digits in re.findall(r"\d+", values[0])), default=0)
+    of_numbers = all(isinstance(value, int | float) for value in values)
+    if name not in _TIMES_NUMBER or (name == "*" and of_numbers):
+        return 0  # a product of numbers has the digits of both
+    sizes = values if name == "*" else values[1:]
+    return max((abs(value) for value in sizes if isinstance(value, int)), default=0)
 
 
 class _Generator(CodeGenerator):
@@ -188,7 +200,6 @@ class _Namespace(Namespace):
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_attribute(name)
-        weigh(value)
         super().__setitem__(name, value)
 
 
@@ -255,8 +266,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def joined(self, context: Context, parts: tuple[Any, ...]) -> str:
         """``a ~ b``"""
         self.budget.write(weigh(parts))
-        join = nodes.Concat([nodes.Const(part) for part in parts])
-        return str(join.as_const(context.eval_ctx))
+        join = markup_join if context.eval_ctx.autoescape else str_join
+        return join(parts)
 
     def measured(self, value: Any) -> Any:
         """A list, tuple or dict that a template writes down."""

@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from sirius_runtime.cli import export_onnx, inspect, run
+from sirius_runtime.cli import chat, export_onnx, inspect, run
 from sirius_runtime.cli.command import Command
 from sirius_runtime.command_line import finish, tell
 from sirius_runtime.terminal import plain
 
 COMMANDS: Mapping[str, Command] = {
     "run": run.COMMAND,
+    "chat": chat.COMMAND,
     "inspect": inspect.COMMAND,
     "export-onnx": export_onnx.COMMAND,
 }

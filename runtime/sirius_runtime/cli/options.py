@@ -37,6 +37,30 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_template(parser: argparse.ArgumentParser) -> None:
+    """What a chat template is given."""
+    parser.add_argument("--system", metavar="TEXT", help="the system's message of a chat")
+    parser.add_argument(
+        "--chat-template", metavar="NAME", help="one of several chat templates of the model"
+    )
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """Whether the prompt is a message of a chat."""
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a user's message, for the model's chat template",
+    )
+    kind.add_argument(
+        "--raw",
+        action="store_true",
+        help="the prompt is text to go on with, whatever the model is for (default)",
+    )
+    add_template(parser)
+
+
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt that `add_prompt` was given."""
     if args.prompt is not None:
@@ -97,7 +121,6 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `SiriusModel.generate`, but for the mode and the options of sampling."""
     return {
-        "add_special_tokens": args.add_special_tokens,
         "max_new_tokens": args.max_new_tokens,
         "threshold": args.threshold,
         "period": _number_or_auto(args.period),

@@ -7,9 +7,11 @@ import json
 import warnings
 from typing import Any
 
+from sirius_runtime.chat import NO_TEMPLATE
 from sirius_runtime.cli.command import Command
 from sirius_runtime.cli.comparison import print_comparison
 from sirius_runtime.cli.options import (
+    add_chat,
     add_generation,
     add_loading,
     add_prompt,
@@ -19,13 +21,14 @@ from sirius_runtime.cli.options import (
     sampling_options,
 )
 from sirius_runtime.cli.results import logprobs_json, output_json, summary, write_text
-from sirius_runtime.command_line import ESCAPES, say, tell, whole_number
-from sirius_runtime.errors import ConfigError
+from sirius_runtime.command_line import ESCAPES, say, tell, unescaped, whole_number
+from sirius_runtime.errors import ConfigError, GenerationError
 from sirius_runtime.request import Mode
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prompt(parser)
+    add_chat(parser)
     add_generation(parser)
     parser.add_argument(
         "--compare", action="store_true", help="full, sparse and Sirius side by side"
@@ -55,8 +58,19 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError("--logprobs goes with --json, and not with --compare")
     mode = Mode.SIRIUS if args.mode is None else args.mode
     options, loading = generation_options(args), loading_options(args)
+    chat = args.chat or args.system is not None or args.chat_template is not None
+    if chat and args.raw:
+        raise ConfigError("--system and --chat-template are of a chat: leave out --raw, or them")
     prompt = read_prompt(args)
     model = load(**loading)
+    options["add_special_tokens"] = args.add_special_tokens and not chat
+    if chat:
+        prompt = _rendered(model, prompt, args)
+    elif model.chat is not None and args.add_special_tokens and not args.raw:
+        tell(
+            "sirius: this model has a chat template, and the prompt is taken as it is; --chat "
+            "makes it a user's message (--raw: no such hint)"
+        )
     _warn_of_unknown_tokens(model, prompt)
     if args.compare:
         print_comparison(model, prompt, options, args.json)
@@ -65,6 +79,16 @@ def _run(args: argparse.Namespace) -> None:
         say(json.dumps(output_json(output) | logprobs_json(output)))
     else:
         _stream(model, prompt, mode, options | sampling)
+
+
+def _rendered(model: Any, prompt: str, args: argparse.Namespace) -> str:
+    """The text that the model's chat template makes of the prompt."""
+    if model.chat is None:
+        raise GenerationError(f"--chat: {NO_TEMPLATE}")
+    messages = [{"role": "user", "content": prompt}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": unescaped(args.system, "--system")})
+    return str(model.chat.render(messages, template=args.chat_template))
 
 
 def _warn_of_unknown_tokens(model: Any, prompt: str) -> None:
