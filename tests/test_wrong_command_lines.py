@@ -98,6 +98,10 @@ def run_lines() -> Iterator[Line]:
         (("more",), "more"),
         (("--json", "--mode", "foo"), "mode must be one of"),
         (("--prompt-file", "f"), "not allowed with argument"),
+        (("--chat",), "brings no chat template"),
+        (("--system", "x"), "brings no chat template"),
+        (("--chat", "--raw"), "not allowed with argument"),
+        (("--raw", "--system", "x"), "--system and --chat-template are of a chat"),
     ):
         yield Line("sirius", (*run, *given), says)
     yield Line("sirius", ("run", ARTIFACT, "-p", "\udcff"), "--prompt holds bytes that are not")
@@ -109,8 +113,10 @@ def run_lines() -> Iterator[Line]:
 def other_lines() -> Iterator[Line]:
     yield Line("sirius", (), "required: COMMAND")
     yield Line("sirius", ("rum",), "invalid choice: 'rum'")
-    for command in ("run", "inspect", "export-onnx"):
+    for command in ("run", "chat", "inspect", "export-onnx"):
         yield Line("sirius", (command,), "required: MODEL.sirius")
+    yield Line("sirius", ("chat", ARTIFACT), "brings no chat template")
+    yield Line("sirius", ("chat", ARTIFACT, "--prompt", "x"), "--prompt")
     yield Line("sirius", ("inspect", "a", "b"), "unrecognized arguments: b")
     yield Line("sirius", ("export-onnx", ARTIFACT), "DIR")
     yield Line("sirius", ("export-onnx", ARTIFACT, f"{FOLDER}/new"), "holds no ONNX graphs")
