@@ -347,8 +347,9 @@ def test_a_period_needs_no_values(
     tiny: TinyModels, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the meta device tensors have none: to read one is an error."""
+    compiled = tiny(method=method).compiled
     monkeypatch.setattr("sirius_compile.product.find_device", torch.device)  # which refuses it
-    model = tiny(method=method).compiled.to_runtime(device="meta")
+    model = compiled.to_runtime(device="meta")
     session = open_session(model, 2, refresh=1 if method == "griffin" else 0)
     session.prefill([PROMPT, [50, 30]])
     most = torch.tensor([5, 3], device="meta")

@@ -98,6 +98,7 @@ def test_what_a_tokenizer_of_transformers_returns(tiny: TinyModels, kind: str | 
     wanted = model.generate(ROWS, max_new_tokens=5)
     for output in (
         model.generate(encoded, max_new_tokens=5),
+        model.generate(**{"token_type_ids": [[0]], **encoded}, max_new_tokens=5),
         model.generate(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],

@@ -60,7 +60,7 @@ def run_lines() -> Iterator[Line]:
     yield from flags("sirius", run, "--period", (*NO_INTEGER, "0", "-1", "513", BEYOND, "auto "))
     yield from flags("sirius", sample, "--top-k", (*NO_INTEGER, "-1", BEYOND))
     yield from flags("sirius", sample, "--seed", (*NO_INTEGER, "-1"))
-    yield from flags("sirius", run, "--min-new-tokens", (*NO_INTEGER, "-1", BEYOND))
+    yield from flags("sirius", run, "--min-new-tokens", (*NO_INTEGER, "-1", BEYOND, "3"))
     yield from flags("sirius", (*run, "--json"), "--logprobs", (*NO_INTEGER, "-1", BEYOND))
     yield from flags("sirius", run, "--repetition-penalty", (*NO_FLOAT, *NOT_FINITE, "0", "-1"))
     yield from flags("sirius", run, "--threshold", (*NO_FLOAT, *NOT_FINITE, "-1"))

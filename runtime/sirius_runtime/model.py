@@ -95,6 +95,7 @@ class SiriusModel:
         *,
         input_ids: Ids | None = None,
         attention_mask: Ids | None = None,
+        token_type_ids: Ids | None = None,
         messages: Messages | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -124,10 +125,10 @@ class SiriusModel:
 
         inputs: text, token ids, a list of either, an array of ids [T] or [B, T], or a tokenizer's
         output: a mapping with input_ids, and attention_mask where rows are padded, left or right.
-        input_ids, attention_mask: the same as arguments of their own. messages: a conversation, or
-        a batch of them, in place of a prompt: mappings with role and content, which the model's own
-        chat template turns into its prompt. chat_template: the name of one, where there are
-        several; chat_template_kwargs: for `Chat.render` (tools, enable_thinking, …).
+        input_ids, attention_mask, token_type_ids (without effect): the same as arguments of their
+        own. messages: a conversation, or a batch of them, in place of a prompt: mappings with role
+        and content, which the model's own chat template turns into its prompt. chat_template: the
+        name of one, where there are several; chat_template_kwargs: for `Chat.render` (tools, enable_thinking, …).
         add_special_tokens: whether a text gets what the tokenizer puts around it (BOS); not for
         text that brings its special tokens, as a chat template's does. max_new_tokens: by default
         what is left of the model's length, at most 256. stop: strings that end a row once they

@@ -153,6 +153,7 @@ def read_options(
     if mode not in RULES or scoring is not None or not sampling.fits_graph:
         limits = None  # what runs are the entries
     new_tokens = check_new_tokens(max(prompt_lengths), rows, max_new_tokens, program, limits)
+    _check_least(options, new_tokens)
     adaptive = options.period == AUTO
     period, widths = _tree(options, program, limits)
     confidence = default.confidence if options.confidence is None else options.confidence
@@ -174,6 +175,15 @@ def read_options(
     return Request(
         mode, period, widths, adaptive, plan, refresh, seeds, new_tokens, eos, stop, scoring
     )
+
+
+def _check_least(options: Options, new_tokens: int) -> None:
+    least = options.logits.get("min_new_tokens") or 0
+    if least > new_tokens:
+        raise ConfigError(
+            f"min_new_tokens must be at most max_new_tokens ({new_tokens} here), got {least}: "
+            "lower it, or give a larger max_new_tokens"
+        )
 
 
 def _scoring(options: Options, program: ProgramSpec) -> Scoring | None:
