@@ -128,13 +128,13 @@ class SiriusModel:
         input_ids, attention_mask, token_type_ids (without effect): the same as arguments of their
         own. messages: a conversation, or a batch of them, in place of a prompt: mappings with role
         and content, which the model's own chat template turns into its prompt. chat_template: the
-        name of one, where there are several; chat_template_kwargs: for `Chat.render` (tools, enable_thinking, …).
-        add_special_tokens: whether a text gets what the tokenizer puts around it (BOS); not for
-        text that brings its special tokens, as a chat template's does. max_new_tokens: by default
-        what is left of the model's length, at most 256. stop: strings that end a row once they
-        stand in its text, in which special tokens count where a stop string names them.
-        eos_token_id: replaces the model's own EOS ids. streamer: one row only; is given committed
-        tokens, never taken back.
+        name of one, where there are several; chat_template_kwargs: for `Chat.render` (tools,
+        enable_thinking, …). add_special_tokens: whether a text gets what the tokenizer puts around
+        it (BOS); not for text that brings its special tokens, as a chat template's does.
+        max_new_tokens: by default what is left of the model's length, at most 256. stop: strings
+        that end a row once they stand in its text, in which special tokens count where a stop
+        string names them. eos_token_id: replaces the model's own EOS ids. streamer: one row only;
+        is given committed tokens, never taken back.
 
         mode: ``sirius``, ``exact`` (dense greedy tokens), ``sample`` (tokens of the full path's
         distribution), ``full`` or ``sparse``. temperature (1), top_k (0: no limit), top_p (1),
