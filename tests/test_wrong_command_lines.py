@@ -188,6 +188,7 @@ def compile_lines() -> Iterator[Line]:
 
 
 SCRIPTS: dict[str, tuple[str, ...]] = {
+    "benchmarks.compile_scale": ("--layers",),
     "benchmarks.context": ("--context", "--period", "--width", "--layers", "--repeats"),
     "benchmarks.costs": ("--layers", "--prompt", "--repeats", "--threads"),
     "benchmarks.drafting": ("--problems", "--timed"),
