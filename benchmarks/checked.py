@@ -29,8 +29,8 @@ from sirius_compile.operator_check import (
     tolerance,
 )
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.backends.rewrite import with_kernels
 from sirius_runtime.errors import SiriusError
-from sirius_runtime.kernels.rewrite import with_kernels
 from sirius_runtime.model import SiriusModel
 
 TOKENS = 24

@@ -32,6 +32,7 @@ from sirius_compile.onnx.lower import make_model
 from sirius_compile.onnx.scope import Scope, Value, value_info
 from sirius_runtime.command_line import finish, positive_number, threads_argument
 from sirius_runtime.ops.attention import cached_attention
+from sirius_runtime.ops.operands import Attention, Heads, Places
 
 OPSET, IR_VERSION = 23, 11  # the first with Attention
 H, G, D, S = 8, 2, 64, 4608
@@ -140,7 +141,9 @@ class Graph:
         self.k, self.v = (s.input(name, DTYPE, ("B", G, M, D)) for name in "kv")
         self.positions = s.input("positions", "int64", ("B", T))
         self.length = s.input("length", "int64", ("B",))
-        self.mask = s.input("tree_mask", "int64", ("B", T, M))
+        mask = s.input("tree_mask", "int64", ("B", T, M))
+        # No translation reads the slots: what is written is the caller's.
+        self.places = Places(self.positions, self.positions, self.length, mask)
 
     def caches(self) -> tuple[Value, Value]:
         shape = (1, "B", G, "S", D)
@@ -159,8 +162,8 @@ def ours(T: int, M: int, form: str) -> onnx.ModelProto:
         keys = g.s.input("past_k_turned", DTYPE, ("B", G, D, "E"))
         values = g.s.input("past_v", DTYPE, ("B", G, "E", D))
         committed = attention._Committed(keys, values, g.s.size("E"))
-    kind = (D**-0.5, None, None, None)
-    y = attention._attend(g.s, g.q, g.k, g.v, committed, g.positions, g.length, g.mask, *kind)
+    kind: Attention[Value] = Attention(0, D**-0.5, None, None)
+    y = attention._attend(g.s, Heads(g.q, g.k, g.v), committed, g.places, kind)
     return g.model(y)
 
 
@@ -182,7 +185,7 @@ def joined(T: int, M: int, form: str) -> onnx.ModelProto:
 
 
 def with_operator(g: Graph, k: Value, v: Value, longest: Value, *past: Value) -> onnx.ModelProto:
-    hidden = attention._hidden(g.s, longest, g.positions, g.length, g.mask, None)
+    hidden = attention._hidden(g.s, longest, g.places, None)
     mask, kind = e.unsqueeze(g.s, hidden, 1), [(DTYPE, (None,) * 4)] * (3 if past else 1)
     y, *_ = g.s.ops("Attention", g.q, k, v, mask, *past, outputs=kind, scale=D**-0.5)
     model = g.model(y)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, fx
 from transformers import LlamaConfig
@@ -25,7 +24,7 @@ from sirius_passes.sparsify import parameters
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.graph import to_document
-from sirius_runtime.ops.mlp import ACTIVATIONS
+from sirius_runtime.operators import OPERATORS
 from sirius_runtime.session import Session
 from sirius_runtime.sizes import cache_slots
 from sirius_runtime.spec import (
@@ -219,6 +218,9 @@ class RandomPrograms:
         return learner.found
 
 
+_COUNTED = {row.overload: row for row in OPERATORS.values() if row.has_threshold}
+
+
 class Thresholds(fx.Interpreter):
     """Runs a sparse step and learns, at each site, the threshold that skips a share of its own
     scores; the sites after it see what it then lets through.
@@ -230,32 +232,17 @@ class Thresholds(fx.Interpreter):
         self.found: list[float] = []
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target in _SCORES:
-            score = _SCORES[target](*args).float()
+        if target in _COUNTED:
+            scores = _COUNTED[target].scores
+            assert scores is not None
+            score = scores(*args).mean(1).float()
             self.found.append(score.quantile(self._skipped).item())
             args = (*args[:-1], self.found[-1])
         return super().call_function(target, args, kwargs)
 
 
-def _activations(x: Tensor, gate: Tensor, *rest: Any) -> Tensor:
-    act = next(value for value in rest if isinstance(value, str))
-    return ACTIVATIONS[act](F.linear(x, gate)).abs().mean(1)
-
-
-def _activations_of_the_prompt_s(x: Tensor, gate: Tensor, *rest: Any) -> Tensor:
-    *_, layer, neurons, _threshold = rest
-    return _activations(x, gate, *rest).gather(1, neurons[layer])
-
-
-_SCORES: dict[Any, Callable[..., Tensor]] = {
-    sirius.cats_mlp.default: _activations,
-    sirius.griffin_cats_mlp.default: _activations_of_the_prompt_s,
-    sirius.sparse_linear.default: lambda x, *_: x.abs().mean(1),
-}
-
-
 def _counted(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.target in _SCORES]
+    return [node for node in graph.nodes if node.target in _COUNTED]
 
 
 def _spec(program: Program, vocabulary: int) -> ProgramSpec:

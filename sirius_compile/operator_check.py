@@ -28,13 +28,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-import sirius_runtime.operators  # noqa: F401  (registers them)
 from sirius_runtime.kernels.native import references
-from sirius_runtime.ops.mlp import ACTIVATIONS
-from sirius_runtime.ops.moe import EXPERT_ACTIVATIONS
+from sirius_runtime.operators import OPERATORS
 
 ROUNDINGS = 8
 TERMS = 1 << 14
@@ -159,15 +156,16 @@ def _around(name: str, arguments: Sequence[Any]) -> list[list[Any]]:
     """The arguments with the border of what is kept an epsilon lower and higher; none for what
     chooses nothing.
     """
-    *rest, last = arguments
-    if name in ("cats_mlp", "griffin_cats_mlp", "sparse_linear"):
-        # Scores of linears are the inputs themselves, in float32: none is rounded.
-        exact = name == "sparse_linear"
-        step = torch.finfo(torch.float32 if exact else arguments[0].dtype).eps * abs(last)
-        return [[*rest, last - step], [*rest, last + step]]
-    if name not in ("topk_mlp", "topk_moe"):
+    row = OPERATORS.get(name)
+    if row is None or row.scores is None:
         return []
-    scores = _activations(*arguments) if name == "topk_mlp" else _activations_of_experts(*arguments)
+    *rest, last = arguments
+    scores = row.scores(*arguments)
+    if row.has_threshold:
+        step = torch.finfo(scores.dtype).eps * abs(last)
+        return [[*rest, last - step], [*rest, last + step]]
+    if row.shares_choice:
+        scores = scores.sum(1)
     if last == scores.shape[-1]:
         return []
     border = scores.topk(last, -1).values[..., -1:]
@@ -175,26 +173,6 @@ def _around(name: str, arguments: Sequence[Any]) -> list[list[Any]]:
     above, level = (scores > border).sum(-1), (scores >= border).sum(-1)
     low, high = int(above.min()) - 1, int(level.max()) + 1
     return [[*rest, max(1, low)], [*rest, min(scores.shape[-1], high)]]
-
-
-def _activations(x: Tensor, gate: Tensor, *rest: Any) -> Tensor:
-    """What `topk_mlp` compares, [B, I]."""
-    _up, _down, bias, _up_bias, _down_bias, act, *_ = rest
-    return ACTIVATIONS[act](F.linear(x, gate, bias)).abs().sum(1)
-
-
-def _activations_of_experts(
-    x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, *rest: Any
-) -> Tensor:
-    """What `topk_moe` compares, [N, k I]."""
-    _up, _down, bias, _up_bias, _down_bias, act, *_ = rest
-    g = torch.stack(
-        [
-            torch.stack([F.linear(x[n], gate[e], None if bias is None else bias[e]) for e in row])
-            for n, row in enumerate(experts.tolist())
-        ]
-    )
-    return (EXPERT_ACTIVATIONS[act](g).abs() * weights[..., None]).flatten(1)
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

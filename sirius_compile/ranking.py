@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from sirius_compile.texts import Sample
-from sirius_compile.tokenwise import Operators, Tokenwise, tokenwise
+from sirius_compile.tokenwise import Tokenwise, row_of, run_node
 from sirius_passes.program import SPARSE
 
 SAMPLES = 8  # texts that agreement is measured on, at the most
-
-sirius = torch.ops.sirius
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class _LayerByLayer:
         self._layer_of = {
             node: counted[node].layer if node in counted else _layer_argument(node)
             for node in self._nodes
-            if node.target in Operators
+            if (row := row_of(node)) and row.dense
         }
         self._starts: dict[int, int] = {}
         for index, node in enumerate(self._nodes):
@@ -120,24 +117,22 @@ class _LayerByLayer:
             if node not in self._layer_of:
                 env[node] = node.target(*args, **kwargs)
             elif self._layer_of[node] == sparse:
-                env[node] = tokenwise(node.target, args, kwargs)
+                env[node] = run_node(node, args, kwargs)
             else:
-                env[node] = _densely(node.target, args)
+                env[node] = _densely(node, args)
             for source in node.all_input_nodes:
                 if self._last[source] == index:
                     env.pop(source, None)
         return env.get(self._logits)
 
 
-def _densely(target: Any, args: Sequence[Any]) -> Any:
+def _densely(node: fx.Node, args: Sequence[Any]) -> Any:
     """What a sparse operator computes of the same operands where nothing is skipped."""
-    if target is sirius.sparse_linear.default:
-        x, weight, bias = args[:3]
-        y = F.linear(x, weight.mT, bias)
-    else:
-        dense = sirius.dense_moe if "experts" in _names(target) else sirius.dense_mlp
-        y = dense.default(*args[: len(_names(dense.default))])
-    return (y, None) if len(target._schema.returns) > 1 else y
+    row = row_of(node)
+    assert row is not None
+    assert row.dense is not None
+    y = row.dense(*args)
+    return (y, None) if len(row.overload._schema.returns) > 1 else y
 
 
 def _names(target: Any) -> list[str]:

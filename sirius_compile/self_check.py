@@ -38,12 +38,12 @@ from torch import Tensor, fx
 
 from sirius_compile.operator_check import Difference, compare, name_of
 from sirius_passes.program import FULL, OBSERVE, PERIOD, PREFILL, SPARSE
+from sirius_runtime.backends.rewrite import with_kernels
 from sirius_runtime.errors import KernelError
 from sirius_runtime.graph import INPUT, WEIGHT, from_document
 from sirius_runtime.kernels.arguments import BFLOAT16_TOKENS
 from sirius_runtime.kernels.attention import block_attention, cached_attention_by_tokens
 from sirius_runtime.kernels.native import references
-from sirius_runtime.kernels.rewrite import with_kernels
 from sirius_runtime.policy import select_neurons
 from sirius_runtime.spec import JSON, ProgramSpec, WeightSpec
 

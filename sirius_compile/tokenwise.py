@@ -11,34 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from sirius_passes.blocks import layer_inputs
 from sirius_passes.program import FULL, SPARSE
 from sirius_runtime.backends.eager import EagerBackend
-from sirius_runtime.ops.mlp import ACTIVATIONS
+from sirius_runtime.errors import CalibrationError
+from sirius_runtime.operators import OPERATORS, Operator
 from sirius_runtime.session import Session
 from sirius_runtime.spec import JSON, ProgramSpec
 from sirius_runtime.stats import PhaseClock, StatsRecorder
 
-sirius = torch.ops.sirius
-
-Operators = (
-    sirius.topk_mlp.default,
-    sirius.cats_mlp.default,
-    sirius.griffin_mlp.default,
-    sirius.griffin_cats_mlp.default,
-    sirius.sparse_linear.default,
-    sirius.topk_moe.default,
-    sirius.experts_moe.default,
-)
-COUNTED = (
-    sirius.cats_mlp.default,
-    sirius.griffin_cats_mlp.default,
-    sirius.sparse_linear.default,
-)
-"""The operators with a threshold, their last argument: the counted sites."""
+_SPARSE_LINEAR = OPERATORS["sparse_linear"]
 
 Look = Callable[[int, Tensor], None]
 """Is shown the scores [R, T, units] of a counted site, by its index."""
@@ -61,8 +45,9 @@ class Tokenwise:
         self._backend = EagerBackend(spec, documents, weights, dtype=dtype, device=device)
         self.graph = self._backend._entries[SPARSE].module.graph
         # As the passes list their sites: MLPs, then linears, each in the graph's order.
-        counted = [node for node in self.graph.nodes if node.target in COUNTED]
-        self.counted = sorted(counted, key=lambda n: n.target is sirius.sparse_linear.default)
+        rows = {node: row_of(node) for node in self.graph.nodes}
+        counted = [node for node, row in rows.items() if row and row.has_threshold]
+        self.counted = sorted(counted, key=lambda node: rows[node] is _SPARSE_LINEAR)
 
     @torch.inference_mode()
     def neurons(self, prompts_RT: Tensor) -> Tensor | None:
@@ -149,8 +134,7 @@ class Block:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
             if node in self._site_of:
                 args = (*args[:-1], thresholds[self._site_of[node]])
-            run = tokenwise if node.target in Operators else _plainly
-            new[node] = run(node.target, args, kwargs)
+            new[node] = run_node(node, args, kwargs)
         return new[self._nodes[-1]]
 
 
@@ -171,21 +155,30 @@ def tokenwise(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     return y.reshape(rows, tokens, -1), count.reshape(rows, tokens)
 
 
-def scores(target: Any, args: Sequence[Any]) -> Tensor:
-    """What a counted operator compares with its threshold, [R, T, units]."""
-    x = args[0]
-    if target is sirius.sparse_linear.default:
-        return x.float().abs()
-    _, gate, _, _, gate_bias, _, _, act, layer = args[:9]
-    activations = ACTIVATIONS[act](F.linear(x, gate, gate_bias)).abs()
-    if target is sirius.griffin_cats_mlp.default:
-        chosen = args[9][layer][:, None].expand(-1, x.shape[1], -1)
-        activations = activations.gather(-1, chosen)
-    return activations
+def row_of(node: fx.Node) -> Operator | None:
+    """The row of a node's operator; None of those that are torch's own.
+
+    Raises CalibrationError for an operator of ours without one: whether its tokens share a choice
+    is not known, and the wrong way gives wrong thresholds without a word.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "sirius":
+        return None
+    if target._opname not in OPERATORS:
+        raise CalibrationError(
+            f"calibration does not know sirius.{target._opname}, which {node.name} calls: it has "
+            "no row in the table of operators. Add it to sirius_runtime.operators"
+        )
+    return OPERATORS[target._opname]
 
 
-def _plainly(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return target(*args, **kwargs)
+def run_node(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A call's results, token by token where tokens share a choice."""
+    assert callable(node.target)
+    row = row_of(node)
+    if row is not None and row.shares_choice:
+        return tokenwise(node.target, args, kwargs)
+    return node.target(*args, **kwargs)
 
 
 class _Walk(fx.Interpreter):
@@ -195,11 +188,13 @@ class _Walk(fx.Interpreter):
         self._site_of = {node: index for index, node in enumerate(path.counted)}
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target not in Operators:
+        row = row_of(n)
+        if row is None or not row.shares_choice:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n in self._site_of:
-            self._look(self._site_of[n], scores(n.target, args))
+            assert row.scores is not None
+            self._look(self._site_of[n], row.scores(*args))
         return tokenwise(n.target, args, kwargs)
 
 

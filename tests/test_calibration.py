@@ -19,6 +19,7 @@ from sirius_compile.texts import Sample, hold_out, on_policy, windows
 from sirius_compile.tokenwise import Tokenwise
 from sirius_passes.sparsify import KEEP_ALL, Threshold
 from sirius_runtime.errors import CalibrationError
+from sirius_runtime.operators import OPERATORS
 from sirius_runtime.spec import Method, SiteSpec
 from tests.support.models import MAX_SEQ_LEN, METHODS, TinyModels, random_decoder
 from tests.support.paths import chooser, samples, tokenwise
@@ -80,6 +81,15 @@ def stepwise(path: Tokenwise, ids: Tensor, neurons: Tensor | None) -> Tensor:
         entry = path._backend._entries["sparse"]
         logits.append(entry.module(*entry.arguments(inputs | now))[0])
     return torch.cat(logits, 1)
+
+
+def test_an_operator_without_a_row_is_an_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether its tokens share a choice is not known: a guess would change results in silence."""
+    monkeypatch.delitem(OPERATORS, "topk_mlp")
+    with pytest.raises(CalibrationError, match=r"does not know sirius\.topk_mlp, which \w+ calls"):
+        tokenwise(Method.TOPK)
 
 
 def test_scores_are_what_a_threshold_is_compared_with() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks import checked, context, kernels, periods, steps
-from sirius_runtime.kernels import linear, mlp, native, rewrite
+from sirius_runtime.backends import rewrite
+from sirius_runtime.kernels import linear, mlp, native
 from tests.support.kernels import require_compiler
 
 SMALL = ("--shape", "tiny", "--context", "16", "--rounds", "2")

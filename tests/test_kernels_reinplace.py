@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from sirius_compile import CompileConfig, compile_model
+from sirius_runtime.backends.rewrite import with_kernels
 from sirius_runtime.kernels.attention import block_attention_
 from sirius_runtime.kernels.native import references
 from sirius_runtime.kernels.reinplace import write_in_place
-from sirius_runtime.kernels.rewrite import with_kernels
 from tests.support.models import random_decoder
 from tests.support.operators import LAYERS, TREE, Block, randn, sirius
 

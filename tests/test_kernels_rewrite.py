@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx
 
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.backends.rewrite import with_kernels, with_linears
 from sirius_runtime.kernels.attention import cached_attention_by_tokens
 from sirius_runtime.kernels.build import InstructionSet
 from sirius_runtime.kernels.linear import linear, linears
 from sirius_runtime.kernels.native import references, using
 from sirius_runtime.kernels.pointwise import add_norm, rms_norm, rotate
-from sirius_runtime.kernels.rewrite import with_kernels, with_linears
 from tests.support.kernels import SETS, require
 from tests.support.models import TinyModels
 from tests.support.operators import randn, sirius

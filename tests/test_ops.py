@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from sirius_runtime import kernels
+from sirius_runtime.operators import OPERATORS, Operator
 from tests.support.operators import (
     LAYER,
     ROWS,
@@ -56,6 +61,26 @@ def test_opcheck(name: str) -> None:
         samples()[name],
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("row", OPERATORS.values(), ids=lambda row: row.name)
+def test_what_a_row_names_is_there(row: Operator) -> None:
+    """Kernels on CUDA are looked for in the text: their modules import Triton."""
+    assert row.reference.__name__ == row.name
+    assert row.cpu is None or row.cpu.__name__ == row.name
+    if row.cuda is not None:
+        text = (Path(kernels.__file__).parent / "cuda" / f"{row.cuda}.py").read_text()
+        assert f"\ndef {row.name}(" in text
+    if row.onnx is not None:
+        translation = getattr(import_module(f"sirius_compile.onnx.{row.onnx}"), row.name)
+        assert len(signature(translation).parameters) - 1 == len(row.overload._schema.arguments)
+    if row.dense is not None:
+        found = row.reference(*samples()[row.name])
+        y = found[0] if isinstance(found, tuple) else found
+        assert row.dense(*samples()[row.name]).shape == y.shape
+    if row.scores is not None:  # of each token, compared with the last argument
+        assert row.overload._schema.arguments[-1].name in ("threshold", "keep")
+        assert row.scores(*samples()[row.name]).ndim == (2 if row.name == "topk_moe" else 3)
 
 
 def test_every_operator_is_checked() -> None:

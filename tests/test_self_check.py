@@ -15,8 +15,9 @@ from torch import Tensor
 from sirius_compile import CompileConfig, compile_model, self_check
 from sirius_compile.operator_check import compare, relative_error, tolerance
 from sirius_compile.self_check import agree
+from sirius_runtime.backends import rewrite
 from sirius_runtime.errors import KernelError
-from sirius_runtime.kernels import native, rewrite
+from sirius_runtime.kernels import native
 from sirius_runtime.kernels.native import references
 from tests.support.families import CONFIGS
 from tests.support.kernels import require_compiler

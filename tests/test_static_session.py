@@ -32,7 +32,7 @@ from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.errors import BackendError
 from sirius_runtime.graph import to_document
 from sirius_runtime.model import GenerationOutput, SiriusModel
-from sirius_runtime.ops import attention, linear, mlp, moe
+from sirius_runtime.operators import OPERATORS
 from sirius_runtime.plan import Plan
 from sirius_runtime.sampling import Rule, Sampling
 from sirius_runtime.static_session import Replay, StaticSession, run_at_once
@@ -226,19 +226,12 @@ class NoLiterals(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_REFERENCES = {
-    name: function
-    for module in (attention, linear, mlp, moe)
-    for name, function in vars(module).items()
-}
-
-
 class _References(fx.Interpreter):
     """Runs a graph with the operators' references, as a device without kernels does."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if getattr(target, "namespace", None) == "sirius":
-            target = _REFERENCES[target._opname]
+            target = OPERATORS[target._opname].reference
         return super().call_function(target, args, kwargs)
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sirius_runtime.kernels.cuda import operators
-from sirius_runtime.ops import linear, mlp
+from sirius_runtime import operators
 from tests.support.operators import LAYER, TREE, Block, randn, sirius
 
 if not torch.cuda.is_available():
@@ -19,12 +18,6 @@ if not torch.cuda.is_available():
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-# Kept here, because `only_kernels` takes them away.
-REFERENCES = {
-    name: getattr(module, name)
-    for module in (linear, mlp)
-    for name in operators.OPERATORS[module.__name__.rpartition(".")[2]]
-}
 B, C, I, O = 2, 136, 1100, 200  # noqa: E741
 
 
@@ -32,12 +25,21 @@ B, C, I, O = 2, 136, 1100, 200  # noqa: E741
 def only_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No warning that they can't be used, and no call that they leave to the reference."""
 
-    def refuse(*_: object) -> None:
-        raise AssertionError("the call was left to the reference")
+    launchers = operators.launchers
 
-    for module, names in operators.OPERATORS.items():
-        for name in names:
-            monkeypatch.setattr(f"sirius_runtime.ops.{module}.{name}", refuse)
+    class Serving:
+        def __init__(self, module: str, device: torch.device) -> None:
+            self._module = launchers(module, device)
+
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                done = getattr(self._module, name)(*args)
+                assert done is not None, "the call was left to the reference"
+                return done
+
+            return call
+
+    monkeypatch.setattr(operators, "launchers", Serving)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -90,7 +92,7 @@ def calls(dtype: torch.dtype, tokens: int) -> list[tuple[str, list[Any]]]:
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_operators(dtype: torch.dtype, tokens: int) -> None:
     for name, args in calls(dtype, tokens):
-        expected = REFERENCES[name](*args)
+        expected = operators.OPERATORS[name].reference(*args)
         on_device = [on_gpu(arg) for arg in args]
         first = getattr(sirius, name)(*on_device)
         near(first, expected)
@@ -112,7 +114,7 @@ def test_topk(dtype: torch.dtype) -> None:
     gate[:, 0] = randn(200, seed=5).argsort() + 1
     args = [x, gate, randn(200, C, seed=2, dtype=dtype) / 8, randn(200, C, seed=3, dtype=dtype) / 8]
     args += [None, None, None, "relu", 0, 77]
-    expected = REFERENCES["topk_mlp"](*args)
+    expected = operators.OPERATORS["topk_mlp"].reference(*args)
     actual = sirius.topk_mlp(*map(on_gpu, args))
     torch.testing.assert_close(
         actual.cpu().float() / 200, expected.float() / 200, rtol=0.03, atol=TOLERANCE[dtype]

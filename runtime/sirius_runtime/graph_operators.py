@@ -17,13 +17,10 @@ from typing import Any
 
 import torch
 
-import sirius_runtime.operators  # noqa: F401  (registers the sirius:: operators)
 from sirius_runtime import graph_rules as rules
-from sirius_runtime import graph_rules_of_ours as ours
+from sirius_runtime import operators
 from sirius_runtime.graph_rules import Array, CallError, Scalar, need
 from sirius_runtime.graph_sizes import Expression
-from sirius_runtime.ops.mlp import ACTIVATIONS
-from sirius_runtime.ops.moe import EXPERT_ACTIVATIONS
 
 Rule = Callable[..., Any]
 
@@ -42,9 +39,6 @@ class Row:
 def _of_two(rule: Rule) -> Row:
     return Row(rule, numbers=True)
 
-
-_MLP = {"act": tuple(ACTIVATIONS)}
-_MOE = {"act": tuple(EXPERT_ACTIVATIONS)}
 
 OPERATORS: dict[str, Row] = {
     # of one element
@@ -197,20 +191,11 @@ OPERATORS: dict[str, Row] = {
     "aten.sym_constrain_range.default": Row(rules.constrained),
     "aten.sym_size.int": Row(rules.size_of),
     # ours
-    "sirius.attention.default": Row(ours.attention),
-    "sirius.block_attention.default": Row(ours.block_attention),
-    "sirius.cached_attention.default": Row(ours.cached_attention),
-    "sirius.cats_mlp.default": Row(ours.cats_mlp, _MLP),
-    "sirius.dense_mlp.default": Row(ours.dense_mlp, _MLP),
-    "sirius.dense_mlp_activity.default": Row(ours.dense_mlp_activity, _MLP),
-    "sirius.dense_mlp_statistic.default": Row(ours.dense_mlp_statistic, _MLP),
-    "sirius.dense_moe.default": Row(ours.dense_moe, _MOE),
-    "sirius.experts_moe.default": Row(ours.experts_moe, _MOE),
-    "sirius.griffin_cats_mlp.default": Row(ours.griffin_cats_mlp, _MLP),
-    "sirius.griffin_mlp.default": Row(ours.griffin_mlp, _MLP),
-    "sirius.sparse_linear.default": Row(ours.sparse_linear),
-    "sirius.topk_mlp.default": Row(ours.topk_mlp, _MLP),
-    "sirius.topk_moe.default": Row(ours.topk_moe, _MOE),
+    **{
+        f"sirius.{row.name}.default": Row(row.rule, row.strings)
+        for row in operators.OPERATORS.values()
+        if row.rule is not None
+    },
 }
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Rule]] = {

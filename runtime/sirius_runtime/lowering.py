@@ -7,18 +7,7 @@ from typing import Any
 
 import torch
 
-from sirius_runtime.ops import attention, linear, mlp, moe
-
-_REFERENCES = (
-    mlp.dense_mlp,
-    mlp.dense_mlp_statistic,
-    mlp.dense_mlp_activity,
-    mlp.topk_mlp,
-    mlp.cats_mlp,
-    mlp.griffin_mlp,
-    mlp.griffin_cats_mlp,
-    linear.sparse_linear,
-)
+from sirius_runtime.operators import OPERATORS
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -27,12 +16,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     `sirius::cached_attention` writes in place and has none; lower the entry `period`, which holds
     `sirius::block_attention` instead.
     """
-    sirius = torch.ops.sirius
-    own: dict[Any, Callable[..., Any]] = {
-        getattr(sirius, reference.__name__).default: reference for reference in _REFERENCES
+    own = {
+        row.overload: row.decomposition or row.reference
+        for row in OPERATORS.values()
+        if not row.mutates
     }
-    own[sirius.block_attention.default] = attention.decomposed_block_attention
-    own[sirius.dense_moe.default] = moe.decomposed_dense_moe
-    own[sirius.topk_moe.default] = moe.decomposed_topk_moe
-    own[sirius.experts_moe.default] = moe.decomposed_experts_moe
     return {**torch.export.default_decompositions(), **own}

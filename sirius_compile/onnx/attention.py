@@ -13,67 +13,47 @@ import numpy as np
 
 from sirius_compile.onnx import emit as e
 from sirius_compile.onnx.scope import Scope, Value
+from sirius_runtime.ops.operands import Attention, Caches, Heads, Places, grouped
 
 _MIN = float(np.finfo(np.float32).min)
 
 
+@grouped
 def cached_attention(
     s: Scope,
-    q: Value,
-    k: Value,
-    v: Value,
-    k_cache: Value,
-    v_cache: Value,
-    positions: Value,
-    slots: Value,
-    length: Value,
-    tree_mask: Value,
-    layer: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Value | None = None,
+    heads: Heads[Value],
+    caches: Caches[Value],
+    places: Places[Value],
+    kind: Attention[Value],
 ) -> Value:
     """`sirius::cached_attention` where the call's tokens are the whole block: M = T.
 
     Nothing is written: the call's k and v are outputs of the graph, for the caller to write to the
     slots after `length`. A tree is drafted level by level in `period` alone.
     """
-    committed = _Committed.of(s, k_cache, v_cache, length, layer)
-    return _attend(
-        s, q, k, v, committed, positions, length, tree_mask, scale, window, softcap, sinks
-    )
+    for block, value in zip(s.root.new_kv, heads[1:], strict=True):
+        block.append(value)
+    committed = _Committed.of(s, *caches, places.length, kind.layer)
+    return _attend(s, heads, committed, places, kind)
 
 
+@grouped
 def block_attention(
     s: Scope,
-    q: Value,
-    k: Value,
-    v: Value,
-    k_cache: Value,
-    v_cache: Value,
-    k_block: Value,
-    v_block: Value,
-    positions: Value,
-    nodes: Value,
-    length: Value,
-    tree_mask: Value,
-    layer: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Value | None = None,
+    heads: Heads[Value],
+    caches: Caches[Value],
+    block: Caches[Value],
+    places: Places[Value],
+    kind: Attention[Value],
 ) -> tuple[Value, Value, Value]:
     """`sirius::block_attention`."""
-    index = s.constant(layer, "int64")
+    index = s.constant(kind.layer, "int64")
     k_new, v_new = (
-        index_copy(s, e.gather(s, block, index, 0), 2, nodes, new)
-        for block, new in ((k_block, k), (v_block, v))
+        index_copy(s, e.gather(s, stored, index, 0), 2, places.slots, new)
+        for stored, new in zip(block, heads[1:], strict=True)
     )
-    committed = _Committed.of(s, k_cache, v_cache, length, layer)
-    out = _attend(
-        s, q, k_new, v_new, committed, positions, length, tree_mask, scale, window, softcap, sinks
-    )
+    committed = _Committed.of(s, *caches, places.length, kind.layer)
+    out = _attend(s, Heads(heads.q, k_new, v_new), committed, places, kind)
     return out, k_new, v_new
 
 
@@ -103,22 +83,17 @@ def _slots(s: Scope, cache: Value, layer: int, extent: Value) -> Value:
 
 def _attend(
     s: Scope,
-    q: Value,
-    k: Value,
-    v: Value,
+    heads: Heads[Value],
     committed: _Committed,
-    positions: Value,
-    length: Value,
-    tree_mask: Value,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Value | None,
+    places: Places[Value],
+    kind: Attention[Value],
 ) -> Value:
     """q [B, H, T, D] over the committed history, and over the block's k, v [B, G, M, D].
 
     sinks [H]: the score of a key that each head sees, whose value is nothing.
     """
+    q, k, v = heads
+    _, scale, window, softcap, sinks = kind
     H, G, D = q.shape[1], k.shape[1], q.shape[3]
     B, T = e.size(s, q, 0), e.size(s, q, 2)
     assert isinstance(H, int)
@@ -133,7 +108,7 @@ def _attend(
     if softcap is not None:
         scores = s.op("Tanh", e.elementwise(s, "Div", scores, softcap), shape=scores.shape)
         scores = e.elementwise(s, "Mul", scores, softcap)
-    hidden = _hidden(s, committed.extent, positions, length, tree_mask, window)
+    hidden = _hidden(s, committed.extent, places, window)
     scores = e.elementwise(s, "Add", scores, e.unsqueeze(s, hidden, 1))
     if sinks is not None:
         column = e.unsqueeze(s, e.cast(s, sinks, "float32"), 0, 2, 3)
@@ -153,15 +128,9 @@ def _attend(
     return e.reshape(s, out, [B, H, T, Dv])
 
 
-def _hidden(
-    s: Scope,
-    extent: Value,
-    positions: Value,
-    length: Value,
-    tree_mask: Value,
-    window: int | None,
-) -> Value:
+def _hidden(s: Scope, extent: Value, places: Places[Value], window: int | None) -> Value:
     """What is added to the scores [B, T, E + M]: 0 for what a query sees, else float32's least."""
+    positions, _, length, tree_mask = places
     slot_E = e.arange(s, extent)
     committed = e.elementwise(s, "Less", slot_E, e.unsqueeze(s, length, 1, 2), result="bool")
     seen = e.elementwise(s, "GreaterOrEqual", tree_mask, 0, result="bool")

@@ -19,8 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sirius_compile.onnx import emit as e
 from sirius_compile.onnx.lower import Lowering, make_model
-from sirius_compile.onnx.mlp import Kept, topk
-from sirius_compile.onnx.scope import Scope, Value, value_info
+from sirius_compile.onnx.mlp import topk
+from sirius_compile.onnx.scope import Kept, Scope, Value, value_info
 from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, to_document
 from sirius_runtime.onnx_files import SELECT
 from sirius_runtime.policy import draw

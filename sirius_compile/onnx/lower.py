@@ -6,21 +6,21 @@ flow becomes Loop and If, whose bodies read what surrounds them by name.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
 from onnx import helper
 
-from sirius_compile.onnx import attention, mlp, moe
 from sirius_compile.onnx import emit as e
 from sirius_compile.onnx.aten import ATEN
-from sirius_compile.onnx.mlp import Kept
-from sirius_compile.onnx.scope import Scope, Value, View, value_info
+from sirius_compile.onnx.scope import Kept, Scope, Value, value_info
 from sirius_runtime.errors import UnsupportedModelError
+from sirius_runtime.operators import OPERATORS
 from sirius_runtime.spec import JSON, EntrySpec, ProgramSpec, TensorSpec
 
 OPSET = 18
@@ -34,31 +34,6 @@ tokens."""
 NEXT = "next_"
 """Before the name of an output that an input has too: the same state, later."""
 
-_SIRIUS: dict[str, Callable[..., Any]] = {
-    name: getattr(module, name)
-    for module, names in (
-        (attention, ("cached_attention", "block_attention")),
-        (
-            mlp,
-            (
-                "dense_mlp",
-                "dense_mlp_statistic",
-                "dense_mlp_activity",
-                "topk_mlp",
-                "cats_mlp",
-                "sparse_linear",
-            ),
-        ),
-        (moe, ("dense_moe", "topk_moe", "experts_moe")),
-    )
-    for name in names
-}
-_GATHERED_BELOW = {
-    "cats_mlp": mlp.NEURONS_GATHERED_BELOW,
-    "sparse_linear": mlp.CHANNELS_GATHERED_BELOW,
-}
-"""By operator, the kept share up to which what a threshold keeps is gathered."""
-_GRIFFIN = ("griffin_mlp", "griffin_cats_mlp")
 _ON_SIZES: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
     "sub": operator.sub,
@@ -84,15 +59,13 @@ class Lowering:
 
     program: ProgramSpec
     dtype: str
-    kept: dict[str, Kept] = field(default_factory=dict)
-    new: tuple[list[Value], list[Value]] = field(default_factory=lambda: ([], []))
 
     def entry(self, spec: EntrySpec, document: JSON) -> Lowered:
         """The graph of `spec`, whose document is given; outputs that `select` makes are left out.
 
         Raises UnsupportedModelError naming an operator or argument that has no translation.
         """
-        root = Scope()
+        root = Scope(sites=self.program.sparsity.sites)
         extents = self._extents()
         inputs = {i.name: i for i in spec.inputs}
         weights = {w.name: w for w in self.program.weights}
@@ -108,10 +81,10 @@ class Lowering:
 
         values = self._run(root, document, bound)
         named = {o.name: (o, v) for o, v in zip(spec.outputs, values, strict=True)}
-        if self.kept:
+        if root.kept:
             named.pop("neurons", None)  # `select` chooses them, and takes their weights
-        if self.new[0]:
-            for name, block, D in zip((NEW_K, NEW_V), self.new, ("D", "Dv"), strict=True):
+        if root.new_kv[0]:
+            for name, block, D in zip((NEW_K, NEW_V), root.new_kv, ("D", "Dv"), strict=True):
                 new = TensorSpec(name, "model", ("layers", "B", "G", "T", D))
                 named[name] = (new, e.stack(root, block, 0))
         outputs = []
@@ -122,7 +95,7 @@ class Lowering:
             name = f"{NEXT}{o.name}" if o.name in root.inputs else o.name
             outputs.append(value_info(root.returned(value, name), shape))
         graph = root.graph(spec.name, outputs)
-        return Lowered(make_model(graph), self.kept, tuple(o for o, _ in named.values()))
+        return Lowered(make_model(graph), root.kept, tuple(o for o, _ in named.values()))
 
     def _extents(self) -> dict[str, int | str]:
         """What letters stand for: the sizes that are the model's own; others stay names."""
@@ -183,54 +156,11 @@ class Lowering:
         if namespace == "python":
             return _python(scope, rest, args, target)
         if namespace == "sirius":
-            return self._sirius(scope, rest.partition(".")[0], args, kwargs)
+            return _sirius(scope, rest.partition(".")[0], args, kwargs)
         kwargs = {k: v for k, v in kwargs.items() if not (k == "device" and v is None)}
         if rest not in ATEN:
             raise UnsupportedModelError(_no_translation(target))
         return _applied(ATEN[rest], target, scope, args, kwargs)
-
-    def _sirius(self, scope: Scope, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        target = f"sirius.{name}"
-        if name in _GRIFFIN:
-            return self._griffin(scope, name, args)
-        if name not in _SIRIUS:
-            raise UnsupportedModelError(_no_translation(target))
-        kwargs = {k: v for k, v in kwargs.items() if v is not None}
-        build = _SIRIUS[name]
-        positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        known = sum(p.kind is positional for p in inspect.signature(build).parameters.values()) - 1
-        extra = args[known:]
-        if any(a is not None for a in extra):
-            raise UnsupportedModelError(
-                f"onnx: {target} is given {len(extra)} arguments more than its translation knows "
-                f"({known}); use --graphs torch for this model"
-            )
-        if name == "cached_attention":
-            for block, value in zip(self.new, args[1:3], strict=True):
-                block.append(value)
-        if name in _GATHERED_BELOW and (view := args[1].view) is not None:
-            share = mlp.kept_share(self.program.sparsity.sites, view.weight.name)
-            kwargs["gathers"] = share <= _GATHERED_BELOW[name]
-        return _applied(build, target, scope, args[:known], kwargs)
-
-    def _griffin(self, scope: Scope, name: str, args: list[Any]) -> Any:
-        x, gate, up, down, gate_bias, up_bias, down_bias, act, layer, _neurons, *rest = args
-        parts = {
-            "gate": gate,
-            "up": up,
-            "down": down,
-            "gate_bias": gate_bias,
-            "up_bias": up_bias,
-        }
-        own = [
-            Kept(f"{part}_kept.{layer}", part, layer, _rows(name, weight))
-            for part, weight in parts.items()
-            if weight is not None
-        ]
-        self.kept |= {k.name: k for k in own}
-        threshold = rest[0] if rest else None
-        y, count = mlp.griffin_mlp(scope, own, x, down_bias, act, threshold)
-        return y if count is None else (y, count)
 
     # control flow
 
@@ -299,15 +229,20 @@ def make_model(graph: onnx.GraphProto) -> onnx.ModelProto:
     )
 
 
-def _rows(name: str, weight: Value) -> View:
-    """The rows of a stored weight that `weight` is."""
-    view = weight.view
-    if view is None or view.axis != 0 or view.transposed or view.step != 1:
+def _sirius(scope: Scope, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    target, row = f"sirius.{name}", OPERATORS.get(name)
+    if row is None or row.onnx is None:
+        raise UnsupportedModelError(_no_translation(target))
+    build = getattr(importlib.import_module(f"sirius_compile.onnx.{row.onnx}"), name)
+    known = len(inspect.signature(build).parameters) - 1
+    extra = args[known:]
+    if any(a is not None for a in extra):
         raise UnsupportedModelError(
-            f"onnx: sirius.{name} reads {weight.name}, whose neurons are not rows of a stored "
-            "weight; use --graphs torch for this model"
+            f"onnx: {target} is given {len(extra)} arguments more than its translation knows "
+            f"({known}); use --graphs torch for this model"
         )
-    return view
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    return _applied(build, target, scope, args[:known], kwargs)
 
 
 def _python(scope: Scope, name: str, args: list[Any], target: str) -> Any:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from sirius_compile.onnx import emit as e
-from sirius_compile.onnx.scope import Extent, Scope, Value, View
+from sirius_compile.onnx.scope import Extent, Kept, Scope, Value, View
 from sirius_runtime.errors import UnsupportedModelError
+from sirius_runtime.ops.operands import Mlp, grouped
 from sirius_runtime.spec import SiteSpec
 
 NEURONS_GATHERED_BELOW = 0.2
@@ -23,21 +23,6 @@ NEURONS_GATHERED_BELOW = 0.2
 0.6 to 0.7 of the time of all neurons at a share of 0.1, as much at 0.3, and more at 0.5."""
 CHANNELS_GATHERED_BELOW = 0.3
 """That of `teal`, whose MLP takes 0.8 of the time at a share of 0.3."""
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A weight of which a prompt keeps some neurons, and the graph's input that has them.
-
-    `weight`: the rows of a weight that are the neurons', [I, C], or a bias [I]; the input is
-    [B, C, K] of `gate` and `up`, so that its product reads it in order, [B, K, C] of `down`, and
-    [B, 1, K] of a bias.
-    """
-
-    name: str
-    part: str
-    layer: int
-    weight: View
 
 
 def kept_share(sites: Sequence[SiteSpec], weight: str) -> float:
@@ -74,83 +59,41 @@ def activation(s: Scope, x: Value, act: str) -> Value:
     )
 
 
-def dense_mlp(
-    s: Scope,
-    x: Value,
-    gate: Value,
-    up: Value | None,
-    down: Value,
-    gate_bias: Value | None,
-    up_bias: Value | None,
-    down_bias: Value | None,
-    act: str,
-    layer: int,
-) -> Value:
-    z = _times_up(s, _gate(s, x, gate, gate_bias, act), x, up, up_bias)
-    return _down(s, z, down, down_bias)
+@grouped
+def dense_mlp(s: Scope, x: Value, mlp: Mlp[Value]) -> Value:
+    z = _times_up(s, _gate(s, x, mlp), x, mlp)
+    return _down(s, z, mlp)
 
 
-def dense_mlp_statistic(
-    s: Scope,
-    x: Value,
-    gate: Value,
-    up: Value | None,
-    down: Value,
-    gate_bias: Value | None,
-    up_bias: Value | None,
-    down_bias: Value | None,
-    act: str,
-    layer: int,
-    valid: Value,
-) -> tuple[Value, Value]:
-    z = _times_up(s, _gate(s, x, gate, gate_bias, act), x, up, up_bias)
+@grouped
+def dense_mlp_statistic(s: Scope, x: Value, mlp: Mlp[Value], valid: Value) -> tuple[Value, Value]:
+    z = _times_up(s, _gate(s, x, mlp), x, mlp)
     counted = e.elementwise(s, "Mul", _unit_square(s, z), e.unsqueeze(s, valid, 2))
-    return _down(s, z, down, down_bias), e.reduced(s, "ReduceSum", counted, [1], False)
+    return _down(s, z, mlp), e.reduced(s, "ReduceSum", counted, [1], False)
 
 
-def dense_mlp_activity(
-    s: Scope,
-    x: Value,
-    gate: Value,
-    up: Value | None,
-    down: Value,
-    gate_bias: Value | None,
-    up_bias: Value | None,
-    down_bias: Value | None,
-    act: str,
-    layer: int,
-) -> tuple[Value, Value]:
-    z = _times_up(s, _gate(s, x, gate, gate_bias, act), x, up, up_bias)
-    return _down(s, z, down, down_bias), _unit_square(s, z)
+@grouped
+def dense_mlp_activity(s: Scope, x: Value, mlp: Mlp[Value]) -> tuple[Value, Value]:
+    z = _times_up(s, _gate(s, x, mlp), x, mlp)
+    return _down(s, z, mlp), _unit_square(s, z)
 
 
-def topk_mlp(
-    s: Scope,
-    x: Value,
-    gate: Value,
-    up: Value | None,
-    down: Value,
-    gate_bias: Value | None,
-    up_bias: Value | None,
-    down_bias: Value | None,
-    act: str,
-    layer: int,
-    keep: int,
-) -> Value:
-    g = _gate(s, x, gate, gate_bias, act)
+@grouped
+def topk_mlp(s: Scope, x: Value, mlp: Mlp[Value], keep: int) -> Value:
+    g = _gate(s, x, mlp)
     score = e.reduced(s, "ReduceSum", s.op("Abs", g, shape=g.shape), [1], True)
     _, index = topk(s, score, keep)
     if keep <= NEURONS_GATHERED_BELOW * (
         score.shape[-1] if isinstance(score.shape[-1], int) else 0
     ):
-        z = _times_rows(s, e.take(s, g, _for_each_token(s, index, g), -1), x, up, up_bias, index)
-        y = e.matmul(s, z, _rows_of(s, down, index))
-        return y if down_bias is None else e.elementwise(s, "Add", y, down_bias)
+        z = _times_rows(s, e.take(s, g, _for_each_token(s, index, g), -1), x, mlp, index)
+        y = e.matmul(s, z, _rows_of(s, mlp.down, index))
+        return _plus(s, y, mlp.down_bias)
     none = e.filled(s, e.shape_of(s, score), 0.0, g.dtype)
     ones = e.filled(s, e.shape_of(s, index), 1.0, g.dtype)
     kept = s.op("ScatterElements", none, index, ones, shape=score.shape, axis=2)
-    z = _times_up(s, e.elementwise(s, "Mul", g, kept), x, up, up_bias)
-    return _down(s, z, down, down_bias)
+    z = _times_up(s, e.elementwise(s, "Mul", g, kept), x, mlp)
+    return _down(s, z, mlp)
 
 
 def _for_each_token(s: Scope, index: Value, g: Value) -> Value:
@@ -177,16 +120,14 @@ def _rows_of(s: Scope, weight: Value, index: Value) -> Value:
     return e.gather(s, weight, index, 0)
 
 
-def _times_rows(
-    s: Scope, g: Value, x: Value, up: Value | None, bias: Value | None, index: Value
-) -> Value:
+def _times_rows(s: Scope, g: Value, x: Value, mlp: Mlp[Value], index: Value) -> Value:
     """`_times_up`, of the kept neurons alone."""
-    if up is None:
+    if mlp.up is None:
         return g
-    rows = _rows_of(s, up, index)
+    rows = _rows_of(s, mlp.up, index)
     y = _by_rows(s, x, rows) if index.rank == 1 else e.matmul(s, x, e.swap(s, rows, 1, 2))
-    if bias is not None:
-        y = e.elementwise(s, "Add", y, e.gather(s, bias, index, 0))
+    if mlp.up_bias is not None:
+        y = e.elementwise(s, "Add", y, e.gather(s, mlp.up_bias, index, 0))
     return e.elementwise(s, "Mul", g, y)
 
 
@@ -199,59 +140,64 @@ def _by_rows(s: Scope, x: Value, rows: Value) -> Value:
     return e.reshape(s, y, [B, T, -1])
 
 
-def cats_mlp(
-    s: Scope,
-    x: Value,
-    gate: Value,
-    up: Value | None,
-    down: Value,
-    gate_bias: Value | None,
-    up_bias: Value | None,
-    down_bias: Value | None,
-    act: str,
-    layer: int,
-    threshold: float,
-    *,
-    gathers: bool = False,
-) -> tuple[Value, Value]:
-    g = _gate(s, x, gate, gate_bias, act)
+@grouped
+def cats_mlp(s: Scope, x: Value, mlp: Mlp[Value], threshold: float) -> tuple[Value, Value]:
+    g = _gate(s, x, mlp)
     kept = _above(s, g, threshold)
     z = e.elementwise(s, "Mul", g, kept)
-    if gathers:
+    if _gathers(s, mlp.gate, NEURONS_GATHERED_BELOW):
         index = _used(s, kept)
-        z = _times_rows(s, e.gather(s, z, index, -1), x, up, up_bias, index)
-        y = e.matmul(s, z, _rows_of(s, down, index))
-        return (y if down_bias is None else e.elementwise(s, "Add", y, down_bias)), _count(s, kept)
-    return _down(s, _times_up(s, z, x, up, up_bias), down, down_bias), _count(s, kept)
+        z = _times_rows(s, e.gather(s, z, index, -1), x, mlp, index)
+        y = e.matmul(s, z, _rows_of(s, mlp.down, index))
+        return _plus(s, y, mlp.down_bias), _count(s, kept)
+    return _down(s, _times_up(s, z, x, mlp), mlp), _count(s, kept)
 
 
-def griffin_mlp(
-    s: Scope,
-    kept: Sequence[Kept],
-    x: Value,
-    down_bias: Value | None,
-    act: str,
-    threshold: float | None,
+@grouped
+def griffin_mlp(s: Scope, x: Value, mlp: Mlp[Value], _neurons: Value) -> Value:
+    return _of_kept(s, x, mlp, None)[0]
+
+
+@grouped
+def griffin_cats_mlp(
+    s: Scope, x: Value, mlp: Mlp[Value], _neurons: Value, threshold: float
 ) -> tuple[Value, Value | None]:
-    """Over the kept neurons alone: y [B, T, C], and with a `threshold` how many are above it."""
-    parts = {k.part: _input(s, k) for k in kept}
+    return _of_kept(s, x, mlp, threshold)
+
+
+def _of_kept(
+    s: Scope, x: Value, mlp: Mlp[Value], threshold: float | None
+) -> tuple[Value, Value | None]:
+    """Over the prompt's neurons alone: y [B, T, C], and how many are above a `threshold`."""
+    parts = {
+        name: _input(s, Kept(f"{name}_kept.{mlp.layer}", name, mlp.layer, _stored_rows(weight)))
+        for name, weight in zip(Mlp._fields[:5], mlp[:5], strict=True)
+        if isinstance(weight, Value)
+    }
 
     def product(part: str) -> Value:
-        y = e.matmul(s, x, parts[part])
-        bias = parts.get(f"{part}_bias")
-        return y if bias is None else e.elementwise(s, "Add", y, bias)
+        return _plus(s, e.matmul(s, x, parts[part]), parts.get(f"{part}_bias"))
 
-    z, count = activation(s, product("gate"), act), None
+    z, count = activation(s, product("gate"), mlp.act), None
     if threshold is not None:
         above = _above(s, z, threshold)
         z, count = e.elementwise(s, "Mul", z, above), _count(s, above)
     if "up" in parts:
         z = e.elementwise(s, "Mul", z, product("up"))
-    y = e.matmul(s, z, parts["down"])
-    return (y if down_bias is None else e.elementwise(s, "Add", y, down_bias)), count
+    return _plus(s, e.matmul(s, z, parts["down"]), mlp.down_bias), count
+
+
+def _stored_rows(weight: Value) -> View:
+    """The rows of a stored weight that `weight` is."""
+    if weight.view is None or not _is_rows(weight):
+        raise NotImplementedError(
+            f"it reads {weight.name}, whose neurons are not rows of a stored weight"
+        )
+    return weight.view
 
 
 def _input(s: Scope, kept: Kept) -> Value:
+    s.root.kept[kept.name] = kept
     whole = kept.weight.weight
     extent = whole.shape[-1]
     shape: list[Extent] = {
@@ -268,20 +214,17 @@ def sparse_linear(
     weight: Value,
     bias: Value | None,
     threshold: float,
-    *,
-    gathers: bool = False,
 ) -> tuple[Value, Value]:
     size = s.op("Abs", e.cast(s, x, "float32"), shape=x.shape)
     score = e.reduced(s, "ReduceMean", size, [1], True)
     kept = e.elementwise(s, "Greater", score, threshold, result="bool")
     x = e.elementwise(s, "Mul", x, kept)
-    if gathers and _is_rows(weight):
+    if _is_rows(weight) and _gathers(s, weight, CHANNELS_GATHERED_BELOW):
         index = _used(s, kept)
         y = e.matmul(s, e.gather(s, x, index, -1), _rows_of(s, weight, index))
     else:
         y = e.flat_matmul(s, x, weight)
-    y = y if bias is None else e.elementwise(s, "Add", y, bias)
-    return y, _count(s, kept)
+    return _plus(s, y, bias), _count(s, kept)
 
 
 def topk(s: Scope, x: Value, count: int, *, largest: bool = True) -> tuple[Value, Value]:
@@ -299,17 +242,28 @@ def topk(s: Scope, x: Value, count: int, *, largest: bool = True) -> tuple[Value
     return values, index
 
 
-def _gate(s: Scope, x: Value, gate: Value, bias: Value | None, act: str) -> Value:
-    return activation(s, e.linear(s, x, gate, bias), act)
+def _gate(s: Scope, x: Value, mlp: Mlp[Value]) -> Value:
+    return activation(s, e.linear(s, x, mlp.gate, mlp.gate_bias), mlp.act)
 
 
-def _times_up(s: Scope, g: Value, x: Value, up: Value | None, bias: Value | None) -> Value:
-    return g if up is None else e.elementwise(s, "Mul", g, e.linear(s, x, up, bias))
+def _times_up(s: Scope, g: Value, x: Value, mlp: Mlp[Value]) -> Value:
+    if mlp.up is None:
+        return g
+    return e.elementwise(s, "Mul", g, e.linear(s, x, mlp.up, mlp.up_bias))
 
 
-def _down(s: Scope, z: Value, down: Value, bias: Value | None) -> Value:
-    y = e.flat_matmul(s, z, down)
+def _down(s: Scope, z: Value, mlp: Mlp[Value]) -> Value:
+    return _plus(s, e.flat_matmul(s, z, mlp.down), mlp.down_bias)
+
+
+def _plus(s: Scope, y: Value, bias: Value | None) -> Value:
     return y if bias is None else e.elementwise(s, "Add", y, bias)
+
+
+def _gathers(s: Scope, weight: Value, below: float) -> bool:
+    """Whether what a threshold keeps of a weight is so little that it is gathered."""
+    view = weight.view
+    return view is not None and kept_share(s.root.sites, view.weight.name) <= below
 
 
 def _above(s: Scope, g: Value, threshold: float) -> Value:

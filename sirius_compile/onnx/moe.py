@@ -16,6 +16,7 @@ from sirius_compile.onnx import emit as e
 from sirius_compile.onnx.mlp import activation, topk
 from sirius_compile.onnx.scope import Scope, Value
 from sirius_runtime.ops.moe import CLAMPED_SWIGLU
+from sirius_runtime.ops.operands import Mlp, grouped
 
 _LIMIT = 7.0  # of clamped_swiglu, in gate and up
 
@@ -23,39 +24,16 @@ Choice = Callable[["Routes", Value], Value]
 """act(gate x) [P, I] without the neurons that are left out."""
 
 
-def dense_moe(
-    s: Scope,
-    x: Value,
-    experts: Value,
-    weights: Value,
-    gate: Value,
-    up: Value | None,
-    down: Value,
-    gate_bias: Value | None,
-    up_bias: Value | None,
-    down_bias: Value | None,
-    act: str,
-    layer: int,
-) -> Value:
+@grouped
+def dense_moe(s: Scope, x: Value, experts: Value, weights: Value, mlp: Mlp[Value]) -> Value:
     """`sirius::dense_moe`."""
-    routes = Routes(s, experts, weights, gate)
-    return _moe(routes, x, gate, up, down, gate_bias, up_bias, down_bias, act)
+    routes = Routes(s, experts, weights, mlp.gate)
+    return _moe(routes, x, mlp)
 
 
+@grouped
 def topk_moe(
-    s: Scope,
-    x: Value,
-    experts: Value,
-    weights: Value,
-    gate: Value,
-    up: Value | None,
-    down: Value,
-    gate_bias: Value | None,
-    up_bias: Value | None,
-    down_bias: Value | None,
-    act: str,
-    layer: int,
-    keep: int,
+    s: Scope, x: Value, experts: Value, weights: Value, mlp: Mlp[Value], keep: int
 ) -> Value:
     """`sirius::topk_moe`: every neuron of a token's experts is computed, and some are left out."""
 
@@ -71,23 +49,17 @@ def topk_moe(
         kept = routes.by_expert(e.reshape(s, kept, [-1, neurons]))
         return e.elementwise(s, "Mul", g, kept)
 
-    routes = Routes(s, experts, weights, gate)
-    return _moe(routes, x, gate, up, down, gate_bias, up_bias, down_bias, act, largest)
+    routes = Routes(s, experts, weights, mlp.gate)
+    return _moe(routes, x, mlp, largest)
 
 
+@grouped
 def experts_moe(
     s: Scope,
     x: Value,
     experts: Value,
     weights: Value,
-    gate: Value,
-    up: Value | None,
-    down: Value,
-    gate_bias: Value | None,
-    up_bias: Value | None,
-    down_bias: Value | None,
-    act: str,
-    layer: int,
+    mlp: Mlp[Value],
     keep: int,
     normalised: bool,
 ) -> Value:
@@ -96,8 +68,8 @@ def experts_moe(
     if normalised:
         whole, part = (e.reduced(s, "ReduceSum", w, [-1], True) for w in (weights, kept))
         kept = e.elementwise(s, "Mul", kept, e.elementwise(s, "Div", whole, part))
-    routes = Routes(s, e.take(s, experts, index, -1), kept, gate)
-    return _moe(routes, x, gate, up, down, gate_bias, up_bias, down_bias, act)
+    routes = Routes(s, e.take(s, experts, index, -1), kept, mlp.gate)
+    return _moe(routes, x, mlp)
 
 
 class Routes:
@@ -165,23 +137,14 @@ class Routes:
         return e.concat(s, [product(p, w) for p, w in zip(parts, own, strict=True)], 0)
 
 
-def _moe(
-    routes: Routes,
-    x: Value,
-    gate: Value,
-    up: Value | None,
-    down: Value,
-    gate_bias: Value | None,
-    up_bias: Value | None,
-    down_bias: Value | None,
-    act: str,
-    choice: Choice = lambda routes, g: g,
-) -> Value:
+def _moe(routes: Routes, x: Value, mlp: Mlp[Value], choice: Choice = lambda routes, g: g) -> Value:
     s, x_PC = routes.s, routes.rows(x)
-    z = choice(routes, _activation(s, routes.linear(x_PC, gate, gate_bias), act))
-    if up is not None:
-        z = e.elementwise(s, "Mul", z, _bounded(s, routes.linear(x_PC, up, up_bias), act))
-    y = routes.down(e.cast(s, z, x.dtype), down, down_bias)
+    g = routes.linear(x_PC, mlp.gate, mlp.gate_bias)
+    z = choice(routes, _activation(s, g, mlp.act))
+    if mlp.up is not None:
+        u = routes.linear(x_PC, mlp.up, mlp.up_bias)
+        z = e.elementwise(s, "Mul", z, _bounded(s, u, mlp.act))
+    y = routes.down(e.cast(s, z, x.dtype), mlp.down, mlp.down_bias)
     weighted = routes.by_token(e.elementwise(s, "Mul", y, routes.weights_P1))
     width = y.shape[1]
     assert isinstance(width, int)

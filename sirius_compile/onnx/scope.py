@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from sirius_runtime.onnx_files import expert_name
+from sirius_runtime.spec import SiteSpec
 
 Extent = int | str | None
 """Of a dimension: its size, a letter that stands for it, or None: known when it runs."""
@@ -68,11 +69,34 @@ class Value:
         return len(self.shape)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A weight of which a prompt keeps some neurons, and the graph's input that has them.
+
+    `weight`: the rows of a weight that are the neurons', [I, C], or a bias [I]; the input is
+    [B, C, K] of `gate` and `up`, so that its product reads it in order, [B, K, C] of `down`, and
+    [B, 1, K] of a bias.
+    """
+
+    name: str
+    part: str
+    layer: int
+    weight: View
+
+
 class Scope:
     """One ONNX graph in the making."""
 
-    def __init__(self, parent: Scope | None = None, *, repeats: bool = False) -> None:
-        """repeats: a Loop's body, whose invariant nodes are put in `parent`."""
+    def __init__(
+        self,
+        parent: Scope | None = None,
+        *,
+        repeats: bool = False,
+        sites: Sequence[SiteSpec] = (),
+    ) -> None:
+        """repeats: a Loop's body, whose invariant nodes are put in `parent`. sites: the program's,
+        of the outermost graph.
+        """
         self.parent, self._repeats = parent, repeats
         self.root: Scope = self if parent is None else parent.root
         self.depth: int = 0 if parent is None else parent.depth + 1
@@ -86,6 +110,11 @@ class Scope:
             self.initializers: dict[str, onnx.TensorProto] = {}
             self._constants: dict[object, Value] = {}
             self._letters: dict[str, tuple[Value, int]] = {}
+            self.sites = sites
+            self.kept: dict[str, Kept] = {}
+            """The inputs that the graph `select` makes, in order."""
+            self.new_kv: tuple[list[Value], list[Value]] = [], []
+            """K and V of the call's tokens, by layer, that the caller is to write to the caches."""
 
     # values that no node makes
 

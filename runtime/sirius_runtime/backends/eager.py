@@ -1,8 +1,8 @@
 """The back end that runs each operator of the graph by itself, in PyTorch.
 
 On the CPU the `sirius::` operators have kernels behind them, and the graph that runs is rewritten
-to use more of them (`sirius_runtime.kernels.rewrite`). Graphs on disk, and those that a compiler is
-given, stay as they are.
+to use more of them (`sirius_runtime.backends.rewrite`). Graphs on disk, and those that a compiler
+is given, stay as they are.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, fx
 
+from sirius_runtime.backends.rewrite import with_kernels
 from sirius_runtime.decoder import Decoder, Uniform
 from sirius_runtime.errors import ArtifactError, SiriusError
 from sirius_runtime.graph import INPUT, WEIGHT, from_document
 from sirius_runtime.graph_check import check_graph
-from sirius_runtime.kernels.rewrite import with_kernels
 from sirius_runtime.plan import Limits
 from sirius_runtime.request import Request
 from sirius_runtime.spec import JSON, ProgramSpec

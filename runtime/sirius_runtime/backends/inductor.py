@@ -12,10 +12,10 @@ from torch._dynamo.exc import TorchDynamoException
 from sirius_runtime.backends.eager import EagerBackend, blaming_the_graph
 from sirius_runtime.backends.inductor_cache import check_name, keeps_code_in
 from sirius_runtime.backends.period import Progress
+from sirius_runtime.backends.rewrite import with_linears
 from sirius_runtime.cache import CACHE_VARIABLE, cache_folder, private_folder
 from sirius_runtime.errors import BackendError
 from sirius_runtime.kernels.build import compiler
-from sirius_runtime.kernels.rewrite import with_linears
 from sirius_runtime.spec import JSON, ProgramSpec
 
 _VARYING = frozenset("BTRMS")

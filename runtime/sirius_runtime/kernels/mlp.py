@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from struct import Struct
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,7 @@ from sirius_runtime.kernels.arguments import (
 )
 from sirius_runtime.kernels.native import kernels
 from sirius_runtime.ops import mlp as reference
+from sirius_runtime.ops.operands import Mlp, grouped
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,10 @@ _STATISTIC = Struct("=7q")
 
 
 def _run(
-    operator: str,
-    choice: _Choice,
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
+    operator: str, choice: _Choice, x: Tensor, mlp: Mlp[Tensor]
 ) -> tuple[Tensor, Tensor | None] | None:
     """y [B, T, C], and counts [B] or z [B, T, I] where asked for; None where no kernel serves."""
+    gate, up, down, gate_bias, up_bias, down_bias, act, _ = mlp
     dtype = x.dtype
     kind, code = TYPES.get(dtype), ACTIVATIONS.get(act)
     if kind is None or code is None or x.ndim != 3:
@@ -126,74 +118,44 @@ def _as_stored(threshold: float, dtype: torch.dtype) -> float:
     return torch.tensor(threshold, dtype=dtype).item()
 
 
-def dense_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-) -> Tensor:
+@grouped
+def dense_mlp(x: Tensor, mlp: Mlp[Tensor]) -> Tensor:
     """As `reference.dense_mlp`."""
-    weights = gate, up, down, gate_bias, up_bias, down_bias, act
-    done = _run("dense_mlp", _ALL, x, *weights) or _by_torch(x, *weights)
-    return reference.dense_mlp(x, *weights, layer) if done is None else done[0]
+    done = _run("dense_mlp", _ALL, x, mlp) or _by_torch(x, mlp)
+    return reference.dense_mlp(x, *mlp) if done is None else done[0]
 
 
-def _by_torch(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-) -> tuple[Tensor, Tensor] | None:
+def _by_torch(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor] | None:
     """y [B, T, C] and z = act(gate x) · up x [B, T, I] of many tokens: the products by torch, what
     stands between them in one pass.
     """
-    library, code = kernels(), ACTIVATIONS.get(act)
+    library, code = kernels(), ACTIVATIONS.get(mlp.act)
     if library is None or code is None or x.dtype not in TYPES or x.device.type != "cpu":
         return None
-    z = F.linear(x, gate, gate_bias)  # contiguous, and nobody else's
-    u = None if up is None else F.linear(x, up, up_bias)
+    z = F.linear(x, mlp.gate, mlp.gate_bias)  # contiguous, and nobody else's
+    u = None if mlp.up is None else F.linear(x, mlp.up, mlp.up_bias)
     status = library.sirius_gated(
         TYPES[z.dtype], code, z.data_ptr(), z.numel(), address(u), 0 if u is None else u.numel(),
         torch.get_num_threads(),
     )  # fmt: skip
     check(library, status, "dense_mlp")
-    return F.linear(z, down.t(), down_bias), z
+    return F.linear(z, mlp.down.t(), mlp.down_bias), z
 
 
-def _with_product(operator: str, x: Tensor, *weights: Any) -> tuple[Tensor, Tensor] | None:
+def _with_product(operator: str, x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor] | None:
     """y and z, as `_by_torch` has them, by a kernel where it serves."""
-    y, z = _run(operator, _Choice(product=True), x, *weights) or (None, None)
-    return _by_torch(x, *weights) if y is None or z is None else (y, z)
+    y, z = _run(operator, _Choice(product=True), x, mlp) or (None, None)
+    return _by_torch(x, mlp) if y is None or z is None else (y, z)
 
 
-def dense_mlp_statistic(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-    valid: Tensor,
-) -> tuple[Tensor, Tensor]:
+@grouped
+def dense_mlp_statistic(x: Tensor, mlp: Mlp[Tensor], valid: Tensor) -> tuple[Tensor, Tensor]:
     """As `reference.dense_mlp_statistic`."""
-    weights = gate, up, down, gate_bias, up_bias, down_bias, act
     library, done = kernels(), None
     if x.ndim == 3 and valid.dtype is torch.bool and valid.shape == x.shape[:2]:
-        done = _with_product("dense_mlp_statistic", x, *weights)
+        done = _with_product("dense_mlp_statistic", x, mlp)
     if done is None or library is None:
-        return reference.dense_mlp_statistic(x, *weights, layer, valid)
+        return reference.dense_mlp_statistic(x, *mlp, valid)
     y, z = done
     valid = valid.contiguous()
     statistic = z.new_empty(z.shape[0], z.shape[2], dtype=torch.float32)
@@ -207,23 +169,13 @@ def dense_mlp_statistic(
     return y, statistic
 
 
-def dense_mlp_activity(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-) -> tuple[Tensor, Tensor]:
+@grouped
+def dense_mlp_activity(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor]:
     """As `reference.dense_mlp_activity`."""
-    weights = gate, up, down, gate_bias, up_bias, down_bias, act
     library = kernels()
-    done = _with_product("dense_mlp_activity", x, *weights)
+    done = _with_product("dense_mlp_activity", x, mlp)
     if done is None or library is None:
-        return reference.dense_mlp_activity(x, *weights, layer)
+        return reference.dense_mlp_activity(x, *mlp)
     y, z = done
     activity = torch.empty_like(z, dtype=torch.float32)
     status = library.sirius_activity(
@@ -238,81 +190,38 @@ def dense_mlp_activity(
     return y, activity
 
 
-def topk_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-    keep: int,
-) -> Tensor:
+@grouped
+def topk_mlp(x: Tensor, mlp: Mlp[Tensor], keep: int) -> Tensor:
     """As `reference.topk_mlp`; of neurons with equal scores, the first."""
-    weights = gate, up, down, gate_bias, up_bias, down_bias, act
     done = None
     if keep > 0:
-        done = _run("topk_mlp", _Choice(keep=keep), x, *weights)
-    return reference.topk_mlp(x, *weights, layer, keep) if done is None else done[0]
+        done = _run("topk_mlp", _Choice(keep=keep), x, mlp)
+    return reference.topk_mlp(x, *mlp, keep) if done is None else done[0]
 
 
-def cats_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-    threshold: float,
-) -> tuple[Tensor, Tensor]:
+@grouped
+def cats_mlp(x: Tensor, mlp: Mlp[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
     """As `reference.cats_mlp`."""
-    weights = gate, up, down, gate_bias, up_bias, down_bias, act
-    done = _run("cats_mlp", _Choice(threshold=threshold, counts=True), x, *weights)
+    done = _run("cats_mlp", _Choice(threshold=threshold, counts=True), x, mlp)
     if done is None or done[1] is None:
-        return reference.cats_mlp(x, *weights, layer, threshold)
+        return reference.cats_mlp(x, *mlp, threshold)
     return done[0], done[1]
 
 
-def griffin_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-    neurons: Tensor,
-) -> Tensor:
+@grouped
+def griffin_mlp(x: Tensor, mlp: Mlp[Tensor], neurons: Tensor) -> Tensor:
     """As `reference.griffin_mlp`; IndexError for a neuron that is not there."""
-    weights = gate, up, down, gate_bias, up_bias, down_bias, act
-    done = _run("griffin_mlp", _Choice(neurons=neurons[layer]), x, *weights)
-    return reference.griffin_mlp(x, *weights, layer, neurons) if done is None else done[0]
+    done = _run("griffin_mlp", _Choice(neurons=neurons[mlp.layer]), x, mlp)
+    return reference.griffin_mlp(x, *mlp, neurons) if done is None else done[0]
 
 
+@grouped
 def griffin_cats_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-    neurons: Tensor,
-    threshold: float,
+    x: Tensor, mlp: Mlp[Tensor], neurons: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """As `reference.griffin_cats_mlp`; IndexError for a neuron that is not there."""
-    weights = gate, up, down, gate_bias, up_bias, down_bias, act
-    choice = _Choice(neurons=neurons[layer], threshold=threshold, counts=True)
-    done = _run("griffin_cats_mlp", choice, x, *weights)
+    choice = _Choice(neurons=neurons[mlp.layer], threshold=threshold, counts=True)
+    done = _run("griffin_cats_mlp", choice, x, mlp)
     if done is None or done[1] is None:
-        return reference.griffin_cats_mlp(x, *weights, layer, neurons, threshold)
+        return reference.griffin_cats_mlp(x, *mlp, neurons, threshold)
     return done[0], done[1]

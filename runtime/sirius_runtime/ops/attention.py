@@ -8,38 +8,41 @@ block sees whom.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sirius_runtime.ops.registry import define
+from sirius_runtime.graph_rules import Array, made, need
+from sirius_runtime.graph_sizes import Size
+from sirius_runtime.ops.operands import Attention, Caches, Heads, Places, grouped
+from sirius_runtime.ops.rules import (
+    ROWS_OR_ONE,
+    need_dtype,
+    need_finite,
+    need_layer,
+    need_model,
+    need_rank,
+    need_shape,
+    need_some,
+)
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visible: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _attend(heads: Heads[Tensor], visible: Tensor, kind: Attention[Tensor]) -> Tensor:
     """Softmax attention of q [B, H, T, D] over k, v [B, G, S, D] where `visible` [B | 1, 1, T,
     S]. Contiguous, as the operators' fakes promise to compilers.
     """
-    if softcap is None and sinks is None:
+    q, k, v = heads
+    if kind.softcap is None and kind.sinks is None:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=visible, scale=kind.scale, enable_gqa=q.shape[1] != k.shape[1]
         ).contiguous()
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = (q @ k.transpose(-1, -2)).float() * kind.scale
+    if kind.softcap is not None:
+        scores = torch.tanh(scores / kind.softcap) * kind.softcap
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    return _softmax(scores, sinks).to(q.dtype) @ v
+    return _softmax(scores, kind.sinks).to(q.dtype) @ v
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -50,20 +53,8 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
 
 
-def _output_like(q: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layer: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+@grouped
+def attention(heads: Heads[Tensor], kind: Attention[Tensor]) -> Tensor:
     """Causal self-attention without a cache: what capture emits, one a layer.
 
     q [B, H, T, D]; k [B, G, T, D]; v [B, G, T, Dv]; returns [B, H, T, Dv]. A query sees the
@@ -71,29 +62,17 @@ def attention(
     ±softcap by tanh. `sinks` [H] are scores of a token without a value, which every query of the
     head sees. `layer` is the index of the layer, kept for the passes.
     """
-    index = torch.arange(q.shape[2], device=q.device)
+    index = torch.arange(heads.q.shape[2], device=heads.q.device)
     distance_TT = index[:, None] - index[None, :]
     visible = distance_TT >= 0
-    if window is not None:
-        visible = visible & (distance_TT < window)
-    return _attend(q, k, v, visible[None, None], scale, softcap, sinks)
+    if kind.window is not None:
+        visible = visible & (distance_TT < kind.window)
+    return _attend(heads, visible[None, None], kind)
 
 
+@grouped
 def cached_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    length: Tensor,
-    tree_mask: Tensor,
-    layer: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None = None,
+    heads: Heads[Tensor], caches: Caches[Tensor], places: Places[Tensor], kind: Attention[Tensor]
 ) -> Tensor:
     """Writes k, v to their slots, then attends to the committed history and to the block's
     ancestors.
@@ -106,9 +85,11 @@ def cached_attention(
     its ancestor (a depth, not a flag, so that windows hold inside a block). Slots from `length + M`
     on are never seen. Returns [B, H, T, Dv].
     """
+    q, k, v = heads
+    positions, slots, length, tree_mask = places
     B, _, T, _ = q.shape
     M = tree_mask.shape[-1]
-    k_layer, v_layer = k_cache[layer], v_cache[layer]
+    k_layer, v_layer = caches.k[kind.layer], caches.v[kind.layer]
     k_layer.scatter_(2, slots[:, None, :, None].expand(k.shape), k)
     v_layer.scatter_(2, slots[:, None, :, None].expand(v.shape), v)
 
@@ -124,30 +105,19 @@ def cached_attention(
     committed = positions[:, :, None] - slot_E
     distance_BTE = torch.where((block_BE < 0)[:, None, :], committed, in_block)
     visible = distance_BTE >= 0
-    if window is not None:
-        visible = visible & (distance_BTE < window)
-    return _attend(
-        q, k_layer[:, :, :extent], v_layer[:, :, :extent], visible[:, None], scale, softcap, sinks
-    )
+    if kind.window is not None:
+        visible = visible & (distance_BTE < kind.window)
+    used = Heads(q, k_layer[:, :, :extent], v_layer[:, :, :extent])
+    return _attend(used, visible[:, None], kind)
 
 
+@grouped
 def block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_block: Tensor,
-    v_block: Tensor,
-    positions: Tensor,
-    nodes: Tensor,
-    length: Tensor,
-    tree_mask: Tensor,
-    layer: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None = None,
+    heads: Heads[Tensor],
+    caches: Caches[Tensor],
+    block: Caches[Tensor],
+    places: Places[Tensor],
+    kind: Attention[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cached_attention` without a mutation: the block's K/V stands apart from the caches.
 
@@ -157,46 +127,39 @@ def block_attention(
     call's K/V in place: [B, G, M, D] and [B, G, M, Dv]. A loop that drafts carries the block alone,
     never a copy of the caches.
     """
-    extent = k_cache.shape[3]
-    if length.device.type == "cpu":  # as above
-        extent = min(extent, int(length.max()))
-    return _block_attention(
-        q, k, v, k_cache, v_cache, k_block, v_block, positions, nodes, length, tree_mask,
-        layer, scale, window, softcap, sinks, extent=extent,
-    )  # fmt: skip
+    extent = caches.k.shape[3]
+    if places.length.device.type == "cpu":  # as above
+        extent = min(extent, int(places.length.max()))
+    return _block_attention(heads, caches, block, places, kind, extent)
 
 
+@grouped
 def decomposed_block_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, *rest: Any
+    heads: Heads[Tensor],
+    caches: Caches[Tensor],
+    block: Caches[Tensor],
+    places: Places[Tensor],
+    kind: Attention[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`block_attention` in PyTorch's operators alone, for lowering: all slots, no host read."""
-    return _block_attention(q, k, v, k_cache, *rest, extent=k_cache.shape[3])
+    return _block_attention(heads, caches, block, places, kind, caches.k.shape[3])
 
 
 def _block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_block: Tensor,
-    v_block: Tensor,
-    positions: Tensor,
-    nodes: Tensor,
-    length: Tensor,
-    tree_mask: Tensor,
-    layer: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None = None,
-    *,
+    heads: Heads[Tensor],
+    caches: Caches[Tensor],
+    block: Caches[Tensor],
+    places: Places[Tensor],
+    kind: Attention[Tensor],
     extent: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = heads
+    positions, nodes, length, tree_mask = places
+    layer, scale, window, softcap, sinks = kind
     B, H, T, D = q.shape
     G = k.shape[1]
-    k_new = k_block[layer].index_copy(2, nodes, k)
-    v_new = v_block[layer].index_copy(2, nodes, v)
+    k_new = block.k[layer].index_copy(2, nodes, k)
+    v_new = block.v[layer].index_copy(2, nodes, v)
     slot_E = torch.arange(extent, device=q.device)
     distance_BTE = positions[:, :, None] - slot_E
     committed = slot_E < length[:, None, None]
@@ -209,7 +172,7 @@ def _block_attention(
     q_BGRD = q.reshape(B, G, H // G * T, D)
     scores = torch.cat(
         [
-            q_BGRD @ k_cache[layer, :, :, :extent].transpose(-1, -2),
+            q_BGRD @ caches.k[layer, :, :, :extent].transpose(-1, -2),
             q_BGRD @ k_new.transpose(-1, -2),
         ],
         -1,
@@ -219,39 +182,118 @@ def _block_attention(
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(visible[:, None].logical_not(), torch.finfo(torch.float32).min)
     p = _softmax(scores, sinks).to(q.dtype).view(B, G, H // G * T, -1)
-    out = p[..., :extent] @ v_cache[layer, :, :, :extent] + p[..., extent:] @ v_new
+    out = p[..., :extent] @ caches.v[layer, :, :, :extent] + p[..., extent:] @ v_new
     return out.view(B, H, T, -1), k_new, v_new
 
 
-def _fake_block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kc: Tensor,
-    vc: Tensor,
-    k_block: Tensor,
-    v_block: Tensor,
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _output_like(q, v), torch.empty_like(k_block[0]), torch.empty_like(v_block[0])
+def like_q(q: Tensor, _k: Tensor, v: Tensor, *_: object) -> Tensor:
+    """The fake of attention: [B, H, T, Dv]."""
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-    return _output_like(q, v)
+def like_q_and_blocks(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The fake of attention that returns a layer's block too."""
+    q, k, v, _, _, k_block, v_block, *_rest = args
+    return like_q(q, k, v), torch.empty_like(k_block[0]), torch.empty_like(v_block[0])
 
 
-_KIND = "int layer, float scale, int? window, float? softcap, Tensor? sinks=None"
-define(f"attention(Tensor q, Tensor k, Tensor v, {_KIND}) -> Tensor", attention, _fake_attention)
-define(
-    "cached_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    f"Tensor positions, Tensor slots, Tensor length, Tensor tree_mask, {_KIND}) -> Tensor",
-    cached_attention,
-    _fake_attention,
-)
-define(
-    "block_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, "
-    "Tensor k_block, Tensor v_block, Tensor positions, Tensor nodes, Tensor length, "
-    f"Tensor tree_mask, {_KIND}) -> (Tensor, Tensor, Tensor)",
-    block_attention,
-    _fake_block_attention,
-)
+# What graphs of an artifact may pass
+
+
+@grouped
+def attention_rule(heads: Heads[Array], kind: Attention[Array]) -> Array:
+    B, H, _, T, _, Dv = _sizes(heads)
+    need_model(**heads._asdict())
+    _need_kind(H, kind)
+    return made(heads.q.dtype, (B, H, T, Dv))
+
+
+@grouped
+def cached_attention_rule(
+    heads: Heads[Array], caches: Caches[Array], places: Places[Array], kind: Attention[Array]
+) -> Array:
+    B, H, G, T, D, Dv = _sizes(heads)
+    need_model(**heads._asdict(), k_cache=caches.k, v_cache=caches.v)
+    _need_caches(caches, kind, B, G, D, Dv)
+    _need_mask(places.tree_mask, B, T)
+    need_shape("positions", places.positions, B, T)
+    need_shape("slots", places.slots, B, T)
+    need_shape("length", places.length, B)
+    need_dtype(torch.int64, **places._asdict())
+    _need_kind(H, kind)
+    return made(heads.q.dtype, (B, H, T, Dv))
+
+
+@grouped
+def block_attention_rule(
+    heads: Heads[Array],
+    caches: Caches[Array],
+    block: Caches[Array],
+    places: Places[Array],
+    kind: Attention[Array],
+) -> tuple[Array, Array, Array]:
+    B, H, G, T, D, Dv = _sizes(heads)
+    blocks = {"k_block": block.k, "v_block": block.v}
+    need_model(**heads._asdict(), k_cache=caches.k, v_cache=caches.v, **blocks)
+    layers = _need_caches(caches, kind, B, G, D, Dv)
+    M = _need_mask(places.tree_mask, B, T)
+    need_shape("k_block", block.k, layers, B, G, M, D)
+    need_shape("v_block", block.v, layers, B, G, M, Dv)
+    need_shape("positions", places.positions, B, T)
+    need_shape("nodes", places.slots, T)
+    need_shape("length", places.length, B)
+    positions, nodes, length, tree_mask = places
+    integers = {"positions": positions, "nodes": nodes, "length": length, "tree_mask": tree_mask}
+    need_dtype(torch.int64, **integers)
+    _need_kind(H, kind)
+    q = heads.q.dtype
+    return made(q, (B, H, T, Dv)), made(q, block.k.shape[1:]), made(q, block.v.shape[1:])
+
+
+def _sizes(heads: Heads[Array]) -> tuple[Size, ...]:
+    """B, H, G, T, D, Dv."""
+    q, k, v = heads
+    for name, array in heads._asdict().items():
+        need_rank(name, array, 4)
+    need_some(q=q, k=k, v=v)
+    B, H, T, D = q.shape
+    G, Dv = k.shape[1], v.shape[3]
+    need_shape("k", k, B, G, T, D)
+    need_shape("v", v, B, G, T, Dv)
+    shares = isinstance(H, int) and isinstance(G, int) and H % G == 0
+    need(shares, f"{H} heads do not share {G} of keys")
+    need(isinstance(D, int) and isinstance(Dv, int), "a head's dimensions are unknown")
+    return B, H, G, T, D, Dv
+
+
+def _need_kind(H: Size, kind: Attention[Array]) -> None:
+    _, scale, window, softcap, sinks = kind
+    need_finite(scale=scale, softcap=softcap)
+    positive = window is None or (isinstance(window, int) and window >= 1)
+    need(positive, f"a window must be >= 1, found {window}")
+    need(softcap is None or softcap > 0, f"softcap must be > 0, found {softcap}")
+    need_shape("sinks", sinks, H)
+    need(sinks is None or sinks.dtype.is_floating_point, f"sinks are numbers, found {sinks}")
+
+
+def _need_caches(
+    caches: Caches[Array], kind: Attention[Array], B: Size, G: Size, D: Size, Dv: Size
+) -> Size:
+    """The layers."""
+    need_rank("k_cache", caches.k, 5)
+    need_some(k_cache=caches.k)
+    layers, slots = caches.k.shape[0], caches.k.shape[3]
+    need_shape("k_cache", caches.k, layers, B, G, slots, D)
+    need_shape("v_cache", caches.v, layers, B, G, slots, Dv)
+    need_layer(kind.layer, layers)
+    return layers
+
+
+def _need_mask(tree_mask: Array, B: Size, T: Size) -> Size:
+    """The block's slots."""
+    need_rank("tree_mask", tree_mask, 3)
+    need_some(tree_mask=tree_mask)
+    rows, _, M = tree_mask.shape
+    need(rows in (1, B, ROWS_OR_ONE), f"tree_mask must be of 1 or {B} rows, found {tree_mask}")
+    need_shape("tree_mask", tree_mask, rows, T, M)
+    return M

@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sirius_runtime.ops.registry import define
+from sirius_runtime.graph_rules import Array, made, need
+from sirius_runtime.ops.rules import (
+    counts,
+    need_finite,
+    need_model,
+    need_rank,
+    need_shape,
+    need_some,
+    tokens,
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,22 +57,37 @@ def sparse_linear(
     return y if bias is None else y + bias, kept.sum((1, 2))
 
 
-def _fake_sparse_linear(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def all_channels(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> Tensor:
+    """`sparse_linear` where nothing is skipped."""
+    return F.linear(x, weight.mT, bias)
+
+
+def channel_scores(x: Tensor, *_: object) -> Tensor:
+    """What `sparse_linear` compares of each token with its threshold, [B, T, C]."""
+    return x.float().abs()
+
+
+def fake_sparse_linear(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:-1], weight.shape[1]), x.new_empty(x.shape[0], dtype=torch.int64)
 
 
-def _fake_linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+def fake_linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _fake_linears(x: Tensor, weights: Sequence[Tensor], _: object) -> list[Tensor]:
-    return [_fake_linear(x, weight) for weight in weights]
+def fake_linears(x: Tensor, weights: Sequence[Tensor], _: object) -> list[Tensor]:
+    return [fake_linear(x, weight) for weight in weights]
 
 
-define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", linear, _fake_linear)
-define("linears(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]", linears, _fake_linears)
-define(
-    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, float threshold) -> (Tensor, Tensor)",
-    sparse_linear,
-    _fake_sparse_linear,
-)
+def sparse_linear_rule(
+    x: Array, weight: Array, bias: Array | None, threshold: float
+) -> tuple[Array, Array]:
+    B, T = tokens(x)
+    need_model(x=x, weight=weight, bias=bias)
+    need_rank("weight", weight, 2)
+    need_some(x=x, weight=weight)
+    C, O = weight.shape  # noqa: E741
+    need(x.shape[2] == C, f"x {x} does not go through weight {weight}")
+    need_shape("bias", bias, O)
+    need_finite(threshold=threshold)
+    return made(x.dtype, (B, T, O)), counts(x)

@@ -17,7 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sirius_runtime.ops.registry import define
+from sirius_runtime.graph_rules import Array, made, need
+from sirius_runtime.graph_sizes import Size
+from sirius_runtime.ops.operands import Mlp, grouped
+from sirius_runtime.ops.rules import (
+    counts,
+    need_dtype,
+    need_finite,
+    need_kept,
+    need_layer,
+    need_model,
+    need_rank,
+    need_shape,
+    need_some,
+    tokens,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -29,163 +43,99 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _gate(x: Tensor, gate: Tensor, gate_bias: Tensor | None, act: str) -> Tensor:
-    return ACTIVATIONS[act](F.linear(x, gate, gate_bias))
+def activations(x: Tensor, mlp: Mlp[Tensor]) -> Tensor:
+    """act(gate x), [B, T, I]."""
+    return ACTIVATIONS[mlp.act](F.linear(x, mlp.gate, mlp.gate_bias))
 
 
-def _times_up(g: Tensor, x: Tensor, up: Tensor | None, up_bias: Tensor | None) -> Tensor:
-    return g if up is None else g * F.linear(x, up, up_bias)
+def times_up(g: Tensor, x: Tensor, mlp: Mlp[Tensor]) -> Tensor:
+    """g · up x, of the activations or of those that are kept."""
+    return g if mlp.up is None else g * F.linear(x, mlp.up, mlp.up_bias)
 
 
-def _down(z: Tensor, down: Tensor, down_bias: Tensor | None) -> Tensor:
-    return F.linear(z, down.t(), down_bias)
+def down_of(z: Tensor, mlp: Mlp[Tensor]) -> Tensor:
+    """down z, [B, T, C]."""
+    return F.linear(z, mlp.down.t(), mlp.down_bias)
 
 
-def dense_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-) -> Tensor:
+@grouped
+def dense_mlp(x: Tensor, mlp: Mlp[Tensor]) -> Tensor:
     """The dense MLP. x [B, T, C]; gate, up, down [I, C]; biases [I], [I], [C]; returns [B, T,
     C]. No `up`: a plain MLP.
     """
-    z = _times_up(_gate(x, gate, gate_bias, act), x, up, up_bias)
-    return _down(z, down, down_bias)
+    z = times_up(activations(x, mlp), x, mlp)
+    return down_of(z, mlp)
 
 
-def dense_mlp_statistic(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-    valid: Tensor,
-) -> tuple[Tensor, Tensor]:
+@grouped
+def dense_mlp_statistic(x: Tensor, mlp: Mlp[Tensor], valid: Tensor) -> tuple[Tensor, Tensor]:
     """The dense MLP, and GRIFFIN's neuron statistic of the tokens where `valid` [B, T] (bool).
 
     Returns y [B, T, C] and, float32 [B, I], the sum over tokens of (z / ‖z‖₂)² with z = act(gate x)
     · up x (GRIFFIN, arXiv 2404.01365): its square root is the paper's score, and sums of chunks add
     up.
     """
-    z = _times_up(_gate(x, gate, gate_bias, act), x, up, up_bias)
+    z = times_up(activations(x, mlp), x, mlp)
     unit = F.normalize(z.float(), dim=-1)
     statistic = (unit.square() * valid[..., None]).sum(1)
-    return _down(z, down, down_bias), statistic
+    return down_of(z, mlp), statistic
 
 
-def dense_mlp_activity(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-) -> tuple[Tensor, Tensor]:
+@grouped
+def dense_mlp_activity(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor]:
     """The dense MLP, and the terms of GRIFFIN's statistic token by token.
 
     Returns y [B, T, C] and (z / ‖z‖₂)², float32 [B, T, I]: summed over the tokens that were kept,
     it is what `dense_mlp_statistic` says of them.
     """
-    z = _times_up(_gate(x, gate, gate_bias, act), x, up, up_bias)
-    return _down(z, down, down_bias), F.normalize(z.float(), dim=-1).square()
+    z = times_up(activations(x, mlp), x, mlp)
+    return down_of(z, mlp), F.normalize(z.float(), dim=-1).square()
 
 
-def topk_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-    keep: int,
-) -> Tensor:
+@grouped
+def topk_mlp(x: Tensor, mlp: Mlp[Tensor], keep: int) -> Tensor:
     """Per row, only the `keep` neurons of largest |act(gate x)|, summed over the call's T tokens.
 
     One token is the paper's fine-grained path; the beams of a tree share their neurons, because
     the union of sets of their own would soon be all neurons (Sirius, arXiv 2409.03856).
     """
-    g = _gate(x, gate, gate_bias, act)
+    g = activations(x, mlp)
     score = g.abs().sum(1, keepdim=True)
     kept = torch.zeros_like(score).scatter(-1, score.topk(keep, -1, sorted=False).indices, 1.0)
-    return _down(_times_up(g * kept, x, up, up_bias), down, down_bias)
+    return down_of(times_up(g * kept, x, mlp), mlp)
 
 
-def cats_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-    threshold: float,
-) -> tuple[Tensor, Tensor]:
+@grouped
+def cats_mlp(x: Tensor, mlp: Mlp[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
     """Per row, only neurons whose |act(gate x)|, the mean over the call's T tokens, is above
     `threshold` (CATS, arXiv 2404.08763; the beams of a tree share their neurons).
 
     Returns y [B, T, C] and the number of neurons kept, int64 [B].
     """
-    g = _gate(x, gate, gate_bias, act)
+    g = activations(x, mlp)
     kept = g.abs().mean(1, keepdim=True) > threshold
-    y = _down(_times_up(g * kept, x, up, up_bias), down, down_bias)
+    y = down_of(times_up(g * kept, x, mlp), mlp)
     return y, kept.sum((1, 2))
 
 
-def griffin_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-    neurons: Tensor,
-) -> Tensor:
+@grouped
+def griffin_mlp(x: Tensor, mlp: Mlp[Tensor], neurons: Tensor) -> Tensor:
     """Only the row's own `neurons` [layers, B, K] at `layer`, chosen once per prompt (GRIFFIN)."""
-    z = _times_up(_gate(x, gate, gate_bias, act), x, up, up_bias)
-    return _down(z * _chosen(z, neurons[layer]), down, down_bias)
+    z = times_up(activations(x, mlp), x, mlp)
+    return down_of(z * _chosen(z, neurons[mlp.layer]), mlp)
 
 
+@grouped
 def griffin_cats_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-    neurons: Tensor,
-    threshold: float,
+    x: Tensor, mlp: Mlp[Tensor], neurons: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """Of the row's own `neurons`, as in `griffin_mlp`, those above `threshold`, as in `cats_mlp`.
 
     Returns y [B, T, C] and the number of neurons kept, int64 [B].
     """
-    g = _gate(x, gate, gate_bias, act)
-    kept = (g.abs().mean(1, keepdim=True) > threshold) & _chosen(g, neurons[layer]).bool()
-    y = _down(_times_up(g * kept, x, up, up_bias), down, down_bias)
+    g = activations(x, mlp)
+    kept = (g.abs().mean(1, keepdim=True) > threshold) & _chosen(g, neurons[mlp.layer]).bool()
+    y = down_of(times_up(g * kept, x, mlp), mlp)
     return y, kept.sum((1, 2))
 
 
@@ -194,38 +144,120 @@ def _chosen(z: Tensor, neurons: Tensor) -> Tensor:
     return z.new_zeros(z.shape[0], z.shape[-1]).scatter(1, neurons, 1.0)[:, None, :]
 
 
-def _like(x: Tensor, *_: object) -> Tensor:
+@grouped
+def all_neurons(x: Tensor, mlp: Mlp[Tensor], *_: object) -> Tensor:
+    """The MLP where nothing is skipped, by its kernel."""
+    y: Tensor = torch.ops.sirius.dense_mlp(x, *mlp)
+    return y
+
+
+@grouped
+def neuron_scores(x: Tensor, mlp: Mlp[Tensor], *_: object) -> Tensor:
+    """What operators compare of each token with a threshold or with each other, [B, T, I]."""
+    return activations(x, mlp).abs()
+
+
+@grouped
+def chosen_scores(x: Tensor, mlp: Mlp[Tensor], neurons: Tensor, *_: object) -> Tensor:
+    """As `neuron_scores`, of the row's own `neurons` alone, [B, T, K]."""
+    chosen = neurons[mlp.layer][:, None].expand(-1, x.shape[1], -1)
+    return activations(x, mlp).abs().gather(-1, chosen)
+
+
+# Fakes
+
+
+def like(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
-def _like_and_statistic(x: Tensor, gate: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def like_and_statistic(x: Tensor, gate: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[0], gate.shape[0], dtype=torch.float32)
 
 
-def _like_and_count(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def like_and_count(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.int64)
 
 
-def _like_and_activity(x: Tensor, gate: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def like_and_activity(x: Tensor, gate: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(*x.shape[:-1], gate.shape[0], dtype=torch.float32)
 
 
-_MLP = (
-    "Tensor x, Tensor gate, Tensor? up, Tensor down, "
-    "Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act, int layer"
-)
-define(f"dense_mlp({_MLP}) -> Tensor", dense_mlp, _like)
-define(
-    f"dense_mlp_statistic({_MLP}, Tensor valid) -> (Tensor, Tensor)",
-    dense_mlp_statistic,
-    _like_and_statistic,
-)
-define(f"dense_mlp_activity({_MLP}) -> (Tensor, Tensor)", dense_mlp_activity, _like_and_activity)
-define(f"topk_mlp({_MLP}, int keep) -> Tensor", topk_mlp, _like)
-define(f"cats_mlp({_MLP}, float threshold) -> (Tensor, Tensor)", cats_mlp, _like_and_count)
-define(f"griffin_mlp({_MLP}, Tensor neurons) -> Tensor", griffin_mlp, _like)
-define(
-    f"griffin_cats_mlp({_MLP}, Tensor neurons, float threshold) -> (Tensor, Tensor)",
-    griffin_cats_mlp,
-    _like_and_count,
-)
+# What graphs of an artifact may pass
+
+
+def need_mlp(x: Array, mlp: Mlp[Array], *, experts: bool = False) -> Size:
+    """The neurons; of the weights [I, C], or [E, I, C] of `experts`."""
+    weights = {"gate": mlp.gate, "up": mlp.up, "down": mlp.down}
+    biases = {"gate_bias": mlp.gate_bias, "up_bias": mlp.up_bias, "down_bias": mlp.down_bias}
+    need_model(x=x, **weights, **biases)
+    need_rank("gate", mlp.gate, 3 if experts else 2)
+    need_some(x=x, gate=mlp.gate)
+    *E, I, C = mlp.gate.shape  # noqa: E741
+    need(bool(x.shape) and x.shape[-1] == C, f"x {x} does not go through gate {mlp.gate}")
+    for name, weight in weights.items():
+        need_shape(name, weight, *E, I, C)
+    need_shape("gate_bias", mlp.gate_bias, *E, I)
+    need_shape("up_bias", mlp.up_bias, *E, I)
+    need_shape("down_bias", mlp.down_bias, *E, C)
+    need(mlp.up is not None or mlp.up_bias is None, "up_bias stands without up")
+    need(isinstance(mlp.layer, int) and mlp.layer >= 0, f"there is no layer {mlp.layer}")
+    return I
+
+
+@grouped
+def dense_mlp_rule(x: Array, mlp: Mlp[Array]) -> Array:
+    need_mlp(x, mlp)
+    return x
+
+
+@grouped
+def dense_mlp_statistic_rule(x: Array, mlp: Mlp[Array], valid: Array) -> tuple[Array, Array]:
+    I = need_mlp(x, mlp)  # noqa: E741
+    B, T = tokens(x)
+    need_shape("valid", valid, B, T)
+    need_dtype(torch.bool, valid=valid)
+    return x, made(torch.float32, (B, I))
+
+
+@grouped
+def dense_mlp_activity_rule(x: Array, mlp: Mlp[Array]) -> tuple[Array, Array]:
+    I = need_mlp(x, mlp)  # noqa: E741
+    return x, made(torch.float32, (*tokens(x), I))
+
+
+@grouped
+def topk_mlp_rule(x: Array, mlp: Mlp[Array], keep: int) -> Array:
+    need_kept(keep, need_mlp(x, mlp))
+    tokens(x)
+    return x
+
+
+@grouped
+def cats_mlp_rule(x: Array, mlp: Mlp[Array], threshold: float) -> tuple[Array, Array]:
+    need_mlp(x, mlp)
+    tokens(x)
+    need_finite(threshold=threshold)
+    return x, counts(x)
+
+
+@grouped
+def griffin_mlp_rule(x: Array, mlp: Mlp[Array], neurons: Array) -> Array:
+    I = need_mlp(x, mlp)  # noqa: E741
+    B, _ = tokens(x)
+    need_rank("neurons", neurons, 3)
+    layers, _, K = neurons.shape
+    need_shape("neurons", neurons, layers, B, K)
+    need_dtype(torch.int64, neurons=neurons)
+    need_layer(mlp.layer, layers)
+    need_kept(K, I)
+    return x
+
+
+@grouped
+def griffin_cats_mlp_rule(
+    x: Array, mlp: Mlp[Array], neurons: Array, threshold: float
+) -> tuple[Array, Array]:
+    griffin_mlp_rule(x, *mlp, neurons)
+    need_finite(threshold=threshold)
+    return x, counts(x)

@@ -11,14 +11,16 @@ to experts of their own already, so there are no neurons that all of them could 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sirius_runtime.ops.mlp import ACTIVATIONS
-from sirius_runtime.ops.registry import define
+from sirius_runtime.graph_rules import Array, need
+from sirius_runtime.graph_sizes import Size, at_least
+from sirius_runtime.ops.mlp import ACTIVATIONS, need_mlp
+from sirius_runtime.ops.operands import Mlp, grouped
+from sirius_runtime.ops.rules import need_dtype, need_kept, need_rank, need_shape
 
 CLAMPED_SWIGLU = "clamped_swiglu"
 _LIMIT = 7.0
@@ -47,93 +49,54 @@ def gated(g: Tensor, u: Tensor | None, act: str) -> Tensor:
     return g * (u.clamp(-_LIMIT, _LIMIT) + 1 if act == CLAMPED_SWIGLU else u)
 
 
-def dense_moe(
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-) -> Tensor:
+@grouped
+def dense_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor]) -> Tensor:
     """All of each token's experts. x [N, C]; experts, weights [N, k]; gate, up, down [E, I, C];
     biases [E, I], [E, I], [E, C]; returns [N, C]. No `up`: plain MLPs.
     """
-    return _moe(
-        x, experts, weights, gate, up, down, gate_bias, up_bias, down_bias, act,
-        keep=None, linear=_linear_for(x),
-    )  # fmt: skip
+    return _moe(x, experts, weights, mlp, None, _linear_for(x))
 
 
-def topk_moe(
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-    keep: int,
-) -> Tensor:
+@grouped
+def topk_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep: int) -> Tensor:
     """Of the neurons of a token's experts together, only the `keep` of largest |act(gate x)|, times
     the expert's weight: that is what scales a neuron's part of the output.
     """
-    return _moe(
-        x, experts, weights, gate, up, down, gate_bias, up_bias, down_bias, act,
-        keep=keep, linear=_linear_for(x),
-    )  # fmt: skip
+    return _moe(x, experts, weights, mlp, keep, _linear_for(x))
 
 
+@grouped
 def experts_moe(
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    layer: int,
-    keep: int,
-    normalised: bool,
+    x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep: int, normalised: bool
 ) -> Tensor:
     """Only the `keep` of a token's experts with the largest weights. `normalised`: their weights
     are scaled to the sum of all, as by a router whose weights have a sum of its own choosing.
     """
     experts, weights = heaviest(experts, weights, keep, normalised)
-    return _moe(
-        x, experts, weights, gate, up, down, gate_bias, up_bias, down_bias, act,
-        keep=None, linear=_linear_for(x),
-    )  # fmt: skip
+    return _moe(x, experts, weights, mlp, None, _linear_for(x))
 
 
-def decomposed_dense_moe(*args: Any) -> Tensor:
+@grouped
+def decomposed_dense_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor]) -> Tensor:
     """`dense_moe` in PyTorch's operators alone, for lowering: every expert, no host read."""
-    *moe, _layer = args
-    return _moe(*moe, keep=None, linear=_linear_of_all)
+    return _moe(x, experts, weights, mlp, None, _linear_of_all)
 
 
-def decomposed_topk_moe(*args: Any) -> Tensor:
+@grouped
+def decomposed_topk_moe(
+    x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep: int
+) -> Tensor:
     """`topk_moe`, likewise."""
-    *moe, _layer, keep = args
-    return _moe(*moe, keep=keep, linear=_linear_of_all)
+    return _moe(x, experts, weights, mlp, keep, _linear_of_all)
 
 
-def decomposed_experts_moe(x: Tensor, experts: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+@grouped
+def decomposed_experts_moe(
+    x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep: int, normalised: bool
+) -> Tensor:
     """`experts_moe`, likewise."""
-    *mlps, _layer, keep, normalised = rest
     experts, weights = heaviest(experts, weights, keep, normalised)
-    return _moe(x, experts, weights, *mlps, keep=None, linear=_linear_of_all)
+    return _moe(x, experts, weights, mlp, None, _linear_of_all)
 
 
 def heaviest(
@@ -159,23 +122,17 @@ def _moe(
     x: Tensor,
     experts: Tensor,
     weights: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    act: str,
-    *,
+    mlp: Mlp[Tensor],
     keep: int | None,
     linear: Linear,
 ) -> Tensor:
     x_NkC = x[:, None].expand(*experts.shape, x.shape[-1])
-    g = EXPERT_ACTIVATIONS[act](linear(x_NkC, experts, gate, gate_bias))
+    g = EXPERT_ACTIVATIONS[mlp.act](linear(x_NkC, experts, mlp.gate, mlp.gate_bias))
     if keep is not None:
         g = g * largest(g, weights, keep)
-    z = gated(g, None if up is None else linear(x_NkC, experts, up, up_bias), act)
-    y = linear(z.to(x.dtype), experts, down.mT, down_bias)
+    u = None if mlp.up is None else linear(x_NkC, experts, mlp.up, mlp.up_bias)
+    z = gated(g, u, mlp.act)
+    y = linear(z.to(x.dtype), experts, mlp.down.mT, mlp.down_bias)
     return (y * weights[..., None]).sum(1).to(x.dtype)
 
 
@@ -206,14 +163,60 @@ def _linear_of_all(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | No
     return y_ENO.transpose(0, 1).gather(1, experts[..., None].expand(N, k, O))
 
 
-def _like(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x)
+@grouped
+def all_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], *_: object
+) -> Tensor:
+    """The mixture where nothing is skipped, by its kernel."""
+    y: Tensor = torch.ops.sirius.dense_moe(x, experts, weights, *mlp)
+    return y
 
 
-_MOE = (
-    "Tensor x, Tensor experts, Tensor weights, Tensor gate, Tensor? up, Tensor down, "
-    "Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act, int layer"
-)
-define(f"dense_moe({_MOE}) -> Tensor", dense_moe, _like)
-define(f"topk_moe({_MOE}, int keep) -> Tensor", topk_moe, _like)
-define(f"experts_moe({_MOE}, int keep, bool normalised) -> Tensor", experts_moe, _like)
+@grouped
+def expert_scores(
+    x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], *_: object
+) -> Tensor:
+    """What `topk_moe` compares with each other: a token's, of all its experts [N, k I]."""
+    x_NkC = x[:, None].expand(*experts.shape, x.shape[-1])
+    g = EXPERT_ACTIVATIONS[mlp.act](_linear_for(x)(x_NkC, experts, mlp.gate, mlp.gate_bias))
+    return (g.abs() * weights[..., None]).flatten(1)
+
+
+# What graphs of an artifact may pass
+
+
+def _need_moe(x: Array, experts: Array, weights: Array, mlp: Mlp[Array]) -> tuple[Size, Size]:
+    """Experts of a token, and neurons of one."""
+    need_rank("x", x, 2)
+    need_rank("experts", experts, 2)
+    N, k = x.shape[0], experts.shape[1]
+    need_shape("experts", experts, N, k)
+    need_shape("weights", weights, N, k)
+    need_dtype(torch.int64, experts=experts)
+    need(weights.dtype.is_floating_point, f"weights are numbers, found {weights}")
+    I = need_mlp(x, mlp, experts=True)  # noqa: E741
+    need_kept(k, mlp.gate.shape[0])
+    return k, I
+
+
+@grouped
+def dense_moe_rule(x: Array, experts: Array, weights: Array, mlp: Mlp[Array]) -> Array:
+    _need_moe(x, experts, weights, mlp)
+    return x
+
+
+@grouped
+def topk_moe_rule(x: Array, experts: Array, weights: Array, mlp: Mlp[Array], keep: int) -> Array:
+    k, I = _need_moe(x, experts, weights, mlp)  # noqa: E741
+    known = isinstance(k, int) and isinstance(I, int)
+    need(known and at_least(keep, 1), f"{keep} neurons can't be kept")
+    need_kept(keep, k * I)  # type: ignore[operator]
+    return x
+
+
+@grouped
+def experts_moe_rule(
+    x: Array, experts: Array, weights: Array, mlp: Mlp[Array], keep: int, normalised: bool
+) -> Array:
+    need_kept(keep, _need_moe(x, experts, weights, mlp)[0])
+    return x

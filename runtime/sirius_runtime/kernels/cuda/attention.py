@@ -9,94 +9,62 @@ from sirius_runtime.kernels.cuda import tiles
 from sirius_runtime.kernels.cuda.arguments import TYPES, given, is_vector
 from sirius_runtime.kernels.cuda.device import attention
 from sirius_runtime.kernels.cuda.launch import launch
+from sirius_runtime.ops.operands import Attention, Caches, Heads, Places, grouped
 
 
+@grouped
 def cached_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    length: Tensor,
-    tree_mask: Tensor,
-    layer: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None = None,
+    heads: Heads[Tensor], caches: Caches[Tensor], places: Places[Tensor], kind: Attention[Tensor]
 ) -> Tensor | None:
     """As the reference `sirius_runtime.ops.attention.cached_attention`. A slot that is not there
     is left out; a query that sees nothing gives zeros.
     """
-    where = positions, slots, length, tree_mask
-    if not _serves(q, k, v, k_cache, v_cache, where, window, softcap, sinks):
+    if not _serves(heads, caches, places, kind):
         return None
-    k, v = _rows(k), _rows(v)
-    keys, values = k_cache[layer], v_cache[layer]
+    k, v = _rows(heads.k), _rows(heads.v)
+    own = Caches(caches.k[kind.layer], caches.v[kind.layer])
     B, G, T, D = k.shape
-    V, S = v.shape[3], keys.shape[2]
+    V, S = v.shape[3], own.k.shape[2]
+    slots = places.slots.contiguous()
     launch(
         attention.store_kv,
         (T, G, B),
-        q.device,
-        (k, v, keys, values, slots.contiguous(), G, T, D, V, S, *k.stride()[:3], *v.stride()[:3]),
+        k.device,
+        (k, v, *own, slots, G, T, D, V, S, *k.stride()[:3], *v.stride()[:3]),
         tiles.Tile(0, 0, warps=1),
         BLOCK=tiles.power_of_two(max(D, V)),
     )
-    return _run(
-        q, keys, values, None, None, positions, length, tree_mask, scale, window, softcap, sinks
-    )
+    return _run(heads.q, own, None, places, kind)
 
 
+@grouped
 def block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_block: Tensor,
-    v_block: Tensor,
-    positions: Tensor,
-    nodes: Tensor,
-    length: Tensor,
-    tree_mask: Tensor,
-    layer: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None = None,
+    heads: Heads[Tensor],
+    caches: Caches[Tensor],
+    block: Caches[Tensor],
+    places: Places[Tensor],
+    kind: Attention[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """As the reference `sirius_runtime.ops.attention.block_attention`."""
-    where = positions, length, tree_mask
     if not (
-        _serves(q, k, v, k_cache, v_cache, where, window, softcap, sinks)
-        and k_block.dtype is v_block.dtype is q.dtype
-        and k_block.shape[3] == v_block.shape[3] == tree_mask.shape[2]
+        _serves(heads, caches, places, kind)
+        and block.k.dtype is block.v.dtype is heads.q.dtype
+        and block.k.shape[3] == block.v.shape[3] == places.tree_mask.shape[2]
     ):
         return None
-    k_new = k_block[layer].index_copy(2, nodes, k).contiguous()
-    v_new = v_block[layer].index_copy(2, nodes, v).contiguous()
-    out = _run(
-        q, k_cache[layer], v_cache[layer], k_new, v_new, positions, length, tree_mask,
-        scale, window, softcap, sinks,
-    )  # fmt: skip
-    return out, k_new, v_new
+    new = Caches(
+        block.k[kind.layer].index_copy(2, places.slots, heads.k).contiguous(),
+        block.v[kind.layer].index_copy(2, places.slots, heads.v).contiguous(),
+    )
+    own = Caches(caches.k[kind.layer], caches.v[kind.layer])
+    return _run(heads.q, own, new, places, kind), *new
 
 
 def _serves(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    where: tuple[Tensor, ...],
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    heads: Heads[Tensor], caches: Caches[Tensor], places: Places[Tensor], kind: Attention[Tensor]
 ) -> bool:
-    """Whether the kernels take these arguments. `where`: the mask last."""
+    """Whether the kernels take these arguments."""
+    q, k, v = heads
     B, H, T, D = q.shape
     G, V = k.shape[1], v.shape[3]
     return (
@@ -107,17 +75,17 @@ def _serves(
         and B > 0
         and G > 0
         and H % G == 0
-        and q.dtype is k.dtype is v.dtype is k_cache.dtype is v_cache.dtype
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous()
-        and k_cache.shape[1:3] == v_cache.shape[1:3] == (B, G)
-        and k_cache.shape[3] == v_cache.shape[3] > 0
-        and all(tensor.dtype is torch.int64 for tensor in where)
-        and where[-1].shape[1] == T
-        and all(tensor.device == q.device for tensor in (k, v, k_cache, v_cache, *where))
-        and (window is None or window > 0)
-        and softcap != 0
-        and is_vector(sinks, q.dtype, q.device, H)
+        and q.dtype is k.dtype is v.dtype is caches.k.dtype is caches.v.dtype
+        and caches.k.is_contiguous()
+        and caches.v.is_contiguous()
+        and caches.k.shape[1:3] == caches.v.shape[1:3] == (B, G)
+        and caches.k.shape[3] == caches.v.shape[3] > 0
+        and all(tensor.dtype is torch.int64 for tensor in places)
+        and places.tree_mask.shape[1] == T
+        and all(tensor.device == q.device for tensor in (k, v, *caches, *places))
+        and (kind.window is None or kind.window > 0)
+        and kind.softcap != 0
+        and is_vector(kind.sinks, q.dtype, q.device, H)
     )
 
 
@@ -128,23 +96,16 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _run(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    block_keys: Tensor | None,
-    block_values: Tensor | None,
-    positions: Tensor,
-    length: Tensor,
-    tree_mask: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    caches: Caches[Tensor],
+    block: Caches[Tensor] | None,
+    places: Places[Tensor],
+    kind: Attention[Tensor],
 ) -> Tensor:
     """Attention over a layer's caches and, where it stands apart, the block [B, G, M, ·]."""
     q = _rows(q)
-    positions, length, tree_mask = (t.contiguous() for t in (positions, length, tree_mask))
+    positions, _, length, tree_mask = (tensor.contiguous() for tensor in places)
     B, H, T, D = q.shape
-    G, S, V = keys.shape[1], keys.shape[2], values.shape[3]
+    G, S, V = caches.k.shape[1], caches.k.shape[2], caches.v.shape[3]
     M, share = tree_mask.shape[2], H // G
     tile = tiles.attention(share * T, D, V, q.dtype)
     blocks = -(-share * T // tile.queries)
@@ -156,15 +117,15 @@ def _run(
         (parts, blocks, B * G),
         q.device,
         (
-            *(q, keys, values, given(block_keys, keys), given(block_values, values)),
+            *(q, *caches, *(caches if block is None else block)),
             *(positions, length, tree_mask, totals, mosts, masses),
             *(G, T, D, V, S, M, *q.stride()[:3], 0 if tree_mask.shape[0] == 1 else T * M),
-            *(scale, softcap or 0.0, window or 0, share, parts),
+            *(kind.scale, kind.softcap or 0.0, kind.window or 0, share, parts),
         ),
         tiles.Tile(0, 0, tile.warps, tile.stages),
-        APART=block_keys is not None,
-        WINDOW=window is not None,
-        SOFTCAP=softcap is not None,
+        APART=block is not None,
+        WINDOW=kind.window is not None,
+        SOFTCAP=kind.softcap is not None,
         QUERIES=tile.queries,
         SLOTS=tile.slots,
         KEY=max(16, tiles.power_of_two(D)),
@@ -175,9 +136,9 @@ def _run(
         attention.merge,
         (T, H, B),
         q.device,
-        (totals, mosts, masses, given(sinks, q), out, H, T, V),
+        (totals, mosts, masses, given(kind.sinks, q), out, H, T, V),
         tiles.Tile(0, 0),
-        HAS_SINKS=sinks is not None,
+        HAS_SINKS=kind.sinks is not None,
         PARTS=parts,
         VALUE=tiles.power_of_two(V),
     )

@@ -28,8 +28,8 @@ from sirius_runtime.control_flow import as_python
 from sirius_runtime.kernels.attention import cached_attention_by_tokens
 from sirius_runtime.kernels.linear import MOST_LINEARS, linear, linears
 from sirius_runtime.kernels.pointwise import add_norm, rms_norm, rotate
-from sirius_runtime.kernels.register import KERNELS
 from sirius_runtime.kernels.reinplace import write_in_place
+from sirius_runtime.operators import OPERATORS
 
 aten = torch.ops.aten
 
@@ -70,9 +70,7 @@ def with_linears(module: fx.GraphModule) -> fx.GraphModule:
 @functools.cache
 def _functions() -> dict[Any, Any]:
     """The functions that take the places of operators."""
-    own: dict[Any, Any] = {
-        getattr(torch.ops.sirius, kernel.__name__).default: kernel for kernel in KERNELS
-    }
+    own: dict[Any, Any] = {row.overload: row.cpu for row in OPERATORS.values() if row.cpu}
     own[torch.ops.sirius.cached_attention.default] = cached_attention_by_tokens
     own[aten.linear.default] = linear
     return own

@@ -1,0 +1,67 @@
+"""What the rules of the `sirius::` operators need of their arguments; their kernels are told sizes
+and pointers. See `graph_rules`, and `sirius_runtime.ops` for the shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from sirius_runtime.graph_rules import Array, made, need
+from sirius_runtime.graph_sizes import Size, at_least, symbol
+
+ROWS_OR_ONE = symbol("R")
+"""The first extent of an entry's tree mask: 1, or the rows of the batch."""
+
+
+def need_shape(name: str, array: Array | None, *shape: Size) -> None:
+    need(array is None or array.shape == shape, f"{name} must be {list(shape)}, found {array}")
+
+
+def need_rank(name: str, array: Array, rank: int) -> None:
+    need(len(array.shape) == rank, f"{name} must have {rank} dimensions, found {array}")
+
+
+def need_dtype(dtype: torch.dtype, **arrays: Array | None) -> None:
+    for name, array in arrays.items():
+        need(array is None or array.dtype is dtype, f"{name} must be of {dtype}, found {array}")
+
+
+def need_model(**arrays: Array | None) -> None:
+    """All of one floating point dtype."""
+    dtype = next(array.dtype for array in arrays.values() if array is not None)
+    need(dtype.is_floating_point, f"floating point numbers are needed, found {dtype}")
+    need_dtype(dtype, **arrays)
+
+
+def need_some(**arrays: Array | None) -> None:
+    """No dimension that may be 0: kernels divide by some of them."""
+    for name, array in arrays.items():
+        if array is not None:
+            need(all(at_least(size, 1) for size in array.shape), f"{name} {array} may be empty")
+
+
+def need_layer(layer: Any, layers: Size) -> None:
+    there = isinstance(layer, int) and isinstance(layers, int) and 0 <= layer < layers
+    need(there, f"layer {layer} is not one of {layers}")
+
+
+def need_finite(**numbers: float | None) -> None:
+    for name, value in numbers.items():
+        need(value is None or math.isfinite(value), f"{name} must be finite, found {value}")
+
+
+def need_kept(keep: Any, units: Size) -> None:
+    there = isinstance(keep, int) and isinstance(units, int) and 1 <= keep <= units
+    need(there, f"{keep} of {units} can't be kept")
+
+
+def tokens(x: Array) -> tuple[Size, Size]:
+    need_rank("x", x, 3)
+    return x.shape[0], x.shape[1]
+
+
+def counts(x: Array) -> Array:
+    return made(torch.int64, (x.shape[0],))
