@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
@@ -13,11 +14,19 @@ from hypothesis import settings
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.product import Compiled
 from tests.support.models import TinyModels, random_decoder, word_tokenizer, write_calibration
+from tests.support.once import compiling_once
 
 torch.set_num_threads(1)
 settings.register_profile("fast", derandomize=True, deadline=None, max_examples=10)
 settings.register_profile("thorough", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("fast")  # `make test-all` asks for the other
+
+
+@pytest.fixture(scope="session", autouse=True)
+def once() -> Iterator[None]:
+    """Compilations alike capture once: see `tests.support.once`."""
+    with compiling_once():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from sirius_compile.capture import capture
 from sirius_compile.config import CompileConfig
 from sirius_compile.pipeline import Thresholds, front
 from sirius_compile.product import Compiled
@@ -27,6 +26,7 @@ from sirius_runtime.spec import (
     WeightSpec,
 )
 from tests.support.models import MAX_SEQ_LEN, VOCABULARY, random_decoder
+from tests.support.once import capture_once
 
 
 def samples(count: int = 5, tokens: int = 40, seed: int = 0) -> list[Sample]:
@@ -46,7 +46,7 @@ def chooser(
     """What `compile_model` asks for a tiny model's sparse path, in float32."""
     model = random_decoder("llama") if model is None else model
     config = CompileConfig(sparsity=method, **options)  # type: ignore[arg-type]
-    captured = capture(model.config)
+    captured = capture_once(model.config)
     program = captured.program
     for name in program.weights:
         program.update_weight(name, dtype="float32")

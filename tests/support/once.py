@@ -1,0 +1,85 @@
+"""What takes most of a tiny model's compilation, done once for all compilations alike.
+
+These are torch.export of the model and the trace of a whole period. What comes out is the same, to
+the byte (`tests/test_once.py`). Tests of either call `capture` or `BuildPeriod` themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import fx, nn
+from transformers import PretrainedConfig
+
+from sirius_compile.capture import Capture, capture
+from sirius_passes.build_period import BuildPeriod
+from sirius_passes.program import PERIOD, Program, copy_graph
+from sirius_runtime.graph import to_document
+
+_captured: dict[Hashable, Capture] = {}
+_periods: dict[Hashable, fx.GraphModule] = {}
+
+
+def capture_once(
+    config: PretrainedConfig,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    live: nn.Module | None = None,
+) -> Capture:
+    """As `capture`; every call gives a program of its own. Code of a checkpoint's own may change
+    under the same name, and is captured anew.
+    """
+    if not type(config).__module__.startswith("transformers."):
+        return capture(config, trust_remote_code=trust_remote_code, dtype=dtype, live=live)
+    key = (type(config), config.to_json_string(use_diff=False), dtype, _outline(live))
+    if key not in _captured:
+        _captured[key] = capture(
+            config, trust_remote_code=trust_remote_code, dtype=dtype, live=live
+        )
+    made, program = _captured[key], _captured[key].program
+    graphs = {name: copy_graph(module) for name, module in program.graphs.items()}
+    program = replace(program, graphs=graphs, weights=dict(program.weights))
+    return replace(made, program=program, constants=dict(made.constants))
+
+
+class BuildPeriodOnce(BuildPeriod):
+    """As `BuildPeriod`; programs of the same graphs share the period's, which nothing rewrites."""
+
+    def run(self, program: Program) -> int:
+        documents = [to_document(module) for module in program.graphs.values()]
+        options = (self.size, self.width, self.max_seq_len, program.sparsity)
+        key = (json.dumps(documents), repr(options))
+        if key not in _periods:
+            rewrites = super().run(program)
+            _periods[key] = program.graphs[PERIOD]
+            return rewrites
+        program.graphs[PERIOD] = _periods[key]
+        return 1
+
+
+@contextmanager
+def compiling_once() -> Iterator[None]:
+    """Within it, the compiler's modules use these two."""
+    instead = {"capture": (capture, capture_once), "BuildPeriod": (BuildPeriod, BuildPeriodOnce)}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in [m for n, m in sys.modules.items() if n.startswith("sirius_compile.")]:
+            for name, (own, once) in instead.items():
+                if vars(module).get(name) is own and module.__name__ != own.__module__:
+                    patch.setattr(module, name, once)
+        yield
+
+
+def _outline(live: nn.Module | None) -> Hashable:
+    """All that capture reads of a model in memory: its modules, and the kinds of its tensors."""
+    if live is None:
+        return None
+    modules = tuple((path, type(module)) for path, module in live.named_modules())
+    tensors = (*live.named_parameters(remove_duplicate=False), *live.named_buffers())
+    return modules, tuple((name, t.dtype, tuple(t.shape)) for name, t in tensors)
