@@ -15,6 +15,7 @@ from sirius_compile import CompileConfig, compile_model
 from sirius_compile.product import Compiled
 from tests.support.models import TinyModels, random_decoder, word_tokenizer, write_calibration
 from tests.support.once import compiling_once
+from tests.support.onnx import Pairs
 
 torch.set_num_threads(1)
 settings.register_profile("fast", derandomize=True, deadline=None, max_examples=10)
@@ -33,6 +34,12 @@ def once() -> Iterator[None]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """Tiny random decoders by family, sparsity and config: see `tests.support.models`."""
     return TinyModels(write_calibration(tmp_path_factory.mktemp("calibration") / "words.txt"))
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    """Artifacts behind PyTorch and behind ONNX Runtime."""
+    return Pairs(tmp_path_factory.mktemp("onnx"))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import product
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from sirius_passes.sparsify import KEEP_ALL, Threshold
 from sirius_runtime.errors import CalibrationError
 from sirius_runtime.operators import OPERATORS
 from sirius_runtime.spec import Method, SiteSpec
+from tests.support.fast import slow_but
 from tests.support.models import MAX_SEQ_LEN, METHODS, TinyModels, random_decoder
 from tests.support.paths import chooser, samples, tokenwise
 
@@ -124,8 +126,13 @@ def test_scores_are_what_a_threshold_is_compared_with() -> None:
 # thresholds
 
 
-@pytest.mark.parametrize("method", [Method.CATS, Method.TEAL, Method.GRIFFIN_TEAL])
-@pytest.mark.parametrize("keep", [0.5, pytest.param(0.2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("method", "keep"),
+    slow_but(
+        product((Method.CATS, Method.TEAL, Method.GRIFFIN_TEAL), (0.5, 0.2)),
+        {(Method.CATS, 0.5), (Method.GRIFFIN_TEAL, 0.5)},
+    ),
+)
 def test_what_is_asked_for_is_kept_of_text_held_out(method: Method, keep: float) -> None:
     text = samples(64, 64)  # random tokens: a quarter of few is not like the rest
     found = calibrate(tokenwise(method, keep), text, keep)
@@ -256,24 +263,26 @@ def test_a_step_is_the_same_number_of_weights() -> None:
 # layers
 
 
-def test_the_layer_that_costs_nothing_ranks_last() -> None:
+@pytest.mark.parametrize(
+    "method", slow_but((Method.TOPK, Method.GRIFFIN, Method.CATS), {Method.GRIFFIN})
+)
+def test_the_layer_that_costs_nothing_ranks_last(method: Method) -> None:
     model = random_decoder("llama", num_hidden_layers=3)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
-    for method in (Method.TOPK, Method.GRIFFIN, Method.CATS):
-        own = chooser(method, model=model, text=samples(), keep=0.3, dense_layers="auto:1")
-        chosen = own.choose()
-        assert chosen.ranking[-1].layer == 1
-        assert chosen.ranking[-1].agreement == pytest.approx(1.0, abs=1e-6)
-        assert chosen.ranking[0].agreement < 0.99
-        assert chosen.dense_layers == (chosen.ranking[0].layer,)
-        agreements = [one.agreement for one in chosen.ranking]
-        assert agreements == sorted(agreements)
-        if chosen.calibration is not None:
-            assert chosen.dense_layers[0] not in {s.layer for s in chosen.calibration.sites}
+    own = chooser(method, model=model, text=samples(), keep=0.3, dense_layers="auto:1")
+    chosen = own.choose()
+    assert chosen.ranking[-1].layer == 1
+    assert chosen.ranking[-1].agreement == pytest.approx(1.0, abs=1e-6)
+    assert chosen.ranking[0].agreement < 0.99
+    assert chosen.dense_layers == (chosen.ranking[0].layer,)
+    agreements = [one.agreement for one in chosen.ranking]
+    assert agreements == sorted(agreements)
+    if chosen.calibration is not None:
+        assert chosen.dense_layers[0] not in {s.layer for s in chosen.calibration.sites}
 
 
-@pytest.mark.parametrize("method", [*METHODS[:-1], "experts"])
+@pytest.mark.parametrize("method", slow_but((*METHODS[:-1], "experts"), {"griffin+teal"}))
 def test_a_ranking_is_that_of_programs_with_one_sparse_layer(method: str) -> None:
     """As it was before one graph served all layers: a program a layer, both paths run whole."""
     family = "mixtral" if method == "experts" else "llama"

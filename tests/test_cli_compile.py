@@ -29,7 +29,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_compiles_runs_and_reports(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "tally.sirius"
-    done = cli.compile("tally-3m", "--sparsity", "cats", "--out", out, "--json")
+    done = cli.compile("tally-3m", *FAST, "--sparsity", "cats", "--out", out, "--json")
     assert done.code == 0, done.err
     summary = json.loads(done.out)
     assert summary["sparsity"]["method"] == "cats"

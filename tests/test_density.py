@@ -12,21 +12,34 @@ from sirius_passes.manager import run_passes
 from sirius_passes.program import Program, copy_program
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.spec import Method
+from tests.support.fast import slow_but
 
-LLAMA_3_8B = LlamaConfig(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128256,
-    max_position_embeddings=8192,
-)
+VOCABULARY = 128256
+
+
+def llama_3_8b(layers: int) -> LlamaConfig:
+    """Llama-3-8B, or that many of its 32 layers with as large a share of the vocabulary: its
+    density is the same.
+    """
+    return LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=VOCABULARY * layers // 32,
+        max_position_embeddings=8192,
+    )
+
+
+@pytest.fixture(scope="module", params=slow_but((2, 32), {2}), ids="{} layers".format)
+def layers(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
 
 
 @pytest.fixture(scope="module")
-def captured() -> Program:
-    return capture(LLAMA_3_8B).program
+def captured(layers: int) -> Program:
+    return capture(llama_3_8b(layers)).program
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +76,20 @@ def test_llama_3_8b(
     assert paper is None or abs(found - paper) < 0.01
 
 
-def test_teal_reads_its_share_of_every_projection(captured: Program) -> None:
+def test_teal_reads_its_share_of_every_projection(captured: Program, layers: int) -> None:
     program = copy_program(captured)
     run_passes(program, front(Method.TEAL))
-    embeddings = 2 * 128256 * 4096
-    layers = 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)
-    norms = (2 * 32 + 1) * 4096
-    total = embeddings + layers + norms
+    embeddings = 2 * (VOCABULARY * layers // 32) * 4096
+    linears = layers * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)
+    norms = (2 * layers + 1) * 4096
+    total = embeddings + linears + norms
     for keep in (0.5, 0.35):
-        expected = (embeddings + norms + keep * layers) / total
+        expected = (embeddings + norms + keep * linears) / total
         assert density(program, Method.TEAL, keep) == pytest.approx(expected, rel=1e-9)
     copy = copy_program(program)
     run_passes(copy, sparsify(Method.TEAL, 0.5, None))
-    assert len(copy.sparsity.sites) == 32 * 7
-    assert [site.layer for site in copy.sparsity.sites] == [i // 7 for i in range(32 * 7)]
+    assert len(copy.sparsity.sites) == layers * 7
+    assert [site.layer for site in copy.sparsity.sites] == [i // 7 for i in range(layers * 7)]
 
 
 @pytest.mark.parametrize("wanted", [0.6, 0.45])
@@ -95,12 +108,14 @@ def test_a_density_out_of_reach_is_refused(neurons: Program) -> None:
         )
 
 
-def test_dense_layers_read_everything(neurons: Program) -> None:
+def test_dense_layers_read_everything(neurons: Program, layers: int) -> None:
     copy = copy_program(neurons)
-    run_passes(copy, sparsify(Method.TOPK, 0.5, None, dense_layers=(0, 31)))
+    dense = tuple(sorted({0, layers - 2}))  # of two layers the first, of more two
+    run_passes(copy, sparsify(Method.TOPK, 0.5, None, dense_layers=dense))
     spec = copy.sparsity
-    assert spec.dense_layers == (0, 31)
-    assert [site.layer for site in spec.sites] == list(range(1, 31))
+    assert spec.dense_layers == dense
+    sparse = [layer for layer in range(layers) if layer not in dense]
+    assert [site.layer for site in spec.sites] == sparse
     assert 1 - spec.density == pytest.approx(
-        (1 - density(neurons, Method.TOPK, 0.5)) * 30 / 32, rel=1e-6
+        (1 - density(neurons, Method.TOPK, 0.5)) * len(sparse) / layers, rel=1e-6
     )

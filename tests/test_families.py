@@ -32,6 +32,7 @@ from tests.support.families import (
     random_rows,
     small_config,
 )
+from tests.support.fast import slow_but
 from tests.support.models import word_tokenizer, write_calibration
 
 LENGTHS = (5, 19, 11)
@@ -157,7 +158,10 @@ def test_the_table_names_each_type_once_and_has_every_config() -> None:
     assert CONFIGS.keys() <= set(names)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "mixtral", "gpt_oss", "granitemoe"])
+@pytest.mark.parametrize(
+    "model_type",
+    slow_but(("gpt2", "opt", "mixtral", "gpt_oss", "granitemoe"), {"gpt2", "mixtral", "gpt_oss"}),
+)
 def test_a_checkpoint_holds_the_weights(model_type: str, tmp_path: Path) -> None:
     """Some families' are stored under other names than the model's, or expert by expert."""
     model = random_model(model_type)
@@ -183,14 +187,22 @@ def refuse(model_type: str, directory: Path) -> None:
     run_passes(capture(config).program, front(Method.TOPK))
 
 
-@pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.model_type)
+REASONS = {refused.reason: refused for refused in reversed(REFUSED)}
+"""One of each: another type of the same reason is slow."""
+
+
+@pytest.mark.parametrize(
+    "refused",
+    slow_but(REFUSED, list(REASONS.values())),
+    ids=lambda refused: refused.model_type,
+)
 def test_refused_before_weights_are_opened(refused: Refused, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError) as refusal:
         refuse(refused.model_type, tmp_path)
     assert refused.reason in str(refusal.value)
 
 
-@pytest.mark.parametrize("model_type", ["apertus", "bitnet"])
+@pytest.mark.parametrize("model_type", slow_but(("apertus", "bitnet"), {"apertus"}))
 def test_a_model_of_unknown_mlps_stays_dense_with_sparsity_none(model_type: str) -> None:
     program = capture(small_config(model_type)).program
     run_passes(program, front(Method.NONE))

@@ -25,7 +25,7 @@ from sirius_runtime.spec import Method
 from tests.support.families import Caches, random_model, random_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-FAST = {("gpt2", "float16"), ("deepseek_v3", "bfloat16")}
+FAST = {("gpt2", "float16"), ("qwen2", "bfloat16")}
 CASES = [
     pytest.param(
         (family.model_type, dtype),

@@ -17,6 +17,7 @@ from sirius_runtime import session as session_module
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.model import FinishReason, GenerationOutput, Mode, SiriusModel
 from sirius_runtime.session import Session
+from tests.support.fast import slow_but
 from tests.support.models import MAX_SEQ_LEN, METHODS, VOCABULARY, Rows, Tiny, TinyModels
 
 BATCH = [[7, 8, 9], [50, 30, 11, 22, 60, 71, 13, 98, 44], [33], [12, 80, 64, 25, 41]]
@@ -36,7 +37,7 @@ token_ids = st.integers(6, VOCABULARY - 1)
 prompts = st.lists(token_ids, min_size=1, max_size=20)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=slow_but(METHODS, {"griffin", "cats", "griffin+teal"}))
 def subject(request: pytest.FixtureRequest, tiny: TinyModels) -> Tiny:
     return tiny(method=request.param)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.model import Mode, SiriusModel
+from tests.support.fast import slow_but
 from tests.support.models import METHODS, Tiny, TinyModels
 from tests.support.statistics import LEVEL, p_value
 
@@ -131,7 +132,7 @@ START = [3, 4, 1]
 ROWS, CALLS, COUNT, TEMPERATURE = 512, 8, 5, 4.0
 
 
-@pytest.fixture(scope="module", params=["griffin", "topk"])
+@pytest.fixture(scope="module", params=slow_but(("griffin", "topk"), {"griffin"}))
 def small(request: pytest.FixtureRequest, tiny: TinyModels) -> Tiny:
     """So few words that every path can be counted; so few neurons that the paths disagree."""
     return tiny(method=request.param, keep=0.1, vocab_size=VOCABULARY)

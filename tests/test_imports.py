@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from sirius_compile import CompileConfig, compile_model
+from tests.support.cli import Cli
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -50,12 +53,11 @@ def test_compiling_a_directory_opens_no_connection(tmp_path: Path) -> None:
     assert done.stdout.endswith("compiled\n"), done.stderr
 
 
-def test_a_hub_model_without_a_network_says_what_to_do() -> None:
-    code = (
-        "import sys; sys.argv = ['sirius-compile', 'llama-3-8b', '--out', 'never.sirius']\n"
-        "import sirius_compile.cli; sys.exit(sirius_compile.cli.main())\n"
-    )
-    done = python(code, HF_HUB_OFFLINE="1", HF_HOME="/nonexistent")
-    assert done.returncode == 2
-    assert "meta-llama/Meta-Llama-3-8B" in done.stderr
-    assert "download it" in done.stderr
+def test_a_hub_model_without_a_network_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--cache-dir", tmp_path, "--out", tmp_path / "never.sirius")
+    done = Cli(capsys, monkeypatch).compile("llama-3-8b", *flags)
+    assert done.code == 2
+    assert "meta-llama/Meta-Llama-3-8B" in done.err
+    assert "download it" in done.err

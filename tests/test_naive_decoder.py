@@ -15,6 +15,7 @@ from sirius_compile import CompileConfig, compile_model
 from sirius_compile.models import shipped_models
 from sirius_compile.shipped.problems import Task, problems
 from sirius_runtime import GenerationOutput
+from tests.support.fast import slow_but
 from tests.support.naive_decoder import Sparsity, Written, naive_sirius, naive_sirius_tree
 
 PROMPTS = 30
@@ -64,12 +65,20 @@ def assert_same(output: GenerationOutput, expected: Written) -> None:
     assert output.stats.advances == Counter(expected.advances)
 
 
-@pytest.mark.parametrize(("method", "keep"), [("griffin", 0.4), ("topk", 0.05), ("cats", 0.05)])
-def test_same_tokens_as_the_naive_decoder(method: str, keep: float, prompts: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("method", "keep"),
+    slow_but(
+        [("griffin", 0.4), ("topk", 0.05), ("cats", 0.05)], {("griffin", 0.4), ("topk", 0.05)}
+    ),
+)
+@pytest.mark.parametrize("stride", slow_but((3, 5), {5}))
+def test_same_tokens_as_the_naive_decoder(
+    method: str, keep: float, stride: int, prompts: list[str]
+) -> None:
     both = Both(method, keep)
     corrections = 0
     assert len(prompts) == PROMPTS
-    for prompt in prompts[::3]:
+    for prompt in prompts[::stride]:
         ids = both.ids(prompt)
         output = both.model.generate(ids, max_new_tokens=NEW_TOKENS)
         assert_same(
@@ -92,7 +101,7 @@ def wrong() -> Both:
     return Both(*WRONG)
 
 
-@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("width", slow_but((2, 4), {2}))
 def test_same_tokens_as_the_naive_tree_decoder(wrong: Both, prompts: list[str], width: int) -> None:
     branched = 0
     for ids in (wrong.ids(prompts[index]) for index in BRANCHING):

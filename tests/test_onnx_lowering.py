@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import onnx
@@ -17,6 +18,7 @@ from sirius_runtime.errors import UnsupportedModelError
 from sirius_runtime.ops.mlp import ACTIVATIONS
 from sirius_runtime.spec import JSON, EntrySpec, SiteSpec, TensorSpec
 from tests.support.artifacts import program_of
+from tests.support.fast import slow_but
 from tests.support.onnx_graphs import (
     agree,
     documented,
@@ -254,10 +256,13 @@ def test_sorting(descending: bool) -> None:
 # sirius:: operators
 
 
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("softcap", [None, 0.7])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(
+    ("window", "softcap", "groups", "with_sinks"),
+    slow_but(
+        product((None, 3), (None, 0.7), (1, 2, 4), (False, True)),
+        {(None, None, 1, False), (3, None, 2, True), (None, 0.7, 4, True), (3, 0.7, 2, False)},
+    ),
+)
 def test_block_attention(
     window: int | None, softcap: float | None, groups: int, with_sinks: bool
 ) -> None:

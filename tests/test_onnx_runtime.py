@@ -35,17 +35,13 @@ from sirius_runtime.errors import BackendError, ConfigError
 from sirius_runtime.onnx_files import WEIGHTS_FILE, export_onnx, gathered_bytes
 from sirius_runtime.spec import WeightSpec
 from tests.support.artifacts import rebuild
+from tests.support.fast import slow_but
 from tests.support.models import random_decoder
 from tests.support.onnx import CPU, Pairs, load_onnx
 
 PROMPT = "Q: Zoe has 25 nuts. Bob has 20 fewer than Zoe. How many nuts does Bob have?\nA:"
 ROOT = Path(__file__).parent.parent
 STANDARD = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain}
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
-    return Pairs(tmp_path_factory.mktemp("onnx"))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +134,9 @@ def test_every_weight_is_the_artifact_s_own_bytes(tally: Path) -> None:
             assert value.data_ptr() == start + slots[name].start
 
 
-@pytest.mark.parametrize("method", ["griffin", "griffin+teal", "topk"])
+@pytest.mark.parametrize(
+    "method", slow_but(("griffin", "griffin+teal", "topk"), {"griffin", "topk"})
+)
 def test_what_griffin_gathers_is_stated(
     pairs: Pairs, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

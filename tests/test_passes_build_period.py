@@ -42,7 +42,8 @@ from sirius_passes.verifier import verify
 from sirius_runtime.errors import PassError
 from sirius_runtime.graph import INPUT, WEIGHT, placeholders
 from sirius_runtime.spec import Method
-from tests.support.graphs import POSITIONS, Attention, Decoder, Mlp, paired, two_layers
+from tests.support.fast import slow_but
+from tests.support.graphs import POSITIONS, Attention, Decoder, Mlp, copied, paired, two_layers
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
 higher_order = torch.ops.higher_order
@@ -88,7 +89,7 @@ def width(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-@pytest.fixture(scope="module", params=SPARSIFY)
+@pytest.fixture(scope="module", params=slow_but(SPARSIFY, {"griffin", "cats"}))
 def program(request: pytest.FixtureRequest, width: int) -> Program:
     """Two layers, for each sparse path and width; not to be changed."""
     return shared(width, sparsify=SPARSIFY[request.param], build=two_layers)
@@ -312,7 +313,10 @@ def test_only_a_chain_chooses_in_the_loop_how_to_draft(program: Program, width: 
     assert len(subgraphs(body)) == (2 if width == 1 else 0)
 
 
-@pytest.mark.parametrize(("width", "size", "count"), [(1, 1, 0), (1, 2, 1), (2, 2, 0), (2, 3, 1)])
+@pytest.mark.parametrize(
+    ("width", "size", "count"),
+    slow_but([(1, 1, 0), (1, 2, 1), (2, 2, 0), (2, 3, 1)], {(1, 1, 0), (2, 2, 0)}),
+)
 def test_a_draft_of_one_step_needs_no_loop(width: int, size: int, count: int) -> None:
     assert len(loops(shared(width, size).graphs[PERIOD])) == count
 
@@ -376,7 +380,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_the_verifier_refuses(case: str) -> None:
     do, message = REFUSED[case]
-    program = built(1, build=two_layers)
+    program = copied(shared(1, build=two_layers))
     do(program)
     with pytest.raises(PassError, match=f"graph 'period' at stage FINAL: .*{message}"):
         verify(program, after="build_period")
@@ -384,7 +388,7 @@ def test_the_verifier_refuses(case: str) -> None:
 
 def test_the_verifier_refuses_a_draft_without_attention() -> None:
     """Of a model of one layer: no other layer's attention says how often it should stand."""
-    program = built(1)
+    program = copied(shared(1))
     drop_attention(0, program)
     with pytest.raises(PassError, match="block_attention stands at layers"):
         verify(program, after="build_period")

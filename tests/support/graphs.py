@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from sirius_passes.canonicalize import Canonicalize
 from sirius_passes.insert_kv_cache import InsertKvCache
 from sirius_passes.manager import Pass, run_passes
 from sirius_passes.pair_paths import PairPaths
-from sirius_passes.program import DENSE, OUTPUTS, Program, Stage, calls, copy_graph
+from sirius_passes.program import DENSE, OUTPUTS, Program, Stage, calls, copy_graph, subgraphs
 from sirius_passes.recognise_mlps import RecogniseMlps
 from sirius_passes.testing import snapshot
 from sirius_runtime.dtypes import dtype_name
@@ -146,8 +147,15 @@ class Decoder(nn.Module):
 
 def trace(build: Callable[[], nn.Module]) -> Program:
     """The program of the module that `build` makes, at stage CAPTURED. It has no real weights."""
-    program = _trace(build)
-    graphs = {name: copy_graph(module) for name, module in program.graphs.items()}
+    return copied(_trace(build))
+
+
+def copied(program: Program) -> Program:
+    """A program to change: as `copy_program`, and of a period the graphs within it too."""
+    graphs = {
+        name: copy.deepcopy(module) if subgraphs(module) else copy_graph(module)
+        for name, module in program.graphs.items()
+    }
     return replace(program, graphs=graphs, weights=dict(program.weights))
 
 
