@@ -19,11 +19,11 @@ $(STAMP): pyproject.toml
 demo: setup            ## compile the shipped model and show what sparsity breaks and Sirius repairs
 	$(BIN)/python examples/tally/demo.py
 
-test: setup            ## the fast suite
-	$(BIN)/python -m pytest -n auto
+test: setup            ## the fast suite; neighbours share fixtures, so a worker gets a run of tests
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
-test-all: setup        ## the fast suite and the slow tests
-	$(BIN)/python -m pytest -n auto -m "slow or not slow" --hypothesis-profile thorough
+test-all: setup        ## the fast suite and the slow tests, with more examples of each property
+	$(BIN)/python -m pytest -n auto --dist worksteal --durations 20 -m "slow or not slow" --hypothesis-profile thorough
 
 lint: setup            ## style, types, import contracts
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from tests.support.once import compiling_once
 from tests.support.onnx import Pairs
 
 torch.set_num_threads(1)
-settings.register_profile("fast", derandomize=True, deadline=None, max_examples=10)
+settings.register_profile("fast", derandomize=True, deadline=None, max_examples=6)
 settings.register_profile("thorough", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("fast")  # `make test-all` asks for the other
 

@@ -15,6 +15,7 @@ from sirius_passes.program import DENSE, Program, calls
 from sirius_passes.recognise_mlps import DENSE_MLP, RecogniseMlps
 from sirius_passes.testing import check_pass
 from sirius_runtime.errors import UnsupportedModelError
+from tests.support.fast import slow_but
 from tests.support.graphs import (
     HIDDEN,
     NEURONS,
@@ -152,7 +153,7 @@ SPELLINGS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("mlp", [Mlp, Plain])
+@pytest.mark.parametrize("mlp", slow_but((Mlp, Plain), {Mlp}))
 @pytest.mark.parametrize("case", SPELLINGS)
 def test_an_activation_is_what_it_computes(case: str, mlp: type[Mlp | Plain]) -> None:
     name, function = SPELLINGS[case]

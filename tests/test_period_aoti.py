@@ -20,6 +20,7 @@ from sirius_runtime import load
 from sirius_runtime.errors import BackendError, ConfigError, GenerationError
 from sirius_runtime.kernels.native import kernels
 from sirius_runtime.model import GenerationOutput, SiriusModel
+from tests.support.fast import slow_but
 from tests.support.models import (
     Rows,
     bound_weights,
@@ -236,7 +237,7 @@ def test_each_number_of_rows_and_context_is_built_for_itself(
 # builds that fail
 
 
-@pytest.mark.parametrize("context", [0, 1, 129])
+@pytest.mark.parametrize("context", slow_but((0, 1, 129), {129}))
 def test_a_context_out_of_range_is_refused(artifacts: Artifacts, context: int) -> None:
     with pytest.raises(ConfigError, match=rf"context must be in 2..128 .*, got {context}"):
         artifacts("topk", 1, 2).load(context=context)

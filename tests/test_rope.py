@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from tests.support.families import (
     random_rows,
     small_config,
 )
+from tests.support.fast import slow_but
 
 ORIGINAL = 16
 ROWS = random_rows(30, 12, 25)  # beyond it, within it, beyond it
@@ -67,8 +70,16 @@ def one_by_one(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "model_type"),
+    slow_but(
+        product(KINDS, ("llama", "gemma3_text")),
+        {
+            *(("llama3", "llama"), ("dynamic", "llama"), ("longrope", "llama")),
+            ("yarn", "gemma3_text"),
+        },
+    ),
+)
 def test_beyond_the_original_length(kind: str, model_type: str) -> None:
     own = changes(kind, model_type)
     compiled = compile_model(

@@ -43,7 +43,7 @@ def stages(text: Path, family: str = "llama", **options: Any) -> list[str]:
     told: list[str] = []
     compile_model(
         random_decoder(family, **CONFIGS.get(family, {})),
-        CompileConfig(calibration=text, **options),
+        CompileConfig(calibration=text, **{"graphs": "entries", **options}),
         tokenizer=word_tokenizer(),
         progress=lambda stage, seconds: told.append(stage),
     )
@@ -198,7 +198,7 @@ def test_weights_are_held_for_a_layer_and_no_longer(
 
     monkeypatch.setattr(self_check._Weights, "get", counted)
     model = random_decoder("llama", num_hidden_layers=6)
-    compile_model(model, CompileConfig(sparsity="griffin"), tokenizer=word_tokenizer())
+    compile_model(model, CompileConfig(sparsity="griffin", graphs="entries"))
     assert 4 <= max(most) <= 14  # of 59: the embedding, and those of about a layer
 
 

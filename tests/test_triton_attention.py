@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.kernels.native import references
+from tests.support.fast import slow_but
 from tests.support.operators import CHAIN, LAYER, TREE, Block, randn, sirius
 from tests.support.triton_interpreter import interpreting, require_triton, small_tiles
 
@@ -56,15 +57,23 @@ def cached(
 KINDS = [(None, None, False), (2, None, True), (4, 0.7, False), (None, 0.7, True)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+SHAPES = [
+    *((TREE, *kind) for kind in KINDS),
+    ([-1], None, None, False),
+    ([-1], 2, None, True),
+    (CHAIN, 3, 0.7, True),
+]
+
+
 @pytest.mark.parametrize(
-    ("parents", "window", "softcap", "sinks"),
-    [
-        *([TREE, *kind] for kind in KINDS),
-        ([-1], None, None, False),
-        ([-1], 2, None, True),
-        (CHAIN, 3, 0.7, True),
-    ],
+    ("dtype", "parents", "window", "softcap", "sinks"),
+    slow_but(
+        ((dtype, *shape) for dtype in DTYPES for shape in SHAPES),
+        [
+            *((torch.float32, *shape) for shape in SHAPES),
+            *((dtype, *SHAPES[0]) for dtype in DTYPES[1:]),
+        ],
+    ),
 )
 def test_it_is_tree_attention(
     dtype: torch.dtype, parents: list[int], window: int | None, softcap: float | None, sinks: bool
