@@ -59,7 +59,7 @@ def test_the_fast_cases_cover() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "width"), product(METHODS, WIDTHS))
+@pytest.mark.parametrize(("method", "width"), list(product(METHODS, WIDTHS)))
 def test_the_shipped_model(pairs: Pairs, method: str, width: int) -> None:
     pair = pairs(method, width, 16, "tally-3m")
     for mode in MODES:
