@@ -54,7 +54,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model_type, name = request.param
     folder = tmp_path_factory.mktemp("checkpoint")
     random_model(model_type).to(DTYPES[name]).save_pretrained(folder)
-    compiled = compile_model(folder, CompileConfig(sparsity=Method.TOPK, period=4, graphs="entries"))
+    compiled = compile_model(
+        folder, CompileConfig(sparsity=Method.TOPK, period=4, graphs="entries")
+    )
     return Case(
         DTYPES[name],
         loaded(folder, DTYPES[name]),
