@@ -16,7 +16,7 @@ from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.request import RULES, FinishReason, Mode, Request
 from sirius_runtime.sampling import NO_TOKEN
 from sirius_runtime.sizes import node_count
-from sirius_runtime.stats import GenerationStats, Phase, PhaseClock, StatsRecorder
+from sirius_runtime.stats import GenerationStats, Phase, PhaseClock, RowSteps, StatsRecorder
 from sirius_runtime.text import StopScanner
 
 
@@ -212,6 +212,11 @@ class Generation:
         if self._decoder.resizable and 2 * len(going) <= len(self._held):
             self._decoder.select(going)
             self._held = [self._held[place] for place in going]
+
+    @property
+    def steps(self) -> tuple[RowSteps, ...]:
+        """How each row's tokens were made."""
+        return self._recorder.by_row
 
 
 def _no_token(request: Request, place: int) -> str:

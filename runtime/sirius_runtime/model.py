@@ -22,7 +22,7 @@ from sirius_runtime.request import (
     read_options,
 )
 from sirius_runtime.spec import ProgramSpec
-from sirius_runtime.stats import GenerationStats
+from sirius_runtime.stats import GenerationStats, RowSteps
 from sirius_runtime.text import answer_text
 from sirius_runtime.tokenizer_guard import panics_caught
 from sirius_runtime.watched_file import WatchedFile
@@ -52,7 +52,8 @@ class GenerationOutput:
     before the stop string, and leaves special tokens out. A text is what follows its prompt's: the
     space between them is the answer's first. `texts` is None for a model without a tokenizer.
     `seeds`: of each row, for drawing the same again; None where nothing was drawn.
-    `logprobs`: of each token of `tokens`; None where none were asked for.
+    `logprobs`: of each token of `tokens`; None where none were asked for. `steps`: how each row's
+    tokens were made, period by period.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -62,6 +63,7 @@ class GenerationOutput:
     seeds: tuple[int, ...] | None
     stats: GenerationStats
     logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None = None
+    steps: tuple[RowSteps, ...] = ()
 
 
 class SiriusModel:
@@ -87,6 +89,20 @@ class SiriusModel:
     def program(self) -> ProgramSpec:
         """What the artifact says of the model."""
         return self.backend.program
+
+    @panics_caught()
+    def encode(
+        self,
+        inputs: Inputs | None = None,
+        *,
+        messages: Messages | None = None,
+        add_special_tokens: bool = True,
+    ) -> tuple[tuple[int, ...], ...]:
+        """The token ids of one prompt or several, as `generate` reads them."""
+        if messages is not None:
+            inputs, add_special_tokens = self._render(messages, None, None), False
+        rows = self._prompts.read(inputs, add_special_tokens=add_special_tokens)
+        return tuple(map(tuple, rows))
 
     @panics_caught()
     def generate(
@@ -235,6 +251,7 @@ class SiriusModel:
             seeds=request.seeds,
             stats=stats,
             logprobs=None if logprobs is None else tuple(tuple(row.logprobs) for row in rows),
+            steps=generation.steps,
         )
 
     def _render(

@@ -84,6 +84,17 @@ class GenerationStats:
         return {phase: value / max(self.tokens, 1) for phase, value in self.seconds.items()}
 
 
+@dataclass(frozen=True)
+class RowSteps:
+    """How a row's tokens were made. `periods`: for each, the tokens that it could have committed,
+    drafted ones and one of the full path, and those that it did. `dense`: tokens of dense steps
+    between periods.
+    """
+
+    periods: tuple[tuple[int, int], ...]
+    dense: int = 0
+
+
 class Device(Protocol):
     """Where a back end computes: a `torch.device`, or what has a `type` as it has."""
 
@@ -170,6 +181,11 @@ class StatsRecorder:
     def period(self, row: int, size: int, advance: int) -> None:
         """Notes that a period of `size` - 1 drafted levels committed `advance` tokens of `row`."""
         self._periods[row].append((size, advance))
+
+    @property
+    def by_row(self) -> tuple[RowSteps, ...]:
+        """What was noted of each row."""
+        return tuple(RowSteps(tuple(periods)) for periods in self._periods)
 
     def close(self, density: float) -> GenerationStats:
         every = [p for row in self._periods for p in row]

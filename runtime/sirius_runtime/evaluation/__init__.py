@@ -1,0 +1,1 @@
+"""`sirius eval`: tasks, scoring, limited execution of answers, results and their intervals."""

@@ -1,0 +1,126 @@
+"""Results of a mode, added up: accuracy with its interval, and what the answers cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sirius_runtime.evaluation.results import Result
+from sirius_runtime.request import Mode
+
+RESAMPLES = 10_000
+_AT_ONCE = 2**22  # drawn indices in memory
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, and where 95% of the resampled ones lie."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A mode's results. `difference`: its accuracy less that of mode full, on the same problems;
+    `speed`: its tokens/s over those of full. None where it was not measured.
+
+    `effective_density`: weight reads per committed token, each sequence's last period left out, as
+    in `GenerationStats`. `unanswered`: texts in which no answer was found.
+    """
+
+    mode: str
+    problems: int
+    accuracy: Interval
+    strict: float | None
+    difference: Interval | None
+    unanswered: int
+    cut: int
+    tokens: int
+    aal: float | None
+    density: float
+    effective_density: float
+    seconds: float
+    tokens_per_second: float | None
+    speed: float | None
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
+    """The mean with its 95% interval: percentiles over resampled problems.
+
+    Equal seeds resample the same problems, so that differences of two modes are paired: resample
+    the difference of each problem.
+    """
+    sample = np.asarray(values, np.float64)
+    generator, means = np.random.default_rng(seed), []
+    step = max(1, _AT_ONCE // len(sample))
+    for start in range(0, RESAMPLES, step):
+        count = min(step, RESAMPLES - start)
+        means.append(sample[generator.integers(0, len(sample), (count, len(sample)))].mean(1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return Interval(float(sample.mean()), float(low), float(high))
+
+
+def summarise(by_mode: Mapping[str, Sequence[Result]], seed: int = 0) -> list[Summary]:
+    """A summary of each mode that has results, in their order."""
+    full = {result.problem: result for result in by_mode.get(Mode.FULL, ())}
+    dense = _tokens_per_second(list(full.values()))
+    return [
+        _summary(mode, results, full, dense, seed) for mode, results in by_mode.items() if results
+    ]
+
+
+def _summary(
+    mode: str,
+    results: Sequence[Result],
+    full: Mapping[str, Result],
+    dense: float | None,
+    seed: int,
+) -> Summary:
+    pairs = [
+        float(result.correct) - float(full[result.problem].correct)
+        for result in results
+        if result.problem in full
+    ]
+    stricts = [result.strict for result in results if result.strict is not None]
+    speed = _tokens_per_second(results)
+    tokens = sum(result.tokens for result in results)
+    density = sum(r.density * r.tokens for r in results) / tokens
+    aal, effective = _advance(mode, results, density)
+    return Summary(
+        mode=mode,
+        problems=len(results),
+        accuracy=bootstrap([float(result.correct) for result in results], seed),
+        strict=sum(stricts) / len(stricts) if stricts else None,
+        difference=bootstrap(pairs, seed) if pairs and mode != Mode.FULL else None,
+        unanswered=sum(result.answer is None for result in results),
+        cut=sum(result.finish == "length" for result in results),
+        tokens=tokens,
+        aal=aal,
+        density=1.0 if mode == Mode.FULL else density,
+        effective_density=effective,
+        seconds=sum(result.seconds for result in results),
+        tokens_per_second=speed,
+        speed=None if speed is None or dense is None else speed / dense,
+    )
+
+
+def _advance(mode: str, results: Sequence[Result], density: float) -> tuple[float | None, float]:
+    """AAL and effective density."""
+    every = [(period, r.density) for r in results for period in r.periods]
+    counted = [(period, r.density) for r in results for period in r.periods[:-1]] or every
+    if not counted:
+        return None, 1.0 if mode == Mode.FULL else density
+    advance = sum(advance for (_, advance), _ in counted)
+    reads = sum((size - 1) * d + 1 for (size, _), d in counted)
+    dense = sum(result.dense for result in results)
+    return advance / len(counted), (reads + dense) / (advance + dense)
+
+
+def _tokens_per_second(results: Sequence[Result]) -> float | None:
+    seconds = sum(result.seconds for result in results)
+    decoded = sum(result.tokens - 1 for result in results)  # the first is prefill's
+    return decoded / seconds if seconds else None
