@@ -22,6 +22,7 @@ from sirius_runtime.evaluation.execution import Limits
 from sirius_runtime.evaluation.python_answers import STOPS, CodeGrader
 
 Messages = tuple[Mapping[str, str], ...]
+Settings = Mapping[str, str | int | bool | None]
 
 _GSM8K_STOPS = ("Question:", "</s>", "<|im_end|>")
 _GSM8K_CHAT = (
@@ -59,7 +60,7 @@ class Task:
 
     name: str
     problems: tuple[Problem, ...]
-    settings: Mapping[str, str | int | bool | None]
+    settings: Settings
     new_tokens: int
     executes: bool = False
 
@@ -143,7 +144,7 @@ def gsm8k(
     any.
     """
     lines, digest = read_lines(data)
-    settings = {"task": "gsm8k", "data": digest, "chat": chat, "system": system}
+    settings: Settings = {"task": "gsm8k", "data": digest, "chat": chat, "system": system}
     if chat:
         problems = [
             Problem(
@@ -154,7 +155,7 @@ def gsm8k(
             for line in lines
         ]
         return Task("gsm8k", _distinct(problems, lines), settings, new_tokens=512)
-    examples, settings = "", settings | {"num_shots": num_shots}
+    examples, settings = "", {**settings, "num_shots": num_shots}
     if num_shots:
         if shots is None:
             raise ConfigError(
@@ -168,7 +169,7 @@ def gsm8k(
                 f"{shots} has {len(worked)} examples, fewer than --num-shots {num_shots}; give "
                 "more, or ask for fewer"
             )
-        settings |= {"shots": digest}
+        settings = {**settings, "shots": digest}
         examples = "".join(
             f"Question: {line.text('question')}\nAnswer: {_gsm8k_answer(line)}\n\n"
             for line in worked[:num_shots]
