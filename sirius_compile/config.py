@@ -93,7 +93,9 @@ class CompileConfig:
     of the stored weights, by default the checkpoint's. graphs: what the artifact's graphs are
     for (see `Graphs`); with ``onnx`` or ``both`` weights are float32 or float16, by default
     float32 where the checkpoint's are
-    neither. device: where calibration runs. calibration: a text or JSONL file, or ``builtin``.
+    neither. adapter: the folder of an adapter (LoRA, …) to merge into the model. base: the model
+    to merge into where the model is an adapter itself, by default the one that it names. device:
+    where calibration runs. calibration: a text or JSONL file, or ``builtin``.
 
     Raises ConfigError for a value out of its range, with the range.
     """
@@ -115,6 +117,8 @@ class CompileConfig:
     revision: str | None = None
     cache_dir: Path | None = None
     trust_remote_code: bool = False
+    adapter: Path | None = None
+    base: str | None = None
     graphs: Graphs | str = Graphs.TORCH
 
     def __post_init__(self) -> None:

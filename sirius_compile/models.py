@@ -24,7 +24,6 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from sirius_compile.config_check import check_config, read_object
-from sirius_compile.live import MERGE
 from sirius_compile.text_model import is_causal, text_config
 from sirius_runtime.errors import ConfigError, ModelNotFoundError, UnsupportedModelError, shown
 
@@ -34,8 +33,9 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _SHIPPED_FOLDER = Path(__file__).parent / "shipped"
 _CONFIG_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 # Folders of a repository hold other formats (onnx/, original/, runs/), and `consolidated` files the
-# same weights once more under their publisher's names: gigabytes that nobody would read.
-_NEVER_FETCHED = ["*/*", "consolidated*"]
+# same weights once more under their publisher's names: gigabytes that nobody would read. Of all
+# folders, additional_chat_templates alone begins with "add".
+_NEVER_FETCHED = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ADAPTERS = ("adapter_config.json", "adapter_model*")
 _REMOTE_CODE = "pass --trust-remote-code if you have read that code and trust it"
@@ -121,8 +121,10 @@ def resolve_model(
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
     weights: bool = True,
+    adapters: bool = False,
 ) -> ModelSource:
-    """Finds `model`: a shipped name, a directory, a short name, or a hub id, in this order.
+    """Finds `model`: a shipped name, a directory, a short name, or a hub id, in this order. With
+    `adapters` it may be an adapter and no model.
 
     From the hub (HF_TOKEN and the cache are honoured) only configuration, tokenizer and safetensors
     are fetched, and Python files only with `trust_remote_code`. Without `weights` there need not be
@@ -136,13 +138,13 @@ def resolve_model(
         return ModelSource(shipped[name], name, None, False)
     if path.is_dir():
         _check_no_revision(name, revision)
-        _check_files(path, name, weights=weights)
+        _check_files(path, name, weights=weights, adapters=adapters)
         return ModelSource(path, name, None, trust_remote_code)
     if path.exists() or isinstance(model, Path) or _is_path(name):
         fault = "is a file" if path.exists() else "does not exist"
         raise ModelNotFoundError(
             f"model {name!r} {fault}; give the directory that save_pretrained wrote (config.json "
-            "and safetensors)"
+            "and safetensors), or a .gguf file"
         )
     hub_id = SHORT_NAMES.get(name.lower(), name)
     if "/" not in hub_id:
@@ -153,7 +155,7 @@ def resolve_model(
         *(["*.py"] if trust_remote_code else []),
     ]
     directory = _fetch(hub_id, revision, cache_dir, patterns)
-    _check_files(directory, hub_id, weights=weights)
+    _check_files(directory, hub_id, weights=weights, adapters=adapters)
     # The hub's cache keeps each revision in a folder named by its commit.
     return ModelSource(directory, hub_id, directory.name, trust_remote_code)
 
@@ -222,7 +224,18 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "~", os.sep)) or name.endswith("/") or name.count("/") > 1
 
 
-def _check_files(directory: Path, name: str, *, weights: bool) -> None:
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter and no model."""
+    return bool(_adapters(directory)) and not (directory / "config.json").is_file()
+
+
+def _adapters(directory: Path) -> list[Path]:
+    return [file for kind in _ADAPTERS for file in sorted(directory.glob(kind))]
+
+
+def _check_files(directory: Path, name: str, *, weights: bool, adapters: bool) -> None:
+    if adapters and is_adapter(directory):
+        return
     _check_no_adapter(directory, name)
     if not (directory / "config.json").is_file():
         raise ModelNotFoundError(
@@ -242,18 +255,19 @@ def _check_files(directory: Path, name: str, *, weights: bool) -> None:
 
 
 def _check_no_adapter(directory: Path, name: str) -> None:
-    """Refuses a LoRA adapter, which transformers would apply where peft is installed."""
-    found = [f for kind in _ADAPTERS for f in sorted(directory.glob(kind))]
-    if not found:
+    """Refuses an adapter beside a model: transformers would apply it, or not, by what is
+    installed.
+    """
+    if not (found := _adapters(directory)):
         return
-    if not (directory / "config.json").is_file():
+    if is_adapter(directory):
         raise ModelNotFoundError(
-            f"{name} holds an adapter ({found[0].name}) and no model; load it on its base model by "
-            f"peft's AutoPeftModelForCausalLM, {MERGE}"
+            f"{name} holds an adapter ({found[0].name}) and no model; name the model that the "
+            "adapter was trained on"
         )
     raise UnsupportedModelError(
-        f"{name} holds an adapter ({found[0].name}) beside its weights, which would be left out; "
-        f"{MERGE}. To compile the model without it, move it to another folder"
+        f"{name} holds an adapter ({found[0].name}) beside its weights; move the adapter to a "
+        "folder of its own, and name that by --adapter to have it merged"
     )
 
 

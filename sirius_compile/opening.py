@@ -7,19 +7,33 @@ line in `OPENERS`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
+from sirius_compile.adapters import Adapter, merged, read_adapter
 from sirius_compile.checkpoint import StateDict, checkpoint_dtype, open_weights
 from sirius_compile.config import CompileConfig
 from sirius_compile.config_check import check_config, read_generation_config
+from sirius_compile.gguf_file import is_gguf, load_gguf
 from sirius_compile.live import check_model, main_dtype
-from sirius_compile.models import is_name, load_config, resolve_model
+from sirius_compile.models import (
+    ModelSource,
+    is_adapter,
+    is_name,
+    load_config,
+    resolve_model,
+    whole_config,
+)
 from sirius_compile.source import Source
+from sirius_compile.text_model import text_config
 from sirius_compile.texts import BUILTIN_PROMPTS
 from sirius_compile.tokenizer import tokenizer_files
-from sirius_runtime.errors import ConfigError
+from sirius_runtime.command_line import read_path
+from sirius_runtime.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from sirius_runtime.spec import DType
 
 Warn = Callable[[str], None]
 Opener = Callable[[Any, CompileConfig, Any, Warn], Source | None]
@@ -30,36 +44,114 @@ def open_source(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -
     """Opens `model`. Raises ConfigError, ModelNotFoundError or UnsupportedModelError, naming the
     reason, for what is no model or can't be compiled.
     """
+    if not is_name(model) and (config.adapter is not None or config.base is not None):
+        raise ConfigError("--adapter and --base go with files; merge a model in memory by peft")
     for opener in OPENERS:
         if (source := opener(model, config, tokenizer, warn)) is not None:
             return source
     raise AssertionError("the last opener takes everything")
 
 
+def open_gguf(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> Source | None:
+    """A GGUF file."""
+    if not is_name(model) or not is_gguf(Path(model)):
+        return None
+    _check_alone(tokenizer)
+    given = {"--adapter": config.adapter, "--base": config.base, "--revision": config.revision}
+    for flag, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{flag} does not go with a GGUF file; give a directory or a hub id")
+    loaded = load_gguf(read_path(model), None if config.dtype is None else DType(config.dtype))
+    source = open_live(loaded.model, config, loaded.tokenizer, warn)
+    return replace(source, name=Path(model).name, generation=loaded.generation)
+
+
 def open_files(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> Source | None:
-    """A shipped name, a directory, a hub id or a short name."""
+    """A shipped name, a directory, a hub id or a short name; also of an adapter, or with one."""
     if not is_name(model):
         return None
-    if tokenizer is not None:
-        raise ConfigError("tokenizer= goes with a model in memory; a directory brings its own")
-    source = resolve_model(
-        model,
-        revision=config.revision,
-        cache_dir=config.cache_dir,
-        trust_remote_code=config.trust_remote_code,
-    )
+    _check_alone(tokenizer)
+    source = _resolve(model, config, revision=config.revision, adapters=config.adapter is None)
+    if is_adapter(source.directory):
+        adapter = read_adapter(source.directory)
+        return _open_adapted(_base_of(adapter, source, config), adapter, config, warn)
+    if config.base is not None:
+        raise ConfigError(f"--base is of an adapter, and {source.name} is a model: leave it out")
+    if config.adapter is not None:
+        return _open_adapted(source, read_adapter(config.adapter), config, warn)
     hf_config = load_config(source)
-    own_prompts = source.directory / "calibration_prompts.jsonl"
     return Source(
         name=source.name,
         revision=source.revision,
         config=hf_config,
         generation=read_generation_config(source.directory, hf_config, source.name),
         tokenizer_files=tokenizer_files(source),
-        prompts=own_prompts if own_prompts.exists() else BUILTIN_PROMPTS,
+        prompts=_prompts(source),
         dtype=checkpoint_dtype(source, hf_config),
         trust_remote_code=source.trust_remote_code,
         open_weights=lambda wanted: open_weights(source, hf_config, wanted, warn),
+    )
+
+
+def _check_alone(tokenizer: Any) -> None:
+    if tokenizer is not None:
+        raise ConfigError("tokenizer= goes with a model in memory; others bring their own")
+
+
+def _resolve(
+    model: str | Path,
+    config: CompileConfig,
+    *,
+    revision: str | None = None,
+    adapters: bool = False,
+    trusted: bool = True,
+) -> ModelSource:
+    return resolve_model(
+        model,
+        revision=revision,
+        cache_dir=config.cache_dir,
+        trust_remote_code=trusted and config.trust_remote_code,
+        adapters=adapters,
+    )
+
+
+def _prompts(source: ModelSource) -> Path:
+    own = source.directory / "calibration_prompts.jsonl"
+    return own if own.exists() else BUILTIN_PROMPTS
+
+
+def _base_of(adapter: Adapter, source: ModelSource, config: CompileConfig) -> ModelSource:
+    """The model that an adapter belongs to. Its code is trusted where the user named the model."""
+    base = config.base or adapter.base
+    if base is None:
+        raise ConfigError(f"{source.name} is an adapter that names no base model: pass --base")
+    try:
+        return _resolve(base, config, trusted=config.base is not None)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"the base model of {source.name}: {error}; --base names another place of it"
+        ) from error
+
+
+def _open_adapted(base: ModelSource, adapter: Adapter, config: CompileConfig, warn: Warn) -> Source:
+    """A base model with an adapter merged into it; the adapter's tokenizer, where it has one."""
+    hf_config = load_config(base)
+    checkpoint_dtype(base, hf_config)  # refuses what is quantised
+    if text_config(whole_config(base)) is not None:
+        raise UnsupportedModelError(
+            f"{base.name} is multimodal, and adapters are merged into models of text; merge it by "
+            "peft, and save the whole model"
+        )
+    own = adapter.folder / "tokenizer.json"
+    words = replace(base, directory=adapter.folder) if own.is_file() else base
+    source = open_live(merged(base, adapter), config, None, warn)
+    return replace(
+        source,
+        name=f"{base.name} + {adapter.folder.name}",
+        revision=base.revision,
+        generation=read_generation_config(base.directory, hf_config, base.name),
+        tokenizer_files=tokenizer_files(words),
+        prompts=_prompts(base),
     )
 
 
@@ -83,5 +175,5 @@ def open_live(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> 
     )
 
 
-OPENERS: tuple[Opener, ...] = (open_files, open_live)
+OPENERS: tuple[Opener, ...] = (open_gguf, open_files, open_live)
 """Asked in this order. The last takes everything, and says what is no model."""

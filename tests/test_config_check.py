@@ -217,7 +217,7 @@ def test_tensors_without_a_place_are_named(folder: Path) -> None:
 def test_an_adapter_beside_a_model(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(
-        UnsupportedModelError, match=r"holds an adapter .*merge_and_unload.*move it"
+        UnsupportedModelError, match=r"holds an adapter .* beside its weights.*move .*--adapter"
     ):
         resolve_model(folder)
 
@@ -225,9 +225,10 @@ def test_an_adapter_beside_a_model(folder: Path) -> None:
 def test_an_adapter_alone(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(
-        ModelNotFoundError, match=r"holds an adapter .* and no model; .*merge_and_un"
+        ModelNotFoundError, match=r"holds an adapter .* and no model; name the model"
     ):
         resolve_model(tmp_path)
+    assert resolve_model(tmp_path, adapters=True).directory == tmp_path
 
 
 @pytest.mark.parametrize(

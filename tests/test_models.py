@@ -53,6 +53,8 @@ REPOSITORY = [
     "modeling_own.py",
     "onnx/model.safetensors",
     "original/params.json",
+    "assets/config.json",
+    "additional_chat_templates/rag.jinja",
 ]
 
 
@@ -247,6 +249,7 @@ def test_only_what_is_read_is_fetched(hub: Hub) -> None:
         "tokenizer.json",
         "tokenizer.model",
         "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
         "model.safetensors.index.json",
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",

@@ -36,7 +36,9 @@ def _file_or_builtin(text: str) -> str:
 def compile_artifact(
     model: Annotated[
         str | None,
-        typer.Argument(help="Shipped name, directory, hub id, or short name (llama-3-8b)."),
+        typer.Argument(
+            help="Shipped name, directory, GGUF file, hub id, or short name (llama-3-8b)."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", parser=path, help="The artifact to write.")
@@ -69,6 +71,12 @@ def compile_artifact(
     ] = "builtin",
     revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(parser=path, help="Hub cache.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(parser=path, help="Folder of an adapter (LoRA) to merge.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Where MODEL is an adapter: the model to merge it into.")
+    ] = None,
     graphs: Annotated[
         Graphs,
         typer.Option(
@@ -134,6 +142,8 @@ def compile_artifact(
         calibration=calibration,
         revision=revision,
         cache_dir=cache_dir,
+        adapter=adapter,
+        base=base,
         trust_remote_code=trust_remote_code,
         graphs=graphs,
     )

@@ -1,0 +1,104 @@
+"""Models in GGUF files, read by transformers' own reader: weights, config, tokenizer.
+
+Quantised weights are multiplied out: the artifact holds what the file says, in one of its dtypes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from sirius_runtime.dtypes import dtype_of
+from sirius_runtime.errors import ModelNotFoundError, UnsupportedModelError
+from sirius_runtime.spec import DType
+
+_PACKAGES = ("gguf", "accelerate")
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What ends an answer: of a text, of a turn of a chat.
+_ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A model in memory, its tokenizer, and what its file says of ending an answer."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    generation: GenerationConfig
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is named as a GGUF file."""
+    return path.suffix.lower() == ".gguf"
+
+
+def load_gguf(path: Path, dtype: DType | None) -> GgufModel:
+    """Loads a GGUF file: in `dtype`, by default that of most of its weights, and bfloat16 where
+    those are quantised.
+
+    Raises ModelNotFoundError where there is no such file, and UnsupportedModelError, with what
+    transformers says, for an architecture or a type of weights that it does not read.
+    """
+    if not path.is_file():
+        raise ModelNotFoundError(f"{path} is no file; give a GGUF file on this machine")
+    missing = [package for package in _PACKAGES if find_spec(package) is None]
+    if missing:
+        raise UnsupportedModelError(
+            f"{path}: reading GGUF needs {' and '.join(missing)}: pip install "
+            f"{' '.join(missing)}; or give the model's directory of safetensors"
+        )
+    try:
+        return _load(path, dtype)
+    except Exception as error:  # of any class: the file decides which code trips over it
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UnsupportedModelError(
+            f"{path}: transformers can't read this GGUF file ({reason:.300}); give the model's "
+            "directory of safetensors, which this file was made from"
+        ) from error
+
+
+def _load(path: Path, dtype: DType | None) -> GgufModel:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    parts = reader.get_field("split.count")
+    if parts is not None and parts.contents() > 1:
+        raise ValueError(
+            f"it is one of {parts.contents()} parts; join them by llama-gguf-split --merge"
+        )
+    given = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **given, **_unpacked(), dtype=dtype_of(dtype) if dtype else _dtype(reader)
+    ).eval()
+    generation = model.generation_config or GenerationConfig.from_model_config(model.config)
+    fields = [field for name in _ENDS if (field := reader.get_field(name)) is not None]
+    if fields:
+        generation.eos_token_id = list(dict.fromkeys(int(field.contents()) for field in fields))
+    return GgufModel(model, AutoTokenizer.from_pretrained(**given), generation)
+
+
+def _unpacked() -> dict[str, Any]:
+    """Has weights multiplied out where transformers would keep them packed."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # an older release always does
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _dtype(reader: Any) -> torch.dtype:
+    counts: Counter[str] = Counter()
+    for tensor in reader.tensors:
+        counts[tensor.tensor_type.name] += int(tensor.n_elements)
+    return _FLOATS.get(counts.most_common(1)[0][0], torch.bfloat16)
