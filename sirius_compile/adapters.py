@@ -61,8 +61,8 @@ def merged(base: ModelSource, adapter: Adapter) -> PreTrainedModel:
     from peft import PeftModel
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-    known = {str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_TUNER_MAPPING}
-    if adapter.kind not in known:
+    tuners = {getattr(kind, "value", kind): one for kind, one in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    if not hasattr(tuners.get(adapter.kind), "merge_and_unload"):  # prompts, and what is unknown
         raise UnsupportedModelError(
             f"{adapter.folder} is an adapter of type {adapter.kind}, which peft can't merge into "
             "weights"

@@ -112,7 +112,7 @@ def test_a_tokenizer_beside_the_adapter_counts(tmp_path: Path, base: Path) -> No
 def test_what_can_not_be_merged_is_refused_by_name(tmp_path: Path, base: Path) -> None:
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     write_adapter(tmp_path / "prompt", base, settings)
-    with pytest.raises(UnsupportedModelError, match="of type PROMPT_TUNING.*can't merge"):
+    with pytest.raises(UnsupportedModelError, match=r"of type PROMPT_TUNING.*can't merge"):
         compile_model(tmp_path / "prompt", config())
     write_adapter(tmp_path / "other", base, lora(r=4))
     small = tmp_path / "small"
@@ -141,7 +141,7 @@ def test_folders_that_are_no_adapter(tmp_path: Path, base: Path) -> None:
 
 
 def test_flags_that_do_not_go_together(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(ConfigError, match="--base is of an adapter, and .* is a model"):
+    with pytest.raises(ConfigError, match=r"--base is of an adapter, and .* is a model"):
         compile_model(base, config(base="x"))
     with pytest.raises(ConfigError, match="--adapter and --base go with files"):
         compile_model(random_decoder("llama"), config(adapter=tmp_path))
