@@ -50,7 +50,6 @@ def write_gguf(
     model: PreTrainedModel,
     kind: str = "F32",
     architecture: str = "qwen2",
-    **fields: Any,
 ) -> dict[str, torch.Tensor]:
     """Writes a model as llama.cpp's converter does; returns the weights as they then are."""
     writer = gguf.GGUFWriter(path, architecture)
