@@ -38,9 +38,9 @@ class GgufModel:
     generation: GenerationConfig
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a path is named as a GGUF file."""
-    return path.suffix.lower() == ".gguf"
+def is_gguf(model: str | Path) -> bool:
+    """Whether a model is named as a GGUF file, and is no directory of that name."""
+    return str(model).lower().endswith(".gguf") and not Path(model).is_dir()
 
 
 def load_gguf(path: Path, dtype: DType | None) -> GgufModel:

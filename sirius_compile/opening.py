@@ -54,7 +54,7 @@ def open_source(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -
 
 def open_gguf(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> Source | None:
     """A GGUF file."""
-    if not is_name(model) or not is_gguf(Path(model)):
+    if not is_name(model) or not is_gguf(model):
         return None
     _check_alone(tokenizer)
     given = {"--adapter": config.adapter, "--base": config.base, "--revision": config.revision}

@@ -160,7 +160,14 @@ def compile_lines() -> Iterator[Line]:
     for flag in ("--sparsity", "--dtype", "--graphs"):
         yield from flags("compile", cats, flag, ("", "foo", "TOPK"))
     yield from flags("compile", topk, "--device", NO_DEVICE)
-    for flag in ("--cache-dir", "--dump-graphs", "--expect-graphs", "--calibration", "--out"):
+    for flag in (
+        "--adapter",
+        "--cache-dir",
+        "--dump-graphs",
+        "--expect-graphs",
+        "--calibration",
+        "--out",
+    ):
         yield from flags("compile", topk, flag, NO_PATH)
     yield from flags("compile", topk, "--expect-graphs", (*NOT_HERE, str(ROOT / "pyproject.toml")))
     yield from flags("compile", topk, "--calibration", ("none", f"{FOLDER}/no.txt"))
@@ -174,6 +181,9 @@ def compile_lines() -> Iterator[Line]:
         (("--score", "weight-norm"), "--score weight-norm is no longer an option"),
         (("--tree-width", "8", "--period", "200"), "has 1593 nodes"),
         (("--revision", "main"), "--revision main goes with a model from the hub"),
+        (("--adapter", FOLDER), "holds no adapter_config.json"),
+        (("--adapter", f"{FOLDER}/nowhere"), "holds no adapter_config.json"),
+        (("--base", "llama-3-8b"), "--base is of an adapter, and tally-3m is a model"),
         (("--sparsity", "none", "--keep", "0.5"), "--keep is of a sparse path"),
         (("--sparsity", "none", "--density", "0.5"), "--density is of a sparse path"),
         (("--sparsity", "none", "--dense-layers", "0"), "--dense-layers is of a sparse path"),
@@ -183,6 +193,10 @@ def compile_lines() -> Iterator[Line]:
         (("--force=yes",), "--force"),
     ):
         yield Line("compile", (*topk, *given), says)
+    for name in (f"{FOLDER}/no.gguf", "no.GGUF", "n" * 300 + ".gguf", "~nosuchuser/x.gguf"):
+        yield Line("compile", (name, "--out", f"{FOLDER}/m.sirius"), name[:50])
+    gguf = (f"{FOLDER}/no.gguf", "--out", f"{FOLDER}/m.sirius")
+    yield Line("compile", (*gguf, "--adapter", FOLDER), "--adapter does not go with a GGUF file")
     for arguments in ((), ("tally-3m",), ("--out", f"{FOLDER}/m.sirius"), ("--json",)):
         yield Line("compile", arguments, "a model and a target are needed")
 
