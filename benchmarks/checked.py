@@ -105,4 +105,4 @@ def generation(row: str, model: SiriusModel, prompt: Any, **options: Any) -> Non
     """The operators of an answer's first tokens."""
     assert isinstance(model.backend, EagerBackend)
     with operators(row, model.backend):
-        model.generate(prompt, max_new_tokens=TOKENS, **options)
+        model.generate(prompt, max_new_tokens=TOKENS, fallback=False, **options)

@@ -1,4 +1,4 @@
-"""What a period as one graph costs at a long context, against the Session that drives the entries.
+"""What a period as one graph costs at a long context, against the entries one by one.
 
     python -m benchmarks.context --context 4096
 
@@ -6,7 +6,7 @@ A random Llama (float32; hidden 1024, 16 heads over 4 key/value heads, MLPs of 4
 decodes by griffin after a prompt of `--context` random tokens. Both start each period from the same
 state and take it in turns; printed are the medians of a period's seconds, of their ratio, and the
 ratio's quartiles. A graph that copied the caches in its loop would pay for it k - 1 times a period.
-A period of the Session is run first with every operator compared with its reference, and all of
+A period by the entries is run first with every operator compared with its reference, and all of
 them must commit its tokens, with its keys and values but for rounding (`benchmarks.checked`).
 """
 
@@ -26,13 +26,15 @@ from benchmarks import checked
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.product import Compiled
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.by_entries import ByEntries
 from sirius_runtime.command_line import finish, positive_number
+from sirius_runtime.decoder import Strategy
 from sirius_runtime.loading import BackendName
-from sirius_runtime.period_session import PeriodSession
+from sirius_runtime.one_graph import OneGraph
 from sirius_runtime.plan import Plan
-from sirius_runtime.session import Session
 from sirius_runtime.sizes import cache_slots
-from sirius_runtime.stats import PhaseClock, StatsRecorder
+from sirius_runtime.stats import PhaseClock
+from sirius_runtime.tensor_state import ROWS_OF, TensorState
 
 
 def random_llama(context: int, layers: int) -> LlamaForCausalLM:
@@ -50,11 +52,11 @@ def random_llama(context: int, layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def open_session(compiled: Compiled, kind: type[Session], backend: str, slots: int) -> Session:
-    """A Session of one row on a back end."""
+def opened(compiled: Compiled, backend: str, slots: int) -> tuple[TensorState, Strategy]:
+    """One row on a back end, and how its periods run."""
     runner = compiled.to_runtime(backend=backend, context=slots - 64).backend
-    recorder = StatsRecorder(1, 0, 0, PhaseClock(runner.device))
-    return kind(runner, 1, slots, recorder)
+    strategy = OneGraph(runner.limits) if runner.limits else ByEntries()
+    return TensorState(runner, 1, slots), strategy
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"context {args.context}, {args.layers} layers, backend {args.backend} against eager; "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}\n"
     )
-    header = ("k", "w", "Session ms", "graph ms", "graph / Session", "quartiles")
+    header = ("k", "w", "entries ms", "graph ms", "graph / entries", "quartiles")
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for period in args.period:
         for width in args.width:
@@ -87,43 +89,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def row(compiled: Compiled, prompt: list[int], slots: int, repeats: int, backend: str) -> str:
     """One line of the table."""
     size, width = compiled.spec.period.period, compiled.spec.period.tree_width
-    entries = open_session(compiled, Session, BackendName.EAGER, slots)
-    graph = open_session(compiled, PeriodSession, backend, slots)
-    entries.prefill([prompt])
-    start = {"length": entries.length, "root": entries.root}
+    ways = [opened(compiled, backend, slots) for backend in (BackendName.EAGER, backend)]
+    (first, _), clock = ways[0], PhaseClock(torch.device("cpu"))
+    logits, _ = first.prefill([prompt])
+    first.root = logits.argmax(-1)
+    first.choose_neurons()
+    start = {name: getattr(first, name) for name in ROWS_OF}
+    start = {name: None if value is None else value.clone() for name, value in start.items()}
     plan, most = Plan(size, width, threshold=0.0), torch.tensor([size])
-    seconds: dict[Session, list[float]] = {entries: [], graph: []}
-    caches = {name: value.clone() for name, value in entries._state.items()}
-    statistic, name = entries._statistic, f"k {size}, w {width}"
+    name = f"k {size}, w {width}"
 
-    def period(session: Session) -> tuple[float, list[int]]:
+    def period(state: TensorState, strategy: Strategy) -> tuple[float, list[int]]:
         """Seconds from the start, and the tokens with their number."""
-        session.length, session.root = start["length"], start["root"]
-        session.active = torch.ones(1, dtype=torch.bool)
-        session._state = {name: value.clone() for name, value in caches.items()}
-        session._statistic = statistic
+        for own, value in start.items():
+            setattr(state, own, None if value is None else value.clone())
         begin = time.perf_counter()
-        (packed,) = session.period(plan, most).packed.tolist()
+        (packed,) = strategy.period(state, plan, most, clock).packed.tolist()
         return time.perf_counter() - begin, packed
 
-    backend = entries._backend
-    assert isinstance(backend, EagerBackend)
-    with checked.operators(name, backend):
-        _, wanted = period(entries)
-    stored = entries._state
+    runner = first.backend
+    assert isinstance(runner, EagerBackend)
+    with checked.operators(name, runner):
+        _, wanted = period(*ways[0])
+    stored = first.k_cache, first.v_cache
+    seconds: list[list[float]] = [[], []]
     for repeat in range(repeats + 2):
-        for session, taken in seconds.items():
-            spent, packed = period(session)
+        for (state, strategy), taken in zip(ways, seconds, strict=True):
+            spent, packed = period(state, strategy)
             if repeat >= 2:  # the first calls pay for allocation
                 taken.append(spent)
             checked.equal(name, packed, wanted)
-            for cache in ("k_cache", "v_cache"):
-                used = slice(int(session.length))
-                layers = compiled.spec.state.layers
-                found, other = (state[cache][:, :, :, used] for state in (session._state, stored))
-                checked.near(f"{name}, {cache}", found, other, layers)
-    ratios = [g / s for s, g in zip(seconds[entries], seconds[graph], strict=True)]
-    milliseconds = (f"{statistics.median(taken) * 1e3:.1f}" for taken in seconds.values())
+            used = slice(int(state.length))
+            for cache, other in zip((state.k_cache, state.v_cache), stored, strict=True):
+                pair = cache[:, :, :, used], other[:, :, :, used]
+                checked.near(f"{name}, caches", *pair, compiled.spec.state.layers)
+    ratios = [graph / entries for entries, graph in zip(*seconds, strict=True)]
+    milliseconds = (f"{statistics.median(taken) * 1e3:.1f}" for taken in seconds)
     quartiles = statistics.quantiles(ratios, n=4)
     cells = (
         str(size),

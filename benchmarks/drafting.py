@@ -63,7 +63,9 @@ class Result:
 
     def answer(self, model: SiriusModel, batch: list[Problem], options: dict[str, object]) -> None:
         """Answers `batch` in one call."""
-        output = model.generate([p.prompt for p in batch], max_new_tokens=MAX_NEW_TOKENS, **options)
+        output = model.generate(
+            [p.prompt for p in batch], max_new_tokens=MAX_NEW_TOKENS, fallback=False, **options
+        )
         assert output.texts is not None
         self.answered += len(batch)
         self.right += sum(
@@ -78,7 +80,9 @@ class Result:
 
     def time(self, model: SiriusModel, problem: Problem, options: dict[str, object]) -> None:
         """Times one problem; its answer is not counted."""
-        stats = model.generate(problem.prompt, max_new_tokens=MAX_NEW_TOKENS, **options).stats
+        stats = model.generate(
+            problem.prompt, max_new_tokens=MAX_NEW_TOKENS, fallback=False, **options
+        ).stats
         self.speeds.append(stats.tokens_per_second)
 
 

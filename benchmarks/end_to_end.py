@@ -69,7 +69,9 @@ class Row:
 
 
 def ours(model: SiriusModel, **options: object) -> Answer:
-    return lambda ids: model.generate(ids, max_new_tokens=MAX_NEW_TOKENS, **options).tokens[0]
+    return lambda ids: model.generate(
+        ids, max_new_tokens=MAX_NEW_TOKENS, fallback=False, **options
+    ).tokens[0]
 
 
 def hugging_face(model: LlamaForCausalLM, **options: object) -> Answer:

@@ -69,7 +69,9 @@ def exact_match(texts: tuple[str, ...], batch: list[Problem]) -> float:
 
 def answer(model: SiriusModel, batch: list[Problem], **options: object) -> tuple[float, object]:
     """Exact match over `batch`, and the run's stats."""
-    output = model.generate([p.prompt for p in batch], max_new_tokens=MAX_NEW_TOKENS, **options)
+    output = model.generate(
+        [p.prompt for p in batch], max_new_tokens=MAX_NEW_TOKENS, fallback=False, **options
+    )
     assert output.texts is not None
     return exact_match(output.texts, batch), output.stats
 

@@ -27,7 +27,7 @@ from sirius_compile import CompileConfig, compile_model
 from sirius_compile.operator_check import tolerance
 from sirius_compile.product import Compiled
 from sirius_compile.shipped.problems import Task, problems
-from sirius_runtime.backends.cuda_graph import StaticSessions
+from sirius_runtime.backends.cuda_graph import Recordings
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.command_line import finish
 from sirius_runtime.model import SiriusModel
@@ -207,7 +207,7 @@ def behind(backend: str, compiled: Compiled, device: torch.device) -> SiriusMode
     model = compiled.to_runtime(device=device)
     assert isinstance(model.backend, EagerBackend)
     own = copy.copy(model.backend)
-    own.open = StaticSessions(own, lambda: replay_on(device)).open  # type: ignore[method-assign]
+    own.open = Recordings(own, lambda: replay_on(device)).open  # type: ignore[method-assign]
     return SiriusModel(own, model.tokenizer)
 
 

@@ -48,11 +48,12 @@ from sirius_compile.shipped.problems import Task, problems
 from sirius_runtime import load
 from sirius_runtime.artifact import Artifact
 from sirius_runtime.command_line import finish, positive_number, threads_argument
+from sirius_runtime.decoder import Way
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.onnx_files import gathered_bytes
 from sirius_runtime.plan import Plan
 from sirius_runtime.request import Options, read_options
-from sirius_runtime.stats import PhaseClock, StatsRecorder
+from sirius_runtime.stats import PhaseClock
 
 METHODS = ("griffin", "topk")
 SHIPPED = Path(sirius_compile.__file__).parent / "shipped" / "tally-3m"
@@ -196,7 +197,9 @@ def opened(path: Path, backend: str, threads: int) -> SiriusModel:
 
 def by(model: SiriusModel, tokens: int, **options: Any) -> Run:
     def run(prompt: list[int]) -> tuple[float, Sequence[int]]:
-        output = model.generate(prompt, max_new_tokens=tokens, eos_token_id=[], **options)
+        output = model.generate(
+            prompt, max_new_tokens=tokens, eos_token_id=[], fallback=False, **options
+        )
         return output.stats.tokens_per_second, output.tokens[0]
 
     return run
@@ -276,7 +279,7 @@ def one_call(model: SiriusModel, repeats: int) -> tuple[str, ...]:
     backend: Any = model.backend
     prompt = list(range(1, 64))
     request = read_options(
-        Options(threshold=0.0),
+        Options(rule={"threshold": 0.0}),
         model.program,
         backend.limits,
         prompt_lengths=[len(prompt)],
@@ -284,25 +287,24 @@ def one_call(model: SiriusModel, repeats: int) -> tuple[str, ...]:
         eos=frozenset(),
         stop=(),
     )
-    decoder = backend.open(
-        request, 1, 480, StatsRecorder(1, 0, 0, PhaseClock(backend.device)), None
-    )
-    decoder.prefill([prompt])
-    start = decoder._length, decoder._root
+    decoder = backend.open(request, 1, 480, PhaseClock(backend.device))
+    decoder.prefill([prompt], None)
+    state, plan = decoder.state, Plan(16, 1, threshold=0.0)
+    start = state.length, state.root
     taken: dict[str, list[float]] = {"period": [], "entries": []}
 
     def entries() -> None:
         for _ in range(15):
-            decoder.sparse_step()
-        decoder._length = start[0]
-        decoder._tokens("full", np.arange(1, 17)[None])
+            decoder.period(Way.SPARSE, plan, [1], None)
+        state.length = start[0]
+        state.chain("full", np.arange(1, 17)[None])
 
     def whole() -> None:
-        decoder.period(Plan(16, 1, threshold=0.0), [16], None)
+        decoder.period(Way.DRAFT, plan, [16], None)
 
     for repeat in range(repeats + 2):
         for name, call in (("period", whole), ("entries", entries)):
-            decoder._length, decoder._root = start
+            state.length, state.root = start
             begin = time.perf_counter()
             call()
             if repeat >= 2:

@@ -1,4 +1,4 @@
-"""A recorded period's time against that of the Session that drives the same entries.
+"""A recorded period's time against that by the same entries as they are.
 
     python -m benchmarks.periods --device cuda --shape 8b
 
@@ -6,9 +6,9 @@ One row of griffin at 50% after a history of `--context` tokens, random weights,
 draft is accepted, so that each period does the same work). Both start from the same state and take
 turns; printed are the medians of a period's milliseconds from the call to the tokens on the host,
 of their ratio, and the ratio's quartiles. On a GPU the recording is a CUDA graph; on the CPU, where
-nothing is recorded, the same work runs as it is, and the ratio is of no interest. One period of the
-Session is run with every operator compared with its reference, and each pair of periods must commit
-the same tokens (`benchmarks.checked`).
+nothing is recorded, the same work runs as it is, and the ratio is of no interest. One period by
+the entries is run with every operator compared with its reference, and each pair of periods must
+commit the same tokens (`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -25,47 +25,46 @@ from benchmarks import checked
 from benchmarks.random_programs import SHAPES, RandomPrograms, Shape
 from benchmarks.steps import compiled_backend, machine, replay_on
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.by_entries import ByEntries
 from sirius_runtime.command_line import finish, positive_number
+from sirius_runtime.decoder import Strategy, Way
 from sirius_runtime.plan import Plan
-from sirius_runtime.session import Session
+from sirius_runtime.recorded import Recorded, Storage
 from sirius_runtime.spec import Method
-from sirius_runtime.static_session import StaticSession
+from sirius_runtime.stats import PhaseClock
+from sirius_runtime.tensor_state import ROWS_OF, TensorState
 
 SKIPPED = 0.5
 
 
-def sessions(
-    programs: RandomPrograms, backend: EagerBackend, context: int, size: int
-) -> tuple[Session, StaticSession]:
-    """One that drives the entries, and one that replays, in the same state."""
-    driven = programs.session(backend, context, SKIPPED)
-    static = programs.session(
-        backend,
-        context,
-        SKIPPED,
-        StaticSession,
-        size=size,
-        replay=replay_on(programs.device),
-    )
-    assert isinstance(static, StaticSession)
-    for name, value in driven._state.items():
-        static._state[name] = value.clone()
-    static._settle()
-    return driven, static
+Entrant = tuple[TensorState, Strategy]
 
 
-def one_period(session: Session, plan: Plan, context: int) -> tuple[float, list[int]]:
+def both(programs: RandomPrograms, backend: EagerBackend, context: int, size: int) -> list[Entrant]:
+    """The entries as they are, and their recording, in the same state."""
+    driven, held = (programs.state(backend, context, SKIPPED) for _ in range(2))
+    for name in ROWS_OF:
+        value = getattr(driven, name)
+        setattr(held, name, None if value is None else value.clone())
+    storage = Storage(held, size, replay_on(programs.device))
+    recorded = Recorded(Way.DRAFT, ByEntries(all_levels=True), storage)
+    return [(driven, ByEntries()), (held, recorded)]
+
+
+def one_period(
+    state: TensorState, strategy: Strategy, plan: Plan, context: int
+) -> tuple[float, list[int]]:
     """Seconds of one period from `context` tokens on, to the tokens on the host; those tokens, and
     how many are committed.
     """
-    device = session._backend.device
-    session.length.fill_(context)
-    session.root.fill_(7)
-    most = torch.full((1,), plan.size, device=device)
+    device = state.root.device
+    state.length.fill_(context)
+    state.root.fill_(7)
+    most = torch.full((1,), plan.period, device=device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    (packed,) = session.period(plan, most).packed.tolist()
+    (packed,) = strategy.period(state, plan, most, PhaseClock(device)).packed.tolist()
     return time.perf_counter() - begin, packed
 
 
@@ -76,14 +75,14 @@ def rows(args: argparse.Namespace, shape: Shape, device: torch.device) -> Iterat
     )
     for size in args.period:
         for width in args.width:
-            pair = sessions(programs, backend, args.context, size)
+            pair = both(programs, backend, args.context, size)
             plan = Plan(size, width, threshold=0.0)
             name = f"k {size}, w {width}"
             with checked.operators(name, backend):
-                _, wanted = one_period(pair[0], plan, args.context)
+                _, wanted = one_period(*pair[0], plan, args.context)
             taken: tuple[list[float], list[float]] = ([], [])
             for turn in range(args.rounds + 2):
-                results = [one_period(session, plan, args.context) for session in pair]
+                results = [one_period(*way, plan, args.context) for way in pair]
                 (_, driven), (_, replayed) = results
                 checked.equal(name, replayed, driven)
                 if not args.compiled:  # which rounds elsewhere, and may choose by it
@@ -118,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{', compiled by inductor' if args.compiled else ''}; torch {torch.__version__}, "
         f"{machine(device)}; {args.rounds} rounds\n"
     )
-    header = ("k", "w", "Session ms", "recorded ms", "recorded / Session", "quartiles")
+    header = ("k", "w", "entries ms", "recorded ms", "recorded / entries", "quartiles")
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     with torch.inference_mode():
         for row in rows(args, shape, device):

@@ -25,7 +25,6 @@ from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.graph import to_document
 from sirius_runtime.operators import OPERATORS
-from sirius_runtime.session import Session
 from sirius_runtime.sizes import cache_slots
 from sirius_runtime.spec import (
     JSON,
@@ -37,7 +36,7 @@ from sirius_runtime.spec import (
     ToolVersions,
     WeightSpec,
 )
-from sirius_runtime.stats import PhaseClock, StatsRecorder
+from sirius_runtime.tensor_state import TensorState
 
 METHODS = (Method.GRIFFIN, Method.TOPK, Method.CATS, Method.TEAL, Method.GRIFFIN_TEAL)
 sirius = torch.ops.sirius
@@ -154,24 +153,16 @@ class RandomPrograms:
             documents = self._documents(program)
         return make(spec, documents, weights, **options)
 
-    def session(
-        self,
-        backend: EagerBackend,
-        context: int,
-        skipped: float = 0.0,
-        make: Callable[..., Session] = Session,
-        **options: Any,
-    ) -> Session:
-        """A session of one row with `context` tokens behind it, random like its neurons."""
-        recorder = StatsRecorder(1, 0, 0, PhaseClock(self.device))
-        session = make(backend, 1, cache_slots(context, 64, 4), recorder, **options)
-        for cache in session._state.values():
+    def state(self, backend: EagerBackend, context: int, skipped: float = 0.0) -> TensorState:
+        """One row with `context` tokens behind it, random like its neurons."""
+        state = TensorState(backend, 1, cache_slots(context, 64, 4))
+        for cache in (state.k_cache, state.v_cache):
             cache.normal_()
         if any(i.name == "neurons" for i in backend.program.entry(SPARSE).inputs):
-            session._state["neurons"] = self._neurons(skipped)
-        session.length.fill_(context)
-        session.root.fill_(7)
-        return session
+            state.neurons = self._neurons(skipped)
+        state.length.fill_(context)
+        state.root.fill_(7)
+        return state
 
     def _program(self, method: Method) -> Program:
         if method not in self._made:
@@ -210,11 +201,11 @@ class RandomPrograms:
         return order[..., :count].sort().values
 
     def _thresholds(self, backend: EagerBackend, skipped: float) -> list[float]:
-        session = self.session(backend, 8, skipped)
+        state = self.state(backend, 8, skipped)
         entry = backend._entries[SPARSE]
         learner = Thresholds(entry.module, skipped)
         entry.runs = learner.run  # type: ignore[assignment]
-        session._step(SPARSE)
+        state.step(SPARSE)
         return learner.found
 
 

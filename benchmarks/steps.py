@@ -52,12 +52,15 @@ from benchmarks.random_programs import METHODS, SHAPES, RandomPrograms, Shape
 from sirius_runtime.backends.cuda_graph import GraphReplay
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.backends.inductor import InductorBackend
+from sirius_runtime.by_entries import ByEntries
 from sirius_runtime.command_line import finish, new_file_argument, positive_number, threads_argument
 from sirius_runtime.kernels.native import kernels, references
 from sirius_runtime.plan import Plan
-from sirius_runtime.session import Session, greedy
+from sirius_runtime.policy import likeliest
+from sirius_runtime.recorded import Replay, run_at_once
 from sirius_runtime.spec import Method
-from sirius_runtime.static_session import Replay, run_at_once
+from sirius_runtime.stats import PhaseClock
+from sirius_runtime.tensor_state import TensorState
 
 SKIPPED = (0.3, 0.5, 0.65)
 CHAINS = (4, 8, 16, 32)  # periods, among the numbers of tokens that are verified
@@ -126,11 +129,11 @@ def replay_on(device: torch.device) -> Replay:
     return GraphReplay() if device.type == "cuda" else run_at_once
 
 
-def recorded(session: Session, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def recorded(state: TensorState, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The work as a CUDA graph of its own, which writes to the same result each time; on the CPU,
     as it is.
     """
-    replay, result = replay_on(session._backend.device), []
+    replay, result = replay_on(state.root.device), []
 
     def keep() -> None:
         result[:] = [work()]
@@ -142,20 +145,17 @@ def recorded(session: Session, work: Callable[[], Tensor]) -> Callable[[], Tenso
     return call
 
 
-def one_step(session: Session, entry: str) -> Tensor:
+def one_step(state: TensorState, entry: str) -> Tensor:
     """Logits [B, V], and the token that they choose."""
-    logits: Tensor = session._step(entry)["logits"][:, 0]
-    greedy(logits)
+    logits: Tensor = state.step(entry)["logits"][:, 0]
+    likeliest(logits)
     return logits
 
 
-def verify(session: Session, tokens: int) -> Tensor:
+def verify(state: TensorState, tokens: int) -> Tensor:
     """One full pass over a chain: logits [B, T, V]."""
-    index = torch.arange(tokens, device=session._backend.device)
-    distance = (index[:, None] - index).clamp(min=-1)
-    ids = index[None] + 9
-    result = session._run("full", ids, slots=index, depth=index, tree_mask=distance[None])
-    return result["logits"]
+    ids = torch.arange(tokens, device=state.root.device)[None] + 9
+    return state.chain("full", ids)["logits"]
 
 
 def random_llama(layers: int, shape: Shape = SHAPES["1b"]) -> LlamaForCausalLM:
@@ -179,7 +179,7 @@ def transformers_step(model: LlamaForCausalLM, context: int) -> Callable[[], obj
     token = torch.tensor([[7]])
 
     def step() -> None:
-        greedy(model(token, past_key_values=cache).logits[:, 0])
+        likeliest(model(token, past_key_values=cache).logits[:, 0])
         cache.crop(-1)
 
     return step
@@ -200,9 +200,9 @@ def llama_cpp_step(model: LlamaForCausalLM, context: int, threads: int) -> Calla
     return step
 
 
-def host_share(session: Session, plan: Plan, rounds: int) -> tuple[float, float]:
+def host_share(state: TensorState, plan: Plan, rounds: int) -> tuple[float, float]:
     """Median milliseconds of a period, and the share of it that is spent outside of entries."""
-    backend, inside = session._backend, [0.0]
+    backend, inside = state.backend, [0.0]
     run = backend.run
 
     def timed(entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -212,16 +212,17 @@ def host_share(session: Session, plan: Plan, rounds: int) -> tuple[float, float]
         return result
 
     backend.run = timed  # type: ignore[method-assign]
-    length, most = session.length, torch.tensor([plan.size])
+    length, most = state.length, torch.tensor([plan.period])
+    strategy, clock = ByEntries(), PhaseClock(torch.device("cpu"))
     periods, shares = [], []
     for _ in range(rounds):
-        session.length, inside[0] = length, 0.0
+        state.length, inside[0] = length, 0.0
         begin = time.perf_counter()
-        session.period(plan, most)
+        strategy.period(state, plan, most, clock)
         periods.append(time.perf_counter() - begin)
         shares.append(1 - inside[0] / periods[-1])
     backend.run = run  # type: ignore[method-assign]
-    session.length = length
+    state.length = length
     return statistics.median(periods) * 1e3, statistics.median(shares)
 
 
@@ -232,7 +233,7 @@ class Steps:
         self._args, self._shape, self._device = args, shape, device
         self._programs = RandomPrograms(shape, device)
         self._make = compiled_backend if args.compiled else EagerBackend
-        self.first = self._programs.session(
+        self.first = self._programs.state(
             self._programs.backend(Method.GRIFFIN, 0.5, self._make), args.context, 0.5
         )
 
@@ -280,22 +281,22 @@ class Steps:
 
     def _sparse(self, method: Method, skipped: float) -> Step:
         backend = self._programs.backend(method, skipped, self._make)
-        session = self._programs.session(backend, self._args.context, skipped)
-        work = functools.partial(one_step, session, "sparse")
+        state = self._programs.state(backend, self._args.context, skipped)
+        work = functools.partial(one_step, state, "sparse")
         name = f"{method}, {skipped:.0%} skipped"
-        return self._step(name, session, work, nullcontext, method, skipped)
+        return self._step(name, state, work, nullcontext, method, skipped)
 
     def _step(
         self,
         name: str,
-        session: Session,
+        state: TensorState,
         work: Callable[[], Tensor],
         within: Callable[[], AbstractContextManager[None]] = nullcontext,
         method: Method = Method.NONE,
         skipped: float = 0.0,
     ) -> Step:
-        """Some work of a session, checked operator by operator, and by its logits."""
-        backend = session._backend
+        """Some work over a state, checked operator by operator, and by its logits."""
+        backend = state.backend
         assert isinstance(backend, EagerBackend)
 
         def check(result: object) -> None:
@@ -304,7 +305,7 @@ class Steps:
                 checked.near(name, result, work(), self._shape.layers)
 
         read = self._bytes(method, skipped)
-        return Step(name, read, recorded(session, work), within, check)
+        return Step(name, read, recorded(state, work), within, check)
 
     def _peer(self, name: str, work: Callable[[], object]) -> Step:
         return Step(name, self._bytes(), work)

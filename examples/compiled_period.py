@@ -15,5 +15,5 @@ compiled.save("tally-period.sirius", force=True)
 for backend in ("eager", "aoti"):
     model = sirius_runtime.load("tally-period.sirius", backend=backend, context=192)
     for _ in range(2):  # the first call pays for allocation
-        output = model.generate(PROMPT, mode="exact")
+        output = model.generate(PROMPT, mode="exact", fallback=False)
     print(f"{backend:6}{output.stats.tokens_per_second:8.0f} tokens/s {output.texts[0]!r}")

@@ -39,6 +39,7 @@ from sirius_runtime.errors import CalibrationError, ConfigError
 from sirius_runtime.kernels.native import kernels
 from sirius_runtime.loading import find_device
 from sirius_runtime.request import check_tree
+from sirius_runtime.rules import RULES, values
 from sirius_runtime.spec import (
     DType,
     Method,
@@ -251,8 +252,8 @@ class _Compilation:
             period=PeriodSpec(
                 period=config.period,
                 tree_width=config.tree_width,
-                threshold=config.threshold,
-                verify_temperature=config.verify_temperature,
+                rules=tuple(RULES),
+                **values(config),
                 confidence=config.confidence,
                 refresh=config.refresh,
             ),

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.request import check_ranges, check_tree
-from sirius_runtime.sampling import LEAST_TEMPERATURE
+from sirius_runtime.rules import RuleOptions, check_options
 from sirius_runtime.spec import DType, Method
 
 BUILTIN = "builtin"
@@ -80,7 +80,7 @@ class DenseLayers:
 
 
 @dataclass(frozen=True)
-class CompileConfig:
+class CompileConfig(RuleOptions):
     """Options of `compile_model`; the command line's flags under the same names.
 
     sparsity, keep: the sparse path and the share of neurons or channels that it keeps (0.5).
@@ -106,8 +106,6 @@ class CompileConfig:
     dense_layers: DenseLayers | str | Sequence[int] = ()
     period: int = 16
     tree_width: int = 1
-    threshold: float = 0.1
-    verify_temperature: float = 0.6
     confidence: float = 0.0
     refresh: int = 0
     max_seq_len: int | None = None
@@ -142,13 +140,7 @@ class CompileConfig:
             )
         if not 0.0 <= self.threshold <= 1.0:
             raise ConfigError(f"--threshold must be in [0, 1], got {self.threshold}")
-        if not 0.0 < self.verify_temperature < float("inf"):
-            raise ConfigError(f"--verify-temperature must be > 0, got {self.verify_temperature}")
-        if self.verify_temperature < LEAST_TEMPERATURE:
-            raise ConfigError(
-                f"--verify-temperature must be >= {LEAST_TEMPERATURE}, got "
-                f"{self.verify_temperature}"
-            )
+        check_options(self, flags=True)
         if self.max_seq_len is not None and self.max_seq_len < 2:
             raise ConfigError(f"--max-seq-len must be at least 2, got {self.max_seq_len}")
 

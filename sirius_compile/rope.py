@@ -60,7 +60,7 @@ def longest_sequence(config: PretrainedConfig) -> Longest:
                 "of all tokens, those in the cache too, so that no longer text can be served"
             )
         elif limit is not None and factor and kind in _CONSTANT:
-            why = f"max_position_embeddings of config.json; {_raise(kind, parameters, limit)}"
+            why = f"max_position_embeddings of config.json; {_longer_by(kind, parameters, limit)}"
     return Longest(limit, why)
 
 
@@ -88,10 +88,10 @@ def rope_warnings(config: PretrainedConfig) -> Iterator[str]:
                 "prompt by the prompt's length, and so answers longer prompts differently"
             )
         elif kind in _CONSTANT and limit and factor and original and factor * original > limit:
-            yield f"texts are held to {limit} tokens; {_raise(kind, parameters, limit)}"
+            yield f"texts are held to {limit} tokens; {_longer_by(kind, parameters, limit)}"
 
 
-def _raise(kind: str, parameters: Mapping[str, Any], limit: int) -> str:
+def _longer_by(kind: str, parameters: Mapping[str, Any], limit: int) -> str:
     """How to have longer texts served, of a kind that only changes constants."""
     factor, original = parameters["factor"], parameters.get(_ORIGINAL, limit)
     return (

@@ -18,9 +18,8 @@ from sirius_passes.program import FULL, SPARSE
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.errors import CalibrationError
 from sirius_runtime.operators import OPERATORS, Operator
-from sirius_runtime.session import Session
 from sirius_runtime.spec import JSON, ProgramSpec
-from sirius_runtime.stats import PhaseClock, StatsRecorder
+from sirius_runtime.tensor_state import TensorState
 
 _SPARSE_LINEAR = OPERATORS["sparse_linear"]
 
@@ -55,10 +54,11 @@ class Tokenwise:
         if not self.spec.sparsity.method.per_prompt:
             return None
         rows, tokens = prompts_RT.shape
-        recorder = StatsRecorder(rows, rows * tokens, 0, PhaseClock(self._backend.device))
-        session = Session(self._backend, rows, tokens, recorder)
-        session.prefill(prompts_RT.tolist())
-        return session._state["neurons"]
+        state = TensorState(self._backend, rows, tokens)
+        state.prefill(prompts_RT.tolist())
+        state.choose_neurons()
+        assert state.neurons is not None
+        return state.neurons
 
     @torch.inference_mode()
     def full(self, ids_RT: Tensor) -> Tensor:

@@ -333,7 +333,7 @@ seconds = st.sampled_from([0.0, 1e-300, 1e308, math.inf, math.nan]) | st.floats(
 counts = st.integers(0, 40) | st.integers(-1, 10**9)
 observations = st.builds(
     Observation,
-    size=counts,
+    period=counts,
     width=st.integers(0, 5),
     levels=counts,
     nodes=counts,
@@ -362,7 +362,7 @@ def test_whatever_it_sees_it_chooses_in_range_and_the_same_again(
         if obeyed:  # the sizes that lead on into its own ways
             levels = size - 1
             observation = replace(
-                observation, size=size, width=width, levels=levels, nodes=levels * width + 1
+                observation, period=size, width=width, levels=levels, nodes=levels * width + 1
             )
         controller.observe(observation)
         twin.observe(observation)

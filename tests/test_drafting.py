@@ -12,17 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sirius_runtime.drafting import (
-    BeamProposer,
     DraftState,
-    SampleProposer,
+    Propose,
     begin,
     extend,
     first_levels,
 )
-from sirius_runtime.policy import Noise
+from sirius_runtime.rules import Noise
 from sirius_runtime.sampling import Sampling
 from tests.support import naive_sampling as naive
 from tests.support.naive_tree import argmax, log_probability
+from tests.support.rules import best as best_of
+from tests.support.rules import drawn as drawn_by
 
 MANY = settings(max_examples=100)  # they are cheap
 VOCABULARY, TEMPERATURE = 9, 0.6
@@ -49,10 +50,10 @@ class Case:
         return range(len(self.root))
 
     @property
-    def proposer(self) -> BeamProposer | SampleProposer:
+    def propose(self) -> Propose:
         if self.sampling is None:
-            return BeamProposer(TEMPERATURE)
-        return SampleProposer(self.sampling, self.noise, TEMPERATURE)
+            return best_of(self.width, TEMPERATURE)
+        return drawn_by(self.sampling, self.noise, TEMPERATURE)
 
     def row(self, row: int) -> Case:
         part = slice(row, row + 1)
@@ -71,14 +72,14 @@ class Case:
             self.root,
             self.active,
             self.most,
-            size=self.size,
+            period=self.size,
             width=self.width,
             sampled_from=None if self.sampling is None else self.logits.shape[-1],
         )
         for depth, logits in enumerate(self.logits[:levels], start=1):
             above = logits[:, : 1 if depth == 1 else self.width]
             level, enough = torch.tensor(depth), torch.tensor(confidence)
-            state = extend(state, above, level, self.width, self.proposer, self.most, enough)
+            state = extend(state, above, level, self.propose, self.most, enough)
         return state
 
 
@@ -273,7 +274,12 @@ def test_a_drawn_token_depends_on_its_own_noise_only(case: Case, data: st.DataOb
 
 def test_levels_that_are_not_drafted_have_no_distribution() -> None:
     state = begin(
-        torch.tensor([1]), torch.tensor([True]), torch.tensor([3]), size=3, width=1, sampled_from=4
+        torch.tensor([1]),
+        torch.tensor([True]),
+        torch.tensor([3]),
+        period=3,
+        width=1,
+        sampled_from=4,
     )
     assert state.distributions is not None
     assert state.distributions.tolist() == [[[0.0] * 4] * 2]

@@ -18,17 +18,18 @@ from torch import Tensor
 from transformers import TextStreamer
 
 import sirius_runtime
-from sirius_runtime import session as session_module
+from sirius_runtime import state as state_module
+from sirius_runtime.by_entries import ByEntries, TreeState
+from sirius_runtime.decoder import Decoder
 from sirius_runtime.errors import GenerationError
 from sirius_runtime.model import FinishReason, GenerationOutput, Mode, SiriusModel
 from sirius_runtime.policy import Draft, Verdict
-from sirius_runtime.session import Pick, Session
+from tests.support.batch import Batch
 from tests.support.models import (
     EOS,
     MAX_SEQ_LEN,
     METHODS,
     VOCABULARY,
-    Rows,
     Tiny,
     TinyModels,
     open_session,
@@ -64,24 +65,26 @@ def draws(mode: Mode) -> dict[str, Any]:
 
 
 class Periods:
-    """Spies on the periods of a Session of one row."""
+    """Spies on the periods of one row."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sizes: list[int] = []
         self.advances: list[int] = []
         self.refused: set[int] = set()  # tokens of nodes off the kept paths
-        commit = Session.commit
+        commit = ByEntries.commit
 
-        def spy(session: Session, draft: Draft, *args: Any) -> Verdict:
-            verdict = commit(session, draft, *args)
+        def spy(
+            self_: ByEntries, state: TreeState, draft: Draft, *args: Any
+        ) -> tuple[Tensor, Verdict]:
+            logits, verdict = commit(self_, state, draft, *args)
             self.sizes.append(int(draft.depth[0]) + 1)
             self.advances.append(int(verdict.advance[0]))
             kept = {0, *verdict.nodes[0].tolist()}
             tokens = draft.tree.tokens[0].tolist()
             self.refused |= {token for node, token in enumerate(tokens) if node not in kept}
-            return verdict
+            return logits, verdict
 
-        monkeypatch.setattr(Session, "commit", spy)
+        monkeypatch.setattr(ByEntries, "commit", spy)
 
 
 # EOS
@@ -117,10 +120,13 @@ def test_each_eos_id_ends_the_row(
 def test_eos_ids_of_the_model_end_rows_unless_replaced(
     model: SiriusModel, monkeypatch: pytest.MonkeyPatch, eos: int
 ) -> None:
-    def prefill(session: Session, prompts: Rows, pick: Pick) -> Tensor:
-        return torch.tensor([eos])
+    run = Decoder.prefill
 
-    monkeypatch.setattr(Session, "prefill", prefill)
+    def prefill(decoder: Decoder, *args: Any) -> list[int]:
+        run(decoder, *args)
+        return [eos]
+
+    monkeypatch.setattr(Decoder, "prefill", prefill)
     assert model.generate(PROMPT, max_new_tokens=2, mode="full").tokens == ((eos,),)
     replaced = model.generate(PROMPT, max_new_tokens=2, mode="full", eos_token_id=[])
     assert len(replaced.tokens[0]) == 2
@@ -240,17 +246,17 @@ def test_chunks_of_a_prompt_change_nothing(
         for size in (3, 4, 5, 8, 9, 17)
     ]
 
-    def run() -> tuple[GenerationOutput, Session]:
+    def run() -> tuple[GenerationOutput, Batch]:
         session = open_session(subject.model, len(batch))
         session.prefill(batch)
         return subject.model.generate(batch, max_new_tokens=12), session
 
     whole, session = run()
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(state_module, "PREFILL_CHUNK", chunk)
     chunked, chunked_session = run()
     assert chunked.tokens == whole.tokens
-    assert torch.equal(chunked_session.root, session.root)
-    assert torch.equal(chunked_session.length, session.length)
+    assert torch.equal(chunked_session.state.root, session.state.root)
+    assert torch.equal(chunked_session.state.length, session.state.length)
     if "neurons" in state_of(session):
         assert torch.equal(state_of(chunked_session)["neurons"], state_of(session)["neurons"])
     passes = math.ceil(17 / chunk)

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sirius_runtime import session as session_module
+from sirius_runtime import state as state_module
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.decoder import Decoder
+from sirius_runtime.generation import Generation
 from sirius_runtime.model import FinishReason, GenerationOutput, Mode, SiriusModel
-from sirius_runtime.session import Session
 from tests.support.fast import slow_but
 from tests.support.models import MAX_SEQ_LEN, METHODS, VOCABULARY, Rows, Tiny, TinyModels
 
@@ -160,7 +161,7 @@ def test_a_longer_neighbour_changes_nothing(
     model: SiriusModel, monkeypatch: pytest.MonkeyPatch, run: str
 ) -> None:
     """Its prompt takes chunks that the others have no part in."""
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 2)
+    monkeypatch.setattr(state_module, "PREFILL_CHUNK", 2)
     seeds = SEEDS if run in DRAWN else None
     assert_own_runs(model, BATCH, seeds, period=4, max_new_tokens=8, eos_token_id=[], **RUNS[run])
 
@@ -215,7 +216,7 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[str, int, int]] = []
         self.live = 0
-        run, set_active, select = EagerBackend.run, Session.set_active, Session.select
+        run, set_active, select = EagerBackend.run, Decoder.set_active, Decoder.select
 
         def spy_run(
             backend: EagerBackend, entry: str, inputs: Mapping[str, Tensor]
@@ -229,17 +230,17 @@ class Watch:
             self.calls.append((entry, rows, self.live if entry != "prefill" else rows))
             return run(backend, entry, inputs)
 
-        def spy_active(session: Session, active_B: Tensor) -> None:
-            set_active(session, active_B)
-            self.live = int(active_B.sum())
+        def spy_active(decoder: Decoder, active: Sequence[bool]) -> None:
+            set_active(decoder, active)
+            self.live = sum(active)
 
-        def spy_select(session: Session, rows: Tensor) -> None:
-            select(session, rows)
-            assert session.active.all()
+        def spy_select(decoder: Decoder, rows: Sequence[int]) -> None:
+            select(decoder, rows)
+            assert decoder.state.active.all()
 
         monkeypatch.setattr(EagerBackend, "run", spy_run)
-        monkeypatch.setattr(Session, "set_active", spy_active)
-        monkeypatch.setattr(Session, "select", spy_select)
+        monkeypatch.setattr(Decoder, "set_active", spy_active)
+        monkeypatch.setattr(Decoder, "select", spy_select)
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -273,7 +274,7 @@ def test_rows_that_left_change_nothing(subject: Tiny, monkeypatch: pytest.Monkey
     for run in (RUNS["sirius"], RUNS["sample"] | {"seed": 1}, RUNS["sparse"]):
         left = subject.model.generate(batch, **run, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(Session, "resizable", False)
+            patch.setattr(Generation, "_leave_out_finished", lambda _: None)
             stayed = subject.model.generate(batch, **run, **options)
         assert left.tokens == stayed.tokens
         assert left.finish_reasons == stayed.finish_reasons

@@ -298,19 +298,20 @@ def test_logprobs_out_of_range_are_refused(subject: Tiny, wrong: int) -> None:
 
 
 def test_what_asks_for_nothing_tells_nothing_and_runs_as_before(subject: Tiny) -> None:
-    from sirius_runtime.session import Session
+    from sirius_runtime.by_entries import ByEntries
+    from sirius_runtime.decoder import Decoder, Way
 
     made = []
-    open_ = Session.__init__
+    open_ = Decoder.__init__
 
-    def note(self: Session, *args: Any, **options: Any) -> None:
-        made.append(type(self))
+    def note(self: Decoder, *args: Any, **options: Any) -> None:
         open_(self, *args, **options)
+        made.append(self._ways[Way.DRAFT])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "__init__", note)
+        patch.setattr(Decoder, "__init__", note)
         output = subject.model.generate(RAGGED, max_new_tokens=2, repetition_penalty=1.0)
-    assert made == [Session]
+    assert made == [ByEntries(scorer=None)]
     assert output.logprobs is None
 
 
@@ -419,7 +420,7 @@ def test_onnxruntime_without_pytorch_says_what_is_missing(
     import sys
 
     model = load_onnx(artifact)
-    monkeypatch.setitem(sys.modules, "sirius_runtime.backends.onnx_scored", None)
+    monkeypatch.setitem(sys.modules, "sirius_runtime.backends.onnx_by_entries", None)
     with pytest.raises(BackendError, match=r"repetition_penalty, .* processes logits with PyTorch"):
         model.generate(RAGGED)
     off = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.by_entries import ByEntries, TreeState
+from sirius_runtime.decoder import Decoder, Way
 from sirius_runtime.model import Mode, SiriusModel
 from sirius_runtime.ops.attention import cached_attention
 from sirius_runtime.plan import Plan
 from sirius_runtime.policy import Draft, Verdict
-from sirius_runtime.sampling import Rule
-from sirius_runtime.session import Session
+from sirius_runtime.rules import RULES
 from sirius_runtime.stats import GenerationStats, Phase, PhaseClock
 from tests.support.models import METHODS, VOCABULARY, Rows, TinyModels, open_session
 
@@ -44,26 +45,28 @@ def replay(
 ) -> tuple[GenerationStats, list[list[Period]]]:
     """A run that no EOS ends: its stats, and each row's periods."""
     rows: list[list[Period]] = [[] for _ in batch]
-    held = rows  # those of the rows that the Session still holds
-    commit, select = Session.commit, Session.select
+    held = rows  # those of the rows that the decoder still holds
+    commit, select = ByEntries.commit, Decoder.select
 
-    def spy_commit(session: Session, draft: Draft, *args: Any) -> Verdict:
-        active = session.active.tolist()
-        verdict = commit(session, draft, *args)
+    def spy_commit(
+        self: ByEntries, state: TreeState, draft: Draft, *args: Any
+    ) -> tuple[Tensor, Verdict]:
+        active = state.active.tolist()
+        logits, verdict = commit(self, state, draft, *args)
         periods = zip(draft.depth.tolist(), verdict.advance.tolist(), strict=True)
         for row, going, period in zip(held, active, periods, strict=True):
             if going:
                 row.append(period)
-        return verdict
+        return logits, verdict
 
-    def spy_select(session: Session, kept: Tensor) -> None:
+    def spy_select(decoder: Decoder, kept: Sequence[int]) -> None:
         nonlocal held
-        select(session, kept)
-        held = [held[index] for index in kept.tolist()]
+        select(decoder, kept)
+        held = [held[index] for index in kept]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "commit", spy_commit)
-        patch.setattr(Session, "select", spy_select)
+        patch.setattr(ByEntries, "commit", spy_commit)
+        patch.setattr(Decoder, "select", spy_select)
         stats = model.generate(batch, eos_token_id=[], **options).stats
     return stats, rows
 
@@ -354,14 +357,14 @@ def test_a_period_needs_no_values(
     session.prefill([PROMPT, [50, 30]])
     most = torch.tensor([5, 3], device="meta")
     noise = torch.empty(2, 2, 5, dtype=torch.float64, device="meta")
-    for rule in Rule:
+    for rule in RULES:
         for width in (1, 3):
-            outcome = session.period(Plan(5, width, rule=rule, noise=noise), most)
-            assert outcome.tokens.shape == (2, 5)
-    session.full_step()
-    session.sparse_step()
+            tokens, *_ = session.period(Plan(5, width, rule=rule, noise=noise), most)
+            assert tokens.shape == (2, 5)
+    session.step(Way.DENSE)
+    session.step(Way.SPARSE)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        session.length.tolist()
+        session.state.length.tolist()
 
 
 def test_attention_needs_no_values_off_the_cpu() -> None:

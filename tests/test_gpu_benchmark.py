@@ -75,9 +75,9 @@ def test_thresholds_skip_what_they_are_to_skip(method: Method) -> None:
     programs = RandomPrograms(SHAPES["tiny"], torch.device("cpu"), torch.float32)
     with torch.inference_mode():
         backend = programs.backend(method, 0.25)
-        session = programs.session(backend, 8, 0.25)
+        state = programs.state(backend, 8, 0.25)
         # the very state that the thresholds were learned in differs: caches are random
-        result = session._step("sparse")
+        result = state.step("sparse")
     if method in (Method.GRIFFIN, Method.TOPK):
         assert "kept" not in result
         return

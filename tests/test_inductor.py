@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sirius_compile.product import Compiled
 from sirius_runtime import load
 from sirius_runtime.backends.inductor import InductorBackend
 from sirius_runtime.backends.inductor_cache import INDUCTOR_VARIABLE
+from sirius_runtime.decoder import Way
 from sirius_runtime.errors import BackendError
 from sirius_runtime.graph import to_document
 from sirius_runtime.kernels.native import references
@@ -148,22 +150,23 @@ def writes_the_caches_in_place(pair: Pair) -> None:
     session = open_session(pair.inductor, 1, 1 << 16)
     with torch.inference_mode():
         # as a decoder's, whose tensors are made in this mode
-        session._state = {name: value.clone() for name, value in state_of(session).items()}
+        for name, value in state_of(session).items():
+            setattr(session.state, name, value.clone())
         session.prefill([RAGGED[2]])
         caches = state_of(session)
         pointers = {name: tensor.data_ptr() for name, tensor in caches.items()}
         layer = caches["k_cache"][0].nbytes
-        session.full_step()
-        assert largest_allocation(session.full_step) < layer / 8
-        assert largest_allocation(session.sparse_step) < layer / 8
+        session.step(Way.DENSE)
+        assert largest_allocation(partial(session.step, Way.DENSE)) < layer / 8
+        assert largest_allocation(partial(session.step, Way.SPARSE)) < layer / 8
         assert largest_allocation(caches["k_cache"][0].clone) >= layer
         with profile(activities=[ProfilerActivity.CPU]) as watch:
-            session.full_step()
+            session.step(Way.DENSE)
         names = [event.name for event in watch.events()]
         # One layer's; by themselves are its o and the head.
         assert (names.count("sirius::linears"), names.count("sirius::linear")) == (1, 2)
     assert {name: tensor.data_ptr() for name, tensor in state_of(session).items()} == pointers
-    assert int(session.length) == len(RAGGED[2]) + 4
+    assert int(session.state.length) == len(RAGGED[2]) + 4
     written = caches["k_cache"][0, 0, 0].abs().sum(-1) > 0
     assert written.sum() == len(RAGGED[2]) + 4
 

@@ -59,7 +59,7 @@ def test_threshold_zero_accepts_a_whole_deepest_path(
     deepest = (size - 2) * width + 1 if size > 1 else 0  # the likeliest node of the last level
     for _ in range(2):
         draft = session.draft(plan, most)
-        verdict = session.commit(draft, session.verify(draft.tree)["logits"], plan, most)
+        verdict = session.commit(draft, session.verify(draft), plan, most)
         assert verdict.advance.tolist() == [size] * len(batch)
         path = verdict.nodes
         assert path[:, -1].tolist() == [deepest] * len(batch)

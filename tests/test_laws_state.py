@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.plan import Plan
-from sirius_runtime.sampling import Rule
-from sirius_runtime.session import Session
+from sirius_runtime.rules import RULES
+from sirius_runtime.tensor_state import TensorState
+from tests.support.batch import Batch
 from tests.support.models import (
     METHODS,
     VOCABULARY,
@@ -98,8 +99,8 @@ def test_node_of_a_drafted_tree_is_its_path_alone(
     model_type, config = FAMILIES[family]
     run = TreeRun(tiny(model_type, "griffin", **config).model, batch)
     most = torch.full((len(batch),), size)
-    tree = run.session.draft(Plan(size, width, verify_temperature=TEMPERATURE), most).tree
-    logits = run.session.verify(tree)["logits"]
+    draft = run.session.draft(Plan(size, width, verify_temperature=TEMPERATURE), most)
+    tree, logits = draft.tree, run.session.verify(draft)
     for node in range(tree.tokens.shape[1]):
         # Each row has a tree of its own; the node has one depth in all of them.
         count = int(tree.depth[0, node]) + 1
@@ -113,22 +114,22 @@ def test_node_of_a_drafted_tree_is_its_path_alone(
 # 4: committed K/V
 
 
-def committed(session: Session, row: int, length: int) -> tuple[Tensor, Tensor]:
+def committed(session: Batch, row: int, length: int) -> tuple[Tensor, Tensor]:
     """K and V [layers, kv_heads, length, D] of a row."""
     state = state_of(session)
     return state["k_cache"][:, row, :, :length], state["v_cache"][:, row, :, :length]
 
 
-def dense_session(model: SiriusModel, histories: Rows) -> Session:
+def dense_session(model: SiriusModel, histories: Rows) -> Batch:
     session = open_session(model, len(histories))
     session.prefill(histories)
     return session
 
 
-def assert_dense(session: Session, model: SiriusModel, histories: Rows) -> None:
+def assert_dense(session: Batch, model: SiriusModel, histories: Rows) -> None:
     """Every row's committed K/V is that of a prefill of the same tokens."""
     dense = dense_session(model, histories)
-    assert session.length.tolist() == [len(history) for history in histories]
+    assert session.state.length.tolist() == [len(history) for history in histories]
     for row, history in enumerate(histories):
         found, expected = (committed(s, row, len(history)) for s in (session, dense))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -137,24 +138,24 @@ def assert_dense(session: Session, model: SiriusModel, histories: Rows) -> None:
 class Histories:
     """A session in progress, and the tokens of each row whose K/V it has committed."""
 
-    def __init__(self, session: Session, batch: Rows) -> None:
+    def __init__(self, session: Batch, batch: Rows) -> None:
         self.session = session
         self.roots = session.prefill(batch).tolist()
         self.committed = [list(prompt) for prompt in batch]
 
     def period(self, plan: Plan, most: Sequence[int]) -> None:
-        outcome = self.session.period(plan, torch.tensor(most))
-        rows = zip(outcome.tokens.tolist(), outcome.advance.tolist(), strict=True)
+        committed, advances, _ = self.session.period(plan, torch.tensor(most))
+        rows = zip(committed.tolist(), advances.tolist(), strict=True)
         for row, (tokens, advance) in enumerate(rows):
             assert 1 <= advance <= most[row]
             *kept, self.roots[row] = [self.roots[row], *tokens[:advance]]
             self.committed[row] += kept
-        assert self.session.root.tolist() == self.roots
+        assert self.session.state.root.tolist() == self.roots
 
 
 @st.composite
 def plans(draw: st.DrawFn, rows: int) -> Plan:
-    size, rule = draw(sizes), draw(st.sampled_from(list(Rule)))
+    size, rule = draw(sizes), draw(st.sampled_from(list(RULES)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     noise = torch.rand(rows, 2, size, dtype=torch.float64, generator=generator)
     return Plan(
@@ -164,7 +165,7 @@ def plans(draw: st.DrawFn, rows: int) -> Plan:
         threshold=draw(st.sampled_from([0.0, 0.02, 0.1, 0.3, 1.0, 1.01])),
         verify_temperature=TEMPERATURE,
         confidence=draw(st.sampled_from([0.0, 0.2, 0.8])),
-        noise=noise if rule is Rule.SAMPLE else None,
+        noise=noise if RULES[rule].draws else None,
     )
 
 
@@ -176,7 +177,7 @@ def test_committed_kv_is_the_dense_one_after_each_period(
     histories = Histories(open_session(subject.model, len(batch)), batch)
     for _ in range(data.draw(st.integers(1, 4))):
         plan = data.draw(plans(len(batch)))
-        most = [data.draw(st.integers(1, plan.size)) for _ in batch]
+        most = [data.draw(st.integers(1, plan.period)) for _ in batch]
         histories.period(plan, most)
         assert_dense(histories.session, subject.model, histories.committed)
 
@@ -205,7 +206,7 @@ def test_drafting_leaves_sparse_kv_for_the_verification_to_overwrite(
     # The nodes of the last level are drafted, but no sparse step has run over them.
     last = 3 + 3 * width + 1
     sparse_k = state_of(session)["k_cache"][1, 0, :, 3:last].clone()
-    session.verify(draft.tree)
+    session.verify(draft)
     full_k = state_of(session)["k_cache"][1, 0, :, 3:last]
     assert ((sparse_k - full_k).abs().amax((0, 2)) > 0.1).all()
 
@@ -215,7 +216,7 @@ def test_without_compaction_a_path_lies_elsewhere(
 ) -> None:
     """What the law above is worth for trees."""
     model = tiny(method="griffin").model
-    monkeypatch.setattr(Session, "_compact", lambda *_: None)
+    monkeypatch.setattr(TensorState, "compact", lambda *_: None)
     histories = Histories(open_session(model, 1), [[7, 8, 9]])
     histories.period(Plan(5, 3, threshold=0.0), [5])
     with pytest.raises(AssertionError, match="not close"):
@@ -227,12 +228,12 @@ def test_finished_rows_keep_their_state(tiny: TinyModels, width: int) -> None:
     model = tiny(method="griffin").model
     session = open_session(model, 2)
     session.prefill([[7, 8, 9], [50, 30]])
-    session.set_active(torch.tensor([True, False]))
-    root = session.root.clone()
+    session.set_active([True, False])
+    root = session.state.root.clone()
     kept = [cache.clone() for cache in committed(session, 1, 2)]
     session.period(Plan(4, width, threshold=0.0), torch.tensor([4, 1]))
-    assert session.length.tolist() == [7, 2]
-    assert session.root[1] == root[1]
+    assert session.state.length.tolist() == [7, 2]
+    assert session.state.root[1] == root[1]
     for cache, before in zip(committed(session, 1, 2), kept, strict=True):
         assert torch.equal(cache, before)
 
@@ -247,10 +248,12 @@ def test_neurons_chosen_anew_are_those_of_all_verified_tokens(
     for size, width in shapes:
         histories.period(Plan(size, width, threshold=0.3), [size] * len(batch))
         session, dense = histories.session, dense_session(model, histories.committed)
-        assert session._statistic is not None
-        assert dense._statistic is not None
-        torch.testing.assert_close(session._statistic, dense._statistic, rtol=0, atol=1e-4)
+        assert session.state.statistic is not None
+        assert dense.state.statistic is not None
+        torch.testing.assert_close(
+            session.state.statistic, dense.state.statistic, rtol=0, atol=1e-4
+        )
         neurons = state_of(session)["neurons"]
-        kept = dense._statistic.gather(2, neurons).sum(2)
-        best = dense._statistic.gather(2, state_of(dense)["neurons"]).sum(2)
+        kept = dense.state.statistic.gather(2, neurons).sum(2)
+        best = dense.state.statistic.gather(2, state_of(dense)["neurons"]).sum(2)
         torch.testing.assert_close(kept, best, rtol=0, atol=1e-3)  # but for true ties

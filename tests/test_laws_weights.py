@@ -62,8 +62,9 @@ def test_scores_of_all_neurons_are_the_full_path_s(
     session = open_session(tiny(method=method, keep=1.0).model, len(batch))
     session.prefill(batch)
     plan = Plan(size, width, verify_temperature=temperature)
-    tree = session.draft(plan, torch.full((len(batch),), size)).tree
-    log_p = (session.verify(tree)["logits"] / temperature).log_softmax(-1)
+    draft = session.draft(plan, torch.full((len(batch),), size))
+    tree = draft.tree
+    log_p = (session.verify(draft) / temperature).log_softmax(-1)
     gain = log_p.flatten(1).gather(1, tree.parents * VOCABULARY + tree.tokens)
     expected = ((tree.mask >= 0) * gain[:, None, :])[:, :, 1:].sum(-1)
     torch.testing.assert_close(tree.scores, expected, rtol=1e-4, atol=1e-3)

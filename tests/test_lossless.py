@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sirius_runtime.policy import Acceptance, Decision, Draft, Noise, draw
+from sirius_runtime.policy import Decide, Decision, Draft, draw
+from sirius_runtime.rules import Noise
 from sirius_runtime.sampling import Sampling
 from tests.support import naive_sampling as naive
 from tests.support.statistics import LEVEL, p_value
@@ -116,10 +117,10 @@ def test_where_the_paths_are_one_every_drawn_token_passes() -> None:
 class AcceptAll:
     """Whatever was drafted."""
 
-    right: Acceptance
+    right: Decide
 
-    def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
-        decision = self.right.decide(draft, logits_BNV)
+    def __call__(self, draft: Draft, logits_BNV: Tensor) -> Decision:
+        decision = self.right(draft, logits_BNV)
         return decision._replace(passes=torch.ones_like(decision.passes))
 
 
@@ -127,14 +128,14 @@ class AcceptAll:
 class CorrectAnew:
     """Corrections from the whole of p, by numbers of their own: as if nothing had been refused."""
 
-    right: Acceptance
+    right: Decide
     sampling: Sampling
     noise: Noise
 
-    def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
+    def __call__(self, draft: Draft, logits_BNV: Tensor) -> Decision:
         p = self.sampling.distribution(logits_BNV)
         anew = draw(p, self.noise.draft[:, :1].expand(p.shape[:-1]))
-        return self.right.decide(draft, logits_BNV)._replace(corrections=anew)
+        return self.right(draft, logits_BNV)._replace(corrections=anew)
 
 
 def without_the_unlikely_level(draft: Draft) -> Draft:
@@ -145,7 +146,7 @@ def without_the_unlikely_level(draft: Draft) -> Draft:
 @every_loop
 def test_accepting_all_shows(loop: Callable[[Sampling], Loop]) -> None:
     right = loop(Sampling())
-    wrong = replace(right, acceptance=lambda noise: AcceptAll(right.acceptance(noise)))
+    wrong = replace(right, decide=lambda noise: AcceptAll(right.decide(noise)))
     tokens, _ = generate(TOY, wrong, ROWS, 3)
     assert fit(tokens, Sampling()) < LEVEL
 
@@ -153,9 +154,7 @@ def test_accepting_all_shows(loop: Callable[[Sampling], Loop]) -> None:
 @pytest.mark.parametrize("name", ["greedy chain", "tree of 2", "tree of 4"])
 def test_a_correction_drawn_anew_shows(name: str) -> None:
     right = LOOPS[name](Sampling())
-    wrong = replace(
-        right, acceptance=lambda noise: CorrectAnew(right.acceptance(noise), Sampling(), noise)
-    )
+    wrong = replace(right, decide=lambda noise: CorrectAnew(right.decide(noise), Sampling(), noise))
     tokens, _ = generate(TOY, wrong, ROWS, 3)
     assert fit(tokens, Sampling()) < LEVEL
 
@@ -164,16 +163,16 @@ def test_a_correction_drawn_anew_shows(name: str) -> None:
 class CorrectFromP:
     """Corrections from p in place of the residual."""
 
-    right: Acceptance
+    right: Decide
 
-    def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
-        decision = self.right.decide(draft, logits_BNV)
+    def __call__(self, draft: Draft, logits_BNV: Tensor) -> Decision:
+        decision = self.right(draft, logits_BNV)
         return decision._replace(corrections=decision.bonuses)
 
 
 def test_a_drawn_chain_s_correction_from_p_shows() -> None:
     right = LOOPS["drawn chain"](Sampling())
-    wrong = replace(right, acceptance=lambda noise: CorrectFromP(right.acceptance(noise)))
+    wrong = replace(right, decide=lambda noise: CorrectFromP(right.decide(noise)))
     tokens, _ = generate(TOY, wrong, ROWS, 3)
     assert fit(tokens, Sampling()) < LEVEL
 

@@ -17,11 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sirius_runtime.policy import Decision, Draft, Noise, SampleAcceptance, Verdict, judge
+from sirius_runtime.policy import Decide, Decision, Draft, Verdict, judge
+from sirius_runtime.rules import Noise
 from sirius_runtime.sampling import Sampling
 from sirius_runtime.tree import Level
 from tests.support.drafts import build
 from tests.support.naive_sampling import rejections
+from tests.support.rules import sampled
 from tests.support.toy import Context, Loop, Toy
 
 Law = dict[tuple[int, ...], Fraction]
@@ -114,14 +116,16 @@ def test_a_tree_is_lossless(p: Table, seed: int, width: int, confidence: float, 
 def test_a_drawn_chain_that_corrects_from_p_is_not() -> None:
     """So that the laws above do tell right from wrong."""
 
-    class CorrectFromP(SampleAcceptance):
-        def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
-            decision = super().decide(draft, logits_BNV)
+    def corrects_from_p(noise: Noise) -> Decide:
+        def decide(draft: Draft, logits_BNV: Tensor) -> Decision:
+            decision = sampled(Sampling(), noise)(draft, logits_BNV)
             return decision._replace(corrections=decision.bonuses)
+
+        return decide
 
     p, q = [(2, 1, 1)] * WORDS, [(1, 1, 2)] * WORDS
     right = Loop.drawn_chain(SIZE, Sampling())
-    wrong = replace(right, acceptance=lambda noise: CorrectFromP(Sampling(), noise))
+    wrong = replace(right, decide=corrects_from_p)
     toy = Toy(logits_of(p), logits_of(q))
     assert continued(one_period(right, toy, SIZE), p, SIZE) == own_law(p)
     assert continued(one_period(wrong, toy, SIZE), p, SIZE) != own_law(p)
@@ -174,6 +178,6 @@ def test_candidates_pass_as_if_tried_one_by_one(
     draft = Draft(tree, torch.full((B,), 2), None)
     noise = Noise(torch.zeros(B, 2), verify, torch.zeros(B))
     logits = torch.tensor(parts, dtype=torch.float32).log().expand(B, -1, -1)
-    verdict = judge(draft, logits, SampleAcceptance(Sampling(), noise), torch.full((B,), 3), 3)
+    verdict = judge(draft, logits, sampled(Sampling(), noise), torch.full((B,), 3), 3)
     p = [[Fraction(part, TWELFTHS) for part in row] for row in parts]
     assert law_of(verdict) == naive_law(p, parents, tokens)

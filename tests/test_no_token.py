@@ -11,22 +11,21 @@ import torch
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_runtime import load
-from sirius_runtime.drafting import SampleProposer
 from sirius_runtime.errors import GenerationError
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.policy import (
     Draft,
-    Noise,
-    SampleAcceptance,
     draw,
     judge,
     likeliest,
 )
+from sirius_runtime.recorded import run_at_once
+from sirius_runtime.rules import Noise
 from sirius_runtime.sampling import NO_TOKEN, Sampling
-from sirius_runtime.static_session import run_at_once
 from sirius_runtime.tree import attach, plant
 from tests.support.models import TinyModels, random_decoder, word_tokenizer
 from tests.support.onnx import load_onnx
+from tests.support.rules import drawn, sampled
 from tests.test_static_session import static
 
 NAN, INF = float("nan"), float("inf")
@@ -79,14 +78,14 @@ def test_logits_of_nan_end_in_an_error_that_says_so(artifact: Path, backend: str
         model.generate([SOUND], max_new_tokens=2, **options)  # serves the next one all the same
 
 
-def test_a_session_that_is_lent_again_holds_no_nan(artifact: Path) -> None:
+def test_a_state_that_is_lent_again_holds_no_nan(artifact: Path) -> None:
     eager = load(artifact, backend="eager", device="cpu")
-    model, sessions = static(eager, run_at_once)
+    model, recordings = static(eager, run_at_once)
     options: dict[str, Any] = {"mode": "exact", "period": 4, "max_new_tokens": 4, "tree_width": 3}
     with pytest.raises(GenerationError):
         model.generate([[9, *[SPOILT] * 20]], **options)
     gc.collect()  # the error held on to what it ended
-    assert len(sessions._idle) == 1
+    assert len(recordings._idle) == 1
     assert model.generate([SOUND], **options).tokens == eager.generate([SOUND], **options).tokens
 
 
@@ -161,15 +160,13 @@ def test_a_sparse_path_of_nan_costs_drafts_and_biases_nothing() -> None:
         torch.rand(rows, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     )
     tree = plant(torch.ones(rows, dtype=torch.int64), 2, 1)
-    proposer = SampleProposer(Sampling(), noise, 1.0)
-    level, q = proposer.propose(tree, torch.full((rows, 1, 3), NAN), torch.tensor(1), 1)
+    propose = drawn(Sampling(), noise, 1.0)
+    level, q = propose(tree, torch.full((rows, 1, 3), NAN), torch.tensor(1))
     assert q is not None
     assert q[0].tolist() == [1.0, 0.0, 0.0]
     tree = attach(tree, level, torch.tensor(1))
     draft = Draft(tree, torch.ones(rows, dtype=torch.int64), q[:, None])
     logits = p.log().expand(rows, 2, 3)
-    verdict = judge(
-        draft, logits, SampleAcceptance(Sampling(), noise), torch.full((rows,), 2), size=2
-    )
+    verdict = judge(draft, logits, sampled(Sampling(), noise), torch.full((rows,), 2), period=2)
     share = torch.bincount(verdict.tokens[:, 0], minlength=3) / rows
     assert share.tolist() == pytest.approx(p.tolist(), abs=0.03)

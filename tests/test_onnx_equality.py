@@ -185,11 +185,11 @@ def test_a_prompt_of_all_but_one_token_of_the_length(pairs: Pairs) -> None:
 
 
 def test_a_prompt_of_several_chunks(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sirius_runtime.backends import onnx_decoder
+    from sirius_runtime import state
 
     pair = pairs("griffin")
     whole = pair.agree(RAGGED, **ENDLESS).tokens
-    monkeypatch.setattr(onnx_decoder, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(state, "PREFILL_CHUNK", 4)
     assert pair.onnx.generate(RAGGED, max_new_tokens=24, **ENDLESS).tokens == whole
 
 
@@ -206,27 +206,9 @@ def test_float16_stays_near_pytorch(pairs: Pairs) -> None:
 def first_logits(model: Any, prompt: list[int]) -> torch.Tensor:
     """Logits [V] after a prompt, float32, by a back end's own prefill."""
     from sirius_runtime.backends.onnx import OnnxBackend
-    from sirius_runtime.backends.onnx_decoder import OnnxDecoder
-    from sirius_runtime.request import Options, read_options
-    from sirius_runtime.session import Session
-    from sirius_runtime.stats import PhaseClock, StatsRecorder
+    from sirius_runtime.backends.onnx_state import OnnxState
+    from sirius_runtime.tensor_state import TensorState
 
-    recorder = StatsRecorder(1, len(prompt), 0, PhaseClock(model.backend.device))
-    seen: list[torch.Tensor] = []
-    if isinstance(model.backend, OnnxBackend):
-        request = read_options(
-            Options(),
-            model.program,
-            None,
-            prompt_lengths=[len(prompt)],
-            max_new_tokens=4,
-            eos=frozenset(),
-            stop=(),
-        )
-        decoder = OnnxDecoder(model.backend, request, 1, 64, recorder, None)
-        decoder._pick = lambda logits: seen.append(torch.from_numpy(logits)) or logits.argmax(-1)  # type: ignore[method-assign, func-returns-value]
-        decoder.prefill([prompt])
-    else:
-        session = Session(model.backend, 1, 64, recorder)
-        session.prefill([prompt], lambda logits: seen.append(logits) or logits.argmax(-1))  # type: ignore[func-returns-value]
-    return seen[0][0].float()
+    kind: Any = OnnxState if isinstance(model.backend, OnnxBackend) else TensorState
+    logits, _ = kind(model.backend, 1, 64).prefill([prompt])
+    return torch.as_tensor(logits)[0].float()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sirius_runtime.backends.onnx_decoder import run_bound
+from sirius_runtime.backends.onnx_graphs import run_bound
 from sirius_runtime.errors import ArtifactError
 from sirius_runtime.onnx_files import OnnxProgram, graph_file, read_program
 from sirius_runtime.spec import to_json

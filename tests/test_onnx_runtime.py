@@ -27,9 +27,8 @@ from sirius_runtime import TextStream, load
 from sirius_runtime.artifact import Artifact
 from sirius_runtime.backends import onnx_graphs as backend_module
 from sirius_runtime.backends.onnx import OnnxBackend
-from sirius_runtime.backends.onnx_decoder import OnnxDecoder
 from sirius_runtime.backends.onnx_graphs import Graph
-from sirius_runtime.backends.onnx_state import DeviceCaches, HostCaches
+from sirius_runtime.backends.onnx_state import DeviceCaches, HostCaches, OnnxState
 from sirius_runtime.cli import main as sirius
 from sirius_runtime.errors import BackendError, ConfigError
 from sirius_runtime.onnx_files import WEIGHTS_FILE, export_onnx, gathered_bytes
@@ -144,14 +143,14 @@ def test_what_griffin_gathers_is_stated(
     backend = model.backend
     assert isinstance(backend, OnnxBackend)
     held: list[int] = []
-    choose = OnnxDecoder._choose_neurons
+    choose = OnnxState.choose_neurons
 
-    def chosen(decoder: OnnxDecoder) -> None:
-        choose(decoder)
-        held.append(sum(v.numpy().nbytes for v in decoder._kept_weights.values()))
+    def chosen(state: OnnxState) -> None:
+        choose(state)
+        held.append(sum(v.numpy().nbytes for v in state.neurons.values()))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnnxDecoder, "_choose_neurons", chosen)
+        patch.setattr(OnnxState, "choose_neurons", chosen)
         model.generate([[7, 8, 9], [9, 8, 7]], max_new_tokens=2)
     extra = gathered_bytes(model.program)
     assert held == [2 * extra]
@@ -604,13 +603,13 @@ def test_caches_are_written_in_place(pairs: Pairs, kind: str) -> None:
 def test_tokens_are_the_same_with_caches_of_a_device(
     pairs: Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sirius_runtime.backends import onnx_decoder
+    from sirius_runtime.backends import onnx_state
 
     model, prompts = pairs("griffin").onnx, [[7, 8, 9], [50, 30, 11, 22, 60]]
     wanted = model.generate(prompts, max_new_tokens=20).tokens
     session = model.backend.graph("write").session  # type: ignore[attr-defined]
     made: Callable[..., DeviceCaches] = lambda arrays, value: DeviceCaches(arrays, value, session)  # noqa: E731
-    monkeypatch.setattr(onnx_decoder, "HostCaches", made)
+    monkeypatch.setattr(onnx_state, "HostCaches", made)
     assert model.generate(prompts, max_new_tokens=20).tokens == wanted
 
 

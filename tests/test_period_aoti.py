@@ -1,4 +1,4 @@
-"""Backend `aoti`: the period compiled to machine code does what the Session's own periods do.
+"""Backend `aoti`: the period compiled to machine code does what periods by the entries do.
 
 A build takes a minute: one test that makes one is fast enough for each run, and holds all that one
 build can show.

@@ -1,4 +1,4 @@
-"""The graph `period`, run operator by operator, does what the Session's own periods do."""
+"""The graph `period`, run operator by operator, does what periods by the entries do."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from transformers import PreTrainedModel
 from sirius_compile import CompileConfig, compile_model
 from sirius_runtime.errors import ConfigError, GenerationError
 from sirius_runtime.model import FinishReason, GenerationOutput, SiriusModel
-from sirius_runtime.period_session import PeriodSession
+from sirius_runtime.one_graph import OneGraph
 from sirius_runtime.plan import Plan
-from sirius_runtime.sampling import Rule
-from sirius_runtime.session import Session
 from sirius_runtime.sizes import cache_slots
-from sirius_runtime.stats import PhaseClock, StatsRecorder
+from tests.support.batch import Batch
 from tests.support.fast import slow_but
 from tests.support.models import (
     MAX_SEQ_LEN,
     Rows,
     random_decoder,
+    state_of,
     word_tokenizer,
     write_calibration,
 )
@@ -219,42 +218,42 @@ def test_a_prompt_of_all_but_one_token_of_the_length(pairs: Pairs) -> None:
 # period by period
 
 
-def opened(kind: type[Session], model: SiriusModel, refresh: int) -> Session:
-    period = model.program.period
-    recorder = StatsRecorder(len(RAGGED), 0, 0, PhaseClock(model.backend.device))
-    capacity = cache_slots(64, period.period, period.tree_width)
-    return kind(model.backend, len(RAGGED), capacity, recorder, refresh=refresh)
+def opened(model: SiriusModel, refresh: int) -> Batch:
+    period, limits = model.program.period, model.backend.limits
+    slots = cache_slots(64, period.period, period.tree_width)
+    strategy = OneGraph(limits) if limits else None
+    return Batch(model.backend, len(RAGGED), slots, refresh=refresh, strategy=strategy)
 
 
 @pytest.mark.parametrize(
     ("method", "width", "size", "refresh"),
     fast(("griffin", 1, 4, 2), ("griffin", 2, 4, 0), ("cats", 1, 8, 0), ("topk", 4, 8, 0)),
 )
-@pytest.mark.parametrize("rule", [Rule.THRESHOLD, Rule.EXACT])
+@pytest.mark.parametrize("rule", ["sirius", "exact"])
 def test_caches_agree_below_the_length_after_each_period(
-    pairs: Pairs, method: str, width: int, size: int, refresh: int, rule: Rule
+    pairs: Pairs, method: str, width: int, size: int, refresh: int, rule: str
 ) -> None:
     pair = pairs(method, width, size)
-    eager = opened(Session, pair.eager, refresh)
-    whole = opened(PeriodSession, pair.period, refresh)
+    eager = opened(pair.eager, refresh)
+    whole = opened(pair.period, refresh)
     assert eager.prefill(RAGGED).equal(whole.prefill(RAGGED))
     for index in range(4):
-        plan = Plan(size=size, width=width, rule=rule, threshold=0.1, verify_temperature=0.6)
+        plan = Plan(period=size, width=width, rule=rule, threshold=0.1, verify_temperature=0.6)
         most = torch.tensor([size, max(size - 1, 1), size])
         if index == 2:
             for session in (eager, whole):
-                session.set_active(torch.tensor([True, True, False]))
+                session.set_active([True, True, False])
             most[2] = 1
         with torch.inference_mode():
             wanted, found = eager.period(plan, most), whole.period(plan, most)
-        assert found.advance.equal(wanted.advance)
-        assert found.drafted.equal(wanted.drafted)
-        assert whole.length.equal(eager.length)
-        assert whole.root.equal(eager.root)
-        for row, advance in enumerate(wanted.advance.tolist()):
-            assert found.tokens[row, :advance].equal(wanted.tokens[row, :advance])
-        for name, value in eager._state.items():
-            assert_same_below(whole._state[name], value, eager.length, name)
+        assert found[1].equal(wanted[1])
+        assert found[2].equal(wanted[2])
+        assert whole.state.length.equal(eager.state.length)
+        assert whole.state.root.equal(eager.state.root)
+        for row, advance in enumerate(wanted[1].tolist()):
+            assert found[0][row, :advance].equal(wanted[0][row, :advance])
+        for name, value in state_of(eager).items():
+            assert_same_below(state_of(whole)[name], value, eager.state.length, name)
 
 
 def assert_same_below(found: Tensor, wanted: Tensor, length: Tensor, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Acceptance, correction and neuron choice, each against a loop that says what it means.
+"""Decide, correction and neuron choice, each against a loop that says what it means.
 
 Chains here; trees of other widths are judged in `test_tree`, sampling in `test_sampling`.
 """
@@ -17,22 +17,20 @@ from torch import Tensor
 from sirius_runtime.drafting import first_levels
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.policy import (
-    Acceptance,
+    Decide,
     Draft,
-    ExactAcceptance,
-    Noise,
-    SampleAcceptance,
-    ThresholdAcceptance,
     Verdict,
     judge,
     observed,
     select_neurons,
 )
+from sirius_runtime.rules import Noise
 from sirius_runtime.sampling import Sampling
 from sirius_runtime.sizes import node_count
 from sirius_runtime.tree import Level, Tree
 from tests.support.drafts import RandomDraft, build, random_drafts
 from tests.support.naive_tree import argmax, probability
+from tests.support.rules import exactly, sampled, threshold_of
 
 MANY = settings(max_examples=100)  # they are cheap
 chains = random_drafts(widths=(1, 1), vocabulary=5)
@@ -49,7 +47,7 @@ def chain(tokens: list[int]) -> Draft:
     return Draft(tree, torch.tensor([len(levels)]), None)
 
 
-def judge_all(given_: RandomDraft, acceptance: Acceptance) -> Verdict:
+def judge_all(given_: RandomDraft, acceptance: Decide) -> Verdict:
     most = torch.full((given_.rows,), given_.size)
     return judge(given_.draft, given_.logits, acceptance, most, given_.size)
 
@@ -66,7 +64,7 @@ def naive_judge(
     return [*committed, argmax(logits[len(committed)])]
 
 
-def check_judge(given_: RandomDraft, acceptance: Acceptance, passes: Passes) -> None:
+def check_judge(given_: RandomDraft, acceptance: Decide, passes: Passes) -> None:
     verdict = judge_all(given_, acceptance)
     for row in range(given_.rows):
         tokens = given_.draft.tree.tokens[row, : 1 + int(given_.draft.depth[row])].tolist()
@@ -82,7 +80,7 @@ def check_judge(given_: RandomDraft, acceptance: Acceptance, passes: Passes) -> 
 def test_threshold_passes_probabilities_from_it_up(
     given_: RandomDraft, threshold: float, temperature: float
 ) -> None:
-    decision = ThresholdAcceptance(threshold, temperature).decide(given_.draft, given_.logits)
+    decision = threshold_of(threshold, temperature)(given_.draft, given_.logits)
     for row in range(given_.rows):
         naive, logits = given_.naive(row), given_.logits[row].tolist()
         for node in range(1, len(naive.tokens)):
@@ -92,11 +90,11 @@ def test_threshold_passes_probabilities_from_it_up(
 
 
 @MANY
-@given(random_drafts(), st.sampled_from([ThresholdAcceptance(0.1, 0.6), ExactAcceptance()]))
+@given(random_drafts(), st.sampled_from([threshold_of(0.1, 0.6), exactly]))
 def test_corrections_and_bonuses_are_the_full_path_s_choice(
-    given_: RandomDraft, acceptance: Acceptance
+    given_: RandomDraft, acceptance: Decide
 ) -> None:
-    decision = acceptance.decide(given_.draft, given_.logits)
+    decision = acceptance(given_.draft, given_.logits)
     for row in range(given_.rows):
         choices = [argmax(logits) for logits in given_.logits[row].tolist()]
         assert decision.corrections[row].tolist() == choices
@@ -111,13 +109,13 @@ def test_judge_by_threshold(given_: RandomDraft, threshold: float, temperature: 
         assume(abs(p - threshold) > 1e-6)
         return p >= threshold
 
-    check_judge(given_, ThresholdAcceptance(threshold, temperature), passes)
+    check_judge(given_, threshold_of(threshold, temperature), passes)
 
 
 @MANY
 @given(chains)
 def test_judge_in_exact_mode(given_: RandomDraft) -> None:
-    check_judge(given_, ExactAcceptance(), lambda token, logits: token == argmax(logits))
+    check_judge(given_, exactly, lambda token, logits: token == argmax(logits))
 
 
 def just_above(value: float) -> float:
@@ -127,8 +125,8 @@ def just_above(value: float) -> float:
 
 def test_probability_equal_to_the_threshold_passes() -> None:
     draft, even = chain([0, 3]), torch.zeros(1, 2, 4)  # each of four tokens has exactly 1/4
-    assert ThresholdAcceptance(0.25, 0.6).decide(draft, even).passes[0, 1]
-    assert not ThresholdAcceptance(just_above(0.25), 0.6).decide(draft, even).passes[0, 1]
+    assert threshold_of(0.25, 0.6)(draft, even).passes[0, 1]
+    assert not threshold_of(just_above(0.25), 0.6)(draft, even).passes[0, 1]
 
 
 @MANY
@@ -136,7 +134,7 @@ def test_probability_equal_to_the_threshold_passes() -> None:
 def test_threshold_zero_accepts_even_the_impossible(given_: RandomDraft) -> None:
     given_.logits[:, :, 0] = -1e30
     given_.draft.tree.tokens[:, 1:] = 0
-    verdict = judge_all(given_, ThresholdAcceptance(0.0, 0.6))
+    verdict = judge_all(given_, threshold_of(0.0, 0.6))
     assert verdict.advance.tolist() == (given_.draft.depth + 1).tolist()
 
 
@@ -145,9 +143,9 @@ def test_threshold_zero_accepts_even_the_impossible(given_: RandomDraft) -> None
 def test_threshold_above_one_refuses_even_the_certain(given_: RandomDraft) -> None:
     given_.logits[:, :, 0] = 1e30
     given_.draft.tree.tokens[:, 1:] = 0
-    above = judge_all(given_, ThresholdAcceptance(just_above(1.0), 0.6))
+    above = judge_all(given_, threshold_of(just_above(1.0), 0.6))
     assert above.advance.unique().tolist() == [1]
-    at_one = judge_all(given_, ThresholdAcceptance(1.0, 0.6))
+    at_one = judge_all(given_, threshold_of(1.0, 0.6))
     assert at_one.advance.tolist() == (given_.draft.depth + 1).tolist()
 
 
@@ -156,14 +154,14 @@ BEST = torch.nn.functional.one_hot(torch.tensor([[4, 3, 2, 1]]), 5).float()
 
 
 def test_first_refused_token_is_replaced_and_the_rest_dropped() -> None:
-    verdict = judge(chain([0, 4, 0, 2]), BEST, ExactAcceptance(), torch.tensor([4]), 4)
+    verdict = judge(chain([0, 4, 0, 2]), BEST, exactly, torch.tensor([4]), 4)
     assert verdict.advance.tolist() == [2]
     assert verdict.tokens[0, :2].tolist() == [4, 3]
     assert verdict.root.tolist() == [3]
 
 
 def test_bonus_comes_after_the_last_drafted_token() -> None:
-    verdict = judge(chain([0, 4, 3, 2]), BEST, ExactAcceptance(), torch.tensor([4]), 4)
+    verdict = judge(chain([0, 4, 3, 2]), BEST, exactly, torch.tensor([4]), 4)
     assert verdict.advance.tolist() == [4]
     assert verdict.tokens.tolist() == [[4, 3, 2, 1]]
 
@@ -171,21 +169,21 @@ def test_bonus_comes_after_the_last_drafted_token() -> None:
 @pytest.mark.parametrize("threshold", [-0.1, -math.inf, math.nan])
 def test_bad_thresholds_are_refused(threshold: float) -> None:
     with pytest.raises(ConfigError, match=r"threshold must be >= 0"):
-        ThresholdAcceptance(threshold, 0.6)
+        threshold_of(threshold, 0.6)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
 def test_bad_temperatures_are_refused(temperature: float) -> None:
     with pytest.raises(ConfigError, match=r"verify_temperature must be > 0"):
-        ThresholdAcceptance(0.1, temperature)
+        threshold_of(0.1, temperature)
 
 
 @MANY
 @given(random_drafts(), st.floats(0.0, 1.0), st.floats(0.3, 2.0))
 def test_settings_may_be_tensors(given_: RandomDraft, threshold: float, temperature: float) -> None:
     """As in a graph that takes them at run time."""
-    numbers = ThresholdAcceptance(threshold, temperature)
-    tensors = ThresholdAcceptance(torch.tensor(threshold), torch.tensor(temperature))
+    numbers = threshold_of(threshold, temperature)
+    tensors = threshold_of(torch.tensor(threshold), torch.tensor(temperature))
     for a, b in zip(judge_all(given_, numbers), judge_all(given_, tensors), strict=True):
         assert torch.equal(a, b)
 
@@ -194,7 +192,7 @@ def test_settings_may_be_tensors(given_: RandomDraft, threshold: float, temperat
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[RandomDraft, list[Acceptance]]:
+def cases(draw: st.DrawFn) -> tuple[RandomDraft, list[Decide]]:
     """A draft, and an acceptance for each row's own noise: the same for all, or of its row alone.
 
     The first of the list is for all rows. Sampling comes with the distributions of a drawn chain,
@@ -203,9 +201,9 @@ def cases(draw: st.DrawFn) -> tuple[RandomDraft, list[Acceptance]]:
     given_ = draw(random_drafts())
     kind = draw(st.sampled_from(["threshold", "exact", "sample"]))
     if kind == "threshold":
-        return given_, [ThresholdAcceptance(0.1, 0.6)] * (1 + given_.rows)
+        return given_, [threshold_of(0.1, 0.6)] * (1 + given_.rows)
     if kind == "exact":
-        return given_, [ExactAcceptance()] * (1 + given_.rows)
+        return given_, [exactly] * (1 + given_.rows)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     shape = given_.rows, 2, given_.size
     noise = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -214,7 +212,7 @@ def cases(draw: st.DrawFn) -> tuple[RandomDraft, list[Acceptance]]:
         logits = torch.randn(shape, generator=generator)
         given_.draft = given_.draft._replace(distributions=logits.softmax(-1))
     rows = [slice(None), *(slice(row, row + 1) for row in range(given_.rows))]
-    return given_, [SampleAcceptance(Sampling(), Noise.unpack(noise[row])) for row in rows]
+    return given_, [sampled(Sampling(), Noise.unpack(noise[row])) for row in rows]
 
 
 def row_of(draft: Draft, row: int) -> Draft:
@@ -233,7 +231,7 @@ def assert_same_row(verdict: Verdict, row: int, alone: Verdict) -> None:
 
 @MANY
 @given(cases())
-def test_rows_do_not_affect_each_other(case: tuple[RandomDraft, list[Acceptance]]) -> None:
+def test_rows_do_not_affect_each_other(case: tuple[RandomDraft, list[Decide]]) -> None:
     given_, (acceptance, *own) = case
     together = judge_all(given_, acceptance)
     most = torch.tensor([given_.size])
@@ -245,7 +243,7 @@ def test_rows_do_not_affect_each_other(case: tuple[RandomDraft, list[Acceptance]
 @MANY
 @given(cases(), st.data())
 def test_most_is_as_a_shorter_draft(
-    case: tuple[RandomDraft, list[Acceptance]], data: st.DataObject
+    case: tuple[RandomDraft, list[Decide]], data: st.DataObject
 ) -> None:
     given_, (acceptance, *own) = case
     rows, size = given_.rows, given_.size
@@ -289,7 +287,7 @@ def test_observed_are_the_kept_nodes_that_were_run(given_: RandomDraft, seed: in
     activity = torch.rand(
         layers, given_.rows, N, neurons, generator=torch.Generator().manual_seed(seed)
     )
-    verdict = judge_all(given_, ThresholdAcceptance(0.1, 0.6))
+    verdict = judge_all(given_, threshold_of(0.1, 0.6))
     statistic = observed(activity, verdict.nodes, verdict.advance)
     expected: Tensor = torch.zeros(layers, given_.rows, neurons)
     for row in range(given_.rows):

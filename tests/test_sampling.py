@@ -15,10 +15,12 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sirius_runtime.errors import ConfigError
-from sirius_runtime.policy import Noise, SampleAcceptance, draw
+from sirius_runtime.policy import draw
+from sirius_runtime.rules import Noise
 from sirius_runtime.sampling import Sampling
 from tests.support import naive_sampling as naive
 from tests.support.drafts import RandomDraft, random_drafts
+from tests.support.rules import sampled
 from tests.support.statistics import LEVEL, p_value
 
 MANY = settings(max_examples=100)  # they are cheap
@@ -218,7 +220,7 @@ def test_a_drawn_token_passes_by_what_both_paths_give_it(
     noise, size = noise_for(given_, generator), given_.size
     q = torch.randn(given_.rows, size - 1, 5, generator=generator).softmax(-1)
     draft = given_.draft._replace(distributions=q)
-    decision = SampleAcceptance(sampling, noise).decide(draft, given_.logits)
+    decision = sampled(sampling, noise)(draft, given_.logits)
     p = sampling.distribution(given_.logits).tolist()
     for row in range(given_.rows):
         last = noise.last[row].item()
@@ -239,7 +241,7 @@ def test_a_candidate_passes_where_it_is_what_the_full_path_draws(
     given_: RandomDraft, sampling: Sampling, seed: int
 ) -> None:
     noise = noise_for(given_, torch.Generator().manual_seed(seed))
-    decision = SampleAcceptance(sampling, noise).decide(given_.draft, given_.logits)
+    decision = sampled(sampling, noise)(given_.draft, given_.logits)
     p = sampling.distribution(given_.logits).tolist()
     for row in range(given_.rows):
         naive_tree = given_.naive(row)

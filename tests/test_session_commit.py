@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from sirius_runtime.drafting import first_levels
 from sirius_runtime.plan import Plan
 from sirius_runtime.policy import Draft
-from sirius_runtime.sampling import Rule
-from sirius_runtime.session import Session
 from sirius_runtime.tree import Level
+from tests.support.batch import Batch
 from tests.support.drafts import RandomDraft, build, random_drafts
 
 CAPACITY = 100
 
 
-def session_over(lengths: list[int]) -> Session:
+def session_over(lengths: list[int]) -> Batch:
     """A session whose caches hold the number of each slot in it; of no program that could run."""
     program = SimpleNamespace(
         state=SimpleNamespace(layers=2, kv_heads=1, key_dim=2, value_dim=3),
@@ -32,17 +31,17 @@ def session_over(lengths: list[int]) -> Session:
     backend = SimpleNamespace(
         program=program, device=torch.device("cpu"), dtype=torch.float32, limits=None
     )
-    session = Session(cast(Any, backend), len(lengths), CAPACITY, cast(Any, None))
-    for cache in session._state.values():
+    session = Batch(cast(Any, backend), len(lengths), CAPACITY)
+    for cache in (session.state.k_cache, session.state.v_cache):
         cache.copy_(torch.arange(float(CAPACITY))[:, None].expand(cache.shape))
-    session.length = torch.tensor(lengths)
+    session.state.length = torch.tensor(lengths)
     return session
 
 
-def slots(session: Session, row: int) -> list[int]:
+def slots(session: Batch, row: int) -> list[int]:
     """Whose K/V each slot of the row's history now holds, by the slots before the commit."""
-    length = int(session.length[row])
-    held = [cache[:, row, :, :length] for cache in session._state.values()]
+    length = int(session.state.length[row])
+    held = [cache[:, row, :, :length] for cache in (session.state.k_cache, session.state.v_cache)]
     first = held[0][0, 0, :, 0]
     for cache in held:
         assert torch.equal(cache, first[:, None].expand(cache.shape))
@@ -50,7 +49,7 @@ def slots(session: Session, row: int) -> list[int]:
 
 
 def plan(size: int, width: int) -> Plan:
-    return Plan(size=size, width=width, rule=Rule.THRESHOLD, threshold=0.1)
+    return Plan(period=size, width=width, rule="sirius", threshold=0.1)
 
 
 @settings(max_examples=100)
@@ -62,7 +61,7 @@ def test_the_history_is_the_kept_path_s(given_: RandomDraft, data: st.DataObject
     verdict = session.commit(given_.draft, given_.logits, plan(given_.size, given_.width), most)
     for row, length in enumerate(lengths):
         advance = int(verdict.advance[row])
-        assert session.length[row] == length + advance
+        assert session.state.length[row] == length + advance
         kept = [length + node for node in verdict.nodes[row, :advance].tolist()]
         assert slots(session, row) == [*range(length), *kept]
 
@@ -86,10 +85,10 @@ def test_a_tree_of_fewer_nodes_than_a_path_may_have_is_compacted_too(size: int) 
 
 def test_an_inactive_row_stays_as_it_is() -> None:
     session = session_over([4, 6])
-    session.active = torch.tensor([True, False])
-    session.root = torch.tensor([3, 3])
-    draft = Draft(build(session.root, [], 1, 2), torch.tensor([0, 0]), None)
+    session.state.active = torch.tensor([True, False])
+    session.state.root = torch.tensor([3, 3])
+    draft = Draft(build(session.state.root, [], 1, 2), torch.tensor([0, 0]), None)
     logits = torch.tensor([0.0, 1.0, 0.0, 0.0]).expand(2, 1, 4)
     session.commit(draft, logits, plan(1, 2), torch.tensor([1, 1]))
-    assert session.length.tolist() == [5, 6]
-    assert session.root.tolist() == [1, 3]
+    assert session.state.length.tolist() == [5, 6]
+    assert session.state.root.tolist() == [1, 3]

@@ -62,7 +62,7 @@ PROGRAM = ProgramSpec(
         step=768,
         density=0.75,
     ),
-    period=PeriodSpec(8, 3, 0.25, 1.5, 0.5, 4),
+    period=PeriodSpec(8, 3, 0.5, 4, threshold=0.25, verify_temperature=1.5),
     eos_token_ids=(2, 3),
     pad_token_id=None,
     passes=(PassRecord("canonicalize", 3, 0.01, 20, 18),),

@@ -1,4 +1,4 @@
-"""What backend `cudagraph` records, on the CPU: a Session's own periods, from fixed storage to
+"""What backend `cudagraph` records, on the CPU: the periods by the entries, from fixed storage to
 fixed storage, with nothing asked of the device in between.
 """
 
@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,17 +27,21 @@ from sirius_runtime.backends.cuda_graph import (
     LEAST_SLOTS,
     RECORDINGS,
     GraphReplay,
-    StaticSessions,
+    Recordings,
 )
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.by_entries import ByEntries, chooser
+from sirius_runtime.decoder import Way, steps
 from sirius_runtime.errors import BackendError
 from sirius_runtime.graph import to_document
 from sirius_runtime.model import GenerationOutput, SiriusModel
 from sirius_runtime.operators import OPERATORS
 from sirius_runtime.plan import Plan
-from sirius_runtime.sampling import Rule, Sampling
-from sirius_runtime.static_session import Replay, StaticSession, run_at_once
-from sirius_runtime.stats import PhaseClock, StatsRecorder
+from sirius_runtime.recorded import Recorded, Replay, Storage, run_at_once
+from sirius_runtime.rules import RULES
+from sirius_runtime.sampling import Sampling
+from sirius_runtime.stats import PhaseClock
+from sirius_runtime.tensor_state import ROWS_OF, TensorState
 from tests.support.models import (
     METHODS,
     Rows,
@@ -78,15 +83,15 @@ def run_twice(key: Hashable, work: Callable[[], None], state: Sequence[Tensor]) 
     work()
 
 
-def static(model: SiriusModel, replay: Replay = run_at_once) -> tuple[SiriusModel, StaticSessions]:
-    """The same entries behind static sessions."""
+def static(model: SiriusModel, replay: Replay = run_at_once) -> tuple[SiriusModel, Recordings]:
+    """The same entries behind recordings."""
     backend = model.backend
     assert isinstance(backend, EagerBackend)
     own = EagerBackend.__new__(EagerBackend)
     own.__dict__ |= backend.__dict__
-    sessions = StaticSessions(own, lambda: replay)
-    own.open = sessions.open  # type: ignore[method-assign]
-    return SiriusModel(own, model.tokenizer), sessions
+    recordings = Recordings(own, lambda: replay)
+    own.open = recordings.open  # type: ignore[method-assign]
+    return SiriusModel(own, model.tokenizer), recordings
 
 
 def agree(
@@ -110,7 +115,7 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(("method", "width"), MATRIX)
-def test_periods_are_a_session_s(compiled: Compile, method: str, width: int) -> None:
+def test_periods_are_those_by_the_entries(compiled: Compile, method: str, width: int) -> None:
     eager = compiled(method, "llama").to_runtime()
     found, _ = static(eager, run_twice)
     refreshes = (0, 2) if "griffin" in method else (0,)
@@ -145,52 +150,44 @@ def test_rows_that_end_and_steps(compiled: Compile) -> None:
         assert drawn[0] != drawn[1]
 
 
-def test_a_session_serves_the_next_generation_in_the_same_storage(compiled: Compile) -> None:
+def test_a_state_serves_the_next_generation_in_the_same_storage(compiled: Compile) -> None:
     eager = compiled("griffin", "llama").to_runtime()
     kept: list[dict[str, int]] = []
     keys: set[Hashable] = set()
 
     def look(key: Hashable, work: Callable[[], None], state: Sequence[Tensor]) -> None:
         keys.add(key)
-        addresses = storage(sessions_of(work))
+        addresses = addresses_of(storage_of(work))
         work()
-        assert storage(sessions_of(work)) == addresses
+        assert addresses_of(storage_of(work)) == addresses
         kept.append(addresses)
 
-    found, sessions = static(eager, look)
+    found, recordings = static(eager, look)
     for prompts in (RAGGED[:1], RAGGED[1:2], RAGGED[2:]):  # of three lengths
         for options in MODES[:2]:
             agree(eager, found, prompts, refresh=2, **options)
     assert len(kept) > 20
     assert all(addresses == kept[0] for addresses in kept)
     assert len(keys) == 4  # two rules; neurons kept, and chosen anew
-    assert len(sessions._idle) == 1
+    assert len(recordings._idle) == 1
     for rows in (1, 2, 3):
         agree(eager, found, RAGGED[:rows])
-    assert len(sessions._idle) == IDLE
+    assert len(recordings._idle) == IDLE
 
 
-def sessions_of(work: Callable[[], None]) -> StaticSession:
-    """The session whose work it is."""
+def storage_of(work: Callable[[], None]) -> Storage:
+    """The storage whose work it is."""
     cells = [cell.cell_contents for cell in work.__closure__ or ()]
-    return next(cell for cell in cells if isinstance(cell, StaticSession))
+    return next(cell for cell in cells if isinstance(cell, Storage))
 
 
-def storage(session: StaticSession) -> dict[str, int]:
+def addresses_of(storage: Storage) -> dict[str, int]:
     """Where all that a period reads and writes lies."""
-    tensors: dict[str, Tensor] = {
-        **session._state,
-        "length": session.length,
-        "root": session.root,
-        "active": session.active,
-        "most": session._most,
-        "noise": session._noise,
-        "packed": session._packed,
-        "kept": session._kept,
-        "kept_tokens": session._kept_tokens,
-    }
-    assert session._statistic is not None
-    return {n: t.data_ptr() for n, t in {**tensors, "statistic": session._statistic}.items()}
+    state = storage.state
+    names = (*ROWS_OF, "kept", "kept_tokens")
+    tensors = {**storage.own, **{name: getattr(state, name) for name in names}}
+    # What is read is there once it ran.
+    return {n: tensor.data_ptr() for n, tensor in tensors.items() if not n.startswith("packed")}
 
 
 class OnDevice(TorchDispatchMode):
@@ -262,30 +259,27 @@ def test_a_period_asks_nothing_of_the_device(compiled: Compile, method: str, fam
         dtype=torch.float32,
         device=device,
     )
-    refresh = 2 if made.spec.sparsity.method.per_prompt else 0
-    recorder = StatsRecorder(2, 0, 0, PhaseClock(device))
-    session = StaticSession(backend, 2, 64, recorder, size=4, refresh=refresh)
-    session.begin(recorder)
+    refresh = made.spec.sparsity.method.per_prompt
+    clock = PhaseClock(torch.device("cpu"))
     most = torch.ones(2, dtype=torch.int64, device=device)
     noise = torch.zeros(2, 2, 4, dtype=torch.float64, device=device)
     with torch.inference_mode():
-        session.prefill(RAGGED[:2])
+        state = TensorState(backend, 2, 64)
+        state.prefill(RAGGED[:2])
+        state.choose_neurons()
+        storage = Storage(state, 4, run_at_once)
+        drafts = Recorded(Way.DRAFT, ByEntries(all_levels=True), storage)
+        choose = chooser(Sampling())
         with NoLiterals(), OnDevice() as watch:
-            for rule in Rule:
+            for rule in RULES:
                 for width in (1, 4):
-                    session.period(
-                        Plan(
-                            4,
-                            width,
-                            rule,
-                            confidence=0.5,
-                            sampling=Sampling(0.7, 5, 0.9),
-                            noise=noise if rule is Rule.SAMPLE else None,
-                        ),
-                        most,
-                    )
-            session.full_step()
-            session.sparse_step()
+                    drawn = noise if RULES[rule].draws else None
+                    sampling = Sampling(0.7, 5, 0.9)
+                    plan = Plan(4, width, rule, confidence=0.5, sampling=sampling, noise=drawn)
+                    plan = replace(plan, observes=refresh, refreshes=refresh)
+                    drafts.period(state, plan, most, clock)
+            for way, step in steps(choose).items():
+                Recorded(way, step, storage).period(state, Plan(1), most, clock)
     assert watch.calls > 1000
 
 
@@ -349,16 +343,16 @@ def test_work_is_recorded_once_and_leaves_no_trace_of_it(monkeypatch: pytest.Mon
 
 def test_capacities_are_shared_by_prompts_of_many_lengths(compiled: Compile) -> None:
     model = compiled("topk", "llama").to_runtime()
-    found, sessions = static(model)
-    gc.disable()  # a session is free as soon as its generation is
+    found, recordings = static(model)
+    gc.disable()  # a state is free as soon as its generation is
     try:
         for prompt in RAGGED:
             for options in ({}, {"mode": "sample", "seed": 1}):
                 found.generate([prompt], max_new_tokens=4, eos_token_id=[], **options)
     finally:
         gc.enable()
-    ((key, session),) = sessions._idle
-    assert session._state["k_cache"].shape[3] == LEAST_SLOTS
+    ((key, storage),) = recordings._idle
+    assert storage.state.k_cache.shape[3] == LEAST_SLOTS
     assert key == (1, LEAST_SLOTS, 5, 0)
 
 

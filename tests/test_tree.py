@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sirius_runtime.policy import (
-    Acceptance,
+    Decide,
     Draft,
-    ExactAcceptance,
-    ThresholdAcceptance,
     judge,
 )
 from sirius_runtime.sizes import node_count
@@ -26,6 +24,7 @@ from tests.support import naive_tree
 from tests.support.drafts import RandomDraft, build, random_drafts
 from tests.support.naive import tree_mask
 from tests.support.naive_tree import Path, argmax, beam_search, continuations, probability
+from tests.support.rules import exactly, threshold_of
 
 MANY = settings(max_examples=100)  # they are cheap
 VOCABULARY = 10
@@ -210,7 +209,7 @@ def test_longest_path(given_: RandomDraft, share: float, data: st.DataObject) ->
 
 
 def check_judge(
-    given_: RandomDraft, acceptance: Acceptance, passes: Callable[[int, Sequence[float]], bool]
+    given_: RandomDraft, acceptance: Decide, passes: Callable[[int, Sequence[float]], bool]
 ) -> None:
     most = torch.full((given_.rows,), given_.size)
     verdict = judge(given_.draft, given_.logits, acceptance, most, given_.size)
@@ -228,7 +227,7 @@ def check_judge(
 @MANY
 @given(random_drafts())
 def test_judge_in_exact_mode(given_: RandomDraft) -> None:
-    check_judge(given_, ExactAcceptance(), lambda token, logits: token == argmax(logits))
+    check_judge(given_, exactly, lambda token, logits: token == argmax(logits))
 
 
 @MANY
@@ -239,7 +238,7 @@ def test_judge_by_threshold(given_: RandomDraft, threshold: float, temperature: 
         assume(abs(p - threshold) > 1e-6)
         return p >= threshold
 
-    check_judge(given_, ThresholdAcceptance(threshold, temperature), passes)
+    check_judge(given_, threshold_of(threshold, temperature), passes)
 
 
 @MANY
@@ -247,7 +246,7 @@ def test_judge_by_threshold(given_: RandomDraft, threshold: float, temperature: 
 def test_threshold_zero_keeps_a_likeliest_path_of_the_levels_that_count(
     given_: RandomDraft,
 ) -> None:
-    check_judge(given_, ThresholdAcceptance(0.0, 0.6), lambda token, logits: True)
+    check_judge(given_, threshold_of(0.0, 0.6), lambda token, logits: True)
 
 
 def best(*tokens: int) -> Tensor:
@@ -268,9 +267,7 @@ def test_the_correction_comes_from_the_last_kept_node_of_that_path() -> None:
     """
     tree = build(torch.tensor([0]), TWO_LEVELS, 3, 2)
     logits = best(2, 5, 4, 6, 7)
-    verdict = judge(
-        Draft(tree, torch.tensor([2]), None), logits, ExactAcceptance(), torch.tensor([3]), 3
-    )
+    verdict = judge(Draft(tree, torch.tensor([2]), None), logits, exactly, torch.tensor([3]), 3)
     assert verdict.nodes.tolist() == [[0, 2, 4]]
     assert verdict.tokens.tolist() == [[2, 4, 7]]
     assert logits[0, int(verdict.advance) - 1].argmax() == 4
@@ -280,7 +277,7 @@ def test_the_correction_comes_from_the_last_kept_node_of_that_path() -> None:
 def test_where_no_token_is_kept_the_correction_comes_from_the_root() -> None:
     tree = build(torch.tensor([0]), TWO_LEVELS, 3, 2)
     draft = Draft(tree, torch.tensor([2]), None)
-    verdict = judge(draft, best(9, 3, 4, 5, 6), ExactAcceptance(), torch.tensor([3]), 3)
+    verdict = judge(draft, best(9, 3, 4, 5, 6), exactly, torch.tensor([3]), 3)
     assert verdict.advance.tolist() == [1]
     assert verdict.root.tolist() == [9]
 

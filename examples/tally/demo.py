@@ -41,7 +41,11 @@ class Score:
 def score(model: SiriusModel, batch: list[Problem], mode: Mode, period: int | None) -> Score:
     """Answers `batch`, as one batch of rows, in `mode` and scores it."""
     output = model.generate(
-        [p.prompt for p in batch], mode=mode, period=period, max_new_tokens=MAX_NEW_TOKENS
+        [p.prompt for p in batch],
+        mode=mode,
+        period=period,
+        fallback=False,  # the table is about drafts, whatever they cost
+        max_new_tokens=MAX_NEW_TOKENS,
     )
     assert output.texts is not None
     right = sum(

@@ -16,16 +16,16 @@ State goes in and comes out; nothing is mutated. The caches are only read (`siri
 in place of `sirius.cached_attention`): the loop carries the draft block's K/V, and what comes out
 is the accepted path's K/V [layers, B, G, K, D], in order, which the runtime writes to the slots
 after `length`, once a period. Caches that came out would be copied whole for these few slots.
- What is drafted and accepted is decided by the functions that the
-Session calls (`sirius_runtime.drafting`, `.policy`, `.tree`), traced. Shapes as there; K and w are
-static, rows B and cache slots S are not.
+
+What is drafted and accepted is decided by the functions that `by_entries` calls
+(`sirius_runtime.drafting`, `.policy`, `.tree`), traced. Shapes as there; K and w are static, rows B
+and cache slots S are not.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -57,11 +57,13 @@ from sirius_passes.program import (
     set_outputs,
     subgraphs,
 )
-from sirius_passes.runtime_policy import Parameters, RuntimeAcceptance, RuntimeProposer
+from sirius_passes.traced_rules import TracedRules
 from sirius_passes.tracing import one_at_a_time
 from sirius_runtime.drafting import DraftState, begin, extend
+from sirius_runtime.entries import plan_inputs
 from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders
 from sirius_runtime.policy import Verdict, judge, observed, select_neurons
+from sirius_runtime.rules import RULES
 from sirius_runtime.sizes import node_count
 from sirius_runtime.tree import Tree, beams
 
@@ -70,14 +72,14 @@ higher_order = torch.ops.higher_order
 
 
 class BuildPeriod(Pass):
-    """For drafts of `size` K tokens (the root counts), `width` w, sequences of `max_seq_len`."""
+    """For drafts of `period` K tokens (the root counts), `width` w, sequences of `max_seq_len`."""
 
     name: ClassVar[str] = "build_period"
     takes: ClassVar[Stage] = Stage.LAID_OUT
     gives: ClassVar[Stage] = Stage.FINAL
 
-    def __init__(self, size: int, width: int, max_seq_len: int) -> None:
-        self.size, self.width, self.max_seq_len = size, width, max_seq_len
+    def __init__(self, period: int, width: int, max_seq_len: int) -> None:
+        self.period, self.width, self.max_seq_len = period, width, max_seq_len
 
     def run(self, program: Program) -> int:
         if PERIOD in program.graphs:
@@ -88,7 +90,7 @@ class BuildPeriod(Pass):
 
 class _Builder:
     def __init__(self, options: BuildPeriod, program: Program) -> None:
-        self.size, self.width = options.size, options.width
+        self.period, self.width = options.period, options.width
         self.last_position = options.max_seq_len - 1
         self.program = program
         self.refreshes = program.sparsity.method.per_prompt
@@ -98,11 +100,11 @@ class _Builder:
         read = (placeholders(program.graphs[name].graph, WEIGHT) for name in (full, SPARSE))
         self.placed = {name: node for nodes in read for name, node in nodes.items()}
         self.weights = list(self.placed)
-        names = [
-            *("root", "active", "most", "length", "k_cache", "v_cache", "rule", "threshold"),
-            *("verify_temperature", "confidence", "temperature", "top_k", "top_p", "noise"),
+        self.inputs = [
+            *("root", "active", "most", "length", "k_cache", "v_cache"),
+            *plan_inputs(tuple(RULES)),
+            *("neurons", "statistic", "refresh") * self.refreshes,
         ]
-        self.inputs = names + (["neurons", "statistic", "refresh"] if self.refreshes else [])
 
     @one_at_a_time  # for `_CALLED`
     def build(self) -> fx.GraphModule:
@@ -111,13 +113,13 @@ class _Builder:
 
         def traced(*flat: Tensor) -> tuple[Tensor, ...]:
             nonlocal names
-            results = self.period(dict(zip(order, flat, strict=True)))
+            results = self.body(dict(zip(order, flat, strict=True)))
             names = tuple(results)
             return tuple(results.values())
 
         # A mode of its own: the entries' sizes are not the period's.
         with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-            values = _fake_inputs(self.inputs, self.program, self.size)
+            values = _fake_inputs(self.inputs, self.program, self.period)
             for name, node in self.placed.items():
                 value = node.meta["val"]
                 values[name] = torch.empty(value.shape, dtype=value.dtype)
@@ -133,29 +135,29 @@ class _Builder:
         module.graph.output_node().meta[OUTPUTS] = names
         return module
 
-    def period(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    def body(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """One period as a function of tensors; `given` has the inputs and weights by name."""
-        size, width = self.size, self.width
+        period, width = self.period, self.width
         length, k_cache = given["length"], given["k_cache"]
         vocabulary = self.sparse.vocabulary if width == 1 else None
         state = begin(
             given["root"],
             given["active"],
             given["most"],
-            size=size,
+            period=period,
             width=width,
             sampled_from=vocabulary,
         )
-        N = node_count(size, width)
+        N = node_count(period, width)
         k_block, v_block = (
             cache.new_zeros(*cache.shape[:3], N, cache.shape[4])
             for cache in (k_cache, given["v_cache"])
         )
         level = torch.ones_like(length[0])
         carry = _Carry(level, state, k_block, v_block, self._no_counts(k_cache))
-        if width > 1 and size > 1:  # level 1 grows from one node, the others from w
+        if width > 1 and period > 1:  # level 1 grows from one node, the others from w
             carry = self._step(carry, given, count=1)
-        if size > (1 if width == 1 else 2):
+        if period > (1 if width == 1 else 2):
             carry = self._draft(carry, given)
         return self._finish(carry, given)
 
@@ -172,7 +174,7 @@ class _Builder:
         def goes_on(*values: Tensor) -> Tensor:
             now = carry.unflatten(values[: len(flat)])
             # Level 1 always: a draft of nothing would be another shape.
-            return (now.level < self.size) & (now.state.live.any() | (now.level == 1))
+            return (now.level < self.period) & (now.state.live.any() | (now.level == 1))
 
         def step(*values: Tensor) -> tuple[Tensor, ...]:
             now = carry.unflatten(values[: len(flat)])
@@ -187,13 +189,12 @@ class _Builder:
         level, state = carry.level, carry.state
         nodes = beams(level - 1, self.width, count)
         result = self._run(self.sparse, given, carry, state.tree, nodes)
-        proposer = RuntimeProposer(_parameters(given))
+        rules = TracedRules(given, self.period, self.width)
         grown = extend(
             state,
             result["logits"],
             level,
-            self.width,
-            proposer,
+            rules.propose,
             given["most"],
             given["confidence"],
         )
@@ -226,19 +227,20 @@ class _Builder:
 
     def _finish(self, carry: _Carry, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """Verifies the levels that were drafted, accepts, and picks the kept K/V."""
-        size, draft = self.size, carry.state.draft
+        period, draft = self.period, carry.state.draft
         levels: Any = 0
-        if size > 1:
+        if period > 1:
             levels = (carry.level - 1).item()
             # Said in the graph: without a known range, no compiler takes a size read from a tensor.
-            aten.sym_constrain_range.default(levels, min=1, max=size - 1)
+            aten.sym_constrain_range.default(levels, min=1, max=period - 1)
         nodes = torch.arange(levels * self.width + 1, device=carry.level.device)
         result = self._run(self.full, given, carry, draft.tree, nodes)
         # Logits of nodes that were not drafted are read by nothing, but give what follows one size.
         logits = result["logits"]
         B, _, V = logits.shape
         padded = logits.new_zeros(B, draft.tree.tokens.shape[1], V).index_copy(1, nodes, logits)
-        verdict = judge(draft, padded, RuntimeAcceptance(_parameters(given)), given["most"], size)
+        rules = TracedRules(given, period, self.width)
+        verdict = judge(draft, padded, rules.decide, given["most"], period)
         active, length = given["active"], given["length"]
         found = {
             "tokens": verdict.tokens,
@@ -381,10 +383,6 @@ def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
     return call(graph, target, args, origin=BuildPeriod.name)
 
 
-def _parameters(given: Mapping[str, Tensor]) -> Parameters:
-    return Parameters(**{field.name: given[field.name] for field in fields(Parameters)})
-
-
 def _kept(block: Tensor, nodes_BK: Tensor) -> Tensor:
     """The block's K/V of a path's nodes [layers, B, G, K, D], in order."""
     shape = (*block.shape[:3], nodes_BK.shape[1], block.shape[4])
@@ -406,11 +404,11 @@ def _refreshed(
     return {"statistic": statistic, "neurons": neurons}
 
 
-def _fake_inputs(names: Sequence[str], program: Program, size: int) -> dict[str, Tensor]:
+def _fake_inputs(names: Sequence[str], program: Program, period: int) -> dict[str, Tensor]:
     """Fake values of the period's inputs; rows B and cache slots S are symbols, all else is not."""
     state, sparsity = program.state, program.sparsity
     extents: dict[str, Any] = {
-        "K": size,
+        "K": period,
         "layers": state.layers,
         "G": state.kv_heads,
         "D": state.key_dim,

@@ -69,7 +69,7 @@ class RecogniseMlps(Pass):
             for layer, node in list(_linears(graph)):
                 match = match_mlp(node)
                 if isinstance(match, Mlp):
-                    _raise(match, layer)
+                    _replace_by_operator(match, layer)
                     count += 1
                 elif match is not None:
                     misses.append(match)
@@ -160,7 +160,7 @@ def _node(value: object) -> fx.Node:
     return value
 
 
-def _raise(match: Mlp, layer: int) -> None:
+def _replace_by_operator(match: Mlp, layer: int) -> None:
     graph = match.down.graph
 
     def weight_and_bias(linear: fx.Node | None) -> tuple[object, object]:

@@ -82,7 +82,7 @@ def both_values(node: fx.Node, pair: fx.Node, origin: str) -> tuple[fx.Node, fx.
     return y, value
 
 
-def each(
+def one_per_site(
     thresholds: Sequence[Threshold] | None, count: int, keep: float, what: str
 ) -> Sequence[Threshold]:
     """One threshold for each of `count` sites; where None are given yet, ones that keep all."""

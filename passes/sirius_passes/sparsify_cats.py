@@ -25,11 +25,11 @@ from sirius_passes.sparsify import (
     add_counts,
     add_sites,
     both_values,
-    each,
     kept_neurons,
     mlp_site,
     mlps,
     neurons_of,
+    one_per_site,
     replace_mlp,
     take_over,
 )
@@ -57,7 +57,7 @@ class SparsifyCats(Pass):
         graph = module.graph
         found = mlps(graph, self.dense_layers)
         sites, counts = [], []
-        thresholds = each(self.thresholds, len(found), self.keep, "MLPs")
+        thresholds = one_per_site(self.thresholds, len(found), self.keep, "MLPs")
         for mlp, own in zip(found, thresholds, strict=True):
             target = torch.ops.sirius.cats_mlp.default
             both = replace_mlp(mlp, target, own.value, origin=self.name)

@@ -26,9 +26,9 @@ from sirius_passes.sparsify import (
     add_counts,
     add_sites,
     both_values,
-    each,
     kept_neurons,
     mlp_site,
+    one_per_site,
     replace_mlp,
     take_over,
 )
@@ -57,7 +57,7 @@ class SparsifyGriffinCats(SparsifyGriffin):
         module = program.graphs[SPARSE]
         neurons = add_input(module.graph, "neurons")
         fixed, counted, counts = [], [], []
-        thresholds = each(self.thresholds, len(found), self.keep, "MLPs")
+        thresholds = one_per_site(self.thresholds, len(found), self.keep, "MLPs")
         for mlp, own in zip(found, thresholds, strict=True):
             both = replace_mlp(mlp, griffin_cats_mlp, neurons, own.value, origin=self.name)
             both.meta[CALIBRATED] = (len(both.args) - 1,)

@@ -30,7 +30,14 @@ from sirius_passes.program import (
     call,
     calls,
 )
-from sirius_passes.sparsify import Threshold, add_counts, add_sites, both_values, each, take_over
+from sirius_passes.sparsify import (
+    Threshold,
+    add_counts,
+    add_sites,
+    both_values,
+    one_per_site,
+    take_over,
+)
 from sirius_passes.weight_views import is_transpose
 from sirius_runtime.errors import UnsupportedModelError
 from sirius_runtime.graph import INPUT, WEIGHT, placeholders
@@ -63,7 +70,7 @@ class SparsifyTeal(Pass):
         module = program.graphs[SPARSE]
         graph = module.graph
         found = projections(graph, self.dense_layers)
-        thresholds = each(self.thresholds, len(found), self.keep, "linears")
+        thresholds = one_per_site(self.thresholds, len(found), self.keep, "linears")
         sites, counts = [], []
         for (linear, layer), own in zip(found.items(), thresholds, strict=True):
             x, weight, *bias = linear.args

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Unpack
 
-from sirius_runtime.logits_options import LogitsOptions
-from sirius_runtime.model import GenerationOutput, Mode, Prompt, SiriusModel
+from sirius_runtime.model import GenerationOutput, Mode, MoreOptions, Prompt, SiriusModel
 
 COMPARED = (Mode.FULL, Mode.SPARSE, Mode.SIRIUS)
 
@@ -31,18 +30,17 @@ def compare(
     *,
     add_special_tokens: bool = True,
     max_new_tokens: int | None = None,
-    threshold: float | None = None,
     period: int | str | None = None,
     tree_width: int | None = None,
-    verify_temperature: float | None = None,
     confidence: float | None = None,
     refresh: int | None = None,
+    fallback: bool | None = None,
     stop: tuple[str, ...] = (),
-    **logits: Unpack[LogitsOptions],
+    **more: Unpack[MoreOptions],
 ) -> list[Comparison]:
     """Generates from `prompt` by each of `COMPARED`, the dense path first (after one warm-up).
 
-    Options as for `SiriusModel.generate`.
+    Options as for `SiriusModel.generate`; drafts are shown whatever they cost, unless `fallback`.
     """
 
     def run(mode: Mode, new_tokens: int | None) -> GenerationOutput:
@@ -51,14 +49,13 @@ def compare(
             add_special_tokens=add_special_tokens,
             mode=mode,
             max_new_tokens=new_tokens,
-            threshold=threshold,
             period=period,
             tree_width=tree_width,
-            verify_temperature=verify_temperature,
             confidence=confidence,
             refresh=refresh,
+            fallback=bool(fallback),
             stop=stop,
-            **logits,
+            **more,
         )
 
     for mode in COMPARED:  # first calls pay for allocation and code paths

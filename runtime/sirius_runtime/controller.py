@@ -81,13 +81,13 @@ LEAST_SECONDS, LONGEST_SECONDS = 1e-9, 1e9
 class Observation:
     """One period as it ran.
 
-    `size` K, `width` w and `nodes` N of its tree; `levels`: sparse steps that ran; `rows`:
+    `period` K, `width` w and `nodes` N of its tree; `levels`: sparse steps that ran; `rows`:
     (drafted, accepted) levels of each live row: accepted < drafted means that the token after the
     accepted ones was refused. Seconds are those of all sparse steps, of the verify pass, and of the
     rest of the period.
     """
 
-    size: int
+    period: int
     width: int
     levels: int
     nodes: int
@@ -112,7 +112,7 @@ class Controller:
         self._ladder = tuple(_ladder(most_period))
         self._widths = [_Width(width, most_period) for width in sorted(set(widths))]
         self._verify = _VerifyCost()
-        self._rest = _Samples(SAMPLES)
+        self._rest = Samples(SAMPLES)
         self._shapes: set[tuple[int, int]] = set()  # those that ran
         self._periods = 0
         self._best = self._forecast(self._widths[0], 1)
@@ -131,7 +131,7 @@ class Controller:
         """Learns from a period that ran, be it the chosen one or another."""
         self._periods += 1
         self._winner, self._probed = self._won(observation), None
-        shape = observation.size, observation.width
+        shape = observation.period, observation.width
         first = shape not in self._shapes
         self._shapes.add(shape)
         self._verify.add(observation.nodes, observation.verify_seconds, first)
@@ -150,13 +150,13 @@ class Controller:
         narrowest, most = self._widths[0], min(OPENING_PERIOD, self._ladder[-1])
         yield most, narrowest.width
         # Where much is refused, shorter ones show as much.
-        size = min(most, round(2.0 * narrowest.advance[most]))
-        nodes = (size - 1) * narrowest.width + 1
+        period = min(most, round(2.0 * narrowest.advance[most]))
+        nodes = (period - 1) * narrowest.width + 1
         for _ in range(OPENING_ROUNDS):
             if not self._verify.settled(1):
                 yield 1, narrowest.width
-            if size > 1 and not (self._verify.settled(nodes) and narrowest.steps.count):
-                yield size, narrowest.width
+            if period > 1 and not (self._verify.settled(nodes) and narrowest.steps.count):
+                yield period, narrowest.width
         if most > 1:
             for narrower, model in pairwise(self._widths):
                 choice = self._best_of(model).choice
@@ -169,24 +169,24 @@ class Controller:
         drafting = self._widths if self._ladder[-1] > 1 else []
         of_width = [self._best_of(model) for model in drafting]
         best = max([self._forecast(self._widths[0], 1), *of_width], key=_rate)
-        kept = self._forecast(self._best.model, self._best.size)
+        kept = self._forecast(self._best.model, self._best.period)
         self._best = best if best.rate > kept.rate * (1.0 + HYSTERESIS) else kept
         self._credit += PROBE_SHARE * self._best.seconds
         if self._winner is not None:
-            self._probed = self._affordable(self._winner.model, (self._winner.size,))
+            self._probed = self._affordable(self._winner.model, (self._winner.period,))
         elif self._periods - self._last_probe >= PROBE_EVERY:
             self._probed = self._probe([one for one in of_width if one.model != self._best.model])
         return (self._probed or self._best).choice
 
     def _probe(self, others: list[_Forecast]) -> _Forecast | None:
         """The next probe in turn that is not too dear; `others`: the best of the other widths."""
-        size = self._best.size
-        longer = self._ladder[min(self._ladder.index(size) + 2, len(self._ladder) - 1)]
+        period = self._best.period
+        longer = self._ladder[min(self._ladder.index(period) + 2, len(self._ladder) - 1)]
         # Of a width first what shows most, a period as long as the one in use.
         turns: list[tuple[_Width, tuple[int, ...]]] = [
             (self._best.model, (longer, 2)),
             (self._widths[0], (1,)),
-            *((one.model, (max(size, one.size), one.size, 2)) for one in others),
+            *((one.model, (max(period, one.period), one.period, 2)) for one in others),
         ]
         for turn in range(self._turn, self._turn + len(turns)):
             probe = self._affordable(*turns[turn % len(turns)])
@@ -195,10 +195,10 @@ class Controller:
                 return probe
         return None
 
-    def _affordable(self, model: _Width, sizes: Sequence[int]) -> _Forecast | None:
+    def _affordable(self, model: _Width, periods: Sequence[int]) -> _Forecast | None:
         """The first of these that is not the best choice and that the credit pays for; pays."""
-        for size in sizes:
-            probe = self._forecast(model, min(size, self._ladder[-1]))
+        for period in periods:
+            probe = self._forecast(model, min(period, self._ladder[-1]))
             loss = max(0.0, probe.seconds - probe.advance / self._best.rate)
             if probe.choice != self._best.choice and loss <= self._credit:
                 self._credit -= loss
@@ -208,7 +208,7 @@ class Controller:
     def _won(self, observation: Observation) -> _Forecast | None:
         """The probe, if this was it and brought more than the best choice should have."""
         probe, rows = self._probed, observation.rows
-        if probe is None or not rows or (observation.size, observation.width) != probe.choice:
+        if probe is None or not rows or (observation.period, observation.width) != probe.choice:
             return None
         advance = 1.0 + sum(accepted for _, accepted in rows) / len(rows)
         return probe if advance > PROBE_WINS * self._best.rate * probe.seconds else None
@@ -218,17 +218,17 @@ class Controller:
         end = bisect_right(self._ladder, 2 * model.longest or OPENING_PERIOD)
         best, best_rate = 2, 0.0
         advance, seconds = model.advance, self._seconds
-        for size in self._ladder[1 : max(2, end)]:
-            rate = advance[size] / seconds(model, size)
+        for period in self._ladder[1 : max(2, end)]:
+            rate = advance[period] / seconds(model, period)
             if rate > best_rate:
-                best, best_rate = size, rate
+                best, best_rate = period, rate
         return self._forecast(model, best)
 
-    def _forecast(self, model: _Width, size: int) -> _Forecast:
-        return _Forecast(model, size, model.advance[size], self._seconds(model, size))
+    def _forecast(self, model: _Width, period: int) -> _Forecast:
+        return _Forecast(model, period, model.advance[period], self._seconds(model, period))
 
-    def _seconds(self, model: _Width, size: int) -> float:
-        levels = model.levels[size]
+    def _seconds(self, model: _Width, period: int) -> float:
+        levels = model.levels[period]
         verify = self._verify.seconds(levels * model.width + 1.0)
         return levels * model.step + verify + self._rest.typical + LEAST_SECONDS
 
@@ -237,7 +237,7 @@ class _Forecast(NamedTuple):
     """What a period of this width and K should bring: tokens of a row, in seconds."""
 
     model: _Width
-    size: int
+    period: int
     advance: float
     seconds: float
 
@@ -247,7 +247,7 @@ class _Forecast(NamedTuple):
 
     @property
     def choice(self) -> tuple[int, int]:
-        return self.size, self.model.width
+        return self.period, self.model.width
 
 
 def _rate(forecast: _Forecast) -> float:
@@ -256,14 +256,14 @@ def _rate(forecast: _Forecast) -> float:
 
 def _ladder(most: int) -> Iterator[int]:
     """The K to choose from: 1 to 6, then a third more each, then `most`."""
-    size = 1
-    while size < most:
-        yield size
-        size += max(1, size // 3)
+    period = 1
+    while period < most:
+        yield period
+        period += max(1, period // 3)
     yield most
 
 
-class _Samples:
+class Samples:
     """The lower tertile of the last samples, in seconds: of up to three the least."""
 
     __slots__ = ("_last", "_sure", "settled", "typical")
@@ -291,7 +291,7 @@ class _VerifyCost:
     """Seconds of a verify pass by its nodes N."""
 
     def __init__(self) -> None:
-        self._points: dict[int, _Samples] = {}  # the latest last
+        self._points: dict[int, Samples] = {}  # the latest last
         self._known: dict[float, float] = {}
         self._base = self._slope = 0.0
 
@@ -305,7 +305,7 @@ class _VerifyCost:
 
     def add(self, nodes: int, seconds: float, first: bool) -> None:
         """Counts a pass, maybe that of the first period of a K and w."""
-        point = self._points.pop(nodes, None) or _Samples(VERIFY_SAMPLES)
+        point = self._points.pop(nodes, None) or Samples(VERIFY_SAMPLES)
         point.add(seconds, first)
         if not point.count:
             return
@@ -347,8 +347,8 @@ class _Width:
     def __init__(self, width: int, most_period: int) -> None:
         self.width = width
         self.longest = 0
-        self.steps = _Samples(SAMPLES)
-        self._first_steps = _Samples(SAMPLES)  # of the first period of each K
+        self.steps = Samples(SAMPLES)
+        self._first_steps = Samples(SAMPLES)  # of the first period of each K
         self.step = 0.0
         self._seen, self._passed = [0.0] * most_period, [0.0] * most_period  # trials by level
         self._row, self._batch = _DraftsOn(), _DraftsOn()
@@ -370,8 +370,8 @@ class _Width:
 
     def observe(self, observation: Observation, now: int, first: bool) -> None:
         """Counts a period of at least one level, number `now`, maybe the first of its K."""
-        size, levels, deepest = observation.size, observation.levels, len(self._seen) - 1
-        self.longest = max(self.longest, size)
+        period, levels, deepest = observation.period, observation.levels, len(self._seen) - 1
+        self.longest = max(self.longest, period)
         steps = self._first_steps if first else self.steps
         steps.add(observation.draft_seconds / levels)
         fade = FORGET ** (now - self._last)
@@ -389,8 +389,8 @@ class _Width:
             self._passed[level] = self._passed[level] * fade + through
             self._seen[level] = self._seen[level] * fade + through + refusals[level - 1]
         drafts = [drafted for drafted, _ in observation.rows if drafted > 0]
-        self._row.add(sum(drafts) - len(drafts), sum(d < size - 1 for d in drafts), fade)
-        self._batch.add(levels - 1, int(levels < size - 1), fade)
+        self._row.add(sum(drafts) - len(drafts), sum(d < period - 1 for d in drafts), fade)
+        self._batch.add(levels - 1, int(levels < period - 1), fade)
         self._tabulate()
 
     def _tabulate(self) -> None:

@@ -5,6 +5,9 @@ Shape letters as in `sirius_runtime.ops`; `model` is the program's dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from sirius_runtime.rules import OPTIONS, options_of
 from sirius_runtime.spec import ProgramSpec, SparsitySpec, TensorSpec
 
 PREFILL, SPARSE, FULL = "prefill", "sparse", "full"
@@ -32,8 +35,7 @@ INPUTS: dict[str, TensorSpec] = {
         TensorSpec("active", "bool", ("B",)),
         TensorSpec("most", "int64", ("B",)),
         TensorSpec("rule", "int64", ()),
-        TensorSpec("threshold", "float32", ()),
-        TensorSpec("verify_temperature", "float32", ()),
+        *(TensorSpec(name, "float32", ()) for name in OPTIONS),
         TensorSpec("confidence", "float32", ()),
         TensorSpec("temperature", "float32", ()),
         TensorSpec("top_k", "int64", ()),
@@ -70,14 +72,19 @@ RESULTS: dict[str, TensorSpec] = {
 """Every output that a graph may have. `prefill` gives the logits of one token a row (T = 1)."""
 
 _TOKENS = ("input_ids", "positions", "slots", "length", "tree_mask", "k_cache", "v_cache")
-_PLAN = (
-    *("root", "active", "most", "length", "k_cache", "v_cache", "rule", "threshold"),
-    *("verify_temperature", "confidence", "temperature", "top_k", "top_p", "noise"),
-)
+_PLAN = ("confidence", "temperature", "top_k", "top_p", "noise")
+_STATE = ("root", "active", "most", "length", "k_cache", "v_cache")
 _OUTCOME = ("tokens", "advance", "drafted", "root", "length", "levels", "k_kept", "v_kept")
 
 
-def signature(entry: str, sparsity: SparsitySpec) -> tuple[frozenset[str], frozenset[str]] | None:
+def plan_inputs(rules: Sequence[str]) -> tuple[str, ...]:
+    """What a graph of these rules is told of a plan, by name."""
+    return ("rule", *options_of(rules), *_PLAN)
+
+
+def signature(
+    entry: str, sparsity: SparsitySpec, rules: Sequence[str]
+) -> tuple[frozenset[str], frozenset[str]] | None:
     """The inputs and outputs that an entry has, by name; None of an entry that there is not."""
     chooses, counts = sparsity.method.per_prompt, bool(sparsity.counted)
     kept = ("kept",) * counts
@@ -90,7 +97,7 @@ def signature(entry: str, sparsity: SparsitySpec) -> tuple[frozenset[str], froze
         FULL: (_TOKENS, ("logits",)),
         OBSERVE: (_TOKENS, ("logits", "activity")),
         PERIOD: (
-            (*_PLAN, *("neurons", "statistic", "refresh") * chooses),
+            (*_STATE, *plan_inputs(rules), *("neurons", "statistic", "refresh") * chooses),
             (*_OUTCOME, *kept, *("statistic", "neurons") * chooses),
         ),
     }
@@ -101,7 +108,7 @@ def signature(entry: str, sparsity: SparsitySpec) -> tuple[frozenset[str], froze
 
 
 def needed(sparsity: SparsitySpec) -> tuple[str, ...]:
-    """The entries that a Session runs."""
+    """The entries that decoding runs."""
     return (PREFILL, SPARSE, FULL, *(OBSERVE,) * sparsity.method.per_prompt)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -10,10 +11,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sirius_runtime.controller import Controller, Observation
-from sirius_runtime.decoder import Engine
+from sirius_runtime.decoder import Backend, Period, Way
 from sirius_runtime.errors import GenerationError
+from sirius_runtime.guard import Guard
 from sirius_runtime.logits_options import TokenLogprobs
-from sirius_runtime.request import RULES, FinishReason, Mode, Request
+from sirius_runtime.request import FinishReason, Mode, Request
+from sirius_runtime.rules import RULES
 from sirius_runtime.sampling import NO_TOKEN
 from sirius_runtime.sizes import node_count
 from sirius_runtime.stats import GenerationStats, Phase, PhaseClock, RowSteps, StatsRecorder
@@ -70,7 +73,7 @@ class Row:
         assert self._random is not None
         return self._random.random(shape)
 
-    def chunk_size(self, period: int) -> int:
+    def may_commit(self, period: int) -> int:
         """Tokens that the row's next period may commit: `period`, or what is still wanted.
 
         What is wanted fits into the model's length: `generate` has seen to that.
@@ -83,7 +86,7 @@ class Generation:
 
     def __init__(
         self,
-        backend: Engine,
+        backend: Backend,
         tokenizer: Tokenizer | None,
         prompts: list[list[int]],
         request: Request,
@@ -103,68 +106,94 @@ class Generation:
             clock=PhaseClock(backend.device),
         )
         self._controller = Controller(request.period, request.widths) if request.adaptive else None
+        density = backend.program.sparsity.density
+        self._guard = Guard(request.period, density) if request.guarded else None
         self._decoder = backend.open(
             request,
             len(prompts),
             max(map(len, prompts)) + request.max_new_tokens,
-            self._recorder,
-            None if request.seeds is None else self._uniform,
+            self._recorder.clock,
         )
 
     def run(self) -> tuple[list[Row], GenerationStats]:
-        decoder, request = self._decoder, self._request
+        decoder = self._decoder
         if self._streamer is not None:
             self._streamer.put(decoder.array(self._prompts[:1]))
-        self._commit([[token] for token in decoder.prefill(self._prompts)])
+        first = decoder.prefill(self._prompts, self._noise(Way.DENSE))
+        self._recorder.prefill_passes = decoder.prefill_passes
+        self._commit([[token] for token in first])
         self._recorder.clock.end_prefill()
         while any(row.reason is None for row in self._rows):
             self._leave_out_finished()
-            if request.mode in RULES:
-                self._period()
-            else:
-                step = decoder.full_step if request.mode is Mode.FULL else decoder.sparse_step
-                self._commit([[token] for token in step()])
+            self._period()
+        if self._guard is not None:
+            self._recorder.fallback = self._guard.fallback
         return self._rows, self._recorder.close(decoder.density())
 
     @property
     def _live(self) -> list[Row]:
         return [self._rows[index] for index in self._held]
 
-    def _uniform(self, *shape: int) -> np.ndarray:
-        """The next random numbers of each row that the decoder holds: [rows, *shape]."""
+    def _noise(self, way: Way) -> np.ndarray | None:
+        """The next random numbers of each row that the decoder holds: [rows, 2, K] of a period, one
+        of a step, [rows, 1, 1]. None where the run is greedy.
+        """
+        if self._request.seeds is None:
+            return None
+        shape = (2, self._request.period) if way is Way.DRAFT else (1, 1)
         return np.stack([row.uniform(*shape) for row in self._live])
 
-    def _period(self) -> None:
+    def _choice(self) -> tuple[Way, int, int]:
+        """How to go on, and the next period's K and width."""
         request = self._request
-        period, width = request.period, request.widths[0]
+        if request.mode not in RULES:
+            return (Way.DENSE if request.mode == Mode.FULL else Way.SPARSE), 1, 1
         if self._controller is not None:
-            period, width = self._controller.choose()
-        rows = self._live
-        # Each row's draft is as long as in a run of its own: a batch changes no row's tokens. Of a
-        # row that has ended one token is judged, and not taken.
-        sizes = [1 if row.reason is not None else row.chunk_size(period) for row in rows]
-        plan = replace(request.plan, size=max(sizes), width=width)
-        noise = self._uniform(2, request.period) if request.mode is Mode.SAMPLE else None
-        controller = self._controller
+            return Way.DRAFT, *self._controller.choose()
+        if self._guard is not None:
+            return *self._guard.choose(), request.widths[0]
+        return Way.DRAFT, request.period, request.widths[0]
+
+    def _period(self) -> None:
+        way, period, width = self._choice()
+        rows, sizes, plan = self._live, [1] * len(self._held), self._request.plan
+        if way is Way.DRAFT:
+            # Each row's draft is as long as in a run of its own: a batch changes no row's tokens.
+            # Of a row that has ended one token is judged, and not taken.
+            sizes = [1 if row.reason is not None else row.may_commit(period) for row in rows]
+            plan = replace(plan, period=max(sizes), width=width)
         # On a GPU the clock waits for the device: it is asked only where somebody listens.
-        before = {} if controller is None else self._recorder.clock.seconds()
-        steps = self._recorder.draft_steps
-        outcomes = self._decoder.period(plan, sizes, noise)
+        before = {} if self._controller is None else self._recorder.clock.seconds()
+        begin = time.perf_counter()
+        done = self._decoder.period(way, plan, sizes, self._noise(way))
+        seconds = time.perf_counter() - begin  # the tokens are on the host
+        self._recorder.draft_steps += done.levels
+        self._recorder.full_passes += done.full_passes
+        live = self._count(way, done)
+        if self._controller is not None:
+            self._controller.observe(
+                self._observation(before, plan.period, plan.width, done.levels, live)
+            )
+        if self._guard is not None:
+            self._guard.observe(way, max(sizes), done.levels, live, seconds)
+        self._commit([row.tokens for row in done.rows])
+
+    def _count(self, way: Way, done: Period) -> list[tuple[int, int]]:
+        """Counts what was done to live rows; returns their drafted and accepted levels."""
         live = []
-        for index, row, outcome in zip(self._held, rows, outcomes, strict=True):
+        for index, row, did in zip(self._held, self._live, done.rows, strict=True):
             if row.reason is None:
-                advance, drafted = len(outcome.tokens), outcome.drafted
-                live.append((drafted, advance - 1))
-                self._recorder.period(index, drafted + 1, advance)
-        if controller is not None:
-            levels = self._recorder.draft_steps - steps
-            controller.observe(self._observation(before, plan.size, width, levels, live))
-        self._commit([outcome.tokens for outcome in outcomes])
+                live.append((did.drafted, len(did.tokens) - 1))
+                if way is Way.DRAFT:
+                    self._recorder.period(index, did.drafted + 1, len(did.tokens))
+        if way is Way.DENSE:
+            self._recorder.dense_tokens += len(live)
+        return live
 
     def _observation(
         self,
         before: dict[Phase, float],
-        size: int,
+        period: int,
         width: int,
         levels: int,
         rows: list[tuple[int, int]],
@@ -172,7 +201,7 @@ class Generation:
         after = self._recorder.clock.seconds()
         seconds = {phase: after[phase] - before[phase] for phase in Phase}
         return Observation(
-            size=size,
+            period=period,
             width=width,
             levels=levels,
             nodes=node_count(levels + 1, width),
@@ -221,7 +250,7 @@ class Generation:
 
 def _no_token(request: Request, place: int) -> str:
     """Why no token follows the first `place` ones of an answer, and what to do about it."""
-    path = "sparse" if request.mode is Mode.SPARSE and place else "full"  # prompts run densely
+    path = "sparse" if request.mode == Mode.SPARSE and place else "full"  # prompts run densely
     processing = "" if request.scoring is None else request.scoring.processing
     forbidden = f" Or {processing} forbid every token: relax them." if processing else ""
     return (

@@ -39,7 +39,7 @@ def check_entries(program: ProgramSpec) -> None:
         if name not in entries:
             raise ArtifactError(f"the program has no entry {name!r}; {_AGAIN}")
     for entry in program.entries:
-        expected = signature(entry.name, program.sparsity)
+        expected = signature(entry.name, program.sparsity, program.period.rules)
         if expected is None:
             raise ArtifactError(f"the program has an unknown entry {entry.name!r}; {_AGAIN}")
         sides = (("inputs", entry.inputs, INPUTS), ("outputs", entry.outputs, RESULTS))

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from sirius_runtime.artifact import Artifact
 from sirius_runtime.chat import CHAT, Chat
 from sirius_runtime.command_line import tell
-from sirius_runtime.decoder import Engine
+from sirius_runtime.decoder import Backend
 from sirius_runtime.errors import ArtifactError, BackendError, ConfigError, shown
 from sirius_runtime.forking import ran_on
 from sirius_runtime.model import SiriusModel
@@ -50,7 +50,7 @@ class BackendName(StrEnum):
     AUTO = "auto"
     """The fastest of the others that works here, by `choose_backend`."""
     EAGER = "eager"
-    """The entries, operator by operator; the Session drafts, verifies and commits."""
+    """The entries, operator by operator; `by_entries` drafts, verifies and commits."""
     INDUCTOR = "inductor"
     """The entries, compiled by torch.compile on first use: needs a C++ compiler or Triton."""
     CUDAGRAPH = "cudagraph"
@@ -111,7 +111,7 @@ def load(
     if dtype is not None and dtype not in list(DType):
         raise ConfigError(f"dtype must be one of {', '.join(DType)}, got {dtype!r}")
     with Artifact.open(path, verify=verify, copy=copy, weights_later=True) as artifact:
-        runner: Engine
+        runner: Backend
         if backend == BackendName.AUTO:
             choice = choose_backend(artifact.names("graphs/"), artifact.names("onnx/"), device)
             progress(f"backend {choice.backend}: {choice.reason}")

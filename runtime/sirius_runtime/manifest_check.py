@@ -12,7 +12,7 @@ from typing import Any
 from sirius_runtime.errors import ArtifactError, ConfigError
 from sirius_runtime.logits_options import MOST_TOKENS, check_generation
 from sirius_runtime.request import check_ranges, check_tree
-from sirius_runtime.sampling import check_threshold
+from sirius_runtime.rules import check_options
 from sirius_runtime.spec import (
     Method,
     ModelSpec,
@@ -65,7 +65,7 @@ def check_state(state: StateSpec) -> None:
 def check_period(period: PeriodSpec, model: ModelSpec, method: Method) -> None:
     """As `check_program`, of the period's defaults."""
     _as_options(lambda: check_tree(period.period, period.tree_width, model.vocab_size))
-    _as_options(lambda: check_threshold(period.threshold, period.verify_temperature))
+    _as_options(lambda: check_options(period))
     _as_options(lambda: check_ranges(period.confidence, period.refresh))
     _at_most(MOST_TOKENS, period.refresh, "period.refresh")
     if period.refresh and not method.per_prompt:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from tokenizers import Tokenizer
 
 from sirius_runtime.chat import NO_TEMPLATE, Chat, conversations
-from sirius_runtime.decoder import Engine
+from sirius_runtime.decoder import Backend
 from sirius_runtime.errors import GenerationError, shown
 from sirius_runtime.forking import check_threads_live, ran_on
 from sirius_runtime.generation import Generation, Streamer
@@ -21,6 +21,7 @@ from sirius_runtime.request import (
     Options,
     read_options,
 )
+from sirius_runtime.rules import OPTIONS, RuleNumbers
 from sirius_runtime.spec import ProgramSpec
 from sirius_runtime.stats import GenerationStats, RowSteps
 from sirius_runtime.text import answer_text
@@ -66,12 +67,16 @@ class GenerationOutput:
     steps: tuple[RowSteps, ...] = ()
 
 
+class MoreOptions(LogitsOptions, RuleNumbers):
+    """Options of `generate` that have a table of their own."""
+
+
 class SiriusModel:
     """A program behind a back end: `generate` it."""
 
     def __init__(
         self,
-        backend: Engine,
+        backend: Backend,
         tokenizer: Tokenizer | None,
         file: WatchedFile | None = None,
         chat: Chat | None = None,
@@ -118,12 +123,11 @@ class SiriusModel:
         add_special_tokens: bool = True,
         max_new_tokens: int | None = None,
         mode: Mode | str = Mode.SIRIUS,
-        threshold: float | None = None,
         period: int | str | None = None,
         tree_width: int | None = None,
-        verify_temperature: float | None = None,
         confidence: float | None = None,
         refresh: int | None = None,
+        fallback: bool | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -135,7 +139,7 @@ class SiriusModel:
         logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
         logprobs: int | None = None,
         streamer: Streamer | None = None,
-        **logits: Unpack[LogitsOptions],
+        **more: Unpack[MoreOptions],
     ) -> GenerationOutput:
         """Generates from one prompt or a batch.
 
@@ -186,6 +190,12 @@ class SiriusModel:
         confidence, the probability that a draft needs to go on (0: none); refresh, the periods
         after which `griffin` chooses its neurons anew (0: never).
 
+        fallback: whether to decode densely while drafts do not pay by the time measured, to shorten
+        them where that pays more, and to try them again now and then; by default where neither
+        period nor tree_width is given, but for mode ``sample``. What it chooses depends on the
+        clock, and so do the tokens of modes ``sirius`` and ``sample``; those of ``exact`` do not.
+        `GenerationStats.fallback` says what came of it.
+
         Raises GenerationError for a request that can't be served and ConfigError for an option out
         of range, each naming the limit; the model serves the next call all the same. ArtifactError
         where the mapped file was written to: load the model again.
@@ -205,19 +215,19 @@ class SiriusModel:
         stop = self._stop(stop)
         options = Options(
             mode=mode,
-            threshold=threshold,
+            rule=cast(RuleNumbers, {n: v for n, v in more.items() if n in OPTIONS}),
             period=period,
             tree_width=tree_width,
-            verify_temperature=verify_temperature,
             confidence=confidence,
             refresh=refresh,
+            fallback=fallback,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
             typical_p=typical_p,
             seed=seed,
-            logits=logits,
+            logits=cast(LogitsOptions, {n: v for n, v in more.items() if n not in OPTIONS}),
             logits_processor=logits_processor,
             logprobs=logprobs,
         )

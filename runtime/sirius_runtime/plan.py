@@ -3,105 +3,72 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sirius_runtime.sampling import Rule, Sampling, check_threshold
+from sirius_runtime.rules import RULES, Asked, best_paths, check_options, values
+from sirius_runtime.sampling import Sampling
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from sirius_runtime.drafting import Proposer
-    from sirius_runtime.policy import Acceptance, Noise
+    from sirius_runtime.policy import Decision, Draft
+    from sirius_runtime.tree import Level, Tree
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A draft of at most `size` - 1 levels (K - 1) of `width` nodes, and how it is accepted.
+class Plan(Asked):
+    """A draft of at most `period` - 1 levels (K - 1) of `width` nodes, and what accepts it.
 
-    `threshold` and `verify_temperature`: of `Rule.THRESHOLD`; the temperature also scores drafts.
-    `confidence` in [0, 1]: the probability below which a row's draft stops (0: never). `sampling`
-    and `noise` [B, 2, >= K] float64, uniform in [0, 1): of `Rule.SAMPLE`.
+    `confidence` in [0, 1]: the probability below which a row's draft stops (0: never). `observes`:
+    verification adds to the statistic of griffin's neurons; `refreshes`: they are chosen anew at
+    the end.
 
     Raises ConfigError for a value out of its range.
     """
 
-    size: int
+    period: int
     width: int = 1
-    rule: Rule = Rule.THRESHOLD
-    threshold: float = 0.1
-    verify_temperature: float = 0.6
+    rule: str = "sirius"
     confidence: float = 0.0
-    sampling: Sampling = Sampling()  # noqa: RUF009  (frozen)
-    noise: Tensor | None = None
+    observes: bool = False
+    refreshes: bool = False
 
     def __post_init__(self) -> None:
-        check_threshold(self.threshold, self.verify_temperature)
+        check_options(self)
 
     @property
     def draws(self) -> bool:
-        """Whether drafted tokens are drawn: a chain's, where sampling; a tree's are the best."""
-        return self.rule is Rule.SAMPLE and self.width == 1
+        """Whether drafted tokens are drawn: a chain's, by such a rule; a tree's are the best."""
+        return RULES[self.rule].draws and self.width == 1
 
     @property
-    def proposer(self) -> Proposer:
-        from sirius_runtime.drafting import BeamProposer, SampleProposer
+    def first_number(self) -> Any:
+        """The first of each row's random numbers [B]; None where nothing is drawn."""
+        return None if self.noise is None else self.noise[:, 0, 0]
 
-        if not self.draws:
-            return BeamProposer(self.verify_temperature)
-        return SampleProposer(self.sampling, self._noise, self.verify_temperature)
+    def propose(self, tree: Tree, logits_BWV: Tensor, level: Tensor) -> tuple[Level, Tensor | None]:
+        """See `sirius_runtime.drafting.Propose`."""
+        draft = RULES[self.rule].draft if self.width == 1 else best_paths
+        return draft(tree, logits_BWV, level, self.width, self)
 
-    @property
-    def acceptance(self) -> Acceptance:
-        from sirius_runtime.policy import ExactAcceptance, SampleAcceptance, ThresholdAcceptance
+    def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
+        """See `sirius_runtime.policy.Decide`."""
+        return RULES[self.rule].accept(draft, logits_BNV, self)
 
-        match self.rule:
-            case Rule.THRESHOLD:
-                return ThresholdAcceptance(self.threshold, self.verify_temperature)
-            case Rule.EXACT:
-                return ExactAcceptance()
-            case Rule.SAMPLE:
-                return SampleAcceptance(self.sampling, self._noise)
-
-    @property
-    def _noise(self) -> Noise:
-        from sirius_runtime.policy import Noise
-
-        assert self.noise is not None, "sampling needs noise"
-        return Noise.unpack(self.noise)
-
-    def numbers(self) -> dict[str, int | float]:
-        """The plan as the inputs of the entry `period`, all but the noise."""
-        return {
-            "rule": int(self.rule),
-            "threshold": self.threshold,
-            "verify_temperature": self.verify_temperature,
-            "confidence": self.confidence,
-            **sampling_numbers(self.sampling),
-        }
-
-    def tensors(self, device: torch.device) -> dict[str, Tensor]:
-        """`numbers` as tensors, of the dtypes that the graph has."""
-        import torch
-
-        return {
-            name: torch.tensor(
-                value, dtype=torch.int64 if name in INTEGERS else torch.float32, device=device
-            )
-            for name, value in self.numbers().items()
-        }
+    def inputs(self) -> dict[str, tuple[int | float, str]]:
+        """The plan as inputs of the entry `period`, all but rule and noise: numbers and their
+        dtypes.
+        """
+        numbers = {**values(self), "confidence": self.confidence}
+        return sampling_inputs(self.sampling) | {n: (v, "float32") for n, v in numbers.items()}
 
 
-INTEGERS = ("rule", "top_k")
-"""The numbers of a plan that are int64 in the graph; the others are float32."""
-
-
-def sampling_numbers(sampling: Sampling) -> dict[str, int | float]:
-    """A `Sampling` of plain numbers as inputs of a graph."""
+def sampling_inputs(sampling: Sampling) -> dict[str, tuple[int | float, str]]:
+    """A `Sampling` of plain numbers as inputs of a graph, with their dtypes."""
     return {
-        "temperature": float(sampling.temperature),
-        "top_k": int(sampling.top_k),
-        "top_p": float(sampling.top_p),
+        "temperature": (float(sampling.temperature), "float32"),
+        "top_k": (int(sampling.top_k), "int64"),
+        "top_p": (float(sampling.top_p), "float32"),
     }
 
 

@@ -1,19 +1,19 @@
 """Acceptance, correction, sampling and neuron choice: pure tensor functions with static shapes, no
 host reads.
 
-The Session calls them, and the pass `build_period` traces them into the period's graph. Shape
+`by_entries` calls them, and the pass `build_period` traces them into the period's graph. Shape
 letters: `B` rows, `N` nodes of a draft tree, `K` tokens of a path, `V` vocabulary, `I` neurons.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sirius_runtime.sampling import NO_TOKEN, Sampling, Scalar, check_threshold
+from sirius_runtime.sampling import NO_TOKEN
 from sirius_runtime.tree import Tree, longest_path
 
 
@@ -42,10 +42,8 @@ class Decision(NamedTuple):
     bonuses: Tensor
 
 
-class Acceptance(Protocol):
-    """Decides which drafted tokens pass, by the full path's logits after each node [B, N, V]."""
-
-    def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision: ...
+Decide = Callable[[Draft, Tensor], Decision]
+"""Which drafted tokens pass, by the full path's logits after each node [B, N, V]."""
 
 
 class Verdict(NamedTuple):
@@ -59,19 +57,17 @@ class Verdict(NamedTuple):
     nodes: Tensor
 
 
-def judge(
-    draft: Draft, logits_BNV: Tensor, acceptance: Acceptance, most_B: Tensor, size: int
-) -> Verdict:
+def judge(draft: Draft, logits_BNV: Tensor, decide: Decide, most_B: Tensor, period: int) -> Verdict:
     """Keeps the longest path of tokens that pass, and emits one token of the full path after it.
 
     The emitted token comes from the logits of the last kept node: it corrects the token that was
     refused there, or is a bonus where the path ends with the draft. A row commits `most_B` tokens,
-    at least 1, at the most, as if that were the size of its draft; `draft.depth` is within the
-    levels that the draft has. `size` is K.
+    at least 1, at the most, as if that were its period; `draft.depth` is within the
+    levels that the draft has. `period` is K.
     """
-    decision = acceptance.decide(draft, logits_BNV)
+    decision = decide(draft, logits_BNV)
     deepest = draft.depth.minimum(most_B - 1)
-    path = longest_path(draft.tree, decision.passes, deepest, size)
+    path = longest_path(draft.tree, decision.passes, deepest, period)
     last = path.last[:, None]
     root = torch.where(
         path.depth < deepest,
@@ -83,93 +79,6 @@ def judge(
         1, path.depth[:, None], root[:, None]
     )
     return Verdict(tokens, path.depth + 1, root, path.nodes)
-
-
-@dataclass(frozen=True)
-class ThresholdAcceptance:
-    """Sirius' rule: a token passes if softmax(full logits / temperature) gives it >= threshold.
-
-    arXiv 2409.03856, section 4; the reference uses a threshold of 0.1 and a temperature of 0.6.
-    A threshold of 0 accepts all, one above 1 none.
-    """
-
-    threshold: Scalar
-    temperature: Scalar
-
-    def __post_init__(self) -> None:
-        check_threshold(self.threshold, self.temperature)
-
-    def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
-        logits = logits_BNV.float()
-        scaled = logits / self.temperature
-        chosen = _after_parent(scaled, draft.tree) - scaled.logsumexp(-1).gather(
-            1, draft.tree.parents
-        )
-        choice = likeliest(logits)
-        return Decision(chosen.exp() >= self.threshold, choice, choice)
-
-
-@dataclass(frozen=True)
-class ExactAcceptance:
-    """A token passes if it is the full path's argmax: the output is the dense greedy one."""
-
-    def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
-        choice = likeliest(logits_BNV)
-        return Decision(_is_choice(choice, draft.tree), choice, choice)
-
-
-class Noise(NamedTuple):
-    """A period's uniform random numbers in [0, 1), float64: all that sampling needs of chance.
-
-    `draft` [B, K - 1]: one a drafted token; `verify` [B, K]: one a depth; `last` [B]: for the token
-    that ends the period. Any of them may be longer: a row uses the same numbers whatever K is.
-    """
-
-    draft: Tensor
-    verify: Tensor
-    last: Tensor
-
-    @classmethod
-    def unpack(cls, uniform: Tensor) -> Noise:
-        """Of a period's numbers in one tensor [B, 2, K]."""
-        return cls(uniform[:, 0, 1:], uniform[:, 1], uniform[:, 0, 0])
-
-
-@dataclass(frozen=True)
-class SampleAcceptance:
-    """Lossless sampling: committed tokens have the full path's distribution, whatever the draft.
-
-    A sampled chain: a token s drawn from the sparse path's q passes with probability min(1, p(s) /
-    q(s)) under the full path's p; the correction is drawn from max(p - q, 0), renormalised
-    (Leviathan et al., arXiv 2211.17192, theorem 1).
-
-    A tree of deterministic candidates: child after child is accepted with its probability, each
-    refusal removing it from p and renormalising. One draw from p that is followed where it is a
-    child, and emitted where it is not, is the same law, and is what is computed.
-    """
-
-    sampling: Sampling
-    noise: Noise
-
-    def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
-        p = self.sampling.distribution(logits_BNV)
-        if draft.distributions is None:
-            choice = draw(p, self.noise.verify.gather(1, draft.tree.depth.clamp(min=0)))
-            return Decision(_is_choice(choice, draft.tree), choice, choice)
-        q, last = draft.distributions, self.noise.last[:, None]
-        drafted = draft.tree.tokens[:, 1:, None]
-        p_s, q_s = p[:, :-1].gather(-1, drafted)[..., 0], q.gather(-1, drafted)[..., 0]
-        passes = torch.cat(
-            [
-                torch.ones_like(last, dtype=torch.bool),
-                self.noise.verify[:, : q.shape[1]] * q_s < p_s,
-            ],
-            1,
-        )
-        bonuses = draw(p, last.expand(p.shape[:-1]))
-        residual = (p[:, :-1] - q).clamp(min=0.0)
-        corrections = draw(residual, last.expand(residual.shape[:-1]))
-        return Decision(passes, torch.cat([corrections, bonuses[:, -1:]], 1), bonuses)
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -217,12 +126,12 @@ def _if_finite(value: Tensor, token: Tensor) -> Tensor:
     return torch.where(value - value == 0, token, NO_TOKEN)
 
 
-def _is_choice(choice_BN: Tensor, tree: Tree) -> Tensor:
+def is_choice(choice_BN: Tensor, tree: Tree) -> Tensor:
     """Whether each node's token [B, N] is what was chosen after its parent."""
     return choice_BN.gather(1, tree.parents) == tree.tokens
 
 
-def _after_parent(values_BNV: Tensor, tree: Tree) -> Tensor:
+def after_parent(values_BNV: Tensor, tree: Tree) -> Tensor:
     """The value [B, N] that each node's token has after its parent."""
     V = values_BNV.shape[-1]
     return values_BNV.flatten(1).gather(1, tree.parents * V + tree.tokens)

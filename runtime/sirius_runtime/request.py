@@ -6,12 +6,13 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sirius_runtime.errors import ConfigError, GenerationError, shown
 from sirius_runtime.logits_options import LogitsOptions, Scoring, check_processors, merged
 from sirius_runtime.plan import Limits, Plan
-from sirius_runtime.sampling import Rule, Sampling
+from sirius_runtime.rules import OPTIONS, RULES, RuleNumbers
+from sirius_runtime.sampling import Sampling
 from sirius_runtime.sizes import PREFILL_CHUNK, node_count
 from sirius_runtime.spec import ProgramSpec
 
@@ -24,6 +25,8 @@ MAX_NODES = 1024
 AUTO: Literal["auto"] = "auto"
 AUTO_PERIOD = 32  # the longest period that `auto` tries
 AUTO_WIDTHS = (1, 2, 4, 8)
+FALLBACK = True
+"""Whether a run that says neither period nor width decodes densely where drafts do not pay."""
 
 
 class Mode(StrEnum):
@@ -41,7 +44,9 @@ class Mode(StrEnum):
     """The sparse path alone, never checked."""
 
 
-RULES = {Mode.SIRIUS: Rule.THRESHOLD, Mode.EXACT: Rule.EXACT, Mode.SAMPLE: Rule.SAMPLE}
+def modes() -> tuple[str, ...]:
+    """The names of all modes: one a rule, and one a path alone."""
+    return (*RULES, Mode.FULL, Mode.SPARSE)
 
 
 class FinishReason(StrEnum):
@@ -60,12 +65,12 @@ class Options:
     """
 
     mode: Mode | str = Mode.SIRIUS
-    threshold: float | None = None
+    rule: RuleNumbers = field(default_factory=RuleNumbers)
     period: int | str | None = None
     tree_width: int | None = None
-    verify_temperature: float | None = None
     confidence: float | None = None
     refresh: int | None = None
+    fallback: bool | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -83,10 +88,12 @@ class Request:
 
     `widths`: the tree width, or those to choose from where `adaptive`, as `period` is then the
     longest one. `seeds` [rows]: None where nothing is drawn. `scoring`: None where logits are taken
-    as they come, and nothing is told of them.
+    as they come, and nothing is told of them. `graphs_serve`: whether the graphs `period` and
+    `pick` can: they know the rule, process no logits and tell no log-probabilities.
+    `guarded`: whether to decode densely where drafts do not pay.
     """
 
-    mode: Mode
+    mode: str
     period: int
     widths: tuple[int, ...]
     adaptive: bool
@@ -96,14 +103,14 @@ class Request:
     max_new_tokens: int
     eos: frozenset[int]
     stop: tuple[str, ...]
-    scoring: Scoring | None = None
+    scoring: Scoring | None
+    graphs_serve: bool
+    guarded: bool
 
     @property
     def whole_periods(self) -> bool:
-        """Whether a period may run as the one graph that was compiled of it: it has no processors
-        of logits and gives no log-probabilities.
-        """
-        return self.mode in RULES and self.scoring is None and self.plan.sampling.fits_graph
+        """Whether a period may run as the one graph that was compiled of it."""
+        return self.mode in RULES and self.graphs_serve
 
 
 def check_tree(period: int, width: int, vocabulary: int, *, flag: str = "") -> None:
@@ -143,14 +150,14 @@ def read_options(
 
     Raises ConfigError, or GenerationError for prompts that have no room, naming the limit.
     """
-    mode = options.mode
-    if mode not in list(Mode):
-        raise ConfigError(f"mode must be one of {', '.join(Mode)}, got {mode!r}")
-    mode, default = Mode(mode), program.period
+    mode, default = options.mode, program.period
+    if mode not in modes():
+        raise ConfigError(f"mode must be one of {', '.join(modes())}, got {mode!r}")
     rows = len(prompt_lengths)
     scoring = _scoring(options, program)
     sampling, seeds = _sampling(options, mode, rows, program)
-    if mode not in RULES or scoring is not None or not sampling.fits_graph:
+    serve = scoring is None and sampling.fits_graph and (mode in default.rules or mode not in RULES)
+    if mode not in RULES or not serve:
         limits = None  # what runs are the entries
     new_tokens = check_new_tokens(max(prompt_lengths), rows, max_new_tokens, program, limits)
     _check_least(options, new_tokens)
@@ -159,21 +166,29 @@ def read_options(
     confidence = default.confidence if options.confidence is None else options.confidence
     refresh = _refresh(options, program)
     check_ranges(confidence, refresh)
+    refresh = refresh if mode in RULES else 0  # steps of one path learn nothing of the neurons
     plan = Plan(
-        size=period,
+        period=period,
         width=widths[0],
-        rule=RULES.get(mode, Rule.THRESHOLD),
-        threshold=default.threshold if options.threshold is None else options.threshold,
-        verify_temperature=(
-            default.verify_temperature
-            if options.verify_temperature is None
-            else options.verify_temperature
-        ),
+        rule=mode if mode in RULES else "sirius",
         confidence=confidence,
         sampling=sampling,
+        **{name: _first(options.rule.get(name), getattr(default, name)) for name in OPTIONS},
     )
     return Request(
-        mode, period, widths, adaptive, plan, refresh, seeds, new_tokens, eos, stop, scoring
+        str(mode),
+        period,
+        widths,
+        adaptive,
+        plan,
+        refresh,
+        seeds,
+        new_tokens,
+        eos,
+        stop,
+        scoring,
+        serve,
+        mode in RULES and not adaptive and _first(options.fallback, _guarded(options)),
     )
 
 
@@ -184,6 +199,16 @@ def _check_least(options: Options, new_tokens: int) -> None:
             f"min_new_tokens must be at most max_new_tokens ({new_tokens} here), got {least}: "
             "lower it, or give a larger max_new_tokens"
         )
+
+
+def _guarded(options: Options) -> bool:
+    """By default, where nothing is said of how to draft, and no seed to give the same tokens."""
+    rule, said = RULES[options.mode], (options.period, options.tree_width)
+    return FALLBACK and not rule.draws and said == (None, None)
+
+
+def _first(given: Any, default: Any) -> Any:
+    return default if given is None else given
 
 
 def _scoring(options: Options, program: ProgramSpec) -> Scoring | None:
@@ -232,7 +257,7 @@ def _tree(
 
 
 def _sampling(
-    options: Options, mode: Mode, rows: int, program: ProgramSpec
+    options: Options, mode: str, rows: int, program: ProgramSpec
 ) -> tuple[Sampling, tuple[int, ...] | None]:
     """The distribution to draw from, and each row's seed; none where the run is greedy."""
     given = {
@@ -240,11 +265,12 @@ def _sampling(
         for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
         if (value := getattr(options, name)) is not None
     }
-    if mode in (Mode.SIRIUS, Mode.EXACT) and given:
+    rule = RULES.get(mode)
+    if rule is not None and not rule.draws and given:
         raise ConfigError(
             f"{', '.join(given)}: mode {mode} is greedy; use mode sample (or full, or sparse)"
         )
-    if mode is not Mode.SAMPLE and not given:
+    if (rule is None or not rule.draws) and not given:
         return Sampling(), None
     seed = given.pop("seed", None)
     if seed is None:

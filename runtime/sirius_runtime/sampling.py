@@ -1,4 +1,4 @@
-"""What a run asks of acceptance and of drawing, as plain numbers or as a graph's tensors.
+"""What a run asks of drawing, as plain numbers or as a graph's tensors.
 
 PyTorch is imported once there are tensors to work on: options are read and checked without it.
 """
@@ -6,7 +6,6 @@ PyTorch is imported once there are tensors to work on: options are read and chec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,26 +21,6 @@ LEAST_TEMPERATURE = 1e-6
 
 NO_TOKEN = -1
 """What is chosen where nothing can be: logits of NaN, or none of them finite."""
-
-
-class Rule(IntEnum):
-    """How drafted tokens are accepted: by a `…Acceptance` of this name."""
-
-    THRESHOLD = 0
-    EXACT = 1
-    SAMPLE = 2
-
-
-def check_threshold(threshold: Any, temperature: Any) -> None:
-    """Raises ConfigError for numbers out of range; tensors are a graph's inputs, not yet known."""
-    if _known(threshold) and not threshold >= 0.0:
-        raise ConfigError(f"threshold must be >= 0, got {threshold}")
-    if _known(threshold) and threshold == float("inf"):
-        raise ConfigError("threshold must be finite, got inf; 1.1 accepts no draft either")
-    if _known(temperature) and not 0.0 < temperature < float("inf"):
-        raise ConfigError(f"verify_temperature must be > 0, got {temperature}")
-    if _known(temperature) and temperature < LEAST_TEMPERATURE:
-        raise ConfigError(f"verify_temperature must be >= {LEAST_TEMPERATURE}, got {temperature}")
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,10 @@ class Scorer:
         assert self._told is not None
         return read_logprobs(self._told)
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows."""
-        self._tokens, self._prompts = self._tokens[rows], self._prompts[rows]
+        kept = list(rows)
+        self._tokens, self._prompts = self._tokens[kept], self._prompts[kept]
 
     def _processed(self, logits_RV: Tensor, history: History) -> Tensor:
         for process in self._processors:

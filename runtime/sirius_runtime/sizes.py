@@ -7,9 +7,9 @@ import math
 PREFILL_CHUNK = 512  # tokens of a prompt that one prefill call takes
 
 
-def node_count(size: int, width: int) -> int:
+def node_count(period: int, width: int) -> int:
     """Nodes of a whole tree: N = (K - 1) w + 1."""
-    return (size - 1) * width + 1
+    return (period - 1) * width + 1
 
 
 def cache_slots(tokens: int, period: int, width: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from sirius_runtime.errors import ArtifactError
 from sirius_runtime.logits_options import GenerationSpec
+from sirius_runtime.rules import RuleOptions
 
 FORMAT_VERSION = (
     1,
@@ -170,20 +171,20 @@ class SparsitySpec:
 
 
 @dataclass(frozen=True)
-class PeriodSpec:
-    """Defaults of the period: `period` tokens (K) in trees of `tree_width` (w), acceptance
-    `threshold`, `verify_temperature` (T_v), the `confidence` that a draft needs to go on, and the
-    periods after which `griffin` chooses its neurons anew (`refresh`; 0: never).
+class PeriodSpec(RuleOptions):
+    """Defaults of the period: `period` tokens (K) in trees of `tree_width` (w), what its rules ask
+    for, the `confidence` that a draft needs to go on, and the periods after which `griffin` chooses
+    its neurons anew (`refresh`; 0: never).
 
-    `period` and `tree_width` are also the static shapes of the entry `period`.
+    `period` and `tree_width` are also the static shapes of the entry `period`, and `rules` are
+    those that it knows, in the order of its input `rule`.
     """
 
     period: int = 16
     tree_width: int = 1
-    threshold: float = 0.1
-    verify_temperature: float = 0.6
     confidence: float = 0.0
     refresh: int = 0
+    rules: tuple[str, ...] = ("sirius", "exact", "sample")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,17 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True)
+class Fallback:
+    """Tokens of all rows that were decoded densely because drafts did not pay, and what those
+    drafts brought: `advance` tokens a row in the time of `cost` dense steps.
+    """
+
+    tokens: int
+    advance: float
+    cost: float
+
+
+@dataclass(frozen=True)
 class GenerationStats:
     """Counts over all rows of one `generate` call.
 
@@ -37,9 +48,11 @@ class GenerationStats:
     each row's last period out, which the end cuts short. `corrections`: periods that refused a
     drafted token. `acceptance_rate`: accepted over drafted tokens. `density`: share of the
     parameters that one sparse step read. `effective_density`: weight reads per committed token over
-    the periods that `aal` counts, dense = 1. `weight_bytes`: bytes of the model's parameters, as
-    one dense step reads them. None stands for a number that nothing was measured for: a generation
-    that ends with its first token, which prefill makes, has no decoding.
+    the periods that `aal` counts and over dense steps, dense = 1. `weight_bytes`: bytes of the
+    model's parameters, as one dense step reads them. `dense_tokens`: made by dense steps;
+    `fallback`: those of them that were, because drafts did not pay. None stands for a number that
+    nothing was measured for: a generation that ends with its first token, which prefill makes, has
+    no decoding.
     """
 
     rows: int
@@ -56,6 +69,8 @@ class GenerationStats:
     seconds: dict[Phase, float]
     prefill_seconds: float
     bytes_read: dict[Phase, float]
+    dense_tokens: int = 0
+    fallback: Fallback | None = None
 
     @property
     def total_seconds(self) -> float:
@@ -173,6 +188,8 @@ class StatsRecorder:
     draft_steps: int = 0
     full_passes: int = 0
     tokens: int = 0
+    dense_tokens: int = 0
+    fallback: Fallback | None = None
     _periods: list[list[tuple[int, int]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -198,7 +215,7 @@ class StatsRecorder:
         steps = self.draft_steps + self.full_passes
         effective = None
         if advance:
-            effective = weight_reads / advance
+            effective = (weight_reads + self.dense_tokens) / (advance + self.dense_tokens)
         elif steps:  # modes without periods
             effective = (self.draft_steps * density + self.full_passes) / steps
         return GenerationStats(
@@ -221,4 +238,6 @@ class StatsRecorder:
                 Phase.PERIOD: 0.0,  # counted as the drafts and verifications that it holds
                 Phase.REST: float(self.prefill_passes * self.weight_bytes),
             },
+            dense_tokens=self.dense_tokens,
+            fallback=self.fallback,
         )

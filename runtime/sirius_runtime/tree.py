@@ -1,9 +1,9 @@
 """The draft tree: beam expansion, masks, the accepted path and where its K/V lies.
 
-Pure tensor functions with static shapes and no host reads: the Session calls them, and the pass
-`build_period` traces them into the period's graph. A tree of `size` K and `width` w has N = (K - 1)
-w + 1 nodes, level-major: node 0 is the root (the last committed token), level d holds the w best
-continuations of d tokens, best first. A chain is a tree of width 1. Node j lives in cache slot
+Pure tensor functions with static shapes and no host reads: `by_entries` calls them, and the pass
+`build_period` traces them into the period's graph. A tree of `period` K and `width` w has N =
+(K - 1) w + 1 nodes, level-major: node 0 is the root (the last committed token), level d holds the w
+best continuations of d tokens, best first. A chain is a tree of width 1. Node j lives in cache slot
 `length + j` and at position `length + depth(j)`.
 
 Shape letters: `B` rows, `N` nodes, `W` beams of a level (1 for the root's, else w), `K` tokens of a
@@ -58,9 +58,9 @@ class Path(NamedTuple):
     nodes: Tensor
 
 
-def plant(root_B: Tensor, size: int, width: int) -> Tree:
+def plant(root_B: Tensor, period: int, width: int) -> Tree:
     """A tree of the roots alone, with room for all nodes."""
-    B, N, device = root_B.shape[0], node_count(size, width), root_B.device
+    B, N, device = root_B.shape[0], node_count(period, width), root_B.device
     is_root = torch.arange(N, device=device) == 0
     alone = torch.eye(N, dtype=torch.int64, device=device) - 1
     return Tree(
@@ -108,10 +108,10 @@ def attach(tree: Tree, new: Level, level: Tensor) -> Tree:
     )
 
 
-def longest_path(tree: Tree, passes_BN: Tensor, deepest_B: Tensor, size: int) -> Path:
+def longest_path(tree: Tree, passes_BN: Tensor, deepest_B: Tensor, period: int) -> Path:
     """The longest path whose tokens all pass; ties go to the higher score.
 
-    `passes_BN` bool; `deepest_B` int64: the greatest depth that counts; `size` K. The root always
+    `passes_BN` bool; `deepest_B` int64: the greatest depth that counts; `period` K. The root always
     passes, and a node that is not drafted never does.
     """
     N = tree.tokens.shape[1]
@@ -126,9 +126,9 @@ def longest_path(tree: Tree, passes_BN: Tensor, deepest_B: Tensor, size: int) ->
     last = scores.masked_fill(candidates.logical_not(), float("-inf")).argmax(1)
     above = tree.mask.gather(1, last[:, None, None].expand(-1, 1, N))[:, 0]
     # Nodes by their depth; the column after the last takes those that lie off the path.
-    target = torch.where(above >= 0, longest[:, None] - above, size)
-    empty = torch.zeros_like(last)[:, None].expand(-1, size + 1)
-    nodes = empty.scatter(1, target, node_N.expand(target.shape))[:, :size]
+    target = torch.where(above >= 0, longest[:, None] - above, period)
+    empty = torch.zeros_like(last)[:, None].expand(-1, period + 1)
+    nodes = empty.scatter(1, target, node_N.expand(target.shape))[:, :period]
     return Path(last, longest, nodes)
 
 

@@ -1,4 +1,4 @@
-"""The graphs beside the entries: what a driver of ONNX graphs needs and PyTorch's Session computes
+"""The graphs beside the entries: what a driver of ONNX graphs needs and PyTorch's state computes
 itself.
 
     select   GRIFFIN's choice: the neurons of largest statistic, and the rows of the MLPs' weights
@@ -70,7 +70,7 @@ def _rows(s: Scope, part: Kept, neurons: Value) -> Value:
 
 
 def pick(program: ProgramSpec, dtype: str) -> onnx.ModelProto:
-    """The graph `pick`: the functions that the Session calls, traced."""
+    """The graph `pick`: the functions that PyTorch's back ends call, traced."""
     vocabulary = program.model.vocab_size
 
     def drawn(

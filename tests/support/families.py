@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sirius_runtime import SiriusModel
-from sirius_runtime.session import Backend
+from sirius_runtime.decoder import Backend
 from tests.support.models import chain_mask
 
 TOLERANCE = 1e-4

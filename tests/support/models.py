@@ -20,9 +20,8 @@ from transformers import (
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.product import Compiled
 from sirius_runtime.model import SiriusModel
-from sirius_runtime.session import Session
 from sirius_runtime.spec import Method
-from sirius_runtime.stats import PhaseClock, StatsRecorder
+from tests.support.batch import Batch
 from tests.support.naive import tree_mask
 
 VOCABULARY = 101
@@ -143,16 +142,15 @@ def write_calibration(path: Path, words: int = 512) -> Path:
 
 def open_session(
     model: SiriusModel, rows: int, capacity: int = 2 * MAX_SEQ_LEN, *, refresh: int = 0
-) -> Session:
-    """A fresh Session over the model's back end; by default with room for large trees."""
-    clock = PhaseClock(model.backend.device)
-    recorder = StatsRecorder(rows=rows, prompt_tokens=0, weight_bytes=0, clock=clock)
-    return Session(model.backend, rows, capacity, recorder, refresh=refresh)
+) -> Batch:
+    """A fresh batch over the model's back end; by default with room for large trees."""
+    return Batch(model.backend, rows, capacity, refresh=refresh)
 
 
-def state_of(session: Session) -> dict[str, Tensor]:
-    """The Session's caches, and `neurons` where there are some; by name of the entries' inputs."""
-    return session._state
+def state_of(batch: Batch) -> dict[str, Tensor]:
+    """The caches, and `neurons` where there are some; by name of the entries' inputs."""
+    names = ("k_cache", "v_cache", "neurons")
+    return {name: value for name, value in batch.tensors.items() if name in names}
 
 
 @st.composite
@@ -168,13 +166,13 @@ def chain_mask(size: int) -> Tensor:
 
 
 class TreeRun:
-    """Prompts in the cache, and blocks of tokens after them that leave the Session as it was."""
+    """Prompts in the cache, and blocks of tokens after them that leave the batch as it was."""
 
     def __init__(self, model: SiriusModel, batch: Rows) -> None:
         self._backend = model.backend
         self.session = open_session(model, len(batch))
         self.session.prefill(batch)
-        self._length = self.session.length
+        self._length = self.session.state.length
         self._state = {name: tensor.clone() for name, tensor in state_of(self.session).items()}
 
     def copy(self) -> dict[str, Tensor]:

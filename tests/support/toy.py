@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sirius_runtime.drafting import BeamProposer, Proposer, SampleProposer, begin, extend
-from sirius_runtime.policy import Acceptance, Draft, Noise, SampleAcceptance, Verdict, judge
+from sirius_runtime.drafting import Propose, begin, extend
+from sirius_runtime.policy import Decide, Draft, Verdict, judge
+from sirius_runtime.rules import Noise
 from sirius_runtime.sampling import Sampling
 from sirius_runtime.tree import Tree, beams
+from tests.support.rules import best, drawn, sampled
 
 TEMPERATURE = 0.6  # of the scores of a draft
 
@@ -52,16 +54,16 @@ class Context:
 
 @dataclass(frozen=True)
 class Loop:
-    """How periods run: as `sirius_runtime.session.Plan`, but for noise that is new each time.
+    """How periods run: as `sirius_runtime.plan.Plan`, but for noise that is new each time.
 
     `revise`: what is done to a draft before it is judged, for tests that do wrong on purpose.
     """
 
     size: int
     width: int
-    proposer: Callable[[Noise], Proposer]
-    acceptance: Callable[[Noise], Acceptance]
-    sampled: bool
+    propose: Callable[[Noise], Propose]
+    decide: Callable[[Noise], Decide]
+    draws: bool
     confidence: float = 0.0
     revise: Callable[[Draft], Draft] = lambda draft: draft
 
@@ -70,9 +72,9 @@ class Loop:
         return cls(
             size,
             1,
-            lambda noise: SampleProposer(sampling, noise, TEMPERATURE),
-            lambda noise: SampleAcceptance(sampling, noise),
-            sampled=True,
+            lambda noise: drawn(sampling, noise, TEMPERATURE),
+            lambda noise: sampled(sampling, noise),
+            draws=True,
         )
 
     @classmethod
@@ -80,9 +82,9 @@ class Loop:
         return cls(
             size,
             width,
-            lambda noise: BeamProposer(TEMPERATURE),
-            lambda noise: SampleAcceptance(sampling, noise),
-            sampled=False,
+            lambda noise: best(width, TEMPERATURE),
+            lambda noise: sampled(sampling, noise),
+            draws=False,
         )
 
     def period(self, toy: Toy, context: Context, noise: Noise, most_B: Tensor) -> Verdict:
@@ -91,19 +93,19 @@ class Loop:
             context.root,
             torch.ones_like(context.root, dtype=torch.bool),
             most_B,
-            size=self.size,
+            period=self.size,
             width=self.width,
-            sampled_from=toy.full.shape[-1] if self.sampled else None,
+            sampled_from=toy.full.shape[-1] if self.draws else None,
         )
-        proposer, confidence = self.proposer(noise), torch.tensor(self.confidence)
+        propose, confidence = self.propose(noise), torch.tensor(self.confidence)
         for depth in range(1, self.size):
             level = torch.tensor(depth)
             above = beams(level - 1, self.width, 1 if depth == 1 else self.width)
             logits = context.after(toy.sparse, state.tree, above)
-            state = extend(state, logits, level, self.width, proposer, most_B, confidence)
+            state = extend(state, logits, level, propose, most_B, confidence)
         draft = self.revise(state.draft)
         logits = context.after(toy.full, draft.tree, torch.arange(draft.tree.tokens.shape[1]))
-        return judge(draft, logits, self.acceptance(noise), most_B, self.size)
+        return judge(draft, logits, self.decide(noise), most_B, self.size)
 
 
 def generate(

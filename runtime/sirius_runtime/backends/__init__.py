@@ -1,1 +1,1 @@
-"""Back ends: what runs a program's entries behind `sirius_runtime.session.Backend`."""
+"""Back ends: what runs a program's entries behind `sirius_runtime.decoder.Backend`."""

@@ -1,42 +1,41 @@
 """Whole periods as CUDA graphs: a period is recorded once, and then is one launch.
 
 The recording and its replay have not run on a GPU yet; what they record is tested on the CPU
-(`sirius_runtime.static_session`).
+(`sirius_runtime.recorded`).
 """
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.backends.inductor import InductorBackend
 from sirius_runtime.backends.period import Progress
-from sirius_runtime.decoder import Decoder, Uniform
+from sirius_runtime.by_entries import ByEntries, chooser
+from sirius_runtime.decoder import Decoder, Way, steps
 from sirius_runtime.errors import BackendError
+from sirius_runtime.recorded import Recorded, Replay, Storage
 from sirius_runtime.request import Request
 from sirius_runtime.sizes import cache_slots
 from sirius_runtime.spec import JSON, ProgramSpec
-from sirius_runtime.static_session import Replay, StaticSession
-from sirius_runtime.stats import StatsRecorder
-from sirius_runtime.torch_decoder import TorchDecoder
+from sirius_runtime.stats import PhaseClock
+from sirius_runtime.tensor_state import TensorState
 
 LEAST_SLOTS = 512
-"""Cache slots of the smallest session; larger ones have a power of two of them, so that prompts of
+"""Cache slots of the smallest state; larger ones have a power of two of them, so that prompts of
 many lengths share recordings."""
 IDLE = 2
-"""Sessions kept for the next generation, with their caches and recordings."""
+"""States kept for the next generation, with their caches and recordings."""
 RECORDINGS = 16
-"""Of one session: each threshold and temperature has its own."""
+"""Of one state: each threshold and temperature has its own."""
 
 
 class GraphReplay:
-    """The `Replay` of one session by CUDA graphs."""
+    """The `Replay` of one state's work by CUDA graphs."""
 
     def __init__(self) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
@@ -68,75 +67,53 @@ class GraphReplay:
         return graph
 
 
-class StaticSessions:
-    """Static sessions over a back end's entries, each lent to one generation at a time.
+class Recordings:
+    """States over a back end's entries and their recordings, each lent to one generation at a time.
 
-    A generation whose rows, period, refresh and (rounded) length were seen before gets their
-    session, with its recordings.
+    A generation whose rows, period, refresh and (rounded) length were seen before gets their state,
+    with its recordings.
     """
 
     def __init__(self, backend: EagerBackend, replay: Callable[[], Replay]) -> None:
-        """`replay` makes what each session replays by."""
+        """`replay` makes what each state's work is replayed by."""
         self._backend, self._replay = backend, replay
-        self._idle: list[tuple[Hashable, StaticSession]] = []  # the latest last
+        self._idle: list[tuple[Hashable, Storage]] = []  # the latest last
 
-    @torch.inference_mode()
-    def open(
-        self,
-        request: Request,
-        rows: int,
-        tokens: int,
-        recorder: StatsRecorder,
-        uniform: Uniform | None,
-    ) -> Decoder:
-        """As `Engine.open`, for a request whose period is fixed."""
+    def open(self, request: Request, rows: int, tokens: int, clock: PhaseClock) -> Decoder:
+        """As `Backend.open`, for a request whose period is fixed."""
         slots = LEAST_SLOTS
         while slots < cache_slots(tokens, request.period, max(request.widths)):
             slots *= 2
         key = (rows, slots, request.period, request.refresh)
-        session = self._take(key)
-        if session is None:
-            session = StaticSession(
-                self._backend,
-                rows,
-                slots,
-                recorder,
-                size=request.period,
-                refresh=request.refresh,
-                replay=self._replay(),
-            )
-        session.begin(recorder)
-        own = None if uniform is None else _not_held(uniform)
-        decoder = TorchDecoder(self._backend, request, rows, tokens, recorder, own, session)
-        weakref.finalize(decoder, self._give_back, key, session)
+        with torch.inference_mode():
+            storage = self._take(key)
+            if storage is None:
+                state = TensorState(self._backend, rows, slots)
+                storage = Storage(state, request.period, self._replay())
+            storage.state.reset()
+        choose = chooser(request.plan.sampling)
+        strategies = {Way.DRAFT: ByEntries(all_levels=True), **steps(choose)}
+        decoder = Decoder(
+            storage.state,
+            {way: Recorded(way, inner, storage) for way, inner in strategies.items()},
+            choose,
+            clock,
+            refresh=request.refresh,
+            resizable=False,
+        )
+        weakref.finalize(decoder, self._give_back, key, storage)
         return decoder
 
-    def _take(self, key: Hashable) -> StaticSession | None:
-        for index, (known, session) in enumerate(self._idle):
+    def _take(self, key: Hashable) -> Storage | None:
+        for index, (known, storage) in enumerate(self._idle):
             if known == key:
                 del self._idle[index]
-                return session
+                return storage
         return None
 
-    def _give_back(self, key: Hashable, session: StaticSession) -> None:
-        self._idle.append((key, session))
+    def _give_back(self, key: Hashable, storage: Storage) -> None:
+        self._idle.append((key, storage))
         del self._idle[:-IDLE]
-
-
-def _not_held(uniform: Uniform) -> Uniform:
-    """`uniform` without a hold on its generation, which holds the decoder: held in a ring, that
-    would give its session back at the next garbage collection, and not at its end.
-    """
-    if not inspect.ismethod(uniform):
-        return uniform
-    method = weakref.WeakMethod(uniform)
-
-    def numbers(*shape: int) -> np.ndarray:
-        found = method()
-        assert found is not None, "the generation has ended"
-        return found(*shape)
-
-    return numbers
 
 
 class CudaGraphBackend(InductorBackend):
@@ -166,16 +143,9 @@ class CudaGraphBackend(InductorBackend):
                 "backend eager or inductor, or name a CUDA GPU by device='cuda'"
             )
         super().__init__(program, documents, weights, dtype=dtype, device=device, progress=progress)
-        self._sessions = StaticSessions(self, GraphReplay)
+        self._recordings = Recordings(self, GraphReplay)
 
-    def open(
-        self,
-        request: Request,
-        rows: int,
-        tokens: int,
-        recorder: StatsRecorder,
-        uniform: Uniform | None,
-    ) -> Decoder:
+    def open(self, request: Request, rows: int, tokens: int, clock: PhaseClock) -> Decoder:
         if request.adaptive or request.scoring is not None:
-            return super().open(request, rows, tokens, recorder, uniform)
-        return self._sessions.open(request, rows, tokens, recorder, uniform)
+            return super().open(request, rows, tokens, clock)
+        return self._recordings.open(request, rows, tokens, clock)

@@ -14,15 +14,19 @@ import torch
 from torch import Tensor, fx
 
 from sirius_runtime.backends.rewrite import with_kernels
-from sirius_runtime.decoder import Decoder, Uniform
+from sirius_runtime.by_entries import ByEntries, chooser
+from sirius_runtime.decoder import Decoder, Way, steps
 from sirius_runtime.errors import ArtifactError, SiriusError
 from sirius_runtime.graph import INPUT, WEIGHT, from_document
 from sirius_runtime.graph_check import check_graph
+from sirius_runtime.one_graph import OneGraph
 from sirius_runtime.plan import Limits
 from sirius_runtime.request import Request
+from sirius_runtime.scorer import Scorer
+from sirius_runtime.sizes import cache_slots
 from sirius_runtime.spec import JSON, ProgramSpec
-from sirius_runtime.stats import StatsRecorder
-from sirius_runtime.torch_decoder import TorchDecoder
+from sirius_runtime.stats import PhaseClock
+from sirius_runtime.tensor_state import TensorState
 
 
 class EagerBackend:
@@ -66,15 +70,28 @@ class EagerBackend:
     def threads(self) -> int:
         return torch.get_num_threads()
 
-    def open(
-        self,
-        request: Request,
-        rows: int,
-        tokens: int,
-        recorder: StatsRecorder,
-        uniform: Uniform | None,
-    ) -> Decoder:
-        return TorchDecoder(self, request, rows, tokens, recorder, uniform)
+    def open(self, request: Request, rows: int, tokens: int, clock: PhaseClock) -> Decoder:
+        period, limits = request.period, self.limits
+        graph = OneGraph(limits) if limits is not None and request.whole_periods else None
+        if graph is not None and limits is not None:
+            period, tokens = limits.period, limits.context or tokens  # of the compiled size
+        slots = cache_slots(tokens, period, max(request.widths))
+        scorer = None
+        if request.scoring is not None:
+            scorer = Scorer(request, rows, slots, self.program.model.vocab_size, self.device)
+        choose = chooser(request.plan.sampling, scorer)
+        with torch.inference_mode():
+            state = TensorState(self, rows, slots)
+        return Decoder(
+            state,
+            {Way.DRAFT: graph or ByEntries(scorer), **steps(choose)},
+            choose,
+            clock,
+            refresh=request.refresh,
+            rows=graph.limits.rows if graph else None,
+            resizable=graph is None,
+            scorer=scorer,
+        )
 
     @torch.inference_mode()
     def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sirius_runtime.artifact import Artifact, Slot
-from sirius_runtime.errors import BackendError
+from sirius_runtime.errors import ArtifactError, BackendError
 from sirius_runtime.onnx_files import SELECT, WEIGHTS_FILE, expert_name, graph_file, read_program
 from sirius_runtime.plan import Limits
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _BFLOAT16 = 16  # ONNX's number of the one stored dtype that NumPy lacks
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+_STAY = ("k_new", "v_new", "k_kept", "v_kept")
 _PROBE = "pick"  # a graph without weights
 
 Progress = Callable[[str], None]
@@ -70,9 +71,7 @@ class OnnxGraphs:
         self._ort = _onnxruntime()
         self.program = artifact.program
         self._onnx = read_program(artifact)
-        self.limits: Limits | None = Limits(
-            self.program.period.period, self.program.period.tree_width
-        )
+        self.limits = Limits(self.program.period.period, self.program.period.tree_width)
         self.dtype = np.dtype(str(self._onnx.model.dtype))
         self.itemsize = self.dtype.itemsize
         self.kept = self._onnx.kept
@@ -98,6 +97,29 @@ class OnnxGraphs:
                 tuple(o.name for o in session.get_outputs()),
             )
         return self._opened[name]
+
+    def run(self, entry: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs the graph of that name on those of the inputs that it reads: arrays and `OrtValue`s.
+        Returns its outputs, of a period's next state without the prefix `next_`: arrays, but for
+        those that other graphs alone read, which stay where they are (`OrtValue`s).
+        """
+        session, reads, names = self.graph(entry)
+        names = self.kept if entry == SELECT else names
+        stay = names if entry == SELECT else _STAY
+        binding = session.io_binding()
+        for name in reads & inputs.keys():
+            bind = binding.bind_cpu_input
+            if not isinstance(inputs[name], np.ndarray):
+                bind = binding.bind_ortvalue_input
+            bind(name, inputs[name])
+        for name in names:
+            binding.bind_output(name, "cuda" if self.on_device and name in stay else "cpu")
+        run_bound(entry, session, binding)
+        outputs = zip(names, binding.get_outputs(), strict=True)
+        return {
+            name.removeprefix("next_"): value if name in stay else value.numpy()
+            for name, value in outputs
+        }
 
     def value(self, array: np.ndarray) -> Any:
         """An `OrtValue`: on the CPU it is the array's own memory, else a copy on the device."""
@@ -163,6 +185,20 @@ class OnnxGraphs:
         chosen = list(dict.fromkeys([*chosen, CPU]))  # which takes what the others can't
         progress(f"onnxruntime {self._ort.__version__} on {chosen[0]}")
         return chosen
+
+
+def run_bound(graph: str, session: Any, binding: Any) -> None:
+    """Runs a graph; ArtifactError for what ONNX Runtime raises of it, but for want of memory."""
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:  # the library's own classes share no public root
+        reason = " ".join(str(error).split())
+        if "allocate" in reason:
+            raise
+        raise ArtifactError(
+            f"ONNX graph {graph!r} failed as it ran ({reason:.300}); the artifact may be damaged: "
+            "compile the model again"
+        ) from error
 
 
 def _onnxruntime() -> Any:

@@ -1,4 +1,5 @@
-"""Key/value caches of the ONNX back end: in memory that NumPy shares, or on a device.
+"""The state of a batch on ONNX Runtime, and its key/value caches: in memory that NumPy shares, or
+on a device.
 
 k [layers, B, G, S, D] and v [layers, B, G, S, Dv] are inputs of the graphs, which give back the K/V
 of their own tokens; these are written to the slots after `length`, in place. On a device a graph
@@ -8,10 +9,14 @@ when rows leave the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+
+from sirius_runtime.backends.onnx_graphs import OnnxGraphs
+from sirius_runtime.onnx_files import SELECT
+from sirius_runtime.state import State
 
 
 class Caches(Protocol):
@@ -72,3 +77,70 @@ class DeviceCaches:
             name: self._value(np.ascontiguousarray(value.numpy()[:, rows]))
             for name, value in self.values.items()
         }
+
+
+class OnnxState(State):
+    """See `sirius_runtime.state.State`. `neurons`: the weights of griffin's, gathered once chosen,
+    as `OrtValue`s by the names of the graphs' inputs.
+    """
+
+    xp: ClassVar[Any] = np
+
+    def __init__(self, backend: OnnxGraphs, rows: int, slots: int) -> None:
+        """Room for so many cache slots a row."""
+        self.backend = backend
+        super().__init__(backend.program, rows)
+        self.neurons = {}
+        state = self.program.state
+        shape = (state.layers, rows, state.kv_heads, slots)
+        arrays = {
+            "k_cache": np.zeros((*shape, state.key_dim), backend.dtype),
+            "v_cache": np.zeros((*shape, state.value_dim), backend.dtype),
+        }
+        self._caches: Caches = (
+            DeviceCaches(arrays, backend.value, backend.graph("write").session)
+            if backend.on_device
+            else HostCaches(arrays, backend.value)
+        )
+
+    def array(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+    def run(self, entry: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        own = {"length": self.length, "statistic": self.statistic}
+        return self.backend.run(entry, {**own, **self._caches.values, **self.neurons, **inputs})
+
+    def chain(self, entry: str, ids_BT: np.ndarray, **more: np.ndarray) -> dict[str, Any]:
+        index = np.arange(ids_BT.shape[1])
+        inputs = {
+            "input_ids": np.ascontiguousarray(ids_BT),
+            # Prompt padding, and tokens that their row will not commit, may lie beyond the last.
+            "positions": np.minimum(self.length[:, None] + index, self._last_position),
+            "tree_mask": np.maximum(index[:, None] - index, -1)[None],
+            **more,
+        }
+        result = self.run(entry, inputs)
+        self.write(result["k_new"], result["v_new"])
+        return result
+
+    def write(self, k_kept: Any, v_kept: Any) -> None:
+        self._caches.write(self.length, k_kept, v_kept)
+
+    def choose_neurons(self) -> None:
+        """Gathers the weights of the neurons of largest statistic."""
+        if self.statistic is None:
+            return
+        self.neurons.clear()  # before their successors need room
+        self.neurons = self.backend.run(SELECT, {"statistic": self.statistic})
+
+    def select(self, rows: Sequence[int]) -> None:
+        kept = list(rows)
+        self._caches.select(kept)
+        if self.statistic is not None:
+            self.statistic = np.ascontiguousarray(self.statistic[:, kept])
+        self.neurons = {
+            name: self.backend.value(value.numpy()[kept]) for name, value in self.neurons.items()
+        }
+        self.length, self.root, self.active = (
+            value[kept] for value in (self.length, self.root, self.active)
+        )

@@ -32,12 +32,14 @@ def _run(args: argparse.Namespace) -> None:
 def describe(manifest: Any) -> list[str]:
     """A manifest as lines for a reader."""
     from sirius_runtime.onnx_files import gathered_bytes
+    from sirius_runtime.rules import values
 
     program = manifest.program
     model, sparsity, state = program.model, program.sparsity, program.state
     size = sum(record.size for record in manifest.files.values())
     weights = sum(r.size for name, r in manifest.files.items() if name.startswith("weights/"))
     revision = f" at {model.revision}" if model.revision else ""
+    numbers = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in values(program.period).items())
     lines = [
         f"model      {model.source}{revision} ({model.model_type}), "
         f"{model.parameters:,} parameters in {model.dtype}",
@@ -46,8 +48,7 @@ def describe(manifest: Any) -> list[str]:
         f"cache      {state.layers} layers x {state.kv_heads} heads x {state.key_dim}",
         f"sparsity   {sparsity.method}, kept share {sparsity.keep}, density {sparsity.density:.3f}",
         f"period     {program.period.period} tokens, tree width {program.period.tree_width}, "
-        f"threshold {program.period.threshold}, verify temperature "
-        f"{program.period.verify_temperature}, confidence {program.period.confidence}, refresh "
+        f"{numbers}, confidence {program.period.confidence}, refresh "
         f"{program.period.refresh or 'never'}",
         f"choosing   {_said(program.generation)}",
         f"files      {len(manifest.files)}, {size:,} bytes, {weights:,} of them weights",

@@ -5,6 +5,7 @@ what they say as arguments of `SiriusModel.generate` and of `load`.
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from typing import Any
 
 from sirius_runtime.command_line import (
@@ -16,6 +17,8 @@ from sirius_runtime.command_line import (
     whole_number,
 )
 from sirius_runtime.errors import ConfigError, shown
+from sirius_runtime.request import modes
+from sirius_runtime.rules import OPTIONS, RuleOptions
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:
@@ -72,16 +75,20 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """How tokens are drafted, accepted and chosen."""
-    parser.add_argument("--mode", help="sirius (default), exact, sample, full or sparse")
+    first, *others, last = modes()
+    parser.add_argument("--mode", help=f"{first} (default), {', '.join(others)} or {last}")
     parser.add_argument("--max-new-tokens", type=whole_number, metavar="N")
     parser.add_argument("--period", metavar="K", help="tokens per verification, or auto")
     parser.add_argument(
         "--tree-width", type=whole_number, metavar="W", help="paths drafted side by side"
     )
-    parser.add_argument(
-        "--threshold", type=real_number, metavar="R", help="probability that a token needs"
-    )
-    parser.add_argument("--verify-temperature", type=real_number, metavar="T")
+    for option in fields(RuleOptions):
+        parser.add_argument(
+            f"--{option.name.replace('_', '-')}",
+            type=real_number,
+            metavar=option.metadata["metavar"],
+            help=option.metadata["about"],
+        )
     parser.add_argument(
         "--confidence",
         type=real_number,
@@ -93,6 +100,12 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
         type=whole_number,
         metavar="N",
         help="periods until griffin chooses neurons anew",
+    )
+    parser.add_argument(
+        "--fallback",
+        action=argparse.BooleanOptionalAction,
+        help="decode densely while drafts do not pay (default: unless --period or --tree-width is "
+        "given)",
     )
     parser.add_argument(
         "--temperature", type=real_number, metavar="T", help="of sampling (mode sample)"
@@ -122,12 +135,12 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `SiriusModel.generate`, but for the mode and the options of sampling."""
     return {
         "max_new_tokens": args.max_new_tokens,
-        "threshold": args.threshold,
         "period": _number_or_auto(args.period),
         "tree_width": args.tree_width,
-        "verify_temperature": args.verify_temperature,
+        **{name: getattr(args, name) for name in OPTIONS},
         "confidence": args.confidence,
         "refresh": args.refresh,
+        "fallback": args.fallback,
         "stop": tuple(unescaped(text, "--stop") for text in args.stop),
         "repetition_penalty": args.repetition_penalty,
         "min_new_tokens": args.min_new_tokens,

@@ -65,7 +65,18 @@ def summary(output: Any) -> str:
         parts.append(f"seed {output.seeds[0]}")
     parts.append(f"density {stats.density:.3f}")
     parts.append(f"effective {figure(stats.effective_density, 3)}")
-    return ", ".join(parts)
+    return ", ".join(parts) + _fell_back(stats)
+
+
+def _fell_back(stats: Any) -> str:
+    """That drafts did not pay, and why; nothing where they did."""
+    fallback = stats.fallback
+    if fallback is None:
+        return ""
+    return (
+        f"; drafts did not pay ({fallback.advance:.1f} tokens in the time of {fallback.cost:.1f} "
+        f"dense steps): decoded densely for {fallback.tokens} of {stats.tokens} tokens"
+    )
 
 
 def figure(value: float | None, places: int) -> str:

@@ -1,0 +1,128 @@
+"""Drafting and acceptance whose rule is an input of the graph: the functions of
+`sirius_runtime.rules`, chosen between by `higher_order.cond`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sirius_runtime.entries import plan_inputs
+from sirius_runtime.plan import Plan
+from sirius_runtime.policy import Decision, Draft
+from sirius_runtime.rules import OPTIONS, RULES
+from sirius_runtime.sampling import Sampling
+from sirius_runtime.tree import Level, Tree
+
+Branch = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class TracedRules:
+    """What `Plan.propose` and `Plan.decide` are of a plan of numbers; `given`: the graph's inputs
+    of `plan_inputs`, by name.
+    """
+
+    given: Mapping[str, Tensor]
+    period: int
+    width: int
+
+    def propose(self, tree: Tree, logits_BWV: Tensor, level: Tensor) -> tuple[Level, Tensor | None]:
+        if self.width > 1:
+            return self._plan(next(iter(RULES)), self._flat).propose(tree, logits_BWV, level)
+
+        def drafted(rule: str) -> Branch:
+            def branch(*flat: Tensor) -> tuple[Tensor, ...]:
+                tree, logits, level = Tree(*flat[:4]), flat[4], flat[5]
+                new, q = self._plan(rule, flat[6:]).propose(tree, logits, level)
+                if q is None:
+                    q = torch.zeros_like(logits[:, 0], dtype=torch.float32)
+                # Aliases may not leave a branch: parents would be a view of `level`.
+                return *(t.clone() for t in new), q
+
+            return branch
+
+        groups: dict[Any, list[str]] = {}
+        for name, rule in RULES.items():
+            groups.setdefault(rule.draft, []).append(name)
+        branches = {tuple(names): drafted(names[0]) for names in groups.values()}
+        operands = (*tree, logits_BWV, level, *self._flat)
+        *new, q = self._by_rule(branches, operands)
+        return Level(*new), q
+
+    def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
+        has_q = draft.distributions is not None
+
+        def decided(rule: str, *flat: Tensor) -> tuple[Tensor, ...]:
+            tree, depth, logits = Tree(*flat[:4]), flat[4], flat[5]
+            # The distributions of a chain that was not drawn mean nothing.
+            q = flat[6] if has_q and RULES[rule].draws else None
+            decision = self._plan(rule, flat[6 + has_q :]).decide(Draft(tree, depth, q), logits)
+            # Greedy corrections are bonuses too, but a branch may not return one value twice.
+            return decision.passes, torch.stack([decision.corrections, decision.bonuses])
+
+        def greedy(*flat: Tensor) -> tuple[Tensor, ...]:
+            """All rules that draw nothing: they cost little beside a branch of their own."""
+            first, *others = still
+            passes, tokens = decided(first, *flat)
+            for name in others:
+                own, chosen = decided(name, *flat), flat[6 + has_q] == _number(name)
+                passes = torch.where(chosen, own[0], passes)
+                tokens = torch.where(chosen, own[1], tokens)
+            return passes, tokens
+
+        still = tuple(name for name, rule in RULES.items() if not rule.draws)
+        drawing = [name for name in RULES if name not in still]
+        branches = {still: greedy} | {(name,): partial(decided, name) for name in drawing}
+        operands: tuple[Tensor, ...] = (*draft.tree, draft.depth, logits_BNV)
+        if draft.distributions is not None:
+            operands += (draft.distributions,)
+        passes, tokens = self._by_rule(branches, (*operands, *self._flat))
+        return Decision(passes, tokens[0], tokens[1])
+
+    @property
+    def _flat(self) -> tuple[Tensor, ...]:
+        """What the plan is made of; `rule` comes first."""
+        return tuple(self.given[name] for name in plan_inputs(tuple(RULES)))
+
+    def _plan(self, rule: str, flat: Sequence[Tensor]) -> Plan:
+        """The plan of a rule, of tensors."""
+        own: dict[str, Any] = dict(zip(plan_inputs(tuple(RULES)), flat, strict=True))
+        return Plan(
+            self.period,
+            self.width,
+            rule,
+            sampling=Sampling(own["temperature"], own["top_k"], own["top_p"]),
+            noise=own["noise"],
+            **{name: own[name] for name in OPTIONS if name in own},
+        )
+
+    def _by_rule(
+        self, branches: Mapping[tuple[str, ...], Branch], operands: Sequence[Tensor]
+    ) -> tuple[Any, ...]:
+        """What the branch of the rule's name returns."""
+        (_, branch), *others = branches.items()
+        at = len(operands) - len(self._flat)
+        for names, other in others:
+            branch = partial(_one_of, at, names, other, branch)
+        return branch(*operands)
+
+
+def _one_of(
+    at: int, names: Sequence[str], yes: Branch, no: Branch, *operands: Tensor
+) -> tuple[Any, ...]:
+    """`yes` where the operand at this place is one of these rules, else `no`."""
+    rule = operands[at]
+    which = rule == _number(names[0])
+    for name in names[1:]:
+        which = which | (rule == _number(name))
+    return torch.ops.higher_order.cond(which, yes, no, tuple(operands))
+
+
+def _number(name: str) -> int:
+    return list(RULES).index(name)

@@ -1,0 +1,229 @@
+"""The rules by which periods draft and accept: a function each, and a line in `RULES`.
+
+A mode of generation of that name follows from the line, on every back end that runs the entries; in
+the graph `period` of what is compiled from then on; and in command lines. A number that a rule asks
+for is a field of `RuleOptions`: the manifest, plans, requests, graphs and `sirius run` have it from
+there. The functions are given numbers or, as the graph is traced, tensors; they read nothing of the
+device. PyTorch is imported once there are tensors to work on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+from sirius_runtime.errors import ConfigError
+from sirius_runtime.sampling import LEAST_TEMPERATURE, Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sirius_runtime.policy import Decision, Draft
+    from sirius_runtime.tree import Level, Tree
+
+Range = tuple[Callable[[float], bool], str]
+
+
+def _number(default: float, metavar: str, about: str, ranges: Sequence[Range]) -> Any:
+    return field(default=default, metadata={"metavar": metavar, "about": about, "ranges": ranges})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleOptions:
+    """The numbers that rules ask for, with their defaults."""
+
+    threshold: float = _number(
+        0.1,
+        "R",
+        "probability that a drafted token needs",
+        (
+            (lambda v: v >= 0.0, "must be >= 0"),
+            (lambda v: v < float("inf"), "must be finite (1.1 accepts no draft either)"),
+        ),
+    )
+    verify_temperature: float = _number(
+        0.6,
+        "T",
+        "softmax temperature of that probability, and of a draft's scores",
+        (
+            (lambda v: 0.0 < v < float("inf"), "must be > 0"),
+            (lambda v: v >= LEAST_TEMPERATURE, f"must be >= {LEAST_TEMPERATURE}"),
+        ),
+    )
+
+
+class RuleNumbers(TypedDict, total=False):
+    """`RuleOptions` as arguments of `generate`; None: the artifact's default."""
+
+    threshold: float | None
+    verify_temperature: float | None
+
+
+OPTIONS = tuple(option.name for option in fields(RuleOptions))
+
+
+def values(options: RuleOptions) -> dict[str, Any]:
+    """The options by name."""
+    return {name: getattr(options, name) for name in OPTIONS}
+
+
+def check_options(options: RuleOptions, *, flags: bool = False) -> None:
+    """Raises ConfigError for numbers out of range, named as options of a command line where
+    `flags`; tensors are a graph's inputs, not yet known.
+    """
+    for option in fields(RuleOptions):
+        value = getattr(options, option.name)
+        for allowed, text in option.metadata["ranges"]:
+            if isinstance(value, Real) and not allowed(float(value)):
+                name = f"--{option.name.replace('_', '-')}" if flags else option.name
+                raise ConfigError(f"{name} {text}, got {value}")
+
+
+class Noise(NamedTuple):
+    """A period's uniform random numbers in [0, 1), float64: all that sampling needs of chance.
+
+    `draft` [B, K - 1]: one a drafted token; `verify` [B, K]: one a depth; `last` [B]: for the token
+    that ends the period. Any of them may be longer: a row uses the same numbers whatever K is.
+    """
+
+    draft: Tensor
+    verify: Tensor
+    last: Tensor
+
+    @classmethod
+    def unpack(cls, uniform: Tensor) -> Noise:
+        """Of a period's numbers in one tensor [B, 2, K]."""
+        return cls(uniform[:, 0, 1:], uniform[:, 1], uniform[:, 0, 0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked(RuleOptions):
+    """What a rule is given. `sampling`, and `noise` [B, 2, >= K] float64, uniform in [0, 1): of
+    rules that draw.
+    """
+
+    sampling: Sampling = Sampling()  # noqa: RUF009  (frozen)
+    noise: Any = None
+
+    @property
+    def numbers(self) -> Noise:
+        assert self.noise is not None, "sampling needs noise"
+        return Noise.unpack(self.noise)
+
+
+def by_threshold(draft: Draft, logits_BNV: Tensor, asked: Asked) -> Decision:
+    """Sirius' rule: a token passes if softmax(full logits / temperature) gives it >= threshold.
+
+    arXiv 2409.03856, section 4; the reference uses a threshold of 0.1 and a temperature of 0.6.
+    A threshold of 0 accepts all, one above 1 none.
+    """
+    from sirius_runtime.policy import Decision, after_parent, likeliest
+
+    logits = logits_BNV.float()
+    scaled = logits / asked.verify_temperature
+    chosen = after_parent(scaled, draft.tree) - scaled.logsumexp(-1).gather(1, draft.tree.parents)
+    choice = likeliest(logits)
+    return Decision(chosen.exp() >= asked.threshold, choice, choice)
+
+
+def by_argmax(draft: Draft, logits_BNV: Tensor, asked: Asked) -> Decision:
+    """A token passes if it is the full path's argmax: the output is the dense greedy one."""
+    from sirius_runtime.policy import Decision, is_choice, likeliest
+
+    choice = likeliest(logits_BNV)
+    return Decision(is_choice(choice, draft.tree), choice, choice)
+
+
+def by_chance(draft: Draft, logits_BNV: Tensor, asked: Asked) -> Decision:
+    """Lossless sampling: committed tokens have the full path's distribution, whatever the draft.
+
+    A sampled chain: a token s drawn from the sparse path's q passes with probability min(1, p(s) /
+    q(s)) under the full path's p; the correction is drawn from max(p - q, 0), renormalised
+    (Leviathan et al., arXiv 2211.17192, theorem 1).
+
+    A tree of deterministic candidates: child after child is accepted with its probability, each
+    refusal removing it from p and renormalising. One draw from p that is followed where it is a
+    child, and emitted where it is not, is the same law, and is what is computed.
+    """
+    import torch
+
+    from sirius_runtime.policy import Decision, draw, is_choice
+
+    p, noise = asked.sampling.distribution(logits_BNV), asked.numbers
+    if draft.distributions is None:
+        choice = draw(p, noise.verify.gather(1, draft.tree.depth.clamp(min=0)))
+        return Decision(is_choice(choice, draft.tree), choice, choice)
+    q, last = draft.distributions, noise.last[:, None]
+    drafted = draft.tree.tokens[:, 1:, None]
+    p_s, q_s = p[:, :-1].gather(-1, drafted)[..., 0], q.gather(-1, drafted)[..., 0]
+    root = torch.ones_like(last, dtype=torch.bool)
+    passes = torch.cat([root, noise.verify[:, : q.shape[1]] * q_s < p_s], 1)
+    bonuses = draw(p, last.expand(p.shape[:-1]))
+    residual = (p[:, :-1] - q).clamp(min=0.0)
+    corrections = draw(residual, last.expand(residual.shape[:-1]))
+    return Decision(passes, torch.cat([corrections, bonuses[:, -1:]], 1), bonuses)
+
+
+def best_paths(
+    tree: Tree, logits_BWV: Tensor, level: Tensor, width: int, asked: Asked
+) -> tuple[Level, Tensor | None]:
+    """The `width` best paths, scored at the verify temperature; for width 1 the likeliest token."""
+    from sirius_runtime.tree import propose
+
+    return propose(tree, logits_BWV, level, width, asked.verify_temperature), None
+
+
+def drawn_chain(
+    tree: Tree, logits_BWV: Tensor, level: Tensor, width: int, asked: Asked
+) -> tuple[Level, Tensor | None]:
+    """A chain whose tokens are drawn from the sparse path's own distribution."""
+    import torch
+
+    from sirius_runtime.policy import draw
+    from sirius_runtime.tree import Level, beams
+
+    assert width == 1, "a tree's candidates are not drawn"
+    q = asked.sampling.distribution(logits_BWV[:, 0])
+    # A sparse path that computes NaN is sure of token 0: a draft may be of any distribution.
+    sure = (torch.arange(q.shape[-1], device=q.device) == 0).to(q.dtype)
+    q = torch.where(q == q, q, sure)
+    token = draw(q, asked.numbers.draft.index_select(1, level[None] - 1)[:, 0])[:, None]
+    log_p = (logits_BWV[:, 0].float() / asked.verify_temperature).log_softmax(-1)
+    above = beams(level - 1, 1, 1)
+    score = tree.scores.index_select(1, above) + log_p.gather(1, token)
+    return Level(token, above.expand(token.shape), score), q
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to draft and to accept.
+
+    accept: which drafted tokens pass, and what is emitted after a node, by the full path's logits
+    after each node [B, N, V]. draft: the nodes of a chain's `level` (int64 [], from 1), by the
+    sparse logits [B, 1, V] above it, and the distribution [B, V] that they were drawn from; a
+    tree's are `best_paths`. draws: both take random numbers.
+    """
+
+    accept: Callable[[Draft, Tensor, Asked], Decision]
+    draft: Callable[[Tree, Tensor, Tensor, int, Asked], tuple[Level, Tensor | None]] = best_paths
+    draws: bool = False
+    options: tuple[str, ...] = ()
+
+
+RULES: dict[str, Rule] = {
+    "sirius": Rule(by_threshold, options=("threshold", "verify_temperature")),
+    "exact": Rule(by_argmax),
+    "sample": Rule(by_chance, drawn_chain, draws=True),
+}
+"""By the name of the mode; a graph's input `rule` is the place in this order."""
+
+
+def options_of(rules: Sequence[str]) -> tuple[str, ...]:
+    """The options that a graph of these rules has as inputs; drafts are scored by one of them."""
+    asked = {
+        "verify_temperature",
+        *(n for name in rules if name in RULES for n in RULES[name].options),
+    }
+    return tuple(name for name in OPTIONS if name in asked)

@@ -1,0 +1,141 @@
+"""The state of a batch of sequences, in the arrays of PyTorch or of NumPy.
+
+Shape letters: `B` rows, `T` tokens of a call, `K` tokens of a period, `V` vocabulary. Every row has
+its own length. What is the same in both libraries is written once, over `xp`, the library.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import numpy as np
+
+from sirius_runtime.entries import PREFILL, SPARSE
+from sirius_runtime.sizes import PREFILL_CHUNK
+from sirius_runtime.spec import ProgramSpec
+from sirius_runtime.stats import measured_density
+
+
+class State(ABC):
+    """A batch of sequences in progress: caches, lengths, roots and statistics.
+
+    After `prefill`, each row's `root` [B] is its last committed token, whose K/V is not in the
+    caches yet; `length` [B] counts the tokens before it. A row that is not `active` [B] stays as it
+    is, until `select` leaves it out. `statistic` [layers, B, I]: what chooses griffin's `neurons`.
+    """
+
+    xp: ClassVar[Any]
+    """The library of the arrays: `torch` or `numpy`."""
+
+    def __init__(self, program: ProgramSpec, rows: int) -> None:
+        self.program = program
+        self._last_position = program.model.max_seq_len - 1
+        self.length: Any = self.array(np.zeros(rows, np.int64))
+        self.root: Any = self.array(np.zeros(rows, np.int64))
+        self.active: Any = self.array(np.ones(rows, bool))
+        self.statistic: Any = None
+        self.neurons: Any = None
+        self.reset()
+
+    @property
+    def rows(self) -> int:
+        return int(self.root.shape[0])
+
+    def reset(self) -> None:
+        """Makes it ready for other sequences, in the same storage."""
+        self.active, self.statistic = self.active | True, None
+        self.kept: Any = self.array(np.zeros(len(self.program.sparsity.counted)))
+        self.kept_tokens: Any = self.array(np.zeros((), np.int64))
+
+    @abstractmethod
+    def array(self, values: np.ndarray) -> Any:
+        """A NumPy array as one of the library, where the state lives."""
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Where everything with the state's arrays happens."""
+        return nullcontext()
+
+    @abstractmethod
+    def run(self, entry: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs an entry on these inputs and on the caches, lengths and neurons that it reads."""
+
+    @abstractmethod
+    def chain(self, entry: str, ids_BT: Any, **more: Any) -> dict[str, Any]:
+        """Runs an entry over a chain of tokens after each row's history; keeps their K/V."""
+
+    @abstractmethod
+    def write(self, k_kept: Any, v_kept: Any) -> None:
+        """Writes K/V [layers, B, G, K, D] of K tokens to the caches' slots after `length`."""
+
+    @abstractmethod
+    def choose_neurons(self) -> None:
+        """Chooses griffin's neurons by the statistic; does nothing for other sparse paths."""
+
+    @abstractmethod
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps these rows and leaves the others out."""
+
+    def fill(self, rows: int) -> None:
+        """Fills the batch up to so many rows, with rows that are not active."""
+        raise NotImplementedError("graphs of this back end take any number of rows")
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, int]:
+        """Runs the prompts densely, in chunks; returns the logits [B, V] after each row's last
+        token, and the number of chunks.
+        """
+        xp, longest = self.xp, max(map(len, prompts))
+        lengths = self.array(np.array([len(prompt) for prompt in prompts]))
+        padded = np.zeros((len(prompts), longest), np.int64)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)] = prompt
+        ids = self.array(padded)
+        logits_BV = None
+        starts = range(0, longest, PREFILL_CHUNK)
+        for start in starts:
+            chunk = ids[:, start : start + PREFILL_CHUNK]
+            size = chunk.shape[1]
+            self.length = xp.clip(lengths, 0, start)
+            result = self.chain(
+                PREFILL,
+                chunk,
+                valid=self.array(np.arange(start, start + size)) < lengths[:, None],
+                last=xp.clip(lengths - 1 - start, 0, size - 1),
+            )
+            new = result["logits"][:, 0]
+            ends_here = (lengths > start) & (lengths <= start + size)
+            logits_BV = new if logits_BV is None else xp.where(ends_here[:, None], new, logits_BV)
+            if "statistic" in result:
+                self.observe(result["statistic"])
+        self.length = lengths
+        return logits_BV, len(starts)
+
+    def step(self, entry: str) -> dict[str, Any]:
+        """Runs an entry over the root alone; counts what a sparse one kept."""
+        result = self.chain(entry, self.root[:, None])
+        if entry == SPARSE:
+            self.count_kept(result, self.active)
+        return result
+
+    def commit(self, advance: Any, root_B: Any) -> None:
+        """Moves the length over `advance` tokens [B], of which the last is the new root."""
+        self.length = self.length + advance * self.active
+        self.root = self.xp.where(self.active, root_B, self.root)
+
+    def observe(self, statistic: Any) -> None:
+        """Adds what tokens say of the neurons."""
+        self.statistic = statistic if self.statistic is None else self.statistic + statistic
+
+    def count_kept(self, result: Mapping[str, Any], rows_B: Any) -> None:
+        """Counts what a sparse step kept in these rows [B]."""
+        if "kept" in result:
+            self.kept = self.kept + (result["kept"] * rows_B).sum(1)
+            self.kept_tokens = self.kept_tokens + rows_B.sum()
+
+    def density(self) -> float:
+        """Share of the parameters that a sparse step read so far: measured where tokens differ in
+        what they keep, else static.
+        """
+        return measured_density(self.program.sparsity, self.kept.tolist(), int(self.kept_tokens))
