@@ -255,7 +255,7 @@ def test_a_period_asks_nothing_of_the_device(compiled: Compile, method: str, fam
     backend = _MetaBackend(
         made.spec,
         {name: to_document(graph) for name, graph in made.program.graphs.items()},
-        {spec.name: made._weights(spec) for spec in made.spec.weights},
+        {spec.name: made.weights(spec) for spec in made.spec.weights},
         dtype=torch.float32,
         device=device,
     )
