@@ -21,6 +21,7 @@ from sirius_compile.capture import Capture, capture
 from sirius_passes.build_period import BuildPeriod
 from sirius_passes.program import PERIOD, Program, copy_graph
 from sirius_runtime.graph import to_document
+from sirius_runtime.rules import RULES
 
 _captured: dict[Hashable, Capture] = {}
 _periods: dict[Hashable, fx.GraphModule] = {}
@@ -55,7 +56,7 @@ class BuildPeriodOnce(BuildPeriod):
 
     def run(self, program: Program) -> int:
         documents = [to_document(module) for module in program.graphs.values()]
-        options = (self.size, self.width, self.max_seq_len, program.sparsity)
+        options = (self.period, self.width, self.max_seq_len, program.sparsity, list(RULES))
         key = (json.dumps(documents), repr(options))
         if _anew or key not in _periods:
             rewrites = super().run(program)
