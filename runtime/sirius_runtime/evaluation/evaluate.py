@@ -99,6 +99,7 @@ def evaluate(
                 input_ids=[a.ids for a in pending],
                 max_new_tokens=new_tokens,
                 stop=pending[0].problem.stop,
+                fallback=False,  # what is measured is the path, whatever it costs here
                 **mode.options,
                 **options.generation,
             )
@@ -170,7 +171,11 @@ def _warm_up(model: SiriusModel, options: EvaluationOptions, asked: _Asked) -> N
     ids = asked.ids[:_WARM_UP]
     for mode in options.modes:
         model.generate(
-            input_ids=[ids], max_new_tokens=_WARM_UP, **mode.options, **options.generation
+            input_ids=[ids],
+            max_new_tokens=_WARM_UP,
+            fallback=False,
+            **mode.options,
+            **options.generation,
         )
 
 
