@@ -17,6 +17,7 @@ import numpy as np
 
 from sirius_runtime.entries import FULL, OBSERVE, SPARSE
 from sirius_runtime.plan import Limits, Plan
+from sirius_runtime.prefix import Prefix
 from sirius_runtime.spec import ProgramSpec
 from sirius_runtime.state import State
 from sirius_runtime.stats import Phase, PhaseClock
@@ -184,15 +185,20 @@ class Decoder:
         self._refresh, self._periods = refresh, 0
         self._rows, self._scorer = rows, scorer
 
-    def prefill(self, prompts: Sequence[Sequence[int]], noise: np.ndarray | None) -> list[int]:
-        """Runs the prompts densely; returns the first token of each row, drawn by noise [rows, 1,
-        1] where it is given.
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        noise: np.ndarray | None,
+        prefix: Prefix | None = None,
+    ) -> list[int]:
+        """Runs the prompts densely, but for their `prefix`; returns the first token of each row,
+        drawn by noise [rows, 1, 1] where it is given.
         """
         state = self.state
         with state.computing():
             if self._scorer is not None:
                 self._scorer.begin(prompts)
-            logits, self.prefill_passes = state.prefill(prompts)
+            logits, self.prefill_passes = state.prefill(prompts, prefix)
             # Once: with a choice a chunk, a longer neighbour would use up a row's random numbers.
             number = None if noise is None else state.array(noise)[:, 0, 0]
             state.root = self._choose(logits, state.length, number)

@@ -15,6 +15,7 @@ from sirius_runtime.decoder import Backend, Period, Way
 from sirius_runtime.errors import GenerationError
 from sirius_runtime.guard import Guard
 from sirius_runtime.logits_options import TokenLogprobs
+from sirius_runtime.prefix import Prefix
 from sirius_runtime.request import FinishReason, Mode, Request
 from sirius_runtime.rules import RULES
 from sirius_runtime.sampling import NO_TOKEN
@@ -91,7 +92,10 @@ class Generation:
         prompts: list[list[int]],
         request: Request,
         streamer: Streamer | None,
+        prefix: Prefix | None = None,
     ) -> None:
+        """prefix: what all prompts begin with, run already."""
+        self._prefix = prefix
         self._prompts, self._request, self._streamer = prompts, request, streamer
         seeds = request.seeds or (None,) * len(prompts)
         self._rows = [
@@ -119,7 +123,7 @@ class Generation:
         decoder = self._decoder
         if self._streamer is not None:
             self._streamer.put(decoder.array(self._prompts[:1]))
-        first = decoder.prefill(self._prompts, self._noise(Way.DENSE))
+        first = decoder.prefill(self._prompts, self._noise(Way.DENSE), self._prefix)
         self._recorder.prefill_passes = decoder.prefill_passes
         self._commit([[token] for token in first])
         self._recorder.clock.end_prefill()
@@ -186,8 +190,8 @@ class Generation:
                 live.append((did.drafted, len(did.tokens) - 1))
                 if way is Way.DRAFT:
                     self._recorder.period(index, did.drafted + 1, len(did.tokens))
-        if way is Way.DENSE:
-            self._recorder.dense_tokens += len(live)
+                elif way is Way.DENSE:
+                    self._recorder.dense_step(index)
         return live
 
     def _observation(

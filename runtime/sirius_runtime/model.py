@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 from tokenizers import Tokenizer
 
 from sirius_runtime.chat import NO_TEMPLATE, Chat, conversations
-from sirius_runtime.decoder import Backend
+from sirius_runtime.decoder import Backend, Decoder
 from sirius_runtime.errors import GenerationError, shown
 from sirius_runtime.forking import check_threads_live, ran_on
 from sirius_runtime.generation import Generation, Streamer
 from sirius_runtime.logits_options import LogitsOptions, LogitsProcessor, TokenLogprobs
+from sirius_runtime.prefix import Prefix
 from sirius_runtime.prompts import Prompt, PromptReader, is_text, read_ids
 from sirius_runtime.request import (
     FinishReason,
@@ -22,8 +23,9 @@ from sirius_runtime.request import (
     read_options,
 )
 from sirius_runtime.rules import OPTIONS, RuleNumbers
+from sirius_runtime.scores import TokenScores, score
 from sirius_runtime.spec import ProgramSpec
-from sirius_runtime.stats import GenerationStats, RowSteps
+from sirius_runtime.stats import GenerationStats, PhaseClock, RowSteps
 from sirius_runtime.text import answer_text
 from sirius_runtime.tokenizer_guard import panics_caught
 from sirius_runtime.watched_file import WatchedFile
@@ -110,6 +112,57 @@ class SiriusModel:
         return tuple(map(tuple, rows))
 
     @panics_caught()
+    def prefix(self, inputs: Inputs, *, add_special_tokens: bool = True) -> Prefix:
+        """Runs one prompt, for `generate` to begin others with: see its `prefix`."""
+        rows = self._prompts.read(inputs, add_special_tokens=add_special_tokens)
+        if len(rows) != 1:
+            raise GenerationError(f"a prefix is one prompt, got {len(rows)}; give one")
+        state = self._open(1, len(rows[0])).state
+        with state.computing():
+            return state.prefix(rows[0])
+
+    @panics_caught()
+    def score(
+        self, inputs: Inputs, *, start: int | Sequence[int] = 1, add_special_tokens: bool = True
+    ) -> tuple[TokenScores, ...]:
+        """The full path's log-probability of each token of one text or several, given those before
+        it; and whether it is the likeliest.
+
+        start: the first token that is scored, of all rows or of each; 1 is the first one that has
+        another before it. Raises GenerationError for a row that is too long, or has no such token.
+        """
+        rows = self._prompts.read(inputs, add_special_tokens=add_special_tokens)
+        starts = [start] * len(rows) if isinstance(start, int) else list(start)
+        if len(starts) != len(rows):
+            raise GenerationError(f"start: {len(starts)} numbers for {len(rows)} rows")
+        for index, (row, first) in enumerate(zip(rows, starts, strict=True)):
+            if not 1 <= first <= len(row):
+                raise GenerationError(
+                    f"start must be in 1..{len(row)} in row {index}, the number of its tokens, got "
+                    f"{first}"
+                )
+        # The last token of a row is scored, and not run.
+        state = self._open(len(rows), max(2, *map(len, rows)) - 1).state
+        with state.computing():
+            return score(state, rows, starts)
+
+    def _open(self, rows: int, tokens: int) -> Decoder:
+        """A decoder of the full path, for rows of so many tokens; checks what `generate` checks."""
+        check_threads_live(self.backend.threads)
+        self._check_file()
+        request = read_options(
+            Options(mode=Mode.FULL),
+            self.program,
+            self.backend.limits,
+            prompt_lengths=[tokens] * rows,
+            max_new_tokens=1,
+            eos=frozenset(),
+            stop=(),
+        )
+        ran_on(self.backend.threads)
+        return self.backend.open(request, rows, tokens + 1, PhaseClock(self.backend.device))
+
+    @panics_caught()
     def generate(
         self,
         inputs: Inputs | None = None,
@@ -139,6 +192,7 @@ class SiriusModel:
         logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
         logprobs: int | None = None,
         streamer: Streamer | None = None,
+        prefix: Prefix | None = None,
         **more: Unpack[MoreOptions],
     ) -> GenerationOutput:
         """Generates from one prompt or a batch.
@@ -154,7 +208,8 @@ class SiriusModel:
         max_new_tokens: by default what is left of the model's length, at most 256. stop: strings
         that end a row once they stand in its text, in which special tokens count where a stop
         string names them. eos_token_id: replaces the model's own EOS ids. streamer: one row only;
-        is given committed tokens, never taken back.
+        is given committed tokens, never taken back. prefix: what `prefix` made of tokens that all
+        prompts begin with: they are not run again.
 
         mode: ``sirius``, ``exact`` (dense greedy tokens), ``sample`` (tokens of the full path's
         distribution), ``full`` or ``sparse``. temperature (1), top_k (0: no limit), top_p (1),
@@ -242,7 +297,9 @@ class SiriusModel:
         )
         if streamer is not None and len(prompts) != 1:
             raise GenerationError(f"a streamer takes one row, the batch has {len(prompts)}")
-        generation = Generation(self.backend, self.tokenizer, prompts, request, streamer)
+        if prefix is not None:
+            prefix.check(prompts)
+        generation = Generation(self.backend, self.tokenizer, prompts, request, streamer, prefix)
         ran_on(self.backend.threads)
         rows, stats = generation.run()
         self._check_file()

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sirius_runtime.entries import PREFILL, SPARSE
+from sirius_runtime.prefix import Prefix
 from sirius_runtime.sizes import PREFILL_CHUNK
 from sirius_runtime.spec import ProgramSpec
 from sirius_runtime.stats import measured_density
@@ -78,14 +79,36 @@ class State(ABC):
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows and leaves the others out."""
 
+    @abstractmethod
+    def first_kv(self, tokens: int) -> tuple[Any, Any]:
+        """A copy of the K/V [layers, 1, G, P, D] of the first row's first tokens."""
+
+    @abstractmethod
+    def restore(self, k: Any, v: Any) -> None:
+        """Writes K/V of `first_kv` to the first slots of every row."""
+
     def fill(self, rows: int) -> None:
         """Fills the batch up to so many rows, with rows that are not active."""
         raise NotImplementedError("graphs of this back end take any number of rows")
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, int]:
+    def prefix(self, tokens: Sequence[int]) -> Prefix:
+        """Runs tokens as the first row's prompt, and keeps what they leave."""
+        _, passes = self.prefill([tokens])
+        return Prefix(tuple(tokens), *self.first_kv(len(tokens)), self.statistic, passes)
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], prefix: Prefix | None = None
+    ) -> tuple[Any, int]:
         """Runs the prompts densely, in chunks; returns the logits [B, V] after each row's last
-        token, and the number of chunks.
+        token, and the number of chunks. prefix: what all of them begin with, which is not run.
         """
+        begin = 0
+        if prefix is not None:
+            begin = len(prefix.tokens)
+            self.length = self.length * 0
+            self.restore(prefix.k, prefix.v)
+            if prefix.statistic is not None:
+                self.observe(prefix.statistic)  # of every row alike
         xp, longest = self.xp, max(map(len, prompts))
         lengths = self.array(np.array([len(prompt) for prompt in prompts]))
         padded = np.zeros((len(prompts), longest), np.int64)
@@ -93,7 +116,7 @@ class State(ABC):
             padded[row, : len(prompt)] = prompt
         ids = self.array(padded)
         logits_BV = None
-        starts = range(0, longest, PREFILL_CHUNK)
+        starts = range(begin, longest, PREFILL_CHUNK)
         for start in starts:
             chunk = ids[:, start : start + PREFILL_CHUNK]
             size = chunk.shape[1]

@@ -102,12 +102,11 @@ class GenerationStats:
 @dataclass(frozen=True)
 class RowSteps:
     """How a row's tokens were made. `periods`: for each, the tokens that it could have committed,
-    drafted ones and one of the full path, and those that it did. `dense`: tokens of dense steps
-    between periods.
+    drafted ones and one of the full path, and those that it did. `dense`: tokens of dense steps.
     """
 
     periods: tuple[tuple[int, int], ...]
-    dense: int = 0
+    dense: int
 
 
 class Device(Protocol):
@@ -188,12 +187,17 @@ class StatsRecorder:
     draft_steps: int = 0
     full_passes: int = 0
     tokens: int = 0
-    dense_tokens: int = 0
     fallback: Fallback | None = None
     _periods: list[list[tuple[int, int]]] = field(default_factory=list)
+    _dense: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._periods = [[] for _ in range(self.rows)]
+        self._dense = [0] * self.rows
+
+    def dense_step(self, row: int) -> None:
+        """Notes that a dense step made a token of `row`."""
+        self._dense[row] += 1
 
     def period(self, row: int, size: int, advance: int) -> None:
         """Notes that a period of `size` - 1 drafted levels committed `advance` tokens of `row`."""
@@ -202,7 +206,10 @@ class StatsRecorder:
     @property
     def by_row(self) -> tuple[RowSteps, ...]:
         """What was noted of each row."""
-        return tuple(RowSteps(tuple(periods)) for periods in self._periods)
+        return tuple(
+            RowSteps(tuple(periods), dense)
+            for periods, dense in zip(self._periods, self._dense, strict=True)
+        )
 
     def close(self, density: float) -> GenerationStats:
         every = [p for row in self._periods for p in row]
@@ -212,10 +219,11 @@ class StatsRecorder:
         advance = sum(a for _, a in reads)
         drafted = sum(size - 1 for size, _ in every)
         weight_reads = sum((size - 1) * density + 1 for size, _ in reads)
+        dense = sum(self._dense)
         steps = self.draft_steps + self.full_passes
         effective = None
         if advance:
-            effective = (weight_reads + self.dense_tokens) / (advance + self.dense_tokens)
+            effective = (weight_reads + dense) / (advance + dense)
         elif steps:  # modes without periods
             effective = (self.draft_steps * density + self.full_passes) / steps
         return GenerationStats(
@@ -238,6 +246,6 @@ class StatsRecorder:
                 Phase.PERIOD: 0.0,  # counted as the drafts and verifications that it holds
                 Phase.REST: float(self.prefill_passes * self.weight_bytes),
             },
-            dense_tokens=self.dense_tokens,
+            dense_tokens=dense,
             fallback=self.fallback,
         )

@@ -111,6 +111,13 @@ class TensorState(State):
         for cache, kept in ((self.k_cache, k_kept), (self.v_cache, v_kept)):
             cache.scatter_(3, slots.expand(kept.shape), kept)
 
+    def first_kv(self, tokens: int) -> tuple[Tensor, Tensor]:
+        return self.k_cache[:, :1, :, :tokens].clone(), self.v_cache[:, :1, :, :tokens].clone()
+
+    def restore(self, k: Tensor, v: Tensor) -> None:
+        self.k_cache[:, :, :, : k.shape[3]] = k
+        self.v_cache[:, :, :, : v.shape[3]] = v
+
     def choose_neurons(self) -> None:
         if self.statistic is not None:
             self.neurons = select_neurons(self.statistic, self.program.sparsity.kept_neurons)

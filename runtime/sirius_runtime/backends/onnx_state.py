@@ -126,6 +126,14 @@ class OnnxState(State):
     def write(self, k_kept: Any, v_kept: Any) -> None:
         self._caches.write(self.length, k_kept, v_kept)
 
+    def first_kv(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        k, v = (self._caches.values[name].numpy() for name in ("k_cache", "v_cache"))
+        return k[:, :1, :, :tokens].copy(), v[:, :1, :, :tokens].copy()
+
+    def restore(self, k: np.ndarray, v: np.ndarray) -> None:
+        every = (self.backend.value(np.repeat(part, self.rows, 1)) for part in (k, v))
+        self._caches.write(np.zeros(self.rows, np.int64), *every)
+
     def choose_neurons(self) -> None:
         """Gathers the weights of the neurons of largest statistic."""
         if self.statistic is None:

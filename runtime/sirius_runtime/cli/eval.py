@@ -29,11 +29,13 @@ from sirius_runtime.evaluation.modes import DEFAULT, read_modes
 from sirius_runtime.terminal import plain
 
 if TYPE_CHECKING:
+    from sirius_runtime.evaluation.evaluate import EvaluationOptions
+    from sirius_runtime.evaluation.harness import HarnessScore
     from sirius_runtime.evaluation.problems import Task
     from sirius_runtime.evaluation.summary import Interval, Summary
 
-GSM8K, HUMANEVAL = "gsm8k", "humaneval"
-_GENERATION = ("period", "tree_width", "verify_temperature", "confidence", "refresh")
+GSM8K, HUMANEVAL, LM_EVAL = "gsm8k", "humaneval", "lm-eval:"
+_GENERATION = ("period", "tree_width", "verify_temperature", "confidence", "refresh", "fallback")
 _WIDTH = 120  # of a table, at the most
 T = TypeVar("T")
 
@@ -43,13 +45,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         required=True,
         metavar="TASK",
-        help="a file of problems (FILE.jsonl, see docs/eval.md), gsm8k or humaneval",
+        help="a file of problems (FILE.jsonl, see docs/eval.md), gsm8k, humaneval, or lm-eval:NAME "
+        "of lm-evaluation-harness",
     )
     parser.add_argument(
         "--data", type=path_argument, metavar="FILE", help="the problems of gsm8k or humaneval"
     )
     parser.add_argument(
         "--shots", type=path_argument, metavar="FILE", help="gsm8k: the file of worked examples"
+    )
+    parser.add_argument(
+        "--include", type=path_argument, metavar="DIR", help="lm-eval: a folder of your own tasks"
     )
     parser.add_argument(
         "--num-shots", type=whole_number, metavar="N", help="worked examples (gsm8k: 8)"
@@ -75,6 +81,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify-temperature", type=real_number, metavar="T")
     parser.add_argument("--confidence", type=real_number, metavar="C")
     parser.add_argument("--refresh", type=whole_number, metavar="N")
+    parser.add_argument(
+        "--fallback",
+        action="store_const",
+        const=True,
+        help="decode densely while drafts do not pay, as `sirius run` does (default: measure the "
+        "method itself; then no token depends on the clock)",
+    )
+    parser.add_argument(
+        "--no-share-prefix",
+        dest="share_prefix",
+        action="store_false",
+        help="run what all prompts begin with again for each",
+    )
     parser.add_argument(
         "--out",
         type=new_file_argument,
@@ -106,8 +125,12 @@ def _run(args: argparse.Namespace) -> None:
         generation={
             name: value for name in _GENERATION if (value := getattr(args, name)) is not None
         },
+        share_prefix=args.share_prefix,
         allow_code_execution=args.allow_code_execution,
     )
+    if args.task.startswith(LM_EVAL):
+        _run_harness(args, options)
+        return
     task, loading = _task(args), loading_options(args)
     model = load(**loading)
     identity = {"artifact": _identity(args.artifact), "dtype": args.dtype, "backend": args.backend}
@@ -121,6 +144,44 @@ def _run(args: argparse.Namespace) -> None:
         title = f"{task.name}: {summaries[0].problems} problems"
         _print_table(title, _columns(summaries), summaries)
         say("none: texts without an answer. cut: texts that --max-new-tokens ended.")
+
+
+def _run_harness(args: argparse.Namespace, options: EvaluationOptions) -> None:
+    from sirius_runtime.evaluation.harness import evaluate_by_harness
+    from sirius_runtime.loading import load
+
+    unused = ("data", "shots", "out", "seed")
+    if given := [f"--{name}" for name in unused if getattr(args, name) is not None]:
+        raise ConfigError(
+            f"{', '.join(given)}: not of lm-eval:… tasks, whose data and order are the harness's "
+            "own; leave it out"
+        )
+    model = load(**loading_options(args))
+    with _progress("modes") as progress:
+        scores = evaluate_by_harness(
+            model,
+            args.task.removeprefix(LM_EVAL),
+            options,
+            num_shots=args.num_shots,
+            chat=args.chat,
+            system=args.system,
+            include=None if args.include is None else str(args.include),
+            progress=progress,
+        )
+    if args.json:
+        say(json.dumps([asdict(score) for score in scores]))
+        return
+    columns: list[tuple[str, Callable[[HarnessScore], str]]] = [
+        ("mode", lambda s: s.mode),
+        ("task", lambda s: s.task),
+        ("metric", lambda s: s.metric),
+        ("value", lambda s: f"{s.value:.4f}"),
+        ("stderr", lambda s: figure(s.stderr, 4)),
+        ("AAL", lambda s: figure(s.aal, 2)),
+        ("eff.", lambda s: figure(s.effective_density, 3)),
+        ("tokens/s", lambda s: figure(s.tokens_per_second, 1)),
+    ]
+    _print_table(args.task, columns, scores, left=3)
 
 
 def _task(args: argparse.Namespace) -> Task:
@@ -137,12 +198,13 @@ def _task(args: argparse.Namespace) -> Task:
         "--shots": (args.task != GSM8K or args.chat) and args.shots is not None,
         "--num-shots": (args.task != GSM8K or args.chat) and args.num_shots is not None,
         "--system": args.system is not None and not args.chat,
+        "--include": args.include is not None,
     }
     if any(unused.values()):
         flags = ", ".join(flag for flag, given in unused.items() if given)
         raise ConfigError(
             f"{flags}: of no use here (--data is of gsm8k and humaneval, --shots and --num-shots "
-            "of gsm8k without --chat, --system of --chat); leave it out"
+            "of gsm8k without --chat, --system of --chat, --include of lm-eval:…); leave it out"
         )
     chat = {"chat": args.chat, "system": args.system}
     if args.task == GSM8K:

@@ -16,11 +16,13 @@ from sirius_runtime.evaluation.problems import Problem, Task
 from sirius_runtime.evaluation.python_answers import CodeGrader
 from sirius_runtime.evaluation.results import Result, Results
 from sirius_runtime.evaluation.summary import Summary, summarise
+from sirius_runtime.prefix import Prefix, shared_prefix
 
 if TYPE_CHECKING:
     from sirius_runtime.model import GenerationOutput, SiriusModel
 
 _WARM_UP = 8  # tokens, before anything is timed
+_PREFIX = 32  # tokens, the fewest that are worth it
 
 
 class EvaluationWarning(UserWarning):
@@ -30,7 +32,8 @@ class EvaluationWarning(UserWarning):
 @dataclass(frozen=True)
 class EvaluationOptions:
     """`seed`: orders the problems, of which `limit` are taken, and resamples them. `generation`:
-    more arguments of `generate`. allow_code_execution: run the code of answers, in a limited child.
+    more arguments of `generate`. share_prefix: run what all prompts begin with once.
+    allow_code_execution: run the code of answers, in a limited child.
     """
 
     modes: tuple[ModeChoice, ...]
@@ -39,6 +42,7 @@ class EvaluationOptions:
     limit: int | None = None
     seed: int | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
+    share_prefix: bool = True
     allow_code_execution: bool = False
 
 
@@ -80,6 +84,7 @@ def evaluate(
         "max_new_tokens": new_tokens,
         "batch_size": options.batch_size,
         "seed": options.seed,
+        "share_prefix": options.share_prefix,
         "options": dict(options.generation),
     }
     with Results(settings, out) as results:
@@ -94,14 +99,16 @@ def evaluate(
         progress(total - missing, total)
         if batches:
             _warm_up(model, options, asked[0])
+        prefix = _prefix(model, asked) if batches and options.share_prefix else None
         for number, (mode, pending) in enumerate(batches):
             output = model.generate(
                 input_ids=[a.ids for a in pending],
                 max_new_tokens=new_tokens,
                 stop=pending[0].problem.stop,
-                fallback=False,  # what is measured is the path, whatever it costs here
+                prefix=prefix,
                 **mode.options,
-                **options.generation,
+                # What is measured is the path, whatever it costs here.
+                **{"fallback": False, **options.generation},
             )
             assert output.texts is not None
             grades = [
@@ -164,6 +171,12 @@ def _batches(asked: Sequence[_Asked], size: int) -> Iterator[list[_Asked]]:
     for group in by_stop.values():
         for start in range(0, len(group), size):
             yield group[start : start + size]
+
+
+def _prefix(model: SiriusModel, asked: Sequence[_Asked]) -> Prefix | None:
+    """What all prompts begin with, where that is worth a run of its own."""
+    shared = shared_prefix([one.ids for one in asked])
+    return model.prefix(shared) if len(asked) > 1 and len(shared) >= _PREFIX else None
 
 
 def _warm_up(model: SiriusModel, options: EvaluationOptions, asked: _Asked) -> None:
