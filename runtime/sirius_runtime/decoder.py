@@ -216,14 +216,13 @@ class Decoder:
         noise [rows, 2, K] float64: where tokens are drawn; of a step its first number alone.
         """
         state, rows = self.state, len(sizes)
-        spare = (0, state.rows - rows)
         self._periods += 1
         due = self._refresh > 0 and self._periods % self._refresh == 0
         with state.computing():
             if noise is not None:
-                noise = state.array(np.pad(noise, (spare, (0, 0), (0, 0))))
+                noise = state.array(self._filled(noise, 0))
             plan = replace(plan, noise=noise, observes=self._refresh > 0, refreshes=due)
-            most = state.array(np.pad(np.array(sizes), spare, constant_values=1))
+            most = state.array(self._filled(np.array(sizes), 1))
             outcome = self._ways[way].period(state, plan, most, self._clock)
             read = outcome.packed[:rows].tolist()  # the one read of device values in a period
         return Period(
@@ -242,7 +241,7 @@ class Decoder:
         """Says which rows go on; the others stay as they are."""
         state = self.state
         with state.computing():
-            state.active = state.array(np.pad(np.array(active), (0, state.rows - len(active))))
+            state.active = state.array(self._filled(np.array(active), False))
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows and leaves the others out, with their state."""
@@ -258,3 +257,11 @@ class Decoder:
     def array(self, tokens: Sequence[Any]) -> Any:
         """Tokens as the back end's own kind of array, for streamers."""
         return self.state.xp.asarray(tokens)
+
+    def _filled(self, values: np.ndarray, value: float) -> np.ndarray:
+        """`values` [rows, ...] with those of the rows that fill the batch up."""
+        spare = self.state.rows - len(values)
+        if not spare:
+            return values
+        more = np.full((spare, *values.shape[1:]), value, values.dtype)
+        return np.concatenate([values, more])

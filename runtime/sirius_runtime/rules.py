@@ -75,8 +75,10 @@ def check_options(options: RuleOptions, *, flags: bool = False) -> None:
     """
     for option in fields(RuleOptions):
         value = getattr(options, option.name)
+        if not isinstance(value, Real):
+            continue
         for allowed, text in option.metadata["ranges"]:
-            if isinstance(value, Real) and not allowed(float(value)):
+            if not allowed(float(value)):
                 name = f"--{option.name.replace('_', '-')}" if flags else option.name
                 raise ConfigError(f"{name} {text}, got {value}")
 
