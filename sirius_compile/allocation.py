@@ -8,36 +8,53 @@ step is the same number of weights skipped, whichever linear skips them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sirius_compile.quantiles import QuantileSketch
-from sirius_compile.texts import Sample
-from sirius_compile.tokenwise import Block, Tokenwise
+from sirius_compile.texts import padded
+from sirius_compile.tokenwise import Block, History, Tokenwise
+from sirius_compile.watch import Watch, unwatched
+from sirius_compile.writing import Text
 from sirius_passes.sparsify import KEEP_ALL
 from sirius_runtime.spec import SiteSpec
 
 STEP = 0.05  # of a layer's weights; TEAL's own
 LEAST_KEPT = 0.05  # of any one linear's channels
-ROWS, TOKENS = 4, 128  # of text that errors are measured on, at the most
+ROWS, TOKENS = 3, 48  # of text that errors are measured on, at the most
 
 
 def allocate(
-    path: Tokenwise, samples: Sequence[Sample], sketch: QuantileSketch, keep: float
+    path: Tokenwise, text: Text, sketch: QuantileSketch, keep: float, watch: Watch = unwatched
 ) -> list[float]:
     """The share that each counted site keeps: `keep` of each layer's weights in all."""
-    ids, prompt = _batch(samples)
     sites = path.spec.sparsity.counted
     shares = [keep] * len(sites)
+    with watch.count("share out sparsity", path.spec.state.layers) as done:
 
-    def visit(block: Block) -> None:
-        for site, share in _allocate_layer(block, sites, sketch, keep).items():
-            shares[site] = share
+        def visit(block: Block) -> None:
+            for site, share in _allocate_layer(block, sites, sketch, keep).items():
+                shares[site] = share
+            done()
 
-    path.blocks(ids, path.neurons(ids[:, :prompt]), visit)
+        ids, prompts, history = _ends(text)
+        path.blocks(ids, path.neurons(prompts), visit, history)
     return shares
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A linear made sparser: the layer's output is then off by `error`, of which the move has
+    `added` a part. `after`: moves made before it was measured.
+    """
+
+    sparsity: float
+    error: float
+    added: float
+    after: int
 
 
 def _allocate_layer(
@@ -45,26 +62,32 @@ def _allocate_layer(
 ) -> dict[int, float]:
     weights = {index: sites[index].units * sites[index].params for index in block.sites}
     total, dense = sum(weights.values()), block.output.float()
-    sparsity = dict.fromkeys(block.sites, 0.0)
+    sparsity, moves = dict.fromkeys(block.sites, 0.0), dict[int, _Move]()
+    left, error, made = total * (1.0 - keep), 0.0, 0
 
-    def error(changed: int, value: float) -> float:
-        chosen = sparsity | {changed: value}
-        thresholds = {i: _threshold(sketch, i, s) for i, s in chosen.items()}
-        return float((block.run(thresholds).float() - dense).square().sum())
+    def measure(site: int, step: float) -> _Move:
+        wanted = min(sparsity[site] + step / weights[site], 1.0 - LEAST_KEPT)
+        output = block.run(site, _threshold(sketch, site, wanted)).float()
+        found = float((output - dense).square().sum())
+        return _Move(wanted, found, found - error, made)
 
-    left = total * (1.0 - keep)
     while left > 1e-9 * total:
         step = min(STEP * total, left)
-        room = {
-            index: min(sparsity[index] + step / weights[index], 1.0 - LEAST_KEPT)
-            for index in block.sites
-            if sparsity[index] < 1.0 - LEAST_KEPT
-        }
-        if not room:  # every linear is as sparse as it may be
+        if step < STEP * total:
+            moves.clear()  # they were of larger steps
+        able = [site for site in block.sites if sparsity[site] < 1.0 - LEAST_KEPT]
+        if not able:
             break
-        best = min(room, key=lambda index: error(index, room[index]))
-        left -= (room[best] - sparsity[best]) * weights[best]
-        sparsity[best] = room[best]
+        # What a move adds hardly depends on the others: it is measured anew only where it is next.
+        while True:
+            best = min(able, key=lambda site: moves[site].added if site in moves else -math.inf)
+            if best in moves and moves[best].after == made:
+                break
+            moves[best] = measure(best, step)
+        move = moves.pop(best)
+        block.set(best, _threshold(sketch, best, move.sparsity))
+        left -= (move.sparsity - sparsity[best]) * weights[best]
+        sparsity[best], error, made = move.sparsity, move.error, made + 1
     return {index: 1.0 - value for index, value in sparsity.items()}
 
 
@@ -72,10 +95,20 @@ def _threshold(sketch: QuantileSketch, site: int, sparsity: float) -> float:
     return KEEP_ALL if sparsity == 0.0 else sketch.quantile(site, sparsity)
 
 
-def _batch(samples: Sequence[Sample]) -> tuple[Tensor, int]:
-    """The longest samples as rows [R, T] of one length, and how much of each is the prompt."""
-    longest = sorted(samples, key=len, reverse=True)[:ROWS]
-    tokens = min(TOKENS, min(map(len, longest)))
-    # The end of a sample is what was decoded.
-    ids = torch.tensor([sample.tokens[-tokens:] for sample in longest])
-    return ids, max(1, tokens // 2)
+def _ends(text: Text) -> tuple[Tensor, list[tuple[int, ...]], History | None]:
+    """The ends of the longest samples as rows [R, T] of one length, which is what was decoded; the
+    prompts before them, and what comes before them where the full path has run it.
+    """
+
+    def new(row: int) -> int:
+        sample = text.samples[row]
+        return len(sample) - (0 if text.caches is None else sample.prompt)
+
+    rows = sorted(range(len(text.samples)), key=new, reverse=True)[:ROWS]
+    tokens = min(TOKENS, min(map(new, rows)))
+    if text.caches is None:
+        ends = [text.samples[row].tokens[-tokens:] for row in rows]
+        return padded(ends), [end[: max(1, tokens // 2)] for end in ends], None
+    starts = [len(text.samples[row]) - tokens for row in rows]
+    ids, history = text.after(rows, starts, tokens)
+    return ids, text.prompts(rows), history

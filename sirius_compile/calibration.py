@@ -6,17 +6,18 @@ the text that made it would always hold.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from sirius_compile.allocation import allocate
 from sirius_compile.pipeline import Thresholds
 from sirius_compile.quantiles import QuantileSketch
-from sirius_compile.texts import Sample, hold_out
-from sirius_compile.tokenwise import Look, Tokenwise
+from sirius_compile.texts import check_amount
+from sirius_compile.tokenwise import Tokenwise
+from sirius_compile.watch import Watch, each, unwatched
+from sirius_compile.writing import Text, observe
 from sirius_passes.sparsify import KEEP_ALL, Threshold
 from sirius_runtime.errors import CalibrationError
 from sirius_runtime.spec import SiteSpec
@@ -59,47 +60,45 @@ class Calibration:
         return replace(self, sites=tuple(s for s in self.sites if s.layer in layers))
 
 
-def calibrate(path: Tokenwise, samples: Sequence[Sample], keep: float) -> Calibration:
+def calibrate(
+    path: Tokenwise, used: Text, held: Text, keep: float, watch: Watch = unwatched
+) -> Calibration:
     """Thresholds of the counted sites of `path`, which keeps all of them: those of MLPs keep the
     share `keep` of their neurons, those of linears share their layer's by their error.
 
     Raises CalibrationError where there is too little text, or where a site's activations leave no
     threshold that keeps some units and not all.
     """
-    used, held = hold_out(samples)
-    sketch = QuantileSketch()
-    for sample in used:
-        observe(path, sample, sketch.add)
+    check_amount(len(used) + len(held))
+    sketch, check = QuantileSketch(), QuantileSketch()
+    parts = [(sketch, used, rows) for rows in used.parts()]
+    parts += [(check, held, rows) for rows in held.parts()]
+    for into, text, rows in each(watch, "read activations", parts):
+        observe(path, text, rows, into.add)
     sites = path.spec.sparsity.counted
     linears = [node.target is torch.ops.sirius.sparse_linear.default for node in path.counted]
-    shares = allocate(path, used, sketch, keep) if any(linears) else [keep] * len(sites)
+    shares = allocate(path, used, sketch, keep, watch) if any(linears) else [keep] * len(sites)
     thresholds = [
         KEEP_ALL if share == 1.0 else sketch.quantile(site, 1.0 - share)
         for site, share in enumerate(shares)
     ]
     for index, site in enumerate(sites):
         _check(site, shares[index], thresholds[index], sketch.share_above(index, thresholds[index]))
-    reached = _shares(path, held, thresholds)
     return Calibration(
-        tokens=sum(map(len, used)),
-        held_out=sum(map(len, held)),
+        tokens=len(used),
+        held_out=len(held),
         sites=tuple(
-            SiteReport(site.layer, site.weight, linear, *values)
-            for site, linear, *values in zip(
-                sites, linears, shares, thresholds, reached, strict=True
+            SiteReport(
+                site.layer,
+                site.weight,
+                linears[index],
+                shares[index],
+                thresholds[index],
+                check.share_above(index, thresholds[index]),
             )
+            for index, site in enumerate(sites)
         ),
     )
-
-
-def observe(path: Tokenwise, sample: Sample, look: Look) -> None:
-    """Shows the scores of a sample's tokens to `look`: those after the prompt where the prompt
-    chose, else all.
-    """
-    ids = torch.tensor([sample.tokens])
-    neurons = path.neurons(ids[:, : sample.prompt])
-    first = 0 if neurons is None else min(sample.prompt, len(sample) - 1)
-    path.sparse(ids, neurons, lambda site, scores: look(site, scores[:, first:]))
 
 
 def _check(site: SiteSpec, wanted: float, threshold: float, reached: float) -> None:
@@ -112,16 +111,3 @@ def _check(site: SiteSpec, wanted: float, threshold: float, reached: float) -> N
             f"{reached:.0%}); its activations are all but constant. Give other text by "
             "--calibration, or keep the layer dense by --dense-layers"
         )
-
-
-def _shares(path: Tokenwise, samples: Sequence[Sample], thresholds: Sequence[float]) -> list[float]:
-    """Share of each site's units above its threshold, over the samples' tokens."""
-    kept, seen = [0.0] * len(thresholds), [0] * len(thresholds)
-
-    def look(site: int, scores: Tensor) -> None:
-        kept[site] += float((scores > thresholds[site]).sum())
-        seen[site] += scores.numel()
-
-    for sample in samples:
-        observe(path, sample, look)
-    return [k / max(s, 1) for k, s in zip(kept, seen, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sirius_compile.acceptance import PAYS
 from sirius_compile.capture import Capture, capture
 from sirius_compile.checkpoint import WeightSource
 from sirius_compile.config import BUILTIN, CompileConfig, Graphs
@@ -28,7 +30,10 @@ from sirius_compile.rope import max_seq_len, rope_warnings
 from sirius_compile.self_check import check_kernels
 from sirius_compile.source import Source
 from sirius_compile.sparse_path import Chooser
-from sirius_compile.texts import Sample, on_policy, read_prompts, read_windows
+from sirius_compile.texts import hold_out, read_prompts, read_windows
+from sirius_compile.tokenwise import Tokenwise
+from sirius_compile.watch import Watch, unwatched
+from sirius_compile.writing import Text, write
 from sirius_passes.manager import Pass, run_passes
 from sirius_passes.mixtures import check_method
 from sirius_passes.program import Program
@@ -41,6 +46,7 @@ from sirius_runtime.loading import find_device
 from sirius_runtime.request import check_tree
 from sirius_runtime.rules import RULES, values
 from sirius_runtime.spec import (
+    AcceptanceSpec,
     DType,
     Method,
     ModelSpec,
@@ -67,11 +73,13 @@ def compile_model(
     tokenizer: Any = None,
     dump_graphs: Path | None = None,
     progress: Progress = lambda stage, seconds: None,
+    watch: Watch = unwatched,
 ) -> Compiled:
     """Compiles a shipped model's name, a directory, a hub id or short name, or a model in memory.
 
     `tokenizer`: a transformers tokenizer for a model in memory (others bring their own).
-    `dump_graphs`: a folder for the graphs before and after each pass. Threads that compile at once
+    `dump_graphs`: a folder for the graphs before and after each pass. `watch`: is told how far
+    calibration has come. Threads that compile at once
     wait for each other. Raises UserError classes, each naming the thing, the reason and the remedy,
     for what can't be compiled.
     """
@@ -79,7 +87,7 @@ def compile_model(
         _make_folder(dump_graphs)
     warnings: list[str] = []
     source = open_source(model, config, tokenizer, warnings.append)
-    return _Compilation(source, config, dump_graphs, progress, warnings).run()
+    return _Compilation(source, config, dump_graphs, progress, watch, warnings).run()
 
 
 class _Compilation:
@@ -91,16 +99,19 @@ class _Compilation:
         config: CompileConfig,
         dump: Path | None,
         progress: Progress,
+        watch: Watch,
         warnings: list[str],
     ) -> None:
         self._source, self._config = source, config
-        self._dump, self._progress, self._warnings = dump, progress, warnings
+        self._dump, self._progress, self._watch, self._warnings = dump, progress, watch, warnings
         self._method, self._graphs = Method(config.sparsity), Graphs(config.graphs)
         self._records: tuple[PassRecord, ...] = ()
+        self._period, self._confidence = config.given_period, config.confidence or 0.0
+        self._acceptance: AcceptanceSpec | None = None
         check_token_ids(source.generation, source.config, source.name)
         self._warnings += rope_warnings(source.config)
         self._max_seq_len = max_seq_len(source.config, config.max_seq_len)
-        check_tree(config.period, config.tree_width, source.config.vocab_size, flag="--")
+        check_tree(config.given_period, config.tree_width, source.config.vocab_size, flag="--")
         self._dtype = DType(config.dtype or dtype_name(source.dtype))
         if self._graphs.for_onnx:
             self._dtype = onnx_dtype(config.dtype, self._dtype)
@@ -119,11 +130,12 @@ class _Compilation:
         self._passes(program, front(self._method))
         dense = self._product(program, stored)
         sparse = self._choose(dense)
+        self._set_drafting(sparse.acceptance)
         self._passes(program, sparse.passes(self._method))
         self._passes(
             program,
             back(
-                period=config.period,
+                period=self._period,
                 tree_width=config.tree_width,
                 max_seq_len=self._max_seq_len,
                 whole_periods=self._graphs.whole_periods,
@@ -182,12 +194,43 @@ class _Compilation:
         """What the sparse path keeps. Where text decides, `dense` writes it or a file holds it, and
         trial programs of the same model read it.
         """
-        device = find_device(self._config.device)
+        config, device = self._config, find_device(self._config.device)
+        if config.measure and dense.tokenizer() is None:
+            config = replace(config, measure=False)
+            self._warnings.append(
+                "drafts were not measured: there is no tokenizer to read text with"
+            )
         with self._stage("calibrate" if self._method.has_thresholds else "choose what to keep"):
-            return Chooser(self._config, dense, lambda: self._text(dense), device).choose()
+            return Chooser(
+                config,
+                dense,
+                lambda path, held_only: self._text(path, dense, held_only),
+                device,
+                self._watch,
+            ).choose()
 
-    def _text(self, dense: Compiled) -> list[Sample]:
-        """The text to calibrate on."""
+    def _set_drafting(self, acceptance: AcceptanceSpec | None) -> None:
+        """Takes the period and the confidence from what was measured, where they are not given, and
+        warns where no drafting pays.
+        """
+        config, self._acceptance = self._config, acceptance
+        if acceptance is None:
+            return
+        best = acceptance.best
+        if config.tree_width == 1:  # of a tree more is accepted than of the chain that was measured
+            self._period = config.period or best.period
+            self._confidence = best.confidence
+        if best.effective_density > PAYS:
+            self._warnings.append(
+                f"drafting does not pay: text held out was refused at {best.aal:.1f} of "
+                f"{best.period} tokens by --sparsity {self._method} at "
+                f"{acceptance.density:.2f} of the reads, and a token takes "
+                f"{best.effective_density:.2f} of the dense model's. Keep more by --keep, or try "
+                "another --sparsity"
+            )
+
+    def _text(self, path: Tokenwise, dense: Compiled, held_only: bool) -> tuple[Text, Text]:
+        """The text to calibrate on, and the text held out; `path` writes it, or a file holds it."""
         tokenizer = dense.tokenizer()
         if tokenizer is None:
             raise CalibrationError(
@@ -195,10 +238,14 @@ class _Compilation:
                 "tokenizer.json to the model's directory, or use --sparsity topk or griffin"
             )
         if self._config.calibration == BUILTIN:
-            runtime = dense.to_runtime(device=self._config.device)
-            return on_policy(read_prompts(self._source.prompts), runtime)
+            prompts = [tokenizer.encode(p).ids for p in read_prompts(self._source.prompts)]
+            return write(
+                path, [prompt for prompt in prompts if prompt], self._watch, held_only=held_only
+            )
         longest = dense.spec.model.max_seq_len
-        return read_windows(Path(self._config.calibration), tokenizer, longest)
+        samples = read_windows(Path(self._config.calibration), tokenizer, longest)
+        used, held = hold_out(samples)
+        return Text(tuple(used)), Text(tuple(held))
 
     def _passes(self, program: Program, passes: list[Pass]) -> None:
         self._records += run_passes(
@@ -250,11 +297,11 @@ class _Compilation:
             state=program.state,
             sparsity=program.sparsity,
             period=PeriodSpec(
-                period=config.period,
+                period=self._period,
                 tree_width=config.tree_width,
                 rules=tuple(RULES),
                 **values(config),
-                confidence=config.confidence,
+                confidence=self._confidence,
                 refresh=config.refresh,
             ),
             eos_token_ids=tuple([] if eos is None else [eos] if isinstance(eos, int) else eos),
@@ -264,6 +311,7 @@ class _Compilation:
                 version("sirius-compile"), torch.__version__, transformers.__version__
             ),
             generation=self._generation,
+            acceptance=self._acceptance,
         )
 
     @contextmanager

@@ -15,6 +15,7 @@ from sirius_runtime.spec import DType, Method
 
 BUILTIN = "builtin"
 DEFAULT_KEEP = 0.5
+DEFAULT_PERIOD = 16  # the paper's
 _E = TypeVar("_E", bound=StrEnum)
 
 
@@ -86,16 +87,18 @@ class CompileConfig(RuleOptions):
     sparsity, keep: the sparse path and the share of neurons or channels that it keeps (0.5).
     density: in place of `keep`, the share of the weights that a sparse step should read; the
     kept share that reaches it is found. dense_layers: layers that skip nothing: their numbers,
-    or ``auto:N`` for the N whose sparsity costs most agreement with the full path. period,
-    tree_width: of a draft, the static shapes of the graph `period`. They, threshold,
-    verify_temperature, confidence and refresh are defaults that the artifact carries, which a
-    run can change. max_seq_len: the longest sequence served, by default the model's own. dtype:
-    of the stored weights, by default the checkpoint's. graphs: what the artifact's graphs are
-    for (see `Graphs`); with ``onnx`` or ``both`` weights are float32 or float16, by default
-    float32 where the checkpoint's are
-    neither. adapter: the folder of an adapter (LoRA, …) to merge into the model. base: the model
-    to merge into where the model is an adapter itself, by default the one that it names. device:
-    where calibration runs. calibration: a text or JSONL file, or ``builtin``.
+    or ``auto:N`` for the N whose sparsity costs most agreement with the full path. measure:
+    draft on text held out, keep what it came to in the artifact, and take the period and the
+    confidence from it where they are not given; the command line does by default. period,
+    tree_width: of a draft, the static shapes of the graph `period`; 16 where it is neither given
+    nor measured. They, threshold, verify_temperature, confidence and refresh are defaults that
+    the artifact carries, which a run can change. max_seq_len: the longest sequence served, by
+    default the model's own. dtype: of the stored weights, by default the checkpoint's. graphs:
+    what the artifact's graphs are for (see `Graphs`); with ``onnx`` or ``both`` weights are
+    float32 or float16, by default float32 where the checkpoint's are neither. adapter: the folder
+    of an adapter (LoRA, …) to merge into the model. base: the model to merge into where the model
+    is an adapter itself, by default the one that it names. device: where calibration runs.
+    calibration: a text or JSONL file, or ``builtin``.
 
     Raises ConfigError for a value out of its range, with the range.
     """
@@ -104,9 +107,10 @@ class CompileConfig(RuleOptions):
     keep: float | None = None
     density: float | None = None
     dense_layers: DenseLayers | str | Sequence[int] = ()
-    period: int = 16
+    measure: bool = False
+    period: int | None = None
     tree_width: int = 1
-    confidence: float = 0.0
+    confidence: float | None = None
     refresh: int = 0
     max_seq_len: int | None = None
     dtype: DType | str | None = None
@@ -131,8 +135,8 @@ class CompileConfig(RuleOptions):
         for value, flag in ((self.keep, "--keep"), (self.density, "--density")):
             if value is not None and not 0.0 < value <= 1.0:
                 raise ConfigError(f"{flag} must be in (0, 1], got {value}")
-        check_tree(self.period, self.tree_width, max(self.tree_width, 1), flag="--")
-        check_ranges(self.confidence, self.refresh, flag="--")
+        check_tree(self.given_period, self.tree_width, max(self.tree_width, 1), flag="--")
+        check_ranges(self.confidence or 0.0, self.refresh, flag="--")
         if self.refresh and not Method(self.sparsity).per_prompt:
             raise ConfigError(
                 f"--refresh chooses griffin's neurons anew; --sparsity {self.sparsity} chooses "
@@ -143,6 +147,11 @@ class CompileConfig(RuleOptions):
         check_options(self, flags=True)
         if self.max_seq_len is not None and self.max_seq_len < 2:
             raise ConfigError(f"--max-seq-len must be at least 2, got {self.max_seq_len}")
+
+    @property
+    def given_period(self) -> int:
+        """The period, where none is measured."""
+        return DEFAULT_PERIOD if self.period is None else self.period
 
 
 def _member(kind: type[_E], value: str, flag: str) -> _E:

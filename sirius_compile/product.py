@@ -25,23 +25,29 @@ from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.graph import to_document
 from sirius_runtime.loading import BackendName, find_device, load, make_backend
 from sirius_runtime.model import SiriusModel
-from sirius_runtime.spec import JSON, DType, Method, ProgramSpec, WeightSpec
+from sirius_runtime.spec import JSON, AcceptanceSpec, DType, Method, ProgramSpec, WeightSpec
 from sirius_runtime.text import read_tokenizer
 
 
 @dataclass(frozen=True)
 class SparsePath:
-    """What was chosen. `ranking`: of the layers, where it was asked which to leave dense."""
+    """What was chosen. `ranking`: of the layers, where it was asked which to leave dense.
+    `acceptance`: what its drafts came to, where they were measured.
+    """
 
     keep: float
     dense_layers: tuple[int, ...]
     calibration: Calibration | None
     ranking: tuple[LayerAgreement, ...]
+    acceptance: AcceptanceSpec | None = None
+
+    @property
+    def thresholds(self) -> Thresholds:
+        return self.calibration.thresholds if self.calibration else Thresholds()
 
     def passes(self, method: Method) -> list[Pass]:
         """The passes that make it."""
-        thresholds = self.calibration.thresholds if self.calibration else Thresholds()
-        return sparsify(method, self.keep, thresholds, self.dense_layers)
+        return sparsify(method, self.keep, self.thresholds, self.dense_layers)
 
 
 @dataclass(frozen=True)

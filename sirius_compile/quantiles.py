@@ -17,9 +17,11 @@ class QuantileSketch:
 
     _DROPPED_BITS = 14
     _BINS = 1 << (31 - _DROPPED_BITS)
+    _INFINITE = 0x7F800000 >> _DROPPED_BITS  # the bin of infinity; after it come those of NaN
 
     def __init__(self) -> None:
         self._counts: dict[int, Tensor] = {}
+        self._totals: dict[int, Tensor] = {}  # up to each bin, once they are asked for
 
     @property
     def sites(self) -> list[int]:
@@ -29,20 +31,22 @@ class QuantileSketch:
     def add(self, site: int, values: Tensor) -> None:
         """Counts `values`, any shape; raises CalibrationError where one is not finite."""
         values = values.detach().float().flatten().cpu()
-        if not bool(values.isfinite().all()):
+        bins = (values.view(torch.int32) & 0x7FFFFFFF) >> self._DROPPED_BITS
+        counts = torch.bincount(bins, minlength=self._BINS)
+        if int(counts[self._INFINITE :].sum()):
             raise CalibrationError(
                 "activations are not finite on the calibration text; the weights or their dtype "
                 "are broken (try --dtype float32)"
             )
-        bins = values.view(torch.int32) >> self._DROPPED_BITS
-        counts = torch.bincount(bins, minlength=self._BINS)
         self._counts[site] = self._counts.get(site, 0) + counts
+        self._totals.pop(site, None)
 
     def quantile(self, site: int, share: float) -> float:
         """The smallest bin edge with at least `share` of the site's values at or below it."""
-        counts = self._counts[site].cumsum(0)
-        wanted = torch.tensor(share * float(counts[-1]), dtype=torch.float64)
-        index = int(torch.searchsorted(counts.double(), wanted))
+        if site not in self._totals:
+            self._totals[site] = self._counts[site].cumsum(0).double()
+        totals = self._totals[site]
+        index = int(torch.searchsorted(totals, share * totals[-1]))
         edge = ((index + 1) << self._DROPPED_BITS) - 1
         return float(torch.tensor(edge, dtype=torch.int32).view(torch.float32))
 

@@ -56,7 +56,7 @@ class _LayerByLayer:
 
     def __init__(self, path: Tokenwise) -> None:
         self._path = path
-        self._entry = path._backend._entries[SPARSE]
+        self._entry = path.backend._entries[SPARSE]
         graph = path.graph
         self._logits: fx.Node = graph.output_node().args[0][0]  # type: ignore[index,assignment]
         self._nodes = _leading_to(graph, self._logits)
@@ -80,7 +80,7 @@ class _LayerByLayer:
     def run(self, sample: Sample) -> Iterator[Tensor]:
         """Logits [1, T, V]: all layers dense, then layer 0 alone sparse, layer 1 alone, …"""
         ids = torch.tensor([sample.tokens])
-        neurons = self._path.neurons(ids[:, : sample.prompt])
+        neurons = self._path.neurons([sample.tokens[: sample.prompt]])
         arguments = self._entry.arguments(self._path._inputs(ids, neurons))
         given = dict(zip(self._path.graph.find_nodes(op="placeholder"), arguments, strict=True))
         before: dict[int, dict[fx.Node, Any]] = {}

@@ -14,8 +14,11 @@ from sirius_compile.calibration import Calibration
 from sirius_compile.onnx.package import onnx_summary
 from sirius_compile.product import Compiled
 from sirius_runtime.dtypes import dtype_of
-from sirius_runtime.spec import JSON, to_json
+from sirius_runtime.spec import JSON, AcceptanceSpec, DraftingSpec, to_json
 from sirius_runtime.terminal import plain
+
+SHOWN = (2, 4, 8, 12, 16)
+"""Periods that the table shows of those measured."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Summary:
             "period": to_json(spec.period),
             "calibration": None if calibration is None else to_json(calibration),
             "ranking": to_json(sparse.ranking if sparse else ()),
+            "acceptance": to_json(spec.acceptance),
             "passes": to_json(spec.passes),
             "artifact_bytes": self.artifact_bytes,
             "dense_bytes": self.dense_bytes,
@@ -67,6 +71,9 @@ class Summary:
         if sparse is not None and sparse.calibration is not None:
             for row in _calibration_rows(sparse.calibration):
                 table.add_row(*row)
+        if spec.acceptance is not None:
+            for row in _acceptance_rows(spec.acceptance):
+                table.add_row(*row)
         ratio = self.artifact_bytes / self.dense_bytes
         table.add_row(
             "artifact",
@@ -78,6 +85,25 @@ class Summary:
         table.add_row("passes", passes)
         table.add_row("time", f"{self.seconds:.1f} s")
         return table
+
+
+def _acceptance_rows(acceptance: AcceptanceSpec) -> Iterator[tuple[str, str]]:
+    """What drafts came to on text held out, by the period, and the best of them."""
+    yield (
+        "drafts",
+        f"{acceptance.drafts} on {acceptance.texts} texts held out, at density "
+        f"{acceptance.density:.3f}; {acceptance.agreement:.1%} of their tokens are the full path's",
+    )
+    for one in acceptance.periods:
+        if one.period in SHOWN or one is acceptance.periods[-1]:
+            yield "", f"period {one.period:2}: AAL {one.aal:5.2f}, {_reads(one)}"
+    best = acceptance.best
+    sure = f", confidence {best.confidence:g}" if best.confidence else ""
+    yield "best", f"period {best.period}{sure}: AAL {best.aal:.2f}, {_reads(best)}"
+
+
+def _reads(one: DraftingSpec) -> str:
+    return f"effective density {one.effective_density:.3f}"
 
 
 def _calibration_rows(calibration: Calibration) -> Iterator[tuple[str, str]]:

@@ -5,10 +5,12 @@ passes run.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from sirius_compile.acceptance import LEAST_DRAFTS, acceptance_spec, measure_drafts
 from sirius_compile.allocation import LEAST_KEPT
 from sirius_compile.calibration import Calibration, calibrate
 from sirius_compile.config import DEFAULT_KEEP, CompileConfig, DenseLayers
@@ -17,12 +19,15 @@ from sirius_compile.product import Compiled, SparsePath
 from sirius_compile.ranking import LayerAgreement, rank_layers
 from sirius_compile.texts import Sample
 from sirius_compile.tokenwise import Tokenwise
+from sirius_compile.watch import Watch, unwatched
+from sirius_compile.writing import Text
+from sirius_passes.lay_out_weights import LayOutWeights
 from sirius_passes.manager import run_passes
 from sirius_passes.program import FULL, PREFILL, SPARSE, Program, copy_program
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.graph import to_document
-from sirius_runtime.spec import Method
+from sirius_runtime.spec import AcceptanceSpec, Method, WeightSpec
 
 LEAST_KEEP = 0.01  # the smallest share that `--density` tries
 CLOSE = 5e-4  # in density
@@ -35,14 +40,17 @@ class Chooser:
         self,
         config: CompileConfig,
         dense: Compiled,
-        samples: Callable[[], Sequence[Sample]],
+        text: Callable[[Tokenwise, bool], tuple[Text, Text]],
         device: torch.device,
+        watch: Watch = unwatched,
     ) -> None:
-        """`samples` gives the text, where any is needed; `device` reads it."""
+        """`text` gives the text to calibrate on, and that held out, where any is needed; a program
+        that is still dense may write it, and is told whether only the latter is. `device` reads it.
+        """
         self._config, self._dense, self._program = config, dense, dense.program
         self._method = Method(config.sparsity)
-        self._samples, self._device = samples, device
-        self._loaded: dict[str, Tensor] = {}
+        self._text, self._device, self._watch = text, device, watch
+        self._loaded: dict[str, tuple[bool, Tensor]] = {}
 
     def choose(self) -> SparsePath:
         """Raises ConfigError, CalibrationError or UnsupportedModelError, naming the reason."""
@@ -53,18 +61,52 @@ class Chooser:
         # Which layers stay dense hardly matters to the density: they are alike.
         keep = self._keep(fixed or range(dense.auto))
         calibrated = self._method.has_thresholds
-        samples = self._samples() if calibrated or dense.auto else ()
-        calibration = self._calibrate(keep, fixed, samples) if calibrated else None
-        if not dense.auto:
-            return SparsePath(keep, fixed, calibration, ())
-        ranking = self._rank(keep, calibration, samples)
-        costly = tuple(sorted(one.layer for one in ranking[: dense.auto]))
-        exact = self._keep(costly)
-        if exact != keep:
-            keep, calibration = exact, calibration and self._calibrate(exact, costly, samples)
-        elif calibration is not None:
-            calibration = calibration.only(self._others(costly))
+        measured = self._config.measure and self._method is not Method.NONE
+        if not (calibrated or dense.auto or measured):
+            return SparsePath(keep, fixed, None, ())
+        path = self._path(self._try(keep, fixed, None))
+        used, held = self._text(path, not (calibrated or dense.auto))
+        chosen = SparsePath(keep, fixed, None, ())
+        if calibrated:
+            chosen = replace(chosen, calibration=calibrate(path, used, held, keep, self._watch))
+        if dense.auto:
+            chosen = self._leave_dense(dense.auto, chosen, used, held)
+        return replace(chosen, acceptance=self._measure(chosen, held)) if measured else chosen
+
+    def _leave_dense(self, layers: int, chosen: SparsePath, used: Text, held: Text) -> SparsePath:
+        """The same, but for the costliest layers, which are to stay dense."""
+        calibration = chosen.calibration
+        ranking = self._rank(chosen.keep, calibration, [*used.samples, *held.samples])
+        costly = tuple(sorted(one.layer for one in ranking[:layers]))
+        keep = self._keep(costly)
+        if calibration is not None:
+            if keep != chosen.keep:
+                path = self._path(self._try(keep, costly, None))
+                calibration = calibrate(path, used, held, keep, self._watch)
+            else:
+                calibration = calibration.only(self._others(costly))
         return SparsePath(keep, costly, calibration, ranking)
+
+    def _measure(self, chosen: SparsePath, held: Text) -> AcceptanceSpec | None:
+        """What drafts of the chosen path come to."""
+        config = self._config
+        program = self._try(chosen.keep, chosen.dense_layers, chosen.thresholds)
+        drafts = measure_drafts(
+            self._path(program),
+            held,
+            threshold=config.threshold,
+            temperature=config.verify_temperature,
+            watch=self._watch,
+        )
+        if drafts is None or len(drafts.texts) < LEAST_DRAFTS:
+            return None
+        return acceptance_spec(
+            drafts,
+            threshold=config.threshold,
+            temperature=config.verify_temperature,
+            periods=None if config.period is None else [config.period],
+            confidences=None if config.confidence is None else [config.confidence],
+        )
 
     def _keep(self, dense_layers: Collection[int]) -> float:
         config = self._config
@@ -75,11 +117,6 @@ class Chooser:
             lambda keep: self._try(keep, dense_layers, None).sparsity.density,
             self._method,
         )
-
-    def _calibrate(
-        self, keep: float, dense_layers: Collection[int], samples: Sequence[Sample]
-    ) -> Calibration:
-        return calibrate(self._path(self._try(keep, dense_layers, None)), samples, keep)
 
     def _rank(
         self, keep: float, calibration: Calibration | None, samples: Sequence[Sample]
@@ -98,16 +135,25 @@ class Chooser:
         return program
 
     def _path(self, program: Program) -> Tokenwise:
-        for name, spec in program.weights.items():
-            if name not in self._loaded:
-                self._loaded[name] = self._dense.weights(spec)
+        """The program over whole texts, laid out where kernels decode faster so: linears alone are
+        read as they are, and need not be copied.
+        """
+        if self._method is not Method.TEAL:
+            run_passes(program, [LayOutWeights()])
         return Tokenwise(
             self._dense.spec_of(program),
             {name: to_document(program.graphs[name]) for name in (PREFILL, SPARSE, FULL)},
-            self._loaded,
+            {name: self._weight(spec) for name, spec in program.weights.items()},
             dtype=dtype_of(self._dense.spec.model.dtype),
             device=self._device,
         )
+
+    def _weight(self, spec: WeightSpec) -> Tensor:
+        """One copy serves all programs: those that lay it out otherwise read it transposed."""
+        if spec.name not in self._loaded:
+            self._loaded[spec.name] = (spec.transposed, self._dense.weights(spec))
+        transposed, weight = self._loaded[spec.name]
+        return weight if transposed == spec.transposed else weight.mT
 
 
 def keep_for_density(density: float, density_of: Callable[[float], float], method: Method) -> float:

@@ -1,8 +1,4 @@
-"""Text to calibrate on: files of it, or what the model itself writes.
-
-Decoding reads what the model writes, so the built-in text is on-policy: prompts that ship with the
-compiler, and the dense model's own greedy continuation of them.
-"""
+"""Text to calibrate on: files of it, or prompts that the model itself goes on from (`writing`)."""
 
 from __future__ import annotations
 
@@ -12,17 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from sirius_runtime.errors import CalibrationError
-from sirius_runtime.model import Mode, SiriusModel
 
 BUILTIN_PROMPTS = Path(__file__).parent / "calibration_prompts.jsonl"
-CONTINUATION = 48  # new tokens after each built-in prompt
 WINDOW = 512  # tokens of a text that are read together
-MAX_TOKENS = 16_384
+MAX_TOKENS = 2_048
 LEAST_TOKENS = 64
 PREFIX = 16 * MAX_TOKENS  # characters of a plain text that are read at first
+TOGETHER = 1_024  # tokens of texts that are read in one call
 
 
 @dataclass(frozen=True)
@@ -132,31 +129,39 @@ def _windows(texts: Iterable[list[int]], longest: int) -> list[Sample]:
     return [Sample(tuple(w), max(1, len(w) // 2)) for w in found if w]
 
 
-def on_policy(prompts: Sequence[str], model: SiriusModel) -> list[Sample]:
-    """The prompts with the dense model's greedy continuation; both shorter where the model's
-    longest sequence leaves no room.
+def batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Which texts of these lengths are read in one call: those of like length, `TOGETHER` tokens in
+    all or a single one.
     """
-    assert model.tokenizer is not None
-    longest = model.program.model.max_seq_len
-    new_tokens = min(CONTINUATION, longest // 2)
-    ids = [model.tokenizer.encode(prompt).ids[: longest - new_tokens] for prompt in prompts]
-    output = model.generate(ids, mode=Mode.FULL, max_new_tokens=new_tokens)
-    pairs = zip(output.prompts, output.tokens, strict=True)
-    return [Sample((*prompt, *new), len(prompt)) for prompt, new in pairs]
+    found: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not found or (len(found[-1]) + 1) * lengths[index] > TOGETHER:
+            found.append([])
+        found[-1].append(index)
+    return found
+
+
+def padded(texts: Sequence[Sequence[int]]) -> Tensor:
+    """Tokens as rows [R, T]; a row goes on with token 0 after its end."""
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text)] = torch.tensor(text)
+    return ids
+
+
+def check_amount(tokens: int) -> None:
+    """Raises CalibrationError where so many are too few."""
+    if tokens < LEAST_TOKENS:
+        raise CalibrationError(
+            f"the calibration text has {tokens} tokens; at least {LEAST_TOKENS} are needed: give "
+            "more by --calibration, or leave it out for the built-in text"
+        )
 
 
 def hold_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Samples to calibrate on, and a quarter of the tokens to check it on: every fourth sample, or
     the end of each where there are fewer than four.
-
-    Raises CalibrationError where there is too little text.
     """
-    total = sum(map(len, samples))
-    if total < LEAST_TOKENS:
-        raise CalibrationError(
-            f"the calibration text has {total} tokens; at least {LEAST_TOKENS} are needed: give "
-            "more by --calibration, or leave it out for the built-in text"
-        )
     if len(samples) >= 4:
         return [s for i, s in enumerate(samples) if i % 4 < 3], list(samples[3::4])
     used, held = [], []

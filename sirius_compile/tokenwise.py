@@ -8,9 +8,10 @@ own where the sparse operators choose, and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from sirius_passes.blocks import layer_inputs
@@ -41,110 +42,203 @@ class Tokenwise:
     ) -> None:
         """`documents`: of the entries `prefill`, `sparse` and `full`."""
         self.spec = spec
-        self._backend = EagerBackend(spec, documents, weights, dtype=dtype, device=device)
-        self.graph = self._backend._entries[SPARSE].module.graph
+        self.backend = EagerBackend(spec, documents, weights, dtype=dtype, device=device)
+        self.graph = self.backend._entries[SPARSE].module.graph
         # As the passes list their sites: MLPs, then linears, each in the graph's order.
         rows = {node: row_of(node) for node in self.graph.nodes}
         counted = [node for node, row in rows.items() if row and row.has_threshold]
         self.counted = sorted(counted, key=lambda node: rows[node] is _SPARSE_LINEAR)
 
+    @property
+    def device(self) -> torch.device:
+        return self.backend.device
+
     @torch.inference_mode()
-    def neurons(self, prompts_RT: Tensor) -> Tensor | None:
+    def neurons(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
         """What the method keeps for these prompts [layers, R, K]; None where it does not ask."""
         if not self.spec.sparsity.method.per_prompt:
             return None
-        rows, tokens = prompts_RT.shape
-        state = TensorState(self._backend, rows, tokens)
-        state.prefill(prompts_RT.tolist())
+        state = TensorState(self.backend, len(prompts), max(map(len, prompts)))
+        state.prefill(prompts)
         state.choose_neurons()
         assert state.neurons is not None
         return state.neurons
 
-    @torch.inference_mode()
     def full(self, ids_RT: Tensor) -> Tensor:
         """The full path's logits [R, T, V]."""
-        entry = self._backend._entries[FULL]
-        return entry.module(*entry.arguments(self._inputs(ids_RT, None)))[0]
+        return self.read(ids_RT)[0]
+
+    @torch.inference_mode()
+    def read(self, ids_RT: Tensor) -> tuple[Tensor, Caches]:
+        """The full path's logits [R, T, V], and its K/V of the tokens."""
+        entry = self.backend._entries[FULL]
+        inputs = self._inputs(ids_RT, None, None)
+        logits = entry.module(*entry.arguments(inputs))[0]
+        return logits, Caches(inputs["k_cache"], inputs["v_cache"])
 
     @torch.inference_mode()
     def sparse(
-        self, ids_RT: Tensor, neurons: Tensor | None, look: Look = lambda site, scores: None
+        self,
+        ids_RT: Tensor,
+        neurons: Tensor | None,
+        look: Look = lambda site, scores: None,
+        history: History | None = None,
     ) -> Tensor:
-        """The sparse path's logits [R, T, V]; `look` is shown the scores on the way."""
-        walk = _Walk(self, look)
-        entry = self._backend._entries[SPARSE]
-        return walk.run(*entry.arguments(self._inputs(ids_RT, neurons)))[0]
+        """The sparse path's logits [R, T, V]; `look` is shown the scores on the way. The tokens
+        follow `history`, none by default.
+        """
+        return _Walk(self, look).run(*self._arguments(ids_RT, neurons, history))[0]
+
+    @torch.inference_mode()
+    def observe(
+        self, ids_RT: Tensor, neurons: Tensor | None, look: Look, history: History | None = None
+    ) -> None:
+        """As `sparse`, for `look` alone: what follows the last counted site is not computed."""
+        _Walk(self, look, ends=True).run(*self._arguments(ids_RT, neurons, history))
 
     @torch.inference_mode()
     def blocks(
-        self, ids_RT: Tensor, neurons: Tensor | None, visit: Callable[[Block], None]
+        self,
+        ids_RT: Tensor,
+        neurons: Tensor | None,
+        visit: Callable[[Block], None],
+        history: History | None = None,
     ) -> None:
         """Runs the sparse path, and shows each layer to `visit` as soon as it has run."""
-        walk = _BlockWalk(self, visit)
-        entry = self._backend._entries[SPARSE]
-        walk.run(*entry.arguments(self._inputs(ids_RT, neurons)))
+        _BlockWalk(self, visit).run(*self._arguments(ids_RT, neurons, history))
 
-    def _inputs(self, ids_RT: Tensor, neurons: Tensor | None) -> dict[str, Tensor]:
-        device, state = self._backend.device, self.spec.state
+    def _arguments(
+        self, ids_RT: Tensor, neurons: Tensor | None, history: History | None
+    ) -> list[Tensor | None]:
+        return self.backend._entries[SPARSE].arguments(self._inputs(ids_RT, neurons, history))
+
+    def _inputs(
+        self, ids_RT: Tensor, neurons: Tensor | None, history: History | None = None
+    ) -> dict[str, Tensor]:
+        device, dtype, state = self.device, self.backend.dtype, self.spec.state
         rows, tokens = ids_RT.shape
         index = torch.arange(tokens, device=device)
-        shape = (state.layers, rows, state.kv_heads, tokens)
+        if history is None:
+            shape = (state.layers, rows, state.kv_heads, tokens)
+            history = History(
+                Caches(
+                    torch.zeros(*shape, state.key_dim, dtype=dtype, device=device),
+                    torch.zeros(*shape, state.value_dim, dtype=dtype, device=device),
+                ),
+                torch.zeros(rows, dtype=torch.int64, device=device),
+            )
+        places = history.length[:, None] + index
         inputs = {
             "input_ids": ids_RT.to(device),
-            "positions": index.expand(rows, tokens),
-            "slots": index.expand(rows, tokens),
-            "length": torch.zeros(rows, dtype=torch.int64, device=device),
+            "positions": places.clamp(max=self.spec.model.max_seq_len - 1),
+            "slots": places,
+            "length": history.length,
             "tree_mask": (index[:, None] - index).clamp(min=-1)[None],
-            "k_cache": torch.zeros(*shape, state.key_dim, dtype=self._backend.dtype, device=device),
-            "v_cache": torch.zeros(
-                *shape, state.value_dim, dtype=self._backend.dtype, device=device
-            ),
+            "k_cache": history.caches.k,
+            "v_cache": history.caches.v,
         }
         return inputs if neurons is None else inputs | {"neurons": neurons}
 
 
+class Caches(NamedTuple):
+    """K/V [layers, R, heads, S, dim]."""
+
+    k: Tensor
+    v: Tensor
+
+    def rows(self, first: int, end: int) -> Caches:
+        """Those of some rows."""
+        return Caches(self.k[:, first:end], self.v[:, first:end])
+
+    def after(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> History:
+        """A copy of these rows [N], each to be followed after so many of its tokens, with room for
+        `room` more. Their own K/V there are overwritten before they are seen.
+        """
+        slots, index = max(lengths) + room, torch.tensor(rows, device=self.k.device)
+        found = []
+        for cache in self:
+            own = cache[:, :, :, :slots].index_select(1, index)
+            found.append(F.pad(own, (0, 0, 0, slots - own.shape[3])))
+        return History(Caches(*found), torch.tensor(lengths, device=self.k.device))
+
+
+class History(NamedTuple):
+    """What comes before a text: caches, and how many of each row's slots count [R]. The text's own
+    K/V are written after them.
+    """
+
+    caches: Caches
+    length: Tensor
+
+
 class Block:
-    """A layer that has just run, to be run again with other thresholds."""
+    """A layer that has just run, to be run again with other thresholds.
+
+    What a threshold changes is what comes after its site: no more is computed again.
+    """
 
     def __init__(
         self, layer: int, nodes: Sequence[fx.Node], env: Mapping[fx.Node, Any], path: Tokenwise
     ) -> None:
         self.layer = layer
-        self._nodes, self._env = nodes, env
+        self._end = nodes[-1]
+        self._env, self._thresholds = dict(env), dict[fx.Node, float]()
         within = set(nodes)
         self.sites = [index for index, node in enumerate(path.counted) if node in within]
-        self._site_of = {path.counted[index]: index for index in self.sites}
+        self._after = {index: _after(path.counted[index], nodes) for index in self.sites}
 
     @property
     def output(self) -> Tensor:
-        """The stream after the layer [R, T, C]."""
-        return self._env[self._nodes[-1]]
+        """The stream after the layer [R, T, C], with the thresholds that were set."""
+        return self._env[self._end]
 
-    def run(self, thresholds: Mapping[int, float]) -> Tensor:
-        """The stream after the layer, with these thresholds by site."""
+    def run(self, site: int, threshold: float) -> Tensor:
+        """`output` if the site had this threshold."""
+        return self._run(site, threshold)[self._end]
+
+    def set(self, site: int, threshold: float) -> None:
+        """Gives the site this threshold."""
+        self._env |= self._run(site, threshold)
+        self._thresholds[self._after[site][0]] = threshold
+
+    def _run(self, site: int, threshold: float) -> dict[fx.Node, Any]:
+        """The values that the site and all after it then have."""
+        changed = self._after[site]
+        thresholds = self._thresholds | {changed[0]: threshold}
         new: dict[fx.Node, Any] = {}
 
         def value(node: fx.Node) -> Any:
             return new[node] if node in new else self._env[node]
 
-        for node in self._nodes:
-            if node.op != "call_function":
-                continue
+        for node in changed:
             assert callable(node.target)
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-            if node in self._site_of:
-                args = (*args[:-1], thresholds[self._site_of[node]])
+            if node in thresholds:
+                args = (*args[:-1], thresholds[node])
             new[node] = run_node(node, args, kwargs)
-        return new[self._nodes[-1]]
+        return new
+
+
+def _after(node: fx.Node, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """`node`, and what is computed from it, in the order of `nodes`."""
+    found = {node: None}
+    for other in nodes:
+        if any(source in found for source in other.all_input_nodes):
+            found.setdefault(other)
+    return list(found)
 
 
 def tokenwise(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """A sparse operator's results, every token a row: y [R, T, O], and a count [R, T] if any."""
     rows, tokens = args[0].shape[:2]
+    schema = target._schema.arguments
+    layer = next((v for a, v in zip(schema, args, strict=False) if a.name == "layer"), 0)
     parts = []
-    for argument, value in zip(target._schema.arguments, args, strict=False):
+    for argument, value in zip(schema, args, strict=False):
         if argument.name == "neurons":
-            value = value.repeat_interleave(tokens, 1)
+            # The other layers' are not read, and a copy a token of them all is too much.
+            own = value[layer][None].repeat_interleave(tokens, 1)
+            value = own.expand(value.shape[0], -1, -1)
         elif isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (rows, tokens):
             value = value.reshape(rows * tokens, 1, -1)
         parts.append(value)
@@ -182,12 +276,16 @@ def run_node(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
 
 
 class _Walk(fx.Interpreter):
-    def __init__(self, path: Tokenwise, look: Look) -> None:
-        super().__init__(path._backend._entries[SPARSE].module)
+    def __init__(self, path: Tokenwise, look: Look, *, ends: bool = False) -> None:
+        """`ends`: computes nothing after the last counted site."""
+        super().__init__(path.backend._entries[SPARSE].module)
         self._look = look
         self._site_of = {node: index for index, node in enumerate(path.counted)}
+        self._left = len(path.counted) if ends else -1
 
     def run_node(self, n: fx.Node) -> Any:
+        if self._left == 0:
+            return None
         row = row_of(n)
         if row is None or not row.shares_choice:
             return super().run_node(n)
@@ -195,6 +293,9 @@ class _Walk(fx.Interpreter):
         if n in self._site_of:
             assert row.scores is not None
             self._look(self._site_of[n], row.scores(*args))
+            self._left -= 1
+            if self._left == 0:
+                return None
         return tokenwise(n.target, args, kwargs)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from itertools import product
 
 import pytest
@@ -16,15 +15,16 @@ from sirius_compile.allocation import LEAST_KEPT, _allocate_layer
 from sirius_compile.calibration import Calibration, calibrate
 from sirius_compile.pipeline import Thresholds
 from sirius_compile.quantiles import QuantileSketch
-from sirius_compile.texts import Sample, hold_out, on_policy, windows
+from sirius_compile.texts import Sample, hold_out, windows
 from sirius_compile.tokenwise import Tokenwise
+from sirius_compile.writing import write
 from sirius_passes.sparsify import KEEP_ALL, Threshold
 from sirius_runtime.errors import CalibrationError
 from sirius_runtime.operators import OPERATORS
 from sirius_runtime.spec import Method, SiteSpec
 from tests.support.fast import slow_but
 from tests.support.models import MAX_SEQ_LEN, METHODS, TinyModels, random_decoder
-from tests.support.paths import chooser, samples, tokenwise
+from tests.support.paths import chooser, held_out, samples, tokenwise
 
 ALL = Thresholds((Threshold(0.3, 0.5),) * 2, (Threshold(0.4, 0.5),) * 14)
 OF = {
@@ -59,7 +59,7 @@ def test_a_quantile_is_within_a_bin_of_the_sorted_one(values: list[float], share
 def test_a_text_at_once_equals_token_by_token(method: Method) -> None:
     path = tokenwise(method, thresholds=OF[method])
     ids = torch.tensor([sample.tokens for sample in samples(2, 14)])
-    neurons = path.neurons(ids[:, :6])
+    neurons = path.neurons(ids[:, :6].tolist())
     assert (neurons is not None) == method.per_prompt
     found = path.sparse(ids, neurons)
     torch.testing.assert_close(found, stepwise(path, ids, neurons), rtol=1e-4, atol=1e-4)
@@ -80,7 +80,7 @@ def stepwise(path: Tokenwise, ids: Tensor, neurons: Tensor | None) -> Tensor:
             "length": torch.full((rows,), index),
             "tree_mask": torch.zeros(1, 1, 1, dtype=torch.int64),
         }
-        entry = path._backend._entries["sparse"]
+        entry = path.backend._entries["sparse"]
         logits.append(entry.module(*entry.arguments(inputs | now))[0])
     return torch.cat(logits, 1)
 
@@ -100,14 +100,14 @@ def test_scores_are_what_a_threshold_is_compared_with() -> None:
         path = tokenwise(method, thresholds=OF[method])
         (sample,) = samples(1, 20)
         ids = torch.tensor([sample.tokens])
-        neurons = path.neurons(ids[:, :8])
+        neurons = path.neurons(ids[:, :8].tolist())
         counts: dict[int, int] = {}
         thresholds = [site.threshold for site in path.spec.sparsity.counted]
 
         def look(site: int, scores: Tensor, counts: dict[int, int] = counts) -> None:
             counts[site] = int((scores > thresholds[site]).sum())  # noqa: B023
 
-        entry = path._backend._entries["sparse"]
+        entry = path.backend._entries["sparse"]
         path.sparse(ids, neurons, look)
         inputs = path._inputs(ids, neurons)
         kept = torch.zeros(len(thresholds), dtype=torch.int64)
@@ -135,7 +135,7 @@ def test_scores_are_what_a_threshold_is_compared_with() -> None:
 )
 def test_what_is_asked_for_is_kept_of_text_held_out(method: Method, keep: float) -> None:
     text = samples(64, 64)  # random tokens: a quarter of few is not like the rest
-    found = calibrate(tokenwise(method, keep), text, keep)
+    found = calibrate(tokenwise(method, keep), *held_out(text), keep)
     assert (found.tokens, found.held_out) == (48 * 64, 16 * 64)
     for site in found.sites:
         assert site.reached == pytest.approx(site.target, abs=0.05)
@@ -152,7 +152,7 @@ def kept_of(found: Calibration, path: Tokenwise, layer: int) -> float:
 
 
 def test_a_calibration_of_some_layers() -> None:
-    found = calibrate(tokenwise(Method.GRIFFIN_TEAL), samples(), 0.5)
+    found = calibrate(tokenwise(Method.GRIFFIN_TEAL), *held_out(samples()), 0.5)
     first = found.only([0])
     assert {site.layer for site in first.sites} == {0}
     assert (len(first.thresholds.neurons), len(first.thresholds.channels)) == (1, 4)
@@ -163,7 +163,7 @@ def test_too_little_text_is_refused() -> None:
     for text in ([], samples(1, 1), samples(1, 63)):
         tokens = sum(map(len, text))
         with pytest.raises(CalibrationError, match=rf"has {tokens} tokens; at least 64 are needed"):
-            calibrate(tokenwise(Method.CATS), text, 0.5)
+            calibrate(tokenwise(Method.CATS), *held_out(text), 0.5)
 
 
 def test_activations_that_are_not_finite_are_refused() -> None:
@@ -171,7 +171,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.gate_proj.weight[3, 4] = float("nan")
     with pytest.raises(CalibrationError, match="activations are not finite"):
-        calibrate(tokenwise(Method.CATS, model=model), samples(), 0.5)
+        calibrate(tokenwise(Method.CATS, model=model), *held_out(samples()), 0.5)
 
 
 def test_constant_activations_are_refused_by_name() -> None:
@@ -182,7 +182,7 @@ def test_constant_activations_are_refused_by_name() -> None:
         mlp.gate_proj.bias.fill_(2.0)
     message = r"layer 1, model.layers.1.mlp.gate_proj.weight: no threshold keeps 50% .* keeps 0%"
     with pytest.raises(CalibrationError, match=message):
-        calibrate(tokenwise(Method.CATS, model=model), samples(), 0.5)
+        calibrate(tokenwise(Method.CATS, model=model), *held_out(samples()), 0.5)
 
 
 def test_zeros_of_relu_are_dropped_whatever_their_share() -> None:
@@ -191,7 +191,7 @@ def test_zeros_of_relu_are_dropped_whatever_their_share() -> None:
         for layer in model.model.layers:
             layer.input_layernorm.weight.fill_(1.0)
     path = tokenwise(Method.CATS, 0.9, model=model)
-    found = calibrate(path, samples(), 0.9)
+    found = calibrate(path, *held_out(samples()), 0.9)
     assert all(0.3 < site.reached < 0.7 for site in found.sites)
     # Nothing is lost by it.
     ids = torch.tensor([samples(1)[0].tokens])
@@ -210,16 +210,20 @@ def test_a_quarter_of_the_text_is_held_out() -> None:
 
 
 class Layer:
-    """A layer whose output is off by each site's `cost` times its sparsity squared."""
+    """A layer whose output is off by each site's `cost` times its sparsity."""
 
     def __init__(self, costs: list[float]) -> None:
         self.costs, self.sites = costs, list(range(len(costs)))
         self.output = torch.zeros(len(costs))
 
-    def run(self, thresholds: Mapping[int, float]) -> Tensor:
+    def run(self, site: int, threshold: float) -> Tensor:
         # A sketch of the numbers 0..1: a threshold is the sparsity.
-        sparsity = [max(0.0, thresholds[site]) for site in self.sites]
-        return torch.tensor([c * s for c, s in zip(self.costs, sparsity, strict=True)])
+        output = self.output.clone()
+        output[site] = self.costs[site] * threshold
+        return output
+
+    def set(self, site: int, threshold: float) -> None:
+        self.output = self.run(site, threshold)
 
 
 def allocate(costs: list[float], units: list[int], keep: float) -> dict[int, float]:
@@ -288,7 +292,9 @@ def test_a_ranking_is_that_of_programs_with_one_sparse_layer(method: str) -> Non
     family = "mixtral" if method == "experts" else "llama"
     text = samples()
     own = chooser(method, model=random_decoder(family, num_hidden_layers=3), text=text)
-    calibration = own._calibrate(0.3, (), text) if own._method.has_thresholds else None
+    calibration = None
+    if own._method.has_thresholds:
+        calibration = calibrate(own._path(own._try(0.3, (), None)), *held_out(text), 0.3)
     agreements = {}
     for layer in range(3):
         thresholds = None if calibration is None else calibration.only([layer]).thresholds
@@ -297,7 +303,7 @@ def test_a_ranking_is_that_of_programs_with_one_sparse_layer(method: str) -> Non
         overlaps = []
         for sample in text:
             ids = torch.tensor([sample.tokens])
-            neurons = path.neurons(ids[:, : sample.prompt])
+            neurons = path.neurons([sample.tokens[: sample.prompt]])
             both = [
                 logits[0, sample.prompt :].softmax(-1)
                 for logits in (path.full(ids), path.sparse(ids, neurons))
@@ -325,5 +331,6 @@ def test_no_text_is_longer_than_the_model_s_longest_sequence(tiny: TinyModels) -
     assert model.tokenizer is not None
     text = " ".join(f"w{6 + i % 90}" for i in range(300))
     assert {len(sample) for sample in windows([text], model.tokenizer, MAX_SEQ_LEN)} == {128, 44}
-    longest = max(len(sample) for sample in on_policy([text, "w7 w8"], model))
-    assert longest <= MAX_SEQ_LEN
+    path = tokenwise(Method.CATS, model=random_decoder("gpt2", n_inner=96))
+    used, held = write(path, [range(6, 90), [7, 8]] * 2)
+    assert max(len(sample) for sample in (*used.samples, *held.samples)) <= MAX_SEQ_LEN

@@ -18,8 +18,9 @@ from sirius_compile.models import shipped_models
 from sirius_runtime.artifact import Artifact
 from tests.support.cli import Cli
 
-FAST = ("--sparsity", "topk", "--graphs", "entries")  # no calibration, no graph of a period
-WHOLE = ("--sparsity", "topk")
+# No calibration, nothing measured, and no graph of a period.
+FAST = ("--sparsity", "topk", "--no-measure", "--graphs", "entries")
+WHOLE = ("--sparsity", "topk", "--no-measure")
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_compiles_runs_and_reports(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "tally.sirius"
-    done = cli.compile("tally-3m", *FAST, "--sparsity", "cats", "--out", out, "--json")
+    done = cli.compile("tally-3m", *FAST, "--measure", "--sparsity", "cats", "--out", out, "--json")
     assert done.code == 0, done.err
     summary = json.loads(done.out)
     assert summary["sparsity"]["method"] == "cats"
@@ -39,7 +40,48 @@ def test_compiles_runs_and_reports(cli: Cli, tmp_path: Path) -> None:
     assert abs(summary["sparsity"]["density"] - 0.75) < 0.05
     for stage in ("capture", "calibrate", "pass sparsify_cats", "write artifact"):
         assert stage in done.err
-    assert sirius_runtime.load(out).generate("Q: Zoe has 25 nuts.", max_new_tokens=4).texts
+    model = sirius_runtime.load(out)
+    assert model.generate("Q: Zoe has 25 nuts.", max_new_tokens=4).texts
+    acceptance = model.program.acceptance
+    assert acceptance is not None
+    assert summary["acceptance"]["best"]["period"] == acceptance.best.period
+    assert model.program.period.period == acceptance.best.period
+    assert model.program.period.confidence == acceptance.best.confidence
+
+
+@pytest.mark.parametrize(
+    ("flags", "period", "confidence"),
+    [
+        (("--period", "5"), 5, None),
+        (("--confidence", "0.3"), None, 0.3),
+        (("--no-measure",), 16, 0),
+    ],
+)
+def test_what_is_given_is_not_measured(
+    cli: Cli, tmp_path: Path, flags: tuple[str, ...], period: int | None, confidence: float | None
+) -> None:
+    out = tmp_path / "m.sirius"
+    done = cli.compile(
+        "tally-3m", "--sparsity", "griffin", "--graphs", "entries", "--out", out, *flags
+    )
+    assert done.code == 0, done.err
+    with Artifact.open(out) as artifact:
+        program = artifact.manifest.program
+    assert period is None or program.period.period == period
+    assert confidence is None or program.period.confidence == confidence
+    assert (program.acceptance is None) == ("--no-measure" in flags)
+    assert ("AAL" in done.out) == (program.acceptance is not None)
+
+
+def test_drafts_that_do_not_pay_are_warned_of(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped model's drafts always pay: here they are to pay ten times as much."""
+    monkeypatch.setattr("sirius_compile.compile.PAYS", 0.1)
+    done = cli.compile("tally-3m", *FAST, "--measure", "--out", tmp_path / "m.sirius")
+    assert done.code == 0, done.err
+    assert "warning: drafting does not pay" in done.err
+    assert "--keep" in done.err
 
 
 def test_summary_for_a_reader(cli: Cli, tmp_path: Path) -> None:

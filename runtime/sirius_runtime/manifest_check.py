@@ -14,6 +14,7 @@ from sirius_runtime.logits_options import MOST_TOKENS, check_generation
 from sirius_runtime.request import check_ranges, check_tree
 from sirius_runtime.rules import check_options
 from sirius_runtime.spec import (
+    AcceptanceSpec,
     Method,
     ModelSpec,
     PeriodSpec,
@@ -34,6 +35,8 @@ def check_program(program: ProgramSpec) -> None:
     check_state(program.state)
     _check_sparsity(program.sparsity, program.state)
     check_period(program.period, program.model, program.sparsity.method)
+    if program.acceptance is not None:
+        check_acceptance(program.acceptance)
     check_ids(program.eos_token_ids)
     if program.pad_token_id is not None:
         check_ids((program.pad_token_id,), "pad_token_id")
@@ -73,6 +76,21 @@ def check_period(period: PeriodSpec, model: ModelSpec, method: Method) -> None:
             f"period.refresh is {period.refresh}, but the sparse path {method} chooses its neurons "
             "for every token, so it must be 0"
         )
+
+
+def check_acceptance(acceptance: AcceptanceSpec) -> None:
+    """As `check_program`, of what the compiler measured of drafts."""
+    _within(1, MOST_TOKENS, acceptance.drafts, "acceptance.drafts")
+    for name in ("density", "agreement"):
+        _within(0.0, 1.0, getattr(acceptance, name), f"acceptance.{name}")
+    for share in acceptance.accepted:
+        _within(0.0, 1.0, share, "acceptance.accepted")
+    for drafting in (acceptance.best, *acceptance.periods):
+        _within(1, MOST_TOKENS, drafting.period, "acceptance: period")
+        _within(0.0, 1.0, drafting.confidence, "acceptance: confidence")
+        _within(1.0, drafting.period, drafting.aal, "acceptance: aal")
+        _within(0.0, drafting.period, drafting.steps, "acceptance: steps")
+        _within(0.0, drafting.period, drafting.effective_density, "acceptance: effective_density")
 
 
 def check_ids(ids: tuple[int, ...], field: str = "eos_token_ids") -> None:

@@ -188,6 +188,41 @@ class PeriodSpec(RuleOptions):
 
 
 @dataclass(frozen=True)
+class DraftingSpec:
+    """What periods of `period` tokens whose drafts stop below `confidence` came to: `aal`, the
+    tokens that one advances; `steps`, the sparse steps that it takes; `effective_density`, both
+    means over drafts.
+    """
+
+    period: int
+    confidence: float
+    aal: float
+    steps: float
+    effective_density: float
+
+
+@dataclass(frozen=True)
+class AcceptanceSpec:
+    """How far the sparse path's drafts got on text held out, as the compiler measured it: `drafts`
+    of `texts`, judged with this `threshold` and `verify_temperature`, teacher-forced.
+
+    `density`: of the sparse steps. `agreement`: share of tokens that were the full path's own.
+    `accepted`: share of drafts whose first 1, 2, … tokens pass. `periods`: by the period's size,
+    without confidence. `best`: with the fewest reads a token, of all periods and confidences.
+    """
+
+    texts: int
+    drafts: int
+    threshold: float
+    verify_temperature: float
+    density: float
+    agreement: float
+    accepted: tuple[float, ...]
+    periods: tuple[DraftingSpec, ...]
+    best: DraftingSpec
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The compiled model. `parameters` counts each stored parameter once (tied weights once)."""
 
@@ -243,6 +278,7 @@ class ProgramSpec:
     passes: tuple[PassRecord, ...]
     tools: ToolVersions
     generation: GenerationSpec = GenerationSpec()  # noqa: RUF009  (frozen)
+    acceptance: AcceptanceSpec | None = None
 
     def entry(self, name: str) -> EntrySpec:
         """The entry of that name; raises ArtifactError where there is none."""

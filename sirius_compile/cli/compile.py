@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sirius_compile.cli.arguments import path
+from sirius_compile.cli.progress import bar
 from sirius_compile.config import BUILTIN, CompileConfig, DenseLayers, Graphs
 from sirius_runtime.command_line import say, tell
 from sirius_runtime.errors import ConfigError
@@ -53,13 +54,20 @@ def compile_artifact(
     dense_layers: Annotated[
         str, typer.Option(help="Layers that skip nothing: 0,31, or auto:N for the N costliest.")
     ] = "",
-    period: Annotated[int, typer.Option(help="Tokens per verification.")] = 16,
+    measure: Annotated[
+        bool,
+        typer.Option(help="Draft on text held out: what it comes to, and the best period."),
+    ] = True,
+    period: Annotated[
+        int | None, typer.Option(help="Tokens per verification; as measured, or 16.")
+    ] = None,
     tree_width: Annotated[int, typer.Option(help="Paths drafted side by side.")] = 1,
     threshold: Annotated[float, typer.Option(help="Probability a drafted token needs.")] = 0.1,
     verify_temperature: Annotated[float, typer.Option(help="Softmax temperature for it.")] = 0.6,
     confidence: Annotated[
-        float, typer.Option(help="Probability a draft needs to go on, 0: none.")
-    ] = 0.0,
+        float | None,
+        typer.Option(help="Probability a draft needs to go on, 0: none; as measured, or 0."),
+    ] = None,
     refresh: Annotated[
         int, typer.Option(help="griffin: periods until neurons are chosen anew, 0: never.")
     ] = 0,
@@ -130,6 +138,7 @@ def compile_artifact(
         keep=keep,
         density=density,
         dense_layers=dense_layers,
+        measure=measure,
         period=period,
         tree_width=tree_width,
         threshold=threshold,
@@ -173,7 +182,7 @@ def _compiled(
     from sirius_compile.guard import compare_graphs, read_graphs
 
     if expect is None:
-        return compile_model(model, config, dump_graphs=dump, progress=_progress)
+        return compile_model(model, config, dump_graphs=dump, progress=_progress, watch=bar())
     expected = read_graphs(expect)
     if dump is not None and dump.resolve() == expect.resolve():
         raise ConfigError(
@@ -182,7 +191,7 @@ def _compiled(
         )
     with tempfile.TemporaryDirectory() as scratch:
         found = dump or Path(scratch)
-        compiled = compile_model(model, config, dump_graphs=found, progress=_progress)
+        compiled = compile_model(model, config, dump_graphs=found, progress=_progress, watch=bar())
         compare_graphs(expect, expected, found)
     tell(f"{'graphs as expected':28} {len(expected)} compared")
     return compiled
@@ -191,7 +200,9 @@ def _compiled(
 def _check_use(config: CompileConfig) -> None:
     """Raises ConfigError for flags that this sparse path has no use for."""
     method, dense = Method(config.sparsity), DenseLayers.read(config.dense_layers)
-    if config.calibration != BUILTIN and not (method.has_thresholds or dense.auto):
+    if config.calibration != BUILTIN and not (
+        method.has_thresholds or dense.auto or config.measure
+    ):
         raise ConfigError(
             f"--calibration is read for thresholds, and --sparsity {method} has none: leave it out"
         )

@@ -81,6 +81,7 @@ def _runs(compiled: Compiled, case: Case) -> Iterator[tuple[str, Tokens]]:
                 if options["mode"] in ("full", "sparse") or name.endswith("w4"):
                     continue  # the same entries; and the graph has its own period and width
                 options = {n: v for n, v in options.items() if n not in ("period", "tree_width")}
+            options = {"fallback": False, **options}  # which follows the clock
             output = model.generate(PROMPTS[case.model], max_new_tokens=24, **options)  # type: ignore[arg-type]
             yield f"{backend}: {name}", [list(row) for row in output.tokens]
 

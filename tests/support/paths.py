@@ -11,8 +11,9 @@ from sirius_compile.config import CompileConfig
 from sirius_compile.pipeline import Thresholds, front
 from sirius_compile.product import Compiled
 from sirius_compile.sparse_path import Chooser
-from sirius_compile.texts import Sample
+from sirius_compile.texts import Sample, hold_out
 from sirius_compile.tokenwise import Tokenwise
+from sirius_compile.writing import Text
 from sirius_passes.manager import run_passes
 from sirius_passes.program import Program
 from sirius_passes.sparsify import parameters
@@ -36,6 +37,12 @@ def samples(count: int = 5, tokens: int = 40, seed: int = 0) -> list[Sample]:
     return [Sample(tuple(row), 12) for row in ids.tolist()]
 
 
+def held_out(text: Sequence[Sample]) -> tuple[Text, Text]:
+    """What calibration reads of a text: that to calibrate on, and that held out."""
+    used, held = hold_out(text)
+    return Text(tuple(used)), Text(tuple(held))
+
+
 def chooser(
     method: Method | str,
     *,
@@ -55,10 +62,11 @@ def chooser(
 
     def weights(spec: WeightSpec) -> torch.Tensor:
         tensor = captured.constants.get(spec.name)
-        return tensors[spec.name].detach() if tensor is None else tensor
+        tensor = tensors[spec.name].detach() if tensor is None else tensor
+        return tensor.mT.contiguous() if spec.transposed else tensor
 
     dense = Compiled(spec_of(program), program, None, {}, {}, weights)
-    return Chooser(config, dense, lambda: text, torch.device("cpu"))
+    return Chooser(config, dense, lambda path, held_only: held_out(text), torch.device("cpu"))
 
 
 def tokenwise(

@@ -1,0 +1,247 @@
+"""How far a sparse path's drafts would get, measured on text before anything is generated.
+
+Teacher-forced, with Sirius' K/V: a draft starts from the full path's K/V of all that is before its
+root, its own tokens carry the sparse path's K/V, and what it is fed is the text. At each place the
+sparse path proposes its likeliest token, and the full path's logits there say whether that token is
+accepted (arXiv 2409.03856, section 4). Roots lie every `STRIDE` tokens; in a run they follow
+corrections, which are harder places, and after an accepted token that is not the text's a run goes
+on from that token: a run's AAL is like this one's, and not the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sirius_compile.texts import Sample
+from sirius_compile.tokenwise import Tokenwise
+from sirius_compile.watch import Watch, each, unwatched
+from sirius_compile.writing import Text, run
+from sirius_runtime.spec import AcceptanceSpec, DraftingSpec, SparsitySpec
+from sirius_runtime.stats import measured_density
+
+LONGEST = 16
+"""Tokens of the longest period that is looked at; the paper's."""
+STRIDE = 8  # tokens from one root to the next
+LEAST_DRAFTS = 8  # fewer say nothing
+BLOCKS = 24  # drafts that are run together
+CONFIDENCES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+PAYS = 0.97
+"""Effective density below which drafting is worth its overhead."""
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What drafts [N, K - 1] would come to.
+
+    `accepted`: whether the full path keeps the proposal there; `exact`: whether it is the full
+    path's own likeliest token; `confidence`: the sparse path's probability of all its proposals up
+    to there; `texts` [N]: which text a draft is of; `density`: of the sparse steps.
+    """
+
+    accepted: Tensor
+    exact: Tensor
+    confidence: Tensor
+    texts: Tensor
+    density: float
+
+    @property
+    def longest(self) -> int:
+        """The longest period that they are drafts of."""
+        return self.accepted.shape[1] + 1
+
+    def only(self, rows: Tensor) -> Drafts:
+        """Of these drafts alone."""
+        return replace(
+            self,
+            accepted=self.accepted[rows],
+            exact=self.exact[rows],
+            confidence=self.confidence[rows],
+            texts=self.texts[rows],
+        )
+
+    def period(self, period: int, confidence: float = 0.0) -> Drafting:
+        """Periods of `period` tokens whose drafts stop below `confidence`."""
+        accepted, sure = self.accepted[:, : period - 1], self.confidence[:, : period - 1]
+        # The level that falls below still counts: see `sirius_runtime.drafting.extend`.
+        steps = ((sure >= confidence).long().cumprod(1).sum(1) + 1).clamp(max=period - 1)
+        kept = accepted.long().cumprod(1).sum(1).minimum(steps)
+        return Drafting(period, confidence, kept.double() + 1, steps.double(), self.density)
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """Periods of one setting: the tokens that each advances, and the sparse steps that it takes."""
+
+    period: int
+    confidence: float
+    advances: Tensor
+    steps: Tensor
+    density: float
+
+    @property
+    def aal(self) -> float:
+        return float(self.advances.mean())
+
+    @property
+    def effective(self) -> float:
+        """Weight reads a committed token; 1 of the dense model."""
+        reads = float(self.steps.sum()) * self.density + len(self.steps)
+        return reads / float(self.advances.sum())
+
+    def spec(self) -> DraftingSpec:
+        return DraftingSpec(
+            self.period, self.confidence, self.aal, float(self.steps.mean()), self.effective
+        )
+
+
+def measure_drafts(
+    path: Tokenwise,
+    text: Text,
+    *,
+    threshold: float,
+    temperature: float,
+    watch: Watch = unwatched,
+) -> Drafts | None:
+    """Drafts from roots all over the text; see the module's docstring. None where no sample goes on
+    after its prompt for two tokens.
+    """
+    size = min(LONGEST - 1, max((len(s) - s.prompt for s in text.samples), default=0))
+    if size < 2:
+        return None
+    counts, known = _Counts(path.spec.sparsity), dict[Sample, int]()
+    found: list[tuple[Tensor, ...]] = []
+    parts = [(part, chunk) for part in run(path, text) for chunk in _roots(part, size)]
+    for part, chunk in each(watch, "measure drafts", parts):
+        rows, firsts = zip(*chunk, strict=True)
+        roots = [part.samples[row].prompt - 1 + first for row, first in chunk]
+        ids, history = part.after(rows, roots, size)
+        neurons = part.neurons_for(path, rows)
+        sparse = path.sparse(ids, neurons, counts.look, history)
+        counts.tokens += ids.numel()
+        assert part.logits is not None
+        places = torch.tensor(firsts)[:, None] + torch.arange(size)
+        full = part.logits[torch.tensor(rows)[:, None], places]
+        texts = torch.tensor([known.setdefault(part.samples[row], len(known)) for row in rows])
+        pairs = zip(full.split(4), sparse.split(4), strict=True)  # logits take memory
+        judged = [_judged(*pair, threshold, temperature) for pair in pairs]
+        found.append((*map(torch.cat, zip(*judged, strict=True)), texts))
+    accepted, exact, confidence, texts = map(torch.cat, zip(*found, strict=True))
+    return Drafts(accepted, exact, confidence, texts, counts.density)
+
+
+def _roots(text: Text, size: int) -> Iterator[list[tuple[int, int]]]:
+    """Rows and the first of their logits that a draft is judged by, `BLOCKS` at a time."""
+    every = [
+        (row, first)
+        for row, sample in enumerate(text.samples)
+        for first in range(0, len(sample) - sample.prompt - size + 1, STRIDE)
+    ]
+    for start in range(0, len(every), BLOCKS):
+        yield every[start : start + BLOCKS]
+
+
+def _judged(
+    full: Tensor, sparse: Tensor, threshold: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the sparse path's proposals, by logits [N, T, V]: whether they pass, whether they are the
+    full path's own, and the confidence in all up to there.
+    """
+    full, sparse = full.float(), sparse.float()
+    best, proposed = sparse.max(-1)
+    chosen = full.gather(-1, proposed[..., None])[..., 0] / temperature
+    probability = (chosen - (full / temperature).logsumexp(-1)).exp()
+    sure = best / temperature - (sparse / temperature).logsumexp(-1)
+    return probability >= threshold, proposed == full.argmax(-1), sure.cumsum(-1).exp()
+
+
+class _Counts:
+    """What the counted sites keep."""
+
+    def __init__(self, sparsity: SparsitySpec) -> None:
+        self._sparsity, self.tokens = sparsity, 0
+        self._kept = [0] * len(sparsity.counted)
+
+    def look(self, site: int, scores: Tensor) -> None:
+        threshold = self._sparsity.counted[site].threshold
+        assert threshold is not None
+        self._kept[site] += int((scores > threshold).sum())
+
+    @property
+    def density(self) -> float:
+        return measured_density(self._sparsity, self._kept, self.tokens)
+
+
+def best_drafting(
+    drafts: Drafts, periods: Sequence[int] | None = None, confidences: Sequence[float] | None = None
+) -> Drafting:
+    """Of these settings, of all where none are given, the one with the fewest weight reads a token;
+    a period that is longer than the drafts counts as their length.
+    """
+    sizes = periods or range(2, drafts.longest + 1)
+    every = [
+        drafts.period(min(size, drafts.longest), confidence)
+        for size in sizes
+        for confidence in confidences or CONFIDENCES
+    ]
+    return min(every, key=lambda drafting: drafting.effective)
+
+
+def joined(parts: Sequence[Drafts]) -> Drafts:
+    """All of them; of no text in two."""
+    first, texts = 0, list[Tensor]()
+    for part in parts:
+        texts.append(part.texts + first)
+        first += int(part.texts.max()) + 1
+    size = min(part.accepted.shape[1] for part in parts)
+    tokens = [part.accepted.numel() for part in parts]
+    return Drafts(
+        torch.cat([part.accepted[:, :size] for part in parts]),
+        torch.cat([part.exact[:, :size] for part in parts]),
+        torch.cat([part.confidence[:, :size] for part in parts]),
+        torch.cat(texts),
+        sum(n * part.density for n, part in zip(tokens, parts, strict=True)) / sum(tokens),
+    )
+
+
+def interval(
+    drafts: Drafts, of: Callable[[Drafts], float], draws: int = 500
+) -> tuple[float, float]:
+    """The middle 95% of a figure over bootstrap draws of texts."""
+    generator = torch.Generator().manual_seed(0)
+    names, index = drafts.texts.unique(return_inverse=True)
+    rows = [(index == name).nonzero()[:, 0] for name in range(len(names))]
+    found = []
+    for _ in range(draws):
+        drawn = torch.randint(len(rows), (len(rows),), generator=generator).tolist()
+        found.append(of(drafts.only(torch.cat([rows[name] for name in drawn]))))
+    low, high = (
+        torch.tensor(found).double().quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    )
+    return low, high
+
+
+def acceptance_spec(
+    drafts: Drafts,
+    *,
+    threshold: float,
+    temperature: float,
+    periods: Sequence[int] | None = None,
+    confidences: Sequence[float] | None = None,
+) -> AcceptanceSpec:
+    """What the artifact says of the drafts; the best setting is one of those given."""
+    passed = drafts.accepted.long().cumprod(1).double().mean(0)
+    return AcceptanceSpec(
+        texts=len(drafts.texts.unique()),
+        drafts=len(drafts.texts),
+        threshold=threshold,
+        verify_temperature=temperature,
+        density=drafts.density,
+        agreement=float(drafts.exact.double().mean()),
+        accepted=tuple(passed.tolist()),
+        periods=tuple(drafts.period(size).spec() for size in range(2, drafts.longest + 1)),
+        best=best_drafting(drafts, periods, confidences).spec(),
+    )

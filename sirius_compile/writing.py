@@ -1,0 +1,157 @@
+"""What calibration reads: text, and what the full path has computed of it.
+
+Decoding reads what the model writes, so the built-in text is on-policy: the model's own greedy
+continuations of prompts. It is decoded as the runtime does it, and its keys, values and logits are
+kept, because what comes later would compute them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sirius_compile.texts import LEAST_TOKENS, Sample, batches, hold_out, padded
+from sirius_compile.tokenwise import Caches, History, Look, Tokenwise
+from sirius_compile.watch import Watch, unwatched
+from sirius_runtime.entries import FULL
+from sirius_runtime.policy import likeliest
+from sirius_runtime.tensor_state import TensorState
+
+CONTINUATION = 48  # new tokens after each prompt
+
+
+@dataclass(frozen=True)
+class Text:
+    """Samples; where the full path has run them, its K/V of them, a row a sample, maybe `logits`
+    [R, T, V], the first of them after the prompt, and the `neurons` [layers, R, K] that the method
+    chose for the prompts.
+    """
+
+    samples: tuple[Sample, ...]
+    caches: Caches | None = None
+    logits: Tensor | None = None
+    neurons: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return sum(map(len, self.samples))
+
+    def after(
+        self, rows: Sequence[int], starts: Sequence[int], tokens: int
+    ) -> tuple[Tensor, History]:
+        """`tokens` of each of the rows [N, tokens], from where it starts, and what is before."""
+        assert self.caches is not None
+        ids = padded(
+            [
+                (*self.samples[row].tokens[start : start + tokens], *[0] * tokens)[:tokens]
+                for row, start in zip(rows, starts, strict=True)
+            ]
+        )
+        return ids, self.caches.after(rows, starts, tokens)
+
+    def prompts(self, rows: Sequence[int]) -> list[tuple[int, ...]]:
+        return [self.samples[row].tokens[: self.samples[row].prompt] for row in rows]
+
+    def neurons_for(self, path: Tokenwise, rows: Sequence[int]) -> Tensor | None:
+        """What the method keeps for the prompts of these rows; None where it does not ask."""
+        if self.neurons is None or self.neurons.shape[-1] != path.spec.sparsity.kept_neurons:
+            return path.neurons(self.prompts(rows))
+        return self.neurons[:, torch.tensor(rows)]
+
+    def parts(self) -> list[list[int]]:
+        """The rows that `observe` reads in one call."""
+        if self.caches is None:
+            return batches([len(sample) for sample in self.samples])
+        return batches([len(sample) - sample.prompt for sample in self.samples])
+
+
+def observe(path: Tokenwise, text: Text, rows: Sequence[int], look: Look) -> None:
+    """Shows the scores of the rows' tokens [tokens, units] to `look`, site by site: those after the
+    prompt where the full path has run it or the prompt chose, else all.
+    """
+    samples = [text.samples[row] for row in rows]
+    neurons = text.neurons_for(path, rows)
+    history = None
+    if text.caches is None:
+        ids = padded([sample.tokens for sample in samples])
+        first = [0 if neurons is None else min(s.prompt, len(s) - 1) for s in samples]
+        ends = [len(sample) for sample in samples]
+    else:
+        ends = [len(sample) - sample.prompt for sample in samples]
+        ids, history = text.after(rows, [sample.prompt for sample in samples], max(ends))
+        first = [0] * len(rows)
+    index = torch.arange(ids.shape[1])
+    shown = (index >= torch.tensor(first)[:, None]) & (index < torch.tensor(ends)[:, None])
+    shown = shown.to(path.device)
+    path.observe(ids, neurons, lambda site, scores: look(site, scores[shown]), history)
+
+
+@torch.inference_mode()
+def write(
+    path: Tokenwise,
+    prompts: Sequence[Sequence[int]],
+    watch: Watch = unwatched,
+    *,
+    held_only: bool = False,
+    new_tokens: int = CONTINUATION,
+) -> tuple[Text, Text]:
+    """The full path's greedy continuations of the prompts: text to calibrate on, and every fourth,
+    held out, with its logits. `held_only`: where nothing is calibrated, all are held out.
+    """
+    held, used = list(prompts[3::4]), [p for i, p in enumerate(prompts) if i % 4 < 3]
+    if held_only:
+        held, used = list(prompts), []
+    model = path.spec.model
+    new_tokens = max(1, min(new_tokens, model.max_seq_len // 2))
+    given = [tuple(prompt[: model.max_seq_len - new_tokens]) for prompt in (*used, *held)]
+    state = TensorState(path.backend, len(given), max(map(len, given)) + new_tokens)
+    logits, tokens = list[Tensor](), list[Tensor]()
+    with watch.count("write text", new_tokens) as done:
+        for step in range(new_tokens):
+            new = state.step(FULL)["logits"][:, 0] if step else state.prefill(given)[0]
+            logits.append(new[len(used) :].clone())
+            tokens.append(likeliest(new))
+            state.commit(int(step > 0), tokens[-1])
+            done()
+    ends = set(path.spec.eos_token_ids)
+    samples = [
+        Sample((*prompt, *_until(new, ends)), len(prompt))
+        for prompt, new in zip(given, torch.stack(tokens, 1).tolist(), strict=True)
+    ]
+    decoded = sum(len(sample) - sample.prompt for sample in samples[: len(used)])
+    if not held_only and (not held or decoded < LEAST_TOKENS):  # the prompts are wanted too
+        first, rest = hold_out(samples)
+        return Text(tuple(first)), Text(tuple(rest))
+    state.choose_neurons()
+    caches, neurons = Caches(state.k_cache, state.v_cache), state.neurons
+
+    def part(first: int, end: int, logits: Tensor | None) -> Text:
+        own = None if neurons is None else neurons[:, first:end]
+        return Text(tuple(samples[first:end]), caches.rows(first, end), logits, own)
+
+    return part(0, len(used), None), part(len(used), len(given), torch.stack(logits, 1))
+
+
+def _until(tokens: Sequence[int], ends: Collection[int]) -> list[int]:
+    """The tokens up to the first that is an end."""
+    last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return list(tokens[: last + 1])
+
+
+def run(path: Tokenwise, text: Text) -> Iterator[Text]:
+    """The text in parts, each with its K/V and logits."""
+    if text.logits is not None:
+        yield text
+        return
+    for rows in batches([len(sample) for sample in text.samples]):
+        samples = tuple(text.samples[row] for row in rows)
+        logits, caches = path.read(padded([sample.tokens for sample in samples]))
+        first = torch.tensor([sample.prompt - 1 for sample in samples])[:, None]
+        places = first + torch.arange(logits.shape[1] - int(first.min()))
+        row = torch.arange(len(samples))[:, None]
+        logits = logits[row, places.clamp(max=logits.shape[1] - 1)]
+        neurons = path.neurons([sample.tokens[: sample.prompt] for sample in samples])
+        yield Text(samples, caches, logits, neurons)
