@@ -188,7 +188,7 @@ def test_limits_of_a_compiled_period(
             read(model, LIMITS, mode=mode, **options)
         assert message in str(refused.value)
     for mode in (Mode.FULL, Mode.SPARSE):  # they run no periods
-        assert read(model, LIMITS, mode=mode, **options).mode is mode
+        assert read(model, LIMITS, mode=mode, **options).mode == mode
 
 
 def test_what_a_compiled_period_allows(model: SiriusModel) -> None:

@@ -93,6 +93,8 @@ def run_lines() -> Iterator[Line]:
         (("--temperature", "0.5"), "temperature: mode sirius is greedy"),
         (("--seed", "1"), "seed: mode sirius is greedy"),
         (("--mode", "exact", "--top-p", "0.5"), "top_p: mode exact is greedy"),
+        (("--mode", "full", "--period", "8"), "--mode full drafts nothing: leave out --period"),
+        (("--mode", "sparse", "--threshold", "0.2", "--no-fallback"), "--threshold, --fallback"),
         (("--copy=yes",), "--copy"),
         (("--nope",), "--nope"),
         (("more",), "more"),

@@ -17,7 +17,7 @@ from sirius_runtime.command_line import (
     whole_number,
 )
 from sirius_runtime.errors import ConfigError, shown
-from sirius_runtime.request import modes
+from sirius_runtime.request import Mode, modes
 from sirius_runtime.rules import OPTIONS, RuleOptions
 
 
@@ -131,16 +131,19 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_DRAFTING = ("period", "tree_width", *OPTIONS, "confidence", "refresh", "fallback")
+"""Options that a mode of one path has no use for."""
+
+
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `SiriusModel.generate`, but for the mode and the options of sampling."""
+    given = [f"--{n.replace('_', '-')}" for n in _DRAFTING if getattr(args, n) is not None]
+    if args.mode in (Mode.FULL, Mode.SPARSE) and given:
+        raise ConfigError(f"--mode {args.mode} drafts nothing: leave out {', '.join(given)}")
     return {
         "max_new_tokens": args.max_new_tokens,
+        **{name: getattr(args, name) for name in _DRAFTING},
         "period": _number_or_auto(args.period),
-        "tree_width": args.tree_width,
-        **{name: getattr(args, name) for name in OPTIONS},
-        "confidence": args.confidence,
-        "refresh": args.refresh,
-        "fallback": args.fallback,
         "stop": tuple(unescaped(text, "--stop") for text in args.stop),
         "repetition_penalty": args.repetition_penalty,
         "min_new_tokens": args.min_new_tokens,
