@@ -25,6 +25,7 @@ from sirius_runtime.spec import SiteSpec
 STEP = 0.05  # of a layer's weights; TEAL's own
 LEAST_KEPT = 0.05  # of any one linear's channels
 ROWS, TOKENS = 3, 48  # of text that errors are measured on, at the most
+ENDS = 4, 20  # the same, where what is before them is known
 
 
 def allocate(
@@ -104,8 +105,9 @@ def _ends(text: Text) -> tuple[Tensor, list[tuple[int, ...]], History | None]:
         sample = text.samples[row]
         return len(sample) - (0 if text.caches is None else sample.prompt)
 
-    rows = sorted(range(len(text.samples)), key=new, reverse=True)[:ROWS]
-    tokens = min(TOKENS, min(map(new, rows)))
+    most, each = (ROWS, TOKENS) if text.caches is None else ENDS
+    rows = sorted(range(len(text.samples)), key=new, reverse=True)[:most]
+    tokens = min(each, min(map(new, rows)))
     if text.caches is None:
         ends = [text.samples[row].tokens[-tokens:] for row in rows]
         return padded(ends), [end[: max(1, tokens // 2)] for end in ends], None

@@ -8,6 +8,7 @@ own where the sparse operators choose, and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from sirius_passes.blocks import layer_inputs
 from sirius_passes.program import FULL, SPARSE
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.errors import CalibrationError
+from sirius_runtime.kernels.arguments import MOST_TOKENS
+from sirius_runtime.kernels.native import references
 from sirius_runtime.operators import OPERATORS, Operator
 from sirius_runtime.spec import JSON, ProgramSpec
 from sirius_runtime.tensor_state import TensorState
@@ -242,7 +245,9 @@ def tokenwise(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         elif isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (rows, tokens):
             value = value.reshape(rows * tokens, 1, -1)
         parts.append(value)
-    result = target(*parts, **kwargs)
+    # The kernels are for the few rows of a step: torch multiplies many in half of their time.
+    with references() if rows * tokens > MOST_TOKENS else nullcontext():
+        result = target(*parts, **kwargs)
     if isinstance(result, Tensor):
         return result.reshape(rows, tokens, -1)
     y, count = result
