@@ -112,10 +112,35 @@ def run_lines() -> Iterator[Line]:
     yield Line("sirius", ("run", ARTIFACT, "-p", "w7 " * 500), "has 500 tokens")
 
 
+def trace_lines() -> Iterator[Line]:
+    trace = ("trace", ARTIFACT, "-p", "w7 w8", "--max-new-tokens", "2")
+    for flag in ("--out", "--html"):
+        places = (FOLDER, ARTIFACT + "/below", f"{FOLDER}/no/where", "/dev/null")
+        yield from flags("sirius", trace, flag, (*NO_PATH, *places))
+    for given, says in (
+        (("--out", f"{FOLDER}/t", "--html", f"{FOLDER}/t"), "--out and --html name the same file"),
+        (("--mode", "full"), "mode full makes none"),
+        (("--mode", "sparse"), "mode sparse makes none"),
+        (("--mode", "foo"), "mode must be one of"),
+        (("--backend", "cudagraph"), "--backend cudagraph: a trace is of backend eager"),
+        (("--backend", "period"), "--backend period: a trace is of backend eager"),
+        (("--backend", "onnxruntime"), "--backend onnxruntime: a trace is of backend eager"),
+        (("--backend", ""), "a trace is of backend eager"),
+        (("--check-kv=yes",), "--check-kv"),
+        (("--chat",), "brings no chat template"),
+        (("--raw", "--system", "x"), "--system and --chat-template are of a chat"),
+        (("--compare",), "--compare"),
+        (("--top-p", "0.5"), "top_p: mode sirius is greedy"),
+        (("--period", "0"), "--period"),
+    ):
+        yield Line("sirius", (*trace, *given), says)
+    yield Line("sirius", ("trace", ARTIFACT, "-p", ""), "prompt 0 is empty")
+
+
 def other_lines() -> Iterator[Line]:
     yield Line("sirius", (), "required: COMMAND")
     yield Line("sirius", ("rum",), "invalid choice: 'rum'")
-    for command in ("run", "chat", "inspect", "export-onnx"):
+    for command in ("run", "chat", "inspect", "trace", "export-onnx"):
         yield Line("sirius", (command,), "required: MODEL.sirius")
     yield Line("sirius", ("chat", ARTIFACT), "brings no chat template")
     yield Line("sirius", ("chat", ARTIFACT, "--prompt", "x"), "--prompt")
@@ -127,6 +152,7 @@ def other_lines() -> Iterator[Line]:
     for command, before, after in (
         ("sirius", ("run",), ("-p", "x")),
         ("sirius", ("inspect",), ()),
+        ("sirius", ("trace",), ("-p", "x")),
         ("sirius", ("export-onnx",), (f"{FOLDER}/new",)),
         ("onnx", (), ("--out", f"{FOLDER}/new.sirius")),
     ):
@@ -252,7 +278,7 @@ def script_lines() -> Iterator[Line]:
     yield Line(prompts, (), "model")
 
 
-LINES = [*run_lines(), *other_lines(), *compile_lines(), *script_lines()]
+LINES = [*run_lines(), *trace_lines(), *other_lines(), *compile_lines(), *script_lines()]
 
 
 @pytest.fixture(scope="module")

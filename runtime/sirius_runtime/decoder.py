@@ -43,12 +43,12 @@ class Way(StrEnum):
 @dataclass(frozen=True)
 class Evidence:
     """Why a period did what it did: its draft, the full path's logits after each node [B, N, V],
-    and what was made of them.
+    and what was made of them. A step has logits alone, [B, 1, V], before any processing.
     """
 
-    draft: Draft
+    draft: Draft | None
     logits: Any
-    verdict: Verdict
+    verdict: Verdict | None
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ class Steps:
         if plan.refreshes:
             state.choose_neurons()
         one = xp.ones_like(token)
-        return Outcome(xp.stack([state.root, one, one - 1], 1), int(not dense), int(dense))
+        packed = xp.stack([state.root, one, one - 1], 1)
+        evidence = Evidence(None, result["logits"], None)
+        return Outcome(packed, int(not dense), int(dense), evidence)
 
 
 def steps(choose: Choose) -> dict[Way, Strategy]:
@@ -133,6 +135,8 @@ class Backend(Protocol):
 
     program: ProgramSpec
     dtype: Any
+    explains: bool
+    """Whether its periods bring their evidence."""
 
     @property
     def limits(self) -> Limits | None:

@@ -20,8 +20,10 @@ from sirius_runtime.request import FinishReason, Mode, Request
 from sirius_runtime.rules import RULES
 from sirius_runtime.sampling import NO_TOKEN
 from sirius_runtime.sizes import node_count
+from sirius_runtime.state import State
 from sirius_runtime.stats import GenerationStats, Phase, PhaseClock, RowSteps, StatsRecorder
 from sirius_runtime.text import StopScanner
+from sirius_runtime.trace import Trace, Tracer, Tracing
 
 
 class Streamer(Protocol):
@@ -93,9 +95,13 @@ class Generation:
         request: Request,
         streamer: Streamer | None,
         prefix: Prefix | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
-        """prefix: what all prompts begin with, run already."""
-        self._prefix = prefix
+        """prefix: what all prompts begin with, run already. tracing: of one row."""
+        self._backend, self._prefix = backend, prefix
+        self._tracer = None
+        if tracing is not None:
+            self._tracer = Tracer(tracing, backend, request, tokenizer, prompts[0])
         self._prompts, self._request, self._streamer = prompts, request, streamer
         seeds = request.seeds or (None,) * len(prompts)
         self._rows = [
@@ -126,13 +132,23 @@ class Generation:
         first = decoder.prefill(self._prompts, self._noise(Way.DENSE), self._prefix)
         self._recorder.prefill_passes = decoder.prefill_passes
         self._commit([[token] for token in first])
+        if self._tracer is not None:
+            self._tracer.first(first[0])
         self._recorder.clock.end_prefill()
         while any(row.reason is None for row in self._rows):
             self._leave_out_finished()
             self._period()
         if self._guard is not None:
             self._recorder.fallback = self._guard.fallback
-        return self._rows, self._recorder.close(decoder.density())
+        stats = self._recorder.close(decoder.density())
+        if self._tracer is not None:
+            self._tracer.end(decoder.state, self._fresh_state)
+        return self._rows, stats
+
+    def _fresh_state(self, tokens: int) -> State:
+        """The state of a decoder for one row of so many tokens."""
+        clock = PhaseClock(self._backend.device)
+        return self._backend.open(self._request, 1, tokens + 1, clock).state
 
     @property
     def _live(self) -> list[Row]:
@@ -160,6 +176,7 @@ class Generation:
 
     def _period(self) -> None:
         way, period, width = self._choice()
+        reason = self._guard.reason if self._guard is not None and way is Way.DENSE else None
         rows, sizes, plan = self._live, [1] * len(self._held), self._request.plan
         if way is Way.DRAFT:
             # Each row's draft is as long as in a run of its own: a batch changes no row's tokens.
@@ -180,7 +197,10 @@ class Generation:
             )
         if self._guard is not None:
             self._guard.observe(way, max(sizes), done.levels, live, seconds)
+        before_commit = len(rows[0].tokens)
         self._commit([row.tokens for row in done.rows])
+        if self._tracer is not None:
+            self._tracer.step(way, plan, done, rows[0].tokens[before_commit:], seconds, reason)
 
     def _count(self, way: Way, done: Period) -> list[tuple[int, int]]:
         """Counts what was done to live rows; returns their drafted and accepted levels."""
@@ -245,6 +265,11 @@ class Generation:
         if self._decoder.resizable and 2 * len(going) <= len(self._held):
             self._decoder.select(going)
             self._held = [self._held[place] for place in going]
+
+    @property
+    def trace(self) -> Trace | None:
+        """What was traced, where that was asked for."""
+        return None if self._tracer is None else self._tracer.trace
 
     @property
     def steps(self) -> tuple[RowSteps, ...]:

@@ -63,6 +63,18 @@ class Guard:
             return Way.DENSE, 1
         return Way.DRAFT, min(RETRY, self._longest) if self._retrying else self._best[0]
 
+    @property
+    def reason(self) -> str:
+        """Why the dense step that is due is one."""
+        if self._longest == 1:
+            return "the period is 1: there is no draft"
+        if self._left == 0:
+            return "a dense step is timed, to know what drafts have to beat"
+        return (
+            f"drafts did not pay ({self._advance / self._failed:.1f} tokens in the time of "
+            f"{self._cost / self._failed:.1f} dense steps): another is tried in {self._left} steps"
+        )
+
     def observe(
         self, way: Way, period: int, levels: int, rows: Sequence[tuple[int, int]], seconds: float
     ) -> None:

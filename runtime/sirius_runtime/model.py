@@ -28,6 +28,7 @@ from sirius_runtime.spec import ProgramSpec
 from sirius_runtime.stats import GenerationStats, PhaseClock, RowSteps
 from sirius_runtime.text import answer_text
 from sirius_runtime.tokenizer_guard import panics_caught
+from sirius_runtime.trace import Trace, Tracing, check_traceable
 from sirius_runtime.watched_file import WatchedFile
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ __all__ = [
     "SiriusModel",
     "Streamer",
     "TokenLogprobs",
+    "Trace",
+    "Tracing",
 ]
 
 
@@ -56,7 +59,8 @@ class GenerationOutput:
     space between them is the answer's first. `texts` is None for a model without a tokenizer.
     `seeds`: of each row, for drawing the same again; None where nothing was drawn.
     `logprobs`: of each token of `tokens`; None where none were asked for. `steps`: how each row's
-    tokens were made, period by period.
+    tokens were made, period by period. `trace`: why, token by token; None where it was not asked
+    for.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -67,6 +71,7 @@ class GenerationOutput:
     stats: GenerationStats
     logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None = None
     steps: tuple[RowSteps, ...] = ()
+    trace: Trace | None = None
 
 
 class MoreOptions(LogitsOptions, RuleNumbers):
@@ -193,6 +198,7 @@ class SiriusModel:
         logprobs: int | None = None,
         streamer: Streamer | None = None,
         prefix: Prefix | None = None,
+        trace: bool | Tracing = False,
         **more: Unpack[MoreOptions],
     ) -> GenerationOutput:
         """Generates from one prompt or a batch.
@@ -209,7 +215,9 @@ class SiriusModel:
         that end a row once they stand in its text, in which special tokens count where a stop
         string names them. eos_token_id: replaces the model's own EOS ids. streamer: one row only;
         is given committed tokens, never taken back. prefix: what `prefix` made of tokens that all
-        prompts begin with: they are not run again.
+        prompts begin with: they are not run again. trace: also tell what each period drafted, what
+        the full path thought of it and what came of that, as `GenerationOutput.trace`; of one row,
+        in modes that draft, by backend eager. A `Tracing` says more.
 
         mode: ``sirius``, ``exact`` (dense greedy tokens), ``sample`` (tokens of the full path's
         distribution), ``full`` or ``sparse``. temperature (1), top_k (0: no limit), top_p (1),
@@ -299,7 +307,12 @@ class SiriusModel:
             raise GenerationError(f"a streamer takes one row, the batch has {len(prompts)}")
         if prefix is not None:
             prefix.check(prompts)
-        generation = Generation(self.backend, self.tokenizer, prompts, request, streamer, prefix)
+        tracing = (Tracing() if trace else None) if isinstance(trace, bool) else trace
+        if tracing is not None:
+            check_traceable(self.backend, request, len(prompts))
+        generation = Generation(
+            self.backend, self.tokenizer, prompts, request, streamer, prefix, tracing
+        )
         ran_on(self.backend.threads)
         rows, stats = generation.run()
         self._check_file()
@@ -319,6 +332,7 @@ class SiriusModel:
             stats=stats,
             logprobs=None if logprobs is None else tuple(tuple(row.logprobs) for row in rows),
             steps=generation.steps,
+            trace=generation.trace,
         )
 
     def _render(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import TextIO
+
 LINES = "\n"
 _CONTROLS = {
     code: ascii(chr(code))[1:-1]
@@ -17,6 +20,16 @@ def plain(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def takes_colour(stream: TextIO) -> bool:
+    """Whether colours are wanted there: it is a terminal, and NO_COLOR is not set."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def styled(text: str, style: str) -> str:
+    """Text, made fit to print, in a style: numbers of SGR, such as ``1;31``."""
+    return f"\x1b[{style}m{text}\x1b[0m" if text else text
 
 
 def without_controls(text: str) -> str:

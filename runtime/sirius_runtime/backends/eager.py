@@ -33,6 +33,7 @@ class EagerBackend:
     """Runs the graphs node by node over one copy of each weight."""
 
     limits: Limits | None = None
+    explains = True
 
     def __init__(
         self,

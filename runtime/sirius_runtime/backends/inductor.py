@@ -43,6 +43,8 @@ class InductorBackend(EagerBackend):
     folder (``$SIRIUS_CACHE``, else ``~/.cache/sirius``), where the next process finds it.
     """
 
+    explains = False
+
     def __init__(
         self,
         program: ProgramSpec,

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class OnnxBackend(OnnxGraphs):
     """See `sirius_runtime.decoder.Backend`."""
 
+    explains = False
+
     def open(self, request: Request, rows: int, tokens: int, clock: PhaseClock) -> Decoder:
         drafts: Strategy = OneGraph(self.limits)
         choose, scorer = self._chooser(request.plan.sampling), None

@@ -31,6 +31,8 @@ Progress = Callable[[str], None]
 class PeriodBackend(EagerBackend):
     """As `EagerBackend`, but a period is one call: of the graph `period`, node by node."""
 
+    explains = False
+
     def __init__(
         self,
         program: ProgramSpec,

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sirius_runtime.chat import NO_TEMPLATE
 from sirius_runtime.command_line import (
     path_argument,
     read_stdin,
@@ -16,9 +17,12 @@ from sirius_runtime.command_line import (
     unescaped,
     whole_number,
 )
-from sirius_runtime.errors import ConfigError, shown
+from sirius_runtime.errors import ConfigError, GenerationError, shown
 from sirius_runtime.request import Mode, modes
 from sirius_runtime.rules import OPTIONS, RuleOptions
+
+if TYPE_CHECKING:
+    from sirius_runtime.model import SiriusModel
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +66,24 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
         help="the prompt is text to go on with, whatever the model is for (default)",
     )
     add_template(parser)
+
+
+def is_chat(args: argparse.Namespace) -> bool:
+    """Whether the prompt is a message, by what `add_chat` was given."""
+    chat = args.chat or args.system is not None or args.chat_template is not None
+    if chat and args.raw:
+        raise ConfigError("--system and --chat-template are of a chat: leave out --raw, or them")
+    return chat
+
+
+def rendered(model: SiriusModel, prompt: str, args: argparse.Namespace) -> str:
+    """The text that the model's chat template makes of the prompt."""
+    if model.chat is None:
+        raise GenerationError(f"--chat: {NO_TEMPLATE}")
+    messages = [{"role": "user", "content": prompt}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": unescaped(args.system, "--system")})
+    return model.chat.render(messages, template=args.chat_template)
 
 
 def read_prompt(args: argparse.Namespace) -> str:

@@ -7,7 +7,6 @@ import json
 import warnings
 from typing import Any
 
-from sirius_runtime.chat import NO_TEMPLATE
 from sirius_runtime.cli.command import Command
 from sirius_runtime.cli.comparison import print_comparison
 from sirius_runtime.cli.options import (
@@ -16,13 +15,15 @@ from sirius_runtime.cli.options import (
     add_loading,
     add_prompt,
     generation_options,
+    is_chat,
     loading_options,
     read_prompt,
+    rendered,
     sampling_options,
 )
 from sirius_runtime.cli.results import logprobs_json, output_json, summary, write_text
-from sirius_runtime.command_line import ESCAPES, say, tell, unescaped, whole_number
-from sirius_runtime.errors import ConfigError, GenerationError
+from sirius_runtime.command_line import ESCAPES, say, tell, whole_number
+from sirius_runtime.errors import ConfigError
 from sirius_runtime.request import Mode
 
 
@@ -58,14 +59,12 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError("--logprobs goes with --json, and not with --compare")
     mode = Mode.SIRIUS if args.mode is None else args.mode
     options, loading = generation_options(args), loading_options(args)
-    chat = args.chat or args.system is not None or args.chat_template is not None
-    if chat and args.raw:
-        raise ConfigError("--system and --chat-template are of a chat: leave out --raw, or them")
+    chat = is_chat(args)
     prompt = read_prompt(args)
     model = load(**loading)
     options["add_special_tokens"] = args.add_special_tokens and not chat
     if chat:
-        prompt = _rendered(model, prompt, args)
+        prompt = rendered(model, prompt, args)
     elif model.chat is not None and args.add_special_tokens and not args.raw:
         tell(
             "sirius: this model has a chat template, and the prompt is taken as it is; --chat "
@@ -79,16 +78,6 @@ def _run(args: argparse.Namespace) -> None:
         say(json.dumps(output_json(output) | logprobs_json(output)))
     else:
         _stream(model, prompt, mode, options | sampling)
-
-
-def _rendered(model: Any, prompt: str, args: argparse.Namespace) -> str:
-    """The text that the model's chat template makes of the prompt."""
-    if model.chat is None:
-        raise GenerationError(f"--chat: {NO_TEMPLATE}")
-    messages = [{"role": "user", "content": prompt}]
-    if args.system is not None:
-        messages.insert(0, {"role": "system", "content": unescaped(args.system, "--system")})
-    return str(model.chat.render(messages, template=args.chat_template))
 
 
 def _warn_of_unknown_tokens(model: Any, prompt: str) -> None:

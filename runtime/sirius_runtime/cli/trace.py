@@ -1,0 +1,114 @@
+"""`sirius trace`: what every period drafted, what the full path made of it, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from sirius_runtime.cli.command import Command
+from sirius_runtime.cli.options import (
+    add_chat,
+    add_generation,
+    add_loading,
+    add_prompt,
+    generation_options,
+    is_chat,
+    loading_options,
+    read_prompt,
+    rendered,
+    sampling_options,
+)
+from sirius_runtime.cli.results import summary
+from sirius_runtime.command_line import new_file_argument, say, tell
+from sirius_runtime.errors import ConfigError, SiriusError
+from sirius_runtime.new_file import write_file
+from sirius_runtime.request import Mode
+from sirius_runtime.terminal import takes_colour
+
+if TYPE_CHECKING:
+    from sirius_runtime.trace import Trace
+
+_BACKENDS = ("auto", "eager")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_prompt(parser)
+    add_chat(parser)
+    add_generation(parser)
+    parser.add_argument(
+        "--out",
+        type=new_file_argument,
+        metavar="FILE",
+        help="write the trace to this file, a JSON object a line (docs/trace.md)",
+    )
+    parser.add_argument(
+        "--html",
+        type=new_file_argument,
+        metavar="FILE",
+        help="write the trace to this file, as a page for a browser that needs nothing else",
+    )
+    parser.add_argument(
+        "--check-kv",
+        action="store_true",
+        help="in the end, run all tokens densely and compare the caches with what that leaves",
+    )
+    add_loading(parser)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from sirius_runtime.cli.trace_page import page
+    from sirius_runtime.cli.trace_view import View
+    from sirius_runtime.loading import load
+    from sirius_runtime.trace import Tracing
+
+    if args.out is not None and args.out == args.html:
+        raise ConfigError(f"--out and --html name the same file, {args.out}: give two")
+    if args.backend not in _BACKENDS:
+        raise ConfigError(
+            f"--backend {args.backend}: a trace is of backend eager, which runs a period step by "
+            "step; leave --backend out"
+        )
+    options = generation_options(args) | sampling_options(args)
+    chat, loading = is_chat(args), loading_options(args)
+    prompt = read_prompt(args)
+    model = load(**loading | {"backend": "eager"})
+    if chat:
+        prompt = rendered(model, prompt, args)
+    view = View(colour=takes_colour(sys.stdout))
+    output = model.generate(
+        prompt,
+        mode=Mode.SIRIUS if args.mode is None else args.mode,
+        add_special_tokens=args.add_special_tokens and not chat,
+        trace=Tracing(lambda step: say(view.step(step)), args.check_kv),
+        **options,
+    )
+    trace = output.trace
+    assert trace is not None
+    say(view.end(trace))
+    if args.out is not None:
+        lines = (json.dumps(record) + "\n" for record in trace.records())
+        write_file(args.out, "".join(lines).encode())
+    if args.html is not None:
+        write_file(args.html, page(output, model.tokenizer).encode(errors="backslashreplace"))
+    tell(f"sirius: {summary(output)}")
+    _check(trace)
+
+
+def _check(trace: Trace) -> None:
+    if trace.cache is not None and trace.cache.inconsistent:
+        raise SiriusError(
+            f"the caches are not those of a dense run over the same tokens: {trace.cache.largest} "
+            f"is the largest of {trace.cache.inconsistent} differences; please report it with the "
+            "trace"
+        )
+
+
+COMMAND = Command(
+    "show each period's draft, what the full path made of it, and why",
+    _add_arguments,
+    _run,
+    epilog="Modes sirius, exact and sample; always by backend eager. Dense steps, taken where "
+    "drafts do not pay, are shown with their reason; --no-fallback drafts on.",
+)

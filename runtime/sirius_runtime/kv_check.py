@@ -1,0 +1,91 @@
+"""Whether the caches hold what a dense run over the committed tokens would have left there.
+
+The full path rewrites the K/V of each token that it verifies, so that all committed history is its
+own (Sirius, arXiv 2409.03856, section 4). A slot that it is not is a bug: a write that was missed,
+a compaction that moved the wrong node.
+
+Shape letters: `L` layers, `P` slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sirius_runtime.spec import to_json
+from sirius_runtime.state import State
+
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""The largest difference of a slot's K or V (its norm over all heads), as a share of the root mean
+square of the layer's slots' norms. A prompt's rounding differs from a period's."""
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class CacheDifference:
+    """K or V of a layer's slot that is not the dense run's; `size` is relative, as a tolerance."""
+
+    layer: int
+    slot: int
+    tensor: str
+    size: float
+
+
+@dataclass(frozen=True)
+class CacheCheck:
+    """slots: those of committed tokens; largest: of all differences, within tolerance or not;
+    inconsistent: how many are not; differences: the largest of them, at the most `SHOWN`.
+    """
+
+    layers: int
+    slots: int
+    tolerance: float
+    largest: CacheDifference
+    inconsistent: int
+    differences: tuple[CacheDifference, ...]
+
+    def record(self) -> dict[str, Any]:
+        """As an object of JSON."""
+        fields = to_json(self)
+        assert isinstance(fields, dict)
+        return fields
+
+
+def check_kv(state: State, fresh: State, tokens: Sequence[int]) -> CacheCheck:
+    """Compares the first row's caches with what a prefill of `tokens` leaves in `fresh`."""
+    with state.computing():
+        assert int(state.length[0]) == len(tokens)
+        fresh.prefill([tokens])
+        names = ("k", "v")
+        pairs = zip(state.first_kv(len(tokens)), fresh.first_kv(len(tokens)), strict=True)
+        sizes = torch.stack([_sizes(*pair) for pair in pairs])  # [2, L, P]
+        values, order = sizes.flatten().sort(descending=True)
+        tolerance = TOLERANCES[fresh.first_kv(1)[0].dtype]
+        _, L, P = sizes.shape
+
+        def difference(place: int) -> CacheDifference:
+            at, size = int(order[place]), float(values[place])
+            return CacheDifference(at // P % L, at % P, names[at // (L * P)], size)
+
+        wrong = int((values > tolerance).sum())
+        return CacheCheck(
+            layers=L,
+            slots=P,
+            tolerance=tolerance,
+            largest=difference(0),
+            inconsistent=wrong,
+            differences=tuple(difference(place) for place in range(min(wrong, SHOWN))),
+        )
+
+
+def _sizes(found: Tensor, dense: Tensor) -> Tensor:
+    """The relative differences [L, P] of caches [L, 1, heads, P, D]; infinite where not finite."""
+    found, dense = found[:, 0].float(), dense[:, 0].float()
+    norms = dense.norm(dim=(1, 3))
+    scale = norms.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(norms.dtype).tiny)
+    sizes = (found - dense).norm(dim=(1, 3)) / scale
+    return torch.where(sizes.isfinite(), sizes, float("inf"))
