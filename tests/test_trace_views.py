@@ -184,7 +184,7 @@ def test_a_broken_cache_ends_the_command_as_a_bug(
     done = cli.run("trace", artifact, "-p", PROMPT, *flags)
     assert done.code == 70
     assert "cache inconsistency: v of layer 3, slot 60, differs by " in done.out
-    assert "the caches are not those of a dense run" in done.err
+    assert "the K/V cache is not that of a dense run" in done.err
     cache = json.loads(out.read_text().splitlines()[-2])
     assert cache["inconsistent"] >= 1
     found = [(one["tensor"], one["layer"], one["slot"]) for one in cache["differences"]]

@@ -313,74 +313,54 @@ class Tracer:
         assert evidence.verdict is not None
         tree = evidence.draft.tree
         tokens, parents, depths = (t[0].tolist() for t in (tree.tokens, tree.parents, tree.depth))
-        *kept, root = row.tokens
-        path = evidence.verdict.nodes[0].tolist()[: len(kept) + 1]
-        last, full = path[-1], _Full(plan, evidence.logits[0])
-        sparse = _sparse(plan, evidence)
-        text = self._path_texts(tokens, parents)
-        fates = dict.fromkeys(path, Fate.KEPT)
-        nodes = [node for node in range(1, len(tokens)) if 1 <= depths[node] <= row.drafted]
-        drafted = tuple(
-            Drafted(
-                node=node,
-                parent=parents[node],
-                depth=depths[node],
-                token=tokens[node],
-                text=text(node, tokens[node]),
-                full=full.of(parents[node], tokens[node]),
-                sparse=sparse[node],
-                likeliest=full.likeliest[parents[node]] == tokens[node],
-                fate=fates.get(node, Fate.REFUSED if parents[node] == last else Fate.DROPPED),
-            )
-            for node in nodes
-        )
+        path = evidence.verdict.nodes[0].tolist()[: len(row.tokens)]
+        full, sparse = _Full(plan, evidence.logits[0]), _sparse(plan, evidence)
 
-        def choice(node: int) -> Emitted:
-            """The full path's argmax after a node."""
-            best = full.likeliest[node]
-            return Emitted(best, text(node, best, after=True), full.of(node, best))
-
-        findings = []
-        greedy = not RULES[plan.rule].draws
-        for one in drafted:
-            place = one.depth - 1
-            if not greedy or place >= taken:
-                continue
-            if one.fate is Fate.KEPT and not one.likeliest:
-                kind = Kind.UNDER_CORRECTION
-            elif one.fate is Fate.REFUSED and one.likeliest:
-                kind = Kind.OVER_CORRECTION
-            else:
-                continue
-            departs = kind is Kind.UNDER_CORRECTION and not self._departed
-            self._departed |= departs
-            findings.append(
-                Finding(
-                    kind,
-                    self._taken + place,
-                    one.token,
-                    one.text,
-                    one.full,
-                    choice(one.parent),
-                    departs,
-                )
-            )
-        emitted = Emitted(root, text(last, root, after=True), full.of(last, root))
-        corrects = any(one.fate is Fate.REFUSED for one in drafted)
-        return drafted, emitted, corrects, tuple(findings)
-
-    def _path_texts(self, tokens: list[int], parents: list[int]) -> Callable[..., str | None]:
-        """The text of a node's token, or of one after a node, behind all that precedes it."""
-
-        def text(node: int, token: int, *, after: bool = False) -> str | None:
-            before: list[int] = []
-            at = node if after else parents[node]
+        def after(node: int, token: int) -> Emitted:
+            """A token of the full path after a node."""
+            before, at = [], node
             while at:
-                before.insert(0, tokens[at])
+                before.append(tokens[at])
                 at = parents[at]
-            return self._text([*self._history[-_CONTEXT:], *before], token)
+            text = self._text([*self._history[-_CONTEXT:], *reversed(before)], token)
+            return Emitted(token, text, full.of(node, token))
 
-        return text
+        def drafted(node: int) -> Drafted:
+            above, token = parents[node], tokens[node]
+            seen, fate = after(above, token), Fate.DROPPED
+            if node in path:
+                fate = Fate.KEPT
+            elif above == path[-1]:
+                fate = Fate.REFUSED
+            return Drafted(
+                node=node,
+                parent=above,
+                depth=depths[node],
+                token=token,
+                text=seen.text,
+                full=seen.full,
+                sparse=sparse[node],
+                likeliest=full.likeliest[above] == token,
+                fate=fate,
+            )
+
+        nodes = [node for node in range(1, len(tokens)) if 1 <= depths[node] <= row.drafted]
+        draft = tuple(map(drafted, nodes))
+        found = []
+        if not RULES[plan.rule].draws:  # else refusals and unlikely tokens keep a distribution
+            for one in draft:
+                kind = _kind(one)
+                if kind is not None and one.depth <= taken:
+                    instead = after(one.parent, full.likeliest[one.parent])
+                    found.append(self._finding(kind, one, instead))
+        corrects = any(one.fate is Fate.REFUSED for one in draft)
+        return draft, after(path[-1], row.tokens[-1]), corrects, tuple(found)
+
+    def _finding(self, kind: Kind, one: Drafted, instead: Emitted) -> Finding:
+        departs = kind is Kind.UNDER_CORRECTION and not self._departed
+        self._departed |= departs
+        position = self._taken + one.depth - 1
+        return Finding(kind, position, one.token, one.text, one.full, instead, departs)
 
     def _text(self, before: Sequence[int], token: int) -> str | None:
         """A token's text; its name where it has none of its own: a special token, or bytes of an
@@ -395,6 +375,15 @@ class Tracer:
         if text and "\ufffd" not in text:
             return text
         return tokenizer.id_to_token(token) or text
+
+
+def _kind(one: Drafted) -> Kind | None:
+    """What a drafted token's fate is an instance of, by a rule that is greedy."""
+    if one.fate is Fate.KEPT and not one.likeliest:
+        return Kind.UNDER_CORRECTION
+    if one.fate is Fate.REFUSED and one.likeliest:
+        return Kind.OVER_CORRECTION
+    return None
 
 
 class _Full:

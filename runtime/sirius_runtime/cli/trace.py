@@ -97,11 +97,13 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _check(trace: Trace) -> None:
-    if trace.cache is not None and trace.cache.inconsistent:
+    cache = trace.cache
+    if cache is not None and cache.inconsistent:
+        worst = cache.largest
         raise SiriusError(
-            f"the caches are not those of a dense run over the same tokens: {trace.cache.largest} "
-            f"is the largest of {trace.cache.inconsistent} differences; please report it with the "
-            "trace"
+            f"the K/V cache is not that of a dense run over its tokens in {cache.inconsistent} "
+            f"of {2 * cache.layers * cache.slots} places, most in {worst.tensor} of layer "
+            f"{worst.layer}, slot {worst.slot}: please report it, with the trace"
         )
 
 
