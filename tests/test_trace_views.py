@@ -292,6 +292,15 @@ def _colours(path: Path) -> int:
         return len(image.convert("RGB").getcolors(2**24))
 
 
+def test_an_answer_of_one_token(model: SiriusModel) -> None:
+    output = traced(model, max_new_tokens=1)
+    assert output.trace is not None
+    assert output.trace.steps == ()
+    assert output.trace.cache is not None
+    assert output.trace.cache.slots == len(output.prompts[0])
+    assert "<article" not in page(output, model.tokenizer)
+
+
 def test_steps_are_told_apart(model: SiriusModel) -> None:
     output = traced(model)
     assert output.trace is not None

@@ -54,8 +54,7 @@ def page(output: Any, tokenizer: Tokenizer | None) -> str:
         *_head(trace),
         *_tiles(trace, output.stats),
         *_answer(trace, tokenizer),
-        *_chart(trace),
-        *_steps(trace),
+        *((*_chart(trace), *_steps(trace)) if trace.steps else ()),
     )
     return "\n".join(
         (
