@@ -12,11 +12,11 @@ from sirius_compile import CompileConfig, Compiled, compile_model
 from tests.support.models import random_decoder, word_tokenizer
 from tests.support.once import compiling_anew
 
-MODELS = (("llama", "topk"), ("gpt2", "griffin"))
+MODELS = (("llama", "topk", "torch"), ("gpt2", "griffin", "entries"))
 
 
-def compiled(model: PreTrainedModel, method: str) -> Compiled:
-    options = CompileConfig(sparsity=method, period=2)
+def compiled(model: PreTrainedModel, method: str, graphs: str) -> Compiled:
+    options = CompileConfig(sparsity=method, period=2, graphs=graphs)
     return compile_model(model, options, tokenizer=word_tokenizer())
 
 
@@ -26,12 +26,12 @@ def content(made: Compiled) -> dict[str, str]:
 
 
 def test_each_thread_gets_what_it_gets_alone() -> None:
-    asked = [(random_decoder(family, num_hidden_layers=1), method) for family, method in MODELS]
+    asked = [(random_decoder(family, num_hidden_layers=1), *how) for family, *how in MODELS]
     with compiling_anew():
         alone = [content(compiled(*one)) for one in asked]
     at_once = Barrier(len(asked))
 
-    def run(one: tuple[PreTrainedModel, str]) -> dict[str, str]:
+    def run(one: tuple[PreTrainedModel, str, str]) -> dict[str, str]:
         at_once.wait()
         return content(compiled(*one))
 

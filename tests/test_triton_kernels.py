@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from sirius_runtime.kernels.native import references
 from sirius_runtime.ops.mlp import ACTIVATIONS
 from tests.support import naive
+from tests.support.fast import slow_but
 from tests.support.operators import randn, sirius
 from tests.support.triton_interpreter import interpreting, require_triton, small_tiles
 
@@ -105,9 +107,16 @@ def test_linear(dtype: torch.dtype, tokens: int, bias: bool, by_inputs: bool) ->
 @pytest.mark.usefixtures("small")
 # The parts' sums are added up with what lies between them, whatever that is.
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("tokens", [1, 3, 16])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "splits"),
+    slow_but(
+        product(DTYPES, (1, 3, 16), (1, 3)),
+        {
+            *product(DTYPES[:1], (1, 3, 16), (3,)),
+            *((torch.bfloat16, 1, 1), (torch.float16, 3, 3), (torch.float32, 1, 1)),
+        },
+    ),
+)
 def test_linears(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tokens: int, splits: int
 ) -> None:
@@ -164,7 +173,9 @@ def test_sparse_linear(tokens: int, threshold: float) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", slow_but((torch.bfloat16, torch.float16), {torch.bfloat16}), ids=str
+)
 @pytest.mark.parametrize(("name", "extra"), CASES, ids=lambda value: str(value)[:20])
 def test_mlps_in_types_that_round(name: str, extra: tuple[Any, ...], dtype: torch.dtype) -> None:
     """Products of quarters are exact, so that sums, and with them the choices, are the same."""
@@ -196,8 +207,10 @@ def test_sparse_linear_in_every_type(dtype: torch.dtype) -> None:
     near(linear.sparse_linear(*args), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize(
+    ("dtype", "tokens"),
+    slow_but(product(DTYPES, (1, 16)), {(torch.bfloat16, 1), (torch.float32, 16)}),
+)
 def test_the_tiles_that_run(dtype: torch.dtype, tokens: int) -> None:
     """Of the sizes that `tiles` chooses, some wider than these tensors."""
     x = (randn(1, tokens, 300, seed=0) * 4).round().to(dtype) / 4
