@@ -200,9 +200,8 @@ def _compiled(
 def _check_use(config: CompileConfig) -> None:
     """Raises ConfigError for flags that this sparse path has no use for."""
     method, dense = Method(config.sparsity), DenseLayers.read(config.dense_layers)
-    if config.calibration != BUILTIN and not (
-        method.has_thresholds or dense.auto or config.measure
-    ):
+    measured = config.measure and method is not Method.NONE
+    if config.calibration != BUILTIN and not (method.has_thresholds or dense.auto or measured):
         raise ConfigError(
             f"--calibration is read for thresholds, and --sparsity {method} has none: leave it out"
         )
