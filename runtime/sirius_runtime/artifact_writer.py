@@ -38,9 +38,9 @@ _PADDING_BYTES = 6  # of an extra field without zeros
 _ZIP64_BYTES = (
     2**30
 )  # from this size on an entry gets ZIP64 sizes; below zipfile's own limit (2 GiB)
-# Is hashed, checksummed and written while still in the cache. Writes end at multiples of it in the
-# file: of such, Linux keeps pages of 2 MiB where the file system can, and a mapping reads them with
-# a fraction of the lookups (see `artifact_zip.map_file`).
+# One piece is hashed, checksummed and written while it is still in the CPU's cache. Each write ends
+# at a multiple of this size in the file. Where the file system can, Linux then keeps the file in 2
+# MiB pages, and reading a mapping takes far fewer address lookups (see `artifact_zip.map_file`).
 _CHUNK_BYTES = 4 * 2**20
 _REGULAR_FILE = 0o100644 << 16
 
@@ -50,8 +50,8 @@ class ArtifactWriter:
 
     Leaving the block without `finish` removes the temporary file; an older artifact stays as it
     was. Raises ConfigError where `path` exists (unless `force`) or its folder doesn't, and
-    ArtifactError where the disk refuses. Wrong names, tensors or calls are the compiler's faults:
-    SiriusError.
+    ArtifactError where the file can't be written. A wrong name, tensor or call is a bug of the
+    compiler: SiriusError.
     """
 
     def __init__(self, path: str | os.PathLike[str], force: bool = False) -> None:
@@ -60,7 +60,7 @@ class ArtifactWriter:
         if self.path.exists() and not force:
             raise ConfigError(f"{self.path} exists; choose another path or pass --force")
         with self._disk_faults(), self._new:
-            pass  # a folder where nothing can be written is found before the work, not after
+            pass  # finds a folder that can't be written to before the work, not after it
         self._files: dict[str, FileRecord] = {}
         self._weights: dict[str, WeightSpec] = {}
         self._shards = 0
@@ -232,7 +232,9 @@ def _shards(specs: Sequence[WeightSpec], shard_bytes: int) -> Iterator[list[Weig
 
 
 def _write_tensor(sink: _Sink, spec: WeightSpec, get: Callable[[WeightSpec], torch.Tensor]) -> None:
-    """Fetches and writes one tensor; a function of its own, so that it is dropped on return."""
+    """Fetches and writes one tensor. It is a function of its own so that the tensor is freed on
+    return.
+    """
     tensor = get(spec)
     if (dtype_name(tensor.dtype), tuple(tensor.shape)) != (spec.dtype, spec.shape):
         given = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"

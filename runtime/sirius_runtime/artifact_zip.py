@@ -86,11 +86,11 @@ def _fault(path: Path, what: str, remedy: str = AGAIN) -> ArtifactError:
 
 
 def map_file(path: Path, *, copy: bool = False) -> tuple[Image, list[zipfile.ZipInfo]]:
-    """The mapped file and its directory, both read through one file descriptor; with `copy`, all
-    of the file is read into memory, and nothing that happens to it later matters.
+    """The mapped file and its directory, both read through one file descriptor. With `copy`, the
+    whole file is read into memory, and later changes to it have no effect.
 
-    Pages of 2 MiB are asked for: weights are read from end to end in every step, and in pages of
-    4 KiB the processor's lookups of addresses cost up to a fifth of that.
+    Pages of 2 MiB are asked for: every step reads all weights, and with pages of 4 KiB the address
+    lookups (TLB misses) cost up to a fifth of that.
     """
     try:
         if not path.exists():
@@ -147,7 +147,7 @@ def _directory(path: Path, file: BinaryIO) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.infolist()
-    # Of a damaged directory zipfile raises whatever its parts raise.
+    # On a damaged directory zipfile raises many kinds of exceptions.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         what = (
             f"the ZIP directory at the end is missing or broken ({error}): is the file truncated?"

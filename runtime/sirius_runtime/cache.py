@@ -1,11 +1,11 @@
-"""The user's cache folder, which holds machine code: what another user could have put there is
-never loaded.
+"""The user's cache folder. It holds machine code, so a file that another user could have put there
+is never loaded.
 
-A folder is used as it is where it and every folder above it belong to this user or to root, and
-nobody else may write to them (a folder above may be a sticky one, as /tmp is). What lies in it is
-used where it belongs to this user and nobody else may write to it. Otherwise the code is built
-afresh, in a private folder of this process where the folder itself is at fault, and a line on
-stderr says so. Windows, where a user's folders are private to begin with, has no such checks.
+A folder is safe if it and every folder above it belong to this user or to root, and nobody else may
+write to them (a folder above may be sticky, as /tmp is). A file in it is used if it belongs to this
+user and nobody else may write to it. Otherwise the code is built again, and a line on stderr says
+so. If the folder itself is not safe, the code is built in a private folder of this process. Windows
+has no such checks: a user's folders are private there.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def cache_folder() -> Path:
 
 
 def private_folder(folder: Path, *, deep: bool = False) -> Path:
-    """`folder`, made (0700) where it is not there; a folder of this process in its place where
-    another user could have put something there.
+    """`folder`, created (0700) if needed. If another user could have put something there, a private
+    folder of this process instead.
 
-    deep: whether everything within is looked at, for libraries that load what they find; others
-    ask `is_own` of each file. Raises OSError where the folder can't be made.
+    deep: check everything within, for libraries that load whatever they find; other callers check
+    each file by `is_own`. Raises OSError where the folder can't be created.
     """
     if not hasattr(os, "getuid"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def private_folder(folder: Path, *, deep: bool = False) -> Path:
 
 
 def is_own(path: Path) -> bool:
-    """Whether `path` is a file that only this user can have written; said where it is another."""
+    """Whether `path` is a file that only this user can have written; stderr says so if it is not."""
     if not hasattr(os, "getuid"):
         return path.is_file()
     try:
@@ -116,7 +116,7 @@ def _in_place_of(folder: Path, fault: str) -> Path:
     process = os.getpid()
 
     def remove() -> None:
-        if os.getpid() == process:  # not the end of a child
+        if os.getpid() == process:  # not at a child's end
             shutil.rmtree(own, ignore_errors=True)
 
     atexit.register(remove)

@@ -40,7 +40,8 @@ def compare(
 ) -> list[Comparison]:
     """Generates from `prompt` by each of `COMPARED`, the dense path first (after one warm-up).
 
-    Options as for `SiriusModel.generate`; drafts are shown whatever they cost, unless `fallback`.
+    Options as for `SiriusModel.generate`; drafts are made even where they do not pay, unless
+    `fallback`.
     """
 
     def run(mode: Mode, new_tokens: int | None) -> GenerationOutput:
@@ -58,7 +59,7 @@ def compare(
             **more,
         )
 
-    for mode in COMPARED:  # first calls pay for allocation and code paths
+    for mode in COMPARED:  # the first call also pays for allocation and warm-up
         run(mode, min(2, max_new_tokens or 2))
     outputs = {mode: run(mode, max_new_tokens) for mode in COMPARED}
     dense = outputs[Mode.FULL]

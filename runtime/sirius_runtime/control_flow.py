@@ -4,9 +4,8 @@
     higher_order.while_loop(goes, body, c, x)    while goes(*c, *x): c = body(*c, *x)
     higher_order.cond(which, yes, no, x)         (yes if which else no)(*x)
 
-torch's operators find out at each call what tracing, autograd and vmap make of them, over as many
-arguments as the model has weights. Neither is in force here. `which` is read by the host either
-way.
+At each call, torch's operators check for tracing, autograd and vmap, over as many arguments as the
+model has weights. None of these is active here. The host reads `which` in both forms.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def as_python(graph: fx.Graph) -> None:
 def while_loop(
     goes_on: Callable[..., Tensor], body: Branch, carried: Sequence[Tensor], given: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """What is carried when `goes_on` says no (a bool tensor of one element).
+    """What is carried when `goes_on` gives false (a bool tensor of one element).
 
     Raises ArtifactError for a loop that does not end: a period drafts a level in each step.
     """

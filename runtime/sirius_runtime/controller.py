@@ -1,35 +1,37 @@
 """The online controller of `generate(period="auto")`: which period K and tree width w come next.
 
-It maximises committed tokens per second, E[advance] / seconds of a period, by what the generation's
-own periods showed. All rows share (K, w), so their number cancels out.
+It maximises committed tokens per second, E[advance] / seconds of a period, as estimated from the
+generation's own periods. All rows share (K, w), so their number cancels out.
 
     E[advance]  1 + sum over d < K of a_w(1) .. a_w(d)
     seconds     (K - 1) draft_w + verify(N) + rest,  N = (K - 1) w + 1
 
 What is measured:
 
-- a_w(d), the chance that level d passes given that the levels above it did. A row tries each level
-  up to the first refused one; where nothing was refused it says nothing of the level after its last
-  (it is censored). Counts fade by the period, so that a change of the text is followed. A level
-  tried little leans on those just above, and these on the width's pooled rate: one never tried
-  continues the trend. With the pooled rate alone, a chain that grows safer with depth would not
-  look worth lengthening.
-- Drafts may stop early (`confidence`, the end of a row), so K is a cap: the chances that a row
-  drafts on, and that any row of the batch does, scale the advance and the levels that are paid for.
-- Seconds are low quantiles of the last few samples, as slow outliers are common and fast ones are
-  not. The first period of each K and w may be setting up its shapes: alone it is believed only
-  where it is fast. verify(N) is that of N's own samples where two agree (kernels change at some N),
-  else it lies on a line through those N, which one bad point does not move (Theil-Sen).
-- A width that never ran is taken to be as good as it could be: refusals fall as 1 / w and its steps
-  cost no more. Of one that hardly ran, a step costs at most what its nodes would in narrower steps.
+- a_w(d), the probability that level d passes, given that the levels above it passed. A row tries
+  each level up to the first refused one. If none was refused, nothing is known of the level after
+  its last (a censored observation). Counts decay every period, so that a change of the text is
+  followed. A level with few trials is shrunk towards the levels just above it, and these towards
+  the width's pooled rate; a level that was never tried continues the trend. With the pooled rate
+  alone, a chain whose levels pass more often with depth would not be lengthened.
+- Drafts may stop early (`confidence`, the end of a row), so K is a cap. The probability that a row
+  drafts on scales the advance; the probability that any row of the batch does scales the levels
+  that cost time.
+- Seconds are low quantiles of the last few samples: slow outliers are common, fast ones are not.
+  The first period of each K and w may include setup for new shapes, so alone it counts only where
+  it is fast. verify(N) comes from N's own samples where two of them agree (kernels change at some
+  N), else from a robust line (Theil-Sen) through those N.
+- A width that never ran is estimated optimistically: refusals fall as 1 / w and its steps cost no
+  more. A step of a width that hardly ran costs at most what its nodes would cost in narrower steps.
 
 Exploration is bounded. The opening is short: a long and a dense period, repeated until their times
-agree, then each width once, at the K that suits it best, and again if it was slow. Later a width's
-best K is sought up to twice the longest that it ran, and every `PROBE_EVERY` periods comes a probe,
-in turn a longer period, a dense one, another width. By prediction it loses some seconds against the
-best choice; all probes together may lose `PROBE_SHARE` of the time. A probe that wins is repeated,
-so that what got better is soon found. A choice is kept until another is better by `HYSTERESIS`, and
-K comes from a ladder, because a new K or w may be a new shape to allocate or compile.
+agree, then each width once at its best K, and again if it was slow. Later a width's best K is
+searched up to twice the longest K that it ran. Every `PROBE_EVERY` periods there is a probe: in
+turn a longer period, a dense one, another width. A probe is predicted to lose some seconds against
+the best choice; all probes together may lose `PROBE_SHARE` of the time. A probe that wins is
+repeated, so that improvements are found soon. A choice is kept until another is better by
+`HYSTERESIS`, and K comes from a ladder, because a new K or w may need new allocations or
+compilation.
 
 Pure Python without random numbers: the same observations give the same choices.
 """
@@ -47,34 +49,43 @@ from sirius_runtime.errors import ConfigError
 
 # Simulated rates hardly depend on these: halving or doubling one moves their mean by 1% at most.
 OPENING_PERIOD = 5
-"""The greatest K of the opening: enough to see some levels, and little to lose where most is
-refused."""
+"""The greatest K of the opening: enough to observe some levels, and little is lost where most are
+refused.
+"""
 OPENING_ROUNDS, AGREE = 3, 1.5
-"""The opening repeats until the two least times agree within this factor, so often at most."""
+"""Most rounds of the opening, and the factor within which the two shortest times agree: then the
+rounds end.
+"""
 FORGET = 0.96
-"""What a period's counts are worth one period later: a memory of 25 periods."""
+"""The factor by which counts decay each period: a memory of 25 periods."""
 LEAST_TRIALS = 6.0
-"""Trials that a width's counts stay worth however long it does not run: it is still taken for what
-it was, but its next periods soon outweigh that."""
+"""Trials below which the counts of an idle width do not decay: its estimate stays, but its next
+periods soon outweigh it.
+"""
 RATE, RATE_TRIALS = 0.8, 8.0
-"""Prior of the narrowest width's pooled rate, and what any width's prior is worth, in trials."""
+"""Prior of the narrowest width's pooled rate, and the weight of any width's prior, in trials."""
 NEAR, NEAR_TRIALS, LEVEL_TRIALS = 0.75, 16.0, 8.0
-"""How a level's rate is shrunk: the levels above count `NEAR` times less per level between; the
-pooled rate is worth `NEAR_TRIALS` of theirs, and they are worth `LEVEL_TRIALS` of its own."""
+"""How a level's rate is shrunk: the trials of a level above are weighted by `NEAR` once per level of
+distance; the pooled rate counts as `NEAR_TRIALS` of those, and that estimate as `LEVEL_TRIALS` of
+the level's own.
+"""
 STOP_TRIALS = 8.0
-"""Trials that the prior is worth that no draft stops early."""
+"""Weight, in trials, of the prior that no draft stops early."""
 SAMPLES, SURE_SAMPLES = 9, 2
-"""Samples kept of a step or the rest, and how many make a width's own steps sure."""
+"""Samples kept of a step or the rest, and how many of them make a width's own step time reliable.
+"""
 VERIFY_SAMPLES, VERIFY_POINTS, ONE_NODE = 5, 6, 1.0
-"""Samples kept of each N, for how many different N, and what N = 1 weighs on the line, where others
-weigh as much as they have samples: one token alone often runs a faster kernel."""
+"""Samples kept of each N; the number of different N; and the weight of N = 1 on the line, where any
+other N weighs as much as it has samples: one token alone often runs a faster kernel.
+"""
 PROBE_EVERY, PROBE_SHARE, PROBE_WINS = 24, 0.02, 1.2
-"""Periods between probes, the share of the time that they may lose, and how many times the best
-choice's tokens per second a probe must bring to be repeated."""
+"""Periods between probes; the share of the time that they may lose; and how many times the best
+choice's tokens per second a probe must reach to be repeated.
+"""
 HYSTERESIS = 0.01
 """How much better another choice must be, as a share."""
 LEAST_SECONDS, LONGEST_SECONDS = 1e-9, 1e9
-"""Of a period, and of a sample: whatever a clock says, rates stay finite."""
+"""Least seconds of a period, and of a sample: rates stay finite whatever the clock says."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,7 @@ class Controller:
         """The first choices, each made when it is due."""
         narrowest, most = self._widths[0], min(OPENING_PERIOD, self._ladder[-1])
         yield most, narrowest.width
-        # Where much is refused, shorter ones show as much.
+        # Where much is refused, shorter periods tell as much.
         period = min(most, round(2.0 * narrowest.advance[most]))
         nodes = (period - 1) * narrowest.width + 1
         for _ in range(OPENING_ROUNDS):
@@ -179,10 +190,10 @@ class Controller:
         return (self._probed or self._best).choice
 
     def _probe(self, others: list[_Forecast]) -> _Forecast | None:
-        """The next probe in turn that is not too dear; `others`: the best of the other widths."""
+        """The next probe in turn that the credit covers; `others`: the best of the other widths."""
         period = self._best.period
         longer = self._ladder[min(self._ladder.index(period) + 2, len(self._ladder) - 1)]
-        # Of a width first what shows most, a period as long as the one in use.
+        # Of another width first the most informative probe: a period as long as the one in use.
         turns: list[tuple[_Width, tuple[int, ...]]] = [
             (self._best.model, (longer, 2)),
             (self._widths[0], (1,)),
@@ -196,7 +207,9 @@ class Controller:
         return None
 
     def _affordable(self, model: _Width, periods: Sequence[int]) -> _Forecast | None:
-        """The first of these that is not the best choice and that the credit pays for; pays."""
+        """The first of these that is not the best choice and whose cost the credit covers; takes
+        the cost off the credit.
+        """
         for period in periods:
             probe = self._forecast(model, min(period, self._ladder[-1]))
             loss = max(0.0, probe.seconds - probe.advance / self._best.rate)
@@ -206,7 +219,7 @@ class Controller:
         return None
 
     def _won(self, observation: Observation) -> _Forecast | None:
-        """The probe, if this was it and brought more than the best choice should have."""
+        """The probe, if this period was it and did better than predicted for the best choice."""
         probe, rows = self._probed, observation.rows
         if probe is None or not rows or (observation.period, observation.width) != probe.choice:
             return None
@@ -234,7 +247,7 @@ class Controller:
 
 
 class _Forecast(NamedTuple):
-    """What a period of this width and K should bring: tokens of a row, in seconds."""
+    """The prediction for a period of this width and K: tokens of a row, and seconds."""
 
     model: _Width
     period: int
@@ -320,7 +333,7 @@ class _VerifyCost:
         }
 
     def _fit(self) -> None:
-        """Weighted medians of the slopes between points, then of what the slope leaves."""
+        """Weighted medians of the slopes between points, then of the residuals."""
         settled = {n: one for n, one in self._points.items() if one.settled}
         points = [
             (float(n), one.typical, one.count if n > 1 else ONE_NODE)
@@ -357,7 +370,7 @@ class _Width:
         self._tabulate()
 
     def assume(self, narrower: _Width | None) -> None:
-        """Takes what ran little for what the next narrower width makes likely."""
+        """Fills in what hardly ran by what the next narrower width predicts."""
         samples = [some.typical for some in (self.steps, self._first_steps) if some.count]
         if self.steps.count >= SURE_SAMPLES:
             samples = samples[:1]

@@ -14,7 +14,7 @@ from sirius_runtime.text import TextStream
 from sirius_runtime.tokenizer_guard import guarded
 
 DEFAULT_ANSWER = 1024
-"""Tokens that an answer has at the most, unless told otherwise."""
+"""Default limit of an answer's tokens."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Conversation:
         return first + self.turns
 
     def reset(self, system: str | None = None) -> None:
-        """Forgets what was said, and has `system` as the system's message."""
+        """Forgets all messages; `system` becomes the system message."""
         self.system = system
         self.turns = []
 

@@ -70,10 +70,10 @@ def extend(
 ) -> DraftState:
     """`state` with one level more; it counts for the rows that were live.
 
-    A row drafts on while the probability of its best path, which is the sparse path's confidence in
-    the draft, is at least `confidence` (float32 []; 0 never stops), and while it may commit
-    more: `most_B` tokens, its own next root included. The level that falls below still counts: it
-    is drafted, and leaving it out for what it holds would bias sampling.
+    A row drafts on while the probability of its best path (the sparse path's confidence in the
+    draft) is at least `confidence` (float32 []; 0 never stops), and while it may commit more tokens
+    (at most `most_B`, its own next root included). The level that falls below `confidence` still
+    counts: it is drafted, and dropping it because of its tokens would bias sampling.
     """
     new, distribution = propose(state.tree, logits_BWV, level)
     depth = state.depth + state.live

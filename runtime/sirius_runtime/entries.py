@@ -78,14 +78,14 @@ _OUTCOME = ("tokens", "advance", "drafted", "root", "length", "levels", "k_kept"
 
 
 def plan_inputs(rules: Sequence[str]) -> tuple[str, ...]:
-    """What a graph of these rules is told of a plan, by name."""
+    """The inputs by which a graph of these rules gets a plan, by name."""
     return ("rule", *options_of(rules), *_PLAN)
 
 
 def signature(
     entry: str, sparsity: SparsitySpec, rules: Sequence[str]
 ) -> tuple[frozenset[str], frozenset[str]] | None:
-    """The inputs and outputs that an entry has, by name; None of an entry that there is not."""
+    """The inputs and outputs of an entry, by name; None for an unknown entry."""
     chooses, counts = sparsity.method.per_prompt, bool(sparsity.counted)
     kept = ("kept",) * counts
     known: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -113,7 +113,7 @@ def needed(sparsity: SparsitySpec) -> tuple[str, ...]:
 
 
 def extents(program: ProgramSpec) -> dict[str, int]:
-    """What the letters stand for that are the same in every call."""
+    """The values of the letters that are the same in every call."""
     state, sparsity = program.state, program.sparsity
     return {
         "K": program.period.period,

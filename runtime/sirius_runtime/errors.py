@@ -43,7 +43,7 @@ class OperandError(UserError, ValueError):
 
 
 class OperandIndexError(OperandError, IndexError):
-    """An operand that holds an index of what is not there."""
+    """An operand that holds an index out of range."""
 
 
 class UnsupportedModelError(UserError):

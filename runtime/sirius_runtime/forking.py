@@ -1,7 +1,8 @@
-"""Threads do not come along where a process forks; waiting for them hangs the child.
+"""A forked child lacks its parent's threads; if it waits for them, it hangs.
 
-PyTorch's pool (OpenMP's) and ONNX Runtime's exist once something has run on several threads. A
-child that runs on several threads then waits for its parent's for ever: it is told so instead.
+The thread pools of PyTorch (OpenMP) and ONNX Runtime exist once something has run on several
+threads. A forked child that runs on several threads would then wait for its parent's threads for
+ever; it gets an error instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole periods as CUDA graphs: a period is recorded once, and then is one launch.
+"""Whole periods as CUDA graphs: a period is recorded once, then replayed by one launch.
 
 The recording and its replay have not run on a GPU yet; what they record is tested on the CPU
 (`sirius_runtime.recorded`).
@@ -26,12 +26,13 @@ from sirius_runtime.stats import PhaseClock
 from sirius_runtime.tensor_state import TensorState
 
 LEAST_SLOTS = 512
-"""Cache slots of the smallest state; larger ones have a power of two of them, so that prompts of
-many lengths share recordings."""
+"""Cache slots of the smallest state. Larger states have a power of two of slots, so that prompts of
+many lengths share recordings.
+"""
 IDLE = 2
 """States kept for the next generation, with their caches and recordings."""
 RECORDINGS = 16
-"""Of one state: each threshold and temperature has its own."""
+"""Recordings kept of one state: each threshold and temperature has its own."""
 
 
 class GraphReplay:
@@ -50,8 +51,8 @@ class GraphReplay:
         graph.replay()
 
     def _record(self, work: Callable[[], None], state: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
-        """Runs the work once, because a first run compiles and allocates, takes its effects back,
-        and records it. What it writes to the caches lies beyond each row's length.
+        """Runs the work once (a first run compiles and allocates), undoes its effects, and records
+        it. What it writes to the caches lies beyond each row's length and needs no undoing.
         """
         before = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream()
@@ -75,7 +76,7 @@ class Recordings:
     """
 
     def __init__(self, backend: EagerBackend, replay: Callable[[], Replay]) -> None:
-        """`replay` makes what each state's work is replayed by."""
+        """`replay` makes the `Replay` of each state."""
         self._backend, self._replay = backend, replay
         self._idle: list[tuple[Hashable, Storage]] = []  # the latest last
 
@@ -117,13 +118,13 @@ class Recordings:
 
 
 class CudaGraphBackend(InductorBackend):
-    """As `InductorBackend`, with periods and steps recorded as CUDA graphs, once for a number of
-    rows, a period, a tree, an acceptance and a (rounded) length.
+    """As `InductorBackend`, with periods and steps recorded as CUDA graphs: once for each
+    combination of rows, period, tree, acceptance rule and (rounded) length.
 
-    State stays on the device; a period is one launch and one small copy to the host. Prompts are
-    run as they come, and so are the periods of ``period="auto"``, which compares the times of
-    drafting and of verifying: a recording does not tell them apart. So are those whose logits are
-    processed, which may call the user's code.
+    State stays on the device; a period is one launch and one small copy to the host. Three things
+    run without a recording: prompts; the periods of ``period="auto"``, which needs separate times
+    for drafting and verifying; and periods whose logits are processed, because a processor may call
+    the user's code.
     """
 
     def __init__(

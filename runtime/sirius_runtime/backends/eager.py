@@ -47,8 +47,8 @@ class EagerBackend:
         """`documents`: each entry's graph; `weights`: the stored tensors, used in place where dtype
         and device are already those asked for.
 
-        Raises ArtifactError where a graph can't run on what the program says of its inputs and
-        weights.
+        Raises ArtifactError where a graph does not fit the inputs and weights that the program
+        declares.
         """
         self.program, self.dtype, self.device = program, dtype, device
         modules = {name: from_document(graph, dtype, device) for name, graph in documents.items()}
@@ -114,9 +114,9 @@ _FAULTS = (
 
 @contextmanager
 def blaming_the_graph(entry: str) -> Iterator[None]:
-    """Turns what torch raises of the values in a graph's tensors (an index that is not there),
-    which nobody could know before, into an ArtifactError. A machine without memory is not the
-    graph's fault.
+    """Turns errors that depend on the values in a graph's tensors (an index out of range) into an
+    ArtifactError: they can't be found before the graph runs. Running out of memory is not the
+    graph's fault and stays as it is.
     """
     try:
         yield

@@ -20,26 +20,28 @@ from sirius_runtime.spec import JSON, ProgramSpec
 
 _VARYING = frozenset("BTRMS")
 """Letters of an entry's shapes that differ from call to call: rows, tokens, rows of the tree's
-mask, slots of the block and of the caches. The others are the program's own."""
+mask, slots of the block and of the caches. The other letters are constants of the program."""
 
 CACHES = ("k_cache", "v_cache")
-"""Inputs that are written: a copy would be lost. They are made as their shapes say."""
+"""Inputs that an entry writes to: a copy would lose the writes. Their strides already follow from
+their shapes, so they need no copy.
+"""
 
 Bucket = tuple[str, ...]
-"""The varying letters that stand for 1."""
+"""The varying letters whose extent is 1."""
 
 
 class InductorBackend(EagerBackend):
     """As `EagerBackend`, with each entry compiled once a *bucket* of shapes.
 
-    A bucket says which extents are 1 (one row, one token), and leaves all others open: code for one
-    token is worth its own, where code for 15 or 16 differs in nothing but a bound of its loops, and
-    padding a draft to a larger size would verify tokens that are not there. So an entry has few
-    buckets, and prompts, periods, trees and caches of any length share them; nothing is compiled
-    again while it generates.
+    A bucket says which extents are 1 (one row, one token) and leaves all others dynamic. Code for
+    one token is worth compiling separately; code for 15 and for 16 tokens differs only in a loop
+    bound. Drafts are not padded to a larger size: the full path would verify tokens that do not
+    exist. So an entry has few buckets. Prompts, periods, trees and caches of any length share them;
+    nothing is recompiled during a generation.
 
-    The `sirius::` operators are opaque to the compiler: kernels skip what they skip, and the caches
-    are written in place. What inductor makes is kept in the folder ``inductor`` of the user's cache
+    The `sirius::` operators are opaque to the compiler: their kernels still skip weights and write
+    the caches in place. Inductor's code is kept in the folder ``inductor`` of the user's cache
     folder (``$SIRIUS_CACHE``, else ``~/.cache/sirius``), where the next process finds it.
     """
 
@@ -106,7 +108,7 @@ class InductorBackend(EagerBackend):
         inputs: Mapping[str, Tensor],
         arguments: list[Tensor | None],
     ) -> Any:
-        """Compiles an entry for a bucket; returns what its first run does."""
+        """Compiles an entry for a bucket; returns the result of its first run."""
         self._progress(
             f"compiling {entry} for {'one row' if 'B' in bucket else 'several rows'} of "
             f"{'one token' if 'T' in bucket else 'several tokens'} with inductor; once, kept in "
@@ -133,7 +135,7 @@ class InductorBackend(EagerBackend):
         return result
 
     def _graph(self, entry: str) -> fx.GraphModule:
-        """A copy for one bucket: torch.compile keeps what it knows with a module's code."""
+        """A copy for one bucket: torch.compile caches its results by a module's code."""
         return with_linears(self._entries[entry].module)
 
 

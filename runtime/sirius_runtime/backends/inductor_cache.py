@@ -1,4 +1,4 @@
-"""Where inductor keeps its code, which it loads again without a look at who wrote it."""
+"""Where inductor keeps its compiled code. It loads that code again without checking who wrote it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ INDUCTOR_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def check_name(folder: Path, variable: str) -> None:
-    """Raises BackendError, naming the environment variable that chooses `folder`, for one whose
-    path inductor loses: it splits its compiler's command line at spaces, and drops quotes.
+    """Raises BackendError, naming the environment variable that chooses `folder`, for a path that
+    inductor can't use: it splits its compiler's command line at spaces, and drops quotes.
     """
     path = str(folder)
     try:
         kept = shlex.split(path) == [path]
-    except ValueError:  # a quote that none closes
+    except ValueError:  # an unclosed quote
         kept = False
     if not kept:
         raise BackendError(
@@ -31,7 +31,9 @@ def check_name(folder: Path, variable: str) -> None:
 
 @contextmanager
 def keeps_code_in(folder: Path) -> Iterator[None]:
-    """Within it, inductor keeps its code there; it reads the environment at each compilation."""
+    """Within this context, inductor keeps its code in `folder`: it reads the environment each time
+    it compiles.
+    """
     before = os.environ.get(INDUCTOR_VARIABLE)
     os.environ[INDUCTOR_VARIABLE] = str(folder)
     try:

@@ -1,7 +1,7 @@
-"""Periods by the entries on ONNX Runtime, whose logits are processed: decided by PyTorch.
+"""Periods with processed logits on ONNX Runtime: run entry by entry, decided by PyTorch.
 
 The graph `period` can't call a processor. Here a chain is drafted, verified and accepted step by
-step: ONNX Runtime computes the logits, and `ByEntries` decides over them.
+step: ONNX Runtime computes the logits, and `ByEntries` decides by them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class OnnxByEntries:
 
 
 class _InTensors:
-    """An `OnnxState` as `ByEntries` takes one: its arrays as tensors over the same memory."""
+    """An `OnnxState` in the form that `ByEntries` takes: its arrays as tensors over the same
+    memory.
+    """
 
     def __init__(self, state: OnnxState) -> None:
         self._state, self.program = state, state.program

@@ -1,9 +1,9 @@
 """An artifact's ONNX graphs and weights in ONNX Runtime.
 
-Graphs are opened when they are first needed. On the CPU the float32 weights of all of them are the
-artifact's own bytes, mapped: kernels are kept from packing copies of them. Of float16 weights each
-opened graph has float32 copies there, because the CPU's kernels compute in that. On a GPU each
-opened graph holds the weights that it reads, as each session of ONNX Runtime does.
+Graphs are opened when they are first needed. On the CPU all graphs share the float32 weights of the
+mapped artifact; packing, which would copy them, is switched off. From float16 weights each open
+graph makes float32 copies there, because the CPU's kernels compute in float32. On a GPU each open
+graph holds its own copy of the weights that it reads, as every ONNX Runtime session does.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class OnnxGraphs:
         threads: int | None,
         progress: Progress,
     ) -> None:
-        """providers: execution providers in order of preference, all of which must work; by default
-        CUDA where it works, and the CPU else, which `progress` is told. threads: of one operator.
+        """providers: execution providers in order of preference; all must work. Default: CUDA where
+        it works, else the CPU; `progress` is told which. threads: threads of one operator.
 
         Raises BackendError for an artifact without ONNX graphs, for a provider that is not there,
         and for graphs that the installed ONNX Runtime is too old for.
@@ -99,9 +99,9 @@ class OnnxGraphs:
         return self._opened[name]
 
     def run(self, entry: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs the graph of that name on those of the inputs that it reads: arrays and `OrtValue`s.
-        Returns its outputs, of a period's next state without the prefix `next_`: arrays, but for
-        those that other graphs alone read, which stay where they are (`OrtValue`s).
+        """Runs the graph of that name on the inputs that it reads: arrays and `OrtValue`s. Returns
+        its outputs, without the prefix `next_` of a period's next state. Outputs are arrays, except
+        those that only other graphs read: they stay where they are, as `OrtValue`s.
         """
         session, reads, names = self.graph(entry)
         names = self.kept if entry == SELECT else names
@@ -130,15 +130,15 @@ class OnnxGraphs:
     def _session(self, graph: str, providers: Sequence[str], *, quiet: bool = False) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
-        # A packed weight is a second copy of it, of which every graph would have its own.
+        # A packed weight is a second copy, and every graph would have its own.
         options.add_session_config_entry("session.disable_prepacking", "1")
-        # Of its optimiser's warnings a user can mend none.
+        # A user can't act on any warning of its optimiser.
         options.log_severity_level = 4 if quiet else 3
-        # Runs once a prompt: what it needs in between would stay allocated beside what it gathers.
+        # Runs once a prompt: an arena would keep its temporary memory allocated.
         options.enable_cpu_mem_arena = graph != SELECT
         spec = self._onnx.graphs[graph]
         in_place, copied = list(spec.weights), list(spec.constants)
-        if self.dtype != np.float32 and list(providers) == [CPU]:  # made float32 there, all of them
+        if self.dtype != np.float32 and list(providers) == [CPU]:  # all become float32
             in_place, copied = [], in_place + copied
         for name in in_place:
             options.add_initializer(name, self._weights[name])
@@ -146,7 +146,7 @@ class OnnxGraphs:
             options.add_external_initializers(copied, [self._weights[name] for name in copied])
         try:
             with tempfile.TemporaryDirectory() as folder:
-                # The file that the weights' places name must exist, though nothing is read of it.
+                # The file that the weights' places name must exist, though nothing is read from it.
                 (Path(folder) / WEIGHTS_FILE).touch()
                 options.add_session_config_entry(_WEIGHTS_FOLDER, folder)
                 return self._ort.InferenceSession(
@@ -188,7 +188,7 @@ class OnnxGraphs:
 
 
 def run_bound(graph: str, session: Any, binding: Any) -> None:
-    """Runs a graph; ArtifactError for what ONNX Runtime raises of it, but for want of memory."""
+    """Runs a graph. An error of ONNX Runtime becomes an ArtifactError, unless memory ran out."""
     try:
         session.run_with_iobinding(binding)
     except Exception as error:  # the library's own classes share no public root
@@ -213,7 +213,7 @@ def _onnxruntime() -> Any:
 
 
 def _has_driver() -> bool:
-    """Whether CUDA's driver is here: without it ONNX Runtime's own attempt fills the terminal."""
+    """Whether CUDA's driver is here. Without it, ONNX Runtime's attempt prints many errors."""
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:
             ctypes.CDLL(name)

@@ -1,9 +1,9 @@
 """The state of a batch on ONNX Runtime, and its key/value caches: in memory that NumPy shares, or
 on a device.
 
-k [layers, B, G, S, D] and v [layers, B, G, S, Dv] are inputs of the graphs, which give back the K/V
-of their own tokens; these are written to the slots after `length`, in place. On a device a graph
-writes them, whose inputs and outputs are the same buffers: no cache ever crosses to the host but
+k [layers, B, G, S, D] and v [layers, B, G, S, Dv] are inputs of the graphs. A graph returns the K/V
+of its own tokens, which are written to the slots after `length`, in place. On a device the graph
+`write` writes them: its inputs and outputs are the same buffers. Caches are copied to the host only
 when rows leave the batch.
 """
 
@@ -80,8 +80,8 @@ class DeviceCaches:
 
 
 class OnnxState(State):
-    """See `sirius_runtime.state.State`. `neurons`: the weights of griffin's, gathered once chosen,
-    as `OrtValue`s by the names of the graphs' inputs.
+    """See `sirius_runtime.state.State`. `neurons`: the weights of griffin's kept neurons, gathered
+    once they are chosen: `OrtValue`s by the names of the graphs' inputs.
     """
 
     xp: ClassVar[Any] = np
@@ -114,7 +114,8 @@ class OnnxState(State):
         index = np.arange(ids_BT.shape[1])
         inputs = {
             "input_ids": np.ascontiguousarray(ids_BT),
-            # Prompt padding, and tokens that their row will not commit, may lie beyond the last.
+            # Prompt padding, and tokens that their row will not commit, may lie beyond the last
+            # slot.
             "positions": np.minimum(self.length[:, None] + index, self._last_position),
             "tree_mask": np.maximum(index[:, None] - index, -1)[None],
             **more,

@@ -29,7 +29,7 @@ Progress = Callable[[str], None]
 
 
 class PeriodBackend(EagerBackend):
-    """As `EagerBackend`, but a period is one call: of the graph `period`, node by node."""
+    """As `EagerBackend`, but a period is one call of the graph `period`, run node by node."""
 
     explains = False
 
@@ -94,7 +94,9 @@ class AotiBackend(PeriodBackend):
 
 
 def _fingerprint(backend: AotiBackend, document: JSON) -> str:
-    """A name for all that the machine code depends on; the weights' values are not among it."""
+    """A name made of all that the machine code depends on; it does not depend on the weights'
+    values.
+    """
     capability = torch.backends.cpu.get_cpu_capability()
     if backend.device.type == "cuda":
         capability = torch.cuda.get_device_name(backend.device)
@@ -140,20 +142,20 @@ def _build(backend: AotiBackend, path: Path, progress: Progress) -> None:
             torch.no_grad(),
             warnings.catch_warnings(),
             tempfile.TemporaryDirectory(dir=path.parent) as scratch,
-            tempfile.TemporaryDirectory() as code,  # by default it is a name in /tmp, anybody's
+            tempfile.TemporaryDirectory() as code,  # else a shared name in /tmp
             keeps_code_in(Path(code)),
         ):
-            warnings.simplefilter("ignore")  # of torch's own code about itself
+            warnings.simplefilter("ignore")  # torch's, about its own code
             program = torch.export.export(
                 entry.module, tuple(entry.arguments(examples)), strict=False
             ).run_decompositions(decompositions())
             package = Path(scratch) / path.name
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
-            package.chmod(0o600)  # whatever the umask: what others may write is never loaded
+            package.chmod(0o600)  # whatever the umask: a file that others may write is never loaded
             into_place(package, path)
     except (OSError, ConfigError) as error:
         raise _not_kept(path.parent, error) from error
-    except Exception as error:  # inductor raises what its compilers and torch do
+    except Exception as error:  # inductor raises whatever its compilers and torch raise
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise BackendError(
             f"AOTInductor can't compile the period here ({reason:.300}); it "

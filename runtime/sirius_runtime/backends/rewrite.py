@@ -9,9 +9,9 @@
     sirius.cached_attention(q, …)                   cached_attention_by_tokens(q, …)
     sirius.dense_mlp(x, …) and the like             dense_mlp(x, …)
 
-x32 is x.to(float32). Operators become the functions behind them, which spares a call its way
-through torch's dispatcher. What is spelled otherwise stays as it is: slower, not wrong. The result
-runs here and is not for compilers or for files.
+x32 is x.to(float32). Operators become the functions behind them, so that a call does not pass
+through torch's dispatcher. A pattern that is written in another way stays as it is: slower, not
+wrong. The result only runs in this process; it is not for compilers or files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MOST_COMPILED = 4
 
 
 def with_kernels(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph, and of those that its control flow runs, with kernels in it."""
+    """A copy of a graph, and of the graphs that its control flow runs, with kernels in it."""
     own = copy.deepcopy(module)
     write_in_place(own)
     for part in own.modules():
@@ -54,8 +54,8 @@ def with_kernels(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def with_linears(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph with operators for its linears alone, `sirius.linears` for those that share
-    an input: what a compiler that fuses the rest is to call.
+    """A copy of a graph in which only linears become operators (`sirius.linears` where several
+    share an input): a compiler calls these and fuses the rest.
     """
     own = copy.deepcopy(module)
     for node in own.graph.find_nodes(op="call_function", target=aten.linear.default):
@@ -69,7 +69,7 @@ def with_linears(module: fx.GraphModule) -> fx.GraphModule:
 
 @functools.cache
 def _functions() -> dict[Any, Any]:
-    """The functions that take the places of operators."""
+    """The functions that replace operators."""
     own: dict[Any, Any] = {row.overload: row.cpu for row in OPERATORS.values() if row.cpu}
     own[torch.ops.sirius.cached_attention.default] = cached_attention_by_tokens
     own[aten.linear.default] = linear
@@ -90,8 +90,8 @@ def _rewrite(node: fx.Node) -> None:
 
 
 def _join_linears(graph: fx.Graph, single: Any, joined: Any, most: int) -> None:
-    """Makes one call of the linears that share an input, and whose weights the graph is given;
-    where they are more than `most`, they stay.
+    """Joins the linears that share an input into one call, if the graph is given their weights.
+    More than `most` of them stay as they are.
     """
     groups: dict[Any, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=single):
@@ -110,7 +110,7 @@ def _join_linears(graph: fx.Graph, single: Any, joined: Any, most: int) -> None:
 
 
 def _join_sums(graph: fx.Graph) -> None:
-    """Makes one call of a sum and the norm of it."""
+    """Joins a sum and its norm into one call."""
     for norm in graph.find_nodes(op="call_function", target=rms_norm):
         total = norm.args[0]
         if not (_calls(total, aten.add.Tensor) and len(total.args) == 2):
