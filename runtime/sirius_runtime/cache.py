@@ -49,7 +49,7 @@ def private_folder(folder: Path, *, deep: bool = False) -> Path:
 
 
 def is_own(path: Path) -> bool:
-    """Whether `path` is a file that only this user can have written; stderr says so if it is not."""
+    """Whether `path` is a file that only this user can have written; stderr says so if not."""
     if not hasattr(os, "getuid"):
         return path.is_file()
     try:

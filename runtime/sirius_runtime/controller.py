@@ -65,9 +65,9 @@ periods soon outweigh it.
 RATE, RATE_TRIALS = 0.8, 8.0
 """Prior of the narrowest width's pooled rate, and the weight of any width's prior, in trials."""
 NEAR, NEAR_TRIALS, LEVEL_TRIALS = 0.75, 16.0, 8.0
-"""How a level's rate is shrunk: the trials of a level above are weighted by `NEAR` once per level of
-distance; the pooled rate counts as `NEAR_TRIALS` of those, and that estimate as `LEVEL_TRIALS` of
-the level's own.
+"""How a level's rate is shrunk: the trials of a level above are weighted by `NEAR` for each level
+of distance; the pooled rate counts as `NEAR_TRIALS` of those, and that estimate as `LEVEL_TRIALS`
+of the level's own.
 """
 STOP_TRIALS = 8.0
 """Weight, in trials, of the prior that no draft stops early."""

@@ -3,11 +3,10 @@
 A document lists nodes in order. Inputs and weights are named; calls name an operator of the table
 `graph_operators.OPERATORS`, control flow (`while_loop`, `cond`) or one of a few Python functions on
 sizes; arguments are literals or references to earlier nodes. What control flow runs is a document
-within the document, whose placeholders are its arguments, by position. A document that was read can
-run nothing but those; whether their arguments are right, and what they come to, `graph_check` says.
-The dtype that graphs are captured in (`CAPTURE_DTYPE`) stands for "the program's dtype" and is
-written as ``model``, so one graph runs in any floating point type; devices are written as ``model``
-likewise.
+within the document, whose placeholders are its arguments, by position. A document can run nothing
+else; `graph_check` checks the arguments and the results. The dtype that graphs are captured in
+(`CAPTURE_DTYPE`) stands for "the program's dtype" and is written as ``model``, so one graph runs in
+any floating point type; devices are written as ``model`` likewise.
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ def _from_document(
                 node = graph.placeholder(name)
             elif op == "graph" and depth < _MAX_DEPTH:
                 inner = _from_document(record["graph"], dtype, device, depth + 1)
-                # Of our own making: the document's name could be one that every module has.
+                # A name of our own: the document's could be an attribute that every module has.
                 own = f"graph_{len(env)}"
                 root.add_module(own, inner)
                 node = graph.create_node("get_attr", own, name=name)
@@ -158,7 +157,7 @@ def _from_document(
             else:
                 raise ArtifactError(f"graph: node {name!r} has the unknown op {op!r}")
             if node.name != name and op != "output":
-                # fx renames what stands there already, and what its own code has a meaning for.
+                # fx renames a node whose name is taken, or has a meaning in fx's own code.
                 raise ArtifactError(f"graph: {name!r} can't be the name of a node, or is one twice")
             env[name] = node
         if [n for n in graph.nodes if n.op == "output"] != [next(iter(reversed(graph.nodes)))]:
@@ -167,7 +166,7 @@ def _from_document(
         return fx.GraphModule(root, graph)
     except ArtifactError:
         raise
-    except Exception as error:  # whatever fx, or Python's compiler of its code, makes of nonsense
+    except Exception as error:  # fx, and Python's compiler of its code, raise many kinds
         raise ArtifactError(f"graph: not a graph document ({error!r})") from error
 
 

@@ -1,10 +1,10 @@
-"""Checks a graph before anything of it runs: every call against its operator's schema and rule, and
-what comes out against the manifest.
+"""Checks a graph before any of it runs: every call against its operator's schema and rule, and the
+outputs against the manifest.
 
-Sizes are followed through the whole graph, in terms of the letters of the entry's shapes, by the
-rules of `graph_operators`: torch's own inference (fake tensors) takes seconds for what these take a
-tenth of a second. A call over the same dtypes and sizes is checked once, so a model's layers cost
-no more than one of each kind. What is refused is an ArtifactError that names the node.
+Sizes are propagated through the whole graph, in terms of the letters of the entry's shapes, by the
+rules of `graph_operators`. This takes a tenth of a second where torch's own inference (fake
+tensors) takes seconds. Calls over the same dtypes and sizes are checked once, so equal layers cost
+no more than one. A refused graph raises an ArtifactError that names the node.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def check_entries(program: ProgramSpec) -> None:
 def check_graph(
     program: ProgramSpec, entry: EntrySpec, module: fx.GraphModule, dtype: torch.dtype
 ) -> None:
-    """Raises ArtifactError, naming the node, where a graph can't run in `dtype` on what the
-    manifest says of inputs and weights, or does not give the outputs that it says.
+    """Raises ArtifactError, naming the node, where a graph can't run in `dtype` on the inputs and
+    weights that the manifest declares, or does not give the outputs that it declares.
     """
     letters: dict[str, Size] = {**extents(program)}
     inputs = {spec.name: _array(spec, letters, dtype) for spec in entry.inputs}
@@ -109,7 +109,7 @@ def _check_outputs(
 
 
 def _array(spec: TensorSpec, letters: Mapping[str, Size], dtype: torch.dtype) -> Array:
-    """What the manifest says of a tensor; letters without a number stand for themselves."""
+    """A tensor as the manifest declares it; letters without a number stand for themselves."""
     shape = [
         extent if isinstance(extent, int) else letters.get(extent, symbol(extent))
         for extent in spec.shape

@@ -3,7 +3,7 @@
 An artifact comes from anybody, and torch has three thousand operators, some of which write anywhere
 or hand a string to a compiler. A row of the table names an operator, the rule that its arguments
 must meet, and all values that its strings may have. A model whose graph needs another operator is
-refused when it is compiled; one is added by a row here, with a rule, once its kernel is known to
+refused when it is compiled; to add it, add a row with a rule here, once its kernel is known to
 check what the rule can't.
 """
 
@@ -27,8 +27,8 @@ Rule = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Row:
-    """`strings`: by argument, all that it may say. `numbers`: plain numbers may stand for tensors,
-    as torch has it of operators of two values.
+    """`strings`: the allowed values of each string argument. `numbers`: plain numbers may stand for
+    tensors, as in torch's operators of two values.
     """
 
     rule: Rule
@@ -207,7 +207,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Rule]] = {
     "neg": (operator.neg, rules.size_neg),
     "getitem": (operator.getitem, rules.item_of),
 }
-"""Python's functions, of sizes, and of operators that return several values."""
+"""Python's functions: on sizes, and on the results of operators that return several values."""
 
 IGNORED = frozenset({"layout", "device", "pin_memory", "non_blocking", "copy", "memory_format"})
 """Arguments that are checked, but that no rule is given: they change neither dtype nor sizes."""
@@ -264,7 +264,7 @@ def operator_name(target: torch._ops.OpOverload) -> str:
 
 
 def row_of(target: object) -> Row | None:
-    """The row of an operator; None of what has none."""
+    """The row of an operator; None if there is none."""
     if not isinstance(target, torch._ops.OpOverload):
         return None
     return OPERATORS.get(operator_name(target))

@@ -28,7 +28,7 @@ from sirius_runtime.graph_sizes import (
 )
 
 MOST_ELEMENTS = 2**33
-"""Of one result, its unknown sizes counted as 1: more is a way to fill the memory."""
+"""Most elements of one result, unknown sizes counted as 1: more would only fill the memory."""
 _NO_END = 2**62  # a slice's end from here on is none
 
 

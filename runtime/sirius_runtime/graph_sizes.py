@@ -1,9 +1,9 @@
 """Sizes that are not known before a graph runs, as expressions that can be compared.
 
-A size is an int, or an `Expression`: a polynomial of symbols with integer coefficients. Symbols are
-the letters of an entry's shapes (`B` rows, `T` tokens, …), all of them 1 or more, and what no
-polynomial says: ``min(n, T)``, ``(T)//(2)``. Such a one is named by what it is made of, so that
-two that are made alike are equal. Two sizes are equal only where they are for all values.
+A size is an int, or an `Expression`: a polynomial of symbols with integer coefficients. A symbol is
+a letter of an entry's shapes (`B` rows, `T` tokens, …), which is 1 or more, or a term that is no
+polynomial: ``min(n, T)``, ``(T)//(2)``. Such a term is named by its parts, so that equal terms are
+equal symbols. Two sizes are equal only if they are equal for all values.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Expression:
 
 
 UNSIGNED = "?"
-"""What the name of a symbol begins with that may be negative."""
+"""The prefix of the names of symbols that may be negative."""
 _MOST_TERMS = 64  # of an expression, and characters of a symbol: a graph's are few and short
 _LONGEST = 400
 
@@ -115,7 +115,7 @@ def divide(a: Size, b: Size) -> Size | None:
 
 
 def _order(symbols: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
-    """Of products: by degree, then by the symbols; products of larger ones are larger."""
+    """Sort key of products: by degree, then by the symbols; products of larger ones are larger."""
     return len(symbols), symbols
 
 
@@ -129,7 +129,7 @@ def _without(symbols: tuple[str, ...], divisor: tuple[str, ...]) -> tuple[str, .
 
 
 def named(text: str) -> Expression:
-    """A size, 0 or more, that is what `text` says, and nothing more is known of it."""
+    """A size of 0 or more, named `text`; nothing more is known of it."""
     if len(text) > _LONGEST:
         raise ArtifactError("its sizes are computed in more steps than any graph of ours takes")
     return symbol(text)

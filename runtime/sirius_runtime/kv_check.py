@@ -1,8 +1,8 @@
 """Whether the caches hold what a dense run over the committed tokens would have left there.
 
-The full path rewrites the K/V of each token that it verifies, so that all committed history is its
-own (Sirius, arXiv 2409.03856, section 4). A slot that it is not is a bug: a write that was missed,
-a compaction that moved the wrong node.
+The full path rewrites the K/V of each token that it verifies, so that all committed history holds
+the full path's K/V (Sirius, arXiv 2409.03856, section 4). A slot that differs shows a bug: a missed
+write, or a compaction that moved the wrong node.
 
 Shape letters: `L` layers, `P` slots.
 """
@@ -37,8 +37,9 @@ class CacheDifference:
 
 @dataclass(frozen=True)
 class CacheCheck:
-    """slots: those of committed tokens; largest: of all differences, within tolerance or not;
-    inconsistent: how many are not; differences: the largest of them, at the most `SHOWN`.
+    """slots: the number of committed tokens' slots; largest: the largest difference, within
+    tolerance or not; inconsistent: how many exceed the tolerance; differences: the largest of
+    those, at most `SHOWN`.
     """
 
     layers: int

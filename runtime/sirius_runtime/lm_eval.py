@@ -8,8 +8,8 @@
 
     python -m sirius_runtime.lm_eval run --model sirius --model_args pretrained=model.sirius …
 
-The harness finds models by imports alone, so that its own script `lm_eval` does not know this one;
-the second form is that script with the import before it.
+The harness finds a model only if its module is imported, so its own script `lm_eval` does not know
+this one. The second form imports it, then runs that script.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class SiriusLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it: BOS, else EOS."""
+        """The token before a text without context: BOS, else EOS."""
         ids = self.tok_encode("", add_special_tokens=True)
         return ids[0] if ids else self.eot_token_id
 
@@ -119,7 +119,7 @@ class SiriusLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Under which the harness caches requests."""
+        """The name under which the harness caches requests."""
         return self._name.replace("/", "__")
 
     # chat
@@ -248,7 +248,7 @@ class _Asked:
             sampling = {}
         else:
             sampling["mode"] = Mode.SAMPLE
-        # As the harness does for others: the end of a context that is too long.
+        # As the harness does for other models: keeps the end of a context that is too long.
         new_tokens = min(new_tokens, model.max_length)
         room = max(1, model.max_length + 1 - new_tokens)
         ids = model.tok_encode(context)[-room:] or [model.prefix_token_id]

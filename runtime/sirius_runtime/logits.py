@@ -1,10 +1,10 @@
 """Processing of logits by the tokens before them: transformers' generation options for every node
-of a tree at once, and the log-probabilities that a run tells.
+of a tree at once, and the log-probabilities that a run reports.
 
-Each processor is what transformers' of the same option does to one sequence, in float32, bit for
-bit; they apply in transformers' order. They are pure tensor functions without host reads, but for
-callables of the user's. Shape letters: `R` sequences (rows, or nodes of trees), `T` tokens, `V`
-vocabulary; else as in `sirius_runtime.policy`.
+Each processor does to one sequence what transformers' processor of the same option does, in
+float32, bit for bit; they apply in transformers' order. They are pure tensor functions without host
+reads, but for callables of the user's. Shape letters: `R` sequences (rows, or nodes of trees), `T`
+tokens, `V` vocabulary; else as in `sirius_runtime.policy`.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def node_histories(history: History, tree: Tree, nodes: Tensor) -> History:
 
 
 def verdict_logprobs(logits_BNV: Tensor, verdict: Verdict, count: int) -> Logprobs:
-    """Those of a period's tokens, and of the `count` likeliest in the place of each, by the logits
-    after each node: token i comes after the i-th node of the kept path.
+    """The log-probabilities of a period's tokens, and of the `count` likeliest in the place of
+    each, by the logits after each node: token i comes after the i-th node of the kept path.
     """
     index = verdict.nodes[:, :, None].expand(-1, -1, logits_BNV.shape[2])
     log_p = logits_BNV.float().gather(1, index).log_softmax(-1)
@@ -224,7 +224,7 @@ def _no_repeat(size: int, *, prompt_alone: bool) -> Processor:
 
 
 def _least_length(spec: LogitsSpec, ends_V: Tensor) -> list[Processor]:
-    """Forbids the ends of sequences that are too short yet."""
+    """Forbids EOS in sequences that are still too short."""
     new, length = spec.min_new_tokens, spec.min_length
 
     def process(scores: Tensor, history: History) -> Tensor:
@@ -240,7 +240,7 @@ def _forced(
     device: torch.device,
     where: Callable[[History], Tensor],
 ) -> Processor:
-    """Leaves these tokens alone, equally likely, for sequences `where` [R] it is true."""
+    """Allows only these tokens, equally likely, in the sequences that `where` [R] marks."""
     forced = torch.full((vocabulary,), -math.inf, device=device)
     forced[list(tokens)] = 0.0
 
@@ -251,12 +251,12 @@ def _forced(
 
 
 def _remove_invalid(scores: Tensor, history: History) -> Tensor:
-    """NaN becomes 0, and an infinity the number of its sign that is largest."""
+    """NaN becomes 0; an infinity becomes the largest finite number of its sign."""
     return scores.nan_to_num(0.0)
 
 
 def _decay(start: int, factor: float, ends: Tensor, max_new_tokens: int) -> Processor:
-    """Raises the ends' logits by a factor that grows with each token after the first `start`."""
+    """Raises the EOS logits by a factor that grows with each token after the first `start`."""
     # As Python computes it for transformers, which a tensor's `pow` may not to the last bit.
     growth = [_power(factor, count) - 1 for count in range(max_new_tokens + 1)]
     growths = torch.tensor(growth, dtype=torch.float64, device=ends.device).float()
@@ -290,9 +290,9 @@ def _suppress_first(spec: LogitsSpec, vocabulary: int, device: torch.device) -> 
 
 
 def _called(processor: LogitsProcessor) -> Processor:
-    """A callable of the user's, called for the sequences of each length: it sees no padding.
+    """A user's callable, called once for all sequences of one length, so that it sees no padding.
 
-    That reads the lengths from the device.
+    This reads the lengths from the device.
     """
 
     def process(scores: Tensor, history: History) -> Tensor:

@@ -35,7 +35,7 @@ class SequenceBias:
 
 @dataclass(frozen=True)
 class LogitsSpec:
-    """What is done to logits; the defaults do nothing.
+    """How logits are processed; the defaults do nothing.
 
     See `sirius_runtime.logits` for each. `min_new_tokens` replaces `min_length` where it is given,
     as in transformers.
@@ -96,7 +96,8 @@ class GenerationSpec:
 class LogitsOptions(TypedDict, total=False):
     """Options of `generate`, each None or left out for the artifact's default.
 
-    1.0, 0, False and an empty list switch one off, `[]` also what else would be a token id.
+    1.0, 0, False and an empty list switch an option off; `[]` does so too where one token id is
+    expected.
     """
 
     sequence_bias: Mapping[Sequence[int], float] | Sequence[Sequence[Any]] | None
@@ -118,7 +119,7 @@ class LogitsOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is done to a run's logits, and what is told of them.
+    """How a run's logits are processed, and what is reported of them.
 
     `processors`: callables of the user's, after all that `logits` says. `logprobs`: None, or how
     many of the likeliest tokens are told beside each committed one.

@@ -215,9 +215,9 @@ class SiriusModel:
         that end a row once they stand in its text, in which special tokens count where a stop
         string names them. eos_token_id: replaces the model's own EOS ids. streamer: one row only;
         is given committed tokens, never taken back. prefix: what `prefix` made of tokens that all
-        prompts begin with: they are not run again. trace: also tell what each period drafted, what
-        the full path thought of it and what came of that, as `GenerationOutput.trace`; of one row,
-        in modes that draft, by backend eager. A `Tracing` says more.
+        prompts begin with: they are not run again. trace: also report what each period drafted, how
+        the full path judged it and what was committed, as `GenerationOutput.trace`; of one row, in
+        modes that draft, by backend eager. A `Tracing` says more.
 
         mode: ``sirius``, ``exact`` (dense greedy tokens), ``sample`` (tokens of the full path's
         distribution), ``full`` or ``sparse``. temperature (1), top_k (0: no limit), top_p (1),
@@ -235,29 +235,29 @@ class SiriusModel:
 
         logits_processor: callables ``(input_ids [rows, tokens], scores [rows, V]) -> scores``, as
         transformers', after the options above. They are called for every node that is drafted or
-        verified, in groups of equal length without padding: a row of theirs is no row of the batch,
-        and they may keep no state between calls. A period of K tokens calls them at least K times,
-        each after a wait for the device.
+        verified, in groups of equal length without padding: a row of `input_ids` is not a row of
+        the batch, so they may keep no state between calls. A period of K tokens calls them at least
+        K times, each after a wait for the device.
 
-        logprobs: also tell each committed token's log-probability, and those of so many of the
-        likeliest tokens: of the full path's distribution (in mode ``sparse`` the sparse path's)
+        logprobs: also return each committed token's log-probability, and those of this many of the
+        likeliest tokens: by the full path's distribution (in mode ``sparse`` the sparse path's)
         after processors, before temperature, top_k, top_p, min_p and typical_p, as transformers'
         ``scores`` of a greedy run.
 
         With any of these, a period runs step by step, also on a back end that runs whole periods as
         one graph or from one recording.
 
-        The artifact's defaults unless given: period, tokens per verification, or ``"auto"``: chosen
-        as it runs, with the tree's width, by the speed measured; tree_width, drafted paths;
-        threshold, the probability that a drafted token needs, and verify_temperature, at which;
-        confidence, the probability that a draft needs to go on (0: none); refresh, the periods
-        after which `griffin` chooses its neurons anew (0: never).
+        These are the artifact's defaults unless given. period: tokens per verification, or
+        ``"auto"``: chosen at run time with the tree's width, by measured speed. tree_width: drafted
+        paths. threshold: the probability that a drafted token needs, at verify_temperature.
+        confidence: the probability that a draft needs to go on (0: none). refresh: the periods
+        after which `griffin` chooses its neurons again (0: never).
 
-        fallback: whether to decode densely while drafts do not pay by the time measured, to shorten
-        them where that pays more, and to try them again now and then; by default where neither
-        period nor tree_width is given, but for mode ``sample``. What it chooses depends on the
-        clock, and so do the tokens of modes ``sirius`` and ``sample``; those of ``exact`` do not.
-        `GenerationStats.fallback` says what came of it.
+        fallback: whether to decode densely while drafts do not pay by measured time, to shorten
+        them where that pays more, and to try them again now and then. Default: on where neither
+        period nor tree_width is given, except in mode ``sample``. Its choices depend on the clock,
+        and so do the tokens of modes ``sirius`` and ``sample``; those of ``exact`` do not.
+        `GenerationStats.fallback` reports them.
 
         Raises GenerationError for a request that can't be served and ConfigError for an option out
         of range, each naming the limit; the model serves the next call all the same. ArtifactError

@@ -1,8 +1,8 @@
 """Files as this project writes them: under a temporary name first, then renamed, and never in place
 of anything but a regular file.
 
-A rename takes the place of whatever has the name: of a named pipe that a reader waits at, of a
-device's node, of a link that others keep. So all that is not a regular file is refused, by name.
+A rename replaces whatever has the name: a named pipe that a reader waits at, a device's node, a
+link that others use. So anything but a regular file is refused, by name.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def write_file(path: Path, content: bytes) -> None:
 class NewFile:
     """A file that is written under a temporary name beside `path`; `finish` renames it.
 
-    Leaving the block without `finish` removes it. What processes that were killed have left beside
-    `path` is removed first; a process holds a lock on its own for as long as it writes. Raises
-    ConfigError as `check_target` does, and OSError.
+    Leaving the block without `finish` removes it. Temporary files that killed processes left beside
+    `path` are removed first; a process locks its own while it writes. Raises ConfigError as
+    `check_target` does, and OSError.
     """
 
     file: BinaryIO

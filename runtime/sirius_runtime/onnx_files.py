@@ -3,8 +3,8 @@
     onnx/program.json    an `OnnxProgram`: what drives the graphs
     onnx/<graph>.onnx    prefill, sparse, full, period, …
 
-Exported, they lie beside `weights.safetensors`, whose places they name: any ONNX Runtime loads them
-from there by itself, mapped, whatever language it is called from.
+Exported graphs lie beside `weights.safetensors` and name places in it: any ONNX Runtime, called
+from any language, maps the weights from there.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _CHUNK_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """A graph, by its initializers whose bytes it does not hold.
+    """A graph's initializers whose bytes it does not hold.
 
-    `weights` are read where they lie, each time that the graph runs; `constants` (norms, biases)
-    are what a runtime's optimiser may compute with before.
+    `weights` are read in place each time that the graph runs; `constants` (norms, biases) may be
+    folded by a runtime's optimiser.
     """
 
     weights: tuple[str, ...]
@@ -108,8 +108,9 @@ def places(specs: Sequence[WeightSpec]) -> dict[str, Place]:
 
 
 def gathered_bytes(program: ProgramSpec) -> int:
-    """What the weights of a prompt's kept neurons take, gathered for one row of a batch; biases are
-    left out."""
+    """Bytes of the weights of a prompt's kept neurons, gathered for one row of a batch, without
+    biases.
+    """
     if not program.sparsity.method.per_prompt:
         return 0
     fixed = [site for site in program.sparsity.sites if not site.counted]

@@ -38,7 +38,9 @@ class Plan(Asked):
 
     @property
     def draws(self) -> bool:
-        """Whether drafted tokens are drawn: a chain's, by such a rule; a tree's are the best."""
+        """Whether drafted tokens are sampled: in a chain, if the rule samples; a tree takes the
+        best.
+        """
         return RULES[self.rule].draws and self.width == 1
 
     @property

@@ -61,9 +61,9 @@ def judge(draft: Draft, logits_BNV: Tensor, decide: Decide, most_B: Tensor, peri
     """Keeps the longest path of tokens that pass, and emits one token of the full path after it.
 
     The emitted token comes from the logits of the last kept node: it corrects the token that was
-    refused there, or is a bonus where the path ends with the draft. A row commits `most_B` tokens,
-    at least 1, at the most, as if that were its period; `draft.depth` is within the
-    levels that the draft has. `period` is K.
+    refused there, or is a bonus where the path ends with the draft. A row commits at most `most_B`
+    tokens (1 or more), as if that were its period; `draft.depth` is within the levels that the
+    draft has. `period` is K.
     """
     decision = decide(draft, logits_BNV)
     deepest = draft.depth.minimum(most_B - 1)
@@ -83,9 +83,9 @@ def judge(draft: Draft, logits_BNV: Tensor, decide: Decide, most_B: Tensor, peri
 
 def likeliest(logits: Tensor) -> Tensor:
     """The token [...] of the largest of logits [..., V], the first of equals; `NO_TOKEN` where the
-    largest is NaN or infinite. Its reader on the host finds it there, without one read more.
+    largest is NaN or infinite. The host finds it in what it reads anyway.
     """
-    logits = logits.float()  # of bfloat16 the largest takes five times as long to find
+    logits = logits.float()  # the max of bfloat16 takes five times as long
     token = logits.argmax(-1)
     return _if_finite(logits.gather(-1, token[..., None])[..., 0], token)
 

@@ -14,10 +14,10 @@ class Prefix:
     """The full path's K/V of `tokens` (P of them), and what they say of griffin's neurons.
 
     k, v: [layers, 1, G, P, D], statistic: [layers, 1, I], in the arrays of the back end that made
-    them. They are the same numbers as those of a prompt that is run whole, but for the rounding of
-    sums: a prompt runs in other chunks after a prefix, and matrix products depend on how many
-    tokens they have. So tokens are the same but for ties within that rounding, of two logits, or of
-    two neurons.
+    them. They equal the numbers of a prompt that is run whole, but for the rounding of sums: after
+    a prefix a prompt runs in other chunks, and the rounding of a matrix product depends on its
+    number of tokens. So tokens are the same, unless two logits or two neurons tie within that
+    rounding.
     """
 
     tokens: tuple[int, ...]

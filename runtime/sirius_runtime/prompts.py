@@ -34,11 +34,11 @@ _CHAT = (
 
 
 class PromptWarning(UserWarning):
-    """A prompt that is served, though hardly as it was meant."""
+    """Warning: a prompt is served, but probably not as it was meant."""
 
 
 class PromptReader:
-    """Reads a model's prompts; warns once of what is wrong with all that are made alike."""
+    """Reads a model's prompts; warns once of a mistake that all of them probably share."""
 
     def __init__(self, tokenizer: Tokenizer | None, vocabulary: int) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary

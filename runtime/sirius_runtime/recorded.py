@@ -19,8 +19,8 @@ class Replay(Protocol):
     """Runs work on the device: as it is, or by a recording that was made of it."""
 
     def __call__(self, key: Hashable, work: Callable[[], None], state: Sequence[Tensor]) -> None:
-        """Does what `work` does. Equal keys of one session mean the same work; `state` is all that
-        two runs of it would change twice.
+        """Does what `work` does. Within a session, equal keys mean equal work. `state`: the tensors
+        that a second run of it would change again.
         """
         ...
 
@@ -44,7 +44,7 @@ class Storage:
         self.counts: dict[Hashable, Outcome] = {}
 
     def hold(self, name: str, value: Tensor) -> Tensor:
-        """The tensor made for `name` first, with this value."""
+        """The tensor that was first made for `name`, with this value."""
         own = self.own.get(name)
         if own is None:
             own = self.own[name] = value.clone()
@@ -65,13 +65,13 @@ _PHASES = {Way.DRAFT: Phase.PERIOD, Way.DENSE: Phase.VERIFY, Way.SPARSE: Phase.D
 
 @dataclass(frozen=True)
 class Recorded:
-    """Another strategy's periods, of which equal ones are recorded once, by `Storage.replay`.
+    """Runs another strategy's periods; equal ones are recorded once, by `Storage.replay`.
 
-    Between fixed tensors nothing is asked of the device and all shapes are fixed: every period
-    drafts all K - 1 levels. Where drafts stop early, or a row may commit less, the levels that
-    nobody is live in count for no row; they still cost their time. Whether neurons are chosen anew
-    after a period is the host's to know: that is other work. The tensors of the outcome are
-    overwritten by the next period.
+    A recording reads nothing back from the device, and all its shapes are fixed: every period
+    drafts all K - 1 levels. Where drafts stop early, or a row may commit less, the levels without a
+    live row do not count, but still cost time. The host decides whether neurons are chosen again
+    after a period; such a period is recorded apart. The tensors of the outcome are overwritten by
+    the next period.
     """
 
     way: Way
@@ -91,7 +91,7 @@ class Recorded:
             own = replace(own, noise=noise)
 
         def work() -> None:
-            # Times within a recording are nobody's.
+            # Times within a recording are not measured.
             outcome = self.inner.period(state, own, most, PhaseClock(torch.device("cpu")))
             packed = storage.hold(f"packed {self.way}", outcome.packed)
             storage.counts[key] = replace(outcome, packed=packed, evidence=None)

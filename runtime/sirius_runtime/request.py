@@ -86,10 +86,10 @@ class Options:
 class Request:
     """A checked request: what the generation loop follows.
 
-    `widths`: the tree width, or those to choose from where `adaptive`, as `period` is then the
-    longest one. `seeds` [rows]: None where nothing is drawn. `scoring`: None where logits are taken
-    as they come, and nothing is told of them. `graphs_serve`: whether the graphs `period` and
-    `pick` can: they know the rule, process no logits and tell no log-probabilities.
+    `widths`: the tree width. Where `adaptive`: the widths to choose from, and `period` is the
+    longest. `seeds` [rows]: None where nothing is drawn. `scoring`: None where logits are not
+    processed, and no log-probabilities are asked for. `graphs_serve`: whether the graphs `period`
+    and `pick` can serve it: they know the rule, process no logits and give no log-probabilities.
     `guarded`: whether to decode densely where drafts do not pay.
     """
 
@@ -202,7 +202,7 @@ def _check_least(options: Options, new_tokens: int) -> None:
 
 
 def _guarded(options: Options) -> bool:
-    """By default, where nothing is said of how to draft, and no seed to give the same tokens."""
+    """The default: on if neither period nor tree_width is given, and the rule draws no tokens."""
     rule, said = RULES[options.mode], (options.period, options.tree_width)
     return FALLBACK and not rule.draws and said == (None, None)
 

@@ -1,4 +1,4 @@
-"""What a run asks of drawing, as plain numbers or as a graph's tensors.
+"""The sampling options of a run, as plain numbers or as a graph's tensors.
 
 PyTorch is imported once there are tensors to work on: options are read and checked without it.
 """
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 Scalar: TypeAlias = "Tensor | float"
 
 LEAST_TEMPERATURE = 1e-6
-"""Below it, logits over the temperature leave float32; at it, the likeliest token has all."""
+"""Below it, logits divided by the temperature overflow float32; at it, the likeliest token has
+probability 1.
+"""
 
 NO_TOKEN = -1
-"""What is chosen where nothing can be: logits of NaN, or none of them finite."""
+"""The token where none can be chosen: logits have NaN, or none is finite."""
 
 
 @dataclass(frozen=True)

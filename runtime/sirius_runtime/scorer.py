@@ -1,4 +1,4 @@
-"""What the logits of a batch become before tokens are chosen by them, and what is told of that."""
+"""Processes a batch's logits before tokens are chosen by them, and reports log-probabilities."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Scorer:
     def __init__(
         self, request: Request, rows: int, capacity: int, vocabulary: int, device: torch.device
     ) -> None:
-        """capacity: tokens of a row, those of a period's draft after its last one among them."""
+        """capacity: tokens of a row, including a period's draft after its last token."""
         scoring = request.scoring
         self._processors = processors(
             LogitsSpec() if scoring is None else scoring.logits,
@@ -82,7 +82,7 @@ class Scorer:
         self._remember(verdict.tokens, count_B)
 
     def logprobs(self) -> list[list[TokenLogprobs]]:
-        """Of the tokens that came last, of each row."""
+        """The log-probabilities of each row's latest tokens."""
         assert self._told is not None
         return read_logprobs(self._told)
 

@@ -29,7 +29,7 @@ def score(
 ) -> tuple[TokenScores, ...]:
     """Scores the tokens of each row from its start (1 or more) on.
 
-    What stands before all starts runs as a prompt does; the rest in chunks, with logits of each.
+    The tokens before all starts run as a prompt does; the rest in chunks, with logits for each.
     """
     skipped, longest = min(starts) - 1, max(map(len, rows))
     if skipped:

@@ -56,7 +56,7 @@ class State(ABC):
         """A NumPy array as one of the library, where the state lives."""
 
     def computing(self) -> AbstractContextManager[Any]:
-        """Where everything with the state's arrays happens."""
+        """The context in which all work on the state's arrays runs."""
         return nullcontext()
 
     @abstractmethod
@@ -148,7 +148,7 @@ class State(ABC):
         self.root = self.xp.where(self.active, root_B, self.root)
 
     def observe(self, statistic: Any) -> None:
-        """Adds what tokens say of the neurons."""
+        """Adds the tokens' terms to the neurons' statistic."""
         self.statistic = statistic if self.statistic is None else self.statistic + statistic
 
     def count_kept(self, result: Mapping[str, Any], rows_B: Any) -> None:

@@ -50,9 +50,8 @@ class GenerationStats:
     parameters that one sparse step read. `effective_density`: weight reads per committed token over
     the periods that `aal` counts and over dense steps, dense = 1. `weight_bytes`: bytes of the
     model's parameters, as one dense step reads them. `dense_tokens`: made by dense steps;
-    `fallback`: those of them that were, because drafts did not pay. None stands for a number that
-    nothing was measured for: a generation that ends with its first token, which prefill makes, has
-    no decoding.
+    `fallback`: those made because drafts did not pay. None stands for a number that was not
+    measured: a generation that ends with its first token, which prefill makes, has no decoding.
     """
 
     rows: int

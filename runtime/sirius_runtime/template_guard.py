@@ -1,11 +1,11 @@
 """The Jinja environment of chat templates: transformers' own, sandboxed, and within limits.
 
-A template comes with an artifact, from a stranger. The sandbox keeps it from what is not its own;
-it would still let it loop for ever or fill the memory. So every step of a loop, every call and
-every text that is made is counted, and what can grow is estimated before it is made. A template
-over the limits raises `TemplateLimitError`.
+A template comes with an artifact, from a stranger. The sandbox keeps it from other objects, but
+would let it loop for ever or fill the memory. So every step of a loop, every call and every text
+that is made is counted, and the size of a result that can grow is estimated first. A template over
+the limits raises `TemplateLimitError`.
 
-jinja2 is imported here alone, and this module where a template is first rendered.
+Only this module imports jinja2; it is itself imported when a template is first rendered.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MOST_TEXT = 2**26
 MOST_STEPS = 2**18
 """Steps of loops, and calls, of one rendering; a thousand messages take some ten thousand."""
 MOST_SECONDS = 5.0
-"""That a rendering may take."""
+"""Seconds that a rendering may take."""
 _MOST_ELEMENTS = 2**18  # of one value, nested ones each time that they stand there
 _MOST_NUMBER = 2**20  # of one that says how long a text becomes
 _MOST_BITS = 2**16  # of a number
@@ -117,7 +117,7 @@ def _check_growth(name: str, values: Sequence[Any]) -> None:
 
 
 def _number(name: str, values: Sequence[Any]) -> int:
-    """The largest number that says how much the operation makes; 0 where none does."""
+    """The largest number that sets how much the operation makes; 0 if there is none."""
     if name in _FORMATS and isinstance(values[0], str):
         if _COMPUTED_WIDTH.search(values[0]):
             raise TemplateLimitError(f"{name} takes a width from its arguments")

@@ -49,7 +49,8 @@ class TensorState(State):
         return torch.as_tensor(values, device=self.backend.device)
 
     def computing(self) -> AbstractContextManager[Any]:
-        # The state too is made of inference tensors: compiled code tells them from others.
+        # The state's tensors are inference tensors too: compiled code distinguishes them from
+        # others.
         return torch.inference_mode()
 
     def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -88,7 +89,8 @@ class TensorState(State):
         inputs = {
             "input_ids": ids_BT,
             "slots": length + slots,
-            # Prompt padding, and tokens that their row will not commit, may lie beyond the last.
+            # Prompt padding, and tokens that their row will not commit, may lie beyond the last
+            # slot.
             "positions": (length + depth).clamp(max=self._last_position),
             "tree_mask": tree_mask,
             **more,

@@ -32,10 +32,10 @@ def read_tokenizer(content: bytes) -> Tokenizer:
 class IncrementalDecoder:
     """Text of the growing list of token ids that follows `prompt`, special tokens left out.
 
-    Many decoders drop the first space of what they are given, so that the prompt's end is decoded
-    with the answer: its text and the prompt's join to the text of both. A character that the prompt
-    leaves unfinished is the answer's. marks: the text of special tokens that are not to be left
-    out.
+    Many decoders drop the first space of their input. So the prompt's end is decoded with the
+    answer, and the prompt's text joined with the answer's is the text of both. A character that the
+    prompt leaves unfinished belongs to the answer. marks: the text of special tokens that are to be
+    kept.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class IncrementalDecoder:
     ) -> None:
         self._tokenizer, self._marks = tokenizer, marks or {}
         self._ids = _end_of(prompt, tokenizer)  # the window that is decoded together
-        self._read = len(self._ids)  # ids before it have their text out
+        self._read = len(self._ids)  # the text of ids before it is out
         self._before = tokenizer.decode(self._ids)  # which is this
 
     def add(self, token: int) -> str:
@@ -79,13 +79,13 @@ class IncrementalDecoder:
         if self._before.endswith(_UNFINISHED):  # the prompt's last character, finished here
             pairs = enumerate(zip(self._before, text, strict=False))
             return text[next((at for at, (a, b) in pairs if a != b), len(text)) :]
-        # Bytes that make no character took back what came before them (ByteFallback does).
+        # Bytes that make no character changed the text before them (ByteFallback does that).
         return self._tokenizer.decode(self._ids[self._read :])
 
 
 def _end_of(prompt: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """So much of the prompt's end that what comes before changes no text after it: it has text, and
-    begins with a whole character.
+    """As much of the prompt's end as the text after it depends on: it has text, and begins with a
+    whole character.
     """
     size = _CONTEXT
     while size < len(prompt):

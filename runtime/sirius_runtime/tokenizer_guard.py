@@ -2,10 +2,10 @@
 it, and what the library's own failures become.
 
 The library is compiled code that can't be interrupted, so what could keep it busy for ever is
-looked for in the file. Refused are patterns that are too long to compile cheaply, that repeat what
-repeats or branches (the ones whose search may take time without bound), and replacements that blow
-a text up. This is a guard in part: a pattern that takes time quadratic in the text is let through,
-as those of well-known tokenizers do too.
+looked for in the file. It refuses patterns that are too long to compile cheaply; patterns that
+repeat a repetition or a branch, whose search may take unbounded time; and replacements that make a
+text much longer. The guard is partial: a pattern that takes time quadratic in the text is let
+through, as those of well-known tokenizers do too.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A trace: what each period of one answer drafted, what the full path thought of it, and what came
-of that.
+"""A trace: what each period of one answer drafted, how the full path judged it, and what was
+committed.
 
 `Generation` hands each `Period` and its evidence to a `Tracer`, which reads the tensors and makes
 plain numbers of them. Without a tracer nothing is read.
@@ -44,7 +44,7 @@ class Fate(StrEnum):
 
 
 class Kind(StrEnum):
-    """What a trace names."""
+    """The kinds of findings."""
 
     OVER_CORRECTION = "over-correction"
     """A drafted token was refused that is the full path's own argmax: the correction is the very
@@ -378,7 +378,7 @@ class Tracer:
 
 
 def _kind(one: Drafted) -> Kind | None:
-    """What a drafted token's fate is an instance of, by a rule that is greedy."""
+    """The kind of finding that a drafted token's fate is, under a greedy rule."""
     if one.fate is Fate.KEPT and not one.likeliest:
         return Kind.UNDER_CORRECTION
     if one.fate is Fate.REFUSED and one.likeliest:
@@ -401,7 +401,7 @@ class _Full:
             self._sums = self._values.logsumexp(-1).tolist()
 
     def of(self, node: int, token: int) -> float | None:
-        """Of a token after a node."""
+        """The probability of a token after a node."""
         value = float(self._values[node, token])
         return _number(value if self._draws else math.exp(min(value - self._sums[node], 0.0)))
 

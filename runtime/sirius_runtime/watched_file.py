@@ -1,8 +1,8 @@
 """The file behind a mapping, which others may change while it is used.
 
-A mapping shows what is written into the file after it was checked, and where the file was cut short
-the system kills whoever reads on (SIGBUS). Neither can be prevented without a copy. But size and
-time of last change tell, and asking for them costs a microsecond.
+A mapping shows what is written to the file after it was checked; where the file was cut short, the
+system kills a process that reads on (SIGBUS). Only a copy prevents either. But the file's size and
+time of last change reveal both, and reading them takes a microsecond.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where inductor keeps its compiled code. It loads that code again without checking who wrote it."""
+"""Where inductor keeps its compiled code, which it loads without checking who wrote it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Kernels behind the `sirius::` operators: what skips the reads that the references only mask."""
+"""Kernels behind the `sirius::` operators: they skip weight reads that the references only mask."""

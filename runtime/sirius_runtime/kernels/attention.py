@@ -30,8 +30,8 @@ def cached_attention(
 def cached_attention_by_tokens(
     heads: Heads[Tensor], caches: Caches[Tensor], places: Places[Tensor], kind: Attention[Tensor]
 ) -> Tensor:
-    """As `cached_attention`, for graphs that go on with a token's heads side by side: they lie so
-    in memory, and need not be copied.
+    """As `cached_attention`, for graphs that next read a token's heads side by side: the result has
+    that layout in memory and need not be copied.
     """
     return _cached(heads, caches, places, kind, by_tokens=True)
 

@@ -1,8 +1,8 @@
 """The CPU kernels' shared library: compiled from ``csrc`` once, kept in the user's cache folder.
 
 The library has a C interface and knows nothing of torch, so it takes seconds to compile and serves
-every version of torch. Its file's name is made of all that it depends on; its last bytes are the
-hash of the others, so that a damaged file is seen before it is loaded, and built again.
+every version of torch. The file's name is made of all that it depends on. Its last bytes are a hash
+of the rest, so that a damaged file is found before it is loaded, and built again.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def instruction_sets() -> list[InstructionSet]:
 
 
 def library(isa: InstructionSet, folder: Path) -> Path:
-    """The library for `isa`, in `folder`, built there if it isn't; in a private folder where others
-    could have written to that one.
+    """The library for `isa` in `folder`, built there if needed. If other users could have written
+    to `folder`, it is built in a private one.
 
-    Says so on stderr when it builds. Raises BackendError where it can't, with the reason.
+    A build is reported on stderr. Raises BackendError, with the reason, where it fails.
     """
     found, version = compiler()
     try:
@@ -143,7 +143,7 @@ def _build(cxx: str, isa: InstructionSet, path: Path) -> None:
                 )
             content = built.read_bytes()
             built.write_bytes(content + hashlib.sha256(content).digest())
-            built.chmod(0o700)  # whatever the umask: what others may write is never loaded
+            built.chmod(0o700)  # whatever the umask: a file that others may write is never loaded
             into_place(built, path)
     except subprocess.SubprocessError as error:
         raise BackendError(f"{cxx} can't compile the CPU kernels ({error})") from error

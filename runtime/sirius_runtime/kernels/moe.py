@@ -1,7 +1,7 @@
-"""Mixtures of experts on the CPU: the MLP kernels, expert after expert of those that are hit.
+"""Mixtures of experts on the CPU: the MLP kernels run one routed expert after another.
 
-Which experts those are the host knows for free there. gpt-oss' activation has no kernel: such
-mixtures are the references'.
+On the CPU the host reads the routing at no cost. gpt-oss' activation has no kernel: such mixtures
+run the references.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def experts_moe(
 def _hit(operator: str, x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor]) -> list[int]:
     """The experts that tokens have, in order.
 
-    Raises OperandError where they are not those of x's tokens, or are not there.
+    Raises OperandError for shapes that do not fit x's tokens, and for an expert out of range.
     """
     N = x.shape[0]
     if experts.ndim != 2 or experts.shape[0] != N:

@@ -1,7 +1,7 @@
 """Norms and rotary embeddings on the CPU as one call each, for graphs that spell them out.
 
-Not operators: graphs on disk keep torch's spelling, of which these are the sum. At one token a
-decoder's time between its matrix products is the number of calls.
+These are not operators: graphs on disk keep the several calls of torch that each of these replaces.
+At one token, the time between a decoder's matrix products depends on the number of calls.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def add_norm(
 
 
 def _is_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for a norm of x, and these are what it takes."""
+    """Whether the kernel for a norm of x is there and takes these arguments."""
     return (
         x.dtype in TYPES
         and x.dtype is dtype

@@ -7,10 +7,9 @@
 
     %next = index_copy(%carried, …)                      %next = index_copy_(%carried, …)
 
-Compilers want a loop without mutation. Operator by operator that costs copies of the block for
-every layer and step, for one token's K/V, and of all drafted distributions for one more. What a
-graph or a loop is given it may not write to: it begins with a copy, where the tensor is not its
-own.
+Compilers want a loop without mutation. Run operator by operator, such a loop copies the block in
+every layer and step to add one token's K/V, and copies all drafted distributions to add one. A
+graph or a loop may not write to its inputs: it begins with a copy, where the tensor is not its own.
 """
 
 from __future__ import annotations
@@ -102,9 +101,9 @@ def _blocks(call: fx.Node) -> list[Any]:
 
 
 def _stacks(blocks: Sequence[Any], calls: Sequence[fx.Node]) -> list[fx.Node] | None:
-    """The stacks of the layers' new K and V, where the calls of all layers lead to nothing else.
+    """The stacks of the layers' new K and V, if the calls' blocks have no other use.
 
-    None also where something but these calls reads a block: it would see what is written.
+    None also where another node reads a block: it would see the writes.
     """
     if [call.args[_LAYER] for call in calls] != list(range(len(calls))):
         return None

@@ -4,8 +4,8 @@ The weights of all E experts stand in one tensor, neuron-major: a neuron of an e
 `gate`, of `up` and of `down`, [E, I, C]. Each token n has k experts of its own, `experts` [N, k],
 with `weights` [N, k], by a router that stands outside.
 
-What a sparse form keeps is each token's own choice, the beams of a tree included: they are routed
-to experts of their own already, so there are no neurons that all of them could share.
+In a sparse form each token keeps its own choice, also among the beams of a tree: each is already
+routed to experts of its own, so there are no neurons that all of them could share.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _moe(
 
 
 def _linear_for(x: Tensor) -> Linear:
-    """On the CPU, the experts that are hit and no others: knowing them is free there; elsewhere a
+    """On the CPU, only the experts that are hit: reading the routing is free there; elsewhere the
     read would stall the device.
     """
     return _linear_of_hit if x.device.type == "cpu" else _linear_of_all
@@ -176,7 +176,7 @@ def all_experts(
 def expert_scores(
     x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], *_: object
 ) -> Tensor:
-    """What `topk_moe` compares with each other: a token's, of all its experts [N, k I]."""
+    """What `topk_moe` compares: the scores of a token's neurons in all its experts [N, k I]."""
     x_NkC = x[:, None].expand(*experts.shape, x.shape[-1])
     g = EXPERT_ACTIVATIONS[mlp.act](_linear_for(x)(x_NkC, experts, mlp.gate, mlp.gate_bias))
     return (g.abs() * weights[..., None]).flatten(1)

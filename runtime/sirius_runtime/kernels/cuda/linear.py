@@ -46,8 +46,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | No
 def linears(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...] | None:
-    """As the reference `sirius_runtime.ops.linear.linears`: one launch, and where sums are in parts
-    another that adds them up.
+    """As the reference `sirius_runtime.ops.linear.linears`: one launch, and a second one that adds
+    up the parts where sums are split.
     """
     if x.dtype not in TYPES or x.ndim == 0 or x.numel() == 0:
         return None
@@ -82,7 +82,7 @@ def _by_outputs(
     size = starts[-1] + T * outputs[-1]
     y = x.new_empty(size)
     sums = y if splits == 1 else x.new_empty(splits, 1, size, dtype=torch.float32)
-    # What the kernel is told not to use is the first weight's again.
+    # Arguments that the kernel does not use repeat the first weight's.
     slots = [*range(len(weights)), *[0] * (MOST_LINEARS - len(weights))]
     launch(
         products.linears,

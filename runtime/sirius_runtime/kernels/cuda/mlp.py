@@ -1,9 +1,9 @@
 """MLPs at few tokens. Each function returns None where its kernels do not serve.
 
 Choices of neurons are the references': products, activations and their means are rounded to the
-tensors' type as torch rounds them. Of equal scores, `topk_mlp` takes the first. The neurons of
-griffin's list are taken to be distinct, as those are that the session chooses: one named twice
-counts twice, and one that is not there is left out.
+tensors' type as torch rounds them. Of equal scores, `topk_mlp` takes the first. Griffin's list is
+assumed to hold distinct neurons, as the session's lists do. A neuron that is named twice counts
+twice; one out of range is left out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lists of live neurons, made on the device: their number is never read by the host."""
+"""Lists of live neurons, made on the device: the host never reads their number."""
 
 from __future__ import annotations
 

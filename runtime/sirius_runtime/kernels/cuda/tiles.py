@@ -1,8 +1,8 @@
 """Sizes of the kernels' tiles, and how many programs share a sum: chosen here and nowhere else.
 
-They are reckoned from what an SM needs in flight (some 32 KiB on an H100: bandwidth times latency,
-over its SMs) and from the registers that the compiler then uses (`tests/test_triton_compile.py`
-says that next to none are spilled); no GPU has run them yet.
+They are computed from the bytes that an SM needs in flight (some 32 KiB on an H100: bandwidth times
+latency, divided by its SMs) and from the registers that the compiler then uses
+(`tests/test_triton_compile.py` checks that almost none are spilled). No GPU has run them yet.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-# Triton's interpreter multiplies the bits of bfloat16 as integers, and cuts where a GPU rounds: for
-# it, products are widened first and values rounded by hand.
+# Triton's interpreter multiplies the bits of bfloat16 as integers, and truncates where a GPU
+# rounds. For the interpreter, products are widened first and values are rounded by hand.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -19,7 +19,7 @@ def dot(a, b, total):
 
 @triton.jit
 def narrowed(value, DTYPE: tl.constexpr):
-    """`value`, float32, in that type: the nearest, of two the even one."""
+    """`value`, float32, in that type: rounded to nearest, ties to even."""
     if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = value.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
@@ -35,12 +35,14 @@ def rounded(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def activation(value, ACT: tl.constexpr, DTYPE: tl.constexpr):
-    """The activation of that name, float32, rounded where torch's calls store what lies between."""
+    """The activation of that name, float32, rounded where torch's calls store an intermediate
+    result.
+    """
     if ACT == "silu":
         result = value / (1.0 + tl.exp(-value))
     elif ACT == "gelu":
         result = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
-    elif ACT == "gelu_tanh":  # v (1 + tanh u) / 2 = v / (1 + e^-2u), which cancels nothing
+    elif ACT == "gelu_tanh":  # v (1 + tanh u) / 2 = v / (1 + e^-2u), without cancellation
         inner = 1.5957691216057308 * (value + 0.044715 * value * value * value)
         result = value / (1.0 + tl.exp(-inner))
     elif ACT == "quick_gelu":

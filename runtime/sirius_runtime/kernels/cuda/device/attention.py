@@ -50,7 +50,7 @@ def _tile(
         other=0.0,
     )
     score = dot(q, tl.trans(k), tl.zeros((q.shape[0], slot.shape[0]), tl.float32)) * scale
-    if SOFTCAP:  # tanh |x| = (1 - e) / (1 + e) with e = exp(-2 |x|), which nothing overflows
+    if SOFTCAP:  # tanh |x| = (1 - e) / (1 + e) with e = exp(-2 |x|), which can't overflow
         e = tl.exp(-2.0 * tl.abs(score) / softcap)
         bounded = softcap * (1.0 - e) / (1.0 + e)
         score = tl.where(score < 0.0, -bounded, bounded)
@@ -59,7 +59,7 @@ def _tile(
 
 @triton.jit
 def _add(score, visible, v, most, mass, total):
-    """One step of the softmax that is added up as it goes."""
+    """One step of the online softmax."""
     score = tl.where(visible, score, float("-inf"))
     new = tl.maximum(most, tl.max(score, 1))
     shift = tl.where(new == float("-inf"), 0.0, new)  # nothing visible so far
@@ -81,11 +81,11 @@ def attend(
     """Softmax over a part of the slots; grid (parts, blocks of queries, B times G).
 
     The queries of a program are those of the `share` heads of its key/value head, head by head, T
-    tokens each. The last part is the block, of M slots: APART, k_block and v_block [B, G, M, ·],
-    else what stands in the caches from `length` on. The others share the history, which begins
-    where the first query's window does. Written are totals [B, H, T, parts, V], each part's largest
-    score `mosts` and its sum of exponentials `masses` [B, H, T, parts], all float32; totals are
-    left as they are where the mass is 0.
+    tokens each. The last part is the block of M slots: k_block and v_block [B, G, M, ·] if APART,
+    else the caches' slots from `length` on. The other parts split the history, which begins where
+    the first query's window does. Writes `totals` [B, H, T, parts, V], and each part's largest
+    score `mosts` and sum of exponentials `masses` [B, H, T, parts], all float32. `totals` are not
+    written where the mass is 0.
     """
     part = tl.program_id(0)
     pair = tl.program_id(2)
@@ -169,8 +169,8 @@ def merge(
     totals, mosts, masses, sinks, out, H, T, V,
     HAS_SINKS: tl.constexpr, PARTS: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H, T, V] of the parts, in their order; grid (T, H, B). A head's sink takes part in
-    the softmax, without a value. Nothing visible gives zeros.
+    """out [B, H, T, V]: the parts, added in their order; grid (T, H, B). A head's sink takes part
+    in the softmax, without a value. Nothing visible gives zeros.
     """
     row = (tl.program_id(2) * H + tl.program_id(1)) * T + tl.program_id(0)
     part = tl.arange(0, PARTS)

@@ -15,8 +15,8 @@ def kept_channels(
     channels are kept; counts [splits, B], int32. Grid (B times blocks of O, splits); a split is
     SHARE channels.
 
-    A program finds its own live channels: a list in memory would cost a launch, which is as long as
-    the weights of a small linear take.
+    A program finds its own live channels: a list in memory would cost one more launch, as long as
+    reading the weights of a small linear.
     """
     b = tl.program_id(0) % B
     block = tl.program_id(0) // B

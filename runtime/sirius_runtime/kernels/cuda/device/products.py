@@ -1,8 +1,8 @@
 """Products of tokens with rows of weights: linears, and the first half of an MLP.
 
-A program takes ROWS rows and walks over their channels. One token is multiplied element by
-element, in tiles that are wide along a row, and added up at the end; up to 16 tokens, TOKENS of
-which are then 16, by the tensor cores.
+A program takes ROWS rows and walks over their channels. One token is multiplied element by element,
+in tiles that are wide along a row, and summed at the end. 2 to 16 tokens use the tensor cores, with
+TOKENS = 16.
 """
 
 import triton
@@ -106,7 +106,7 @@ def _past(
     block, index, start, weight, bias, O, stride, T, next_weight, next_bias, next_O, next_stride,
     ROWS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Where a block is, of the weight `index` or, past its last row, of the next one."""
+    """Where a block lies: in the weight `index` or, past its last row, in the next one."""
     blocks = tl.cdiv(O, ROWS)
     past = block >= blocks
     return (
@@ -179,8 +179,8 @@ def neurons(
 ):  # fmt: skip
     """z [B, T, K] = act(gate x) · up x of x [B, T, C]; grid (blocks of K, B).
 
-    HAS_ROWS: of the neurons rows [B, K], else of the first K. SCORE "mean" or "sum": score [B, K],
-    float32, is that of |z| over the tokens, rounded to the type of z.
+    HAS_ROWS: for the neurons rows [B, K], else for the first K. SCORE "mean" or "sum": also writes
+    that of |z| over the tokens to score [B, K], float32, rounded to the type of z.
     """
     DTYPE: tl.constexpr = z.dtype.element_ty
     b = tl.program_id(1)
@@ -211,7 +211,7 @@ def neurons(
         value = value * rounded(u, DTYPE)
     t = tl.arange(0, TOKENS)
     mask = (t < T)[:, None] & live[None, :]
-    # A neuron that is not there gives nothing, even where the activation of nothing is something.
+    # A missing neuron gives 0, even where the activation of 0 is not 0.
     value = tl.where(inside[None, :], value, 0.0)
     tl.store(z + (b * T + t)[:, None] * K + j[None, :], narrowed(value, DTYPE), mask=mask)
     if SCORE != "":

@@ -8,8 +8,8 @@ import triton.language as tl
 def kth_largest(score, kth, K, keep, LOWEST_BIT: tl.constexpr, BLOCK: tl.constexpr):
     """kth [B], int32: the bits of the `keep`-th largest of score [B, K], which are not negative.
 
-    Bits of such floats are in the order of the floats, so the answer is found bit by bit. Below
-    LOWEST_BIT all are zero: the scores are of a type with fewer.
+    The bits of such floats sort as the floats do, so the answer is found bit by bit. Bits below
+    LOWEST_BIT are zero: the scores were rounded to a type with fewer bits.
     """
     b = tl.program_id(0)
     j = tl.arange(0, BLOCK)
@@ -32,9 +32,9 @@ def select(
     """positions [B, K], int32: the places of live scores in score [B, K], in order; rows [B, K],
     int32: the neurons there, listed [B, K] if there is a list; count [B], int64.
 
-    Live is above the threshold; TOPK: above the `keep`-th largest, and of those equal to it the
-    first, up to `keep`. Grid (blocks of K, B); a program counts those before its block anew, which
-    is less than waiting for the others.
+    A score above the threshold is live. TOPK: scores above the `keep`-th largest are live, and the
+    first of those equal to it, up to `keep` in all. Grid (blocks of K, B); each program counts the
+    live scores before its block itself, which is faster than waiting for the other programs.
     """
     b = tl.program_id(1)
     begin = tl.program_id(0) * BLOCK

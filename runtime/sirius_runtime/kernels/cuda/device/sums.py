@@ -38,7 +38,7 @@ def weighted_rows(
         total = tl.zeros((ROWS, CHANNELS), tl.float32)
     else:
         total = tl.zeros((TOKENS, CHANNELS), tl.float32)
-    # The indices of the next rows are on their way while these rows are.
+    # The next rows' indices are loaded while these rows are.
     if HAS_ROWS:
         row = tl.load(listed + begin + step, mask=begin + step < end, other=0).to(tl.int64)
     else:
