@@ -345,13 +345,17 @@ class Terminal:
         os.close(slave)
         self._shown = b""
 
-    def wait_for(self, words: str) -> None:
-        """Waits until `words` are shown, after those that were waited for before."""
+    def wait_for(self, words: str, typing: str = "") -> None:
+        """Waits until `words` are shown, after those that were waited for before. `typing` is typed
+        in each second of silence.
+        """
         end = time.monotonic() + 60
         while words.encode() not in self._shown:
             assert time.monotonic() < end, self._shown
             if select.select([self._master], [], [], 1)[0]:
                 self._shown += os.read(self._master, 4096)
+            else:
+                self.type(typing)
         self._shown = self._shown.partition(words.encode())[2]
 
     def type(self, text: str) -> None:
@@ -389,7 +393,9 @@ def test_a_terminal_keeps_a_history_and_survives_ctrl_c(artifact: Path, tmp_path
         chat.wait_for("tokens/s")
         chat.wait_for(">>> ")
         chat.type("\x03")
-        chat.wait_for("/quit or Ctrl-D ends")
+        # Python shows the prompt first and waits for keys then: it overlooks a signal in between
+        # until the next one, so that a user types Ctrl-C again.
+        chat.wait_for("/quit or Ctrl-D ends", typing="\x03")
         chat.wait_for(">>> ")
         chat.type("w20 " * 200 + "\n")
         chat.wait_for("start over (/reset)")
@@ -399,6 +405,32 @@ def test_a_terminal_keeps_a_history_and_survives_ctrl_c(artifact: Path, tmp_path
     history = tmp_path / "sirius" / "chat_history"
     assert "w20" in history.read_text()
     assert history.stat().st_mode & 0o077 == 0
+
+
+def test_a_second_ctrl_c_does_not_end_the_program(
+    monkeypatch: pytest.MonkeyPatch, model: SiriusModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second comes while the answer to the first is written."""
+    from sirius_runtime.cli import chat
+
+    reads: list[type[BaseException]] = [EOFError, KeyboardInterrupt]
+
+    def read() -> str:
+        raise reads.pop()
+
+    def interrupted_once(text: str) -> None:
+        tell(text)
+        if "/quit" in text and len(told) < 1:
+            told.append(text)
+            signal.raise_signal(signal.SIGINT)
+
+    told: list[str] = []
+    tell = chat.tell
+    monkeypatch.setattr(chat, "_read_line", read)
+    monkeypatch.setattr(chat, "tell", interrupted_once)
+    chat._at_terminal(Conversation(model))
+    assert capsys.readouterr().err.count("/quit or Ctrl-D ends") == 2
+    assert not reads
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(

@@ -72,14 +72,18 @@ def _run(args: argparse.Namespace) -> None:
 
 def _at_terminal(conversation: Conversation) -> None:
     tell("a message, or /help; Ctrl-D ends")
+    interrupted = False
     while True:
         try:
+            if interrupted:  # said in here, where one more Ctrl-C does not end the program
+                tell("\n/quit or Ctrl-D ends")
+                interrupted = False
             line = _read_line()
         except EOFError:
             tell("")
             return
         except KeyboardInterrupt:
-            tell("\n/quit or Ctrl-D ends")
+            interrupted = True
             continue
         if not _take(conversation, line):
             return
