@@ -37,7 +37,7 @@ from sirius_passes.program import DENSE, OUTPUTS, Program, Stage, calls
 from sirius_passes.tracing import one_at_a_time
 from sirius_runtime.dtypes import dtype_name
 from sirius_runtime.errors import UnsupportedModelError
-from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT
+from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, module_of
 from sirius_runtime.spec import StateSpec, WeightSpec
 
 _NAME = "sirius"  # of our attention and mask functions in transformers' registries
@@ -356,7 +356,7 @@ def _program(
     output = graph.output_node()
     output.args = ((output.args[0][0],),)
     output.meta[OUTPUTS] = ("logits",)
-    module = fx.GraphModule(torch.nn.Module(), graph)
+    module = module_of(torch.nn.Module(), graph)
     return Program(Stage.CAPTURED, {DENSE: module}, weights, _state(graph))
 
 

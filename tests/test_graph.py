@@ -495,7 +495,7 @@ NOT_GRAPHS: dict[str, tuple[JSON, str]] = {
     "float too large": (document_of(NEG | {"args": [{"float": 10**400}]}), "not a graph document"),
     "too deep": (
         document_of(NEG | {"args": [json.loads("[" * 400 + "]" * 400)]}),
-        "not a graph document",
+        "nested too deep",
     ),
     "target missing": (document_of({}), "not a graph document"),
     "target is a list": (document_of({"target": ["aten"]}), "not a graph document"),

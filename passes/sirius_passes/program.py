@@ -23,7 +23,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
 
 from sirius_runtime.entries import FULL, INPUTS, OBSERVE, PERIOD, PREFILL, RESULTS, SPARSE
-from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders
+from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, module_of, placeholders
 from sirius_runtime.spec import EntrySpec, Method, SparsitySpec, StateSpec, WeightSpec
 
 __all__ = ["FULL", "INPUTS", "OBSERVE", "PERIOD", "PREFILL", "RESULTS", "SPARSE"]
@@ -179,7 +179,7 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     env: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         env[node] = graph.node_copy(node, lambda n: env[n])
-    return fx.GraphModule(torch.nn.Module(), graph)
+    return module_of(torch.nn.Module(), graph)
 
 
 def calls(graph: fx.Graph, *targets: Callable[..., Any]) -> list[fx.Node]:

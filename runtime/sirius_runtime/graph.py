@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from sirius_runtime.dtypes import dtype_name, dtype_of
 from sirius_runtime.errors import ArtifactError
@@ -35,6 +36,7 @@ CAPTURE_DTYPE = torch.bfloat16
 constant of this dtype in a graph therefore means "the program's dtype"."""
 
 _MAX_DEPTH = 4  # of graphs within graphs
+_MAX_NESTING = 4  # of lists within an argument
 
 WEIGHT, INPUT = "weight", "input"  # keys of a placeholder's meta: what it is bound to, by name
 
@@ -48,6 +50,23 @@ _ENUMS: dict[str, dict[str, Any]] = {
     "layout": {str(layout): layout for layout in LAYOUTS},
     "memory_format": {str(one): one for one in MEMORY_FORMATS},
 }
+
+
+def module_of(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A module of the graph whose Python code is written when it is first called. Most graphs are
+    rewritten, checked or stored, and never called; their code takes longer than the rest of them.
+    """
+    return _LazyGraphModule(root, graph)
+
+
+def write_code(module: fx.GraphModule) -> fx.GraphModule:
+    """Writes the code of a module, and of the graphs that its control flow runs, where that is
+    still to be done: for those who call it at once, or who trace its call. Returns `module`.
+    """
+    for part in module.modules():
+        if isinstance(part, _LazyGraphModule):
+            part.real_recompile()
+    return module
 
 
 def placeholders(graph: fx.Graph, kind: str) -> dict[str, fx.Node]:
@@ -111,9 +130,11 @@ def _from_document(
     root, graph = torch.nn.Module(), fx.Graph()
     env: dict[str, fx.Node] = {}
 
-    def decode(value: JSON) -> Any:
+    def decode(value: JSON, within: int = 0) -> Any:
         if isinstance(value, list):
-            return [decode(v) for v in value]
+            if within == _MAX_NESTING:  # Python's compiler has a limit too, and is asked later
+                raise ArtifactError("graph: an argument's lists are nested too deep")
+            return [decode(v, within + 1) for v in value]
         if not isinstance(value, dict):
             return value
         ((kind, content),) = value.items()
@@ -163,10 +184,10 @@ def _from_document(
         if [n for n in graph.nodes if n.op == "output"] != [next(iter(reversed(graph.nodes)))]:
             raise ArtifactError("graph: its last node, and no other, must be the output")
         graph.lint()
-        return fx.GraphModule(root, graph)
+        return module_of(root, graph)
     except ArtifactError:
         raise
-    except Exception as error:  # fx, and Python's compiler of its code, raise many kinds
+    except Exception as error:  # fx raises many kinds
         raise ArtifactError(f"graph: not a graph document ({error!r})") from error
 
 

@@ -17,7 +17,7 @@ from sirius_runtime.backends.rewrite import with_kernels
 from sirius_runtime.by_entries import ByEntries, chooser
 from sirius_runtime.decoder import Decoder, Way, steps
 from sirius_runtime.errors import ArtifactError, SiriusError
-from sirius_runtime.graph import INPUT, WEIGHT, from_document
+from sirius_runtime.graph import INPUT, WEIGHT, from_document, write_code
 from sirius_runtime.graph_check import check_graph
 from sirius_runtime.one_graph import OneGraph
 from sirius_runtime.plan import Limits
@@ -99,7 +99,7 @@ class EagerBackend:
         bound, on_cpu = self._entries[entry], self.device.type == "cpu"
         with blaming_the_graph(entry):
             if bound.runs is None:
-                bound.runs = with_kernels(bound.module) if on_cpu else bound.module
+                bound.runs = with_kernels(bound.module) if on_cpu else write_code(bound.module)
             return self._named(entry, bound.runs(*bound.arguments(inputs)))
 
     def _named(self, entry: str, values: Sequence[Tensor]) -> dict[str, Tensor]:

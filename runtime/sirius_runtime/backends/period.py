@@ -18,6 +18,7 @@ from sirius_runtime.backends.eager import EagerBackend, blaming_the_graph
 from sirius_runtime.backends.inductor_cache import check_name, keeps_code_in
 from sirius_runtime.cache import CACHE_VARIABLE, cache_folder, is_own, private_folder
 from sirius_runtime.errors import BackendError, ConfigError
+from sirius_runtime.graph import write_code
 from sirius_runtime.new_file import check_target, into_place
 from sirius_runtime.plan import Limits
 from sirius_runtime.sizes import cache_slots
@@ -147,7 +148,7 @@ def _build(backend: AotiBackend, path: Path, progress: Progress) -> None:
         ):
             warnings.simplefilter("ignore")  # torch's, about its own code
             program = torch.export.export(
-                entry.module, tuple(entry.arguments(examples)), strict=False
+                write_code(entry.module), tuple(entry.arguments(examples)), strict=False
             ).run_decompositions(decompositions())
             package = Path(scratch) / path.name
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))

@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from sirius_runtime.control_flow import as_python
+from sirius_runtime.graph import write_code
 from sirius_runtime.kernels.attention import cached_attention_by_tokens
 from sirius_runtime.kernels.linear import MOST_LINEARS, linear, linears
 from sirius_runtime.kernels.pointwise import add_norm, rms_norm, rotate
@@ -50,7 +51,7 @@ def with_kernels(module: fx.GraphModule) -> fx.GraphModule:
             as_python(part.graph)
             part.graph.lint()
             part.recompile()
-    return own
+    return write_code(own)
 
 
 def with_linears(module: fx.GraphModule) -> fx.GraphModule:
@@ -64,7 +65,7 @@ def with_linears(module: fx.GraphModule) -> fx.GraphModule:
     _join_linears(own.graph, sirius.linear.default, sirius.linears.default, _MOST_COMPILED)
     own.graph.lint()
     own.recompile()
-    return own
+    return write_code(own)
 
 
 @functools.cache
