@@ -360,18 +360,18 @@ def name_unknown_output(program: Program) -> None:
     output.meta[OUTPUTS] = ("hidden", *output.meta[OUTPUTS][1:])
 
 
-MUTATES = r"mul_.Scalar\) mutates; state goes in and comes out here"
+MUTATES = r"mul_.Scalar\) mutates; this graph has to be functional"
 REFUSED = {
     **{
         f"mutate in {p}": (functools.partial(mutate, p), MUTATES) for p in "top body branch".split()
     },
     "no attention of layer 0": (
         functools.partial(drop_attention, 0),
-        "block_attention stands at layers",
+        "block_attention has layers",
     ),
     "no attention of layer 1": (
         functools.partial(drop_attention, 1),
-        "block_attention stands at layers",
+        "block_attention has layers",
     ),
     "unknown output": (name_unknown_output, r"outputs are named \('hidden', 'advance'"),
 }
@@ -390,5 +390,5 @@ def test_the_verifier_refuses_a_draft_without_attention() -> None:
     """Of a model of one layer: no other layer's attention says how often it should stand."""
     program = copied(shared(1))
     drop_attention(0, program)
-    with pytest.raises(PassError, match="block_attention stands at layers"):
+    with pytest.raises(PassError, match="block_attention has layers"):
         verify(program, after="build_period")

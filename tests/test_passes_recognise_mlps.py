@@ -274,10 +274,10 @@ class LastToken(Plain):
 NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "unknown activation of two matrices": (
         lambda: Plain(torch.tanh),
-        "aten.tanh.default is none of the known",
+        "aten.tanh.default is not a known activation",
     ),
     "a router": (Router, "3 features come out, but 6 go in"),
-    "gated attention": (GatedAttention, "aten.sigmoid.default is none of the known"),
+    "gated attention": (GatedAttention, "aten.sigmoid.default is not a known activation"),
     "over a part of the tokens": (
         LastToken,
         r"its input \[.*, 6\] is neither \[B, T, C\] nor \[B\*T, C\]",
@@ -296,11 +296,11 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     },
     "different inputs": (TwoInputs, r"gate and up read different inputs, \w+ and tanh"),
     "up is no linear": (UpIsNoLinear, r"gate or up is not a linear"),
-    "gate is up": (OneLinear, "aten.mul.Tensor is none of the known"),
-    "unknown activation": (lambda: Mlp(torch.tanh), "aten.tanh.default is none of the known"),
+    "gate is up": (OneLinear, "aten.mul.Tensor is not a known activation"),
+    "unknown activation": (lambda: Mlp(torch.tanh), "aten.tanh.default is not a known activation"),
     "scaled activation": (
         lambda: Mlp(lambda x: F.silu(x) * 2),
-        "aten.mul.Tensor is none of the known",
+        "aten.mul.Tensor is not a known activation",
     ),
 }
 

@@ -235,5 +235,5 @@ def test_a_share_out_of_range_is_refused() -> None:
 @pytest.mark.parametrize("method", [SparsifyGriffin, SparsifyGriffinCats])
 def test_a_sparse_path_without_a_sparse_layer_is_refused(method: type[SparsifyGriffin]) -> None:
     step = method(0.5, None, (0, 1)) if method is SparsifyGriffinCats else method(0.5, (0, 1))  # type: ignore[call-arg,arg-type]
-    with pytest.raises(ConfigError, match=r"--dense-layers keeps all of the 2 dense. Leave some"):
+    with pytest.raises(ConfigError, match=r"--dense-layers keeps all 2 layers dense.*Leave some"):
         run_passes(paired(two_layers), [step])

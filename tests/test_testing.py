@@ -220,7 +220,7 @@ def test_a_reference_for_what_the_graph_does_not_give() -> None:
 
 def test_a_reference_of_nothing_compares_nothing() -> None:
     program = paired(one_mlp)
-    fails(SparsifyTopk(1.0), "nothing can be compared", program, reference=lambda *_: {})
+    fails(SparsifyTopk(1.0), "nothing to compare", program, reference=lambda *_: {})
 
 
 def test_new_graphs_are_held_against_the_dense_one() -> None:

@@ -1,9 +1,12 @@
-"""Names the activation that a chain of element-wise nodes computes, however it is spelled.
+"""Names the activation that a chain of element-wise nodes computes.
 
-%1 = aten.mul.Tensor(%h, 0.5)                        gelu_tanh of %h, as are other spellings
-%2 = aten.pow.Tensor_Scalar(%h, 3.0)                 of it: the chain is run on a grid of
-%3 = aten.mul.Tensor(%2, 0.044715)                   numbers, and compared there with each
-%4 = aten.add.Tensor(%h, %3)                         function of ACTIVATIONS
+The chain is run on a grid of numbers and compared there with each function of `ACTIVATIONS`, so
+every spelling of an activation is recognised. This one is gelu_tanh of %h:
+
+%1 = aten.mul.Tensor(%h, 0.5)
+%2 = aten.pow.Tensor_Scalar(%h, 3.0)
+%3 = aten.mul.Tensor(%2, 0.044715)
+%4 = aten.add.Tensor(%h, %3)
 %5 = aten.mul.Tensor(%4, 0.7978845608028654)
 %6 = aten.tanh(%5)
 %7 = aten.add.Tensor(%6, 1.0)
@@ -48,7 +51,7 @@ _NEAR = 1e-5  # gelu and gelu_tanh are 5e-4 apart; a float32 cast inside a chain
 
 @dataclass(frozen=True)
 class Chain:
-    """Element-wise nodes up to `end`, all of one node, `source`."""
+    """Element-wise nodes that compute `end` from one other node, `source`."""
 
     source: fx.Node
     nodes: tuple[fx.Node, ...]
@@ -77,8 +80,8 @@ class Chain:
 
 
 def chain_to(end: object) -> Chain | None:
-    """The element-wise nodes that lead to `end` from one other node; None where there are none, or
-    where they come from several nodes.
+    """The element-wise nodes that compute `end` from one other node. None if `end` is not
+    element-wise, depends on several other nodes, or takes more than `_LONGEST` nodes.
     """
     if not (isinstance(end, fx.Node) and _is_elementwise(end)):
         return None

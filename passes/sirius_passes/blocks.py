@@ -1,9 +1,9 @@
-"""The residual stream: which nodes belong to which decoder layer, read off the graph's shape.
+"""Finds the decoder layer of each node from the structure of the graph.
 
-A *cut* is a value that all of the stream passes through: once it is computed, nothing computed from
-the tokens before it is read again. The residual sums are cuts, what lies between two of them is
-not. Layer l begins after the last cut before its attention; so no names, no class of module, no
-order of attention and MLP has to be known.
+A *cut* is a value that separates the graph: nothing computed from the tokens before it is read
+after it. The sums of the residual stream are cuts, the nodes between two of them are not. Layer l
+begins after the last cut before its attention. This needs no module names and no module classes,
+and works for any order of attention and MLP.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _ATTENTION = (sirius.attention.default, sirius.cached_attention.default)
 
 
 def layer_inputs(graph: fx.Graph) -> list[fx.Node]:
-    """The cut that each layer begins after, and last the one that the head begins after.
+    """The cut before each layer, followed by the cut before the head.
 
-    Raises UnsupportedModelError where layers share more than one value.
+    Raises UnsupportedModelError if no single value separates a layer from the one before it.
     """
     every = cuts(graph)
     order = {node: index for index, node in enumerate(graph.nodes)}
     places = [order[cut] for cut in every]
-    # The head's own results are no layer's.
+    # The head's linear belongs to no layer.
     ends = [*calls(graph, *_ATTENTION), head_linear(graph)]
     starts: list[fx.Node] = []
     for layer, end in enumerate(ends):
@@ -39,14 +39,14 @@ def layer_inputs(graph: fx.Graph) -> list[fx.Node]:
         if not before or (starts and places[before - 1] <= order[starts[-1]]):
             raise UnsupportedModelError(
                 f"no single value leads into layer {layer}: the layers share more than a residual "
-                "stream, so their weights can't be told apart. Use --sparsity topk, cats or griffin"
+                "stream, so the layer of a weight is unknown. Use --sparsity topk, cats or griffin"
             )
         starts.append(every[before - 1])
     return starts
 
 
 def layers_of(graph: fx.Graph, nodes: list[fx.Node]) -> dict[fx.Node, int]:
-    """The layer of each of `nodes`; those before the first and after the last are left out."""
+    """The layer of each of `nodes`; nodes before the first layer or after the last are left out."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     bounds = [order[cut] for cut in layer_inputs(graph)]
     found = {}
@@ -58,7 +58,7 @@ def layers_of(graph: fx.Graph, nodes: list[fx.Node]) -> dict[fx.Node, int]:
 
 
 def cuts(graph: fx.Graph) -> list[fx.Node]:
-    """The cuts, in order."""
+    """The cuts, in the graph's order."""
     stream = _stream(graph)
     order = {node: index for index, node in enumerate(graph.nodes)}
     last_use = {
@@ -82,7 +82,7 @@ def head_linear(graph: fx.Graph) -> fx.Node:
 
 
 def _stream(graph: fx.Graph) -> dict[fx.Node, None]:
-    """What is computed from the tokens' embeddings on the way to the logits, in order."""
+    """The values that depend on the token embeddings and that the logits need, in order."""
     stream: dict[fx.Node, None] = {}
     logits = graph.output_node().args[0][0]  # type: ignore[index]
     leads = {logits}
@@ -90,12 +90,12 @@ def _stream(graph: fx.Graph) -> dict[fx.Node, None]:
         if node in leads:
             leads.update(node.all_input_nodes)
     for node in graph.nodes:
-        if node not in leads:  # counts of what is kept, statistics
+        if node not in leads:  # feeds another output: counts, statistics
             continue
         if node.target is aten.embedding.default and _is_of_tokens(node.args[1]):
             stream[node] = None
             continue
-        # A size is read off the stream, and is none of its values.
+        # A size read from the stream is not itself part of the stream.
         is_size = node.target is aten.sym_size.int
         if not is_size and any(source in stream for source in node.all_input_nodes):
             stream[node] = None
@@ -103,7 +103,7 @@ def _stream(graph: fx.Graph) -> dict[fx.Node, None]:
 
 
 def _is_of_tokens(indices: Any) -> bool:
-    """Whether an embedding's indices are the tokens, reshaped maybe, and not their positions."""
+    """Whether an embedding's indices are the tokens (maybe reshaped) rather than positions."""
     while indices.op == "call_function" and isinstance(indices.args[0], fx.Node):
         indices = indices.args[0]
     return indices.meta.get(INPUT) == "input_ids"

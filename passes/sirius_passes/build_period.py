@@ -1,4 +1,4 @@
-"""Makes one period one graph: draft, verify, accept, compact and roll back, as control flow.
+"""Builds a graph of one whole period: draft, verify, accept, compact and roll back.
 
     Before                  After
     prefill, sparse, full   prefill, sparse, full, and period:
@@ -7,19 +7,20 @@
         %tree, %block = …                                   # the root alone
         while %level < K and any row is live:               # higher_order.while_loop
             %logits, %block = sparse(nodes of %level, %block)
-            %tree = attach(propose(%tree, %logits))         # higher_order.cond: drawn, or the best
+            %tree = attach(propose(%tree, %logits))         # higher_order.cond: sampled or greedy
         %logits, %block = full(%tree[: n])                  # only the levels that were drafted
         %tokens, %advance, %root, %nodes = judge(%tree, %logits)
         return tokens, advance, root, length, k_kept, v_kept, …
 
-State goes in and comes out; nothing is mutated. The caches are only read (`sirius.block_attention`
-in place of `sirius.cached_attention`): the loop carries the draft block's K/V, and what comes out
-is the accepted path's K/V [layers, B, G, K, D], in order, which the runtime writes to the slots
-after `length`, once a period. Caches that came out would be copied whole for these few slots.
+State is passed in and returned; nothing is mutated. The caches are only read
+(`sirius.block_attention` replaces `sirius.cached_attention`), and the loop carries the K/V of the
+draft block. The graph returns the accepted path's K/V [layers, B, G, K, D], in order; once a
+period, the runtime writes it to the slots after `length`. Returning the caches instead would copy
+them whole for these few slots.
 
-What is drafted and accepted is decided by the functions that `by_entries` calls
-(`sirius_runtime.drafting`, `.policy`, `.tree`), traced. Shapes as there; K and w are static, rows B
-and cache slots S are not.
+Drafting and acceptance are traced from the functions that `by_entries` calls
+(`sirius_runtime.drafting`, `.policy`, `.tree`); shapes as there. K and w are static, rows B and
+cache slots S are symbolic.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ higher_order = torch.ops.higher_order
 
 
 class BuildPeriod(Pass):
-    """For drafts of `period` K tokens (the root counts), `width` w, sequences of `max_seq_len`."""
+    """`period`: K tokens, the root included. `width`: w. `max_seq_len`: tokens of a sequence."""
 
     name: ClassVar[str] = "build_period"
     takes: ClassVar[Stage] = Stage.LAID_OUT
@@ -117,7 +118,7 @@ class _Builder:
             names = tuple(results)
             return tuple(results.values())
 
-        # A mode of its own: the entries' sizes are not the period's.
+        # The entries' symbolic sizes don't apply here, so the period has its own fake mode.
         with FakeTensorMode(shape_env=ShapeEnv()) as mode:
             values = _fake_inputs(self.inputs, self.program, self.period)
             for name, node in self.placed.items():
@@ -168,12 +169,12 @@ class _Builder:
         return torch.zeros(sites, k_cache.shape[1], dtype=torch.int64, device=k_cache.device)
 
     def _draft(self, carry: _Carry, given: dict[str, Tensor]) -> _Carry:
-        """Levels until the last, or until no row is live."""
+        """Drafts level after level, to the last or until no row is live."""
         flat, names = carry.flatten(), list(given)
 
         def goes_on(*values: Tensor) -> Tensor:
             now = carry.unflatten(values[: len(flat)])
-            # Level 1 always: a draft of nothing would be another shape.
+            # Level 1 is always drafted: an empty draft would have another shape.
             return (now.level < self.period) & (now.state.live.any() | (now.level == 1))
 
         def step(*values: Tensor) -> tuple[Tensor, ...]:
@@ -185,7 +186,7 @@ class _Builder:
         return carry.unflatten(looped)
 
     def _step(self, carry: _Carry, given: dict[str, Tensor], count: int) -> _Carry:
-        """One level more, by one sparse step over the `count` nodes above it."""
+        """Drafts one level, by one sparse step over the `count` nodes of the level above."""
         level, state = carry.level, carry.state
         nodes = beams(level - 1, self.width, count)
         result = self._run(self.sparse, given, carry, state.tree, nodes)
@@ -226,16 +227,16 @@ class _Builder:
         )
 
     def _finish(self, carry: _Carry, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Verifies the levels that were drafted, accepts, and picks the kept K/V."""
+        """Verifies the drafted levels, accepts, and gathers the accepted path's K/V."""
         period, draft = self.period, carry.state.draft
         levels: Any = 0
         if period > 1:
             levels = (carry.level - 1).item()
-            # Said in the graph: without a known range, no compiler takes a size read from a tensor.
+            # Compilers refuse a size that is read from a tensor unless its range is known.
             aten.sym_constrain_range.default(levels, min=1, max=period - 1)
         nodes = torch.arange(levels * self.width + 1, device=carry.level.device)
         result = self._run(self.full, given, carry, draft.tree, nodes)
-        # Logits of nodes that were not drafted are read by nothing, but give what follows one size.
+        # Zeros for the nodes that were not drafted: a static size; nothing reads them.
         logits = result["logits"]
         B, _, V = logits.shape
         padded = logits.new_zeros(B, draft.tree.tokens.shape[1], V).index_copy(1, nodes, logits)
@@ -260,8 +261,9 @@ class _Builder:
 
 
 class _Carry(NamedTuple):
-    """What the draft loop carries. `level`: the next to draft; `kept`: counts [sites, B] where
-    tokens differ in what they keep."""
+    """What the draft loop carries. `level`: the next to draft; `kept`: counts [sites, B], None if
+    every token keeps the same number of units.
+    """
 
     level: Tensor
     state: DraftState
@@ -279,7 +281,7 @@ class _Carry(NamedTuple):
 
 
 class _Functional:
-    """An entry that takes the block's K/V and returns it, and mutates nothing; called by name."""
+    """An entry in functional form: it takes and returns the block's K/V, and mutates nothing."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         module = copy_graph(module)
@@ -315,13 +317,13 @@ class _Functional:
         self.vocabulary = int(values["logits"].meta["val"].shape[-1])
 
     def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One node of the graph that is traced; `inline` puts the entry's own in its place."""
+        """Traces the entry as one node, which `_inline` later replaces by the entry's nodes."""
         _CALLED[id(self)] = self
         results = _entry([given[name] for name in self._arguments], id(self))
         return dict(zip(self.outputs, results, strict=True))
 
     def empty_outputs(self, arguments: Sequence[Tensor]) -> list[Tensor]:
-        """Values of the outputs' shapes, for these arguments."""
+        """Uninitialised tensors in the shapes and dtypes of the outputs for these arguments."""
         given = dict(zip(self._arguments, arguments, strict=True))
         extents: dict[str, Any] = {"V": self.vocabulary}
         for name, value in given.items():
@@ -351,7 +353,7 @@ def _(arguments: list[Tensor], called: int) -> list[Tensor]:
 
 
 def _inline(module: fx.GraphModule) -> None:
-    """Replaces what `_Functional` left in a graph by the entries' nodes."""
+    """Replaces each node that `_Functional` traced by the nodes of its entry."""
     for node in calls(module.graph, torch.ops.sirius_passes.entry.default):
         arguments: Any = node.args[0]
         called: Any = node.args[1]
@@ -361,7 +363,7 @@ def _inline(module: fx.GraphModule) -> None:
             for inner in entry.nodes:
                 if inner.op not in ("placeholder", "output"):
                     copy = env[inner] = module.graph.node_copy(inner, env.__getitem__)
-                    # The entry's sizes are not the period's: its values are computed anew.
+                    # Fake values are recomputed with the period's symbolic sizes.
                     args, kwargs = fx.node.map_arg((copy.args, copy.kwargs), _value)
                     copy.meta = {"val": inner.target(*args, **kwargs), ORIGIN: inner.name}
         returned = list(outputs(entry).values())
@@ -392,7 +394,7 @@ def _kept(block: Tensor, nodes_BK: Tensor) -> Tensor:
 def _refreshed(
     given: Mapping[str, Tensor], activity: Tensor, verdict: Verdict
 ) -> dict[str, Tensor]:
-    """The statistic with what verified tokens add to it, and the neurons, chosen anew if asked."""
+    """The statistic updated by the verified tokens, and the neurons, selected again if asked."""
     statistic = given["statistic"] + observed(activity, verdict.nodes, verdict.advance)
     count = given["neurons"].shape[-1]
     (neurons,) = higher_order.cond(
@@ -405,7 +407,7 @@ def _refreshed(
 
 
 def _fake_inputs(names: Sequence[str], program: Program, period: int) -> dict[str, Tensor]:
-    """Fake values of the period's inputs; rows B and cache slots S are symbols, all else is not."""
+    """Fake values of the period's inputs; only rows B and cache slots S are symbolic."""
     state, sparsity = program.state, program.sparsity
     extents: dict[str, Any] = {
         "K": period,
@@ -426,7 +428,7 @@ def _fake_inputs(names: Sequence[str], program: Program, period: int) -> dict[st
 
 
 def _symbols(*hints: int) -> torch.Size:
-    """Symbolic sizes of the current fake mode."""
+    """New symbolic sizes in the current fake mode, with these hints."""
     mode = detect_fake_mode()
     assert mode is not None
     dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(hints))

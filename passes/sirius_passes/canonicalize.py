@@ -18,10 +18,10 @@
     %2 = aten.addmm(%b, %1, %w)                    %1 = aten.t(%w)
     %3 = aten.view(%2, [%B, %T, 10])               %2 = aten.linear(%0, %1, %b)
 
-A fused projection (gate_up, qkv) whose result is only ever sliced along its features becomes one
-linear a slice, over views of the one weight: later passes see separate gate, up, q, k, v
-everywhere. A product with a weight [in, out] over flattened tokens (transformers' Conv1D) becomes a
-linear over its transpose.
+A fused projection (gate_up, qkv) that is only sliced along its features becomes one linear a slice,
+over views of the one weight. Later passes then see separate gate, up, q, k and v in every model. A
+product with a weight [in, out] over flattened tokens (transformers' Conv1D) becomes a linear over
+the weight's transpose.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ class Canonicalize(Pass):
 
 
 def _refuse_unknown(graph: fx.Graph) -> None:
-    """What artifacts can't name is refused here, before minutes of calibration."""
+    """Refuses operators that an artifact can't hold, now rather than after calibration."""
     for node in graph.nodes:
         if node.op == "call_function" and not storable(node.target):
             raise UnsupportedModelError(
                 f"the model's graph calls {node.target} (node {node.name}), which is not among the "
-                "operators that an artifact may name (sirius_runtime.graph_operators), because an "
-                "artifact comes from anybody; please open an issue with the model's config.json"
+                "operators that an artifact may contain (sirius_runtime.graph_operators). Please "
+                "open an issue with the model's config.json"
             )
 
 
@@ -108,7 +108,7 @@ def _remove_if_noise(node: fx.Node) -> bool:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         old, new = source.meta["val"], node.meta["val"]
-        # Weights and inputs are on the program's device already; a cast to the same dtype is none.
+        # Weights and inputs are on the program's device, so only a change of dtype does anything.
         if old.dtype is new.dtype and (
             node.target is not aten.contiguous.default or old.is_contiguous()
         ):
@@ -119,16 +119,16 @@ def _remove_if_noise(node: fx.Node) -> bool:
 
 
 def _write_apart(node: fx.Node) -> bool:
-    """Makes what writes into its first operand give a value of its own; refuses where that can't
-    be: a compiled period mutates nothing.
+    """Makes an in-place operator functional, as the graph of a period mutates nothing. Returns
+    whether `node` was in place; raises UnsupportedModelError where it can't be rewritten.
     """
     if node.op != "call_function" or not mutates(node):
         return False
     if not (_compute_apart(node) or _copy_apart(node)):
         raise UnsupportedModelError(
-            f"node {node.name} ({node.target}) of the model's graph writes in place, into "
-            f"{node.args[0]}, in a way that can't be undone; please open an issue with the model's "
-            "config.json"
+            f"node {node.name} ({node.target}) of the model's graph writes in place into "
+            f"{node.args[0]}, and it can't be rewritten without the write. Please open an issue "
+            "with the model's config.json"
         )
     return True
 
@@ -175,7 +175,7 @@ def _other_users(node: fx.Node, of: object) -> tuple[list[fx.Node], list[fx.Node
 
 
 def _is_view(node: object) -> bool:
-    """Whether what a node gives may share memory with something else that is read."""
+    """Whether a node's value may share memory with another value."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return True
     if node.target is operator.getitem:
@@ -219,7 +219,7 @@ def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 
 def _split_linear(linear: fx.Node) -> bool:
-    """Replaces a linear over a weight that is only sliced by features by one linear a slice."""
+    """Replaces a linear whose result is only sliced along its features by one linear a slice."""
     weight = linear.args[1]
     bias = linear.args[2] if len(linear.args) > 2 else None
     if not (isinstance(weight, fx.Node) and _is_weight(weight) and linear.users):
@@ -243,14 +243,14 @@ def _split_linear(linear: fx.Node) -> bool:
             part = call(graph, aten.linear.default, arguments, origin="canonicalize")
         user.replace_all_uses_with(part)
         graph.erase_node(user)
-    for user in list(linear.users):  # a chunk or split whose items are gone
+    for user in list(linear.users):  # a chunk or split whose items were replaced
         graph.erase_node(user)
     graph.erase_node(linear)
     return True
 
 
 def _is_weight(node: fx.Node) -> bool:
-    """Whether a node is a whole weight, as it is or transposed."""
+    """Whether a node is a whole weight, as stored or transposed."""
     source = node.args[0] if node.target is aten.t.default else node
     return isinstance(source, fx.Node) and WEIGHT in source.meta
 

@@ -1,4 +1,4 @@
-"""Stores each weight in the layout that its kernels stream; every path reads that one copy.
+"""Stores each weight in the layout that its kernels read; all paths share that copy.
 
     Before                                           After
     weight %down: model[192, 768]                    weight %down: model[768, 192]
@@ -13,11 +13,11 @@
     %1 = aten.t(%up)
     %2 = sirius.sparse_linear(%x, %1, …)             %1 = sirius.sparse_linear(%x, %up, …)
 
-What reads a weight wants what it reads to be stored as rows: a neuron's for the MLPs' operators, an
-input channel's for `sirius::sparse_linear`, a token's for an embedding. A linear alone is as fast
-over a transposed view, so it follows the others; where linears are a weight's only readers, and all
-read it transposed, it is stored so. One copy can't serve two that want different rows: that is
-refused. Slices of a weight (fused projections) follow it: see `weight_views`.
+Each reader of a weight needs its own unit stored as a row: a neuron for the MLP operators, an input
+channel for `sirius::sparse_linear`, a token for an embedding. A dense linear is as fast over a
+transposed view, so it accepts either layout. A weight that only linears read, all of them
+transposed, is stored transposed. Readers that need different rows of one weight are refused, as it
+is stored once. Slices of a weight (fused projections) follow its layout: see `weight_views`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _wants_transposed(name: str, found: list[Reader]) -> bool:
     if len(strict) == 2:
         one, other = (f"{r.node.name} ({r.node.target})" for _, r in sorted(strict.items()))
         raise UnsupportedModelError(
-            f"weight {name} is read both as it is, by {one}, and transposed, by {other}; one copy "
-            "can't serve both. Open an issue with the model's config.json"
+            f"weight {name} is read as stored by {one} and transposed by {other}; one copy can't "
+            "serve both. Please open an issue with the model's config.json"
         )
     return bool(found) and all(reader.transposed for reader in list(strict.values()) or found)

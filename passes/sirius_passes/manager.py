@@ -1,4 +1,4 @@
-"""Runs a list of passes: checks the stage on the way in, verifies the output, times and dumps."""
+"""Runs a list of passes: checks the stage before each, verifies its output, times it and dumps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sirius_runtime.spec import PassRecord
 
 
 class Pass(ABC):
-    """One rewrite of a program. `takes` is the stage it needs, `gives` the one it reaches.
+    """One rewrite of a program. It needs a program at stage `takes` and leaves it at `gives`.
 
-    Run again on its own output, a pass makes no rewrite: it returns 0, or refuses with
-    UnsupportedModelError where it must find something and nothing is left.
+    Run again on its own output, a pass makes no rewrite: it returns 0, or raises
+    UnsupportedModelError if it requires a match and none is left.
     """
 
     name: ClassVar[str]
@@ -31,8 +31,8 @@ class Pass(ABC):
     def run(self, program: Program) -> int:
         """Rewrites `program` in place and returns the number of rewrites made.
 
-        Raises UnsupportedModelError where it must find something and finds nothing: the message
-        says what was looked for and the nearest miss.
+        Raises UnsupportedModelError if it requires a match and finds none: the message says what
+        was looked for and the nearest miss.
         """
 
 
@@ -44,11 +44,12 @@ def run_passes(
     first: int = 0,
     progress: Callable[[PassRecord], None] = lambda record: None,
 ) -> tuple[PassRecord, ...]:
-    """Runs `passes` in order over `program`, in place; returns what each did.
+    """Runs `passes` in order over `program`, in place; returns one record a pass.
 
-    With `dump`, the graphs before the first and after each pass are written to that folder, one
-    text file a graph, numbered from `first` (the number of passes that came before this list).
-    Raises PassError where a pass is given a stage it does not take or breaks an invariant.
+    With `dump`, the graphs before the first pass and after each one are written to that folder, one
+    text file a graph, numbered from `first` (the number of passes that ran before this list).
+    Raises PassError if the program is not at the stage that a pass takes, or if a pass breaks an
+    invariant.
     """
     records = []
     if dump is not None and first == 0:

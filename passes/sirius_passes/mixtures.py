@@ -1,4 +1,4 @@
-"""What passes know of mixtures of experts: a node's sizes, and which methods can skip in it."""
+"""Mixtures of experts in a program: a node's sizes, and the methods that apply to it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Mixture:
 
     @property
     def neuron_parameters(self) -> int:
-        """Of a neuron's rows but the gate's: up where there is one, and down."""
+        """Parameters of a neuron's rows of up (if there is one) and down, without the gate's."""
         width = int(self._argument(3).meta["val"].shape[2])
         return width * (1 if self._argument(4) is None else 2)
 
@@ -53,7 +53,7 @@ class Mixture:
         return weight_name(self._argument(3))
 
     def expert_parameters(self, program: Program) -> int:
-        """Of one expert."""
+        """Parameters of one expert."""
         tensors = [self._argument(i) for i in range(3, 9)]
         names = {weight_name(node) for node in tensors if node is not None}
         return sum(math.prod(program.weights[name].shape) for name in names) // self.experts
@@ -63,22 +63,24 @@ class Mixture:
 
 
 def mixtures(graph: fx.Graph, dense_layers: Collection[int] = ()) -> list[Mixture]:
-    """The dense mixtures of experts of a graph, but those of `dense_layers`."""
+    """The dense mixtures of experts of a graph, without those of `dense_layers`."""
     found = map(Mixture, calls(graph, DENSE_MOE))
     return [mixture for mixture in found if mixture.layer not in dense_layers]
 
 
 def check_method(program: Program, method: Method) -> None:
-    """Refuses a method that has no form for the mixtures of a program, or that needs some."""
+    """Raises UnsupportedModelError if a method can't handle the program's mixtures of experts, or
+    needs mixtures where there are none.
+    """
     found = [m for module in program.graphs.values() for m in mixtures(module.graph)]
     if found and method not in (Method.NONE, Method.TOPK, Method.EXPERTS):
         layers = ", ".join(str(mixture.layer) for mixture in found)
         raise UnsupportedModelError(
-            f"--sparsity {method} has no form for mixtures of experts, as layers {layers} are: use "
-            "--sparsity topk or experts"
+            f"--sparsity {method} does not support mixtures of experts, and layers {layers} are "
+            "mixtures. Use --sparsity topk or experts"
         )
     if method is Method.EXPERTS and not found:
         raise UnsupportedModelError(
-            "--sparsity experts skips experts, and this model has none: use --sparsity topk, cats "
+            "--sparsity experts skips experts, and this model has none. Use --sparsity topk, cats "
             "or griffin"
         )

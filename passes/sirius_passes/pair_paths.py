@@ -1,12 +1,12 @@
-"""Makes the three paths of Sirius out of the one dense graph, over one weight table.
+"""Makes the paths of Sirius from the dense graph, over one weight table.
 
     Before                 After
     dense                  prefill    dense; logits of one token a row
                            full       dense; logits of every token
                            sparse     a copy, for `sparsify_*` to rewrite
 
-In `prefill` a row's only wanted logits are those after its last prompt token; its hidden state is
-gathered before the head, so a prompt chunk costs no [T, vocabulary] product:
+`prefill` returns only the logits after a row's last prompt token. It gathers that token's hidden
+state before the head, so a prompt chunk needs no [T, vocabulary] product:
 
     %1 = aten.linear(%hidden, %head)       %1 = aten.gather(%hidden, 1, last)   # [B, 1, C]
                                            %2 = aten.linear(%1, %head)
@@ -74,21 +74,25 @@ def _keep_last_logits(module: fx.GraphModule) -> None:
 
 
 def _head(graph: fx.Graph) -> fx.Node:
-    """The linear that makes the logits: up from the output, through element-wise nodes only."""
+    """The linear that makes the logits, found upwards from the output through nodes of one input.
+
+    Raises UnsupportedModelError at a node of several inputs.
+    """
     node = outputs(graph)["logits"]
     while node.target is not aten.linear.default:
         inputs = [n for n in node.all_input_nodes if n.op == "call_function"]
         if len(inputs) != 1:
             raise UnsupportedModelError(
                 f"the logits are not made by one linear: {node.name} ({node.target}) between the "
-                "head and the output has several inputs. Open an issue with the model's config.json"
+                "head and the output has several inputs. Please open an issue with the model's "
+                "config.json"
             )
         node = inputs[0]
     return node
 
 
 def _refresh_values(graph: fx.Graph, start: fx.Node) -> None:
-    """Recomputes the fake values of what follows `start`, whose shape changed what they are."""
+    """Recomputes the fake values of the nodes that depend on `start`, whose shape changed."""
     changed = {start}
     for node in graph.nodes:
         if node.op == "call_function" and changed & set(node.all_input_nodes):

@@ -1,6 +1,4 @@
-"""Graphs as text: stable from run to run and from machine to machine, so that two can be
-compared.
-"""
+"""Graphs as text, the same on every run and machine, so that graphs can be compared."""
 
 from __future__ import annotations
 
@@ -17,9 +15,9 @@ from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders, sub
 def print_graph(module: fx.GraphModule) -> str:
     """One line a node: ``%name: dtype[shape] = target(arguments)``.
 
-    Values are renumbered in order, and symbolic sizes printed by their letters (`B`, `T`, …), so
-    the text depends on the graph alone. The program's dtype prints as ``model``, numbers that
-    calibration chose as ``<calibrated>``.
+    Values are numbered in order and symbolic sizes printed by their letters (`B`, `T`, …), so the
+    text depends on the graph alone. The program's dtype prints as ``model``, and numbers chosen by
+    calibration as ``<calibrated>``.
     """
     return "\n".join(_lines(module, _size_letters(module.graph))) + "\n"
 
@@ -62,7 +60,7 @@ def _call_line(node: fx.Node, names: dict[fx.Node, str], letters: dict[str, str]
 
 
 def target_name(node: fx.Node) -> str:
-    """What a call calls, as printed: ``aten.linear``, ``aten.slice.Tensor``, ``getitem``."""
+    """The printed name of a call's target: ``aten.linear``, ``aten.slice.Tensor``, ``getitem``."""
     name = str(getattr(node.target, "_name", None) or getattr(node.target, "__name__", ""))
     return name.replace("::", ".")
 

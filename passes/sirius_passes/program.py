@@ -2,12 +2,12 @@
 
 Invariants of the graphs, at every stage (checked by `verifier.verify`):
 
-* every placeholder is bound, by `meta["weight"]` to an entry of the weight table or by
-  `meta["input"]` to
-  an input of `INPUTS`; there are no submodules and no attributes, so a graph is data;
+* every placeholder is bound: by `meta["weight"]` to an entry of the weight table, or by
+  `meta["input"]` to an input of `INPUTS`;
+* there are no attributes, and no submodules but those of control flow;
 * every node carries `meta["val"]`: fake tensors of one fake mode, symbolic in rows and tokens;
 * the output node's `meta["outputs"]` names its values;
-* floating point constants of `CAPTURE_DTYPE` mean "the program's dtype".
+* `CAPTURE_DTYPE` as a dtype argument means "the program's dtype".
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ DENSE = "dense"
 
 
 class Stage(IntEnum):
-    """How far a program has come; a pass names the stage it takes and the one it gives."""
+    """How far a program is compiled; a pass names the stage it takes and the one it gives."""
 
     CAPTURED = 0
-    """One graph, `dense`, as exported: cacheless attention nodes."""
+    """One graph, `dense`, as exported: attention without a cache."""
     CANONICAL = 1
     """No export noise; one spelling per linear; MLPs may be operators."""
     CACHED = 2
@@ -48,9 +48,9 @@ class Stage(IntEnum):
     PAIRED = 3
     """`prefill`, `full` and `sparse` over one weight table."""
     LAID_OUT = 4
-    """Weights stored as their kernels stream them."""
+    """Weights stored in the layouts that their kernels read."""
     FINAL = 5
-    """`period` too: draft, verify, accept and roll back as one graph."""
+    """Also `period`: draft, verify, accept and roll back as one graph."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Program:
         )
 
     def drop_unused_weights(self) -> None:
-        """Removes from the table what no graph reads, and unused placeholders from the graphs."""
+        """Removes unused placeholders from the graphs, and weights that no graph reads."""
         used: set[str] = set()
         for module in self.graphs.values():
             for name, node in placeholders(module.graph, WEIGHT).items():
@@ -96,7 +96,7 @@ class Program:
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
-    """The fake mode that the graph's values live in: one for all, so the first value tells."""
+    """The fake mode of the graph's values: all share one."""
     for node in graph.nodes:
         if (mode := detect_fake_mode(node.meta.get("val"))) is not None:
             return mode
@@ -111,7 +111,7 @@ def call(
     *,
     origin: str,
 ) -> fx.Node:
-    """Inserts a call at the graph's insertion point: the one way in which passes make nodes.
+    """Inserts a call at the graph's insertion point. Passes make all their nodes by this.
 
     Sets `meta["val"]` by running `target` on the arguments' fake values, and `meta["origin"]`.
     """
@@ -125,8 +125,8 @@ def call(
 
 
 def add_input(graph: fx.Graph, name: str) -> fx.Node:
-    """The placeholder bound to the input `name`, made after the last input where there is none
-    yet.
+    """The placeholder bound to the input `name`; if there is none, one is added after the last
+    input.
     """
     inputs = placeholders(graph, INPUT)
     if name in inputs:
@@ -154,9 +154,7 @@ def add_input(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def add_weight(graph: fx.Graph, spec: WeightSpec) -> fx.Node:
-    """A placeholder bound to a weight that the graph does not read yet, after the last that it
-    does.
-    """
+    """Adds a placeholder for a weight that the graph does not read yet, after the other weights."""
     last = list(placeholders(graph, WEIGHT).values())[-1]
     with graph.inserting_after(last):
         node = graph.placeholder(spec.name.replace(".", "_"))
@@ -168,7 +166,7 @@ def add_weight(graph: fx.Graph, spec: WeightSpec) -> fx.Node:
 
 
 def copy_program(program: Program) -> Program:
-    """A program to try passes on: its own graphs and tables, the same values."""
+    """A copy to try passes on: it has its own graphs and tables, and shares the fake values."""
     graphs = {name: copy_graph(module) for name, module in program.graphs.items()}
     return replace(program, graphs=graphs, weights=dict(program.weights))
 
@@ -188,7 +186,7 @@ def calls(graph: fx.Graph, *targets: Callable[..., Any]) -> list[fx.Node]:
 
 
 def subgraphs(module: fx.GraphModule) -> list[fx.GraphModule]:
-    """Every graph within `module`: what its control flow runs."""
+    """Every graph within `module`: the bodies and branches of its control flow."""
     return [m for m in module.modules() if isinstance(m, fx.GraphModule) and m is not module]
 
 

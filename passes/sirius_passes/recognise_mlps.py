@@ -1,4 +1,4 @@
-"""Raises each MLP to one operator, so that later passes see neurons instead of matrices.
+"""Replaces each MLP by one operator, so that later passes see neurons instead of matrices.
 
     Before                               After
     %1 = aten.linear(%x, %gate)          %1 = aten.t(%down)
@@ -12,10 +12,10 @@
     %3 = aten.linear(%2, %fc2, %b2)                            %b1, None, %b2, 'relu', 0)
 
 Shapes: x [B, T, C]; gate, up [I, C]; down [C, I] in the checkpoint, neuron-major [I, C] as the
-operator takes it (`lay_out_weights` later stores it so and drops the transpose). Biases may be
-present; an activation may be spelled in any way (`activations`). Where the model flattens its
-tokens, x [B*T, C], views restore [B, T, C] around the operator. An MLP's layer is that of the
-attention before it. Mixtures of experts are one operator a layer from capture on.
+operator takes it (`lay_out_weights` later stores it so and drops the transpose). Biases are
+optional, and an activation may be any chain that `activations` recognises. Where the model flattens
+its tokens, x [B*T, C], views restore [B, T, C] around the operator. An MLP's layer is that of the
+attention before it. Mixtures of experts are one operator a layer already in the captured graph.
 """
 
 from __future__ import annotations
@@ -38,14 +38,12 @@ from sirius_runtime.ops.mlp import ACTIVATIONS
 aten, sirius = torch.ops.aten, torch.ops.sirius
 
 DENSE_MLP = sirius.dense_mlp.default
-DENSE_MOE = sirius.dense_moe.default  # which capture emits
+DENSE_MOE = sirius.dense_moe.default  # made by capture
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """A match: the nodes of one MLP, without `up` a plain one; `down` is the linear that the
-    operator replaces.
-    """
+    """A match: the nodes of one MLP. `up` is None in a plain MLP; the operator replaces `down`."""
 
     x: fx.Node
     gate: fx.Node
@@ -55,7 +53,10 @@ class Mlp:
 
 
 class RecogniseMlps(Pass):
-    """See the module's docstring. A model without a single MLP or mixture of experts is refused."""
+    """See the module's docstring.
+
+    Raises UnsupportedModelError if the model has neither an MLP nor a mixture of experts.
+    """
 
     name: ClassVar[str] = "recognise_mlps"
     takes: ClassVar[Stage] = Stage.CANONICAL
@@ -75,8 +76,8 @@ class RecogniseMlps(Pass):
                     misses.append(match)
             if not calls(graph, DENSE_MLP, DENSE_MOE):
                 raise UnsupportedModelError(
-                    "no MLP was found: looked for down(act(gate(x)) * up(x)) and fc2(act(fc1(x))) "
-                    "of linears; "
+                    "no MLP was found: looked for linears in the form down(act(gate(x)) * up(x)) "
+                    "or fc2(act(fc1(x))); "
                     f"nearest miss: {misses[0] if misses else 'no activation feeds a linear'}. "
                     "Compile this model with --sparsity none, or open an issue with its config.json"
                 )
@@ -86,7 +87,7 @@ class RecogniseMlps(Pass):
 
 
 def _linears(graph: fx.Graph) -> Iterator[tuple[int, fx.Node]]:
-    """Every linear, with the layer that it belongs to."""
+    """Every linear, with the layer of the attention before it."""
     layer: Any = 0
     for node in graph.nodes:
         if _is(node, sirius.attention.default):
@@ -96,7 +97,7 @@ def _linears(graph: fx.Graph) -> Iterator[tuple[int, fx.Node]]:
 
 
 def match_mlp(down: fx.Node) -> Mlp | str | None:
-    """The MLP that ends in the linear `down`; a reason where it nearly is one; else None."""
+    """The MLP that ends in the linear `down`; a near miss gives the reason, anything else None."""
     product = down.args[0]
     plain = chain_to(product)
     if plain is not None and _is(plain.source, aten.linear.default):
@@ -127,7 +128,10 @@ def match_mlp(down: fx.Node) -> Mlp | str | None:
 
 
 def _checked(match: Mlp, between: Collection[fx.Node]) -> Mlp | str:
-    """The match, or why it is none after all; `between`: its nodes between the linears."""
+    """The match, or the reason why the operator can't replace it.
+
+    `between`: the MLP's nodes between its linears.
+    """
     down = match.down
     inside = {match.gate, *between, *([match.up] if match.up else [])}
     for inner in sorted(inside):
@@ -143,7 +147,7 @@ def _checked(match: Mlp, between: Collection[fx.Node]) -> Mlp | str:
 
 def _unknown(down: fx.Node, activated: fx.Node) -> str:
     known = ", ".join(ACTIVATIONS)
-    return f"{down.name}: {activated.target} is none of the known activations ({known})"
+    return f"{down.name}: {activated.target} is not a known activation ({known})"
 
 
 def _flattens_tokens(x: fx.Node) -> bool:

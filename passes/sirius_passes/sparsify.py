@@ -1,6 +1,4 @@
-"""What the `sparsify_*` passes share: finding the sparse path's MLPs, and the density they
-reach.
-"""
+"""Shared by the `sparsify_*` passes: finding MLPs, replacing them, and recording the density."""
 
 from __future__ import annotations
 
@@ -20,28 +18,29 @@ from sirius_passes.weight_views import weight_name
 from sirius_runtime.errors import CalibrationError, ConfigError, UnsupportedModelError
 from sirius_runtime.spec import Method, SiteSpec, SparsitySpec
 
-LAYER = 8  # of the operators' arguments
+LAYER = 8  # index of the layer among the operators' arguments
 KEEP_ALL = -1.0
-"""A threshold that every |x| is above."""
+"""A threshold below every |x|: all units are kept."""
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Of one counted site: the threshold, and the share of its units that it should keep."""
+    """The threshold of one counted site, and the share of its units that it should keep."""
 
     value: float
     keep: float
 
 
 def mlps(graph: fx.Graph, dense_layers: Collection[int] = ()) -> list[fx.Node]:
-    """The dense MLP operators of a graph, but those of `dense_layers`; raises
-    UnsupportedModelError where there are none.
+    """The dense MLP operators of a graph, without those of `dense_layers`.
+
+    Raises UnsupportedModelError if the graph has none at all.
     """
     found = calls(graph, DENSE_MLP)
     if not found:
         raise UnsupportedModelError(
-            "there is no dense MLP operator to make sparse: looked for sirius.dense_mlp, which "
-            "recognise_mlps makes"
+            "the model has no MLP to make sparse: the graph has no sirius.dense_mlp operator. Use "
+            "--sparsity none, or open an issue with the model's config.json"
         )
     return [mlp for mlp in found if mlp.args[LAYER] not in dense_layers]
 
@@ -54,28 +53,26 @@ def neurons_of(mlp: fx.Node) -> int:
 
 
 def kept_neurons(neurons: int, keep: float) -> int:
-    """How many of `neurons` a share of `keep` keeps: rounded up, at least one."""
+    """`keep` * `neurons`, rounded up, at least 1. Raises ConfigError unless 0 < `keep` <= 1."""
     if not 0.0 < keep <= 1.0:
         raise ConfigError(f"the kept share of neurons must be in (0, 1], got {keep}")
     return max(1, math.ceil(neurons * keep - 1e-9))
 
 
 def replace_mlp(mlp: fx.Node, target: Callable[..., Any], *extra: Any, origin: str) -> fx.Node:
-    """Puts a call of `target` with the MLP's arguments and `extra` before `mlp`; does not remove
-    it.
-    """
+    """Inserts a call of `target` with the MLP's arguments and `extra` before `mlp`, which stays."""
     with mlp.graph.inserting_before(mlp):
         return call(mlp.graph, target, (*mlp.args, *extra), origin=f"{origin}({mlp.name})")
 
 
 def take_over(node: fx.Node, replacement: fx.Node) -> None:
-    """Every reader of `node` reads `replacement` instead; `node` goes."""
+    """Replaces all uses of `node` by `replacement` and erases `node`."""
     node.replace_all_uses_with(replacement)
     node.graph.erase_node(node)
 
 
 def both_values(node: fx.Node, pair: fx.Node, origin: str) -> tuple[fx.Node, fx.Node]:
-    """The two values of an operator's node `pair`, before `node`."""
+    """The two values that the node `pair` returns, read just before `node`."""
     graph = node.graph
     with graph.inserting_before(node):
         y, value = (call(graph, operator.getitem, (pair, i), origin=origin) for i in range(2))
@@ -85,11 +82,16 @@ def both_values(node: fx.Node, pair: fx.Node, origin: str) -> tuple[fx.Node, fx.
 def one_per_site(
     thresholds: Sequence[Threshold] | None, count: int, keep: float, what: str
 ) -> Sequence[Threshold]:
-    """One threshold for each of `count` sites; where None are given yet, ones that keep all."""
+    """One threshold for each of `count` sites; None gives thresholds that keep every unit.
+
+    Raises CalibrationError if `thresholds` has another length than `count`.
+    """
     if thresholds is None:
         return (Threshold(KEEP_ALL, keep),) * count
     if len(thresholds) != count:
-        raise CalibrationError(f"{len(thresholds)} thresholds for {count} {what}: calibrate anew")
+        raise CalibrationError(
+            f"there are {len(thresholds)} thresholds for {count} {what}. Calibrate this model again"
+        )
     return thresholds
 
 
@@ -102,8 +104,9 @@ def mlp_site(
     threshold: float | None = None,
     counted: bool = False,
 ) -> SiteSpec:
-    """An MLP's neurons as a site: `kept` of `units` are. `gate`: a skipped one saves its row of the
-    gate too, not of up and down alone.
+    """The site of an MLP's neurons, which keeps `kept` of `units`.
+
+    `gate`: whether a skipped neuron saves its row of gate as well as those of up and down.
     """
     x, up, layer = mlp.args[0], mlp.args[2], mlp.args[LAYER]
     assert isinstance(x, fx.Node)
@@ -120,7 +123,7 @@ def add_sites(
     sites: Iterable[SiteSpec],
     dense_layers: Collection[int] = (),
 ) -> None:
-    """Says in the program's spec that its sparse path skips at `sites` (too)."""
+    """Adds `sites` to the sparse path's spec, and recomputes its density."""
     step = step_parameters(program)
     every = program.sparsity.sites + tuple(sites)
     program.sparsity = SparsitySpec(
@@ -134,7 +137,7 @@ def add_sites(
 
 
 def add_counts(module: fx.GraphModule, counts: Sequence[fx.Node], origin: str) -> None:
-    """Adds counts [B], one a counted site in order, to the graph's output `kept` [sites, B]."""
+    """Appends counts [B], one for each counted site, to the graph's output `kept` [sites, B]."""
     if not counts:
         return
     graph, values = module.graph, outputs(module.graph)
@@ -147,13 +150,13 @@ def add_counts(module: fx.GraphModule, counts: Sequence[fx.Node], origin: str) -
 
 
 def parameters(program: Program) -> int:
-    """The model's parameters, each stored tensor counted once; constants are not parameters."""
+    """The number of parameters. Each stored tensor counts once, constants don't count."""
     return sum(math.prod(spec.shape) for spec in program.weights.values() if spec.parameter)
 
 
 def step_parameters(program: Program) -> int:
-    """Parameters that a full step over one token reads: all but those of the experts that the token
-    is not routed to.
+    """The number of parameters that a full step over one token reads: all, without the experts
+    that the token is not routed to.
     """
     module = program.graphs.get(FULL) or program.graphs[DENSE]
     mixed = mixtures(module.graph)
@@ -162,6 +165,6 @@ def step_parameters(program: Program) -> int:
 
 
 def stack(graph: fx.Graph, values: Sequence[fx.Node], origin: str) -> fx.Node:
-    """Stacks one value a layer into a new first dimension, at the end of the graph."""
+    """Stacks `values` along a new first dimension, at the end of the graph."""
     with graph.inserting_before(graph.output_node()):
         return call(graph, torch.ops.aten.stack.default, (list(values),), origin=origin)

@@ -1,5 +1,4 @@
-"""The thresholded sparse path: per token, the neurons with |act(gate x)| above a calibrated
-threshold.
+"""The CATS sparse path: keeps a token's neurons with |act(gate x)| above a calibrated threshold.
 
     Before (sparse)                              After (sparse)
     %1 = sirius.dense_mlp(%x, …, 'silu', 0)      %1 = sirius.cats_mlp(%x, …, 'silu', 0, 0.0713)
@@ -7,8 +6,8 @@ threshold.
                                                  %9 = aten.stack([%3, …])
                                                  return logits=%8, kept=%9
 
-`kept` [sites, B] counts the neurons that were kept. Reads all of gate, and the kept rows of up
-and down. One threshold a layer (CATS, arXiv 2404.08763).
+One threshold a layer; `kept` [sites, B] counts the kept neurons. Reads all of gate, and the kept
+rows of up and down. Source: CATS, arXiv 2404.08763.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from sirius_runtime.spec import Method
 
 
 class SparsifyCats(Pass):
-    """`thresholds`: one an MLP, a quantile of |act(gate x)| over calibration tokens."""
+    """`thresholds`: one for each MLP, a quantile of |act(gate x)| over calibration tokens."""
 
     name: ClassVar[str] = "sparsify_cats"
     takes: ClassVar[Stage] = Stage.PAIRED
@@ -49,7 +48,7 @@ class SparsifyCats(Pass):
         thresholds: Sequence[Threshold] | None,
         dense_layers: Collection[int] = (),
     ) -> None:
-        """thresholds: None to keep all neurons: to calibrate."""
+        """`thresholds`: None keeps all neurons, as calibration needs."""
         self.keep, self.thresholds, self.dense_layers = keep, thresholds, dense_layers
 
     def run(self, program: Program) -> int:

@@ -1,12 +1,11 @@
-"""The sparse path of a mixture of experts that uses fewer of them: per token, the heaviest ones.
+"""A sparse path for mixtures of experts: per token, fewer experts, those of the largest weights.
 
     Before (sparse)                              After (sparse)
     %1 = sirius.dense_moe(%x, %e, %w, …, 0)      %1 = sirius.experts_moe(%x, %e, %w, …, 0, 4, True)
 
-Each token keeps the share `keep` of the experts that its router chose, those with the largest
-weights: what the model would do with a smaller number of experts a token. Where the router's
-weights have one sum for every token, those of the kept experts are scaled to it. MLPs that are no
-mixture stay dense.
+Each token keeps the share `keep` of the experts that its router chose, as if the model were
+configured with fewer experts a token. If the router normalises its weights to a fixed sum, the kept
+experts' weights are scaled to that sum. MLPs outside mixtures stay dense.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ class SparsifyExperts(Pass):
             kept = kept_neurons(mixture.per_token, self.keep)
             if self.keep < 1.0 and kept == mixture.per_token:
                 raise ConfigError(
-                    f"--keep {self.keep:g} of the {kept} experts of a token is all of them: give "
-                    "a smaller share, or use --sparsity topk"
+                    f"--keep {self.keep:g} of a token's {kept} experts rounds up to all of them. "
+                    "Give a smaller share, or use --sparsity topk"
                 )
             each = mixture.expert_parameters(program)
             sites.append(SiteSpec(mixture.layer, mixture.weight, mixture.per_token, kept, each))
@@ -62,10 +61,10 @@ class SparsifyExperts(Pass):
 
 
 def normalises(mixture: Mixture) -> bool:
-    """Whether a mixture's weights have one sum for every token, whatever its router says.
+    """Whether a mixture's weights have the same sum for every token.
 
-    What lies between the router's choice of experts and the weights is run on numbers. Raises
-    UnsupportedModelError where the weights do not come from that choice alone.
+    Runs the nodes between the router's choice of experts and the weights on sample scores. Raises
+    UnsupportedModelError if the weights depend on anything but the chosen experts' scores.
     """
     weights = mixture.node.args[2]
     assert isinstance(weights, fx.Node)
@@ -78,9 +77,8 @@ def _run(node: fx.Node, scores: Tensor, env: dict[fx.Node, Any]) -> Any:
     """The value of a node, given the `scores` [N, k] of the experts that `topk` chose."""
     if node.op != "call_function" or node.target is aten.linear.default:
         raise UnsupportedModelError(
-            f"--sparsity experts can't tell how the router weighs its experts: their weights read "
-            f"{node.name} ({node.target}), not the scores of the chosen experts alone. Use "
-            "--sparsity topk"
+            "--sparsity experts needs weights that depend on the scores of the chosen experts "
+            f"alone, but this router's also read {node.name} ({node.target}). Use --sparsity topk"
         )
     if node in env:
         return env[node]

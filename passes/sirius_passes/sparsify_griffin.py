@@ -10,10 +10,10 @@
                                                  %1 = sirius.dense_mlp_activity(%x, …, 'silu', 0)
                                                  return logits=%8, activity=%9  # [layers, B, T, I]
 
-The runtime adds the statistic up over prompt chunks and keeps each layer's highest-scoring neurons
-(`sirius_runtime.policy.select_neurons`). `observe` verifies like `full` and also says what its
-tokens would add to the statistic, for choosing anew while generating. Reads kept rows of gate, up
-and down.
+The runtime sums the statistic over prompt chunks and keeps each layer's highest-scoring neurons
+(`sirius_runtime.policy.select_neurons`). `observe` verifies like `full` and also returns what its
+tokens add to the statistic, so that neurons can be selected again while generating. Reads the kept
+rows of gate, up and down.
 """
 
 from __future__ import annotations
@@ -73,20 +73,20 @@ class SparsifyGriffin(Pass):
         in_order = [mlp.args[LAYER] for mlp in every] == list(range(len(every)))
         if not in_order or len(every) < program.state.layers:
             raise UnsupportedModelError(
-                f"griffin chooses neurons in every layer, but only {len(every)} of "
-                f"{program.state.layers} layers have one MLP of its own. Use --sparsity topk, cats "
-                "or teal"
+                "griffin needs one MLP in every layer, but only "
+                f"{len(every)} of {program.state.layers} layers have one. Use --sparsity topk, "
+                "cats or teal"
             )
         sizes = {neurons_of(mlp) for mlp in every}
         if len(sizes) > 1:
             raise UnsupportedModelError(
-                f"griffin keeps one number of neurons in all layers, but this model's MLPs have "
-                f"{sorted(sizes)} neurons. Use --sparsity cats or topk"
+                f"griffin keeps the same number of neurons in every layer, but this model's MLPs "
+                f"have {sorted(sizes)} neurons. Use --sparsity cats or topk"
             )
         if not found:
             raise ConfigError(
-                "griffin has no layer left to choose neurons in: --dense-layers keeps all of "
-                f"the {len(every)} dense. Leave some sparse, or use --sparsity none"
+                f"--dense-layers keeps all {len(every)} layers dense, which leaves griffin nothing "
+                "to skip. Leave some layers sparse, or use --sparsity none"
             )
         self._rewrite_sparse(program, found)
         valid = add_input(program.graphs[PREFILL].graph, "valid")
@@ -107,13 +107,13 @@ class SparsifyGriffin(Pass):
 
 
 def prompt_site(mlp: fx.Node, keep: float) -> SiteSpec:
-    """The neurons of an MLP that a prompt chooses from."""
+    """The site of an MLP of which a prompt keeps the share `keep` of the neurons."""
     neurons = neurons_of(mlp)
     return mlp_site(mlp, neurons, kept_neurons(neurons, keep), gate=True)
 
 
 def _emit(module: fx.GraphModule, target: Callable[..., Any], output: str, *extra: fx.Node) -> None:
-    """Replaces the graph's MLPs by `target`, whose second value, stacked, becomes an output."""
+    """Replaces the graph's MLPs by `target` and makes its stacked second values an output."""
     graph, origin = module.graph, SparsifyGriffin.name
     values = []
     for mlp in mlps(graph):

@@ -1,4 +1,4 @@
-"""The MLPs' half of `griffin+teal`: of the prompt's neurons, those above a threshold for the token.
+"""The MLP part of `griffin+teal`: a token's neurons above a threshold, among the prompt's neurons.
 
     Before (sparse)                            After (sparse), with input neurons [layers, B, K]
     %1 = sirius.dense_mlp(%x, …, 'silu', 0)    %1 = sirius.griffin_cats_mlp(%x, …, %neurons, 0.07)
@@ -6,10 +6,10 @@
                                                %9 = aten.stack([%3, …])
                                                return logits=%8, kept=%9
 
-Everything else as `sparsify_griffin`. A prompt's neurons are whole rows of the gate, so inputs
-can't be skipped there without a copy of the weights; a neuron that is small for the token saves its
-rows of up and down instead, which is where an input threshold on down would save. `kept` [sites, B]
-counts them. Reads kept rows of gate, and of these the rows of up and down that the token keeps.
+Everything else as `sparsify_griffin`. A prompt's neurons are whole rows of gate, so input channels
+can't be skipped there without a second copy of the weights. Instead, a neuron below the threshold
+skips its rows of up and down. `kept` [sites, B] counts the token's neurons. Reads the prompt's rows
+of gate, and the token's rows of up and down.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ griffin_cats_mlp = torch.ops.sirius.griffin_cats_mlp.default
 
 
 class SparsifyGriffinCats(SparsifyGriffin):
-    """`thresholds`: one an MLP, a quantile of the prompt's neurons' |act(gate x)|."""
+    """`thresholds`: one for each MLP, a quantile of |act(gate x)| over the prompt's neurons."""
 
     name: ClassVar[str] = "sparsify_griffin_cats"
 
@@ -49,7 +49,7 @@ class SparsifyGriffinCats(SparsifyGriffin):
         thresholds: Sequence[Threshold] | None,
         dense_layers: Collection[int] = (),
     ) -> None:
-        """thresholds: None to keep all of the prompt's neurons: to calibrate."""
+        """`thresholds`: None keeps all of the prompt's neurons, as calibration needs."""
         super().__init__(keep, dense_layers)
         self.thresholds = thresholds
 

@@ -1,4 +1,4 @@
-"""Input sparsity: per token, the input channels of every projection that are large enough (TEAL).
+"""The TEAL sparse path: every projection skips input channels below a calibrated threshold.
 
     Before (sparse)                          After (sparse)
     %1 = aten.linear(%x, %w, %b)             %1 = aten.t(%w)
@@ -7,9 +7,9 @@
                                              %9 = aten.stack([…, %4, …])
                                              return logits=%8, kept=%9
 
-Every linear of attention and MLPs, not the head. One threshold a linear, on |x|. `kept` [sites,
-B] counts the channels that were kept. Reads the kept channels of each weight; `lay_out_weights`
-stores it input-major (arXiv 2408.14690).
+Applies to every linear of attention and MLPs, but not to the head. One threshold a linear, on |x|;
+`kept` [sites, B] counts the kept channels. Reads the kept channels of each weight, which
+`lay_out_weights` stores input-major. Source: TEAL, arXiv 2408.14690.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ sparse_linear = torch.ops.sirius.sparse_linear.default
 
 
 class SparsifyTeal(Pass):
-    """`thresholds`: one a linear of the layers that are not dense, in the graph's order."""
+    """`thresholds`: one for each linear of the sparse layers, in the graph's order."""
 
     name: ClassVar[str] = "sparsify_teal"
     takes: ClassVar[Stage] = Stage.PAIRED
@@ -62,7 +62,7 @@ class SparsifyTeal(Pass):
         *,
         method: Method = Method.TEAL,
     ) -> None:
-        """thresholds: None to keep all channels: to calibrate."""
+        """`thresholds`: None keeps all channels, as calibration needs."""
         self.keep, self.dense_layers, self.method = keep, dense_layers, method
         self.thresholds = thresholds
 
@@ -99,17 +99,17 @@ class SparsifyTeal(Pass):
 
 
 def projections(graph: fx.Graph, dense_layers: Collection[int] = ()) -> dict[fx.Node, int]:
-    """The linears of the layers, all but the head, and the layer of each, in order.
+    """Every linear but the head and those of `dense_layers`, with its layer, in order.
 
-    Raises UnsupportedModelError where there are none, or where layers can't be told apart.
+    Raises UnsupportedModelError if there are none, or if their layers can't be told apart.
     """
     head = head_linear(graph)
     linears = [n for n in calls(graph, aten.linear.default) if n is not head]
     layers = layers_of(graph, linears)
     if not layers:
         raise UnsupportedModelError(
-            "there is no linear to make sparse: looked for aten.linear between the embeddings and "
-            "the head"
+            "the model has no linear to make sparse: looked for aten.linear between the embeddings "
+            "and the head. Use --sparsity none, or open an issue with the model's config.json"
         )
     return {node: layer for node, layer in layers.items() if layer not in dense_layers}
 
@@ -117,10 +117,10 @@ def projections(graph: fx.Graph, dense_layers: Collection[int] = ()) -> dict[fx.
 def _by_rows(
     graph: fx.Graph, x: fx.Node, features: int, origin: str
 ) -> tuple[fx.Node, Callable[[fx.Node], fx.Node]]:
-    """A linear's input as [B, T, C], and what gives the output the form that the input had.
+    """A linear's input as [B, T, C], and a function that reshapes the output as the input was.
 
-    Tokens of all rows may come as one ([B T, C]: OPT), or with a head's dimension of 1 ([B, 1, T,
-    C]: latent attention).
+    Some models flatten rows and tokens ([B*T, C]: OPT), or add a head dimension of 1 ([B, 1, T, C]:
+    latent attention). Raises UnsupportedModelError for any other form.
     """
 
     def make(target: Callable[..., Any], *args: Any) -> fx.Node:
@@ -136,13 +136,16 @@ def _by_rows(
     if len(shape) == 4 and shape[1] == 1:
         return make(aten.squeeze.dim, x, 1), lambda y: make(aten.unsqueeze.default, y, 1)
     raise UnsupportedModelError(
-        f"the linear after {x.name} reads {list(shape)}, which says of no number whose token it "
-        "is. Use --sparsity topk, cats or griffin"
+        f"the linear after {x.name} reads a tensor of shape {list(shape)}, which is none of "
+        "[B, T, C], [B*T, C] and [B, 1, T, C]. Use --sparsity topk, cats or griffin"
     )
 
 
 def _source(weight: fx.Node) -> str:
-    """The stored tensor that a linear's weight [O, C] is of, read through slices and transposes."""
+    """The stored tensor of a linear's weight [O, C], found through slices and transposes.
+
+    Raises UnsupportedModelError if the weight is computed in another way.
+    """
     transposed = False
     node = weight
     while WEIGHT not in node.meta:
@@ -150,7 +153,7 @@ def _source(weight: fx.Node) -> str:
             transposed = not transposed
         elif node.target is not aten.slice.Tensor or node.args[1] != int(transposed):
             raise UnsupportedModelError(
-                f"a linear's weight is computed, by {node.name} ({node.target}); its channels "
+                f"a linear's weight is computed by {node.name} ({node.target}), so its channels "
                 "can't be skipped. Use --sparsity topk, cats or griffin"
             )
         (node,) = node.all_input_nodes

@@ -4,8 +4,8 @@
     %1 = sirius.dense_mlp(%x, …, 'silu', 0)      %1 = sirius.topk_mlp(%x, …, 'silu', 0, 384)
     %2 = sirius.dense_moe(%x, %e, %w, …, 1)      %2 = sirius.topk_moe(%x, %e, %w, …, 1, 768)
 
-Reads all of gate, and the kept rows of up and down. Of a mixture, the neurons of a token's experts
-are one set: an expert of large weight keeps more of its neurons.
+Reads all of gate, and the kept rows of up and down. In a mixture, the neurons of all of a token's
+experts compete as one set, so an expert of large weight keeps more of its neurons.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sirius_runtime.spec import Method, SiteSpec
 
 
 class SparsifyTopk(Pass):
-    """Keeps the share `keep` of each MLP's neurons, chosen anew for every token."""
+    """Keeps the share `keep` of each MLP's neurons, selected for each token."""
 
     name: ClassVar[str] = "sparsify_topk"
     takes: ClassVar[Stage] = Stage.PAIRED
@@ -45,7 +45,7 @@ class SparsifyTopk(Pass):
         module = program.graphs[SPARSE]
         graph = module.graph
         moes = mixtures(graph, self.dense_layers)
-        # A mixture alone will do; without one, there must be an MLP.
+        # `mlps` refuses a graph without MLPs, which is fine for a model of mixtures.
         found = mlps(graph, self.dense_layers) if calls(graph, DENSE_MLP) or not moes else []
         sites = []
         for mlp in found:

@@ -1,4 +1,4 @@
-"""Checks one pass over one program: the promises of every pass, and that its meaning is kept.
+"""Checks one pass over one program: what every pass must keep to, and its numbers.
 
     def test_my_pass() -> None:
         program = ...  # for instance sirius_compile.capture.capture(config).program
@@ -46,14 +46,14 @@ from sirius_runtime.errors import PassError, UnsupportedModelError
 
 __all__ = ["PassCheck", "Reference", "check_pass", "random_weights", "run_graph", "snapshot"]
 
-_KNOWN = "check_pass"  # key of a node's meta while a pass is watched: the node was there before
+_KNOWN = "check_pass"  # key of a node's meta during a check: the node existed before the pass
 
 
 @dataclass(frozen=True)
 class PassCheck:
-    """What `check_pass` saw.
+    """What `check_pass` measured.
 
-    `before` and `after`: how often each graph calls each operator, spelled as `snapshot` does.
+    `before` and `after`: how often each graph calls each operator, named as in `snapshot`.
     `differences`: the largest absolute difference of each output, by ``graph.output``.
     """
 
@@ -73,22 +73,22 @@ def check_pass(
     atol: float = 1e-5,
     seed: int = 0,
 ) -> PassCheck:
-    """Runs `step` over `program`, in place, and checks it; AssertionError says what does not hold.
+    """Runs `step` over `program`, in place, and checks it; raises AssertionError on a failure.
 
-    * Stage: the program is at the one the pass takes, and what comes out passes the verifier.
+    * Stage: the program is at the stage the pass takes, and the output passes the verifier.
     * Metadata: every node's ``meta["val"]`` agrees in shape and dtype with a recomputation; every
       new node has ``meta["origin"]``.
     * Counts: `expect` maps an operator to its calls before and after, over all graphs
       (``"sirius.dense_mlp"``) or in one (``"sparse/sirius.dense_mlp"``).
-    * Rewrites: none are reported if and only if the program is unchanged.
-    * Numbers: an output that a graph had before, and has now, is equal within `rtol` and `atol`.
-      A graph that is new is held against `dense` before. `reference` gives the expected outputs of
-      every graph instead, for a pass that changes what is computed.
-    * Re-run: run again on its own output, the pass changes nothing, and returns 0 or refuses with
-      UnsupportedModelError. This holds of a pass that moves the program on to a later stage too:
-      its `run` is called directly, past the manager's check of the stage.
+    * Rewrites: 0 is reported if and only if the program is unchanged.
+    * Numbers: an output that a graph has before and after is equal within `rtol` and `atol`. A new
+      graph is compared with the old `dense`. For a pass that changes what is computed, `reference`
+      gives the expected outputs of every graph instead.
+    * Re-run: run again on its own output, the pass changes nothing, and returns 0 or raises
+      UnsupportedModelError. `run` is called directly, so that this also checks a pass whose output
+      is at a later stage than it takes.
 
-    A refusal of the first run (UserError) passes through.
+    A UserError of the first run is not caught.
     """
     old = copy_program(program)
     old.drop_unused_weights()
@@ -111,12 +111,12 @@ def check_pass(
 
 
 def snapshot(module: fx.GraphModule) -> str:
-    """The graph as text, the same on every run and machine: for an inline snapshot in a test."""
+    """The graph as text, the same on every run and machine, for inline snapshots in tests."""
     return print_graph(module)
 
 
 def _text(program: Program) -> tuple[object, ...]:
-    """All that a pass may change, in a form that can be compared."""
+    """Everything that a pass may change, in a form that can be compared."""
     graphs = {name: print_graph(module) for name, module in program.graphs.items()}
     return graphs, program.weights, program.state, program.sparsity
 
@@ -197,12 +197,12 @@ def _check_numbers(
     """Runs both programs; returns the largest difference of each output that both have."""
     differences: dict[str, float] = {}
     for name, module in new.graphs.items():
-        # A new graph is a form of an old one: the paths of `dense`, `observe` of `full`.
+        # A new graph is compared with its source: `observe` with `full`, the paths with `dense`.
         source = old.graphs.get(name) or old.graphs.get(FULL if name == OBSERVE else DENSE)
         if source is None:
             continue
         run = partial(reference, name, source) if reference else runnable(source, torch.float32)
-        # The reference of griffin's sparse path needs the neurons that the pass will have kept.
+        # The reference of griffin's sparse path needs the neurons that the pass keeps.
         expect = Subject(replace(old, sparsity=new.sparsity), source, run, seed)
         actual = Subject(new, module, runnable(module, torch.float32), seed)
         for call in make_calls(source, seed):
@@ -217,7 +217,7 @@ def _check_numbers(
                     f"{where} of {call.what}", found[output], wanted[output], rtol, atol
                 )
                 differences[where] = max(differences.get(where, 0.0), difference)
-    assert differences, "no output is there before and after the pass: nothing can be compared"
+    assert differences, "nothing to compare: no output exists both before and after the pass"
     return differences
 
 

@@ -1,8 +1,8 @@
-"""Runs the graphs of a program on random weights and on calls that the runtime could make.
+"""Runs the graphs of a program on random weights and on calls as the runtime makes them.
 
-A cached graph is called three times, each row with its own length: ragged prompts, a chain of
-tokens after them, then a tree. A graph without a cache gives the same tokens' values by running the
-path to each of them alone. Shape letters as in `sirius_runtime.ops`.
+A graph with a cache is called three times, each row with its own length: prompts of different
+lengths, a chain of tokens after them, then a tree. A graph without a cache computes the same tokens
+by running the path to each of them alone. Shape letters as in `sirius_runtime.ops`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders, sub
 Tensors = Mapping[str, Tensor]
 
 Run = Callable[[Tensors, Tensors], Tensors]
-"""Outputs by name of a graph, from its inputs and weights by name."""
+"""From a graph's inputs and weights, both by name, to its outputs by name."""
 
 Reference = Callable[[str, fx.GraphModule, Tensors, Tensors], Tensors]
-"""Expected outputs of a graph: called with the graph's name, the graph before the pass, and by name
-the inputs (of `program.INPUTS`) and weights. As the graph would, it writes the caches in place.
-Before stage CACHED it is asked for the logits [1, T, V] of one path of tokens at a time.
+"""Computes the expected outputs of a graph, from its name, the graph before the pass, its inputs
+(of `program.INPUTS`) and its weights, both by name. Like the graph, it writes the caches in place.
+Before stage CACHED it is called for the logits [1, T, V] of one path of tokens at a time.
 """
 
 _LENGTHS = (4, 2)  # tokens of the prompts
@@ -46,8 +46,8 @@ def run_graph(
 ) -> dict[str, Tensor]:
     """Runs one graph of a program on the CPU, computing in `dtype`; returns its outputs by name.
 
-    `inputs` and `weights` hold at least what the graph reads, those that follow the program's dtype
-    in `dtype`. Caches among the inputs are written in place.
+    `inputs` and `weights` hold at least what the graph reads; those of the program's dtype are in
+    `dtype`. Caches among the inputs are written in place.
     """
     return runnable(module, dtype)(inputs, weights)
 
@@ -55,7 +55,7 @@ def run_graph(
 def runnable(
     module: fx.GraphModule, dtype: torch.dtype
 ) -> Callable[[Tensors, Tensors], dict[str, Tensor]]:
-    """`run_graph` of one graph, to be called many times."""
+    """`run_graph` for many calls of one graph."""
     graph = _in_dtype(module, dtype)
     bound = [node.meta for node in graph.graph.nodes if node.op == "placeholder"]
     names = module.graph.output_node().meta[OUTPUTS]
@@ -69,8 +69,10 @@ def runnable(
 
 
 def _in_dtype(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """A copy that computes in `dtype`. As a document it would be read so, but a captured graph
-    calls operators that no document may name.
+    """A copy that computes in `dtype`.
+
+    A graph document can be read in any dtype, but a captured graph calls operators that documents
+    may not contain.
     """
     root, graph = torch.nn.Module(), fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -90,11 +92,11 @@ def _in_dtype(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
 def random_weights(
     program: Program, seed: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """Random values for the weight table, those that follow the program's dtype in `dtype`.
+    """Random values for the weight table; weights of the program's dtype are in `dtype`.
 
-    They depend on the weight's name, its shape in the checkpoint and the seed alone: however passes
-    lay a weight out, it stays the same matrix. Matrices keep the scale of what they map, vectors
-    are in [0.5, 1.5), integers 0.
+    They depend on the weight's name, its shape in the checkpoint and the seed alone, so the layout
+    that a pass chooses does not change them. Matrices keep the scale of their input, vectors are in
+    [0.5, 1.5), integers are 0.
     """
     weights = {}
     for name, spec in program.weights.items():
@@ -113,8 +115,8 @@ def random_weights(
 class Call:
     """A block of tokens [B, T] after the committed `history` of each row.
 
-    `distance` [T, T]: a token's depth minus that of the tokens it sees, -1 for those it does not.
-    `valid` [B, T]: the tokens that are no padding.
+    `distance` [T, T]: a token's depth minus that of each token it sees, -1 for those it does not.
+    `valid` [B, T]: False for padding.
     """
 
     what: str
@@ -134,7 +136,7 @@ class Call:
         return self.valid.sum(1) - 1
 
     def inputs(self) -> dict[str, Tensor]:
-        """Every input that a cached graph may read, but for the state."""
+        """Every input that a cached graph may read, except the state."""
         length = torch.tensor([len(tokens) for tokens in self.history])
         return {
             "input_ids": self.tokens,
@@ -147,7 +149,7 @@ class Call:
         }
 
     def path(self, row: int, token: int) -> Tensor:
-        """The tokens that lead to one of the block, from the row's first to itself."""
+        """The tokens that one token of the block sees, from the row's first to itself."""
         seen = [i for i, distance in enumerate(self.distance[token].tolist()) if distance >= 0]
         seen.sort(key=lambda i: -int(self.distance[token, i]))
         return torch.cat([self.history[row], self.tokens[row, seen]])
@@ -179,7 +181,7 @@ def make_calls(module: fx.GraphModule, seed: int) -> list[Call]:
 
 
 def _vocabulary(module: fx.GraphModule) -> int:
-    """How many tokens the graph embeds; a few where it does not embed by a table."""
+    """The rows of the graph's token embedding; 8 if it has no embedding table."""
     tokens = placeholders(module.graph, INPUT).get("input_ids")
     embeddings = calls(module.graph, torch.ops.aten.embedding.default)
     tables = [n.args[0].meta["val"] for n in embeddings if n.args[1] is tokens]  # type: ignore[union-attr]
@@ -187,7 +189,7 @@ def _vocabulary(module: fx.GraphModule) -> int:
 
 
 class Subject:
-    """A graph on random weights, with a state of its own, answering calls by `run`."""
+    """A graph with random weights and its own state; a call is computed by `run`."""
 
     def __init__(self, program: Program, module: fx.GraphModule, run: Run, seed: int) -> None:
         self._run = run
@@ -216,7 +218,7 @@ class Subject:
 
 
 def _state(program: Program, generator: torch.Generator) -> dict[str, Tensor]:
-    """Caches full of what no query may see, and neurons as griffin could have chosen them."""
+    """Caches filled with large noise, which no query may read, and griffin's neurons at random."""
     state, rows = program.state, len(_LENGTHS)
     cache = (state.layers, rows, state.kv_heads, _CACHE_SLOTS)
     values = {

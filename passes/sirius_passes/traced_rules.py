@@ -1,5 +1,6 @@
-"""Drafting and acceptance whose rule is an input of the graph: the functions of
-`sirius_runtime.rules`, chosen between by `higher_order.cond`.
+"""Drafting and acceptance by a rule that is an input of the graph.
+
+`higher_order.cond` chooses between the traced functions of `sirius_runtime.rules`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ Branch = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class TracedRules:
-    """What `Plan.propose` and `Plan.decide` are of a plan of numbers; `given`: the graph's inputs
-    of `plan_inputs`, by name.
+    """`Plan.propose` and `Plan.decide` for a plan whose fields are tensors.
+
+    `given`: the graph's inputs of `plan_inputs`, by name.
     """
 
     given: Mapping[str, Tensor]
@@ -42,7 +44,7 @@ class TracedRules:
                 new, q = self._plan(rule, flat[6:]).propose(tree, logits, level)
                 if q is None:
                     q = torch.zeros_like(logits[:, 0], dtype=torch.float32)
-                # Aliases may not leave a branch: parents would be a view of `level`.
+                # A branch may not return a view of an operand, and parents is a view of `level`.
                 return *(t.clone() for t in new), q
 
             return branch
@@ -60,14 +62,14 @@ class TracedRules:
 
         def decided(rule: str, *flat: Tensor) -> tuple[Tensor, ...]:
             tree, depth, logits = Tree(*flat[:4]), flat[4], flat[5]
-            # The distributions of a chain that was not drawn mean nothing.
+            # Only a sampled chain has draft distributions.
             q = flat[6] if has_q and RULES[rule].draws else None
             decision = self._plan(rule, flat[6 + has_q :]).decide(Draft(tree, depth, q), logits)
-            # Greedy corrections are bonuses too, but a branch may not return one value twice.
+            # Greedy rules return one tensor as both, and a branch may not return a value twice.
             return decision.passes, torch.stack([decision.corrections, decision.bonuses])
 
         def greedy(*flat: Tensor) -> tuple[Tensor, ...]:
-            """All rules that draw nothing: they cost little beside a branch of their own."""
+            """Every rule that draws nothing, in one branch: cheaper than a branch each."""
             first, *others = still
             passes, tokens = decided(first, *flat)
             for name in others:
@@ -87,11 +89,11 @@ class TracedRules:
 
     @property
     def _flat(self) -> tuple[Tensor, ...]:
-        """What the plan is made of; `rule` comes first."""
+        """The plan's inputs in order; `rule` is the first."""
         return tuple(self.given[name] for name in plan_inputs(tuple(RULES)))
 
     def _plan(self, rule: str, flat: Sequence[Tensor]) -> Plan:
-        """The plan of a rule, of tensors."""
+        """The plan of a rule, with its inputs from `flat`."""
         own: dict[str, Any] = dict(zip(plan_inputs(tuple(RULES)), flat, strict=True))
         return Plan(
             self.period,
@@ -105,7 +107,7 @@ class TracedRules:
     def _by_rule(
         self, branches: Mapping[tuple[str, ...], Branch], operands: Sequence[Tensor]
     ) -> tuple[Any, ...]:
-        """What the branch of the rule's name returns."""
+        """Runs the branch of the rule that the graph's input names."""
         (_, branch), *others = branches.items()
         at = len(operands) - len(self._flat)
         for names, other in others:
@@ -116,7 +118,7 @@ class TracedRules:
 def _one_of(
     at: int, names: Sequence[str], yes: Branch, no: Branch, *operands: Tensor
 ) -> tuple[Any, ...]:
-    """`yes` where the operand at this place is one of these rules, else `no`."""
+    """Runs `yes` if the rule, the operand at index `at`, is one of `names`, else `no`."""
     rule = operands[at]
     which = rule == _number(names[0])
     for name in names[1:]:

@@ -1,7 +1,7 @@
-"""Who may trace: one thread at a time.
+"""A lock for tracing, so that one thread traces at a time.
 
-Tracing changes what belongs to the whole process: transformers' registries of functions, torch's
-default dtype, methods that torch.export patches, and the entries that the trace of a period calls.
+Tracing changes state of the whole process: transformers' registries of functions, torch's default
+dtype, methods that torch.export patches, and the entries that the trace of a period calls.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _R = TypeVar("_R")
 
 
 def one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Makes a function that traces wait until no other thread runs one."""
+    """Decorates a function that traces: a call waits while another thread is in such a function."""
 
     @functools.wraps(function)
     def waiting(*args: _P.args, **kwargs: _P.kwargs) -> _R:

@@ -1,4 +1,4 @@
-"""What must hold of a program at each stage; the manager checks it after every pass."""
+"""The invariants of a program at each stage; the manager checks them after every pass."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EXPORT_NOISE = (
     aten.dropout.default,
     aten.lift_fresh_copy.default,
 )
-"""Operators that carry nothing for inference; `canonicalize` removes them."""
+"""Operators without effect on inference; `canonicalize` removes them."""
 
 _GRAPHS = {
     Stage.CAPTURED: {DENSE},
@@ -51,9 +51,7 @@ _GRAPHS = {
 
 
 def verify(program: Program, after: str) -> None:
-    """Raises PassError, naming the pass `after` which it was found, where an invariant does not
-    hold.
-    """
+    """Raises PassError if an invariant does not hold. `after`: the pass to name in the message."""
     for graph_name, finding in _findings(program):
         raise PassError(
             f"after {after}: graph {graph_name!r} at stage {program.stage.name}: {finding}; "
@@ -66,7 +64,7 @@ def _findings(program: Program) -> Iterator[tuple[str, str]]:
     if program.sparsity.method.per_prompt:
         expected = expected | {OBSERVE}
     if set(program.graphs) != expected:
-        yield "*", f"graphs are {sorted(program.graphs)}, expected {sorted(expected)}"
+        yield "*", f"the graphs are {sorted(program.graphs)}, expected {sorted(expected)}"
     for name, module in program.graphs.items():
         findings = _period_findings if name == PERIOD else _graph_findings
         for finding in findings(program, module):
@@ -80,7 +78,7 @@ def _findings(program: Program) -> Iterator[tuple[str, str]]:
 
 
 def _sound_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
-    """What holds of every graph."""
+    """Findings that apply to every graph."""
     graph = module.graph
     try:
         graph.lint()
@@ -95,7 +93,7 @@ def _sound_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
         yield from _node_findings(part.graph)
     names = graph.output_node().meta.get(OUTPUTS, ())
     if not names or set(names) - set(RESULTS):
-        yield f"outputs are named {names}, known are {sorted(RESULTS)}"
+        yield f"the outputs are named {names}, but only {sorted(RESULTS)} are known"
 
 
 def _node_findings(graph: fx.Graph) -> Iterator[str]:
@@ -112,7 +110,7 @@ def _period_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
     for part in (module, *subgraphs(module)):
         for node in part.graph.nodes:
             if mutates(node):
-                yield f"node {node.name} ({node.target}) mutates; state goes in and comes out here"
+                yield f"node {node.name} ({node.target}) mutates; this graph has to be functional"
     yield from _sound_findings(program, module)
     for part in (module, *subgraphs(module)):
         layers += [node.args[11] for node in calls(part.graph, sirius.block_attention.default)]
@@ -121,19 +119,19 @@ def _period_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
     every = set(range(program.state.layers))
     counts = {layers.count(layer) for layer in every}
     if set(layers) != every or len(counts) > 1 or min(counts) < 1 + drafts:
-        yield f"sirius.block_attention stands at layers {layers}, each is expected as often"
+        yield f"sirius.block_attention has layers {layers}, expected each layer equally often"
 
 
 def _graph_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
     graph, stage = module.graph, program.stage
     if stage >= Stage.CANONICAL and (noise := calls(graph, *EXPORT_NOISE)):
-        yield f"export noise is left: {noise[0].name} ({noise[0].target})"
+        yield f"an export operator is left: {noise[0].name} ({noise[0].target})"
     yield from _sound_findings(program, module)
     cached, cacheless = sirius.cached_attention.default, sirius.attention.default
     target, other = (cached, cacheless) if stage >= Stage.CACHED else (cacheless, cached)
     layers = [node.args[9 if target is cached else 3] for node in calls(graph, target)]
     if layers != list(range(program.state.layers)):
-        yield f"{target} stands at layers {layers}, expected 0..{program.state.layers - 1}"
+        yield f"{target} has layers {layers}, expected 0..{program.state.layers - 1}"
     if stray := calls(graph, other):
         yield f"{stray[0].name}: {other} does not belong at this stage"
     if stage >= Stage.LAID_OUT:
@@ -148,19 +146,19 @@ def _graph_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
 
 def _placeholder_findings(program: Program, node: fx.Node) -> Iterator[str]:
     if "val" not in node.meta:
-        return  # said of every node
+        return  # `_node_findings` reports it
     value = node.meta["val"]
     if WEIGHT in node.meta:
         name = node.meta[WEIGHT]
         if name not in program.weights:
             yield f"placeholder {node.name} is bound to {name!r}, which is not in the weight table"
         elif tuple(value.shape) != program.weights[name].shape:
-            yield f"placeholder {node.name} has another shape than weight {name!r} in the table"
+            yield f"placeholder {node.name} differs in shape from weight {name!r} in the table"
     elif node.meta.get(INPUT) not in INPUTS:
         yield f"placeholder {node.name} is bound to neither a weight nor a known input"
 
 
 def mutates(node: fx.Node) -> bool:
-    """Whether a node writes into what it is given."""
+    """Whether a node writes into one of its arguments."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable

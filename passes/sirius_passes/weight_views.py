@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Reader:
-    """A node that reads a weight by a view of it. `transposed`: as against how it is stored."""
+    """A node that reads a weight through `view`. `transposed`: relative to the stored layout."""
 
     node: fx.Node
     view: fx.Node
@@ -32,19 +32,19 @@ class Reader:
 
     @property
     def takes_views(self) -> bool:
-        """Whether it reads the weight in either layout equally well: a linear does."""
+        """Whether it reads either layout equally fast, as a linear does."""
         return self.node.target is aten.linear.default and self.node.args[1] is self.view
 
 
 def weight_name(node: Any) -> str:
-    """The name of the weight that a node is, or is a part of."""
+    """The name of the weight that a node is, or is a view of."""
     while WEIGHT not in node.meta:
         node = node.args[0]
     return str(node.meta[WEIGHT])
 
 
 def readers(weight: fx.Node) -> Iterator[Reader]:
-    """What reads a weight's placeholder, through any transposes and slices."""
+    """The nodes that read a weight's placeholder, through any transposes and slices."""
     yield from _readers(weight, transposed=False)
 
 
@@ -59,7 +59,7 @@ def _readers(view: fx.Node, transposed: bool) -> Iterator[Reader]:
 
 
 def store_transposed(weight: fx.Node, origin: str) -> None:
-    """Makes a placeholder the transpose of what it was, and its readers see what they saw."""
+    """Transposes a weight's placeholder, and rewrites its readers to see the same values."""
     value = weight.meta["val"]
     with value.fake_mode:
         weight.meta["val"] = torch.empty(transposed_shape(value.shape), dtype=value.dtype)
@@ -67,7 +67,7 @@ def store_transposed(weight: fx.Node, origin: str) -> None:
 
 
 def _reread(old: fx.Node, new: fx.Node, transposed: bool, origin: str) -> None:
-    """Readers of the view `old` read it off `new`, its transpose or the same."""
+    """Makes readers of the view `old` read `new`, which is its transpose if `transposed`."""
     graph = old.graph
     for user in list(old.users):
         if is_transpose(user):
@@ -109,11 +109,11 @@ def _is_slice(node: fx.Node, of: fx.Node) -> bool:
 
 
 def _slice_args(node: fx.Node) -> tuple[Any, ...]:
-    """dim, counted from the front, then start, end and step as far as they are given."""
+    """A slice's dim, counted from the front, then those of start, end and step that are given."""
     dim, *limits = node.args[1:] or (0,)
     return (int(dim) % node.meta["val"].ndim, *limits)  # type: ignore[arg-type]
 
 
 def _other(dim: int, ndim: int) -> int:
-    """Where a dimension is after the last two were exchanged."""
+    """The index of a dimension after the last two are exchanged."""
     return {ndim - 2: ndim - 1, ndim - 1: ndim - 2}.get(dim, dim)
