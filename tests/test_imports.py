@@ -27,7 +27,8 @@ def test_the_runtime_needs_neither_transformers_nor_typer(tmp_path: Path) -> Non
         f"model = sirius_runtime.load({str(path)!r})\n"
         "assert model.generate('Q: Zoe has 25 nuts.', max_new_tokens=3).tokens\n"
         "import sirius_runtime.cli\n"
-        "bad = {'transformers', 'typer', 'rich', 'huggingface_hub', 'onnxruntime'}\n"
+        "bad = {'transformers', 'typer', 'rich', 'huggingface_hub', 'onnxruntime', "
+        "'jsonschema'}\n"
         "assert not bad & set(sys.modules), bad & set(sys.modules)\n"
     )
     assert python(code).stderr == ""

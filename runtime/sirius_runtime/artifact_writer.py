@@ -19,6 +19,7 @@ from sirius_runtime.artifact import MANIFEST, WEIGHTS, Artifact
 from sirius_runtime.artifact_zip import ALIGNMENT, MAX_JSON_BYTES, name_fault
 from sirius_runtime.dtypes import dtype_name
 from sirius_runtime.errors import ArtifactError, ConfigError, SiriusError
+from sirius_runtime.manifest_schema import validate
 from sirius_runtime.new_file import NewFile
 from sirius_runtime.safetensors_file import header_of, in_order, size_of
 from sirius_runtime.spec import (
@@ -134,7 +135,9 @@ class ArtifactWriter:
         if {weight.name: weight for weight in program.weights} != self._weights:
             raise SiriusError("the program's weights are not those that were added")
         files = dict(sorted(self._files.items()))
-        self.add_json(MANIFEST, to_json(Manifest(FORMAT_VERSION, program, files)))
+        document = to_json(Manifest(FORMAT_VERSION, program, files))
+        validate(document)
+        self.add_json(MANIFEST, document)
         archive = self._state()
         with self._disk_faults():
             archive.close()

@@ -7,6 +7,7 @@ caches' sizes) is checked against the graphs (`graph_check`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from sirius_runtime.errors import ArtifactError, ConfigError
@@ -15,8 +16,11 @@ from sirius_runtime.request import check_ranges, check_tree
 from sirius_runtime.rules import check_options
 from sirius_runtime.spec import (
     AcceptanceSpec,
+    DraftingSpec,
+    FileRecord,
     Method,
     ModelSpec,
+    PassRecord,
     PeriodSpec,
     ProgramSpec,
     SiteSpec,
@@ -28,49 +32,78 @@ _MOST_LAYERS = 2**14
 _MOST_WIDE = 2**20  # heads, and dimensions of one
 _MOST_PARAMETERS = 2**53  # up to which a float counts exactly
 
+Range = tuple[float, float | None]
+"""The least and the largest that a number may be; None: as large as its type allows."""
+
+_SHARE: Range = (0.0, 1.0)
+_TOKENS: Range = (1, MOST_TOKENS)
+_COUNT: Range = (0, None)
+_TOKEN_ID: Range = (-MOST_TOKENS, MOST_TOKENS)  # ids that are no token's (-1) do no harm
+
+RANGES: dict[type, dict[str, Range]] = {
+    ModelSpec: {
+        "vocab_size": _TOKENS,
+        "max_seq_len": _TOKENS,
+        "parameters": (0, _MOST_PARAMETERS),
+    },
+    StateSpec: {
+        "layers": (1, _MOST_LAYERS),
+        **dict.fromkeys(("kv_heads", "key_dim", "value_dim"), (1, _MOST_WIDE)),
+    },
+    SparsitySpec: {"keep": _SHARE, "density": _SHARE, "step": (0, _MOST_PARAMETERS)},
+    SiteSpec: {"units": _TOKENS, "params": (0, _MOST_PARAMETERS)},
+    PeriodSpec: {"refresh": (0, MOST_TOKENS)},
+    AcceptanceSpec: {
+        "drafts": _TOKENS,
+        "density": _SHARE,
+        "agreement": _SHARE,
+        "accepted": _SHARE,
+    },
+    DraftingSpec: {"period": _TOKENS, "confidence": _SHARE},
+    PassRecord: dict.fromkeys(("rewrites", "seconds", "nodes_before", "nodes_after"), _COUNT),
+    ProgramSpec: {"eos_token_ids": _TOKEN_ID, "pad_token_id": _TOKEN_ID},
+    FileRecord: {"size": _COUNT},
+}
+"""The ranges that do not depend on other fields, by class and field. Of a list, each number's. The
+manifest's JSON Schema has them from here (`manifest_schema`)."""
+
 
 def check_program(program: ProgramSpec) -> None:
     """Raises ArtifactError, naming the field, where a value is out of range."""
-    check_model(program.model)
-    check_state(program.state)
+    _check_ranges(program, "")
+    _check_period(program.period, program.model, program.sparsity.method)
     _check_sparsity(program.sparsity, program.state)
-    check_period(program.period, program.model, program.sparsity.method)
     if program.acceptance is not None:
-        check_acceptance(program.acceptance)
-    check_ids(program.eos_token_ids)
-    if program.pad_token_id is not None:
-        check_ids((program.pad_token_id,), "pad_token_id")
+        _check_acceptance(program.acceptance)
     vocabulary = program.model.vocab_size
     _as_options(lambda: check_generation(program.generation, vocabulary), "generation")
     names = [entry.name for entry in program.entries]
     for name in names:
         if names.count(name) > 1:
             raise ArtifactError(f"entries: {name!r} stands there twice")
-    for index, record in enumerate(program.passes):
-        for field in ("rewrites", "seconds", "nodes_before", "nodes_after"):
-            _at_least(0, getattr(record, field), f"passes[{index}].{field}")
 
 
-def check_model(model: ModelSpec) -> None:
-    """As `check_program`, of the model."""
-    _within(1, MOST_TOKENS, model.vocab_size, "model.vocab_size")
-    _within(1, MOST_TOKENS, model.max_seq_len, "model.max_seq_len")
-    _within(0, _MOST_PARAMETERS, model.parameters, "model.parameters")
+def _check_ranges(value: Any, where: str) -> None:
+    """Holds every number below `value` to its range of `RANGES`."""
+    ranges = RANGES.get(type(value), {})
+    for field in fields(value):
+        inner, name = getattr(value, field.name), f"{where}{field.name}"
+        if field.name in ranges:
+            least, most = ranges[field.name]
+            for number in inner if isinstance(inner, tuple) else (inner,):
+                if number is not None:
+                    _within(least, most, number, name)
+        elif is_dataclass(inner):
+            _check_ranges(inner, f"{name}.")
+        elif isinstance(inner, tuple) and inner and is_dataclass(inner[0]):
+            for index, one in enumerate(inner):
+                _check_ranges(one, f"{name}[{index}].")
 
 
-def check_state(state: StateSpec) -> None:
-    """As `check_program`, of the caches."""
-    _within(1, _MOST_LAYERS, state.layers, "state.layers")
-    for field in ("kv_heads", "key_dim", "value_dim"):
-        _within(1, _MOST_WIDE, getattr(state, field), f"state.{field}")
-
-
-def check_period(period: PeriodSpec, model: ModelSpec, method: Method) -> None:
-    """As `check_program`, of the period's defaults."""
+def _check_period(period: PeriodSpec, model: ModelSpec, method: Method) -> None:
     _as_options(lambda: check_tree(period.period, period.tree_width, model.vocab_size))
     _as_options(lambda: check_options(period))
     _as_options(lambda: check_ranges(period.confidence, period.refresh))
-    _at_most(MOST_TOKENS, period.refresh, "period.refresh")
     if period.refresh and not method.per_prompt:
         raise ArtifactError(
             f"period.refresh is {period.refresh}, but the sparse path {method} chooses its neurons "
@@ -78,46 +111,25 @@ def check_period(period: PeriodSpec, model: ModelSpec, method: Method) -> None:
         )
 
 
-def check_acceptance(acceptance: AcceptanceSpec) -> None:
-    """As `check_program`, of what the compiler measured of drafts."""
-    _within(1, MOST_TOKENS, acceptance.drafts, "acceptance.drafts")
-    for name in ("density", "agreement"):
-        _within(0.0, 1.0, getattr(acceptance, name), f"acceptance.{name}")
-    for share in acceptance.accepted:
-        _within(0.0, 1.0, share, "acceptance.accepted")
+def _check_acceptance(acceptance: AcceptanceSpec) -> None:
     for drafting in (acceptance.best, *acceptance.periods):
-        _within(1, MOST_TOKENS, drafting.period, "acceptance: period")
-        _within(0.0, 1.0, drafting.confidence, "acceptance: confidence")
         _within(1.0, drafting.period, drafting.aal, "acceptance: aal")
         _within(0.0, drafting.period, drafting.steps, "acceptance: steps")
         _within(0.0, drafting.period, drafting.effective_density, "acceptance: effective_density")
 
 
-def check_ids(ids: tuple[int, ...], field: str = "eos_token_ids") -> None:
-    """As `check_program`, of token ids; those that are no token's (-1) do no harm."""
-    for token in ids:
-        _within(-MOST_TOKENS, MOST_TOKENS, token, field)
-
-
 def _check_sparsity(sparsity: SparsitySpec, state: StateSpec) -> None:
-    _within(0.0, 1.0, sparsity.keep, "sparsity.keep")
-    _within(0.0, 1.0, sparsity.density, "sparsity.density")
     _within(1 if sparsity.sites else 0, _MOST_PARAMETERS, sparsity.step, "sparsity.step")
     for layer in sparsity.dense_layers:
         _within(0, state.layers - 1, layer, "sparsity.dense_layers")
     for index, site in enumerate(sparsity.sites):
-        _check_site(site, state, f"sparsity.sites[{index}]")
+        where = f"sparsity.sites[{index}]"
+        _within(0, state.layers - 1, site.layer, f"{where}.layer")
+        _within(0, site.units, site.kept, f"{where}.kept")
     if sparsity.method.per_prompt:
         fixed = [site for site in sparsity.sites if not site.counted]
         if any(site.kept < 1 for site in fixed):
             raise ArtifactError("sparsity.sites: a prompt must keep a neuron of each MLP")
-
-
-def _check_site(site: SiteSpec, state: StateSpec, where: str) -> None:
-    _within(0, state.layers - 1, site.layer, f"{where}.layer")
-    _within(1, MOST_TOKENS, site.units, f"{where}.units")
-    _within(0, site.units, site.kept, f"{where}.kept")
-    _within(0, _MOST_PARAMETERS, site.params, f"{where}.params")
 
 
 def _as_options(check: Callable[[], None], where: str = "period") -> None:
@@ -128,16 +140,8 @@ def _as_options(check: Callable[[], None], where: str = "period") -> None:
         raise ArtifactError(f"{where}: {error}") from error
 
 
-def _within(least: Any, most: Any, value: Any, field: str) -> None:
-    if not least <= value <= most:
-        raise ArtifactError(f"{field} must be in {least}..{most}, found {value}")
-
-
-def _at_least(least: Any, value: Any, field: str) -> None:
-    if not value >= least:
+def _within(least: float, most: float | None, value: float, field: str) -> None:
+    if most is None and value < least:
         raise ArtifactError(f"{field} must be >= {least}, found {value}")
-
-
-def _at_most(most: Any, value: Any, field: str) -> None:
-    if not value <= most:
-        raise ArtifactError(f"{field} must be <= {most}, found {value}")
+    if most is not None and not least <= value <= most:
+        raise ArtifactError(f"{field} must be in {least}..{most}, found {value}")

@@ -8,6 +8,7 @@ slots, `S` cache slots; numbers are static.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -319,12 +320,18 @@ def from_json(cls: type[_T], value: JSON, where: str = "manifest") -> _T:
     return typing.cast(_T, _decode(cls, value, where))
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """A class's fields and their types, which take longer to find than a value to decode."""
+    return typing.get_type_hints(cls)
+
+
 def _decode(hint: Any, value: JSON, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):
             raise ArtifactError(f"{where}: an object is expected, found {type(value).__name__}")
-        hints = typing.get_type_hints(hint)
+        hints = _hints(hint)
         fields: dict[str, Any] = {}
         for field in dataclasses.fields(hint):
             if field.name in value:

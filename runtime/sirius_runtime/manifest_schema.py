@@ -1,0 +1,129 @@
+"""The manifest as a JSON Schema, for readers in other languages and for what writes artifacts.
+
+It is made from the dataclasses of `spec` and the ranges of `manifest_check`, and kept beside this
+file as `manifest.schema.json`; ``python -m sirius_runtime.manifest_schema`` writes it anew, and a
+test compares the two. A manifest is validated when it is written, and by `sirius verify`. `load`
+does without: its own parser checks the same types and ranges in a fraction of the time, and more
+(what fields must agree on).
+
+The schema allows fields that it does not know: those of a newer minor version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from sirius_runtime.errors import ArtifactError
+from sirius_runtime.manifest_check import RANGES
+from sirius_runtime.new_file import write_file
+from sirius_runtime.spec import FORMAT_VERSION, JSON, Manifest
+
+FILE = Path(__file__).with_name("manifest.schema.json")
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_PLAIN: dict[Any, JSON] = {
+    bool: {"type": "boolean"},
+    float: {"type": "number"},
+    int: {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+    str: {"type": "string"},
+    types.NoneType: {"type": "null"},
+}
+
+
+def manifest_schema() -> JSON:
+    """The schema of `manifest.json`."""
+    definitions: dict[str, JSON] = {}
+    root = _object(Manifest, definitions)
+    root["properties"]["format_version"] = {
+        "description": "major, minor: a reader refuses another major",
+        "type": "array",
+        "prefixItems": [{"const": FORMAT_VERSION[0]}, {"type": "integer", "minimum": 0}],
+        "minItems": 2,
+        "maxItems": 2,
+    }
+    return {
+        "$schema": _DIALECT,
+        "title": "manifest.json of a Sirius artifact, format version "
+        f"{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}",
+        **root,
+        "$defs": dict(sorted(definitions.items())),
+    }
+
+
+def validate(document: JSON) -> None:
+    """Raises ArtifactError, naming the place, where a manifest is not what the schema says."""
+    from jsonschema import Draft202012Validator  # a tenth of a second, which `load` can do without
+
+    validator = Draft202012Validator(json.loads(FILE.read_text()))
+    for error in validator.iter_errors(document):
+        place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error.absolute_path)
+        raise ArtifactError(f"manifest{place} is not what its schema says: {error.message:.200}")
+
+
+def _object(cls: type, definitions: dict[str, JSON]) -> dict[str, Any]:
+    """The schema of a dataclass, in the order of its fields."""
+    hints, ranges = typing.get_type_hints(cls), RANGES.get(cls, {})
+    properties: dict[str, JSON] = {}
+    required = []
+    for field in dataclasses.fields(cls):
+        found = _value(hints[field.name], definitions)
+        if field.name in ranges:
+            found = _narrowed(found, *ranges[field.name])
+        properties[field.name] = found
+        if field.default is dataclasses.MISSING:
+            required.append(field.name)
+    own: dict[str, Any] = {"description": _description(cls), "type": "object"}
+    return own | {"properties": properties, "required": required}
+
+
+def _value(hint: Any, definitions: dict[str, JSON]) -> JSON:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if hint.__name__ not in definitions:
+            definitions[hint.__name__] = None  # its place: a class may hold itself
+            definitions[hint.__name__] = _object(hint, definitions)
+        return {"$ref": f"#/$defs/{hint.__name__}"}
+    if origin is tuple and args[-1] is Ellipsis:
+        return {"type": "array", "items": _value(args[0], definitions)}
+    if origin is tuple:
+        every = [_value(arg, definitions) for arg in args]
+        size = len(every)
+        return {"type": "array", "prefixItems": every, "minItems": size, "maxItems": size}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _value(args[1], definitions)}
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [_value(arg, definitions) for arg in args]}
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return {"enum": [str(member) for member in hint]}
+    return dict(_PLAIN[hint])
+
+
+def _narrowed(schema: JSON, least: float, most: float | None) -> JSON:
+    """The schema of numbers in a range: of one, of a list of them, or of one or null."""
+    if "anyOf" in schema:
+        return {"anyOf": [_narrowed(option, least, most) for option in schema["anyOf"]]}
+    if "items" in schema:
+        return {**schema, "items": _narrowed(schema["items"], least, most)}
+    if schema["type"] not in ("integer", "number"):
+        return schema
+    return {**schema, "minimum": least} | ({} if most is None else {"maximum": most})
+
+
+def _description(cls: type) -> str:
+    """A class's docstring on one line."""
+    return " ".join((cls.__doc__ or "").split())
+
+
+def text() -> str:
+    """The schema's file, as it must be."""
+    return json.dumps(manifest_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    write_file(FILE, text().encode())
