@@ -25,7 +25,16 @@ from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.graph import to_document
 from sirius_runtime.loading import BackendName, find_device, load, make_backend
 from sirius_runtime.model import SiriusModel
-from sirius_runtime.spec import JSON, AcceptanceSpec, DType, Method, ProgramSpec, WeightSpec
+from sirius_runtime.self_test import choose_tokens, record
+from sirius_runtime.spec import (
+    JSON,
+    AcceptanceSpec,
+    DType,
+    Method,
+    ProgramSpec,
+    SelfTestSpec,
+    WeightSpec,
+)
 from sirius_runtime.text import read_tokenizer
 
 
@@ -88,14 +97,16 @@ class Compiled:
             writer.finish(self.spec, self._read_back)
         return path
 
-    def _read_back(self, path: Path) -> None:
-        """Loads what was written, as its user will; an artifact without PyTorch's graphs is opened
-        only, and its tokenizer read.
+    def _read_back(self, path: Path) -> SelfTestSpec | None:
+        """Loads what was written, as its user will, and runs the self-test; an artifact without
+        PyTorch's graphs is opened only, and its tokenizer read.
         """
         if self.graphs is Graphs.ONNX:
             self.tokenizer()
-        else:
-            load(path, device="cpu", backend=BackendName.EAGER, verify=False)
+            return None
+        model = load(path, device="cpu", backend=BackendName.EAGER, verify=False)
+        prompt, block = choose_tokens(self.spec.model)
+        return record(model.state(len(prompt) + len(block)), prompt, block)
 
     def to_runtime(
         self,

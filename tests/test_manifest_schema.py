@@ -1,4 +1,4 @@
-"""The manifest's JSON Schema: never another than the dataclasses and ranges that it is made from."""
+"""The manifest's JSON Schema: never another than the classes and ranges that it is made from."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def trace_lines() -> Iterator[Line]:
 def other_lines() -> Iterator[Line]:
     yield Line("sirius", (), "required: COMMAND")
     yield Line("sirius", ("rum",), "invalid choice: 'rum'")
-    for command in ("run", "chat", "inspect", "trace", "export-onnx"):
+    for command in ("run", "chat", "inspect", "verify", "trace", "export-onnx"):
         yield Line("sirius", (command,), "required: MODEL.sirius")
     yield Line("sirius", ("chat", ARTIFACT), "brings no chat template")
     yield Line("sirius", ("chat", ARTIFACT, "--prompt", "x"), "--prompt")
@@ -149,9 +149,12 @@ def other_lines() -> Iterator[Line]:
     yield Line("sirius", ("export-onnx", ARTIFACT, f"{FOLDER}/new"), "holds no ONNX graphs")
     yield Line("sirius", ("export-onnx", ARTIFACT, ARTIFACT), "is not a folder")
     yield Line("sirius", ("inspect", ARTIFACT, "--jso=1"), "ignored explicit argument")
+    yield from flags("sirius", ("verify", ARTIFACT), "--device", NO_DEVICE)
+    yield Line("sirius", ("verify", ARTIFACT, "--nope"), "--nope")
     for command, before, after in (
         ("sirius", ("run",), ("-p", "x")),
         ("sirius", ("inspect",), ()),
+        ("sirius", ("verify",), ()),
         ("sirius", ("trace",), ("-p", "x")),
         ("sirius", ("export-onnx",), (f"{FOLDER}/new",)),
         ("onnx", (), ("--out", f"{FOLDER}/new.sirius")),

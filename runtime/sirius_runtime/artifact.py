@@ -38,7 +38,7 @@ from sirius_runtime.artifact_zip import (
     map_file,
 )
 from sirius_runtime.errors import ArtifactError, SiriusError
-from sirius_runtime.manifest_check import check_program
+from sirius_runtime.manifest_check import check_manifest
 from sirius_runtime.safetensors_file import STORED_TYPES, StoredType
 from sirius_runtime.spec import (
     FORMAT_VERSION,
@@ -225,7 +225,7 @@ def _manifest(image: Image, spans: dict[str, Span]) -> Manifest:
     _check_version(image, document)
     try:
         manifest = from_json(Manifest, document)
-        check_program(manifest.program)
+        check_manifest(manifest)
         return manifest
     except (ArtifactError, RecursionError) as error:
         raise image.fault(f"{MANIFEST} is malformed ({error})") from error

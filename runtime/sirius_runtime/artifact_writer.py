@@ -9,9 +9,10 @@ import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, NamedTuple, Self
 
 import torch
 
@@ -28,6 +29,7 @@ from sirius_runtime.spec import (
     FileRecord,
     Manifest,
     ProgramSpec,
+    SelfTestSpec,
     WeightSpec,
     to_json,
 )
@@ -125,35 +127,59 @@ class ArtifactWriter:
             self._shards += 1
 
     def finish(
-        self, program: ProgramSpec, check: Callable[[Path], None] = lambda written: None
+        self, program: ProgramSpec, check: Callable[[Path], SelfTestSpec | None] = lambda _: None
     ) -> None:
         """Writes the manifest and makes the artifact appear at `path`, whole and on disk.
 
-        The file is read back before it is renamed, by `check` too: where that or the reader raises
-        a SiriusError, nothing appears.
+        The file is read back before it is renamed, by `check` too, whose self-test the manifest
+        then holds. Where that or the reader raises a SiriusError, nothing appears.
         """
         if {weight.name: weight for weight in program.weights} != self._weights:
             raise SiriusError("the program's weights are not those that were added")
-        files = dict(sorted(self._files.items()))
-        document = to_json(Manifest(FORMAT_VERSION, program, files))
-        validate(document)
-        self.add_json(MANIFEST, document)
-        archive = self._state()
-        with self._disk_faults():
-            archive.close()
-            self._new.close()
-        self._opened = None
+        if MANIFEST in self._files:
+            raise SiriusError(f"entry {MANIFEST!r} is added twice")
+        manifest = Manifest(FORMAT_VERSION, _timeless(program), dict(sorted(self._files.items())))
+        body = self._end_body()
+        self._add_manifest(body, manifest)
         try:
             with Artifact.open(self._new.temporary, verify=False):
                 pass
-            check(self._new.temporary)
+            self_test = check(self._new.temporary)
         except SiriusError as error:
             raise SiriusError(
                 f"{self.path} is not written: what reads artifacts refuses it ({error}); please "
                 "report this, with the model's config.json"
             ) from error
+        if self_test is not None:
+            self._add_manifest(body, replace(manifest, self_test=self_test))
         with self._disk_faults():
             self._new.finish()
+
+    def _end_body(self) -> _Body:
+        """Ends the ZIP of all entries but the manifest."""
+        archive, file = self._state(), self._new.file
+        end = file.tell()
+        with self._disk_faults():
+            archive.close()
+            file.seek(end)
+            return _Body(end, file.read())
+
+    def _add_manifest(self, body: _Body, manifest: Manifest) -> None:
+        """Adds the manifest behind `body`, in the place of one that was added before."""
+        document = to_json(manifest)
+        validate(document)
+        file = self._new.file
+        with self._disk_faults():
+            file.seek(body.end)
+            file.write(body.directory)
+            file.truncate()
+        self._opened = zipfile.ZipFile(file, "a")
+        self._files.pop(MANIFEST, None)
+        self.add_json(MANIFEST, document)
+        with self._disk_faults():
+            self._opened.close()
+            file.flush()
+        self._opened = None
 
     @contextlib.contextmanager
     def _entry(self, name: str, size: int) -> Iterator[_Sink]:
@@ -217,6 +243,18 @@ class _Sink:
                 self._stream.write(chunk)
                 self._at += len(chunk)
                 data = data[len(chunk) :]
+
+
+class _Body(NamedTuple):
+    """Where the last entry before the manifest ends, and the ZIP directory up to there."""
+
+    end: int
+    directory: bytes
+
+
+def _timeless(program: ProgramSpec) -> ProgramSpec:
+    """The program without the times that its passes took: equal inputs give equal bytes."""
+    return replace(program, passes=tuple(replace(record, seconds=0.0) for record in program.passes))
 
 
 def _shards(specs: Sequence[WeightSpec], shard_bytes: int) -> Iterator[list[WeightSpec]]:

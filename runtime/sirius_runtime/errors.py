@@ -64,6 +64,12 @@ class GraphMismatchError(UserError):
     exit_code = 1
 
 
+class ReproductionError(UserError):
+    """A machine that computes something else of an artifact than the one that compiled it."""
+
+    exit_code = 1
+
+
 class PassError(SiriusError):
     """A pass that broke the program: the verifier's finding, a bug of the compiler."""
 

@@ -6,7 +6,7 @@ caches' sizes) is checked against the graphs (`graph_check`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -18,11 +18,14 @@ from sirius_runtime.spec import (
     AcceptanceSpec,
     DraftingSpec,
     FileRecord,
+    Manifest,
     Method,
     ModelSpec,
     PassRecord,
     PeriodSpec,
     ProgramSpec,
+    SelfTestRun,
+    SelfTestSpec,
     SiteSpec,
     SparsitySpec,
     StateSpec,
@@ -31,6 +34,8 @@ from sirius_runtime.spec import (
 _MOST_LAYERS = 2**14
 _MOST_WIDE = 2**20  # heads, and dimensions of one
 _MOST_PARAMETERS = 2**53  # up to which a float counts exactly
+MOST_PROMPT_TOKENS = 64  # of a self-test: it takes no longer than an answer's first token
+MOST_BLOCK_TOKENS = 16
 
 Range = tuple[float, float | None]
 """The least and the largest that a number may be; None: as large as its type allows."""
@@ -63,9 +68,20 @@ RANGES: dict[type, dict[str, Range]] = {
     PassRecord: dict.fromkeys(("rewrites", "seconds", "nodes_before", "nodes_after"), _COUNT),
     ProgramSpec: {"eos_token_ids": _TOKEN_ID, "pad_token_id": _TOKEN_ID},
     FileRecord: {"size": _COUNT},
+    SelfTestSpec: {"prompt": (0, MOST_TOKENS), "block": (0, MOST_TOKENS)},
+    SelfTestRun: {"rms": _COUNT, "tokens": (0, MOST_TOKENS)},
 }
 """The ranges that do not depend on other fields, by class and field. Of a list, each number's. The
 manifest's JSON Schema has them from here (`manifest_schema`)."""
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raises ArtifactError, naming the field, where a value is out of range."""
+    check_program(manifest.program)
+    for name, record in manifest.files.items():
+        _check_ranges(record, f"files[{name!r}].")
+    if manifest.self_test is not None:
+        _check_self_test(manifest.self_test, manifest.program.model)
 
 
 def check_program(program: ProgramSpec) -> None:
@@ -90,14 +106,41 @@ def _check_ranges(value: Any, where: str) -> None:
         inner, name = getattr(value, field.name), f"{where}{field.name}"
         if field.name in ranges:
             least, most = ranges[field.name]
-            for number in inner if isinstance(inner, tuple) else (inner,):
-                if number is not None:
-                    _within(least, most, number, name)
+            for number in _numbers(inner):
+                _within(least, most, number, name)
         elif is_dataclass(inner):
             _check_ranges(inner, f"{name}.")
         elif isinstance(inner, tuple) and inner and is_dataclass(inner[0]):
             for index, one in enumerate(inner):
                 _check_ranges(one, f"{name}[{index}].")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers of a field: itself, or those of a list (of lists); none of null."""
+    if isinstance(value, tuple):
+        for one in value:
+            yield from _numbers(one)
+    elif value is not None:
+        yield value
+
+
+def _check_self_test(test: SelfTestSpec, model: ModelSpec) -> None:
+    _check_ranges(test, "self_test.")
+    for name, tokens, most in (
+        ("prompt", test.prompt, MOST_PROMPT_TOKENS),
+        ("block", test.block, MOST_BLOCK_TOKENS),
+    ):
+        _within(1, most, len(tokens), f"self_test: the length of {name}")
+    _within(2, model.max_seq_len, len(test.prompt) + len(test.block), "self_test: its length")
+    for token in _numbers((test.prompt, test.block, tuple(run.tokens for run in test.runs))):
+        _within(0, model.vocab_size - 1, token, "self_test: a token")
+    for run in test.runs:
+        sizes = {len(run.rms), len(run.tokens), len(run.logits)}
+        likeliest = {*map(len, run.tokens), *map(len, run.logits)}
+        if len(sizes) != 1 or len(likeliest) != 1 or 0 in likeliest:
+            raise ArtifactError(
+                f"self_test: the run of {run.entry!r} has lists that differ in length"
+            )
 
 
 def _check_period(period: PeriodSpec, model: ModelSpec, method: Method) -> None:

@@ -25,6 +25,7 @@ from sirius_runtime.request import (
 from sirius_runtime.rules import OPTIONS, RuleNumbers
 from sirius_runtime.scores import TokenScores, score
 from sirius_runtime.spec import ProgramSpec
+from sirius_runtime.state import State
 from sirius_runtime.stats import GenerationStats, PhaseClock, RowSteps
 from sirius_runtime.text import answer_text
 from sirius_runtime.tokenizer_guard import panics_caught
@@ -150,6 +151,12 @@ class SiriusModel:
         state = self._open(len(rows), max(2, *map(len, rows)) - 1).state
         with state.computing():
             return score(state, rows, starts)
+
+    def state(self, tokens: int) -> State:
+        """An empty state of one row with room for so many tokens, at least 2, for what runs entries
+        by itself.
+        """
+        return self._open(1, tokens - 1).state
 
     def _open(self, rows: int, tokens: int) -> Decoder:
         """A decoder of the full path, for rows of so many tokens; checks what `generate` checks."""

@@ -101,7 +101,7 @@ class NewFile:
         self._remove_left_over()
         while True:
             self.temporary = self.path.parent / f"{self._stem}{secrets.token_hex(8)}.tmp"
-            self.file = self.temporary.open("xb")
+            self.file = self.temporary.open("x+b")
             if _lock(self.file) and self._is_there():
                 return self
             self.file.close()  # another process took it for one that is left over

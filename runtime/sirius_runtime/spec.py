@@ -20,10 +20,10 @@ from sirius_runtime.errors import ArtifactError
 from sirius_runtime.logits_options import GenerationSpec
 from sirius_runtime.rules import RuleOptions
 
-FORMAT_VERSION = (
-    1,
-    0,
-)  # major: readers refuse another one; minor: additions that old readers ignore
+FORMAT_VERSION = (1, 1)
+"""Major: readers refuse another one. Minor: additions that old readers ignore (docs/format.md says
+what each added).
+"""
 
 JSON = Any  # None, bool, int, float, str, list[JSON], dict[str, JSON]
 _T = TypeVar("_T")
@@ -238,7 +238,10 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: its rewrites, its time, and how the node count of each graph changed."""
+    """What one pass did: its rewrites, its time, and how the number of nodes changed.
+
+    `seconds` is 0 in a file: equal inputs give equal bytes. Readers of version 1.0 need the field.
+    """
 
     name: str
     rewrites: int
@@ -291,12 +294,42 @@ class ProgramSpec:
 
 
 @dataclass(frozen=True)
+class SelfTestRun:
+    """The logits [T, V] that an entry gave of the self-test's tokens.
+
+    `sha256` (hex): of their bytes, row by row, little-endian, in the model's dtype. Of each token
+    `rms`, the root mean square of its logits; `tokens`, the ids of the likeliest; and `logits`,
+    theirs. Numbers have six significant digits.
+    """
+
+    entry: str
+    sha256: str
+    rms: tuple[float, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    logits: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class SelfTestSpec:
+    """What the compiling machine computed of some tokens: `prompt` by the entry `prefill`, then
+    each token of `block` by `sparse`, one after another, then all of `block` by `full`.
+    """
+
+    prompt: tuple[int, ...]
+    block: tuple[int, ...]
+    runs: tuple[SelfTestRun, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`: format version, the program's spec, and a record of every other file."""
+    """`manifest.json`: format version, the program's spec, a record of every other file, and what
+    the compiling machine computed, where it was asked.
+    """
 
     format_version: tuple[int, int]
     program: ProgramSpec
     files: dict[str, FileRecord]
+    self_test: SelfTestSpec | None = None
 
 
 def to_json(value: Any) -> JSON:

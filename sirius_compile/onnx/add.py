@@ -41,7 +41,8 @@ def add_onnx(
             writer.add_bytes(name, content)
         writer.add_weights(program.weights, stored)
         artifact.check_unchanged()
-        writer.finish(program)
+        same = program.model.dtype == artifact.program.model.dtype
+        writer.finish(program, lambda _: artifact.manifest.self_test if same else None)
     return Path(out)
 
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from sirius_runtime.cli import chat, eval, export_onnx, inspect, run, trace
+from sirius_runtime.cli import chat, eval, export_onnx, inspect, run, trace, verify
 from sirius_runtime.cli.command import Command
 from sirius_runtime.command_line import finish, tell
 from sirius_runtime.terminal import plain
@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, Command] = {
     "run": run.COMMAND,
     "chat": chat.COMMAND,
     "inspect": inspect.COMMAND,
+    "verify": verify.COMMAND,
     "eval": eval.COMMAND,
     "trace": trace.COMMAND,
     "export-onnx": export_onnx.COMMAND,

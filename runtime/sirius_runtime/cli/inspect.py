@@ -71,10 +71,7 @@ def describe(manifest: Any) -> list[str]:
         inputs = ", ".join(f"{t.name}{_shape(t)}" for t in entry.inputs)
         outputs = ", ".join(f"{t.name}{_shape(t)}" for t in entry.outputs)
         lines.append(f"entry      {entry.name}({inputs}) -> {outputs}")
-    lines += [
-        f"pass       {record.name}: {record.rewrites} rewrites, {record.seconds * 1e3:.0f} ms"
-        for record in program.passes
-    ]
+    lines += [f"pass       {record.name}: {record.rewrites} rewrites" for record in program.passes]
     return lines
 
 

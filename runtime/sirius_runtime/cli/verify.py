@@ -1,0 +1,82 @@
+"""`sirius verify`: whether an artifact is sound, and whether this machine reproduces it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from sirius_runtime.cli.command import Command
+from sirius_runtime.command_line import path_argument, say
+from sirius_runtime.errors import ReproductionError
+from sirius_runtime.terminal import plain
+
+if TYPE_CHECKING:
+    from sirius_runtime.verification import Verification
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", type=path_argument, metavar="MODEL.sirius")
+    parser.add_argument("--device", default="cpu", help="where the self-test runs (cpu)")
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+
+
+def _run(args: argparse.Namespace) -> None:
+    from sirius_runtime.self_test import Outcome
+    from sirius_runtime.verification import verify
+
+    found = verify(args.artifact, device=args.device)
+    say(json.dumps(to_json(found)) if args.json else plain(told(found)))
+    if found.outcome is Outcome.DIFFERENT:
+        raise ReproductionError(
+            "this machine computes something else than the compiling one. Where SIRIUS_KERNELS=0 "
+            "sirius verify says otherwise, a kernel is wrong here: report it, with the CPU's model"
+        )
+
+
+def to_json(found: Verification) -> dict[str, object]:
+    """What was found, as `--json` prints it; `self_test` is null where the artifact has none."""
+    outcome = found.outcome
+    entries = {
+        one.entry: {"outcome": str(one.outcome), "largest": one.largest} for one in found.compared
+    }
+    return {
+        "path": str(found.path),
+        "sound": True,
+        "format_version": list(found.format_version),
+        "files": found.files,
+        "bytes": found.size,
+        "graphs": list(found.graphs),
+        "weights": found.weights,
+        "backend": str(found.backend),
+        "self_test": None if outcome is None else {"outcome": str(outcome), "entries": entries},
+    }
+
+
+def told(found: Verification) -> str:
+    """What was found, on one line."""
+    sound = f"{found.path}: sound ({found.files} files, {found.size:,} bytes)"
+    outcome = found.outcome
+    if outcome is None:
+        return f"{sound}; it holds no self-test: whether this machine reproduces it is not known"
+    if len({one.outcome for one in found.compared}) == 1:
+        logits = f"the logits of {_listed([one.entry for one in found.compared])} are {outcome}"
+    else:
+        logits = "the logits are " + _listed([f"{o.outcome} of {o.entry}" for o in found.compared])
+    largest = max(one.largest for one in found.compared)
+    apart = f" (largest difference {largest:.2g} of their root mean square)" if largest else ""
+    verb = "does not reproduce" if outcome == "different" else "reproduces"
+    return f"{sound}; this machine {verb} the compiling one: {logits}{apart}"
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+COMMAND = Command(
+    "check an artifact, and that this machine computes what the compiling one did",
+    _add_arguments,
+    _run,
+    epilog="Exit code: 0 where the artifact is sound and is reproduced, or holds no self-test; 1 "
+    "where this machine computes something else; 2 where the artifact is not sound.",
+)
