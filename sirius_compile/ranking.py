@@ -3,6 +3,8 @@
 Each layer is tried sparse alone. One graph serves all of them: that of the sparse path, in which
 an operator of any other layer runs as its dense counterpart. A text runs through it densely once,
 and from each layer on once more, with that layer sparse; what stands before the layer is the same.
+That is half a run of the model for each of its layers: a deep model reads fewer texts, so that the
+work grows as the model does.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from sirius_compile.texts import Sample
 from sirius_compile.tokenwise import Tokenwise, row_of, run_node
 from sirius_passes.program import SPARSE
 
-SAMPLES = 8  # texts that agreement is measured on, at the most
+MOST_TEXTS, LEAST_TEXTS = 8, 2  # that agreement is measured on
+TEXTS_BY_LAYERS = 256  # their number times that of layers, at the most
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class LayerAgreement:
 def rank_layers(path: Tokenwise, samples: Sequence[Sample]) -> tuple[LayerAgreement, ...]:
     """Every layer, the costliest first. `path`: sparse in all of them."""
     walk = _LayerByLayer(path)
-    found: list[list[Tensor]] = [[] for _ in range(path.spec.state.layers)]
-    for sample in samples[:SAMPLES]:
+    layers = path.spec.state.layers
+    found: list[list[Tensor]] = [[] for _ in range(layers)]
+    for sample in samples[: texts_of(layers)]:
         first = min(sample.prompt, len(sample) - 1)  # tokens after the prompt's are compared
         full, *alone = (_distribution(logits, first) for logits in walk.run(sample))
         for values, sparse in zip(found, alone, strict=True):
@@ -45,6 +49,11 @@ def rank_layers(path: Tokenwise, samples: Sequence[Sample]) -> tuple[LayerAgreem
         LayerAgreement(layer, float(torch.cat(values).mean())) for layer, values in enumerate(found)
     ]
     return tuple(sorted(ranking, key=lambda one: (one.agreement, one.layer)))
+
+
+def texts_of(layers: int) -> int:
+    """How many texts rank so many layers."""
+    return max(LEAST_TEXTS, min(MOST_TEXTS, TEXTS_BY_LAYERS // layers))
 
 
 def _distribution(logits: Tensor, first: int) -> Tensor:

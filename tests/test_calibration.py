@@ -15,6 +15,7 @@ from sirius_compile.allocation import LEAST_KEPT, _allocate_layer
 from sirius_compile.calibration import Calibration, calibrate
 from sirius_compile.pipeline import Thresholds
 from sirius_compile.quantiles import QuantileSketch
+from sirius_compile.ranking import texts_of
 from sirius_compile.texts import Sample, hold_out, windows
 from sirius_compile.tokenwise import Tokenwise
 from sirius_compile.writing import write
@@ -313,6 +314,10 @@ def test_a_ranking_is_that_of_programs_with_one_sparse_layer(method: str) -> Non
     found = own._rank(0.3, calibration, text)
     assert {one.layer: one.agreement for one in found} == agreements
     assert min(agreements.values()) < 0.99
+
+
+def test_deep_models_are_ranked_on_fewer_texts() -> None:
+    assert [texts_of(layers) for layers in (1, 32, 33, 80, 1000)] == [8, 8, 7, 3, 2]
 
 
 def test_a_density_with_layers_chosen() -> None:

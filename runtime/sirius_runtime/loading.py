@@ -58,7 +58,8 @@ class BackendName(StrEnum):
     PERIOD = "period"
     """The graph `period`, operator by operator."""
     AOTI = "aoti"
-    """The graph `period`, compiled by AOTInductor once, for a number of rows and cache slots."""
+    """The graph `period`, compiled by AOTInductor once, for a number of rows and cache slots: for
+    embedding without Python."""
     ONNXRUNTIME = "onnxruntime"
     """The ONNX graphs, by ONNX Runtime: a period is one call. Needs no PyTorch."""
 

@@ -187,7 +187,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto (default: the fastest that works here), eager, inductor (compiled by "
         "torch.compile), cudagraph (and recorded, on a CUDA GPU), period (a period as one graph), "
-        "aoti (that graph, compiled once) or onnxruntime",
+        "aoti (that graph compiled once, for embedding without Python) or onnxruntime",
     )
     parser.add_argument(
         "--context",
