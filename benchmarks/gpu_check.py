@@ -218,7 +218,9 @@ def token_rows(
     source = problems(Task.REASONING, "test", seed=11)
     prompts = [next(source).prompt for _ in range(2)]
     for method in methods:
-        config = CompileConfig(sparsity=method, keep=0.5, period=8, dtype="float32")
+        config = CompileConfig(
+            sparsity=method, keep=0.5, period=8, dtype="float32", graphs="entries"
+        )
         compiled = compile_model("tally-3m", config)
         wanted = compiled.to_runtime(device="cpu")
         for backend in backends:

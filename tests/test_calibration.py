@@ -24,7 +24,7 @@ from sirius_runtime.errors import CalibrationError
 from sirius_runtime.operators import OPERATORS
 from sirius_runtime.spec import Method, SiteSpec
 from tests.support.fast import slow_but
-from tests.support.models import MAX_SEQ_LEN, METHODS, TinyModels, random_decoder
+from tests.support.models import MAX_SEQ_LEN, METHODS, random_decoder, word_tokenizer
 from tests.support.paths import chooser, held_out, samples, tokenwise
 
 ALL = Thresholds((Threshold(0.3, 0.5),) * 2, (Threshold(0.4, 0.5),) * 14)
@@ -126,6 +126,8 @@ def test_scores_are_what_a_threshold_is_compared_with() -> None:
 
 # thresholds
 
+RELU = {"mlp_bias": True, "hidden_act": "relu"}
+
 
 @pytest.mark.parametrize(
     ("method", "keep"),
@@ -176,7 +178,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
 
 
 def test_constant_activations_are_refused_by_name() -> None:
-    model = random_decoder("llama", mlp_bias=True)
+    model = random_decoder("llama", **RELU)
     with torch.no_grad():
         mlp = model.model.layers[1].mlp
         mlp.gate_proj.weight.zero_()
@@ -187,7 +189,7 @@ def test_constant_activations_are_refused_by_name() -> None:
 
 
 def test_zeros_of_relu_are_dropped_whatever_their_share() -> None:
-    model = random_decoder("llama", hidden_act="relu")
+    model = random_decoder("llama", **RELU)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.input_layernorm.weight.fill_(1.0)
@@ -330,12 +332,11 @@ def test_a_density_with_layers_chosen() -> None:
     assert program.sparsity.density == pytest.approx(0.75, abs=1e-3)
 
 
-def test_no_text_is_longer_than_the_model_s_longest_sequence(tiny: TinyModels) -> None:
+def test_no_text_is_longer_than_the_model_s_longest_sequence() -> None:
     """GPT-2 has a table of positions: beyond its end there is nothing to look up."""
-    model = tiny("gpt2", "cats", n_inner=96).model
-    assert model.tokenizer is not None
+    tokenizer = word_tokenizer().backend_tokenizer
     text = " ".join(f"w{6 + i % 90}" for i in range(300))
-    assert {len(sample) for sample in windows([text], model.tokenizer, MAX_SEQ_LEN)} == {128, 44}
+    assert {len(sample) for sample in windows([text], tokenizer, MAX_SEQ_LEN)} == {128, 44}
     path = tokenwise(Method.CATS, model=random_decoder("gpt2", n_inner=96))
     used, held = write(path, [range(6, 90), [7, 8]] * 2)
     assert max(len(sample) for sample in (*used.samples, *held.samples)) <= MAX_SEQ_LEN

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from sirius_passes.manager import run_passes
+from sirius_compile.product import Compiled
 from sirius_passes.program import FULL, OBSERVE, PERIOD, PREFILL, SPARSE, Program, subgraphs
 from sirius_passes.testing import random_weights, run_graph
 from sirius_passes.testing_runs import make_calls
@@ -27,7 +27,7 @@ from sirius_runtime.graph import (
     placeholders,
     to_document,
 )
-from sirius_runtime.spec import JSON, Method
+from sirius_runtime.spec import JSON
 from tests.support.json_values import json_values, places
 
 aten = torch.ops.aten
@@ -42,23 +42,13 @@ def through_json(document: JSON) -> JSON:
 
 
 @pytest.fixture(scope="module")
-def llama() -> Program:
+def llama(whole: Compiled) -> Program:
     """A tiny Llama, compiled for griffin: graphs with every input and output."""
-    from transformers import LlamaConfig
-
-    from sirius_compile.capture import capture
-    from sirius_compile.pipeline import back, front, sparsify
-
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "vocab_size": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    program = capture(LlamaConfig(**sizes, **heads)).program
-    method = Method.GRIFFIN
-    tree = {"period": SIZE, "tree_width": 1, "max_seq_len": 64}
-    run_passes(program, [*front(method), *sparsify(method, 0.5, None), *back(**tree)])
-    return program
+    return whole.program
 
 
 SIZE = 4  # of the period
+KEPT_NEURONS = torch.arange(1, 96, 2)
 GRAPHS = [PREFILL, SPARSE, FULL, OBSERVE]
 
 
@@ -69,14 +59,14 @@ def inputs_of(program: Program, graph: str, dtype: torch.dtype) -> dict[str, Ten
     return call.inputs() | {
         "k_cache": torch.zeros(shape, dtype=dtype),
         "v_cache": torch.zeros(shape, dtype=dtype),
-        "neurons": torch.tensor([0, 2, 3, 5, 7, 11]).expand(state.layers, call.rows, 6),
+        "neurons": KEPT_NEURONS.expand(state.layers, call.rows, -1),
     }
 
 
 def period_inputs(rule: int) -> dict[str, Tensor]:
     """Two rows of other lengths, over caches of anything."""
     generator = torch.Generator().manual_seed(rule)
-    caches = torch.randn(2, 2, 2, 2, 16, 2, generator=generator).to(CAPTURE_DTYPE)
+    caches = torch.randn(2, 2, 2, 2, 16, 16, generator=generator).to(CAPTURE_DTYPE)
     numbers = {"threshold": 0.1, "verify_temperature": 0.6, "confidence": 0.0}
     numbers |= {"temperature": 1.0, "top_p": 0.9}
     return {
@@ -90,8 +80,8 @@ def period_inputs(rule: int) -> dict[str, Tensor]:
         "top_k": torch.tensor(7),
         **{name: torch.tensor(value) for name, value in numbers.items()},
         "noise": torch.rand(2, 2, SIZE, dtype=torch.float64, generator=generator),
-        "neurons": torch.tensor([0, 2, 3, 5, 7, 11]).expand(2, 2, 6),
-        "statistic": torch.rand(2, 2, 12, generator=generator),
+        "neurons": KEPT_NEURONS.expand(2, 2, -1),
+        "statistic": torch.rand(2, 2, 96, generator=generator),
         "refresh": torch.tensor(True),
     }
 
