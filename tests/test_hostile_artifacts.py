@@ -16,48 +16,21 @@ import pytest
 import torch
 
 from sirius_compile.product import Compiled
-from sirius_runtime import load
-from sirius_runtime.errors import ArtifactError, UserError
+from sirius_runtime.errors import ArtifactError
 from sirius_runtime.graph import from_document, to_document
 from sirius_runtime.graph_check import check_entries, check_graph
 from sirius_runtime.manifest_check import check_program
 from sirius_runtime.spec import FORMAT_VERSION, JSON, Manifest, ProgramSpec, from_json, to_json
 from tests.support.models import TinyModels
-from tests.support.mutations import hostile, mutated
+from tests.support.mutations import mutated
 
-PROMPT = [7, 8, 9]
 SECONDS = 30  # of one artifact
-
-
-def attack(sound: Path, folder: Path, count: int, seed: int) -> dict[str, int]:
-    """Loads and runs hostile artifacts; raises AssertionError where it ends otherwise than it may.
-
-    Run in a process of its own: it may be killed.
-    """
-    found = {"refused": 0, "loaded": 0, "failed": 0}
-    for case, path in hostile(sound, folder, count, seed):
-        print(case, flush=True)  # noqa: T201  (the last one says where it died)
-        found[outcome(path, ("eager", "period")[seed % 2])] += 1
-    return found
-
-
-def outcome(path: Path, backend: str) -> str:
-    """What comes of an artifact: user's errors are all that may be raised."""
-    try:
-        model = load(path, device="cpu", backend=backend, progress=lambda _: None)
-    except UserError:
-        return "refused"
-    try:
-        model.generate(PROMPT, max_new_tokens=9)
-    except UserError:
-        return "failed"
-    return "loaded"
 
 
 def in_a_process(sound: Path, folder: Path, count: int, seed: int) -> dict[str, int]:
     code = (
         "import sys, json; from pathlib import Path; "
-        "from tests.test_hostile_artifacts import attack; "
+        "from tests.support.mutations import attack; "
         "found = attack(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]));"
         "print(json.dumps(found))"
     )

@@ -13,6 +13,7 @@ from sirius_runtime.spec import JSON
 from tests.support.artifacts import rebuild
 
 MANIFEST = "manifest.json"
+PROMPT = [7, 8, 9]
 
 _VALUES: tuple[JSON, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, 64, 127, 2**31, 2**63 - 1, 2**63, -(2**63), 10**30),
@@ -103,6 +104,34 @@ def hostile(sound: Path, folder: Path, count: int, seed: int) -> Iterator[tuple[
         path.write_bytes(sound.read_bytes())
         spoil(path, name, mutated(documents[name], chance))
         yield f"seed {seed}, case {index}: {name}", path
+
+
+def attack(sound: Path, folder: Path, count: int, seed: int) -> dict[str, int]:
+    """Loads and runs hostile artifacts; whatever else than a user's error they raise ends it.
+
+    Run in a process of its own, which imports the runtime alone: it may be killed.
+    """
+    found = {"refused": 0, "loaded": 0, "failed": 0}
+    for case, path in hostile(sound, folder, count, seed):
+        print(case, flush=True)  # noqa: T201  (the last one says where it died)
+        found[outcome(path, ("eager", "period")[seed % 2])] += 1
+    return found
+
+
+def outcome(path: Path, backend: str) -> str:
+    """What comes of an artifact: user's errors are all that may be raised."""
+    from sirius_runtime import load
+    from sirius_runtime.errors import UserError
+
+    try:
+        model = load(path, device="cpu", backend=backend, progress=lambda _: None)
+    except UserError:
+        return "refused"
+    try:
+        model.generate(PROMPT, max_new_tokens=9)
+    except UserError:
+        return "failed"
+    return "loaded"
 
 
 def spoil(path: Path, name: str, document: JSON) -> None:
