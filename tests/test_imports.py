@@ -21,18 +21,22 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_runtime_needs_neither_transformers_nor_typer(tmp_path: Path) -> None:
+def test_the_runtime_on_a_cpu_needs_no_transformers_no_typer_and_no_triton(tmp_path: Path) -> None:
     path = compile_model("tally-3m", CompileConfig(sparsity="topk", graphs="entries")).save(
         tmp_path / "m.sirius"
     )
     code = (
-        "import sys, sirius_runtime\n"
+        "import sys, torch\n"
+        "triton = 'triton' in sys.modules\n"
+        "import sirius_runtime\n"
         f"model = sirius_runtime.load({str(path)!r})\n"
         "assert model.generate('Q: Zoe has 25 nuts.', max_new_tokens=3).tokens\n"
         "import sirius_runtime.cli\n"
         "bad = {'transformers', 'typer', 'rich', 'huggingface_hub', 'onnxruntime', "
         "'jsonschema'}\n"
         "assert not bad & set(sys.modules), bad & set(sys.modules)\n"
+        "assert ('triton' in sys.modules) == triton\n"
+        "assert not any(m.startswith('sirius_runtime.kernels.cuda.device') for m in sys.modules)\n"
     )
     assert python(code).stderr == ""
 
