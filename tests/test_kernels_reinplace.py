@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from sirius_compile import CompileConfig, compile_model
+from sirius_compile import CompileConfig, Compiled, compile_model
 from sirius_runtime.backends.rewrite import with_kernels
 from sirius_runtime.kernels.attention import block_attention_
 from sirius_runtime.kernels.native import references
 from sirius_runtime.kernels.reinplace import write_in_place
-from tests.support.fast import slow_but
 from tests.support.models import random_decoder
 from tests.support.operators import LAYERS, TREE, Block, randn, sirius
 
@@ -30,12 +29,18 @@ def targets(module: fx.GraphModule) -> Counter[object]:
     return Counter(node.target for part in parts for node in part.graph.nodes)
 
 
-@pytest.mark.parametrize(
-    ("period", "width"), slow_but([(2, 1), (2, 3), (5, 1), (5, 3)], {(2, 1), (5, 3)})
-)
-def test_no_step_of_a_period_copies_its_block(period: int, width: int) -> None:
-    options = CompileConfig(sparsity="griffin", period=period, tree_width=width)
-    compiled = compile_model(random_decoder("llama"), options)
+def test_no_step_of_a_period_copies_its_block(whole: Compiled) -> None:
+    copies_no_block(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("period", [2, 5])
+def test_no_step_of_a_tree_copies_its_block(period: int) -> None:
+    options = CompileConfig(sparsity="griffin", period=period, tree_width=3)
+    copies_no_block(compile_model(random_decoder("llama"), options))
+
+
+def copies_no_block(compiled: Compiled) -> None:
     module = compiled.program.graphs["period"]
     before, after = targets(module), targets(with_kernels(module))
     steps = before[sirius.block_attention.default]
