@@ -197,9 +197,9 @@ def test_inspect_shows_what_the_file_holds(cli: Cli, artifact: Path) -> None:
     for word in (
         "tally-3m (llama)",
         "griffin",
-        "layer 4",
-        "entry      sparse(",
-        "sparsify_griffin",
+        " of 768 of model.layers.*.mlp.gate_proj.weight in 5 layers",
+        "entries    prefill, sparse, full, observe",
+        "sparsify_griffin 15",
     ):
         assert word in done.out
     manifest = json.loads(cli.run("inspect", artifact, "--json").out)

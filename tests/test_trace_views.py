@@ -4,17 +4,11 @@ where there is one.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +23,10 @@ from sirius_runtime.decoder import Way
 from sirius_runtime.model import GenerationOutput, SiriusModel, Tracing
 from sirius_runtime.tensor_state import TensorState
 from sirius_runtime.trace import Emitted, Finding, Kind, Step
+from tests.support.browser import Reader, look
 from tests.support.cli import Cli
 
 PROMPT = next(problems(Task.REASONING, "test", seed=11)).prompt
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 HOSTILE = "</style><script>document.title='owned'</script><img src=//x onerror=y>\x1b[2J\u202e&\"'"
 
 
@@ -198,51 +192,12 @@ def test_probabilities_are_short() -> None:
     assert tuple(map(probability, values)) == shown
 
 
-class Reader(HTMLParser):
-    """What a page refers to, and its tags."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: list[tuple[str, str]] = []
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in ("meta", "input", "rect", "circle"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
 @pytest.mark.parametrize("bad", [False, True])
 @pytest.mark.parametrize("width", [1, 3])
 def test_the_page_needs_nothing_and_runs_nothing(model: SiriusModel, width: int, bad: bool) -> None:
     output = traced(model, tree_width=width)
     text = page(hostile(output) if bad else output, model.tokenizer)
-    reader = Reader()
-    reader.feed(text)
-    assert reader.open == []  # all that was opened was closed
-    assert not reader.tags & {"script", "img", "link", "iframe", "object", "form", "base"}
-    for name, value in reader.attributes:
-        assert not name.startswith("on")
-        assert name not in ("style", "src", "srcset", "action")
-        if name == "href":
-            assert re.fullmatch(r"#s\d+", value)
-    [style] = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
-    assert "url(" not in style
-    assert "@import" not in style
-    assert "prefers-color-scheme: dark" in style
-    [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    assert policy == (
-        f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    )
+    Reader.check(text)
     assert "\x1b" not in text
     if not bad:
         shown = re.findall(r'<pre class="answer">(.*?)</pre>', text, re.DOTALL)[-1]
@@ -258,38 +213,14 @@ def test_a_page_without_a_tokenizer_has_numbers(model: SiriusModel) -> None:
 
 @pytest.mark.parametrize("bad", [False, True])
 def test_a_browser_shows_it(model: SiriusModel, tmp_path: Path, bad: bool) -> None:
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"no browser on PATH: none of {', '.join(BROWSERS)}")
     output = traced(model)
-    file, shot = tmp_path / "trace.html", tmp_path / "trace.png"
+    file = tmp_path / "trace.html"
     file.write_text(page(hostile(output) if bad else output, model.tokenizer))
-    # A browser refuses its sandbox to root, who needs none for a page of our own.
-    flags = [
-        *("--headless", "--disable-gpu", "--enable-logging=stderr", "--window-size=1100,1600"),
-        *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000"),
-        *(["--no-sandbox"] if os.geteuid() == 0 else []),
-    ]
-    for action in ("--dump-dom", f"--screenshot={shot}"):
-        done = subprocess.run(
-            [browser, *flags, action, file.as_uri()],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        assert "CONSOLE" not in done.stderr  # where breaches of the policy are told
-        if action == "--dump-dom":
-            assert "<title>owned</title>" not in done.stdout
-            assert done.stdout.count('class="chip kept"') > 10
-            assert "<script" not in done.stdout
-    assert _colours(shot) > 50  # the style sheet passes its own policy
-
-
-def _colours(path: Path) -> int:
-    Image = pytest.importorskip("PIL.Image")
-    with Image.open(path) as image:
-        return len(image.convert("RGB").getcolors(2**24))
+    seen = look(file, tmp_path)
+    assert "<title>owned</title>" not in seen.document
+    assert seen.document.count('class="chip kept"') > 10
+    assert "<script" not in seen.document
+    assert seen.colours > 50  # the style sheet passes its own policy
 
 
 def test_an_answer_of_one_token(model: SiriusModel) -> None:

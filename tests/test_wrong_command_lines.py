@@ -149,6 +149,12 @@ def other_lines() -> Iterator[Line]:
     yield Line("sirius", ("export-onnx", ARTIFACT, f"{FOLDER}/new"), "holds no ONNX graphs")
     yield Line("sirius", ("export-onnx", ARTIFACT, ARTIFACT), "is not a folder")
     yield Line("sirius", ("inspect", ARTIFACT, "--jso=1"), "ignored explicit argument")
+    places = (FOLDER, ARTIFACT + "/below", f"{FOLDER}/no/where", "/dev/null")
+    yield from flags("sirius", ("inspect", ARTIFACT), "--html", (*NO_PATH, *places))
+    yield Line("sirius", ("inspect", ARTIFACT, "--graph", "nope"), "has no graph 'nope'; graphs:")
+    yield Line("sirius", ("inspect", ARTIFACT, "--diff", "full", "../x"), "has no graph '../x'")
+    yield Line("sirius", ("inspect", ARTIFACT, "--diff", "full"), "--diff: expected 2 arguments")
+    yield Line("sirius", ("inspect", ARTIFACT, "--json", "--graph", "full"), "not allowed with")
     yield from flags("sirius", ("verify", ARTIFACT), "--device", NO_DEVICE)
     yield Line("sirius", ("verify", ARTIFACT, "--nope"), "--nope")
     for command, before, after in (

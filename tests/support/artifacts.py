@@ -9,8 +9,9 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -101,15 +102,27 @@ def data_starts(path: Path) -> dict[str, int]:
 
 def forge(path: Path, infos: list[tuple[zipfile.ZipInfo, bytes]], align: bool = True) -> None:
     """Writes a ZIP of these entries, aligned but otherwise unchecked."""
-    with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+    with path.open("wb") as file:
+        _forge(file, infos, align)
+
+
+def _forge(file: BinaryIO, infos: list[tuple[zipfile.ZipInfo, bytes]], align: bool) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
         for info, data in infos:
-            padding = -(file.tell() + 34 + len(info.filename)) % ALIGNMENT
+            padding = -(file.tell() + 34 + len(info.filename.encode())) % ALIGNMENT
             info.extra = (
                 struct.pack("<HH", 0xD935, padding) + bytes(padding) if align else b"\0" * 5
             )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # zipfile warns of duplicate names
                 archive.writestr(info, data)
+
+
+def rezipped(entries: Mapping[str, bytes]) -> bytes:
+    """A ZIP of these entries, as `forge` writes it."""
+    out = BytesIO()
+    _forge(out, [(zipfile.ZipInfo(name), data) for name, data in entries.items()], align=True)
+    return out.getvalue()
 
 
 def rebuild(

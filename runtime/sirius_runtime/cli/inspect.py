@@ -4,16 +4,42 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sirius_runtime.cli.command import Command
-from sirius_runtime.command_line import path_argument, say
+from sirius_runtime.command_line import new_file_argument, path_argument, say
+from sirius_runtime.errors import ArtifactError, ConfigError, shown
 from sirius_runtime.terminal import plain
+
+if TYPE_CHECKING:
+    from sirius_runtime.artifact import Artifact
+    from sirius_runtime.graph_view import Graph
+    from sirius_runtime.spec import Manifest, SiteSpec
+
+_INDENT = 11  # of what follows a line's first word
+_COLUMNS = 100
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=path_argument, metavar="MODEL.sirius")
-    parser.add_argument("--json", action="store_true", help="print the whole manifest")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--json", action="store_true", help="print the whole manifest")
+    what.add_argument("--graph", metavar="ENTRY", help="print an entry's graph, a call a line")
+    what.add_argument(
+        "--diff",
+        nargs=2,
+        metavar="ENTRY",
+        help="print how the second entry's graph differs from the first's",
+    )
+    what.add_argument(
+        "--html",
+        type=new_file_argument,
+        metavar="FILE",
+        help="write all of it to this file, as a page for a browser that needs nothing else",
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -21,16 +47,65 @@ def _run(args: argparse.Namespace) -> None:
     from sirius_runtime.spec import to_json
 
     with Artifact.open(args.artifact) as artifact:
-        manifest = artifact.manifest
-    if args.json:
-        say(json.dumps(to_json(manifest)))
-        return
-    for line in describe(manifest):
-        say(plain(line))  # names and versions are whatever the file says
+        if args.json:
+            say(json.dumps(to_json(artifact.manifest)))
+        elif args.graph is not None:
+            _say_graph(artifact, args.graph)
+        elif args.diff is not None:
+            _say_difference(artifact, *args.diff)
+        elif args.html is not None:
+            _write_page(artifact, args.html)
+        else:
+            for line in describe(artifact.manifest):
+                say(plain(line))  # names and versions are whatever the file says
 
 
-def describe(manifest: Any) -> list[str]:
-    """A manifest as lines for a reader."""
+def _say_graph(artifact: Artifact, entry: str) -> None:
+    from sirius_runtime.graph_view import lines_of
+
+    for line in lines_of(entry, read_entry(artifact, entry)):
+        say(plain(line))
+
+
+def _say_difference(artifact: Artifact, first: str, second: str) -> None:
+    from sirius_runtime.graph_view import difference
+
+    sides = [(name, read_entry(artifact, name)) for name in (first, second)]
+    for line in difference(*sides):
+        say(plain(line))
+
+
+def _write_page(artifact: Artifact, path: Any) -> None:
+    from sirius_runtime.cli.inspect_page import page
+    from sirius_runtime.new_file import write_file
+
+    graphs = {name: read_entry(artifact, name) for name in _entries(artifact)}
+    manifest = artifact.manifest
+    write_file(path, page(manifest, describe(manifest), graphs).encode())
+
+
+def read_entry(artifact: Artifact, entry: str) -> Graph:
+    """An entry's graph, for a reader. Raises ConfigError for an entry without a graph."""
+    from sirius_runtime.graph_view import read_graph
+
+    if entry not in (known := _entries(artifact)):
+        has = ", ".join(known) or "none: it is for ONNX Runtime alone"
+        raise ConfigError(f"{artifact.path} has no graph {shown(entry)}; graphs: {has}")
+    try:
+        return read_graph(artifact.read_json(f"graphs/{entry}.json"))
+    except ArtifactError as error:
+        raise ArtifactError(f"{artifact.path}: graphs/{entry}.json: {error}") from error
+
+
+def _entries(artifact: Artifact) -> list[str]:
+    """The entries that have a graph, in the manifest's order."""
+    files = set(artifact.names("graphs/"))
+    names = [entry.name for entry in artifact.program.entries]
+    return [name for name in names if f"graphs/{name}.json" in files]
+
+
+def describe(manifest: Manifest) -> list[str]:
+    """A manifest as lines for a reader: a screen of them, however many layers there are."""
     from sirius_runtime.onnx_files import gathered_bytes
     from sirius_runtime.rules import values
 
@@ -47,32 +122,75 @@ def describe(manifest: Any) -> list[str]:
         f"EOS {', '.join(map(str, program.eos_token_ids)) or 'none'}",
         f"cache      {state.layers} layers x {state.kv_heads} heads x {state.key_dim}",
         f"sparsity   {sparsity.method}, kept share {sparsity.keep}, density {sparsity.density:.3f}",
+        *_sites(sparsity.sites),
+    ]
+    if sparsity.dense_layers:
+        lines.append(f"dense      layers {', '.join(map(str, sparsity.dense_layers))}")
+    if (acceptance := program.acceptance) is not None:
+        best = acceptance.best
+        lines.append(
+            f"drafts     {acceptance.agreement:.1%} of their tokens are the full path's, on text "
+            f"held out; best: period {best.period}, AAL {best.aal:.2f}, effective density "
+            f"{best.effective_density:.3f}"
+        )
+    lines += [
         f"period     {program.period.period} tokens, tree width {program.period.tree_width}, "
         f"{numbers}, confidence {program.period.confidence}, refresh "
         f"{program.period.refresh or 'never'}",
         f"choosing   {_said(program.generation)}",
-        f"files      {len(manifest.files)}, {size:,} bytes, {weights:,} of them weights",
-        f"compiled   sirius-compile {program.tools.sirius}, torch {program.tools.torch}, "
-        f"transformers {program.tools.transformers}; "
-        f"format {'.'.join(map(str, manifest.format_version))}",
+        "entries    " + ", ".join(entry.name for entry in program.entries),
+        "passes     " + ", ".join(f"{one.name} {one.rewrites}" for one in program.passes),
+        f"files      {len(manifest.files)}, {size:,} bytes, {weights:,} of them "
+        f"{len(program.weights)} weights",
     ]
     if graphs := [name for name in manifest.files if name.endswith(".onnx")]:
         extra = gathered_bytes(program)
         copies = f"; a row's kept neurons, gathered: {extra:,} bytes more" if extra else ""
         lines.append(f"onnx       {len(graphs)} graphs{copies}")
-    if sparsity.dense_layers:
-        lines.append(f"dense      layers {', '.join(map(str, sparsity.dense_layers))}")
-    for site in sparsity.sites:
-        above = "" if site.threshold is None else f", above {site.threshold:.4g}"
-        lines.append(
-            f"layer {site.layer:<4} keeps {site.kept:g} of {site.units} of {site.weight}{above}"
-        )
-    for entry in program.entries:
-        inputs = ", ".join(f"{t.name}{_shape(t)}" for t in entry.inputs)
-        outputs = ", ".join(f"{t.name}{_shape(t)}" for t in entry.outputs)
-        lines.append(f"entry      {entry.name}({inputs}) -> {outputs}")
-    lines += [f"pass       {record.name}: {record.rewrites} rewrites" for record in program.passes]
-    return lines
+    test = manifest.self_test
+    lines += [
+        "self-test  "
+        + ("none" if test is None else f"{len(test.prompt)} and {len(test.block)} tokens")
+        + ", for sirius verify" * (test is not None),
+        f"compiled   sirius-compile {program.tools.sirius}, torch {program.tools.torch}, "
+        f"transformers {program.tools.transformers}; "
+        f"format {'.'.join(map(str, manifest.format_version))}",
+    ]
+    return [part for line in lines for part in _wrapped(line)]
+
+
+def _wrapped(line: str) -> list[str]:
+    """A line in as many as it takes; a word that is too long stays whole."""
+    return textwrap.wrap(
+        line,
+        _COLUMNS,
+        subsequent_indent=" " * _INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+        replace_whitespace=False,
+        expand_tabs=False,
+    ) or [line]
+
+
+def _sites(sites: Sequence[SiteSpec]) -> Iterator[str]:
+    """Where a sparse step skips: a line for the sites of all layers that have the same name."""
+    groups: dict[tuple[str, int], list[SiteSpec]] = {}
+    for site in sites:
+        name = re.sub(rf"\.{site.layer}\.", ".*.", site.weight, count=1)
+        groups.setdefault((name, site.units), []).append(site)
+    for (name, units), alike in groups.items():
+        kept = _range([site.kept for site in alike], "g")
+        layers = len({site.layer for site in alike})
+        thresholds = [site.threshold for site in alike if site.threshold is not None]
+        above = f", above {_range(thresholds, '.3g')}" if thresholds else ""
+        one = f"layer {alike[0].layer}" if layers == 1 else f"{layers} layers"
+        yield f"keeps      {kept} of {units} of {name} in {one}{above}"
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    least, most = (f"{value:{form}}" for value in (min(values), max(values)))
+    return least if least == most else f"{least} to {most}"
 
 
 def _said(generation: Any) -> str:
@@ -84,10 +202,6 @@ def _said(generation: Any) -> str:
 
 def _short(value: Any) -> str:
     return f"({len(value)})" if isinstance(value, tuple) and len(value) > 4 else str(value)
-
-
-def _shape(tensor: Any) -> str:
-    return f"[{', '.join(map(str, tensor.shape))}]"
 
 
 COMMAND = Command("show what an artifact holds", _add_arguments, _run)

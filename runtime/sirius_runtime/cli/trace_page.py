@@ -1,17 +1,12 @@
-"""A trace as one page for a browser: no script, nothing from elsewhere, and a policy that says so.
-
-Widths are attributes of SVG, because the policy allows the one style sheet and no style attributes.
-"""
+"""A trace as one page for a browser."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sirius_runtime.cli.page import document, escaped
 from sirius_runtime.cli.results import figure
 from sirius_runtime.cli.trace_view import (
     Piece,
@@ -23,7 +18,6 @@ from sirius_runtime.cli.trace_view import (
     told,
 )
 from sirius_runtime.decoder import Way
-from sirius_runtime.terminal import without_controls
 from sirius_runtime.text import IncrementalDecoder
 from sirius_runtime.trace import Kind, Step, Trace
 
@@ -46,56 +40,33 @@ _THIN, _THICK = 9, 36  # a bar and its gap
 def page(output: Any, tokenizer: Tokenizer | None) -> str:
     """The page of a `GenerationOutput` that has a trace."""
     trace: Trace = output.trace
-    style = _STYLE.read_text()
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    title = f"{trace.model['source']} traced"
     body = (
         *_head(trace),
         *_tiles(trace, output.stats),
         *_answer(trace, tokenizer),
         *((*_chart(trace), *_steps(trace)) if trace.steps else ()),
+        "<footer>Made by sirius trace. Hover over a token for its numbers. full: the full path's "
+        "probability of it; sparse: the sparse path's own.</footer>",
     )
-    return "\n".join(
-        (
-            "<!doctype html>",
-            '<html lang="en">',
-            '<head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="referrer" content="no-referrer">',
-            f"<title>{_text(title)}</title>",
-            f"<style>{style}</style></head>",
-            "<body><main>",
-            *body,
-            "<footer>Made by sirius trace. Hover over a token for its numbers. full: the full "
-            "path's probability of it; sparse: the sparse path's own.</footer>",
-            "</main></body></html>\n",
-        )
-    )
-
-
-def _text(value: object) -> str:
-    """Any text as a part of the page, in its text or in a quoted attribute."""
-    return html.escape(without_controls(str(value)))
+    return document(f"{trace.model['source']} traced", _STYLE, body)
 
 
 def _shown(text: str) -> str:
     """A token's text on one line."""
-    return _text(text.replace("\n", "↵").replace("\t", "⇥"))
+    return escaped(text.replace("\n", "↵").replace("\t", "⇥"))
 
 
 def _head(trace: Trace) -> Iterator[str]:
     model = trace.model
-    yield f"<h1>{_text(model['source'])}</h1>"
+    yield f"<h1>{escaped(model['source'])}</h1>"
     yield (
-        f'<p class="sub">{_text(model["model_type"])}, {model["parameters"]:,} parameters in '
-        f"{_text(model['dtype'])} on {_text(model['device'])}; sparse path "
-        f"{_text(model['method'])}, kept share {model['keep']:g}, density "
+        f'<p class="sub">{escaped(model["model_type"])}, {model["parameters"]:,} parameters in '
+        f"{escaped(model['dtype'])} on {escaped(model['device'])}; sparse path "
+        f"{escaped(model['method'])}, kept share {model['keep']:g}, density "
         f"{model['density']:.3f}</p>"
     )
     items = (
-        f"<li><span>{_text(key.replace('_', ' '))}</span> <b>{_text(_setting(value))}</b></li>"
+        f"<li><span>{escaped(key.replace('_', ' '))}</span> <b>{escaped(_setting(value))}</b></li>"
         for key, value in trace.settings.items()
         if value is not None
     )
@@ -112,7 +83,9 @@ def _setting(value: object) -> str:
 
 def _tiles(trace: Trace, stats: Any) -> Iterator[str]:
     def tile(value: str, label: str, kind: str = "") -> str:
-        return f'<div class="tile {kind}"><b>{_text(value)}</b><span>{_text(label)}</span></div>'
+        return (
+            f'<div class="tile {kind}"><b>{escaped(value)}</b><span>{escaped(label)}</span></div>'
+        )
 
     yield '<div class="tiles">'
     yield tile(str(len(trace.tokens)), "tokens")
@@ -132,7 +105,7 @@ def _tiles(trace: Trace, stats: Any) -> Iterator[str]:
     yield "</div>"
     if trace.cache is not None:
         sound = "" if trace.cache.inconsistent else " sound"
-        yield from (f'<p class="finding{sound}">{_text(x)}</p>' for x in cache_told(trace.cache))
+        yield from (f'<p class="finding{sound}">{escaped(x)}</p>' for x in cache_told(trace.cache))
 
 
 def _answer(trace: Trace, tokenizer: Tokenizer | None) -> Iterator[str]:
@@ -145,7 +118,7 @@ def _answer(trace: Trace, tokenizer: Tokenizer | None) -> Iterator[str]:
             return ""
         suspect = " under-correction" if place in suspects else ""
         about = f'class="{piece.role}{suspect}" title="{_numbers(piece)}"'
-        inner = f"<span {about}>{_text(text)}</span>"
+        inner = f"<span {about}>{escaped(text)}</span>"
         return f'<a href="#{target}">{inner}</a>' if target else inner
 
     spans = [token(0, trace.first.token, Piece(Role.BONUS, name(trace.first), None), "")]
@@ -154,18 +127,18 @@ def _answer(trace: Trace, tokenizer: Tokenizer | None) -> Iterator[str]:
         for place, (id, piece) in enumerate(zip(step.tokens, own, strict=False)):
             spans.append(token(step.position + place, id, piece, f"s{step.number}"))
     if decoder is not None:
-        spans.append(_text(decoder.flush()))
+        spans.append(escaped(decoder.flush()))
     yield "<h2>Answer</h2>"
     yield '<div class="panel">'
     if trace.prompt_text is not None:
         yield f"<details><summary>prompt, {len(trace.prompt)} tokens</summary>"
-        yield f'<pre class="answer">{_text(trace.prompt_text)}</pre></details>'
+        yield f'<pre class="answer">{escaped(trace.prompt_text)}</pre></details>'
     yield f'<pre class="answer">{"".join(spans)}</pre>'
     yield '<div class="legend">'
     used = {piece.role for step in trace.steps for piece in pieces(step)}
     for role, meaning in _LEGEND.items():
         if role in used:
-            yield f'<span class="chip {role}">{_text(meaning)}</span>'
+            yield f'<span class="chip {role}">{escaped(meaning)}</span>'
     yield "</div></div>"
 
 
@@ -174,7 +147,7 @@ def _numbers(piece: Piece) -> str:
     numbers = f"{_LEGEND[piece.role]}; full {probability(piece.full)}"
     if piece.sparse is not None:
         numbers += f", sparse {probability(piece.sparse)}"
-    return _text(f"{piece.text!r}: {numbers}")
+    return escaped(f"{piece.text!r}: {numbers}")
 
 
 def _chart(trace: Trace) -> Iterator[str]:
@@ -227,7 +200,7 @@ def _step(step: Step) -> Iterator[str]:
     yield f'<article class="step{" dense" * dense}{" plain" * quiet}" id="s{step.number}">'
     yield f"<header><b>{step.number}</b>"
     if dense:
-        yield f"<span>dense step: {_text(step.reason or 'the full path alone')}</span>"
+        yield f"<span>dense step: {escaped(step.reason or 'the full path alone')}</span>"
     else:
         share = 120 * step.advance / (_levels(step) + 1)
         tree = f" in a tree of width {step.width}" if step.width > 1 else ""
@@ -239,7 +212,7 @@ def _step(step: Step) -> Iterator[str]:
         )
     yield f'<span class="time">{step.seconds * 1e3:.1f} ms</span></header>'
     yield f'<div class="chips">{"".join(map(_chip, pieces(step)))}</div>'
-    yield from (f'<p class="finding">{_text(told(finding))}</p>' for finding in step.findings)
+    yield from (f'<p class="finding">{escaped(told(finding))}</p>' for finding in step.findings)
     if step.width > 1 and step.draft:
         yield f"<details><summary>all {len(step.draft)} nodes of the tree</summary>"
         yield from _table(step)
