@@ -159,7 +159,7 @@ _CHANGING = frozenset(
         *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod"),
         *("os.truncate", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"),
         *("socket.connect", "socket.bind", "shutil.rmtree", "shutil.copyfile", "ctypes.dlopen"),
-        *("pickle.find_class", "marshal.loads"),
+        "pickle.find_class",
     }
 )
 """Events of the interpreter that no load of an artifact needs."""
