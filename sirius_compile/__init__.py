@@ -1,4 +1,4 @@
-"""The Sirius compiler: a dense decoder in, one artifact with paired sparse and full paths out.
+"""The Sirius compiler: from a dense decoder to one artifact with paired sparse and full paths.
 
 from sirius_compile import CompileConfig, compile_model
 compiled = compile_model("tally-3m", CompileConfig(sparsity="griffin"))

@@ -1,11 +1,12 @@
-"""How far a sparse path's drafts would get, measured on text before anything is generated.
+"""Measures how many drafted tokens the full path accepts, by teacher forcing on held-out text.
 
-Teacher-forced, with Sirius' K/V: a draft starts from the full path's K/V of all that is before its
-root, its own tokens carry the sparse path's K/V, and what it is fed is the text. At each place the
-sparse path proposes its likeliest token, and the full path's logits there say whether that token is
-accepted (arXiv 2409.03856, section 4). Roots lie every `STRIDE` tokens; in a run they follow
-corrections, which are harder places, and after an accepted token that is not the text's a run goes
-on from that token: a run's AAL is like this one's, and not the same.
+A draft starts every `STRIDE` tokens. Its prefix has the full path's K/V, its own tokens the sparse
+path's, and its inputs are the text's tokens. At each position the sparse path proposes its
+likeliest token, and the full path's logits decide whether it is accepted (arXiv 2409.03856,
+section 4).
+
+The AAL of a generation differs somewhat: there, periods start after corrections, which are harder
+positions, and continue from accepted tokens rather than from a text.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from sirius_runtime.spec import AcceptanceSpec, DraftingSpec, SparsitySpec
 from sirius_runtime.stats import measured_density
 
 LONGEST = 16
-"""Tokens of the longest period that is looked at; the paper's."""
+"""Tokens of the longest period that is measured; the paper's period."""
 STRIDE = 8  # tokens from one root to the next
-LEAST_DRAFTS = 8  # fewer say nothing
-BLOCKS = 24  # drafts that are run together
+LEAST_DRAFTS = 8  # fewer are not reported
+BLOCKS = 24  # drafts in one call
 CONFIDENCES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 PAYS = 0.97
 """Effective density below which drafting is worth its overhead."""
@@ -35,11 +36,11 @@ PAYS = 0.97
 
 @dataclass(frozen=True)
 class Drafts:
-    """What drafts [N, K - 1] would come to.
+    """The measured drafts, [N, K - 1] proposals.
 
-    `accepted`: whether the full path keeps the proposal there; `exact`: whether it is the full
-    path's own likeliest token; `confidence`: the sparse path's probability of all its proposals up
-    to there; `texts` [N]: which text a draft is of; `density`: of the sparse steps.
+    `accepted`: whether the full path accepts the proposal. `exact`: whether it is the full path's
+    likeliest token. `confidence`: the sparse path's joint probability of the draft's proposals up
+    to this one. `texts` [N]: the index of each draft's text. `density`: of the sparse steps.
     """
 
     accepted: Tensor
@@ -50,11 +51,11 @@ class Drafts:
 
     @property
     def longest(self) -> int:
-        """The longest period that they are drafts of."""
+        """The longest period that the drafts cover."""
         return self.accepted.shape[1] + 1
 
     def only(self, rows: Tensor) -> Drafts:
-        """Of these drafts alone."""
+        """These drafts only."""
         return replace(
             self,
             accepted=self.accepted[rows],
@@ -64,9 +65,9 @@ class Drafts:
         )
 
     def period(self, period: int, confidence: float = 0.0) -> Drafting:
-        """Periods of `period` tokens whose drafts stop below `confidence`."""
+        """Periods of `period` tokens that stop drafting below `confidence`."""
         accepted, sure = self.accepted[:, : period - 1], self.confidence[:, : period - 1]
-        # The level that falls below still counts: see `sirius_runtime.drafting.extend`.
+        # The first level below it still counts, as in `sirius_runtime.drafting.extend`.
         steps = ((sure >= confidence).long().cumprod(1).sum(1) + 1).clamp(max=period - 1)
         kept = accepted.long().cumprod(1).sum(1).minimum(steps)
         return Drafting(period, confidence, kept.double() + 1, steps.double(), self.density)
@@ -74,7 +75,7 @@ class Drafts:
 
 @dataclass(frozen=True)
 class Drafting:
-    """Periods of one setting: the tokens that each advances, and the sparse steps that it takes."""
+    """Periods with one setting: the tokens that each advances by, and its sparse steps."""
 
     period: int
     confidence: float
@@ -88,7 +89,7 @@ class Drafting:
 
     @property
     def effective(self) -> float:
-        """Weight reads a committed token; 1 of the dense model."""
+        """Weight reads per committed token, relative to the dense model's."""
         reads = float(self.steps.sum()) * self.density + len(self.steps)
         return reads / float(self.advances.sum())
 
@@ -106,8 +107,8 @@ def measure_drafts(
     temperature: float,
     watch: Watch = unwatched,
 ) -> Drafts | None:
-    """Drafts from roots all over the text; see the module's docstring. None where no sample goes on
-    after its prompt for two tokens.
+    """Measures drafts as the module's docstring says. None if no sample has two tokens after its
+    prompt.
     """
     size = min(LONGEST - 1, max((len(s) - s.prompt for s in text.samples), default=0))
     if size < 2:
@@ -126,7 +127,7 @@ def measure_drafts(
         places = torch.tensor(firsts)[:, None] + torch.arange(size)
         full = part.logits[torch.tensor(rows)[:, None], places]
         texts = torch.tensor([known.setdefault(part.samples[row], len(known)) for row in rows])
-        pairs = zip(full.split(4), sparse.split(4), strict=True)  # logits take memory
+        pairs = zip(full.split(4), sparse.split(4), strict=True)  # to bound the logits' memory
         judged = [_judged(*pair, threshold, temperature) for pair in pairs]
         found.append((*map(torch.cat, zip(*judged, strict=True)), texts))
     accepted, exact, confidence, texts = map(torch.cat, zip(*found, strict=True))
@@ -134,7 +135,7 @@ def measure_drafts(
 
 
 def _roots(text: Text, size: int) -> Iterator[list[tuple[int, int]]]:
-    """Rows and the first of their logits that a draft is judged by, `BLOCKS` at a time."""
+    """The row of each draft and the index of its first logits, `BLOCKS` drafts at a time."""
     every = [
         (row, first)
         for row, sample in enumerate(text.samples)
@@ -147,9 +148,7 @@ def _roots(text: Text, size: int) -> Iterator[list[tuple[int, int]]]:
 def _judged(
     full: Tensor, sparse: Tensor, threshold: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the sparse path's proposals, by logits [N, T, V]: whether they pass, whether they are the
-    full path's own, and the confidence in all up to there.
-    """
+    """`accepted`, `exact` and `confidence` of `Drafts`, [N, T], from logits [N, T, V]."""
     full, sparse = full.float(), sparse.float()
     best, proposed = sparse.max(-1)
     chosen = full.gather(-1, proposed[..., None])[..., 0] / temperature
@@ -159,7 +158,7 @@ def _judged(
 
 
 class _Counts:
-    """What the counted sites keep."""
+    """Counts the units that the counted sites keep."""
 
     def __init__(self, sparsity: SparsitySpec) -> None:
         self._sparsity, self.tokens = sparsity, 0
@@ -178,8 +177,8 @@ class _Counts:
 def best_drafting(
     drafts: Drafts, periods: Sequence[int] | None = None, confidences: Sequence[float] | None = None
 ) -> Drafting:
-    """Of these settings, of all where none are given, the one with the fewest weight reads a token;
-    a period that is longer than the drafts counts as their length.
+    """The setting with the fewest weight reads per token, among those given or else among all. A
+    period longer than the drafts counts as their length.
     """
     sizes = periods or range(2, drafts.longest + 1)
     every = [
@@ -191,7 +190,7 @@ def best_drafting(
 
 
 def joined(parts: Sequence[Drafts]) -> Drafts:
-    """All of them; of no text in two."""
+    """The drafts of all parts. Each part has its own texts."""
     first, texts = 0, list[Tensor]()
     for part in parts:
         texts.append(part.texts + first)
@@ -210,7 +209,7 @@ def joined(parts: Sequence[Drafts]) -> Drafts:
 def interval(
     drafts: Drafts, of: Callable[[Drafts], float], draws: int = 500
 ) -> tuple[float, float]:
-    """The middle 95% of a figure over bootstrap draws of texts."""
+    """The 95% interval of a figure, by bootstrap over texts."""
     generator = torch.Generator().manual_seed(0)
     names, index = drafts.texts.unique(return_inverse=True)
     rows = [(index == name).nonzero()[:, 0] for name in range(len(names))]
@@ -232,7 +231,7 @@ def acceptance_spec(
     periods: Sequence[int] | None = None,
     confidences: Sequence[float] | None = None,
 ) -> AcceptanceSpec:
-    """What the artifact says of the drafts; the best setting is one of those given."""
+    """The artifact's record of the drafts; the best setting is one of those given."""
     passed = drafts.accepted.long().cumprod(1).double().mean(0)
     return AcceptanceSpec(
         texts=len(drafts.texts.unique()),

@@ -1,4 +1,4 @@
-"""LoRA adapters and the like: merged into the weights of their base model, by peft."""
+"""Adapters (LoRA and others), merged into the weights of their base model by peft."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _AGAIN = "save the adapter again by peft's save_pretrained"
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's folder. `base`: the model that it was trained on, as it says."""
+    """An adapter's folder. `base`: the model that it was trained on, as its config names it."""
 
     folder: Path
     kind: str
@@ -27,8 +27,8 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Looks at an adapter's folder. Raises ModelNotFoundError where it holds none, and
-    UnsupportedModelError for one that is no change of a language model's weights.
+    """Reads an adapter's config. Raises ModelNotFoundError if the folder holds no adapter in
+    safetensors, and UnsupportedModelError if it is not one of a causal language model.
     """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
@@ -41,18 +41,19 @@ def read_adapter(folder: Path) -> Adapter:
         raise ModelNotFoundError(f"{path} names no peft_type; {_AGAIN}")
     if task not in (None, "CAUSAL_LM"):
         raise UnsupportedModelError(
-            f"{folder} is an adapter for {task}; only those of causal language models are merged"
+            f"{folder} is an adapter for {task}; only adapters of causal language models can be "
+            "merged"
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelNotFoundError(
-            f"{folder} has no {ADAPTER_WEIGHTS}, and no pickle is ever loaded; {_AGAIN}"
+            f"{folder} has no {ADAPTER_WEIGHTS}, and pickled weights are not loaded; {_AGAIN}"
         )
     return Adapter(folder, kind, base if isinstance(base, str) and base else None)
 
 
 def merged(base: ModelSource, adapter: Adapter) -> PreTrainedModel:
-    """The base model with the adapter's change in its weights. Raises UnsupportedModelError, with
-    what peft says, for an adapter that can't be merged.
+    """The base model with the adapter merged into its weights. Raises UnsupportedModelError, with
+    peft's reason, for an adapter that can't be merged.
     """
     if find_spec("peft") is None:
         raise UnsupportedModelError(
@@ -62,7 +63,7 @@ def merged(base: ModelSource, adapter: Adapter) -> PreTrainedModel:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     tuners = {getattr(kind, "value", kind): one for kind, one in PEFT_TYPE_TO_TUNER_MAPPING.items()}
-    if not hasattr(tuners.get(adapter.kind), "merge_and_unload"):  # prompts, and what is unknown
+    if not hasattr(tuners.get(adapter.kind), "merge_and_unload"):  # prompt tuning, unknown types
         raise UnsupportedModelError(
             f"{adapter.folder} is an adapter of type {adapter.kind}, which peft can't merge into "
             "weights"
@@ -70,9 +71,9 @@ def merged(base: ModelSource, adapter: Adapter) -> PreTrainedModel:
     model = _load(base)
     try:
         adapted: Any = PeftModel.from_pretrained(model, adapter.folder, use_safetensors=True)
-        # Layers that peft does not merge, or weights that it makes NaN, are errors.
+        # Layers that peft can't merge and weights that become NaN are errors.
         whole: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    except Exception as error:  # of any class: the files decide which code trips over them
+    except Exception as error:  # bad files may raise any exception in peft
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UnsupportedModelError(
             f"{adapter.folder} ({adapter.kind}) can't be merged into {base.name} ({reason:.300}); "

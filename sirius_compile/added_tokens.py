@@ -1,7 +1,7 @@
-"""The added tokens of a tokenizer, all of them in its `tokenizer.json`.
+"""Puts all of a tokenizer's added tokens into its `tokenizer.json`.
 
-transformers adds what the files beside it declare when it loads them; the runtime reads that one
-file, and would take such a token for its characters.
+transformers also adds the tokens that other files declare. The runtime reads `tokenizer.json`
+alone, and would split such a token into its characters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sirius_runtime.text import read_tokenizer
 
 TOKENIZER = "tokenizer.json"
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-"""Files beside it that may declare tokens."""
+"""Other files that may declare tokens."""
 
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -26,8 +26,9 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(frozen=True)
 class _Declared:
-    """A token, the file that declares it, and its id where that says one. `counts`: more than what
-    `tokenizer.json` says of it.
+    """A token, the file that declares it, and its id if the file gives one.
+
+    `counts`: whether it overrides the flags that `tokenizer.json` gives the token.
     """
 
     token: AddedToken
@@ -37,11 +38,11 @@ class _Declared:
 
 
 def complete(files: Mapping[str, bytes]) -> bytes:
-    """The `tokenizer.json` among `files` with the tokens that the others declare.
+    """The `tokenizer.json` of `files`, with the tokens that the other files declare.
 
-    As in transformers, the ids that it has itself are the ones that count. Raises
-    UnsupportedModelError for files that can't be read, and for a token that can't have the id that
-    it is declared with: ids of added tokens follow each other.
+    As in transformers, ids in `tokenizer.json` take precedence. Raises UnsupportedModelError for
+    files that can't be read, and for a token that can't get its declared id because the ids before
+    it are missing.
     """
     try:
         tokenizer = read_tokenizer(files[TOKENIZER])
@@ -68,14 +69,14 @@ def complete(files: Mapping[str, bytes]) -> bytes:
         if known_id is None and declared.id not in (None, found):
             raise UnsupportedModelError(
                 f"{declared.file} declares token {shown(token.content)} with id {declared.id}, but "
-                f"in {TOKENIZER} the next free id is {found}: declare the tokens between, or "
+                f"the next free id in {TOKENIZER} is {found}. Declare the tokens between them, or "
                 "load the tokenizer with transformers, check its ids and save it to the directory"
             )
     return tokenizer.to_str().encode()
 
 
 def _declared(files: Mapping[str, bytes]) -> Iterator[_Declared]:
-    """The tokens that stand beside `tokenizer.json`; those with all of their flags first."""
+    """The tokens that other files declare; those with all of their flags come first."""
     documents = {name: read_file(files, name) for name in (CONFIG, SPECIAL, ADDED)}
     named = [
         _Declared(_token(value, file, special=True), file)
@@ -101,13 +102,13 @@ def _named(document: Mapping[str, JSON]) -> Iterator[JSON]:
 
 
 def read_file(files: Mapping[str, bytes], name: str) -> dict[str, JSON]:
-    """A file's object; empty where there is no such file."""
+    """A file's JSON object; empty if there is no such file."""
     try:
         document = json.loads(files.get(name, b"{}"))
     except (ValueError, RecursionError) as error:
         raise _fault(name, f"is not JSON ({error})") from error
     if not isinstance(document, dict):
-        raise _fault(name, f"holds a {type(document).__name__} where an object belongs")
+        raise _fault(name, f"holds a {type(document).__name__} instead of an object")
     return document
 
 
@@ -115,7 +116,7 @@ def _items(value: JSON, name: str) -> Iterator[tuple[str, JSON]]:
     if isinstance(value, dict):
         yield from value.items()
     elif value is not None:
-        raise _fault(name, f"holds a {type(value).__name__} of tokens where an object belongs")
+        raise _fault(name, f"holds a {type(value).__name__} of tokens instead of an object")
 
 
 def content_of(value: JSON, name: str) -> str:
@@ -126,8 +127,8 @@ def content_of(value: JSON, name: str) -> str:
 
 
 def _token(value: JSON, name: str, *, special: bool) -> AddedToken:
-    """A token of its content, or of an object with its flags; one that is not special is searched
-    for in normalised text unless it says otherwise.
+    """A token from its content, or from an object with its flags. A token that is not special
+    matches normalised text by default.
     """
     said = value if isinstance(value, dict) else {}
     flags = {flag: said[flag] for flag in _FLAGS if isinstance(said.get(flag), bool)}

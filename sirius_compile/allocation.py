@@ -1,9 +1,9 @@
-"""How a layer's linears share its sparsity: greedily, by the error that each adds to the layer's
-output (TEAL, arXiv 2408.14690, algorithm 1).
+"""Divides a layer's sparsity among its linears, greedily by the error of the layer's output (TEAL,
+arXiv 2408.14690, algorithm 1).
 
-All start dense. Each step gives a little more sparsity to the one linear whose channels change the
-layer's output least, until the layer as a whole skips what was asked. What counts is weights: a
-step is the same number of weights skipped, whichever linear skips them.
+All linears start dense. Each step makes one linear sparser: the one that changes the layer's output
+least. A step skips the same number of weights in any linear. It ends once the layer skips the share
+of weights that was asked for.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from sirius_compile.writing import Text
 from sirius_passes.sparsify import KEEP_ALL
 from sirius_runtime.spec import SiteSpec
 
-STEP = 0.05  # of a layer's weights; TEAL's own
-LEAST_KEPT = 0.05  # of any one linear's channels
-ROWS, TOKENS = 3, 48  # of text that errors are measured on, at the most
-ENDS = 4, 20  # the same, where what is before them is known
+STEP = 0.05  # of a layer's weights, as in TEAL
+LEAST_KEPT = 0.05  # of a linear's channels
+ROWS, TOKENS = 3, 48  # at most, of the text that errors are measured on
+ENDS = 4, 20  # the same, if the K/V of the text before is known
 
 
 def allocate(
     path: Tokenwise, text: Text, sketch: QuantileSketch, keep: float, watch: Watch = unwatched
 ) -> list[float]:
-    """The share that each counted site keeps: `keep` of each layer's weights in all."""
+    """The share that each counted site keeps, such that each layer keeps `keep` of its weights."""
     sites = path.spec.sparsity.counted
     shares = [keep] * len(sites)
     with watch.count("share out sparsity", path.spec.state.layers) as done:
@@ -48,8 +48,8 @@ def allocate(
 
 @dataclass(frozen=True)
 class _Move:
-    """A linear made sparser: the layer's output is then off by `error`, of which the move has
-    `added` a part. `after`: moves made before it was measured.
+    """One step for one linear. `error`: of the layer's output after it, of which the step adds
+    `added`. `after`: the number of steps taken before it was measured.
     """
 
     sparsity: float
@@ -75,11 +75,11 @@ def _allocate_layer(
     while left > 1e-9 * total:
         step = min(STEP * total, left)
         if step < STEP * total:
-            moves.clear()  # they were of larger steps
+            moves.clear()  # they were measured for a larger step
         able = [site for site in block.sites if sparsity[site] < 1.0 - LEAST_KEPT]
         if not able:
             break
-        # What a move adds hardly depends on the others: it is measured anew only where it is next.
+        # A step's error hardly depends on the others, so only the next one is measured again.
         while True:
             best = min(able, key=lambda site: moves[site].added if site in moves else -math.inf)
             if best in moves and moves[best].after == made:
@@ -97,8 +97,8 @@ def _threshold(sketch: QuantileSketch, site: int, sparsity: float) -> float:
 
 
 def _ends(text: Text) -> tuple[Tensor, list[tuple[int, ...]], History | None]:
-    """The ends of the longest samples as rows [R, T] of one length, which is what was decoded; the
-    prompts before them, and what comes before them where the full path has run it.
+    """The last tokens of the longest samples as rows [R, T] of one length, their prompts, and the
+    K/V before them if the full path has run the text.
     """
 
     def new(row: int) -> int:

@@ -1,7 +1,7 @@
 """Calibration: the thresholds of the sparse path, as quantiles of activations over text.
 
-Some text is held out, and what the thresholds keep of it is reported: a promise that is checked on
-the text that made it would always hold.
+The report gives the share that the thresholds keep on held-out text. On the text that they were
+chosen on, they keep what was asked by construction.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from sirius_passes.sparsify import KEEP_ALL, Threshold
 from sirius_runtime.errors import CalibrationError
 from sirius_runtime.spec import SiteSpec
 
-FAR = 0.1  # a share this far from the one asked for is none
+FAR = 0.1  # a threshold whose share is further than this from the one asked for is refused
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """Of one site: the share of its units that was asked for, the threshold, and the share that it
-    keeps of the text held out. `linear`: its units are a linear's input channels.
+    """One site: the share of its units asked for, its threshold, and the share that it keeps on the
+    held-out text. `linear`: whether the units are a linear's input channels.
     """
 
     layer: int
@@ -41,7 +41,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration read and chose. `tokens` and `held_out`: counts of tokens."""
+    """What calibration read and chose. `tokens`: calibrated on; `held_out`: tokens held out."""
 
     tokens: int
     held_out: int
@@ -49,25 +49,25 @@ class Calibration:
 
     @property
     def thresholds(self) -> Thresholds:
-        """What the passes take."""
+        """The thresholds in the form that the passes take."""
         return Thresholds(
             tuple(Threshold(s.threshold, s.target) for s in self.sites if not s.linear),
             tuple(Threshold(s.threshold, s.target) for s in self.sites if s.linear),
         )
 
     def only(self, layers: Collection[int]) -> Calibration:
-        """The same of these layers alone."""
+        """The same for these layers only."""
         return replace(self, sites=tuple(s for s in self.sites if s.layer in layers))
 
 
 def calibrate(
     path: Tokenwise, used: Text, held: Text, keep: float, watch: Watch = unwatched
 ) -> Calibration:
-    """Thresholds of the counted sites of `path`, which keeps all of them: those of MLPs keep the
-    share `keep` of their neurons, those of linears share their layer's by their error.
+    """Thresholds for the counted sites of `path`, which itself keeps all units. MLPs keep the share
+    `keep` of their neurons; a layer's linears divide its sparsity by their error (`allocation`).
 
-    Raises CalibrationError where there is too little text, or where a site's activations leave no
-    threshold that keeps some units and not all.
+    Raises CalibrationError if there is too little text, or if no threshold of a site keeps about
+    the share asked for.
     """
     check_amount(len(used) + len(held))
     sketch, check = QuantileSketch(), QuantileSketch()
@@ -103,11 +103,11 @@ def calibrate(
 
 def _check(site: SiteSpec, wanted: float, threshold: float, reached: float) -> None:
     where = f"layer {site.layer}, {site.weight}"
-    # A threshold of next to 0 drops what is 0 already (ReLU): no loss, however many they are.
+    # A threshold near 0 drops units that are 0 anyway (ReLU), which loses nothing.
     zeros = threshold < torch.finfo(torch.float32).tiny
     if abs(reached - wanted) > FAR and not (zeros and 0.0 < reached < wanted):
         raise CalibrationError(
             f"{where}: no threshold keeps {wanted:.0%} on this text (the nearest keeps "
-            f"{reached:.0%}); its activations are all but constant. Give other text by "
-            "--calibration, or keep the layer dense by --dense-layers"
+            f"{reached:.0%}), because its activations are almost constant. Give other text with "
+            "--calibration, or keep the layer dense with --dense-layers"
         )

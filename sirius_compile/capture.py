@@ -1,9 +1,9 @@
 """Capture: a transformers decoder's graph by torch.export, with no code per model family.
 
-The model is built without storage (fake tensors), so its size does not matter. Two interfaces that
-transformers offers make every decoder export alike: an attention function, which emits one
-`sirius::attention` node a layer, and a mask function, which returns the *rule* of the mask instead
-of a tensor. A rule other than "causal" or "causal within a window" is refused.
+The model is built without storage (fake tensors), so its size does not matter. Two interfaces of
+transformers make every decoder export alike: our attention function emits one `sirius::attention`
+node a layer, and our mask function returns the *rule* of the mask instead of a tensor. A rule other
+than "causal" or "causal within a window" is refused.
 """
 
 from __future__ import annotations
@@ -46,20 +46,18 @@ _MAX_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class MaskRule:
-    """What a query may see: its own position and those before it, the last `window` of them if
-    given.
-    """
+    """A query sees its own position and those before it; with `window`, the last `window` only."""
 
     window: int | None
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a captured graph reads of a checkpoint.
+    """The weights that a captured graph reads from a checkpoint.
 
-    `shapes`: of its weights, by name. `aliases`: by weight, the other names of the same tied
-    weight. `names`: of all that the model has a place for. `ignored`: patterns of what else its
-    checkpoints may hold. `base`: the first part of the names of all but the head.
+    `shapes`: by weight name. `aliases`: by weight name, the other names of a tied weight. `names`:
+    every name in the model's state dict. `ignored`: patterns of other names that its checkpoints
+    may hold. `base`: the prefix of all names but the head's.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -74,7 +72,7 @@ class Capture:
     """A captured model.
 
     `program` is at stage CAPTURED. `constants` are buffers that no checkpoint holds (rotary
-    frequencies), by name, with real values. `wanted`: what the rest of its weights are.
+    frequencies), by name, with real values. `wanted` describes the weights.
     """
 
     program: Program
@@ -90,11 +88,10 @@ def capture(
     dtype: torch.dtype = torch.bfloat16,
     live: nn.Module | None = None,
 ) -> Capture:
-    """Captures the decoder that `config` describes. Threads that capture at once wait.
+    """Captures the decoder that `config` describes. One thread captures at a time.
 
-    dtype: the program's. live: the model in memory that is to be captured, whose weights keep the
-    dtypes that they have where it is in that dtype; otherwise weights are kept in float32 as
-    transformers keeps those that it loads.
+    dtype: the program's. live: the model in memory to capture. If it is in `dtype`, its weights
+    keep their dtypes; otherwise the weights that transformers loads in float32 stay in float32.
 
     Raises UnsupportedModelError, naming the module or the reason, for a model that can't be
     captured.
@@ -136,7 +133,7 @@ def capture(
 
 @contextmanager
 def _refusing(model_type: str) -> Iterator[None]:
-    """Turns whatever a model's own code raises under export into a refusal that names the model."""
+    """Turns any error of a model's own code under export into one that names the model type."""
     try:
         yield
     except UnsupportedModelError:
@@ -148,15 +145,15 @@ def _refusing(model_type: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Why a model's own code failed under export, in words that its user can act on."""
+    """Why a model's own code failed under export, in a user's terms."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyError) and _NAME in error.args:
-        return "it has attention classes of its own, past transformers' attention interface"
+        return "it has attention classes of its own, which bypass transformers' attention interface"
     if MaskRule.__name__ in text:
         return "it computes with the attention mask outside of transformers' attention interface"
     if text.startswith("Constraints violated"):
         return (
-            "its forward holds for some numbers of tokens only, as one does that carries a state "
+            "its forward works for some numbers of tokens only, as in models that carry a state "
             "from token to token"
         )
     return (
@@ -167,7 +164,7 @@ def _reason(error: Exception) -> str:
 
 
 def _build(config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
-    config = copy.deepcopy(config)  # which the dtype and the functions' names are written into
+    config = copy.deepcopy(config)  # building writes the dtype and function names into it
     config._experts_implementation = _NAME
     config.use_cache = False
     model: nn.Module = AutoModelForCausalLM.from_config(
@@ -183,15 +180,15 @@ def _export(model: nn.Module) -> ExportedProgram:
     takes = inspect.signature(model.forward).parameters
     if "position_ids" not in takes:
         raise UnsupportedModelError(
-            f"{type(model).__name__} takes no position_ids: its tokens are placed by their order "
-            "in a call (ALiBi, a recurrent state), which drafts and ragged rows do not keep"
+            f"{type(model).__name__} takes no position_ids: it derives positions from the order of "
+            "tokens in a call (ALiBi, a recurrent state), which drafts and padded rows don't keep"
         )
     rows, tokens = Dim("B", min=1, max=1 << 16), Dim("T", min=1, max=_MAX_TOKENS)
     example = torch.zeros(2, 8, dtype=torch.int64)
     inputs: dict[str, Any] = {
         "input_ids": example,
         "position_ids": torch.arange(8).expand(2, 8).contiguous(),
-        # A mask of ones: without one, transformers looks for packed sequences in the positions.
+        # Without a mask, transformers looks for packed sequences in the positions.
         "attention_mask": torch.ones_like(example),
     }
     dynamic: dict[str, Any] = {name: {0: rows, 1: tokens} for name in inputs}
@@ -201,8 +198,8 @@ def _export(model: nn.Module) -> ExportedProgram:
 
 
 class _Attention:
-    """transformers' attention function: emits one `sirius::attention` a layer, and tells the mask
-    function which masks are used, and the experts function which layer it is in.
+    """transformers' attention function: emits one `sirius::attention` a layer. Tells the mask
+    function which masks are used, and the experts function the current layer.
     """
 
     def __init__(self, masks: _MaskRecorder, experts: Experts) -> None:
@@ -228,7 +225,7 @@ class _Attention:
         layer = getattr(module, "layer_idx", None)
         if layer is None:
             raise UnsupportedModelError(
-                f"{where} has no layer_idx: its cache could not be told apart"
+                f"{where} has no layer_idx, so its place in the cache is unknown"
             )
         self._experts.layer = layer
         rule = MaskRule(sliding_window)
@@ -237,8 +234,8 @@ class _Attention:
             self._masks.used.add(id(rule))
         if sliding_window not in (None, rule.window):
             raise UnsupportedModelError(
-                f"{where} of layer {layer}: a window of {sliding_window} is asked for, "
-                f"but its mask has {rule.window}"
+                f"{where} of layer {layer} asks for a window of {sliding_window}, but its mask has "
+                f"a window of {rule.window}"
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         output = torch.ops.sirius.attention(
@@ -248,8 +245,8 @@ class _Attention:
 
 
 class _MaskRecorder:
-    """transformers' mask function: returns the rule of each mask, and keeps its function to
-    probe.
+    """transformers' mask function: returns the rule of each mask, and keeps the mask's own function
+    for `check`.
     """
 
     def __init__(self) -> None:
@@ -262,12 +259,12 @@ class _MaskRecorder:
         return rule
 
     def check(self) -> None:
-        """Refuses masks that attention uses and that are not what their rule says. Outside of
-        tracing: it needs real values.
+        """Refuses masks in use that do not follow their rule. Call it outside of tracing, as it
+        needs real values.
         """
         for mask_function, rule in self._masks:
             if id(rule) not in self.used:
-                continue  # some models make masks of every kind, whatever kinds of layers they have
+                continue  # some models make masks that none of their layers uses
             window = rule.window
             reach = 2 * (window or 4) + 3
             query = torch.tensor([0, 1, reach // 2, reach - 1])[:, None]
@@ -304,7 +301,7 @@ def _program(
     canonical = {alias: name for name, others in aliases.items() for alias in (name, *others)}
     persistent = set(model.state_dict())
     graph = exported.graph_module.graph
-    # Metadata assertions keep otherwise dead inputs alive; export has checked what they say.
+    # Metadata assertions keep unused inputs alive; export has already checked them.
     for node in calls(graph, torch.ops.aten._assert_tensor_metadata.default):
         graph.erase_node(node)
     graph.eliminate_dead_code()
@@ -314,7 +311,7 @@ def _program(
         if isinstance(value, Tensor) and value.is_complex():
             raise UnsupportedModelError(
                 f"the model's graph computes with complex numbers, at {node.name} ({node.target}), "
-                "which neither kernels nor compilers take"
+                "which the back ends do not support"
             )
     targets = {
         spec.arg.name: spec
@@ -347,11 +344,11 @@ def _program(
         else:
             raise UnsupportedModelError(
                 f"the model's graph reads {node.name} ({spec.kind.name.lower()}) at "
-                f"{next(iter(node.users)).format_node()}, which generation does not provide"
+                f"{next(iter(node.users)).format_node()}, which is not an input of the runtime"
             )
     inputs = {n.meta[INPUT] for n in graph.nodes if INPUT in n.meta}
     if "positions" not in inputs:
-        # A model that takes no positions (its attention is position-free) still gets them as input.
+        # A model whose attention is position-free still gets the positions as an input.
         _bind_missing_positions(graph)
     output = graph.output_node()
     output.args = ((output.args[0][0],),)
@@ -361,7 +358,7 @@ def _program(
 
 
 def _read_sizes_of_input_ids(graph: fx.Graph) -> None:
-    """Rows and tokens may be read off any of the inputs, the dropped mask included: they agree."""
+    """Reads the sizes B and T from input_ids. They may have been read from any input."""
     inputs = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     for node in calls(graph, torch.ops.aten.sym_size.int):
         if node.args[0] is inputs.get("attention_mask"):
@@ -376,13 +373,15 @@ def _bind_missing_positions(graph: fx.Graph) -> None:
 
 
 def _state(graph: fx.Graph) -> StateSpec:
-    """The cache that the graph's attention nodes need; refuses layers of different shapes."""
+    """The cache that the graph's attention nodes need. Raises UnsupportedModelError for layers of
+    different shapes.
+    """
     nodes = [n for n in graph.nodes if n.target is torch.ops.sirius.attention.default]
     shapes = {(n.args[1].meta["val"].shape[1::2], n.args[2].meta["val"].shape[-1]) for n in nodes}
     layers = [n.args[3] for n in nodes]
     if len(shapes) != 1 or layers != list(range(len(nodes))):
         raise UnsupportedModelError(
-            f"attention layers {layers} with key/value shapes {sorted(map(str, shapes))}: one "
+            f"attention layers {layers} with key/value shapes {sorted(map(str, shapes))}: the "
             "cache needs layers 0, 1, … once each, with one number of heads and one head size"
         )
     ((heads, key_dim), value_dim) = shapes.pop()
@@ -398,8 +397,8 @@ def _constants(
     """Real values of the buffers that no checkpoint holds, computed as from_pretrained does for a
     model in `dtype`.
 
-    The parameters stay on the meta device; buffers get storage filled with NaN and the model's own
-    initialisation, and one that is still NaN after it is refused.
+    Parameters stay on the meta device. Buffers are filled with NaN and then set by the model's own
+    initialisation; one that is still NaN is refused with UnsupportedModelError.
     """
     with torch.device("meta"):
         model = _build(config, trust_remote_code, dtype)

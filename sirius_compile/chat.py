@@ -1,7 +1,7 @@
-"""The chat templates of a tokenizer, read from where it may keep them into one file.
+"""Collects a tokenizer's chat templates into the one file that the runtime reads.
 
-transformers looks into a file of its own, a folder of more of them, and the tokenizer's config; the
-runtime reads what this module makes of them (`sirius_runtime.chat.ChatSpec`).
+transformers looks for them in a file, in a folder of files, and in the tokenizer's config. The
+runtime's form is `sirius_runtime.chat.ChatSpec`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls",
 
 
 def chat_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The runtime's file of a tokenizer's chat templates; none where it brings no template.
+    """The runtime's file of a tokenizer's chat templates; empty if it has none.
 
-    files: what is read of `folder` already. Raises UnsupportedModelError for templates that can't
-    be read.
+    files: those of `folder` that are read already. Raises UnsupportedModelError for templates that
+    can't be read.
     """
     config = read_file(files, CONFIG)
     spec = ChatSpec(_templates(folder, config), _special_tokens(files, config))
@@ -36,14 +36,14 @@ def chat_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
         Chat.read(document)
     except ArtifactError as error:
         raise UnsupportedModelError(
-            f"{folder}: its chat templates can't be kept ({error}); mend {TEMPLATE}, or the "
+            f"{folder}: its chat templates can't be used ({error}); fix {TEMPLATE}, or the "
             f"chat_template of {CONFIG}"
         ) from error
     return {CHAT_FILE: json.dumps(document, ensure_ascii=False).encode()}
 
 
 def _templates(folder: Path, config: Mapping[str, JSON]) -> dict[str, str]:
-    """Files of templates count before what the config says, as in transformers."""
+    """Template files take precedence over the config, as in transformers."""
     paths = {DEFAULT: folder / TEMPLATE}
     paths |= {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
     found = {name: _text(path) for name, path in paths.items() if path.is_file()}
@@ -65,7 +65,7 @@ def _templates(folder: Path, config: Mapping[str, JSON]) -> dict[str, str]:
 
 def _special_tokens(files: Mapping[str, bytes], config: Mapping[str, JSON]) -> dict[str, str]:
     said = dict(config)
-    if "added_tokens_decoder" not in config:  # as transformers reads the older form
+    if "added_tokens_decoder" not in config:  # the older form
         said |= read_file(files, SPECIAL)
     given = {name: said[name] for name in _NAMED if said.get(name) is not None}
     return {name: content_of(value, CONFIG) for name, value in given.items()}

@@ -1,4 +1,4 @@
-"""Weights of a model directory: mapped from its safetensors, one at a time."""
+"""The weights of a model directory, mapped from its safetensors files one at a time."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from sirius_runtime.spec import DType
 _FLOATS = tuple(dtype_of(name) for name in DType)
 _AGAIN = "download or save the model again"
 _HARMLESS = (r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$", r"position_ids$")
-"""Buffers that older releases of transformers saved, and that models now make themselves."""
+"""Buffers that older releases of transformers saved, and that models now compute."""
 _ADAPTER = re.compile(r"\.lora_|\.base_layer\.|\.modules_to_save\.")
 _LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
 
 class WeightSource(Protocol):
-    """Where the compiler reads weights, by the names of the model's state dict."""
+    """Weights by the names of the model's state dict."""
 
     def get(self, name: str) -> Tensor: ...
 
@@ -39,7 +39,7 @@ class WeightSource(Protocol):
 
 
 class _Store(WeightSource, Protocol):
-    """Named tensors that can be looked over before they are read."""
+    """Named tensors whose names and shapes are known before they are read."""
 
     def names(self) -> list[str]: ...
 
@@ -49,8 +49,8 @@ class _Store(WeightSource, Protocol):
 class Checkpoint:
     """The safetensors files of a directory, opened but not read: a tensor is mapped on request.
 
-    Raises ModelNotFoundError, naming the file, where one is missing, cut short or not what the
-    index says.
+    Raises ModelNotFoundError, naming the file, if one is missing, truncated or not as the index
+    says.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -111,7 +111,7 @@ class StateDict:
 
 
 class _Renamed:
-    """Tensors of a store under other names: name → name there."""
+    """Tensors of a store under other names: `names` maps each to its name in the store."""
 
     def __init__(self, source: _Store, names: Mapping[str, str]) -> None:
         self._source, self._names = source, names
@@ -135,12 +135,13 @@ def open_weights(
     wanted: Wanted,
     warn: Callable[[str], None] = lambda warning: None,
 ) -> WeightSource:
-    """The weights of a captured graph, mapped where the files hold them as the model does.
+    """The weights of a captured graph, mapped from the files if they have the model's names and
+    shapes.
 
-    A tied weight may stand under any of its names. Where names or shapes differ (transformers
-    renames and converts at load), the model is loaded and its state dict taken. `warn` is told what
-    of the checkpoint is left out. Raises UnsupportedModelError where a weight is in neither, where
-    tied weights differ, and where an adapter or layers would be left out.
+    A tied weight may be stored under any of its names. If names or shapes differ (transformers
+    renames and converts at load), the model is loaded and its state dict used. `warn` is called
+    with the tensors of the checkpoint that are left out. Raises UnsupportedModelError if a weight
+    is missing, if tied weights differ, and if an adapter or whole layers would be left out.
     """
     names, aliases = wanted.shapes, wanted.aliases
     files = Checkpoint(source.directory)
@@ -163,9 +164,9 @@ def open_weights(
 
 
 def checkpoint_dtype(source: ModelSource, config: PretrainedConfig) -> torch.dtype:
-    """The dtype of the model's floating point weights: the config's, or else that of most of them.
+    """The dtype of the model's floating point weights: the config's, or else that of most weights.
 
-    Raises UnsupportedModelError for a quantised checkpoint and for other kinds of number.
+    Raises UnsupportedModelError for a quantised checkpoint and for unsupported dtypes.
     """
     remedy = "compile the unquantised checkpoint"
     if getattr(config, "quantization_config", None) is not None:
@@ -190,7 +191,7 @@ def checkpoint_dtype(source: ModelSource, config: PretrainedConfig) -> torch.dty
 
 def _files(directory: Path) -> dict[str, list[str]]:
     """The files of a checkpoint, and the tensors that its index says each one holds."""
-    # Where there are both, transformers takes the single file too.
+    # If both exist, the single file is used, as in transformers.
     if (directory / SINGLE_FILE).is_file():
         return {SINGLE_FILE: []}
     index = directory / INDEX_FILE
@@ -208,7 +209,7 @@ def _files(directory: Path) -> dict[str, list[str]]:
     for name, file in homes.items():
         if not _is_within(file):
             raise ModelNotFoundError(
-                f"{index} says that {name} is in {file!r:.80}, which is no file of this folder; "
+                f"{index} says that {name} is in {file!r:.80}, which is not a file in this folder; "
                 f"{_AGAIN}"
             )
         files.setdefault(file, []).append(name)
@@ -222,7 +223,7 @@ def _files(directory: Path) -> dict[str, list[str]]:
 
 
 def _is_within(file: Any) -> bool:
-    """Whether an index names a file that lies in its folder (or that the folder links to)."""
+    """Whether a file that an index names is in the index's folder (or linked from it)."""
     if not isinstance(file, str) or not file or "\0" in file:
         return False
     path = PurePath(file)
@@ -242,13 +243,13 @@ def _homes(
     names: Mapping[str, tuple[int, ...]],
     aliases: Mapping[str, tuple[str, ...]],
 ) -> dict[str, str]:
-    """Where the store holds each weight in the shape wanted, for those that it holds."""
+    """The stored name of each weight that the store holds in the wanted shape."""
     stored = set(store.names())
     homes = {}
     for name, shape in names.items():
         tied = [n for n in (name, *aliases.get(name, ())) if n in stored]
         for other in tied[1:]:
-            # transformers would leave such a pair untied, and the graph has one weight for both.
+            # transformers would leave such a pair untied, but the graph has one weight for both.
             if not torch.equal(store.get(tied[0]), store.get(other)):
                 raise UnsupportedModelError(
                     f"{source.name}: config.json ties {tied[0]} and {other}, but the checkpoint "
@@ -266,9 +267,9 @@ def _text_part(
     wanted: Wanted,
     warn: Callable[[str], None],
 ) -> tuple[_Store, dict[str, str]]:
-    """The tensors of a multimodal model's text model under the names that it gives them, and how
-    transformers is told of these: patterns of names, and what to put in their place. All tensors,
-    and nothing, of a model of text.
+    """The tensors of a multimodal checkpoint's text model under the text model's names, and the
+    renaming (pattern → replacement) that transformers needs to load them. For a model of text: all
+    tensors, and no renaming.
     """
     if text_config(whole_config(source)) is None:
         return files, {}
@@ -276,7 +277,7 @@ def _text_part(
     found, prefix = text_names(stored, wanted.names, wanted.base)
     if prefix is None:
         return files, {}
-    # With those of the text model that it has no place for, which are looked at like any other's.
+    # Includes tensors with the prefix that the text model does not use, for `_check_left_over`.
     own = {
         name: f"{wanted.base}.{name.removeprefix(prefix)}"
         for name in stored
@@ -286,8 +287,9 @@ def _text_part(
     if others:
         parts = sorted({name.removeprefix("model.").split(".")[0] for name in others})
         warn(
-            f"{source.name} is multimodal: of it the text model is compiled (model type "
-            f"{config.model_type!r}), and {len(others)} tensors are left out ({_some(parts)})"
+            f"{source.name} is multimodal: only its text model (model type "
+            f"{config.model_type!r}) is compiled, and {len(others)} tensors are left out "
+            f"({_some(parts)})"
         )
     heads = {there: name for there, name in found.items() if not there.startswith(prefix)}
     patterns = {rf"^{re.escape(there)}$": name for there, name in heads.items()}
@@ -302,7 +304,10 @@ def _check_left_over(
     stored: Iterable[str],
     warn: Callable[[str], None],
 ) -> None:
-    """Looks at stored tensors that the model has no place for, which transformers would drop."""
+    """Warns of stored tensors that the model does not use, which transformers would drop.
+
+    Raises UnsupportedModelError if they are an adapter's or whole layers.
+    """
     ignored = (*wanted.ignored, *_HARMLESS)
     left = [
         name
@@ -312,7 +317,7 @@ def _check_left_over(
     for name in left:
         if _ADAPTER.search(name):
             raise UnsupportedModelError(
-                f"{source.name}: its checkpoint holds {name}, of an adapter that would be left "
+                f"{source.name}: its checkpoint holds {name} of an adapter, which would be left "
                 f"out; {MERGE}"
             )
     layers = _layers(wanted.names)
@@ -322,16 +327,16 @@ def _check_left_over(
             known = layers.get(name[: match.start()])
             if known is not None and int(match[1]) >= known + more:
                 raise UnsupportedModelError(
-                    f"{source.name}: its checkpoint holds {name}, of layer {match[1]}, and "
-                    f"config.json gives the model {known} layers (num_hidden_layers, which counts "
-                    "from layer 0); use the checkpoint's own config.json"
+                    f"{source.name}: its checkpoint holds {name} of layer {match[1]}, but "
+                    f"config.json gives the model {known} layers (num_hidden_layers, counted from "
+                    "layer 0); use the checkpoint's own config.json"
                 )
     if left:
-        warn(f"{source.name} holds tensors that the model has no place for: {_some(left)}")
+        warn(f"{source.name} holds tensors that the model does not use: {_some(left)}")
 
 
 def _layers(names: Iterable[str]) -> dict[str, int]:
-    """The layers of each list of them, by what stands before a layer's number."""
+    """The number of layers in each module list, by the names' prefix before the layer number."""
     found: dict[str, int] = {}
     for name in names:
         for match in _LAYER.finditer(name):
@@ -343,8 +348,8 @@ def _layers(names: Iterable[str]) -> dict[str, int]:
 def _load(
     source: ModelSource, config: PretrainedConfig, prefixes: Mapping[str, str]
 ) -> tuple[StateDict, list[str]]:
-    """The model's weights as transformers loads them, without those that it had to make up, and the
-    stored names that it had no use for. `prefixes`: as `_text_part` gives them.
+    """The model's weights as transformers loads them, without those that it had to initialise, and
+    the stored names that it did not use. `prefixes`: the renaming of `_text_part`.
     """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -357,7 +362,7 @@ def _load(
             trust_remote_code=source.trust_remote_code,
             **({"key_mapping": dict(prefixes)} if prefixes else {}),
         )
-    except Exception as error:  # of any class: the files decide which code trips over them
+    except Exception as error:  # bad files may raise any exception in transformers
         raise UnsupportedModelError(
             f"{source.name}: transformers can't load its weights ({error}); {_AGAIN}"
         ) from error

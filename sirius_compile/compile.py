@@ -77,11 +77,10 @@ def compile_model(
 ) -> Compiled:
     """Compiles a shipped model's name, a directory, a hub id or short name, or a model in memory.
 
-    `tokenizer`: a transformers tokenizer for a model in memory (others bring their own).
-    `dump_graphs`: a folder for the graphs before and after each pass. `watch`: is told how far
-    calibration has come. Threads that compile at once
-    wait for each other. Raises UserError classes, each naming the thing, the reason and the remedy,
-    for what can't be compiled.
+    `tokenizer`: a transformers tokenizer for a model in memory (others have their own).
+    `dump_graphs`: a folder for the graphs before and after each pass. `watch`: shows the progress
+    of calibration. One thread traces at a time. Raises subclasses of UserError, each naming the
+    thing, the reason and the remedy, for what can't be compiled.
     """
     if dump_graphs is not None:
         _make_folder(dump_graphs)
@@ -117,7 +116,7 @@ class _Compilation:
             self._dtype = onnx_dtype(config.dtype, self._dtype)
 
     def run(self) -> Compiled:
-        """Captures, pairs the paths, chooses what the sparse one keeps, and lays out."""
+        """Captures, pairs the paths, chooses what the sparse path keeps, and lays out weights."""
         config = self._config
         captured = self._capture()
         program, stored = captured.program, self._open_weights(captured)
@@ -125,7 +124,7 @@ class _Compilation:
             self._source.generation, self._source.config.vocab_size
         )
         if left_out:
-            self._warnings.append(f"not applied of generation_config: {', '.join(left_out)}")
+            self._warnings.append(f"generation_config: not applied: {', '.join(left_out)}")
 
         self._passes(program, front(self._method))
         dense = self._product(program, stored)
@@ -158,7 +157,7 @@ class _Compilation:
         return captured
 
     def _open_weights(self, captured: Capture) -> Stored:
-        """Opens the weights, looks at each, and gives the program its dtype."""
+        """Opens the weights, checks each, and sets the program's dtype."""
         program = captured.program
         with self._stage("open weights"):
             weights = self._source.open_weights(captured.wanted)
@@ -170,7 +169,7 @@ class _Compilation:
         return lambda spec: _materialise(spec, captured, weights)
 
     def _check_weights(self, captured: Capture, weights: WeightSource) -> None:
-        """Looks at every weight, and runs a model in memory beside what was captured of it."""
+        """Checks every weight, and compares a model in memory with its captured graph."""
         program, constants = captured.program, captured.constants
         source, dtype = self._source, dtype_of(self._dtype)
         check_weights(
@@ -191,14 +190,14 @@ class _Compilation:
             )
 
     def _choose(self, dense: Compiled) -> SparsePath:
-        """What the sparse path keeps. Where text decides, `dense` writes it or a file holds it, and
-        trial programs of the same model read it.
+        """Chooses what the sparse path keeps. If that takes text, `dense` writes it or a file holds
+        it, and trial programs of the same model read it.
         """
         config, device = self._config, find_device(self._config.device)
         if config.measure and dense.tokenizer() is None:
             config = replace(config, measure=False)
             self._warnings.append(
-                "drafts were not measured: there is no tokenizer to read text with"
+                "drafts were not measured: the model has no tokenizer to read text with"
             )
         with self._stage("calibrate" if self._method.has_thresholds else "choose what to keep"):
             return Chooser(
@@ -210,27 +209,27 @@ class _Compilation:
             ).choose()
 
     def _set_drafting(self, acceptance: AcceptanceSpec | None) -> None:
-        """Takes the period and the confidence from what was measured, where they are not given, and
-        warns where no drafting pays.
+        """Sets the period and the confidence that are not given to the best measured ones. Warns if
+        drafting does not pay.
         """
         config, self._acceptance = self._config, acceptance
         if acceptance is None:
             return
         best = acceptance.best
-        if config.tree_width == 1:  # of a tree more is accepted than of the chain that was measured
+        if config.tree_width == 1:  # a chain was measured; more of a tree is accepted
             self._period = config.period or best.period
             self._confidence = best.confidence
         if best.effective_density > PAYS:
             self._warnings.append(
-                f"drafting does not pay: text held out was refused at {best.aal:.1f} of "
-                f"{best.period} tokens by --sparsity {self._method} at "
-                f"{acceptance.density:.2f} of the reads, and a token takes "
-                f"{best.effective_density:.2f} of the dense model's. Keep more by --keep, or try "
-                "another --sparsity"
+                f"drafting does not pay: on held-out text, a period of {best.period} tokens "
+                f"advances by {best.aal:.1f} (--sparsity {self._method}, density "
+                f"{acceptance.density:.2f}), and a committed token reads "
+                f"{best.effective_density:.2f} of what the dense model reads. Keep more with "
+                "--keep, or try another --sparsity"
             )
 
     def _text(self, path: Tokenwise, dense: Compiled, held_only: bool) -> tuple[Text, Text]:
-        """The text to calibrate on, and the text held out; `path` writes it, or a file holds it."""
+        """The text to calibrate on and the held-out text, from a file or written by `path`."""
         tokenizer = dense.tokenizer()
         if tokenizer is None:
             raise CalibrationError(
@@ -324,10 +323,10 @@ class _Compilation:
 def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # something else of that name, or a zero byte in it
+    except (OSError, ValueError) as error:  # a file of that name, or a zero byte in the name
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--dump-graphs {path}: no folder can be made there ({reason}); name another"
+            f"--dump-graphs {path}: the folder can't be created ({reason}); give another"
         ) from error
 
 

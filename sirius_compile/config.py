@@ -1,4 +1,4 @@
-"""What a compilation is asked for: one frozen value, checked when it is made."""
+"""The options of a compilation: one frozen value, checked when it is created."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Graphs(StrEnum):
     """What an artifact's graphs are for."""
 
     ENTRIES = "entries"
-    """The entries for PyTorch. No graph of a whole period, which takes half of the compile time."""
+    """The entries for PyTorch. The graph of a whole period takes half of the compile time."""
     TORCH = "torch"
     """The entries and a whole period for PyTorch."""
     ONNX = "onnx"
@@ -45,7 +45,7 @@ class Graphs(StrEnum):
 
 @dataclass(frozen=True)
 class DenseLayers:
-    """Layers that skip nothing: `fixed` by number, or the `auto` that it costs most."""
+    """Layers to keep dense: those numbered in `fixed`, or the `auto` layers that cost most."""
 
     fixed: tuple[int, ...] = ()
     auto: int = 0
@@ -68,7 +68,7 @@ class DenseLayers:
             ) from None
 
     def check(self, layers: int) -> None:
-        """Raises ConfigError where a model of so many layers has not these, or none but these."""
+        """Raises ConfigError if a model of `layers` layers lacks one of these, or has no others."""
         if unknown := [layer for layer in self.fixed if not 0 <= layer < layers]:
             raise ConfigError(
                 f"--dense-layers: the model has layers 0..{layers - 1}, got {unknown[0]}"
@@ -82,23 +82,26 @@ class DenseLayers:
 
 @dataclass(frozen=True)
 class CompileConfig(RuleOptions):
-    """Options of `compile_model`; the command line's flags under the same names.
+    """Options of `compile_model`; the command line's flags have the same names.
 
-    sparsity, keep: the sparse path and the share of neurons or channels that it keeps (0.5).
-    density: in place of `keep`, the share of the weights that a sparse step should read; the
-    kept share that reaches it is found. dense_layers: layers that skip nothing: their numbers,
-    or ``auto:N`` for the N whose sparsity costs most agreement with the full path. measure:
-    draft on text held out, keep what it came to in the artifact, and take the period and the
-    confidence from it where they are not given; the command line does by default. period,
-    tree_width: of a draft, the static shapes of the graph `period`; 16 where it is neither given
-    nor measured. They, threshold, verify_temperature, confidence and refresh are defaults that
-    the artifact carries, which a run can change. max_seq_len: the longest sequence served, by
-    default the model's own. dtype: of the stored weights, by default the checkpoint's. graphs:
-    what the artifact's graphs are for (see `Graphs`); with ``onnx`` or ``both`` weights are
-    float32 or float16, by default float32 where the checkpoint's are neither. adapter: the folder
-    of an adapter (LoRA, …) to merge into the model. base: the model to merge into where the model
-    is an adapter itself, by default the one that it names. device: where calibration runs.
-    calibration: a text or JSONL file, or ``builtin``.
+    * sparsity, keep: the sparse path and the share of neurons or channels that it keeps (0.5).
+    * density: instead of `keep`, the share of the weights that a sparse step should read; the kept
+      share is found by search.
+    * dense_layers: layers to keep dense: their numbers, or ``auto:N`` for the N layers whose
+      sparsity costs most agreement with the full path.
+    * measure: measure drafts on held-out text, record the result in the artifact, and set the
+      period and the confidence by it unless they are given. The command line's default.
+    * period, tree_width: the static shapes of the graph `period`; a period is 16 if neither given
+      nor measured. They, threshold, verify_temperature, confidence and refresh are the artifact's
+      defaults, which a run can change.
+    * max_seq_len: the longest sequence, in tokens; by default the model's own.
+    * dtype: of the stored weights, by default the checkpoint's.
+    * graphs: see `Graphs`. With ``onnx`` or ``both``, weights are float32 or float16; the default
+      is float32 if the checkpoint's dtype is neither.
+    * adapter: the folder of an adapter (LoRA, …) to merge into the model.
+    * base: if the model is an adapter itself, the model to merge it into; by default the one that
+      it names.
+    * device: where calibration runs. calibration: a text or JSONL file, or ``builtin``.
 
     Raises ConfigError for a value out of its range, with the range.
     """
@@ -124,14 +127,14 @@ class CompileConfig(RuleOptions):
     graphs: Graphs | str = Graphs.TORCH
 
     def __post_init__(self) -> None:
-        # Names are taken from Python as from the command line.
+        # Python callers may pass names as strings, like the command line.
         object.__setattr__(self, "sparsity", _member(Method, self.sparsity, "--sparsity"))
         object.__setattr__(self, "graphs", _member(Graphs, self.graphs, "--graphs"))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", _member(DType, self.dtype, "--dtype"))
         object.__setattr__(self, "dense_layers", DenseLayers.read(self.dense_layers))
         if self.keep is not None and self.density is not None:
-            raise ConfigError("--keep and --density say the same thing twice: give one of them")
+            raise ConfigError("--keep and --density set the same thing. Give one of them")
         for value, flag in ((self.keep, "--keep"), (self.density, "--density")):
             if value is not None and not 0.0 < value <= 1.0:
                 raise ConfigError(f"{flag} must be in (0, 1], got {value}")
@@ -139,8 +142,8 @@ class CompileConfig(RuleOptions):
         check_ranges(self.confidence or 0.0, self.refresh, flag="--")
         if self.refresh and not Method(self.sparsity).per_prompt:
             raise ConfigError(
-                f"--refresh chooses griffin's neurons anew; --sparsity {self.sparsity} chooses "
-                "them for every token"
+                f"--refresh applies to griffin; --sparsity {self.sparsity} has no neurons that are "
+                "selected once per prompt. Leave it out"
             )
         if not 0.0 <= self.threshold <= 1.0:
             raise ConfigError(f"--threshold must be in [0, 1], got {self.threshold}")
@@ -150,7 +153,7 @@ class CompileConfig(RuleOptions):
 
     @property
     def given_period(self) -> int:
-        """The period, where none is measured."""
+        """The period given, or the default; used unless one is measured."""
         return DEFAULT_PERIOD if self.period is None else self.period
 
 

@@ -1,5 +1,5 @@
-"""What a model's files may say: values that transformers reads without a word, and that make no
-model. Each is refused by name, before anything is built.
+"""Checks a model's files for impossible values that transformers accepts silently. Each is refused
+by name, before anything is built.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _COUNTS = (
     "head_dim",
 )
 _LEAST_POSITIONS = 2
-# Bounds that are open by nature; state space layers have one.
+# Keys with this word are bounds, which may be infinite (those of state space layers are).
 _MAY_BE_INFINITE = "limit"
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 
 
 def read_object(path: Path, remedy: str) -> dict[str, JSON]:
-    """The JSON object of a file of the model's. Raises ModelNotFoundError, with the remedy."""
+    """The JSON object in one of the model's files. Raises ModelNotFoundError, with the remedy."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -43,7 +43,7 @@ def read_object(path: Path, remedy: str) -> dict[str, JSON]:
         raise ModelNotFoundError(f"{path} can't be read ({reason:.200}); {remedy}") from error
     if not isinstance(document, dict):
         raise ModelNotFoundError(
-            f"{path} holds a JSON {type(document).__name__} where an object is expected; {remedy}"
+            f"{path} holds a JSON {type(document).__name__} instead of an object; {remedy}"
         )
     return document
 
@@ -77,7 +77,7 @@ def check_config(config: PretrainedConfig, name: str) -> None:
 
 
 def check_token_ids(generation: GenerationConfig, config: PretrainedConfig, name: str) -> None:
-    """Raises UnsupportedModelError where a special token's id is none."""
+    """Raises UnsupportedModelError if a special token's id is not an integer."""
     for source, file in ((generation, "generation_config.json"), (config, "config.json")):
         for key in _TOKENS:
             value: Any = getattr(source, key, None)
@@ -93,15 +93,15 @@ def check_token_ids(generation: GenerationConfig, config: PretrainedConfig, name
 def read_generation_config(
     directory: Path, config: PretrainedConfig, name: str
 ) -> GenerationConfig:
-    """The model's generation config, from its own file where it has one."""
+    """The model's generation config, from its own file if it has one."""
     path = directory / "generation_config.json"
     if not path.exists():
         return GenerationConfig.from_model_config(config)
-    remedy = f"mend it, or remove it to generate as {name}'s config.json says"
+    remedy = f"fix it, or remove it to generate as {name}'s config.json says"
     read_object(path, remedy)
     try:
         return GenerationConfig.from_pretrained(directory)
-    except Exception as error:  # of any class: the values decide which code trips over them
+    except Exception as error:  # bad values may raise any exception in transformers
         raise UnsupportedModelError(
             f"{path}: transformers can't read it ({type(error).__name__}: {error!s:.200}); {remedy}"
         ) from error
@@ -110,10 +110,10 @@ def read_generation_config(
 def check_weights(
     names: Iterator[tuple[str, torch.dtype]], get: Callable[[str], Tensor], source: str
 ) -> None:
-    """Reads every weight once and makes no copy. `names`: with the dtype that each is stored in.
+    """Reads every weight once, without a copy. `names`: each weight with its dtype in the artifact.
 
-    Raises UnsupportedModelError, naming the weight, for one that holds NaN or infinity, or numbers
-    that its dtype in the artifact does not reach.
+    Raises UnsupportedModelError, naming the weight, if one holds NaN, infinity, or numbers beyond
+    the range of its dtype in the artifact.
     """
     for name, dtype in names:
         tensor = get(name)
@@ -123,13 +123,13 @@ def check_weights(
         if not (math.isfinite(low) and math.isfinite(high)):
             what = "NaN" if math.isnan(low) else "infinity"
             raise UnsupportedModelError(
-                f"{source}: its weight {name} holds {what}, so it could answer nothing; download "
-                "or save the model again"
+                f"{source}: its weight {name} holds {what}, so its answers would be garbage; "
+                "download or save the model again"
             )
         if max(-low, high) > torch.finfo(dtype).max:
             raise UnsupportedModelError(
-                f"{source}: its weight {name} holds {max(-low, high):g}, which is beyond "
-                f"{dtype_name(dtype)}; use --dtype bfloat16 or float32"
+                f"{source}: its weight {name} holds {max(-low, high):g}, which is out of the range "
+                f"of {dtype_name(dtype)}; use --dtype bfloat16 or float32"
             )
 
 

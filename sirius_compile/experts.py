@@ -1,9 +1,8 @@
-"""Mixtures of experts: what transformers' experts modules become in a captured graph.
+"""Captures mixtures of experts: one `sirius::dense_moe` a layer.
 
-transformers lets an experts function stand in for the loop over experts, as it does for attention.
-Ours emits one `sirius::dense_moe` a layer, over views of the module's weights that show every
-layout as the operator takes it: gate, up and down [E, I, C]. Which gating a module applies is found
-by running it on numbers.
+transformers lets a function replace the loop over experts, as it does for attention. Ours emits the
+operator over views of the module's weights, in the operator's layout: gate, up and down [E, I, C].
+A module's gating is found by running it on numbers.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ _NEAR = 1e-6
 
 
 class Experts:
-    """transformers' experts function. `layer`: of the attention last traced."""
+    """transformers' experts function. `layer`: that of the last attention traced."""
 
     def __init__(self) -> None:
         self.layer = 0
         self._gatings: dict[int, tuple[str, int]] = {}
 
     def look_at(self, model: nn.Module) -> None:
-        """Finds out how each experts module gates, before it is traced and outside of tracing.
+        """Finds each experts module's gating. Call it before tracing.
 
-        Raises UnsupportedModelError for one that can't be expressed, naming its class.
+        Raises UnsupportedModelError, naming the class, for a module that can't be expressed.
         """
         for module in model.modules():
             if hasattr(module, "is_transposed") and hasattr(module, "_apply_gate"):
@@ -64,8 +63,9 @@ class Experts:
 
 
 def _rows(module: Any, stride: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The weight [E, I, C] and bias [E, I] of gate, and of up where there is one. `stride`: 1 where
-    gate's rows come before up's, 2 where they alternate.
+    """The weight [E, I, C] and bias [E, I] of gate, and of up if there is one.
+
+    `stride`: 1 if gate's rows come before up's, 2 if they alternate.
     """
     name = "gate_up_proj" if module.has_gate else "up_proj"
     weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
@@ -80,13 +80,13 @@ def _rows(module: Any, stride: int) -> Iterator[tuple[Tensor, Tensor | None]]:
 
 
 def _gating(module: Any) -> tuple[str, int]:
-    """The name in EXPERT_ACTIVATIONS of what a module computes of gate and up, and their stride."""
+    """A module's function of gate and up (a name in EXPERT_ACTIVATIONS), and `_rows`' stride."""
     where = type(module).__name__
     names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
     if missing := [name for name in names if not isinstance(getattr(module, name, None), Tensor)]:
         raise UnsupportedModelError(f"{where}: experts without a {missing[0]} are not supported")
     if getattr(module, "has_post_expert_norm", False):
-        raise UnsupportedModelError(f"{where}: experts with a norm of their own are not supported")
+        raise UnsupportedModelError(f"{where}: experts that contain a norm are not supported")
     gate, up = torch.meshgrid(_GRID, _GRID, indexing="ij")
     for stride in (1, 2) if module.has_gate else (1,):
         if module.has_gate:
@@ -100,6 +100,4 @@ def _gating(module: Any) -> tuple[str, int]:
             if torch.allclose(computed.double(), wanted, rtol=_NEAR, atol=_NEAR):
                 return name, stride
     known = ", ".join(EXPERT_ACTIVATIONS)
-    raise UnsupportedModelError(
-        f"{where}: its experts' activation is none of the known ones ({known})"
-    )
+    raise UnsupportedModelError(f"{where}: its experts' activation is not a known one ({known})")

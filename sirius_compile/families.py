@@ -1,8 +1,8 @@
-"""The model types that are supported, and those that are known not to be, as two literal tables.
+"""The tested model types and the refused ones, as two literal tables.
 
-`tests/test_families.py` runs every row of the first against transformers' own model, and checks the
-reason of every row of the second; `sirius-compile --list-models` prints both. Nothing else reads
-them: a type that is in neither compiles if its graph is one that the passes know.
+`tests/test_families.py` compares every row of the first with transformers' own model, and checks
+the reason of every row of the second; `sirius-compile --list-models` prints both. The compiler does
+not read them: a type in neither table compiles if the passes can handle its graph.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Mlp(StrEnum):
 
 @dataclass(frozen=True)
 class Family:
-    """A supported model type: models of it, what is notable, and the methods that apply."""
+    """A supported model type: its models, its special features, and the methods that apply."""
 
     model_type: str
     models: str
@@ -38,7 +38,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Refused:
-    """A model type that is refused, the reason as the refusal says it, and what is behind it."""
+    """A refused model type, the reason as in the error message, and its cause in the model."""
 
     model_type: str
     models: str
@@ -102,7 +102,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("ernie4_5_moe", "ERNIE 4.5 MoE", _BOTH, "router in float32", (Method.TOPK,)),
     Family("deepseek_v3", "DeepSeek-V3, R1", _BOTH, "latent attention", (Method.TOPK,)),
 )
-"""What is supported; each row is tested."""
+"""The supported model types; each row is tested."""
 
 REFUSED: tuple[Refused, ...] = (
     Refused("bloom", "BLOOM", "takes no position_ids", "ALiBi"),
@@ -118,11 +118,11 @@ REFUSED: tuple[Refused, ...] = (
         "it has attention classes of its own",
         "local attention, by its own code",
     ),
-    Refused("jamba", "Jamba", "its forward holds for some numbers of tokens only", "Mamba layers"),
+    Refused("jamba", "Jamba", "its forward works for some numbers of tokens only", "Mamba layers"),
     Refused(
         "recurrent_gemma",
         "RecurrentGemma",
-        "its forward holds for some numbers of tokens",
+        "its forward works for some numbers of tokens",
         "recurrent layers",
     ),
     Refused("lfm2", "LFM2", "the model's graph reads attention_mask", "convolutions over tokens"),
@@ -136,7 +136,7 @@ REFUSED: tuple[Refused, ...] = (
     Refused(
         "diffllama",
         "DiffLlama",
-        "one cache needs layers 0, 1, … once each",
+        "the cache needs layers 0, 1, … once each",
         "two attentions a layer",
     ),
     Refused("deepseek_v2", "DeepSeek-V2", "computes with complex numbers", "its rotary embedding"),
@@ -155,7 +155,7 @@ REFUSED: tuple[Refused, ...] = (
     Refused("t5", "T5", "is an encoder-decoder", "so are all of its kind"),
     Refused("bert", "BERT", "is an encoder", "so are all of its kind"),
 )
-"""What is known to be refused; each reason is tested."""
+"""The refused model types; each reason is tested."""
 
 
 def families_json() -> JSON:
@@ -178,7 +178,7 @@ def families_tables() -> Iterator[Table]:
 
 def _table(first: str, *others: str) -> Table:
     table = Table(box=None)
-    table.add_column(first, no_wrap=True)  # it is what a config.json is searched for
+    table.add_column(first, no_wrap=True)  # so that it can be searched for
     for header in others:
         table.add_column(header)
     return table

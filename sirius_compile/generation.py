@@ -1,4 +1,4 @@
-"""What a model's generation config says of choosing tokens, read for the artifact."""
+"""Reads the options for choosing tokens from a model's generation config, for the artifact."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_length": ((20,), "pass max_new_tokens"),
     "max_new_tokens": ((), "pass max_new_tokens"),
 }
-"""What changes transformers' answers and is not done here: the values that change nothing, besides
-None, and what a user should know."""
+"""Options of transformers that are not supported: the values that have no effect, besides None, and
+a note for the user."""
 _SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 
 
 def read_generation(
     config: GenerationConfig, vocabulary: int
 ) -> tuple[GenerationSpec, tuple[str, ...]]:
-    """The defaults of choosing tokens, and each value that is not applied, with what that means."""
+    """The defaults for choosing tokens, and a note on each value that is not applied."""
     left_out: list[str] = []
     logits, sampling = LogitsSpec(), SamplingSpec()
     for name, value in _given(config, LogitsSpec):
         if name in _SUPPRESSED and isinstance(value, list | tuple):
-            # transformers suppresses what its models can't say, too; it changes nothing.
+            # An id outside the vocabulary has no effect, in transformers either.
             value = [token for token in value if not _is_no_token(token, vocabulary)]
         try:
             logits = merged(cast(LogitsOptions, {name: value}), logits, vocabulary)
@@ -77,7 +77,7 @@ def _is_no_token(token: Any, vocabulary: int) -> bool:
 def _given(
     config: GenerationConfig, spec: type[LogitsSpec | SamplingSpec]
 ) -> list[tuple[str, Any]]:
-    """What the config says under the names of a spec."""
+    """The config's values of a spec's fields."""
     values = [(field.name, getattr(config, field.name, None)) for field in fields(spec)]
     return [(name, value) for name, value in values if value is not None]
 

@@ -1,6 +1,6 @@
-"""Models in GGUF files, read by transformers' own reader: weights, config, tokenizer.
+"""Models in GGUF files: weights, config and tokenizer, read by transformers.
 
-Quantised weights are multiplied out: the artifact holds what the file says, in one of its dtypes.
+Quantised weights are dequantised to the artifact's dtype.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from sirius_runtime.spec import DType
 
 _PACKAGES = ("gguf", "accelerate")
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What ends an answer: of a text, of a turn of a chat.
+# Keys of the tokens that end a text, and a turn of a chat.
 _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A model in memory, its tokenizer, and what its file says of ending an answer."""
+    """A model in memory, its tokenizer, and a generation config with its end tokens."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -39,19 +39,19 @@ class GgufModel:
 
 
 def is_gguf(model: str | Path) -> bool:
-    """Whether a model is named as a GGUF file, and is no directory of that name."""
+    """Whether `model` has a GGUF file's name and is not a directory."""
     return str(model).lower().endswith(".gguf") and not Path(model).is_dir()
 
 
 def load_gguf(path: Path, dtype: DType | None) -> GgufModel:
-    """Loads a GGUF file: in `dtype`, by default that of most of its weights, and bfloat16 where
-    those are quantised.
+    """Loads a GGUF file in `dtype`; by default that of most of its weights, or bfloat16 if those
+    are quantised.
 
-    Raises ModelNotFoundError where there is no such file, and UnsupportedModelError, with what
-    transformers says, for an architecture or a type of weights that it does not read.
+    Raises ModelNotFoundError if there is no such file, and UnsupportedModelError, with
+    transformers' reason, for an architecture or a type of weights that it can't read.
     """
     if not path.is_file():
-        raise ModelNotFoundError(f"{path} is no file; give a GGUF file on this machine")
+        raise ModelNotFoundError(f"{path} does not exist; give a GGUF file on this machine")
     missing = [package for package in _PACKAGES if find_spec(package) is None]
     if missing:
         raise UnsupportedModelError(
@@ -60,7 +60,7 @@ def load_gguf(path: Path, dtype: DType | None) -> GgufModel:
         )
     try:
         return _load(path, dtype)
-    except Exception as error:  # of any class: the file decides which code trips over it
+    except Exception as error:  # bad files may raise any exception in transformers
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UnsupportedModelError(
             f"{path}: transformers can't read this GGUF file ({reason:.300}); give the model's "
@@ -89,10 +89,10 @@ def _load(path: Path, dtype: DType | None) -> GgufModel:
 
 
 def _unpacked() -> dict[str, Any]:
-    """Has weights multiplied out where transformers would keep them packed."""
+    """The argument that makes transformers dequantise weights that it could keep packed."""
     try:
         from transformers import GgufConfig
-    except ImportError:  # an older release always does
+    except ImportError:  # an older release always dequantises
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
 

@@ -1,6 +1,4 @@
-"""Guards a model's graphs: compares those of a compilation with those that an earlier one
-dumped.
-"""
+"""Compares a compilation's graphs with those that an earlier compilation dumped."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ _SHOWN_LINES = 60
 def read_graphs(folder: Path) -> dict[str, str]:
     """The graphs that `--dump-graphs` wrote into `folder`, by file name.
 
-    Raises ConfigError where there are none, or where they can't be read.
+    Raises ConfigError if there are none, or if they can't be read.
     """
     try:
         graphs = {path.name: path.read_text("utf-8") for path in sorted(folder.glob("*.txt"))}
@@ -42,7 +40,7 @@ def compare_graphs(expected: Path, old: Mapping[str, str], actual: Path) -> None
     if old == new:
         return
     differing = sorted(n for n in old.keys() | new.keys() if old.get(n) != new.get(n))
-    # A graph that is in both folders says more than one that is missing or new.
+    # A diff of a graph in both folders is more useful than one of a missing or new graph.
     first = next((n for n in differing if n in old and n in new), differing[0])
     diff = list(
         difflib.unified_diff(
@@ -57,7 +55,7 @@ def compare_graphs(expected: Path, old: Mapping[str, str], actual: Path) -> None
     if len(diff) > _SHOWN_LINES:
         shown += f"\n… {len(diff) - _SHOWN_LINES} more lines"
     raise GraphMismatchError(
-        f"{len(differing)} of {len(old.keys() | new.keys())} graphs are not as {expected} has "
-        f"them: {', '.join(differing)}\n{shown}\n"
-        f"If the change is wanted, write the new graphs with --dump-graphs {expected}"
+        f"{len(differing)} of {len(old.keys() | new.keys())} graphs differ from those in "
+        f"{expected}: {', '.join(differing)}\n{shown}\n"
+        f"If the change is intended, write the new graphs with --dump-graphs {expected}"
     )

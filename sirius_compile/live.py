@@ -1,8 +1,7 @@
-"""Models in memory: what can't be captured of one is refused by name, and what was captured is run
-beside it.
+"""Checks models in memory: refuses what can't be captured, and compares logits after capture.
 
-Capture builds its own model from the config, so that whatever else makes the model in memory
-compute what it does (adapters, replaced modules, hooks, patched methods) would be lost in silence.
+Capture builds its own model from the config. Anything else that changes what the model in memory
+computes (adapters, replaced modules, hooks, patched methods) would be lost silently.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ MERGE = (
 _TOKENS = 12  # of the prompt that is compared
 _SEED = 0
 _FLOATS = tuple(dtype_of(name) for name in DType)
-# Of a layer's products: q, k, v, the scores, o, gate and up, down.
+# A layer's products: q, k, v, the scores, o, gate and up, down.
 _ROUNDINGS_OF_A_LAYER = 7
 _LEAST_TOLERANCE = 1e-4  # sums of thousands of float32 numbers in another order
 
 
 def check_model(model: Any) -> PreTrainedModel:
-    """`model`, where it is one that can be captured. Raises ConfigError for what is no transformers
-    model, and UnsupportedModelError, naming what stands in the way.
+    """Returns `model` if it can be captured. Raises ConfigError if it is not a transformers model,
+    and UnsupportedModelError, naming the cause, if it can't be captured.
     """
     name = type(model).__name__
     if _is_adapted(model):
-        raise UnsupportedModelError(f"{name} has an adapter (peft) beside its weights; {MERGE}")
+        raise UnsupportedModelError(f"{name} has an adapter (peft) that is not merged; {MERGE}")
     if not isinstance(model, PreTrainedModel):
         inner = next((a for a in ("module", "_orig_mod") if hasattr(model, a)), None)
         remedy = f"pass its .{inner}" if inner else "pass a PreTrainedModel, a directory or a name"
@@ -57,8 +56,8 @@ def check_model(model: Any) -> PreTrainedModel:
             hook = next(iter((hooks[0] or hooks[1]).values()))
             what = getattr(hook, "__qualname__", type(hook).__name__)
             raise UnsupportedModelError(
-                f"{path or name} has a forward hook ({what}), which would be lost; remove it (its "
-                "handle's remove()), and fold what it does into the weights"
+                f"{path or name} has a forward hook ({what}), which would be lost; remove it (by "
+                "its handle's remove()), and put its effect into the weights"
             )
     main = main_dtype(model)
     if main not in _FLOATS:
@@ -76,7 +75,7 @@ def check_model(model: Any) -> PreTrainedModel:
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of most of a model's numbers."""
+    """The dtype of most of a model's parameters, counted by element."""
     counts: dict[torch.dtype, int] = {}
     for _, tensor in stored(model):
         if tensor.is_floating_point():
@@ -85,8 +84,8 @@ def main_dtype(model: nn.Module) -> torch.dtype:
 
 
 def check_modules(model: nn.Module, built: nn.Module) -> None:
-    """Raises UnsupportedModelError where `model` has modules, weights or shapes that `built`, the
-    model that its config describes, has not.
+    """Raises UnsupportedModelError if `model` differs in modules, weights or shapes from `built`,
+    the model that its config describes.
     """
     expected = dict(built.named_modules())
     for path, module in model.named_modules():
@@ -94,14 +93,14 @@ def check_modules(model: nn.Module, built: nn.Module) -> None:
         if other is None or not _alike(module, other, is_root=not path):
             wanted = "none" if other is None else f"a {type(other).__name__}"
             raise UnsupportedModelError(
-                f"{path or 'the model'} is a {type(module).__name__}, and the config describes "
-                f"{wanted}: a replaced module is not captured. Compile the model as transformers "
-                "makes it, with the change folded into its weights"
+                f"{path or 'the model'} is a {type(module).__name__}, but the config describes "
+                f"{wanted}: a replaced module can't be captured. Compile the model as transformers "
+                "builds it, with the change put into its weights"
             )
     if expected:
         raise UnsupportedModelError(
-            f"the model has no {next(iter(expected))}, which its config describes; make "
-            "model.config say what the model is"
+            f"the model has no {next(iter(expected))}, which its config describes; correct "
+            "model.config"
         )
     found = dict(stored(model))
     for path, tensor in stored(built):
@@ -109,8 +108,7 @@ def check_modules(model: nn.Module, built: nn.Module) -> None:
         if shape != tuple(tensor.shape):
             has = "is not there" if shape is None else f"has the shape {list(shape)}"
             raise UnsupportedModelError(
-                f"{path} {has}, and the config describes {list(tensor.shape)}; make model.config "
-                "say what the model is"
+                f"{path} {has}, but the config describes {list(tensor.shape)}; correct model.config"
             )
 
 
@@ -120,12 +118,12 @@ def compare(
     dtype: torch.dtype,
     weight: Callable[[str], Tensor],
 ) -> None:
-    """Runs a short prompt through the captured graph in `dtype`, on the CPU, and through the model.
+    """Compares the captured graph, run in `dtype` on the CPU, with the model, over a short prompt.
 
-    weight: a weight's values, by name. Raises UnsupportedModelError where their logits [T, V] are
-    further apart than rounding accounts for: each of some products a layer adds an error of the
-    coarser dtype's last bit to the hidden state, independently. Distances are of the median token,
-    because rounding may choose another expert for some. Does nothing where a weight has no storage.
+    weight: gives a weight's values by name. Raises UnsupportedModelError if the logits [T, V]
+    differ by more than rounding explains: each product of a layer adds an independent error of the
+    coarser dtype's last bit to the hidden state. The distance is that of the median token, because
+    rounding may route single tokens to another expert. Does nothing if a weight has no storage.
     """
     if any(t.is_meta or isinstance(t, FakeTensor) for _, t in stored(model)):
         return
@@ -150,11 +148,11 @@ def compare(
     if distance <= max(rounding, _LEAST_TOLERANCE):
         return
     patched = [path for path, module in model.named_modules() if "forward" in vars(module)]
-    cause = f"{patched[0]} has a forward of its own" if patched else "something changes its forward"
+    cause = f"{patched[0]} has a patched forward" if patched else "something changes its forward"
     raise UnsupportedModelError(
         f"{type(model).__name__} does not compute what its config and weights describe: over "
-        f"{_TOKENS} tokens its logits are {distance:.2g} from those of what was captured, relative "
-        f"({cause}); compile the model as transformers makes it"
+        f"{_TOKENS} tokens, its logits have a relative error of {distance:.2g} to the captured "
+        f"graph's ({cause}); compile the model as transformers builds it"
     )
 
 
@@ -162,7 +160,7 @@ def _check_kind(model: PreTrainedModel, name: str) -> None:
     expected = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
     if getattr(model.config, "text_config", None) is not None:
         raise UnsupportedModelError(
-            f"{name} is multimodal; save it by save_pretrained and give that directory, of which "
+            f"{name} is multimodal; save it by save_pretrained and give that directory, from which "
             "the text model is compiled"
         )
     if expected is None or isinstance(model, expected):
@@ -185,13 +183,13 @@ def _alike(module: nn.Module, other: nn.Module, is_root: bool) -> bool:
     kind, wanted = type(module), type(other)
     if kind is wanted or (is_root and isinstance(module, wanted)):
         return True
-    # A model's own code may have been imported twice.
+    # Compared by name, because a model's own code may have been imported twice.
     return (kind.__module__, kind.__qualname__) == (wanted.__module__, wanted.__qualname__)
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it, nothing is dropped out; afterwards each module is as it was."""
+    """A context in evaluation mode; restores each module's mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

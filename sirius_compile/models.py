@@ -1,4 +1,4 @@
-"""Where a model comes from: a shipped name, a directory, a short name or a hub id."""
+"""Finds a model by a shipped name, a directory, a short name or a hub id."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from sirius_compile.text_model import is_causal, text_config
 from sirius_runtime.errors import ConfigError, ModelNotFoundError, UnsupportedModelError, shown
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-"""The names that save_pretrained gives to weights in one file, and to the index of several."""
+"""save_pretrained's names for weights in one file, and for the index of several files."""
 
 _SHIPPED_FOLDER = Path(__file__).parent / "shipped"
 _CONFIG_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-# Folders of a repository hold other formats (onnx/, original/, runs/), and `consolidated` files the
-# same weights once more under their publisher's names: gigabytes that nobody would read. Of all
-# folders, additional_chat_templates alone begins with "add".
+# Leaves out gigabytes that are not read: folders of other formats (onnx/, original/, runs/), and
+# `consolidated` files, which hold the same weights under the publisher's names. The only folder
+# fetched is additional_chat_templates, matched by "add".
 _NEVER_FETCHED = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ADAPTERS = ("adapter_config.json", "adapter_model*")
@@ -92,10 +92,10 @@ SHORT_NAMES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's directory on this machine, and where it is from.
+    """A model's directory on this machine, and its origin.
 
-    `name` is what to call it: the shipped name, the hub id, or the directory as it was given.
-    `revision`: the commit, for one from the hub.
+    `name`, for messages: the shipped name, the hub id, or the directory as given. `revision`: the
+    commit, for a model from the hub.
     """
 
     directory: Path
@@ -105,12 +105,12 @@ class ModelSource:
 
 
 def shipped_models() -> dict[str, Path]:
-    """The models inside this package: name → directory."""
+    """The models in this package: name → directory."""
     return {path.parent.name: path.parent for path in sorted(_SHIPPED_FOLDER.glob("*/config.json"))}
 
 
 def is_name(model: Any) -> bool:
-    """Whether `model` is what `resolve_model` finds a model by."""
+    """Whether `model` is a name or a path, which `resolve_model` takes."""
     return isinstance(model, str | Path)
 
 
@@ -124,12 +124,12 @@ def resolve_model(
     adapters: bool = False,
 ) -> ModelSource:
     """Finds `model`: a shipped name, a directory, a short name, or a hub id, in this order. With
-    `adapters` it may be an adapter and no model.
+    `adapters`, it may also be an adapter.
 
-    From the hub (HF_TOKEN and the cache are honoured) only configuration, tokenizer and safetensors
-    are fetched, and Python files only with `trust_remote_code`. Without `weights` there need not be
-    any, and none are fetched. Raises ModelNotFoundError, with the remedy, where the name leads
-    nowhere, and ConfigError for a `revision` of a model that is not from the hub.
+    Only configuration, tokenizer and safetensors are fetched from the hub (HF_TOKEN and the cache
+    are honoured), and Python files only with `trust_remote_code`. Without `weights`, weights are
+    neither required nor fetched. Raises ModelNotFoundError, with the remedy, if there is no such
+    model, and ConfigError for a `revision` of a model that is not from the hub.
     """
     name = str(model)
     shipped, path = shipped_models(), _local(model)
@@ -156,17 +156,17 @@ def resolve_model(
     ]
     directory = _fetch(hub_id, revision, cache_dir, patterns)
     _check_files(directory, hub_id, weights=weights, adapters=adapters)
-    # The hub's cache keeps each revision in a folder named by its commit.
+    # The hub's cache names a revision's folder by its commit.
     return ModelSource(directory, hub_id, directory.name, trust_remote_code)
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """The model's configuration, of a multimodal one that of its text model; runs no code of the
-    model's repository unless it was trusted.
+    """The model's configuration; of a multimodal model, that of its text model. Runs code of the
+    model's repository only if it was trusted.
 
-    Raises UnsupportedModelError, with the model's type, for one that is not a decoder of text, that
-    needs such code, or that this transformers does not know; ModelNotFoundError for a config.json
-    that can't be read. Values out of their range are refused by name.
+    Raises UnsupportedModelError, with the model's type, if it is not a text decoder, needs such
+    code, is unknown to this transformers, or has a value out of its range; ModelNotFoundError if
+    config.json can't be read.
     """
     config = whole_config(source)
     text = text_config(config)
@@ -180,14 +180,14 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 
 def whole_config(source: ModelSource) -> PretrainedConfig:
-    """As `load_config`, whatever kind of model it is, a multimodal one's as it stands there."""
+    """As `load_config`, but for any kind of model, and a multimodal model's whole config."""
     raw = _read_config(source.directory / "config.json")
     _check_known(source, raw)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             source.directory, trust_remote_code=source.trust_remote_code
         )
-    except Exception as error:  # of any class: the values decide which code trips over them
+    except Exception as error:  # bad values may raise any exception in transformers
         raise UnsupportedModelError(
             f"{source.name}: transformers can't read its config.json ({_summary(error)}); compare "
             "it with the original model's"
@@ -196,10 +196,10 @@ def whole_config(source: ModelSource) -> PretrainedConfig:
 
 
 def _local(model: str | Path) -> Path:
-    """`model` as a path; raises ModelNotFoundError for what the system can't even look up."""
+    """`model` as a path. Raises ModelNotFoundError for a path that the system can't look up."""
     try:
         path = Path(model)
-        if str(model).startswith("~"):  # a Path forgets a leading ./
+        if str(model).startswith("~"):  # a Path drops a leading ./
             path = path.expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
@@ -214,18 +214,18 @@ def _local(model: str | Path) -> Path:
 def _check_no_revision(name: str, revision: str | None) -> None:
     if revision is not None:
         raise ConfigError(
-            f"--revision {revision} goes with a model from the hub, and {name} is on this machine; "
+            f"--revision {revision} applies to models from the hub, but {name} is on this machine; "
             "leave it out"
         )
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name can only be meant as a path; `a/b` is a hub id where no such directory is."""
+    """Whether a name can only be a path; `a/b` is a hub id unless there is such a directory."""
     return name.startswith((".", "~", os.sep)) or name.endswith("/") or name.count("/") > 1
 
 
 def is_adapter(directory: Path) -> bool:
-    """Whether a directory holds an adapter and no model."""
+    """Whether a directory holds an adapter but no model."""
     return bool(_adapters(directory)) and not (directory / "config.json").is_file()
 
 
@@ -239,35 +239,35 @@ def _check_files(directory: Path, name: str, *, weights: bool, adapters: bool) -
     _check_no_adapter(directory, name)
     if not (directory / "config.json").is_file():
         raise ModelNotFoundError(
-            f"{name} holds no config.json, so it is not a transformers model; give a directory "
-            "that save_pretrained wrote, or a hub id of such a model"
+            f"{name} has no config.json, so it is not a transformers model; give a directory that "
+            "save_pretrained wrote, or the hub id of such a model"
         )
     if not weights or any((directory / file).is_file() for file in (SINGLE_FILE, INDEX_FILE)):
         return
     pickles = sorted(p.name for kind in _PICKLES for p in directory.glob(kind))
     found = (
-        f"its weights are pickled ({pickles[0]}), and no pickle is ever loaded; " if pickles else ""
+        f"its weights are pickled ({pickles[0]}), and pickled weights are not loaded; "
+        if pickles
+        else ""
     )
     raise ModelNotFoundError(
         f"{name} has neither {SINGLE_FILE} nor {INDEX_FILE}: {found}convert it to safetensors "
-        "(load it with transformers where you trust it, save_pretrained) and give that directory"
+        "(if you trust it: load it with transformers, then save_pretrained) and give that directory"
     )
 
 
 def _check_no_adapter(directory: Path, name: str) -> None:
-    """Refuses an adapter beside a model: transformers would apply it, or not, by what is
-    installed.
-    """
+    """Refuses an adapter beside a model, as transformers applies it only if peft is installed."""
     if not (found := _adapters(directory)):
         return
     if is_adapter(directory):
         raise ModelNotFoundError(
-            f"{name} holds an adapter ({found[0].name}) and no model; name the model that the "
+            f"{name} holds an adapter ({found[0].name}) but no model; give the model that the "
             "adapter was trained on"
         )
     raise UnsupportedModelError(
-        f"{name} holds an adapter ({found[0].name}) beside its weights; move the adapter to a "
-        "folder of its own, and name that by --adapter to have it merged"
+        f"{name} holds an adapter ({found[0].name}) beside its weights; move the adapter to its "
+        "own folder, and give that folder by --adapter to merge it"
     )
 
 
@@ -276,7 +276,7 @@ def _unknown(name: str, shipped: Mapping[str, Path]) -> str:
     meant = f"did you mean {', '.join(near)}? " if near else ""
     here = ", ".join(shipped) or "none"
     return (
-        f"no model is called {name!r}; {meant}Give a shipped model ({here}), a directory, a hub id "
+        f"there is no model {name!r}; {meant}Give a shipped model ({here}), a directory, a hub id "
         "(organisation/name), or a short name such as llama-3-8b"
     )
 
@@ -292,13 +292,13 @@ def _fetch(hub_id: str, revision: str | None, cache_dir: Path | None, patterns: 
                 ignore_patterns=_NEVER_FETCHED,
             )
         )
-    except Exception as error:  # the HTTP library's errors differ from one hub release to the next
+    except Exception as error:  # releases of huggingface_hub raise different HTTP errors
         raise ModelNotFoundError(_hub_fault(error, hub_id, revision)) from error
 
 
 def _hub_fault(error: Exception, hub_id: str, revision: str | None) -> str:
     """What the user can do about an error of the hub."""
-    elsewhere = f"download it where there is network (hf download {hub_id}) and give its directory"
+    elsewhere = f"download it on a connected machine (hf download {hub_id}) and give its directory"
     cause = error.__cause__ or error
     if isinstance(error, GatedRepoError):
         return (
@@ -306,7 +306,7 @@ def _hub_fault(error: Exception, hub_id: str, revision: str | None) -> str:
             "HF_TOKEN to a token of that account"
         )
     if isinstance(error, RevisionNotFoundError):
-        return f"{hub_id} has no revision {revision!r}; give a branch, a tag or a commit of it"
+        return f"{hub_id} has no revision {revision!r}; give one of its branches, tags or commits"
     if isinstance(error, RepositoryNotFoundError):
         near = difflib.get_close_matches(hub_id, SHORT_NAMES.values(), n=3, cutoff=0.7)
         meant = f" (did you mean {', '.join(near)}?)" if near else ""
@@ -343,7 +343,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_known(source: ModelSource, raw: Mapping[str, Any]) -> None:
-    """Refuses a type that only the model's own code knows, unless that code was trusted."""
+    """Refuses a type that needs the model's own code, unless that code was trusted."""
     model_type, auto_map = raw["model_type"], raw.get("auto_map") or {}
     if not isinstance(auto_map, dict):
         raise UnsupportedModelError(
@@ -377,7 +377,7 @@ def _refusal(config: PretrainedConfig, trusted: bool) -> str | None:
     if config.is_encoder_decoder:
         return "is an encoder-decoder; only decoders are supported"
     if text_config(config) is not None:
-        return None  # whatever the whole model is, its text model is compiled
+        return None  # its text model is compiled, whatever the whole model is
     if own_code and trusted:
         return None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -1,7 +1,7 @@
-"""From what `compile_model` is given to a `Source`.
+"""Opens the model that `compile_model` is given, as a `Source`.
 
-A kind of model is a function that opens it, and returns None for what is of another kind; and a
-line in `OPENERS`.
+Each kind of model has a function that opens it, listed in `OPENERS`. It returns None for a model of
+another kind.
 """
 
 from __future__ import annotations
@@ -37,15 +37,17 @@ from sirius_runtime.spec import DType
 
 Warn = Callable[[str], None]
 Opener = Callable[[Any, CompileConfig, Any, Warn], Source | None]
-"""Takes the model, the options, the tokenizer that came with it, and whom to warn."""
+"""Takes the model, the options, the tokenizer of a model in memory, and a function for warnings."""
 
 
 def open_source(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> Source:
-    """Opens `model`. Raises ConfigError, ModelNotFoundError or UnsupportedModelError, naming the
-    reason, for what is no model or can't be compiled.
+    """Opens `model`. Raises ConfigError, ModelNotFoundError or UnsupportedModelError, with the
+    reason, if it is not a model or can't be compiled.
     """
     if not is_name(model) and (config.adapter is not None or config.base is not None):
-        raise ConfigError("--adapter and --base go with files; merge a model in memory by peft")
+        raise ConfigError(
+            "--adapter and --base apply to models in files; merge a model in memory by peft"
+        )
     for opener in OPENERS:
         if (source := opener(model, config, tokenizer, warn)) is not None:
             return source
@@ -60,14 +62,14 @@ def open_gguf(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> 
     given = {"--adapter": config.adapter, "--base": config.base, "--revision": config.revision}
     for flag, value in given.items():
         if value is not None:
-            raise ConfigError(f"{flag} does not go with a GGUF file; give a directory or a hub id")
+            raise ConfigError(f"{flag} does not apply to a GGUF file; give a directory or a hub id")
     loaded = load_gguf(read_path(model), None if config.dtype is None else DType(config.dtype))
     source = open_live(loaded.model, config, loaded.tokenizer, warn)
     return replace(source, name=Path(model).name, generation=loaded.generation)
 
 
 def open_files(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> Source | None:
-    """A shipped name, a directory, a hub id or a short name; also of an adapter, or with one."""
+    """A shipped name, a directory, a hub id or a short name, of a model or of an adapter."""
     if not is_name(model):
         return None
     _check_alone(tokenizer)
@@ -76,7 +78,7 @@ def open_files(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) ->
         adapter = read_adapter(source.directory)
         return _open_adapted(_base_of(adapter, source, config), adapter, config, warn)
     if config.base is not None:
-        raise ConfigError(f"--base is of an adapter, and {source.name} is a model: leave it out")
+        raise ConfigError(f"--base applies to adapters, but {source.name} is a model; leave it out")
     if config.adapter is not None:
         return _open_adapted(source, read_adapter(config.adapter), config, warn)
     hf_config = load_config(source)
@@ -95,7 +97,7 @@ def open_files(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) ->
 
 def _check_alone(tokenizer: Any) -> None:
     if tokenizer is not None:
-        raise ConfigError("tokenizer= goes with a model in memory; others bring their own")
+        raise ConfigError("tokenizer= applies to a model in memory; other models have their own")
 
 
 def _resolve(
@@ -121,7 +123,7 @@ def _prompts(source: ModelSource) -> Path:
 
 
 def _base_of(adapter: Adapter, source: ModelSource, config: CompileConfig) -> ModelSource:
-    """The model that an adapter belongs to. Its code is trusted where the user named the model."""
+    """An adapter's base model. Its code is trusted only if the user named the model."""
     base = config.base or adapter.base
     if base is None:
         raise ConfigError(f"{source.name} is an adapter that names no base model: pass --base")
@@ -129,18 +131,18 @@ def _base_of(adapter: Adapter, source: ModelSource, config: CompileConfig) -> Mo
         return _resolve(base, config, trusted=config.base is not None)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
-            f"the base model of {source.name}: {error}; --base names another place of it"
+            f"the base model of {source.name}: {error}; --base gives its place"
         ) from error
 
 
 def _open_adapted(base: ModelSource, adapter: Adapter, config: CompileConfig, warn: Warn) -> Source:
-    """A base model with an adapter merged into it; the adapter's tokenizer, where it has one."""
+    """A base model with an adapter merged into it, and the adapter's tokenizer if it has one."""
     hf_config = load_config(base)
     checkpoint_dtype(base, hf_config)  # refuses what is quantised
     if text_config(whole_config(base)) is not None:
         raise UnsupportedModelError(
-            f"{base.name} is multimodal, and adapters are merged into models of text; merge it by "
-            "peft, and save the whole model"
+            f"{base.name} is multimodal, and adapters can be merged into text models only; merge "
+            "it by peft, and save the whole model"
         )
     own = adapter.folder / "tokenizer.json"
     words = replace(base, directory=adapter.folder) if own.is_file() else base
@@ -156,7 +158,7 @@ def _open_adapted(base: ModelSource, adapter: Adapter, config: CompileConfig, wa
 
 
 def open_live(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> Source:
-    """A model in memory, with the tokenizer that came with it."""
+    """A model in memory, with the tokenizer given with it."""
     model = check_model(model)
     name = model.config.name_or_path or type(model).__name__
     check_config(model.config, name)
@@ -176,4 +178,4 @@ def open_live(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> 
 
 
 OPENERS: tuple[Opener, ...] = (open_gguf, open_files, open_live)
-"""Asked in this order. The last takes everything, and says what is no model."""
+"""Tried in this order. The last takes everything, and raises ConfigError if it is not a model."""

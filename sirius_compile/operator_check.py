@@ -1,24 +1,23 @@
-"""Whether an operator's kernel computes what its reference computes, on the same values.
+"""Compares an operator's kernel with its reference on the same values.
 
-An error is relative and of a token: ‖found − wanted‖ / ‖wanted‖ over the last dimension, the
-largest of all tokens. Zeros in place of a share s of a result's columns make it √s, other columns'
-values √(2s). What rounding may make of it:
+The error is relative and per token: ‖found − wanted‖ / ‖wanted‖ over the last dimension; the
+largest of all tokens counts. If a share s of a result's columns is zero instead, it is √s; if they
+have other columns' values, √(2s). Rounding may cause an error of at most:
 
-- Both sides round the numbers that follow from each other (products, activation, their product,
-  result) to the tensors' type, ROUNDINGS of them together, each by at most half its epsilon.
-- Sums of products are float32 in orders of their own: that leaves some epsilon √TERMS of float32.
+- Both sides round intermediate values (products, activation, their product, result) to the tensors'
+  dtype, ROUNDINGS times together, each by at most half its epsilon.
+- Both sides sum products in float32, in different orders: a few times √TERMS epsilons of float32.
 
-That is 3.1e-2 in bfloat16, 3.9e-3 in float16 and 3.1e-5 in float32. In attention the sums are
-exponents, where what is relative to a large score becomes relative to its exponential: it may be
-SCORES times as much. Measured, over every operator of the layers of Qwen2.5-Coder-0.5B: see
-`sirius_compile.self_check`.
+That is 3.1e-2 in bfloat16, 3.9e-3 in float16 and 3.1e-5 in float32. Attention is allowed SCORES
+times as much, because its sums are exponents: an error relative to a large score becomes larger
+relative to its exponential. `sirius_compile.self_check` has the errors measured on
+Qwen2.5-Coder-0.5B.
 
-Where an operator chooses by a threshold or a number, scores at the border may be rounded to either
-side of it. The reference says what that comes to: its results with the border moved below and above
-the scores that are equal there, or by an epsilon, differ from it by what the neurons or channels
-between them add, and by so much more may the kernel's result differ. Where rounding alone is larger
-than allowed (scores of attention rounded to bfloat16 before tanh, in a reference), being near the
-reference in float32 is as good.
+If an operator selects units by a threshold or a count, rounding may move scores at the border to
+either side. The reference is therefore also run with the border moved down and up: past scores that
+are equal there, or by an epsilon. The kernel may differ by as much more as these results differ. If
+a reference itself rounds more than this (attention scores rounded to bfloat16 before tanh), a
+result close to the reference in float32 is accepted, too.
 """
 
 from __future__ import annotations
@@ -35,19 +34,17 @@ from sirius_runtime.operators import OPERATORS
 
 ROUNDINGS = 8
 TERMS = 1 << 14
-"""Of a sum: as many as the widest layers of today's models have, about."""
+"""Terms of a sum: about as many as the widest layers of today's models have."""
 
 SCORES = 5
-"""By how much more sums of attention may differ: real keys made 2.1e-5 of it in float32."""
+"""Factor on the error allowed in attention, which was 2.1e-5 for real keys in float32."""
 
 Operator = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a kernel's result from its reference's: the largest relative error, and what rounding may
-    make of it.
-    """
+    """The largest relative error of a kernel's result, and the largest that rounding explains."""
 
     error: float
     allowed: float
@@ -57,19 +54,19 @@ class Difference:
         return self.error <= self.allowed
 
     def __str__(self) -> str:
-        return f"relative error {self.error:.1e}, where rounding makes at most {self.allowed:.1e}"
+        return f"relative error {self.error:.1e}, at most {self.allowed:.1e} is allowed"
 
 
 def tolerance(dtype: torch.dtype, name: str = "") -> float:
-    """The relative error that rounding may make of an operator's result: see the module's text."""
+    """The relative error that rounding may cause; see the module's docstring."""
     half = torch.finfo(dtype).eps / 2
     sums = 4 * TERMS**0.5 * torch.finfo(torch.float32).eps / 2
     return ROUNDINGS * half + sums * (SCORES if "attention" in name else 1)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """The largest, over the tokens: infinite where shapes differ, or where `found` is not finite
-    and `wanted` is. What `wanted` has no number for is not compared.
+    """The largest over the tokens. Infinite if shapes differ, or if `found` is not finite where
+    `wanted` is. Tokens for which `wanted` is not finite are not compared.
     """
     if found.shape != wanted.shape:
         return float("inf")
@@ -78,7 +75,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
         wide = wide[None]
     size = wide.norm(dim=-1)
     known = size.isfinite()
-    # A token's row that is all but nought, beside the others, is as large as a part of theirs.
+    # A row close to zero is measured against a fraction of the other rows' norm.
     least = 1e-3 * size[known].mean() if known.any() else size.new_zeros(())
     error = (found.double().view_as(wide) - wide).norm(dim=-1) / size.clamp(min=1e-30).clamp(least)
     worst = error[known].nan_to_num(nan=float("inf"))
@@ -86,7 +83,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def name_of(target: Any) -> str:
-    """An operator's or a kernel's own name; empty for what is neither."""
+    """The name of an operator or a kernel; empty for anything else."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target._opname) if target.namespace == "sirius" else ""
     module = str(getattr(target, "__module__", ""))
@@ -95,8 +92,8 @@ def name_of(target: Any) -> str:
 
 
 def compare(operator: Operator, arguments: Sequence[Any], found: Any = None) -> Difference:
-    """A kernel's result beside its reference's, on these arguments. `found`: the kernel's, where it
-    has run. Caches among the arguments are written to, the same values twice.
+    """Compares a kernel with its reference on these arguments. `found`: the kernel's result, if it
+    has run already. Caches among the arguments are written twice, with the same values.
     """
     if found is None:
         found = operator(*arguments)
@@ -106,7 +103,7 @@ def compare(operator: Operator, arguments: Sequence[Any], found: Any = None) -> 
         wanted = operator(*arguments)
         moved = [operator(*around) for around in _around(name, arguments)]
         between = _kept_between(*moved) if moved else 0
-        # Up to the kernel's own choice from the least, and to the reference's.
+        # The kernel's and the reference's selection may lie on different sides of the border.
         allowed = tolerance(dtype, name) + sum(_error(other, wanted, between) for other in moved)
         error = _error(found, wanted, between)
         if error > allowed and dtype is not torch.float32:
@@ -116,8 +113,8 @@ def compare(operator: Operator, arguments: Sequence[Any], found: Any = None) -> 
 
 
 class OperatorCheck(fx.Interpreter):
-    """Runs a graph with its kernels, and compares each as it runs: `found` gets the difference of
-    every call, by its node.
+    """Runs a graph with its kernels, and compares each with its reference as it runs. `found` is
+    called with each node and its difference.
     """
 
     def __init__(self, module: fx.GraphModule, found: Callable[[fx.Node, Difference], None]):
@@ -145,7 +142,7 @@ def _error(found: Any, wanted: Any, between: int = 0) -> float:
 
 
 def _kept_between(low: Any, high: Any) -> int:
-    """By how many the counts of two results differ."""
+    """The largest difference between the counts in two results."""
     counts = [
         [t for t in _tensors([result]) if not t.dtype.is_floating_point] for result in (low, high)
     ]
@@ -153,9 +150,7 @@ def _kept_between(low: Any, high: Any) -> int:
 
 
 def _around(name: str, arguments: Sequence[Any]) -> list[list[Any]]:
-    """The arguments with the border of what is kept an epsilon lower and higher; none for what
-    chooses nothing.
-    """
+    """The arguments with the selection's border moved down and up; empty if nothing is selected."""
     row = OPERATORS.get(name)
     if row is None or row.scores is None:
         return []
@@ -169,7 +164,7 @@ def _around(name: str, arguments: Sequence[Any]) -> list[list[Any]]:
     if last == scores.shape[-1]:
         return []
     border = scores.topk(last, -1).values[..., -1:]
-    # All that are equal there, and one more that was rounded across.
+    # All scores equal to the border, and one more that may have been rounded across it.
     above, level = (scores > border).sum(-1), (scores >= border).sum(-1)
     low, high = int(above.min()) - 1, int(level.max()) + 1
     return [[*rest, max(1, low)], [*rest, min(scores.shape[-1], high)]]

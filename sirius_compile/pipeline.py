@@ -1,4 +1,4 @@
-"""The order of the passes, as literal lists: calibration stands between them."""
+"""The order of the passes, as literal lists. Calibration runs between them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from sirius_runtime.spec import Method
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What calibration chose: thresholds of the MLPs and of the linears, in the graph's order."""
+    """Calibrated thresholds of the MLPs and of the linears, each in the graph's order."""
 
     neurons: tuple[Threshold, ...] = ()
     channels: tuple[Threshold, ...] = ()
 
 
 def front(method: Method) -> list[Pass]:
-    """From the captured graph to the paired paths, still dense."""
+    """The passes from the captured graph to the paired paths, still dense."""
     return [
-        # one spelling for what models say in many
+        # one form for what models spell in many ways
         Canonicalize(),
-        # neurons instead of matrices, where the method chooses neurons
+        # MLP operators instead of matrices, if the method skips neurons
         *([] if method in (Method.NONE, Method.TEAL) else [RecogniseMlps()]),
         # one graph for prefill, chain and tree
         InsertKvCache(),
@@ -50,8 +50,8 @@ def sparsify(
     thresholds: Thresholds | None,
     dense_layers: Collection[int] = (),
 ) -> list[Pass]:
-    """What makes the sparse path sparse. thresholds: None to keep whatever a threshold would
-    decide, which is what calibration runs.
+    """The passes that make the sparse path sparse. thresholds: None keeps all units that thresholds
+    select, as calibration needs.
     """
     dense = frozenset(dense_layers)
     neurons = None if thresholds is None else thresholds.neurons
@@ -67,9 +67,9 @@ def sparsify(
             return [SparsifyTeal(keep, channels, dense)]
         case Method.GRIFFIN_TEAL:
             return [
-                # the prompt's neurons, and of them a token's
+                # the prompt's neurons, and a token's neurons among them
                 SparsifyGriffinCats(keep, neurons, dense),
-                # what is left: the linears of attention
+                # the remaining linears: those of attention
                 SparsifyTeal(keep, channels, dense, method=method),
             ]
         case Method.EXPERTS:
@@ -81,9 +81,9 @@ def sparsify(
 def back(
     *, period: int, tree_width: int, max_seq_len: int, whole_periods: bool = True
 ) -> list[Pass]:
-    """From the sparse and full paths to the program that is packaged."""
+    """The passes from the sparse and full paths to the program that is packaged."""
     return [
-        # one stored copy of each weight, as the kernels stream it
+        # one stored copy of each weight, in the layout that the kernels read
         LayOutWeights(),
         # draft, verify, accept and roll back as one graph
         *([BuildPeriod(period, tree_width, max_seq_len)] if whole_periods else []),

@@ -1,9 +1,9 @@
-"""Which weights of a 16-bit model are kept in float32, as transformers keeps them.
+"""Keeps the same weights of a 16-bit model in float32 as transformers does.
 
-Some modules make a weight in float32 whatever the model's dtype (routers of mixtures), and some
-model classes name weights that `from_pretrained` converts (`_keep_in_fp32_modules_strict`, and
-`_keep_in_fp32_modules` for float16). Their forward casts accordingly, so that a captured graph
-holds for one choice of dtypes only: the model is given that choice before it is traced.
+Some modules create a weight in float32 whatever the model's dtype (routers of mixtures). Some model
+classes name weights that `from_pretrained` converts (`_keep_in_fp32_modules_strict`, and
+`_keep_in_fp32_modules` for float16). Their forward casts accordingly, so a captured graph is valid
+for these dtypes only; the model gets them before it is traced.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from sirius_runtime.graph import CAPTURE_DTYPE
 
 
 def keep_as_loaded(model: Any, dtype: torch.dtype) -> None:
-    """Converts to float32 what `from_pretrained(dtype=dtype)` would, of a model that was built in
-    `CAPTURE_DTYPE`. A model in float32 is taken for one in bfloat16: it may be run as one.
+    """Converts the weights to float32 that `from_pretrained(dtype=dtype)` would, in a model built
+    in `CAPTURE_DTYPE`. A float32 model is treated as bfloat16, because it may run in that.
     """
     plan = model._get_dtype_plan(torch.bfloat16 if dtype is torch.float32 else dtype)
     if not plan:
@@ -31,15 +31,15 @@ def keep_as_loaded(model: Any, dtype: torch.dtype) -> None:
 
 
 def keep_as_found(model: nn.Module, live: nn.Module, dtype: torch.dtype) -> None:
-    """Gives a model that was built in `CAPTURE_DTYPE` the dtypes that its like in memory has;
-    `dtype` is that of most of its weights, which `CAPTURE_DTYPE` stands for.
+    """Gives a model built in `CAPTURE_DTYPE` the dtypes of the model `live`. `dtype`: that of most
+    of its weights, which `CAPTURE_DTYPE` stands for.
     """
     found = {name: tensor.dtype for name, tensor in stored(live)}
     _convert(model, {n: CAPTURE_DTYPE if own is dtype else own for n, own in found.items()})
 
 
 def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and buffers that a checkpoint holds, under all their names."""
+    """Parameters and persistent buffers, under all their names."""
     persistent = set(model.state_dict())
     for group in (model.named_parameters, model.named_buffers):
         for name, tensor in group(remove_duplicate=False):
@@ -48,7 +48,7 @@ def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _convert(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Converts tensors by name; what is tied stays tied."""
+    """Converts tensors by name; tied tensors stay tied."""
     converted: dict[int, Tensor] = {}
     for name, tensor in list(stored(model)):
         wanted = dtypes.get(name, tensor.dtype)

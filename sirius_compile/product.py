@@ -1,4 +1,4 @@
-"""What a compilation makes: a value that generates as it is, and that is written to a file."""
+"""The result of a compilation, which can generate directly or be saved to an artifact."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from sirius_runtime.text import read_tokenizer
 
 @dataclass(frozen=True)
 class SparsePath:
-    """What was chosen. `ranking`: of the layers, where it was asked which to leave dense.
-    `acceptance`: what its drafts came to, where they were measured.
+    """The choices for the sparse path. `ranking`: of the layers, for `--dense-layers auto:N`.
+    `acceptance`: how its drafts were accepted, if measured.
     """
 
     keep: float
@@ -55,7 +55,7 @@ class SparsePath:
         return self.calibration.thresholds if self.calibration else Thresholds()
 
     def passes(self, method: Method) -> list[Pass]:
-        """The passes that make it."""
+        """The passes that apply these choices."""
         return sparsify(method, self.keep, self.thresholds, self.dense_layers)
 
 
@@ -63,9 +63,8 @@ class SparsePath:
 class Compiled:
     """A compiled program in memory: its spec and graphs, and where its weights come from.
 
-    `weights`: gives the stored form of a weight. `sparse`: what its sparse path was found to keep,
-    and what calibration measured; None while it is dense. `warnings`: what of the model the
-    artifact does not do.
+    `weights`: gives the stored form of a weight. `sparse`: the choices for the sparse path and
+    calibration's measurements; None while the program is dense. `warnings`: for the user.
     """
 
     spec: ProgramSpec
@@ -78,8 +77,8 @@ class Compiled:
     warnings: tuple[str, ...] = ()
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Writes the artifact to `path` (a temporary name, then renamed). `force` replaces a
-        file.
+        """Writes the artifact to `path` (to a temporary name, then renamed). `force`: replace an
+        existing file.
         """
         path = Path(path)
         with ArtifactWriter(path, force=force) as writer:
@@ -98,8 +97,8 @@ class Compiled:
         return path
 
     def _read_back(self, path: Path) -> SelfTestSpec | None:
-        """Loads what was written, as its user will, and runs the self-test; an artifact without
-        PyTorch's graphs is opened only, and its tokenizer read.
+        """Loads the written file as a user would, and runs the self-test. For an artifact without
+        PyTorch's graphs, only its tokenizer is read.
         """
         if self.graphs is Graphs.ONNX:
             self.tokenizer()
@@ -131,7 +130,7 @@ class Compiled:
         return SiriusModel(runner, self.tokenizer(), chat=self.chat())
 
     def spec_of(self, program: Program) -> ProgramSpec:
-        """The spec of another program of the same model: one that passes are tried on."""
+        """The spec of another program of the same model, such as a trial copy."""
         return replace(
             self.spec,
             entries=program.entries(),
@@ -140,15 +139,15 @@ class Compiled:
         )
 
     def document(self, entry: str) -> JSON:
-        """The graph of an entry, as a document."""
+        """The graph document of an entry."""
         return to_document(self.program.graphs[entry])
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, where there is one."""
+        """The tokenizer, if there is one."""
         content = self.tokenizer_files.get("tokenizer.json")
         return None if content is None else read_tokenizer(content)
 
     def chat(self) -> Chat | None:
-        """The chat templates, where there are some."""
+        """The chat templates, if there are any."""
         content = self.tokenizer_files.get(CHAT_FILE)
         return None if content is None else Chat.read(json.loads(content))

@@ -1,4 +1,4 @@
-"""Quantiles of what is too much to keep."""
+"""Quantiles of activations that are too many to store."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from sirius_runtime.errors import CalibrationError
 class QuantileSketch:
     """Quantiles of non-negative values per site, from a histogram of their float32 bit patterns.
 
-    The patterns of non-negative floats are in the order of the values, so the leading 17 bits below
-    the sign are bins of a relative width of 2^-9: exact counts, one pass, a megabyte a site.
+    Bit patterns of non-negative floats are ordered like the values. The 17 bits after the sign are
+    the bin, which has a relative width of 2^-9. One pass over the values and 1 MB a site suffice.
     """
 
     _DROPPED_BITS = 14
     _BINS = 1 << (31 - _DROPPED_BITS)
-    _INFINITE = 0x7F800000 >> _DROPPED_BITS  # the bin of infinity; after it come those of NaN
+    _INFINITE = 0x7F800000 >> _DROPPED_BITS  # the bin of infinity; those of NaN follow
 
     def __init__(self) -> None:
         self._counts: dict[int, Tensor] = {}
-        self._totals: dict[int, Tensor] = {}  # up to each bin, once they are asked for
+        self._totals: dict[int, Tensor] = {}  # cumulative counts, computed when needed
 
     @property
     def sites(self) -> list[int]:
@@ -29,14 +29,14 @@ class QuantileSketch:
         return sorted(self._counts)
 
     def add(self, site: int, values: Tensor) -> None:
-        """Counts `values`, any shape; raises CalibrationError where one is not finite."""
+        """Counts `values` of any shape. Raises CalibrationError if one is not finite."""
         values = values.detach().float().flatten().cpu()
         bins = (values.view(torch.int32) & 0x7FFFFFFF) >> self._DROPPED_BITS
         counts = torch.bincount(bins, minlength=self._BINS)
         if int(counts[self._INFINITE :].sum()):
             raise CalibrationError(
-                "activations are not finite on the calibration text; the weights or their dtype "
-                "are broken (try --dtype float32)"
+                "activations are not finite on the calibration text: the weights are damaged, or "
+                "exceed the range of their dtype. Try --dtype float32"
             )
         self._counts[site] = self._counts.get(site, 0) + counts
         self._totals.pop(site, None)

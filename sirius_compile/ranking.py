@@ -1,10 +1,9 @@
-"""Which layers to keep dense: those whose sparsity costs most agreement with the full path.
+"""Ranks layers by the agreement with the full path that their sparsity costs.
 
-Each layer is tried sparse alone. One graph serves all of them: that of the sparse path, in which
-an operator of any other layer runs as its dense counterpart. A text runs through it densely once,
-and from each layer on once more, with that layer sparse; what stands before the layer is the same.
-That is half a run of the model for each of its layers: a deep model reads fewer texts, so that the
-work grows as the model does.
+Each layer is tried as the only sparse one. All trials use the graph of the sparse path and run the
+operators of other layers as their dense counterparts. A text runs through the graph once, all
+layers dense. Each trial then starts at its layer, as the values before it are the same. That is
+half a run of the model a layer, so deep models are ranked on fewer texts.
 """
 
 from __future__ import annotations
@@ -21,14 +20,15 @@ from sirius_compile.tokenwise import Tokenwise, row_of, run_node
 from sirius_passes.program import SPARSE
 
 MOST_TEXTS, LEAST_TEXTS = 8, 2  # that agreement is measured on
-TEXTS_BY_LAYERS = 256  # their number times that of layers, at the most
+TEXTS_BY_LAYERS = 256  # the number of texts times that of layers, at most
 
 
 @dataclass(frozen=True)
 class LayerAgreement:
-    """Agreement with the full path where this layer alone is sparse: the overlap of both paths'
-    next-token distributions, the mean over tokens, which is how likely lossless sampling accepts a
-    drafted token (arXiv 2211.17192, theorem 3.5). 1: nothing is lost.
+    """Agreement with the full path if only this layer is sparse, in [0, 1]; 1 is full agreement.
+
+    It is the overlap of both paths' next-token distributions, the mean over tokens: the probability
+    that lossless sampling accepts a drafted token (arXiv 2211.17192, theorem 3.5).
     """
 
     layer: int
@@ -36,12 +36,12 @@ class LayerAgreement:
 
 
 def rank_layers(path: Tokenwise, samples: Sequence[Sample]) -> tuple[LayerAgreement, ...]:
-    """Every layer, the costliest first. `path`: sparse in all of them."""
+    """All layers, the costliest first. `path` is sparse in all of them."""
     walk = _LayerByLayer(path)
     layers = path.spec.state.layers
     found: list[list[Tensor]] = [[] for _ in range(layers)]
     for sample in samples[: texts_of(layers)]:
-        first = min(sample.prompt, len(sample) - 1)  # tokens after the prompt's are compared
+        first = min(sample.prompt, len(sample) - 1)  # only tokens after the prompt are compared
         full, *alone = (_distribution(logits, first) for logits in walk.run(sample))
         for values, sparse in zip(found, alone, strict=True):
             values.append(torch.minimum(full, sparse).sum(-1))
@@ -61,7 +61,7 @@ def _distribution(logits: Tensor, first: int) -> Tensor:
 
 
 class _LayerByLayer:
-    """Runs the sparse path's graph densely, and then with one layer sparse, for each layer."""
+    """Runs the sparse path's graph with all layers dense, then once for each layer as sparse."""
 
     def __init__(self, path: Tokenwise) -> None:
         self._path = path
@@ -100,7 +100,7 @@ class _LayerByLayer:
             before[layer], position = dict(env), start
         yield self._run(position, len(self._nodes), given, env)
         for layer in range(self._path.spec.state.layers):
-            if layer not in before:  # it has nothing that could be sparse
+            if layer not in before:  # nothing in this layer is sparse
                 yield env[self._logits]
             else:
                 own = before.pop(layer)
@@ -114,8 +114,8 @@ class _LayerByLayer:
         env: dict[fx.Node, Any],
         sparse: int | None = None,
     ) -> Any:
-        """Runs nodes `start` to `end`, layer `sparse` sparsely; `env` keeps what is read later.
-        Returns the logits, where they have been reached.
+        """Runs nodes `start` to `end`, with layer `sparse` sparse. `env` keeps the values that
+        later nodes read. Returns the logits if they were reached.
         """
         for index in range(start, end):
             node = self._nodes[index]
@@ -136,7 +136,7 @@ class _LayerByLayer:
 
 
 def _densely(node: fx.Node, args: Sequence[Any]) -> Any:
-    """What a sparse operator computes of the same operands where nothing is skipped."""
+    """A sparse operator's result on the same operands if nothing is skipped."""
     row = row_of(node)
     assert row is not None
     assert row.dense is not None
@@ -155,7 +155,7 @@ def _layer_argument(node: fx.Node) -> int:
 
 
 def _leading_to(graph: fx.Graph, value: fx.Node) -> list[fx.Node]:
-    """The calls that `value` is computed by, in order: counts of what is kept are left out."""
+    """The calls that compute `value`, in order; calls that only compute counts are left out."""
     leads = {value}
     for node in reversed(graph.nodes):
         if node in leads:

@@ -18,12 +18,12 @@ from sirius_runtime.spec import JSON, AcceptanceSpec, DraftingSpec, to_json
 from sirius_runtime.terminal import plain
 
 SHOWN = (2, 4, 8, 12, 16)
-"""Periods that the table shows of those measured."""
+"""The measured periods that the table shows."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a compilation made. Sizes in bytes; `seconds` of the whole, passes each with its own."""
+    """The summary of a compilation. Sizes in bytes; `seconds`: of the whole compilation."""
 
     artifact: Path
     compiled: Compiled
@@ -51,14 +51,14 @@ class Summary:
         }
 
     def table(self) -> Table:
-        """The summary for a reader."""
+        """The summary as a table."""
         spec, sparse = self.compiled.spec, self.compiled.sparse
         model, sparsity = spec.model, spec.sparsity
         table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold")
         table.add_column()
         named = plain(f"{model.source} ({model.model_type}), {model.dtype}")
-        table.add_row("model", Text(named))  # a name in brackets is no markup
+        table.add_row("model", Text(named))  # Text: brackets in a name are not markup
         table.add_row("parameters", f"{model.parameters:,}")
         layers = len({site.layer for site in sparsity.sites})
         table.add_row("sparse layers", f"{layers} of {spec.state.layers}")
@@ -67,7 +67,7 @@ class Summary:
         table.add_row("density", f"{sparsity.density:.3f} of the weights read by a sparse step")
         if sparse is not None and sparse.ranking:
             costs = ", ".join(f"{r.layer} ({1.0 - r.agreement:.2%})" for r in sparse.ranking)
-            table.add_row("costliest", f"agreement lost where one layer is sparse: {costs}")
+            table.add_row("costliest", f"agreement lost with only this layer sparse: {costs}")
         if sparse is not None and sparse.calibration is not None:
             for row in _calibration_rows(sparse.calibration):
                 table.add_row(*row)
@@ -88,11 +88,11 @@ class Summary:
 
 
 def _acceptance_rows(acceptance: AcceptanceSpec) -> Iterator[tuple[str, str]]:
-    """What drafts came to on text held out, by the period, and the best of them."""
+    """The drafts measured on held-out text: AAL and effective density by period, and the best."""
     yield (
         "drafts",
-        f"{acceptance.drafts} on {acceptance.texts} texts held out, at density "
-        f"{acceptance.density:.3f}; {acceptance.agreement:.1%} of their tokens are the full path's",
+        f"{acceptance.drafts} on {acceptance.texts} held-out texts, at density "
+        f"{acceptance.density:.3f}; {acceptance.agreement:.1%} of tokens agree with the full path",
     )
     for one in acceptance.periods:
         if one.period in SHOWN or one is acceptance.periods[-1]:
@@ -107,8 +107,8 @@ def _reads(one: DraftingSpec) -> str:
 
 
 def _calibration_rows(calibration: Calibration) -> Iterator[tuple[str, str]]:
-    """What was read, and of each layer what its thresholds were to keep and keep, as a mean over
-    its sites.
+    """The tokens read, and for each layer the share that its thresholds keep and the share asked
+    for, as means over its sites.
     """
     yield (
         "calibration",
@@ -123,7 +123,7 @@ def _calibration_rows(calibration: Calibration) -> Iterator[tuple[str, str]]:
 
 
 def summarise(compiled: Compiled, artifact: Path, seconds: float) -> Summary:
-    """The summary of a compilation that was saved to `artifact`."""
+    """Summarises a compilation that was saved to `artifact` and took `seconds`."""
     spec = compiled.spec
     return Summary(
         artifact=artifact,

@@ -1,12 +1,12 @@
-"""Rotary embeddings whose frequencies depend on how long the text is, as functions of one token.
+"""Rotary embeddings whose frequencies depend on the text's length, as functions of one token.
 
-Most variants (linear, llama3, yarn) only change constants. Two look at the longest position of a
-call, which a graph that serves ragged rows, chunks and trees must not:
+Most variants (linear, llama3, yarn) only change constants. Two use the longest position of a call,
+which a graph for rows of different lengths, chunks and trees can't do:
 
-* ``dynamic`` (NTK): a token at position p uses the frequencies for a text of p + 1 tokens, or of
-  the original length where that is more. So do tokens that transformers decodes one by one.
-* ``longrope``: once a text is longer than the original length, all its tokens take other
-  frequencies, those in the cache too. Only texts up to the original length can be served.
+* ``dynamic`` (NTK): here a token at position p uses the frequencies for a text of p + 1 tokens, or
+  of the original length if that is longer. In transformers, tokens decoded one by one do the same.
+* ``longrope``: once a text is longer than the original length, the frequencies of all its tokens
+  change, also of those in the cache. So only texts up to the original length are supported.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda angles: torch.cat([angles, angles], -1),
     lambda angles: angles.repeat_interleave(2, -1),
 )
-"""How models lay out the angles [..., D/2] of one token in cos and sin [..., D]."""
+"""The known layouts of a token's angles [..., D/2] in cos and sin [..., D]."""
 
 
 @dataclass(frozen=True)
 class Longest:
-    """The longest text that can be served; None where the config names no limit. `why`: what sets
-    it, and what to change for more.
+    """The longest supported text in tokens; None if the config names no limit. `why`: what sets the
+    limit, and how to raise it.
     """
 
     tokens: int | None
@@ -45,7 +45,7 @@ class Longest:
 
 
 def longest_sequence(config: PretrainedConfig) -> Longest:
-    """How long a text may be, by the config's positions and rotary embeddings."""
+    """The longest text that the config's positions and rotary embeddings support."""
     limit: int | None = getattr(config, "max_position_embeddings", None)
     why = "max_position_embeddings of config.json"
     for parameters in rope_parameters(config).values():
@@ -56,8 +56,8 @@ def longest_sequence(config: PretrainedConfig) -> Longest:
         elif kind == "longrope":
             limit = parameters.get(_ORIGINAL, limit)
             why = (
-                f"{_ORIGINAL} of config.json: past it rope_type longrope changes the frequencies "
-                "of all tokens, those in the cache too, so that no longer text can be served"
+                f"{_ORIGINAL} of config.json: past it, rope_type longrope changes the frequencies "
+                "of all tokens, also in the cache, so longer texts are not supported"
             )
         elif limit is not None and factor and kind in _CONSTANT:
             why = f"max_position_embeddings of config.json; {_longer_by(kind, parameters, limit)}"
@@ -65,8 +65,8 @@ def longest_sequence(config: PretrainedConfig) -> Longest:
 
 
 def max_seq_len(config: PretrainedConfig, wanted: int | None) -> int:
-    """The longest sequence to serve. Raises ConfigError where the model can't serve what is wanted,
-    and says what sets the limit.
+    """The longest sequence in tokens: `wanted`, or the model's limit. Raises ConfigError, naming
+    what sets the limit, if `wanted` is beyond it.
     """
     longest = longest_sequence(config)
     limit = longest.tokens or wanted or 2048
@@ -76,34 +76,35 @@ def max_seq_len(config: PretrainedConfig, wanted: int | None) -> int:
 
 
 def rope_warnings(config: PretrainedConfig) -> Iterator[str]:
-    """What a user should know of a model's rotary embeddings."""
+    """Warnings about a model's rotary embeddings."""
     limit = getattr(config, "max_position_embeddings", None)
     for parameters in rope_parameters(config).values():
         kind, factor = str(parameters.get("rope_type")), parameters.get("factor")
         original = parameters.get(_ORIGINAL)
         if "dynamic" in kind:
             yield (
-                f"rope_type {kind}: past {limit} tokens each token is placed by its own position, "
-                "as where transformers decodes one by one; transformers places all tokens of a "
-                "prompt by the prompt's length, and so answers longer prompts differently"
+                f"rope_type {kind}: past {limit} tokens, each token's frequencies follow from its "
+                "own position, as in transformers' decoding of single tokens. In a prompt, "
+                "transformers takes them from the prompt's length, so it answers prompts of more "
+                f"than {limit} tokens differently"
             )
         elif kind in _CONSTANT and limit and factor and original and factor * original > limit:
-            yield f"texts are held to {limit} tokens; {_longer_by(kind, parameters, limit)}"
+            yield f"texts are limited to {limit} tokens; {_longer_by(kind, parameters, limit)}"
 
 
 def _longer_by(kind: str, parameters: Mapping[str, Any], limit: int) -> str:
-    """How to have longer texts served, of a kind that only changes constants."""
+    """How to raise the limit, for a kind that only changes constants."""
     factor, original = parameters["factor"], parameters.get(_ORIGINAL, limit)
     return (
-        f"for longer ones, up to the {int(factor * original)} that rope_type {kind} of factor "
-        f"{factor:g} reaches, raise max_position_embeddings there, with {_ORIGINAL} {original} "
-        "beside the factor"
+        f"for up to {int(factor * original)} tokens (rope_type {kind} of factor {factor:g}), raise "
+        f"max_position_embeddings in config.json, and set {_ORIGINAL} to {original} beside the "
+        "factor"
     )
 
 
 def place_tokens_alone(model: nn.Module, config: PretrainedConfig) -> None:
-    """Makes a model's rotary embeddings functions of each token's own position, before it is traced
-    and outside of tracing. Raises UnsupportedModelError for one that can't be.
+    """Makes a model's rotary embeddings functions of each token's own position. Call it before
+    tracing. Raises UnsupportedModelError for an embedding of an unknown form.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -113,19 +114,19 @@ def place_tokens_alone(model: nn.Module, config: PretrainedConfig) -> None:
 
 
 def rope_parameters(config: PretrainedConfig) -> dict[str | None, dict[str, Any]]:
-    """Rotary parameters by layer type, None where all layers share them."""
+    """Rotary parameters by layer type; the key is None if all layers share them."""
     given: Any = getattr(config, "rope_parameters", None) or {}
     nested = given and all(isinstance(value, dict) for value in given.values())
     return given if nested else {None: given}
 
 
 class _Rotary:
-    """Stands in for the forward of a rotary module."""
+    """Replaces the forward of a rotary module."""
 
     def __init__(self, module: Any, kinds: dict[str | None, str], config: PretrainedConfig) -> None:
         self._module = module
-        # Without the decorator that updates the frequencies by the call's longest position: what is
-        # left uses those that the module was made with, longrope's for short texts.
+        # The forward without its decorator, which updates the frequencies by the call's longest
+        # position. It uses the module's initial frequencies: for longrope, those of short texts.
         self._forward = inspect.unwrap(type(module).forward)
         parameters = rope_parameters(config)
         self._dynamic = {
@@ -168,7 +169,7 @@ class _Dynamic:
             )
             if not torch.allclose(self._frequencies(torch.tensor(position)), wanted, rtol=1e-4):
                 raise UnsupportedModelError(
-                    f"{where}: its dynamic scaling of rotary frequencies is not the known one"
+                    f"{where}: its dynamic scaling of rotary frequencies has an unknown form"
                 )
         self._layout, self._scale = self._probe(module, forward, own, where)
 
@@ -179,7 +180,7 @@ class _Dynamic:
         return (angles.cos() * self._scale).to(x.dtype), (angles.sin() * self._scale).to(x.dtype)
 
     def _frequencies(self, position_ids: Tensor) -> Tensor:
-        """[..., D/2] of the token at each position."""
+        """The frequencies [..., D/2] of a token at each position."""
         length = (position_ids + 1).clamp(min=self._original)[..., None].float()
         grown = self._factor * length / self._original - (self._factor - 1)
         theta = self._theta * grown ** (self._size / (self._size - 2))
@@ -189,7 +190,7 @@ class _Dynamic:
     def _probe(
         self, module: Any, forward: Callable[..., Any], own: dict[str, Any], where: str
     ) -> tuple[Callable[[Tensor], Tensor], float]:
-        """How the module's own forward lays out angles, and what it scales cos and sin by."""
+        """The layout of angles in the module's own forward, and its scale of cos and sin."""
         known = module._buffers[self._name]
         module._buffers[self._name] = inverse = torch.linspace(0.1, 0.7, self._size // 2)
         position = torch.tensor([[2]])
@@ -207,6 +208,6 @@ class _Dynamic:
             ):
                 return layout, scale
         raise UnsupportedModelError(
-            f"{where}: dynamic rotary frequencies in a layout that is not known (of angles a, b: "
-            "a b, a b a b, or a a b b)"
+            f"{where}: its dynamic rotary frequencies have an unknown layout (known, of angles a "
+            "and b: a b, a b a b, a a b b)"
         )

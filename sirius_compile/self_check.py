@@ -1,28 +1,29 @@
-"""Whether a compiled program says with the CPU kernels what it says with the reference operators.
+"""Compares a compiled program on the CPU kernels with the same program on reference operators.
 
-One prompt runs through the entry `prefill`; after it, tokens of one period through `sparse`, `full`
-and `observe`: one alone, as a step takes it, and as many as a verification has. Each runs twice, by
-the kernels as the eager back end has them in its graphs, and operator by operator by the
-references. The logits are compared token by token, by the cosine and by the likeliest token, where
-the reference's margin is larger than what rounding may make of it. Where they differ, that run is
-gone through again, each kernel compared with its reference on the same inputs
-(`sirius_compile.operator_check`), and the first that is wrong is named. Where none is, rounding
-made the difference (a router that chose another expert) and nothing is wrong. The entry `period`
-has the same operators but for `block_attention`, which is compared where `full` attends.
+A prompt runs through the entry `prefill`. Then tokens run through `sparse`, `full` and `observe`:
+one token, as in a draft step, and as many as a verification has. Each run is computed twice: by the
+kernels, in the graphs of the eager back end, and by the reference operators.
 
-Measured on Qwen2.5-Coder-0.5B (24 layers), 1 less the least cosine of a token's logits:
+The logits are compared token by token, by their cosine and by the likeliest token (the latter if
+the reference's margin is larger than rounding explains). If they differ, the run is repeated with
+each kernel compared with its reference on the same inputs (`sirius_compile.operator_check`); the
+first wrong kernel is an error. If none is wrong, rounding made the difference, for instance by
+routing a token to another expert, and the check passes. The entry `period` has the same operators
+except `block_attention`, which is compared on the inputs of `full`'s attention.
 
-    bfloat16   dense 1.7e-4, topk 1.1e-3, teal 1.8e-3 (scores at the border fell on other sides)
+Measured on Qwen2.5-Coder-0.5B (24 layers), 1 minus the lowest cosine of a token's logits:
+
+    bfloat16   dense 1.7e-4, topk 1.1e-3, teal 1.8e-3 (scores at the border were rounded across)
     float16    dense 8.8e-7, topk 6.1e-4
     float32    dense 1.0e-12, topk 2.0e-13
-    the linears' last 32 columns zero, bfloat16: 1.8e-2; a wrong slab of 2,048 columns: 1.07
+    injected bugs, bfloat16: the linears' last 32 columns zero 1.8e-2; 2,048 columns wrong 1.07
 
-By operator on the same inputs, the largest relative error was 8.3e-3 in bfloat16 (of attention;
-3.1e-2 is allowed), 8.8e-4 in float16 (of 3.9e-3) and 2.1e-5 in float32 (of 1.5e-4), of topk 6.3e-2
-where its border moved; 32 of 896 columns are 1.9e-1.
+By operator on the same inputs, the largest relative error was 8.3e-3 in bfloat16 (attention; 3.1e-2
+is allowed), 8.8e-4 in float16 (3.9e-3 allowed) and 2.1e-5 in float32 (1.5e-4 allowed). For topk it
+was 6.3e-2 where scores at the border were rounded across. 32 of 896 columns set to zero are 1.9e-1.
 
-A weight is taken in its stored form when the first of the runs reads it and dropped when the last
-has: all runs go through the layers together, and no more than a layer or so is held at a time.
+All runs go through the layers together. A weight is loaded when the first run reads it and dropped
+after the last one, so only about one layer's weights are held at a time.
 """
 
 from __future__ import annotations
@@ -49,27 +50,27 @@ from sirius_runtime.spec import JSON, ProgramSpec, WeightSpec
 
 PROMPT_TOKENS = 40
 COSINE = {torch.float32: 0.99999, torch.float16: 0.998, torch.bfloat16: 0.995}
-"""Of a token's logits: below it operators are looked at. See the module's text."""
+"""The lowest cosine of a token's logits that passes without comparing operators."""
 
 Fetch = Callable[[WeightSpec], Tensor]
-"""The stored form of a weight."""
+"""Gives the stored form of a weight."""
 Look = Callable[[fx.Node, Any, Sequence[Any], Any], None]
-"""Is shown a call that has run: its node, what was called, the arguments and the result."""
+"""Called after each call of a graph, with its node, target, arguments and result."""
 
 
 def check_kernels(
     spec: ProgramSpec, document: Callable[[str], JSON], weights: Fetch, dtype: torch.dtype
 ) -> None:
-    """Raises KernelError where a kernel computes something else than its reference, and names it.
+    """Raises KernelError, naming the kernel, if one differs from its reference.
 
-    `document`: of an entry's graph. Computes in `dtype` on the CPU.
+    `document`: gives an entry's graph document. Computes in `dtype` on the CPU.
     """
     _Check(spec, document, weights, dtype).run()
 
 
 @dataclass(frozen=True)
 class _Run:
-    """An entry and its inputs, but for the caches."""
+    """An entry and its inputs, without the caches."""
 
     entry: str
     inputs: Mapping[str, Tensor]
@@ -120,7 +121,7 @@ class _Check:
     def _compared(
         self, runs: Sequence[_Run], caches: tuple[dict[str, Tensor], dict[str, Tensor]]
     ) -> list[dict[str, Tensor]]:
-        """Runs them on both sides; returns what the references say."""
+        """Runs them with kernels and with references; returns the references' outputs."""
         fast = [self._walk(self._fast, run, caches[0], look=self._look(run)) for run in runs]
         plain = [self._walk(self._plain, run, caches[1], references) for run in runs]
         together([*fast, *plain])
@@ -133,7 +134,7 @@ class _Check:
         return results
 
     def _look(self, run: _Run) -> Look | None:
-        """Compares `block_attention` on what a layer's cached attention is given."""
+        """Compares `block_attention` on the arguments of each layer's cached attention."""
         if run.entry != FULL or all(entry.name != PERIOD for entry in self._spec.entries):
             return None
 
@@ -151,7 +152,7 @@ class _Check:
         return look
 
     def _find(self, run: _Run, caches: dict[str, Tensor]) -> None:
-        """Goes through a run again; raises for the first kernel that is wrong."""
+        """Repeats a run and raises KernelError for the first wrong kernel."""
 
         def look(node: fx.Node, target: Any, arguments: Sequence[Any], value: Any) -> None:
             if name_of(target) and not (found := compare(target, arguments, value)).right:
@@ -164,9 +165,9 @@ class _Check:
         of = f" of {', '.join(weights[:3])}" if weights else ""
         dtype = str(self._dtype).removeprefix("torch.")
         return (
-            f"the CPU kernel of {name_of(target)}{of} computes something else than its "
-            f"reference ({found}; entry {run.entry}, tokens {run.tokens}, {dtype}). No artifact is "
-            "written: it would give wrong text. Set SIRIUS_KERNELS=0 to compile, and to run, "
+            f"the CPU kernel of {name_of(target)}{of} differs from its reference "
+            f"({found}; entry {run.entry}, tokens {run.tokens}, {dtype}). No artifact is written, "
+            "because it would generate wrong text. Set SIRIUS_KERNELS=0 to compile and to run "
             "without the kernels, and report this with the model's config.json"
         )
 
@@ -194,7 +195,7 @@ class _Check:
         }
 
     def _after(self, length: int, entry: str, tokens: int, **extra: Tensor) -> _Run:
-        """A chain of `tokens` after so many committed ones."""
+        """A chain of `tokens` tokens after `length` committed ones."""
         index = torch.arange(tokens)
         slots = (length + index)[None]
         return _Run(
@@ -213,17 +214,17 @@ class _Check:
 
 
 def agree(found: Tensor, wanted: Tensor, cosine: float) -> bool:
-    """Whether logits [T, V] are the same but for rounding, token by token.
+    """Whether logits [T, V] agree up to rounding, token by token.
 
-    A cosine of c leaves a relative error of about √(2 (1 - c)), so two logits may move by that much
-    of their root mean square towards each other. A token for which `wanted` has no numbers is not
-    compared.
+    A cosine of c corresponds to a relative error of about √(2 (1 - c)), so the gap between two
+    logits may shrink by that share of their root mean square. Tokens for which `wanted` is not
+    finite are not compared.
     """
     found, wanted = found.double(), wanted.double()
     known = wanted.isfinite().all(-1)
     found, wanted = found[known], wanted[known]
     near = torch.cosine_similarity(found, wanted, dim=-1) >= cosine
-    near |= (found == wanted).all(-1)  # of zeros too
+    near |= (found == wanted).all(-1)  # also if all are zero
     best, second = wanted.topk(2, -1).values.unbind(-1)
     error = (2 * (1 - cosine)) ** 0.5 * wanted.square().mean(-1).sqrt()
     near &= (found.argmax(-1) == wanted.argmax(-1)) | (best - second <= 2 * error)
@@ -231,7 +232,7 @@ def agree(found: Tensor, wanted: Tensor, cosine: float) -> bool:
 
 
 class _Weights:
-    """Weights in their stored form, each fetched anew once nothing holds it any more."""
+    """Weights in their stored form, loaded on request and kept while something refers to them."""
 
     def __init__(self, spec: ProgramSpec, fetch: Fetch) -> None:
         self._specs = {weight.name: weight for weight in spec.weights}
@@ -241,15 +242,15 @@ class _Weights:
     def get(self, name: str) -> Tensor:
         found = self._live.get(name)
         if found is None:
-            # An alias: of a model in memory the tensor itself would live on, and be found always.
+            # An alias, because the tensor itself of a model in memory would never be dropped.
             found = self._live[name] = self._fetch(self._specs[name]).detach()
         return found
 
 
 class Walk:
-    """One run of a graph without control flow, over weights that it takes as it comes to them.
+    """One run of a graph without control flow, which loads weights as it reaches them.
 
-    `within`: the context in which it calls. After the last step, `outputs` are the graph's.
+    `within`: the context of its calls. After the last step, `outputs` are the graph's outputs.
     """
 
     def __init__(
@@ -265,8 +266,8 @@ class Walk:
         self.outputs: Sequence[Any] = ()
 
     def steps(self) -> Iterator[int]:
-        """Runs; gives the number of weights taken so far, each time that it has taken some and
-        before it reads them.
+        """Runs the graph. Yields the number of weights loaded so far, after loading some and before
+        reading them.
         """
         env: dict[fx.Node, Any] = {}
         dead, taken = _last_readers(self._graph), 0
@@ -295,7 +296,7 @@ class Walk:
 
 
 def together(walks: Sequence[Walk]) -> None:
-    """Runs them side by side: on goes the one that has taken the fewest weights."""
+    """Runs them side by side: the one that has loaded the fewest weights goes on."""
     steps = [walk.steps() for walk in walks]
     taken = dict.fromkeys(range(len(walks)), 0)
     while taken:
@@ -307,7 +308,9 @@ def together(walks: Sequence[Walk]) -> None:
 
 
 def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """The values that a node is the last to read; those that nothing reads are its own."""
+    """By node, the values that it is the last to read. A value without readers is listed under
+    itself.
+    """
     order = {node: index for index, node in enumerate(graph.nodes)}
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:

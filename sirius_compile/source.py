@@ -1,4 +1,4 @@
-"""A model to compile, wherever it comes from."""
+"""A model to compile, of any kind."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sirius_compile.checkpoint import WeightSource
 
 @dataclass(frozen=True)
 class Source:
-    """A model's config, its tokenizer, and how its weights are opened.
+    """A model's config, its tokenizer, and a function that opens its weights.
 
     `prompts`: the file of its calibration prompts. `open_weights`: opens the weights that a
-    captured graph reads. `live`: the model itself, of one in memory.
+    captured graph reads. `live`: the model itself, if it is in memory.
     """
 
     name: str

@@ -1,6 +1,4 @@
-"""What the sparse path keeps: the share, the layers left dense and the thresholds, before its
-passes run.
-"""
+"""Chooses what the sparse path keeps: the kept share, the dense layers and the thresholds."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ CLOSE = 5e-4  # in density
 
 
 class Chooser:
-    """Tries passes on copies of a product that is dense yet, and runs what comes out on text."""
+    """Applies passes to copies of a dense product, and runs the results on text."""
 
     def __init__(
         self,
@@ -44,8 +42,9 @@ class Chooser:
         device: torch.device,
         watch: Watch = unwatched,
     ) -> None:
-        """`text` gives the text to calibrate on, and that held out, where any is needed; a program
-        that is still dense may write it, and is told whether only the latter is. `device` reads it.
+        """`text` gives the calibration text and the held-out text. It is called if text is needed,
+        with a program that keeps all units, to write it, and whether only the held-out text is
+        needed. `device`: where text is read.
         """
         self._config, self._dense, self._program = config, dense, dense.program
         self._method = Method(config.sparsity)
@@ -53,12 +52,12 @@ class Chooser:
         self._loaded: dict[str, tuple[bool, Tensor]] = {}
 
     def choose(self) -> SparsePath:
-        """Raises ConfigError, CalibrationError or UnsupportedModelError, naming the reason."""
+        """The chosen sparse path. Raises ConfigError, CalibrationError or UnsupportedModelError."""
         dense = DenseLayers.read(self._config.dense_layers)
         if self._method is not Method.NONE:
             dense.check(self._program.state.layers)
         fixed = tuple(sorted(set(dense.fixed)))
-        # Which layers stay dense hardly matters to the density: they are alike.
+        # The density hardly depends on which layers stay dense, because layers are alike.
         keep = self._keep(fixed or range(dense.auto))
         calibrated = self._method.has_thresholds
         measured = self._config.measure and self._method is not Method.NONE
@@ -74,7 +73,7 @@ class Chooser:
         return replace(chosen, acceptance=self._measure(chosen, held)) if measured else chosen
 
     def _leave_dense(self, layers: int, chosen: SparsePath, used: Text, held: Text) -> SparsePath:
-        """The same, but for the costliest layers, which are to stay dense."""
+        """The same choice with the `layers` costliest layers dense."""
         calibration = chosen.calibration
         ranking = self._rank(chosen.keep, calibration, [*used.samples, *held.samples])
         costly = tuple(sorted(one.layer for one in ranking[:layers]))
@@ -88,7 +87,7 @@ class Chooser:
         return SparsePath(keep, costly, calibration, ranking)
 
     def _measure(self, chosen: SparsePath, held: Text) -> AcceptanceSpec | None:
-        """What drafts of the chosen path come to."""
+        """The measured drafts of the chosen path; None if there are too few texts."""
         config = self._config
         program = self._try(chosen.keep, chosen.dense_layers, chosen.thresholds)
         drafts = measure_drafts(
@@ -135,8 +134,8 @@ class Chooser:
         return program
 
     def _path(self, program: Program) -> Tokenwise:
-        """The program over whole texts, laid out where kernels decode faster so: linears alone are
-        read as they are, and need not be copied.
+        """The program over whole texts. Weights are laid out for the kernels, except for teal: its
+        linears read them as stored, which saves a copy.
         """
         if self._method is not Method.TEAL:
             run_passes(program, [LayOutWeights()])
@@ -149,7 +148,7 @@ class Chooser:
         )
 
     def _weight(self, spec: WeightSpec) -> Tensor:
-        """One copy serves all programs: those that lay it out otherwise read it transposed."""
+        """All programs share one copy; a program with the other layout reads it transposed."""
         if spec.name not in self._loaded:
             self._loaded[spec.name] = (spec.transposed, self._dense.weights(spec))
         transposed, weight = self._loaded[spec.name]
@@ -157,10 +156,10 @@ class Chooser:
 
 
 def keep_for_density(density: float, density_of: Callable[[float], float], method: Method) -> float:
-    """The kept share whose density is nearest to the one asked for, by interpolation: density grows
-    with the share, nearly in a line.
+    """The kept share whose density is nearest to the one asked for, found by interpolation, as
+    density is almost linear in the share.
 
-    Raises ConfigError where the method reads more than that whatever it keeps.
+    Raises ConfigError if the method's lowest density is above the one asked for.
     """
     low, high = LEAST_KEPT if Method.TEAL in method else LEAST_KEEP, 1.0
     least = low
@@ -168,8 +167,8 @@ def keep_for_density(density: float, density_of: Callable[[float], float], metho
     if density < at_low - CLOSE:
         raise ConfigError(
             f"--density {density:g} can't be reached by --sparsity {method}: with {low:.0%} kept "
-            f"it still reads {at_low:.3f} of the weights. Ask for more, or use another --sparsity "
-            f"({Method.GRIFFIN_TEAL} reaches lowest)"
+            f"it still reads {at_low:.3f} of the weights. Give a higher --density, or another "
+            f"--sparsity ({Method.GRIFFIN_TEAL} has the lowest)"
         )
     for _ in range(20):
         if at_high - at_low < 1e-12:
@@ -183,5 +182,5 @@ def keep_for_density(density: float, density_of: Callable[[float], float], metho
             low, at_low = middle, at_middle
         else:
             high, at_high = middle, at_middle
-    # Whole neurons only: the nearer of the two that are left.
+    # Kept neurons are whole, so no share may hit the density: take the nearer of the two.
     return low if density - at_low <= at_high - density else high

@@ -1,7 +1,7 @@
-"""The text model of a multimodal one: its config, and its weights among the others'.
+"""The text model of a multimodal model: its config, and the names of its weights.
 
-A multimodal checkpoint keeps its text model under a prefix that differs from family to family
-(``language_model.model.``, ``model.language_model.``, …); it is found by what follows it.
+A multimodal checkpoint stores its text model under a prefix that differs between families
+(``language_model.model.``, ``model.language_model.``, …). It is found by the names after it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _OF_THE_WHOLE = ("dtype", "quantization_config", "bos_token_id", "eos_token_id",
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig | None:
-    """The config of a multimodal model's text model, with what only the whole model's says; None
-    for a model of text.
+    """The config of a multimodal model's text model, with the values that only the whole config
+    has; None for a model of text.
     """
     own = getattr(config, "text_config", None)
     if not isinstance(own, PretrainedConfig):
@@ -27,7 +27,7 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig | None:
         value = getattr(config, key, None)
         if value is not None and getattr(text, key, None) is None:
             setattr(text, key, value)
-    # The whole model has the head, so that its config says whether that is tied.
+    # The head belongs to the whole model, whose config says whether it is tied.
     text.tie_word_embeddings = config.tie_word_embeddings
     return text
 
@@ -42,8 +42,8 @@ def text_names(
 ) -> tuple[dict[str, str], str | None]:
     """The text model's tensors among the stored ones: stored name → name in the text model.
 
-    wanted: names of the text model; base: the first part of those below its head. Also gives the
-    prefix that stands in the checkpoint for `base`; None where there is none.
+    wanted: names of the text model. base: the prefix of all of them but the head's. Also returns
+    the prefix that the checkpoint has instead of `base`; None if there is none.
     """
     by_end = _by_end(stored)
     inner = {name: name.removeprefix(f"{base}.") for name in wanted}
@@ -60,13 +60,13 @@ def text_names(
     named = {f"{prefix}{end}": name for name, end in inner.items() if end != name}
     found = {there: name for there, name in named.items() if there in stored_names}
     for name, end in inner.items():
-        if end == name and len(by_end.get(name, ())) == 1:  # the head, which stands beside the rest
+        if end == name and len(by_end.get(name, ())) == 1:  # the head, which is not under `base`
             found[by_end[name][0]] = name
     return found, prefix
 
 
 def _by_end(names: Iterable[str]) -> Mapping[str, list[str]]:
-    """Names by each of their ends that begins after a dot, and by the whole."""
+    """Names by each of their suffixes that begins after a dot, and by the whole name."""
     found: dict[str, list[str]] = {}
     for name in names:
         parts = name.split(".")

@@ -1,4 +1,4 @@
-"""Text to calibrate on: files of it, or prompts that the model itself goes on from (`writing`)."""
+"""Calibration text: read from files, or from prompts that the model continues (`writing`)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from torch import Tensor
 from sirius_runtime.errors import CalibrationError
 
 BUILTIN_PROMPTS = Path(__file__).parent / "calibration_prompts.jsonl"
-WINDOW = 512  # tokens of a text that are read together
+WINDOW = 512  # tokens of a sample
 MAX_TOKENS = 2_048
 LEAST_TOKENS = 64
-PREFIX = 16 * MAX_TOKENS  # characters of a plain text that are read at first
-TOGETHER = 1_024  # tokens of texts that are read in one call
+PREFIX = 16 * MAX_TOKENS  # characters read at first from a plain text
+TOGETHER = 1_024  # tokens of the texts in one call
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens that are read together; the first `prompt` of them are the prompt, the rest is as if
-    decoded.
-    """
+    """Tokens of one text; the first `prompt` are the prompt, the rest counts as decoded."""
 
     tokens: tuple[int, ...]
     prompt: int
@@ -36,8 +34,8 @@ class Sample:
 
 
 def read_windows(path: Path, tokenizer: Tokenizer, longest: int) -> list[Sample]:
-    """Windows of a calibration file, which is read no further than `MAX_TOKENS` reach: JSONL with a
-    ``text`` field a line, or plain text as one.
+    """Windows of a calibration file: JSONL with a ``text`` field a line, or one plain text. It is
+    read up to `MAX_TOKENS` tokens.
 
     Raises CalibrationError for a file that can't be read as either.
     """
@@ -47,7 +45,7 @@ def read_windows(path: Path, tokenizer: Tokenizer, longest: int) -> list[Sample]
     while True:
         text = _prefix(path, characters)
         ids = tokenizer.encode(text).ids
-        # Its last word may be cut, so its last tokens are those of another text.
+        # The last word may be cut off, so its tokens are dropped.
         if len(text) < characters or len(ids) > 2 * MAX_TOKENS:
             return _windows([ids], longest)
         characters *= 4
@@ -67,7 +65,7 @@ def _lines(path: Path) -> Iterator[str]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, UnicodeError, ValueError) as error:  # no UTF-8, or a name with a zero byte
+    except (OSError, UnicodeError, ValueError) as error:  # not UTF-8, or a zero byte in the name
         raise CalibrationError(
             f"calibration file {path} can't be read as UTF-8 text ({error}); give plain text or "
             "JSONL with a 'text' field, or --calibration builtin"
@@ -75,9 +73,9 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a built-in calibration file (JSONL, field ``prompt``), a model's own too.
+    """The prompts of a calibration file, built-in or a model's own: JSONL with a ``prompt`` field.
 
-    Raises CalibrationError for a file that is none.
+    Raises CalibrationError for a file of another form, or without prompts.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -86,13 +84,13 @@ def read_prompts(path: Path) -> list[str]:
     prompts = list(_field(content.split("\n"), "prompt", path))
     if not prompts:
         raise CalibrationError(
-            f"{path} holds no prompts; add some, remove it, or give text by --calibration"
+            f"{path} holds no prompts; add some, remove it, or give text with --calibration"
         )
     return prompts
 
 
 def _field(lines: Iterable[str], field: str, path: Path) -> Iterator[str]:
-    """A field of text of each line of JSONL."""
+    """The text in a field of each line of JSONL."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -100,18 +98,18 @@ def _field(lines: Iterable[str], field: str, path: Path) -> Iterator[str]:
             text = json.loads(line)[field]
             if not isinstance(text, str):
                 raise TypeError
-            text.encode()  # halves of surrogate pairs are no text
+            text.encode()  # refuses lone surrogates
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CalibrationError(
-                f"calibration file {path}, line {number}: not a JSON object with text in its field "
-                f"{field!r}"
+                f"calibration file {path}, line {number}: expected a JSON object with text in its "
+                f"field {field!r}"
             ) from error
         yield text
 
 
 def windows(texts: Iterable[str], tokenizer: Tokenizer, longest: int) -> list[Sample]:
-    """Windows of token ids of the texts, `MAX_TOKENS` in all at the most; the first half of each
-    stands for a prompt. No window is longer than `longest`, the model's longest sequence.
+    """Windows of the texts' token ids, at most `MAX_TOKENS` in all. The first half of each counts
+    as its prompt. No window is longer than `longest`, the model's longest sequence.
     """
     return _windows((tokenizer.encode(text).ids for text in texts), longest)
 
@@ -130,8 +128,8 @@ def _windows(texts: Iterable[list[int]], longest: int) -> list[Sample]:
 
 
 def batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Which texts of these lengths are read in one call: those of like length, `TOGETHER` tokens in
-    all or a single one.
+    """Groups texts of these lengths into calls, by index: texts of similar length, together at most
+    `TOGETHER` tokens with padding, or a single longer text.
     """
     found: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -142,7 +140,7 @@ def batches(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def padded(texts: Sequence[Sequence[int]]) -> Tensor:
-    """Tokens as rows [R, T]; a row goes on with token 0 after its end."""
+    """Tokens as rows [R, T], padded with token 0."""
     ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
     for row, text in zip(ids, texts, strict=True):
         row[: len(text)] = torch.tensor(text)
@@ -150,17 +148,17 @@ def padded(texts: Sequence[Sequence[int]]) -> Tensor:
 
 
 def check_amount(tokens: int) -> None:
-    """Raises CalibrationError where so many are too few."""
+    """Raises CalibrationError if there are too few tokens."""
     if tokens < LEAST_TOKENS:
         raise CalibrationError(
-            f"the calibration text has {tokens} tokens; at least {LEAST_TOKENS} are needed: give "
-            "more by --calibration, or leave it out for the built-in text"
+            f"the calibration text has {tokens} tokens, but at least {LEAST_TOKENS} are needed. "
+            "Give more with --calibration, or leave it out for the built-in text"
         )
 
 
 def hold_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Samples to calibrate on, and a quarter of the tokens to check it on: every fourth sample, or
-    the end of each where there are fewer than four.
+    """Splits samples into calibration text and held-out text, a quarter: every fourth sample, or
+    the end of each if there are fewer than four.
     """
     if len(samples) >= 4:
         return [s for i, s in enumerate(samples) if i % 4 < 3], list(samples[3::4])

@@ -1,4 +1,4 @@
-"""The tokenizer's files, as the artifact carries them: `tokenizer.json` and what belongs to it."""
+"""The tokenizer's files for the artifact: `tokenizer.json` and the files that belong to it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _STORED = (TOKENIZER, CONFIG, SPECIAL, TEMPLATE)
 def tokenizer_files(source: ModelSource | Any) -> Mapping[str, bytes]:
     """The files of a model directory's tokenizer, or of a transformers tokenizer; empty for None.
 
-    A directory without `tokenizer.json` has its tokenizer converted by transformers; where tokens
-    are declared in other files alone, they are added to it. Its chat templates are one file more,
-    in the form that the runtime reads. Raises UnsupportedModelError for one
-    that has no fast form, that can't be read, or whose tokens can't have the ids they should have.
+    If a directory has no `tokenizer.json`, transformers converts its tokenizer. Tokens that only
+    other files declare are added to it. The chat templates are in one more file, in the runtime's
+    form. Raises UnsupportedModelError for a tokenizer that has no fast form or can't be read, and
+    for tokens that can't get their declared ids.
     """
     if source is None:
         return {}
@@ -40,7 +40,7 @@ def tokenizer_files(source: ModelSource | Any) -> Mapping[str, bytes]:
     if not getattr(source, "is_fast", False):
         raise UnsupportedModelError(
             f"tokenizer {type(source).__name__} has no fast form (tokenizer.json), which the "
-            "runtime needs; convert it with transformers and save it to the model's directory"
+            "runtime needs. Convert it with transformers and save it to the model's directory"
         )
     with tempfile.TemporaryDirectory() as folder:
         source.save_pretrained(folder)
@@ -49,12 +49,12 @@ def tokenizer_files(source: ModelSource | Any) -> Mapping[str, bytes]:
 
 
 def _converted(source: ModelSource) -> Any:
-    """The tokenizer as transformers reads it from files of another form."""
+    """The tokenizer that transformers converts from files of another form."""
     try:
         return AutoTokenizer.from_pretrained(
             source.directory, trust_remote_code=source.trust_remote_code
         )
-    except Exception as error:  # of any class: the files decide which code trips over them
+    except Exception as error:  # bad files may raise any exception in transformers
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(
             f"{source.name}: transformers can't read its tokenizer ({reason:.200}); save it again "

@@ -1,8 +1,8 @@
-"""The sparse path over whole texts at once, every token choosing its own neurons and channels.
+"""Runs the sparse path over whole texts, with each token's own selection of neurons and channels.
 
-Generation runs one token a step; a call of many tokens would have them share one choice, as the
-beams of a tree do. Calibration reads thousands of tokens, so here each of them is made a row of its
-own where the sparse operators choose, and nowhere else.
+In a call of many tokens, the sparse operators make one selection for all tokens of a row, as for
+the beams of a tree. Generation drafts one token a step, but calibration reads thousands of tokens.
+So here each token becomes its own row in the operators that select, and only in these.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from sirius_runtime.tensor_state import TensorState
 _SPARSE_LINEAR = OPERATORS["sparse_linear"]
 
 Look = Callable[[int, Tensor], None]
-"""Is shown the scores [R, T, units] of a counted site, by its index."""
+"""Called with the index of a counted site and its scores [R, T, units]."""
 
 
 class Tokenwise:
-    """A program's sparse path over texts of equal lengths, after no history."""
+    """Runs a program's paths over texts of equal length."""
 
     def __init__(
         self,
@@ -43,11 +43,11 @@ class Tokenwise:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`documents`: of the entries `prefill`, `sparse` and `full`."""
+        """`documents`: the graphs of the entries `prefill`, `sparse` and `full`."""
         self.spec = spec
         self.backend = EagerBackend(spec, documents, weights, dtype=dtype, device=device)
         self.graph = self.backend._entries[SPARSE].module.graph
-        # As the passes list their sites: MLPs, then linears, each in the graph's order.
+        # In the order of the passes' sites: MLPs, then linears, each in the graph's order.
         rows = {node: row_of(node) for node in self.graph.nodes}
         counted = [node for node, row in rows.items() if row and row.has_threshold]
         self.counted = sorted(counted, key=lambda node: rows[node] is _SPARSE_LINEAR)
@@ -58,7 +58,7 @@ class Tokenwise:
 
     @torch.inference_mode()
     def neurons(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
-        """What the method keeps for these prompts [layers, R, K]; None where it does not ask."""
+        """The prompts' neurons [layers, R, K]; None if the method does not select by prompt."""
         if not self.spec.sparsity.method.per_prompt:
             return None
         state = TensorState(self.backend, len(prompts), max(map(len, prompts)))
@@ -87,8 +87,8 @@ class Tokenwise:
         look: Look = lambda site, scores: None,
         history: History | None = None,
     ) -> Tensor:
-        """The sparse path's logits [R, T, V]; `look` is shown the scores on the way. The tokens
-        follow `history`, none by default.
+        """The sparse path's logits [R, T, V] for tokens after `history`, by default none. `look` is
+        called with the scores.
         """
         return _Walk(self, look).run(*self._arguments(ids_RT, neurons, history))[0]
 
@@ -96,7 +96,7 @@ class Tokenwise:
     def observe(
         self, ids_RT: Tensor, neurons: Tensor | None, look: Look, history: History | None = None
     ) -> None:
-        """As `sparse`, for `look` alone: what follows the last counted site is not computed."""
+        """As `sparse`, for `look` only: nothing after the last counted site is computed."""
         _Walk(self, look, ends=True).run(*self._arguments(ids_RT, neurons, history))
 
     @torch.inference_mode()
@@ -107,7 +107,7 @@ class Tokenwise:
         visit: Callable[[Block], None],
         history: History | None = None,
     ) -> None:
-        """Runs the sparse path, and shows each layer to `visit` as soon as it has run."""
+        """Runs the sparse path, and calls `visit` with each layer as soon as it has run."""
         _BlockWalk(self, visit).run(*self._arguments(ids_RT, neurons, history))
 
     def _arguments(
@@ -150,12 +150,12 @@ class Caches(NamedTuple):
     v: Tensor
 
     def rows(self, first: int, end: int) -> Caches:
-        """Those of some rows."""
+        """The caches of rows [first, end)."""
         return Caches(self.k[:, first:end], self.v[:, first:end])
 
     def after(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> History:
-        """A copy of these rows [N], each to be followed after so many of its tokens, with room for
-        `room` more. Their own K/V there are overwritten before they are seen.
+        """A copy of rows [N], each cut to its length in `lengths`, with space for `room` tokens
+        more. K/V after that length is overwritten before it is read.
         """
         slots, index = max(lengths) + room, torch.tensor(rows, device=self.k.device)
         found = []
@@ -166,8 +166,8 @@ class Caches(NamedTuple):
 
 
 class History(NamedTuple):
-    """What comes before a text: caches, and how many of each row's slots count [R]. The text's own
-    K/V are written after them.
+    """What precedes a text: caches, and each row's committed length [R]. The text's K/V is written
+    after it.
     """
 
     caches: Caches
@@ -175,9 +175,9 @@ class History(NamedTuple):
 
 
 class Block:
-    """A layer that has just run, to be run again with other thresholds.
+    """A layer that has just run, and can be run again with other thresholds.
 
-    What a threshold changes is what comes after its site: no more is computed again.
+    Only the values that depend on a changed threshold are computed again.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Block:
 
     @property
     def output(self) -> Tensor:
-        """The stream after the layer [R, T, C], with the thresholds that were set."""
+        """The layer's output [R, T, C], with the thresholds that were set."""
         return self._env[self._end]
 
     def run(self, site: int, threshold: float) -> Tensor:
@@ -205,7 +205,7 @@ class Block:
         self._thresholds[self._after[site][0]] = threshold
 
     def _run(self, site: int, threshold: float) -> dict[fx.Node, Any]:
-        """The values that the site and all after it then have."""
+        """The values of the site and of all nodes after it, with this threshold."""
         changed = self._after[site]
         thresholds = self._thresholds | {changed[0]: threshold}
         new: dict[fx.Node, Any] = {}
@@ -223,7 +223,7 @@ class Block:
 
 
 def _after(node: fx.Node, nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """`node`, and what is computed from it, in the order of `nodes`."""
+    """`node` and the nodes that depend on it, in the order of `nodes`."""
     found = {node: None}
     for other in nodes:
         if any(source in found for source in other.all_input_nodes):
@@ -232,20 +232,20 @@ def _after(node: fx.Node, nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def tokenwise(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """A sparse operator's results, every token a row: y [R, T, O], and a count [R, T] if any."""
+    """A sparse operator's results with each token as a row: y [R, T, O], and any count [R, T]."""
     rows, tokens = args[0].shape[:2]
     schema = target._schema.arguments
     layer = next((v for a, v in zip(schema, args, strict=False) if a.name == "layer"), 0)
     parts = []
     for argument, value in zip(schema, args, strict=False):
         if argument.name == "neurons":
-            # The other layers' are not read, and a copy a token of them all is too much.
+            # Only this layer's neurons are read; repeating all layers' would need much memory.
             own = value[layer][None].repeat_interleave(tokens, 1)
             value = own.expand(value.shape[0], -1, -1)
         elif isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (rows, tokens):
             value = value.reshape(rows * tokens, 1, -1)
         parts.append(value)
-    # The kernels are for the few rows of a step: torch multiplies many in half of their time.
+    # The kernels are made for the few rows of a step; with many rows, torch takes half the time.
     with references() if rows * tokens > MOST_TOKENS else nullcontext():
         result = target(*parts, **kwargs)
     if isinstance(result, Tensor):
@@ -255,24 +255,24 @@ def tokenwise(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
 
 
 def row_of(node: fx.Node) -> Operator | None:
-    """The row of a node's operator; None of those that are torch's own.
+    """The row of a node's operator in the table of operators; None for torch's operators.
 
-    Raises CalibrationError for an operator of ours without one: whether its tokens share a choice
-    is not known, and the wrong way gives wrong thresholds without a word.
+    Raises CalibrationError for a sirius operator without a row: whether its tokens share a
+    selection is unknown, and a wrong guess would silently give wrong thresholds.
     """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "sirius":
         return None
     if target._opname not in OPERATORS:
         raise CalibrationError(
-            f"calibration does not know sirius.{target._opname}, which {node.name} calls: it has "
-            "no row in the table of operators. Add it to sirius_runtime.operators"
+            f"calibration does not know sirius.{target._opname}, which {node.name} calls, because "
+            "the table of operators has no row for it. Add one to sirius_runtime.operators"
         )
     return OPERATORS[target._opname]
 
 
 def run_node(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """A call's results, token by token where tokens share a choice."""
+    """A call's results, computed token by token if the operator's tokens share a selection."""
     assert callable(node.target)
     row = row_of(node)
     if row is not None and row.shares_choice:

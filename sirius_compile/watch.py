@@ -1,4 +1,4 @@
-"""Who is told how far work of some seconds has come."""
+"""Progress of long work, for a display."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Watch(Protocol):
     """Shows the progress of one piece of work at a time."""
 
     def count(self, what: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        """Within it, work of `total` equal parts is done; what it gives is called after each."""
+        """A context for work of `total` equal parts; call its value after each part."""
         ...
 
 
@@ -29,7 +29,7 @@ unwatched: Watch = Unwatched()
 
 
 def each(watch: Watch, what: str, parts: Sequence[_T]) -> Iterator[_T]:
-    """`parts`, each counted once it is done with."""
+    """Yields `parts`, and counts each after its use."""
     with watch.count(what, len(parts)) as done:
         for part in parts:
             yield part

@@ -1,8 +1,8 @@
-"""What calibration reads: text, and what the full path has computed of it.
+"""Text that the model writes for calibration, with the full path's K/V and logits of it.
 
-Decoding reads what the model writes, so the built-in text is on-policy: the model's own greedy
-continuations of prompts. It is decoded as the runtime does it, and its keys, values and logits are
-kept, because what comes later would compute them again.
+When decoding, a model reads its own text. So the built-in calibration text is on-policy: the
+model's greedy continuations of prompts. It is decoded as in the runtime, and its K/V and logits are
+kept, so that later measurements need not compute them again.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ CONTINUATION = 48  # new tokens after each prompt
 
 @dataclass(frozen=True)
 class Text:
-    """Samples; where the full path has run them, its K/V of them, a row a sample, maybe `logits`
-    [R, T, V], the first of them after the prompt, and the `neurons` [layers, R, K] that the method
-    chose for the prompts.
+    """Samples, and if the full path has run them, its results, one row a sample.
+
+    `caches`: the K/V. `logits` [R, T, V]: the first are those after the prompt. `neurons`
+    [layers, R, K]: those selected for the prompts.
     """
 
     samples: tuple[Sample, ...]
@@ -42,7 +43,7 @@ class Text:
     def after(
         self, rows: Sequence[int], starts: Sequence[int], tokens: int
     ) -> tuple[Tensor, History]:
-        """`tokens` of each of the rows [N, tokens], from where it starts, and what is before."""
+        """`tokens` tokens of each row, [N, tokens], from the row's start on, and their history."""
         assert self.caches is not None
         ids = padded(
             [
@@ -56,21 +57,21 @@ class Text:
         return [self.samples[row].tokens[: self.samples[row].prompt] for row in rows]
 
     def neurons_for(self, path: Tokenwise, rows: Sequence[int]) -> Tensor | None:
-        """What the method keeps for the prompts of these rows; None where it does not ask."""
+        """The neurons of these rows' prompts; None if the method does not select by prompt."""
         if self.neurons is None or self.neurons.shape[-1] != path.spec.sparsity.kept_neurons:
             return path.neurons(self.prompts(rows))
         return self.neurons[:, torch.tensor(rows)]
 
     def parts(self) -> list[list[int]]:
-        """The rows that `observe` reads in one call."""
+        """Groups of rows, each for one call of `observe`."""
         if self.caches is None:
             return batches([len(sample) for sample in self.samples])
         return batches([len(sample) - sample.prompt for sample in self.samples])
 
 
 def observe(path: Tokenwise, text: Text, rows: Sequence[int], look: Look) -> None:
-    """Shows the scores of the rows' tokens [tokens, units] to `look`, site by site: those after the
-    prompt where the full path has run it or the prompt chose, else all.
+    """Calls `look` with each site's scores [tokens, units] of the rows' tokens: the tokens after
+    the prompt if the K/V is known or the prompt selected the neurons, else all tokens.
     """
     samples = [text.samples[row] for row in rows]
     neurons = text.neurons_for(path, rows)
@@ -98,8 +99,9 @@ def write(
     held_only: bool = False,
     new_tokens: int = CONTINUATION,
 ) -> tuple[Text, Text]:
-    """The full path's greedy continuations of the prompts: text to calibrate on, and every fourth,
-    held out, with its logits. `held_only`: where nothing is calibrated, all are held out.
+    """Greedy continuations of the prompts by the full path: the calibration text, and the held-out
+    text (every fourth prompt) with its logits. `held_only`: hold out all prompts, if nothing is
+    calibrated.
     """
     held, used = list(prompts[3::4]), [p for i, p in enumerate(prompts) if i % 4 < 3]
     if held_only:
@@ -122,7 +124,7 @@ def write(
         for prompt, new in zip(given, torch.stack(tokens, 1).tolist(), strict=True)
     ]
     decoded = sum(len(sample) - sample.prompt for sample in samples[: len(used)])
-    if not held_only and (not held or decoded < LEAST_TOKENS):  # the prompts are wanted too
+    if not held_only and (not held or decoded < LEAST_TOKENS):  # use the prompts' tokens, too
         first, rest = hold_out(samples)
         return Text(tuple(first)), Text(tuple(rest))
     state.choose_neurons()
@@ -136,13 +138,13 @@ def write(
 
 
 def _until(tokens: Sequence[int], ends: Collection[int]) -> list[int]:
-    """The tokens up to the first that is an end."""
+    """The tokens up to and including the first end token."""
     last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     return list(tokens[: last + 1])
 
 
 def run(path: Tokenwise, text: Text) -> Iterator[Text]:
-    """The text in parts, each with its K/V and logits."""
+    """Yields the text in parts, each with its K/V and logits."""
     if text.logits is not None:
         yield text
         return

@@ -89,7 +89,7 @@ def test_an_adapter_alone_finds_its_base(tmp_path: Path, base: Path) -> None:
     assert model.generate("w7", max_new_tokens=1).prompts == ((7,),)  # the base's tokenizer
     moved["base_model_name_or_path"] = "/nowhere"
     (folder / "adapter_config.json").write_text(json.dumps(moved))
-    with pytest.raises(ModelNotFoundError, match=r"the base model of .*/nowhere.*--base names"):
+    with pytest.raises(ModelNotFoundError, match=r"the base model of .*/nowhere.*--base gives"):
         compile_model(folder, config())
     there = compile_model(folder, config(base=str(base))).to_runtime()
     assert list(there.generate(PROMPT, mode="exact", max_new_tokens=16).tokens[0]) == expected
@@ -135,15 +135,17 @@ def test_folders_that_are_no_adapter(tmp_path: Path, base: Path) -> None:
     refused(UnsupportedModelError, "of type NOPE", peft_type="NOPE")
     weights = tmp_path / "tuned/adapter_model.safetensors"
     weights.rename(tmp_path / "tuned/adapter_model.bin")
-    refused(ModelNotFoundError, r"has no adapter_model\.safetensors, and no pickle is ever loaded")
+    refused(
+        ModelNotFoundError, r"has no adapter_model\.safetensors, and pickled weights are not loaded"
+    )
     with pytest.raises(ModelNotFoundError, match=r"holds no adapter_config\.json"):
         compile_model(base, config(adapter=tmp_path))
 
 
 def test_flags_that_do_not_go_together(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--base is of an adapter, and .* is a model"):
+    with pytest.raises(ConfigError, match=r"--base applies to adapters, but .* is a model"):
         compile_model(base, config(base="x"))
-    with pytest.raises(ConfigError, match="--adapter and --base go with files"):
+    with pytest.raises(ConfigError, match="--adapter and --base apply to models in files"):
         compile_model(random_decoder("llama"), config(adapter=tmp_path))
 
 

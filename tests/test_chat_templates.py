@@ -201,7 +201,7 @@ def test_a_tokenizer_without_a_template_has_no_file_of_them(tmp_path: Path) -> N
 @pytest.mark.parametrize("wrong", [7, {"default": 7}, {"default": "x" * (MOST_BYTES + 1)}])
 def test_templates_that_are_none_are_refused_when_compiling(tmp_path: Path, wrong: Any) -> None:
     source = folder_of(tmp_path, {"chat_template": wrong}, {})
-    with pytest.raises(UnsupportedModelError, match=r"chat templates can't be kept.*mend"):
+    with pytest.raises(UnsupportedModelError, match=r"chat templates can't be used.*fix"):
         tokenizer_files(source)
 
 

@@ -160,9 +160,9 @@ def lose_the_index(directory: Path) -> None:
         (lose_a_shard, r"lacks model-00001-of-\d+\.safetensors, which .*index\.json names"),
         (lose_a_tensor, r"model-00001-of-\d+\.safetensors lacks \S+, which .*index\.json says"),
         (index_is_no_json, r"index\.json can't be read \(Expecting property"),
-        (index_is_a_list, r"index\.json holds a JSON list where an object is expected"),
+        (index_is_a_list, r"index\.json holds a JSON list instead of an object"),
         (index_maps_nothing, r"index\.json is not an index of safetensors \(KeyError"),
-        (index_maps_oddly, r"index\.json says that a is in 3, which is no file of this folder"),
+        (index_maps_oddly, r"index\.json says that a is in 3, which is not a file in this folder"),
         (lose_the_index, r"neither model\.safetensors nor model\.safetensors\.index\.json"),
     ],
 )

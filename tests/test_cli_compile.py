@@ -111,7 +111,7 @@ def test_a_directory_compiles_like_the_shipped_name(cli: Cli, tmp_path: Path) ->
         (("--keep", "0"), "--keep must be in (0, 1], got 0.0"),
         (("--keep", "1.5"), "--keep must be in (0, 1], got 1.5"),
         (("--density", "0"), "--density must be in (0, 1], got 0.0"),
-        (("--density", "0.6", "--keep", "0.5"), "--keep and --density say the same thing twice"),
+        (("--density", "0.6", "--keep", "0.5"), "--keep and --density set the same thing"),
         (("--density", "0.1"), "--density 0.1 can't be reached by --sparsity topk: with 1% kept"),
         (("--dense-layers", "0,5"), "--dense-layers: the model has layers 0..4, got 5"),
         (("--dense-layers", "first"), "takes layer numbers (0,31) or auto:N, got 'first'"),
@@ -128,7 +128,7 @@ def test_a_directory_compiles_like_the_shipped_name(cli: Cli, tmp_path: Path) ->
         ),
         (("--confidence", "-0.1"), "--confidence must be in [0, 1], got -0.1"),
         (("--refresh", "-1"), "--refresh must be >= 0 (0: never), got -1"),
-        (("--refresh", "4"), "--refresh chooses griffin's neurons anew; --sparsity topk"),
+        (("--refresh", "4"), "--refresh applies to griffin; --sparsity topk"),
         (("--threshold", "2"), "--threshold must be in [0, 1], got 2.0"),
         (("--verify-temperature", "0"), "--verify-temperature must be > 0, got 0.0"),
         (("--max-seq-len", "1"), "--max-seq-len must be at least 2, got 1"),
@@ -259,7 +259,7 @@ def test_the_models_are_listed_as_json(cli: Cli) -> None:
 def test_a_model_and_a_target_are_needed(cli: Cli, given: tuple[str, ...]) -> None:
     done = cli.compile(*given)
     assert done.code == 2
-    assert "a model and a target are needed: sirius-compile MODEL --out FILE" in done.err
+    assert "a model and --out are needed: sirius-compile MODEL --out FILE" in done.err
 
 
 def test_the_former_name_of_graphs_still_works_and_says_so(cli: Cli, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_the_former_name_of_graphs_still_works_and_says_so(cli: Cli, tmp_path: P
     flags = ("--sparsity", "topk", "--no-measure", "--backend", "entries")
     done = cli.compile("tally-3m", *flags, "--out", out)
     assert done.code == 0, done.err
-    assert "--backend is now called --graphs; taken as --graphs entries" in done.err
+    assert "--backend is now called --graphs; using --graphs entries" in done.err
     with Artifact.open(out) as artifact:
         assert "period" not in [entry.name for entry in artifact.program.entries]
 

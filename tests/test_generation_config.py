@@ -138,7 +138,7 @@ def test_the_command_lines_say_what_applies_and_what_does_not(cli: Cli, tmp_path
     out = tmp_path / "m.sirius"
     done = cli.compile(model, "--sparsity", "topk", "--graphs", "entries", "--out", out, "--json")
     assert done.code == 0, done.err
-    line = "not applied of generation_config: num_beams=3 (no beam search: one sequence is written)"
+    line = "generation_config: not applied: num_beams=3 (no beam search: one sequence is written)"
     assert f"sirius-compile: warning: {line}" in done.err
     assert json.loads(done.out)["warnings"] == [line]
     with Artifact.open(out) as artifact:

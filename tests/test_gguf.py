@@ -151,7 +151,7 @@ def test_files_that_are_not_read_are_refused_by_name(tmp_path: Path) -> None:
     ):
         with pytest.raises(UnsupportedModelError, match=words):
             compile_model(tmp_path / name, ALONE)
-    with pytest.raises(ModelNotFoundError, match=r"absent\.gguf is no file"):
+    with pytest.raises(ModelNotFoundError, match=r"absent\.gguf does not exist"):
         compile_model(tmp_path / "absent.gguf", ALONE)
 
 
@@ -180,7 +180,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_flags_that_do_not_go_with_it(tmp_path: Path) -> None:
     for options in ({"adapter": tmp_path}, {"base": "x"}, {"revision": "main"}):
         config = CompileConfig(sparsity="none", **options)  # type: ignore[arg-type]
-        with pytest.raises(ConfigError, match="does not go with a GGUF file"):
+        with pytest.raises(ConfigError, match="does not apply to a GGUF file"):
             compile_model("x.gguf", config)
-    with pytest.raises(ConfigError, match="tokenizer= goes with a model in memory"):
+    with pytest.raises(ConfigError, match="tokenizer= applies to a model in memory"):
         compile_model("x.gguf", ALONE, tokenizer=object())

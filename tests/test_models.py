@@ -169,7 +169,7 @@ def test_a_file_is_not_a_model(tmp_path: Path) -> None:
 
 def test_a_directory_without_config(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ModelNotFoundError, match=r"holds no config\.json"):
+    with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
         resolve_model(tmp_path)
 
 
@@ -188,7 +188,7 @@ def test_no_pickle_is_loaded(tmp_path: Path, name: str) -> None:
     mark = tmp_path / "unpickled"
     directory = write_model(tmp_path / "mine")
     (directory / name).write_bytes(pickle.dumps(Trap(mark)))
-    with pytest.raises(ModelNotFoundError, match=rf"\({name}\), and no pickle is ever loaded"):
+    with pytest.raises(ModelNotFoundError, match=rf"\({name}\), and pickled weights are not"):
         resolve_model(directory)
     assert not mark.exists()
 
@@ -205,7 +205,7 @@ def test_weights_are_needed_only_where_they_are_asked_for(tmp_path: Path) -> Non
 
 def test_a_revision_of_something_local_is_refused(shipped: Path) -> None:
     for model in ("pebble-1m", shipped):
-        with pytest.raises(ConfigError, match="--revision main goes with a model from the hub"):
+        with pytest.raises(ConfigError, match="--revision main applies to models from the hub"):
             resolve_model(model, revision="main")
 
 
@@ -224,7 +224,7 @@ def test_an_unknown_name_lists_the_near_ones(shipped: Path) -> None:
 
 
 def test_an_unknown_name_with_none_near(hub: Hub) -> None:
-    with pytest.raises(ModelNotFoundError, match=r"no model is called 'xyzzy'; Give a shipped"):
+    with pytest.raises(ModelNotFoundError, match=r"there is no model 'xyzzy'; Give a shipped"):
         resolve_model("xyzzy")
     assert not hub.asked
 
@@ -288,7 +288,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
             http(RepositoryNotFoundError),
             ["no model", "private", "no such directory", "did you mean meta-llama/Llama-3.2-1B"],
         ),
-        (http(RevisionNotFoundError), ["no revision 'v9'", "branch, a tag or a commit"]),
+        (http(RevisionNotFoundError), ["no revision 'v9'", "branches, tags or commits"]),
         (http(DisabledRepoError, "it is\ndisabled"), ["refused", "it is disabled", "HF_TOKEN"]),
         (HFValidationError("bad chars"), ["neither a directory nor a hub id", "bad chars"]),
         (

@@ -540,11 +540,11 @@ def call(name: str, target: str, *args: Any) -> JSON:
         (call("y", "sirius.routed_mlp.default", "x"), "operator sirius.routed_mlp has no transl"),
         (
             call("y", "sirius.sparse_linear.default", "x", "x", None, 0.5, "x"),
-            r"sirius.sparse_linear is given 1 arguments more .* knows \(4\); use --graphs torch",
+            r"sirius.sparse_linear has 1 arguments more .* takes \(4\); use --graphs torch",
         ),
         (
             call("y", "aten.argmax.default", "x", 0, False, 3),
-            "translation of aten.argmax.default does not know how it is called here",
+            "translation of aten.argmax.default does not take these arguments",
         ),
         (call("y", "aten.index.Tensor", "x", [None]), "aten.index.Tensor can't be translated"),
         (call("y", "python.floordiv", "x", 2), "operator python.floordiv has no translation"),

@@ -156,7 +156,7 @@ def test_weights_that_are_no_rows_are_refused() -> None:
         return sirius.dense_moe(*given, *arguments(**w), "silu", 0)
 
     with pytest.raises(
-        UnsupportedModelError, match=r"sirius.dense_moe can't .* as they are stored"
+        UnsupportedModelError, match=r"sirius.dense_moe can't .* stored rows of each expert"
     ):
         over_weights(function, args[:3], weights)
 

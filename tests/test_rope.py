@@ -110,10 +110,16 @@ def test_the_longest_sequence(kind: str, longest: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("yarn", r"64 \(max_position_embeddings of config\.json; .*, up to the 64 that rope_type"),
-        ("linear", r"64 \(max_position_.*up to the 256 .*, raise max_position_embeddings there"),
+        (
+            "yarn",
+            r"64 \(max_position_embeddings of config\.json; for up to 64 tokens \(rope",
+        ),
+        ("linear", r"64 \(max_position_.*for up to 256 .*, raise max_position_embeddings in"),
         ("dynamic", r"64 \(max_position_embeddings of config\.json times the factor of rope_type"),
-        ("longrope", r"32 \(original_max_position_embeddings of .* no longer text can be served\)"),
+        (
+            "longrope",
+            r"32 \(original_max_position_embeddings of .* longer texts are not sup",
+        ),
     ],
 )
 def test_the_limit_says_what_sets_it(kind: str, why: str) -> None:
@@ -124,8 +130,12 @@ def test_the_limit_says_what_sets_it(kind: str, why: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "length", "said"),
     [
-        ("yarn", 32, "texts are held to 32 tokens; for longer ones, up to the 64 that rope_type"),
-        ("dynamic", ORIGINAL, "rope_type dynamic: past 16 tokens each token is placed by its own"),
+        (
+            "yarn",
+            32,
+            "texts are limited to 32 tokens; for up to 64 tokens (rope_type",
+        ),
+        ("dynamic", ORIGINAL, "rope_type dynamic: past 16 tokens, each token"),
     ],
 )
 def test_what_a_user_should_know(kind: str, length: int, said: str) -> None:
@@ -159,6 +169,6 @@ def test_a_layout_of_angles_that_is_not_known_is_refused(monkeypatch: pytest.Mon
         return angles.cos(), angles.sin()
 
     monkeypatch.setattr(LlamaRotaryEmbedding, "forward", reversed_angles)
-    reason = "LlamaRotaryEmbedding: dynamic rotary frequencies in a layout that is not known"
+    reason = "LlamaRotaryEmbedding: its dynamic rotary frequencies have an unknown layout"
     with pytest.raises(UnsupportedModelError, match=reason):
         capture(small_config("llama", **changes("dynamic", "llama")))

@@ -94,7 +94,7 @@ def test_the_text_models_weights_are_found(kind: str, tmp_path: Path) -> None:
     for name in shapes:
         assert torch.equal(weights.get(name), expected[name.removeprefix("model.")]), name
     (warning,) = warnings
-    assert warning.startswith("a-model is multimodal: of it the text model is compiled")
+    assert warning.startswith("a-model is multimodal: only its text model")
     assert "(multi_modal_projector, vision_tower)" in warning
 
 

@@ -127,17 +127,20 @@ def test_a_declared_special_token_stops_and_is_not_shown(tmp_path: Path) -> None
     [
         (
             {"added_tokens.json": {"<x>": NEXT + 3}},
-            f"added_tokens.json declares token '<x>' with id {NEXT + 3}, but in tokenizer.json the "
-            f"next free id is {NEXT}: declare the tokens between",
+            f"added_tokens.json declares token '<x>' with id {NEXT + 3}, but the next free id "
+            f"in tokenizer.json is {NEXT}. Declare the tokens between",
         ),
         (
             {CONFIG: {"added_tokens_decoder": {str(NEXT + 1): token("<y>")}}},
-            f"{CONFIG} declares token '<y>' with id {NEXT + 1}, but in tokenizer.json the next",
+            f"{CONFIG} declares token '<y>' with id {NEXT + 1}, but the next free id in",
         ),
         ({CONFIG: "{"}, f"{CONFIG} is not JSON ("),
         ({CONFIG: "[" * 100_000}, f"{CONFIG} is not JSON ("),
-        ({"added_tokens.json": ["<x>"]}, "added_tokens.json holds a list where an object belongs"),
-        ({CONFIG: {"added_tokens_decoder": ["<x>"]}}, "holds a list of tokens where an object"),
+        ({"added_tokens.json": ["<x>"]}, "added_tokens.json holds a list instead of an object"),
+        (
+            {CONFIG: {"added_tokens_decoder": ["<x>"]}},
+            "holds a list of tokens instead of",
+        ),
         ({CONFIG: {"added_tokens_decoder": {"9": {}}}}, "declares a token without content ('{}')"),
         ({"added_tokens.json": {"<x>": "first"}}, "gives a token the id 'first'"),
         ({"added_tokens.json": {"<x>": None}}, "gives a token the id 'None'"),

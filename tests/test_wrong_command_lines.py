@@ -214,17 +214,17 @@ def compile_lines() -> Iterator[Line]:
         shown = repr(model[:50])[1:-1]
         yield Line("compile", (model, "--out", f"{FOLDER}/m.sirius"), shown)
     for given, says in (
-        (("--keep", "0.5", "--density", "0.6"), "--keep and --density say the same"),
+        (("--keep", "0.5", "--density", "0.6"), "--keep and --density set the same"),
         (("--score", "weight-norm"), "--score weight-norm is no longer an option"),
         (("--tree-width", "8", "--period", "200"), "has 1593 nodes"),
-        (("--revision", "main"), "--revision main goes with a model from the hub"),
+        (("--revision", "main"), "--revision main applies to models from the hub"),
         (("--adapter", FOLDER), "holds no adapter_config.json"),
         (("--adapter", f"{FOLDER}/nowhere"), "holds no adapter_config.json"),
-        (("--base", "llama-3-8b"), "--base is of an adapter, and tally-3m is a model"),
-        (("--sparsity", "none", "--keep", "0.5"), "--keep is of a sparse path"),
-        (("--sparsity", "none", "--density", "0.5"), "--density is of a sparse path"),
-        (("--sparsity", "none", "--dense-layers", "0"), "--dense-layers is of a sparse path"),
-        (("--sparsity", "none", "--calibration", "x.txt"), "--calibration is read for thresholds"),
+        (("--base", "llama-3-8b"), "--base applies to adapters, but tally-3m is a model"),
+        (("--sparsity", "none", "--keep", "0.5"), "--keep applies to a sparse path"),
+        (("--sparsity", "none", "--density", "0.5"), "--density applies to a sparse path"),
+        (("--sparsity", "none", "--dense-layers", "0"), "--dense-layers applies to a sparse path"),
+        (("--sparsity", "none", "--calibration", "x.txt"), "--calibration sets thresholds"),
         (("--nope",), "--nope"),
         (("more",), "more"),
         (("--force=yes",), "--force"),
@@ -233,9 +233,9 @@ def compile_lines() -> Iterator[Line]:
     for name in (f"{FOLDER}/no.gguf", "no.GGUF", "n" * 300 + ".gguf", "~nosuchuser/x.gguf"):
         yield Line("compile", (name, "--out", f"{FOLDER}/m.sirius"), name[:50])
     gguf = (f"{FOLDER}/no.gguf", "--out", f"{FOLDER}/m.sirius")
-    yield Line("compile", (*gguf, "--adapter", FOLDER), "--adapter does not go with a GGUF file")
+    yield Line("compile", (*gguf, "--adapter", FOLDER), "--adapter does not apply to a GGUF file")
     for arguments in ((), ("tally-3m",), ("--out", f"{FOLDER}/m.sirius"), ("--json",)):
-        yield Line("compile", arguments, "a model and a target are needed")
+        yield Line("compile", arguments, "a model and --out are needed")
 
 
 SCRIPTS: dict[str, tuple[str, ...]] = {

@@ -1,4 +1,4 @@
-"""What several commands read alike, for typer."""
+"""Argument parsers that several commands share, for typer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sirius_runtime.errors import ConfigError
 
 
 def path(text: str) -> Path:
-    """As `read_path`, of a command line's word."""
+    """`read_path` for typer."""
     try:
         return read_path(text)
     except ConfigError as error:

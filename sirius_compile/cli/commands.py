@@ -22,8 +22,8 @@ Command = Callable[..., Any]
 COMMANDS: Mapping[str, Command] = {
     "onnx": add_onnx_graphs,
 }
-"""By the first word of a command line. A line that begins with none of them is of a model to
-compile; a folder of such a name is given as ``./onnx``.
+"""Commands by the first word of a command line. Any other first word is a model to compile; a
+folder with a command's name is given as ``./onnx``.
 """
 
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    """Ends by SystemExit, as typer does."""
+    """Runs a command. Always raises SystemExit, as typer does."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     name, *rest = arguments or [""]
     if name in COMMANDS:

@@ -49,27 +49,27 @@ def compile_artifact(
         float | None, typer.Option(help="Share of neurons or channels kept, in (0, 1]; 0.5.")
     ] = None,
     density: Annotated[
-        float | None, typer.Option(help="Share of the weights a sparse step reads, for --keep.")
+        float | None, typer.Option(help="Share of weights a sparse step reads; replaces --keep.")
     ] = None,
     dense_layers: Annotated[
-        str, typer.Option(help="Layers that skip nothing: 0,31, or auto:N for the N costliest.")
+        str, typer.Option(help="Layers to keep dense: 0,31, or auto:N for the N costliest.")
     ] = "",
     measure: Annotated[
         bool,
-        typer.Option(help="Draft on text held out: what it comes to, and the best period."),
+        typer.Option(help="Measure drafts on held-out text, and take the best period from it."),
     ] = True,
     period: Annotated[
-        int | None, typer.Option(help="Tokens per verification; as measured, or 16.")
+        int | None, typer.Option(help="Tokens per verification. Default: as measured, or 16.")
     ] = None,
     tree_width: Annotated[int, typer.Option(help="Paths drafted side by side.")] = 1,
     threshold: Annotated[float, typer.Option(help="Probability a drafted token needs.")] = 0.1,
-    verify_temperature: Annotated[float, typer.Option(help="Softmax temperature for it.")] = 0.6,
+    verify_temperature: Annotated[float, typer.Option(help="Softmax temperature of it.")] = 0.6,
     confidence: Annotated[
         float | None,
-        typer.Option(help="Probability a draft needs to go on, 0: none; as measured, or 0."),
+        typer.Option(help="Draft on while its probability is this. Default: as measured, or 0."),
     ] = None,
     refresh: Annotated[
-        int, typer.Option(help="griffin: periods until neurons are chosen anew, 0: never.")
+        int, typer.Option(help="griffin: periods between selections of neurons; 0: select once.")
     ] = 0,
     max_seq_len: Annotated[int | None, typer.Option(help="Default: the model's own.")] = None,
     dtype: Annotated[DType | None, typer.Option(help="Default: the checkpoint's.")] = None,
@@ -83,13 +83,13 @@ def compile_artifact(
         Path | None, typer.Option(parser=path, help="Folder of an adapter (LoRA) to merge.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Where MODEL is an adapter: the model to merge it into.")
+        str | None, typer.Option(help="If MODEL is an adapter: the model to merge it into.")
     ] = None,
     graphs: Annotated[
         Graphs,
         typer.Option(
-            help="Graphs for PyTorch (torch), for it without whole periods (entries: compiles in "
-            "half of the time), for ONNX Runtime (onnx), or both."
+            help="Graphs for PyTorch (torch), the same without the graph of a whole period "
+            "(entries: compiles in half the time), for ONNX Runtime (onnx), or both."
         ),
     ] = Graphs.TORCH,
     backend: Annotated[
@@ -107,10 +107,10 @@ def compile_artifact(
     ] = None,
     expect_graphs: Annotated[
         Path | None,
-        typer.Option(parser=path, help="Fail unless the graphs are those dumped there."),
+        typer.Option(parser=path, help="Fail unless the graphs equal those dumped in this folder."),
     ] = None,
     list_models: Annotated[
-        bool, typer.Option("--list-models", help="Print the supported model types and end.")
+        bool, typer.Option("--list-models", help="Print the supported model types and exit.")
     ] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show libraries' logs.")] = False,
 ) -> None:
@@ -119,14 +119,14 @@ def compile_artifact(
         _list_models(as_json)
         return
     if model is None or out is None:
-        raise ConfigError("a model and a target are needed: sirius-compile MODEL --out FILE")
+        raise ConfigError("a model and --out are needed: sirius-compile MODEL --out FILE")
     from sirius_compile.report import summarise
     from sirius_runtime.artifact_writer import ArtifactWriter
     from sirius_runtime.loading import find_device
 
     _quieten(verbose)
     if backend is not None:
-        tell(f"sirius-compile: --backend is now called --graphs; taken as --graphs {backend}")
+        tell(f"sirius-compile: --backend is now called --graphs; using --graphs {backend}")
         graphs = backend
     if score is not None:
         raise ConfigError(
@@ -157,7 +157,7 @@ def compile_artifact(
         graphs=graphs,
     )
     _check_use(config)
-    # What can be refused is refused before minutes of work, not after.
+    # Check everything that can be refused before the minutes of work.
     ArtifactWriter(out, force=force)
     find_device(device)
     start = time.perf_counter()
@@ -177,7 +177,7 @@ def compile_artifact(
 def _compiled(
     model: str, config: CompileConfig, dump: Path | None, expect: Path | None
 ) -> Compiled:
-    """Compiles. `dump`: a folder for the graphs; `expect`: a folder of those that they must be."""
+    """Compiles. `dump`: a folder to write the graphs to; `expect`: one of the graphs expected."""
     from sirius_compile.compile import compile_model
     from sirius_compile.guard import compare_graphs, read_graphs
 
@@ -186,8 +186,8 @@ def _compiled(
     expected = read_graphs(expect)
     if dump is not None and dump.resolve() == expect.resolve():
         raise ConfigError(
-            f"--dump-graphs {dump} would replace the graphs that --expect-graphs compares with: "
-            "name another folder"
+            f"--dump-graphs {dump} would replace the graphs that --expect-graphs compares with. "
+            "Give another folder"
         )
     with tempfile.TemporaryDirectory() as scratch:
         found = dump or Path(scratch)
@@ -198,12 +198,12 @@ def _compiled(
 
 
 def _check_use(config: CompileConfig) -> None:
-    """Raises ConfigError for flags that this sparse path has no use for."""
+    """Raises ConfigError for flags that this sparse path does not use."""
     method, dense = Method(config.sparsity), DenseLayers.read(config.dense_layers)
     measured = config.measure and method is not Method.NONE
     if config.calibration != BUILTIN and not (method.has_thresholds or dense.auto or measured):
         raise ConfigError(
-            f"--calibration is read for thresholds, and --sparsity {method} has none: leave it out"
+            f"--calibration sets thresholds, and --sparsity {method} has none. Leave it out"
         )
     given = [
         flag
@@ -215,7 +215,9 @@ def _check_use(config: CompileConfig) -> None:
         if value is not None
     ]
     if method is Method.NONE and given:
-        raise ConfigError(f"{given[0]} is of a sparse path, and --sparsity none has none")
+        raise ConfigError(
+            f"{given[0]} applies to a sparse path, and --sparsity none has none. Leave it out"
+        )
 
 
 def _list_models(as_json: bool) -> None:
@@ -246,7 +248,7 @@ def _progress(stage: str, seconds: float) -> None:
 
 
 def _quieten(verbose: bool) -> None:
-    """Libraries' warnings and progress bars are for their own users, unless asked for."""
+    """Hides the libraries' warnings and progress bars, unless `verbose`."""
     import transformers
 
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr)

@@ -1,4 +1,4 @@
-"""A progress bar on stderr, where that is a terminal."""
+"""A progress bar on stderr, if it is a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sirius_compile.watch import Watch, unwatched
 
 
 class Bar:
-    """A `Watch` that draws a bar with the time that is left; it goes once the work is done."""
+    """A `Watch` that draws a bar with the remaining time, and clears it when the work is done."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -40,6 +40,6 @@ class Bar:
 
 
 def bar() -> Watch:
-    """A `Bar` where stderr is a terminal; else nothing is shown."""
+    """A `Bar` if stderr is a terminal, else a `Watch` that shows nothing."""
     console = Console(stderr=True)
     return Bar(console) if console.is_terminal else unwatched

@@ -1,4 +1,4 @@
-"""Adds ONNX graphs to an artifact that has none: its graph documents are all that is needed."""
+"""Adds ONNX graphs to an artifact that has none, from its graph documents."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def add_onnx(
 ) -> Path:
     """Writes the artifact at `path`, with ONNX graphs, to `out`.
 
-    dtype: of the weights, which are converted; by default the stored one. Raises ConfigError where
-    that is one that ONNX Runtime does not compute in everywhere, and for an `out` that exists.
+    dtype: of the weights, which are converted; by default the stored one. Raises ConfigError if the
+    dtype is neither float32 nor float16, and if `out` exists.
     """
     if dtype is not None and dtype not in list(DType):
         raise ConfigError(f"--dtype must be one of {', '.join(DType)}, got {dtype!r}")

@@ -1,7 +1,7 @@
-"""PyTorch's operators in ONNX's: a closed table, one function an operator.
+"""The translation of PyTorch's operators to ONNX: a closed table, one function an operator.
 
-Each takes the scope and the operator's own arguments, tensors as `Value`s. What the table does not
-have, and an argument that its function does not know, is refused by name.
+Each function takes the scope and the operator's arguments, tensors as `Value`s. An operator that is
+not in the table, and an argument that its function does not take, are refused by name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _not_equal(s: Scope, a: Any, b: Any) -> Value:
 
 def _not(s: Scope, x: Value) -> Value:
     if x.dtype != "bool":
-        raise NotImplementedError("only truth values may be inverted")
+        raise NotImplementedError("only bool may be inverted")
     return s.op("Not", x, shape=x.shape)
 
 
@@ -51,7 +51,7 @@ def _floor_divide(s: Scope, a: Any, b: Any) -> Value:
     if e.kind(e.promoted(a, b)) == 2:
         quotient = e.elementwise(s, "Div", a, b)
         return s.op("Floor", quotient, shape=quotient.shape)
-    # ONNX's integer quotient rounds to zero, its remainder has the divisor's sign.
+    # ONNX's integer Div rounds to zero; the remainder of its Mod has the divisor's sign.
     whole = e.elementwise(s, "Sub", a, e.elementwise(s, "Mod", a, b))
     return e.elementwise(s, "Div", whole, b)
 
@@ -239,7 +239,7 @@ def _sort(
         raise NotImplementedError("only the last dimension may be sorted")
     extent = x.shape[-1]
     if not isinstance(extent, int):
-        raise NotImplementedError("the size of what is sorted must be known")
+        raise NotImplementedError("the size of the sorted dimension must be known")
     return topk(s, x, extent, largest=descending)
 
 
@@ -247,12 +247,12 @@ def _topk(
     s: Scope, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
 ) -> tuple[Value, Value]:
     if e.axis_of(x, dim) != x.rank - 1:
-        raise NotImplementedError("only the last dimension may be searched")
+        raise NotImplementedError("topk works along the last dimension only")
     return topk(s, x, k, largest=largest)
 
 
 def _embedding(s: Scope, weight: Value, indices: Value, padding_idx: int = -1) -> Value:
-    return e.gather(s, weight, indices, 0)  # padding matters to gradients alone
+    return e.gather(s, weight, indices, 0)  # padding_idx affects gradients only
 
 
 def _linear(s: Scope, x: Value, weight: Value, bias: Value | None = None) -> Value:
@@ -289,7 +289,7 @@ def _einsum(s: Scope, equation: str, operands: Sequence[Value]) -> Value:
 
 def _squeeze(s: Scope, x: Value) -> Value:
     if not all(isinstance(extent, int) for extent in x.shape):
-        raise NotImplementedError("the sizes of what is squeezed must be known")
+        raise NotImplementedError("squeeze needs known sizes")
     for axis in reversed([axis for axis, extent in enumerate(x.shape) if extent == 1]):
         x = e.squeeze(s, x, axis)
     return x

@@ -1,8 +1,9 @@
 """Cached tree attention in standard operators.
 
-The committed cache and the block are two products that one softmax spans: joined, they would be
-copied for every layer of every step. What depends on the committed cache alone (its slots in use,
-its keys transposed) is thereby the same for all steps of a period, and leaves the Loop.
+The committed cache and the block are multiplied separately, under one softmax. Concatenating them
+would copy the cache for every layer of every step. Values that depend on the committed cache alone
+(its slots in use, its transposed keys) are the same for all steps of a period, so they are computed
+before the Loop.
 
 Shape letters as in `sirius_runtime.ops.attention`, and `E`: the cache slots in use.
 """
@@ -26,10 +27,10 @@ def cached_attention(
     places: Places[Value],
     kind: Attention[Value],
 ) -> Value:
-    """`sirius::cached_attention` where the call's tokens are the whole block: M = T.
+    """`sirius::cached_attention` for calls whose tokens are the whole block: M = T.
 
-    Nothing is written: the call's k and v are outputs of the graph, for the caller to write to the
-    slots after `length`. A tree is drafted level by level in `period` alone.
+    Writes nothing: the call's k and v are outputs of the graph, which the caller writes to the
+    slots after `length`. Only `period` drafts a tree level by level, with `block_attention`.
     """
     for block, value in zip(s.root.new_kv, heads[1:], strict=True):
         block.append(value)
@@ -66,14 +67,14 @@ class _Committed:
     @classmethod
     def of(cls, s: Scope, k_cache: Value, v_cache: Value, length: Value, layer: int) -> _Committed:
         longest = e.reduced(s, "ReduceMax", length, [0], False)
-        # One slot at the least: not every runtime multiplies by nothing.
+        # At least one slot, because not every runtime multiplies empty matrices.
         extent = s.op("Max", longest, s.constant(1, "int64"), shape=())
         keys, values = (_slots(s, cache, layer, extent) for cache in (k_cache, v_cache))
         return cls(e.swap(s, keys, -1, -2), values, extent)
 
 
 def _slots(s: Scope, cache: Value, layer: int, extent: Value) -> Value:
-    """The first `extent` slots of a layer, [B, G, E, D]: one copy of what is in use."""
+    """A copy of the first `extent` slots of a layer, [B, G, E, D]."""
     starts, axes = s.constant([layer, 0], "int64"), s.constant([0, 3], "int64")
     ends = e.sizes(s, [layer + 1, extent])
     _, B, G, _, D = cache.shape
@@ -90,7 +91,7 @@ def _attend(
 ) -> Value:
     """q [B, H, T, D] over the committed history, and over the block's k, v [B, G, M, D].
 
-    sinks [H]: the score of a key that each head sees, whose value is nothing.
+    sinks [H]: the score of an extra key that each head sees, with a value of zero.
     """
     q, k, v = heads
     _, scale, window, softcap, sinks = kind
@@ -100,7 +101,7 @@ def _attend(
     assert isinstance(G, int)
     assert isinstance(D, int)
     q = e.elementwise(s, "Mul", q, float(scale))
-    # The heads that share a key/value head are rows of one product: no key is copied.
+    # Heads that share a key/value head are rows of one product, so no key is copied.
     q = e.reshape(s, q, [B, G, -1, D])
     block = e.matmul(s, q, e.swap(s, k, -1, -2))
     scores = e.concat(s, [e.matmul(s, q, committed.keys), block], -1)
@@ -129,7 +130,7 @@ def _attend(
 
 
 def _hidden(s: Scope, extent: Value, places: Places[Value], window: int | None) -> Value:
-    """What is added to the scores [B, T, E + M]: 0 for what a query sees, else float32's least."""
+    """The attention mask to add to the scores, [B, T, E + M]: 0 or float32's lowest value."""
     positions, _, length, tree_mask = places
     slot_E = e.arange(s, extent)
     committed = e.elementwise(s, "Less", slot_E, e.unsqueeze(s, length, 1, 2), result="bool")
@@ -148,10 +149,10 @@ def _hidden(s: Scope, extent: Value, places: Places[Value], window: int | None) 
 
 
 def index_copy(s: Scope, x: Value, dim: int, index: Value, source: Value) -> Value:
-    """`x` with the slices of `source` at the places `index` [n] of a dimension.
+    """`x` with the slices of `source` at the indices `index` [n] of a dimension.
 
-    As a choice from both, joined: whole slices are copied, where ScatterElements would need an
-    index for every element.
+    Gathers from both, concatenated, which copies whole slices. ScatterElements would need an index
+    for every element.
     """
     extent, count = e.size(s, x, dim), e.size(s, source, dim)
     kept = e.elementwise(s, "Add", e.arange(s, extent), e.scalar(s, count, "int64"))

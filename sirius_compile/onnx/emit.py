@@ -1,4 +1,4 @@
-"""What several lowerings are made of: casts, shapes, and PyTorch's arithmetic on mixed dtypes."""
+"""Building blocks of lowerings: casts, shapes, and PyTorch's arithmetic on mixed dtypes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def kind(dtype: str) -> int:
 
 
 def scalar(s: Scope, value: Any, dtype: str) -> Value:
-    """A number as a tensor of no dimensions, or the tensor that it is already."""
+    """A number as a tensor without dimensions; a tensor is returned as it is."""
     return cast(s, value, dtype) if isinstance(value, Value) else s.constant(value, dtype)
 
 
@@ -34,10 +34,10 @@ def cast(s: Scope, x: Value, dtype: str) -> Value:
 
 
 def promoted(*values: Any) -> str:
-    """The dtype that PyTorch computes in, of tensors and Python numbers.
+    """PyTorch's result dtype for tensors and Python numbers.
 
-    A tensor without dimensions gives way to one with some, and a number to both, unless it is of a
-    higher kind (floating point before integers before bool).
+    A tensor with dimensions takes precedence over one without, and both over a number, unless the
+    latter is of a higher kind (floating point above integers above bool).
     """
     ranked = [v.dtype for v in values if isinstance(v, Value) and v.rank]
     scalars = [v.dtype for v in values if isinstance(v, Value) and not v.rank]
@@ -86,7 +86,7 @@ def elementwise(s: Scope, op: str, *values: Any, result: str | None = None) -> V
 def where(s: Scope, condition: Value, a: Any, b: Any) -> Value:
     dtype = promoted(a, b)
     x, y = scalar(s, a, dtype), scalar(s, b, dtype)
-    if dtype == "bool":  # ONNX Runtime has no kernel for it
+    if dtype == "bool":  # ONNX Runtime has no such kernel
         neither = s.op("Not", condition, shape=condition.shape)
         either = elementwise(s, "And", condition, x), elementwise(s, "And", neither, y)
         return elementwise(s, "Or", *either)
@@ -123,7 +123,7 @@ def sizes(s: Scope, extents: Sequence[Size]) -> Value:
 
 
 def known(extents: Sequence[Size]) -> Shape:
-    """Sizes as a shape; what -1 stands for is not known."""
+    """Sizes as a shape, with None for -1 and for sizes that are not known."""
     return tuple(e.letter if isinstance(e, Value) else e if e >= 0 else None for e in extents)
 
 
@@ -134,14 +134,14 @@ def reshape(s: Scope, x: Value, extents: Sequence[Size]) -> Value:
         shape = tuple(left if e is None else e for e in shape)
     if shape == x.shape and None not in shape:
         return x
-    source = s.root.reshaped.get(x.name, x)  # of two in a row the second alone counts
+    source = s.root.reshaped.get(x.name, x)  # of two reshapes in a row, keep the second
     value = s.op("Reshape", source, sizes(s, extents), shape=shape)
     s.root.reshaped[value.name] = source
     return value
 
 
 def _left(whole: Shape, rest: Shape) -> Extent:
-    """The size that `whole` has beside those of `rest`; None where it is no single one."""
+    """The one size of `whole` that `rest` lacks; None if there is no single one."""
     letters = [[e for e in own if isinstance(e, str)] for own in (whole, rest)]
     numbers = [math.prod(e for e in own if isinstance(e, int)) for own in (whole, rest)]
     for letter in letters[1]:
@@ -171,7 +171,7 @@ def expand_like(s: Scope, x: Value, other: Value) -> Value:
 
 
 def unsqueeze(s: Scope, x: Value, *dims: int) -> Value:
-    """New dimensions of size 1, at these places of the result."""
+    """Inserts dimensions of size 1, at these indices of the result."""
     rank = x.rank + len(dims)
     places = sorted(d % rank for d in dims)
     left = iter(x.shape)
@@ -202,8 +202,9 @@ def swap(s: Scope, x: Value, a: int, b: int) -> Value:
 
 
 def cut(s: Scope, x: Value, dim: int, start: Size, end: Size, step: int = 1) -> Value:
-    """Elements [start, end) along a dimension, each or every `step`th; negative ones count from its
-    end."""
+    """Every `step`th element of [start, end) along a dimension; negative bounds count from the
+    end.
+    """
     axis = axis_of(x, dim)
     extent = x.shape[axis]
     if isinstance(start, int) and isinstance(end, int):
@@ -219,7 +220,7 @@ def cut(s: Scope, x: Value, dim: int, start: Size, end: Size, step: int = 1) -> 
 
 
 def _part(x: Value, axis: int, start: Size, count: int, step: int) -> View | None:
-    """The view that `count` elements of `x` are, where `x` is one that has not been cut yet."""
+    """`count` elements of `x` as a view of its weight, if `x` is a whole weight; else None."""
     extent = x.shape[axis]
     if x.view is None or not isinstance(start, int) or not isinstance(extent, int):
         return None
@@ -232,7 +233,7 @@ def _part(x: Value, axis: int, start: Size, count: int, step: int) -> View | Non
 
 
 def gather(s: Scope, x: Value, index: Value, dim: int) -> Value:
-    """The slices of `x` along a dimension that an index of any shape names."""
+    """The slices of `x` along a dimension at an index of any shape."""
     axis = axis_of(x, dim)
     shape = x.shape[:axis] + index.shape + x.shape[axis + 1 :]
     return s.op("Gather", x, index, shape=shape, axis=axis)
@@ -303,8 +304,8 @@ def matmul(s: Scope, a: Value, b: Value) -> Value:
 def flat_matmul(s: Scope, x: Value, weight: Value) -> Value:
     """x [..., C] by weight [C, O]: [..., O].
 
-    A weight is read as it is stored: a transposed copy of it would be a second one in memory. A
-    part of a fused weight is a part of the whole product, which serves the other parts too.
+    A weight is read as stored, because a transposed copy would double its memory. For a part of a
+    fused weight, the whole product is computed and sliced; the other parts share it.
     """
     view = weight.view
     if view is not None and view.axis == (0 if view.transposed else 1):

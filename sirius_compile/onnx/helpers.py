@@ -1,11 +1,10 @@
-"""The graphs beside the entries: what a driver of ONNX graphs needs and PyTorch's state computes
-itself.
+"""Helper graphs for a program that drives the ONNX entries; the PyTorch runtime has code for these.
 
-    select   GRIFFIN's choice: the neurons of largest statistic, and the rows of the MLPs' weights
-             that they are, gathered once a prompt: all that a sparse step then reads of them
-    pick     the next token of each row, drawn from the full model's distribution
-    write    K/V of a call's tokens to the slots after `length`; in place, where input and output
-             are bound to one buffer
+select   griffin's choice: the neurons with the largest statistic, and their rows of the MLPs'
+         weights. Gathered once a prompt, they are the MLP weights that a sparse step reads
+pick     the next token of each row, sampled from the full path's distribution
+write    writes the K/V of a call's tokens to the slots after `length`; in place, if input and
+         output are bound to one buffer
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def select(program: ProgramSpec, kept: Mapping[str, Kept], dtype: str) -> onnx.M
 
 
 def _rows(s: Scope, part: Kept, neurons: Value) -> Value:
-    """What a prompt keeps of a weight, in the layout of `Kept`."""
+    """A prompt's rows of a weight, in the layout of `Kept`."""
     whole, start = part.weight.weight, part.weight.start
     weight = s.weight(whole.name, whole.dtype, [n for n in whole.shape if isinstance(n, int)])
     if start:

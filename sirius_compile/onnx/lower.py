@@ -1,7 +1,7 @@
-"""From an entry's graph document to an ONNX graph.
+"""Translates an entry's graph document to an ONNX graph.
 
-Only the document is read: what runs by PyTorch and what runs by ONNX Runtime are one text. Control
-flow becomes Loop and If, whose bodies read what surrounds them by name.
+PyTorch's back ends run the same document. Control flow becomes Loop and If, whose bodies read
+values of the outer graph by name.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ from sirius_runtime.operators import OPERATORS
 from sirius_runtime.spec import JSON, EntrySpec, ProgramSpec, TensorSpec
 
 OPSET = 18
-"""The first that has all that is needed: reductions by name (`ScatterElements`' add), axes as
-inputs. The oldest runtimes can read the graphs, therefore."""
-IR_VERSION = 8  # the one that opset 18 came with
+"""The lowest opset with `ScatterElements`' reduction and axes as inputs: old runtimes read it."""
+IR_VERSION = 8  # of opset 18's release
 
 NEW_K, NEW_V = "k_new", "v_new"
-"""Outputs of the entries that write the cache elsewhere: [layers, B, G, T, D] of the call's
-tokens."""
+"""Outputs with the K/V of the call's tokens, [layers, B, G, T, D], in place of writes to caches."""
 NEXT = "next_"
-"""Before the name of an output that an input has too: the same state, later."""
+"""Prefix of an output that has an input's name: the updated state."""
 
 _ON_SIZES: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
@@ -55,15 +53,15 @@ class Lowered:
 
 @dataclass
 class Lowering:
-    """One entry on its way to ONNX, in one dtype."""
+    """Translates one entry, in one dtype."""
 
     program: ProgramSpec
     dtype: str
 
     def entry(self, spec: EntrySpec, document: JSON) -> Lowered:
-        """The graph of `spec`, whose document is given; outputs that `select` makes are left out.
+        """The graph of `spec` from its document, without the outputs that `select` computes.
 
-        Raises UnsupportedModelError naming an operator or argument that has no translation.
+        Raises UnsupportedModelError, naming an operator or argument that has no translation.
         """
         root = Scope(sites=self.program.sparsity.sites)
         extents = self._extents()
@@ -82,7 +80,7 @@ class Lowering:
         values = self._run(root, document, bound)
         named = {o.name: (o, v) for o, v in zip(spec.outputs, values, strict=True)}
         if root.kept:
-            named.pop("neurons", None)  # `select` chooses them, and takes their weights
+            named.pop("neurons", None)  # `select` selects them, and gathers their weights
         if root.new_kv[0]:
             for name, block, D in zip((NEW_K, NEW_V), root.new_kv, ("D", "Dv"), strict=True):
                 new = TensorSpec(name, "model", ("layers", "B", "G", "T", D))
@@ -91,14 +89,14 @@ class Lowering:
         for o, value in named.values():
             letters = [extents.get(str(letter), letter) for letter in o.shape]
             shape = [n if n is not None else a for n, a in zip(value.shape, letters, strict=True)]
-            # One name can't be that of an input and of an output.
+            # An input and an output can't have the same name.
             name = f"{NEXT}{o.name}" if o.name in root.inputs else o.name
             outputs.append(value_info(root.returned(value, name), shape))
         graph = root.graph(spec.name, outputs)
         return Lowered(make_model(graph), root.kept, tuple(o for o, _ in named.values()))
 
     def _extents(self) -> dict[str, int | str]:
-        """What letters stand for: the sizes that are the model's own; others stay names."""
+        """The sizes that the model fixes, by letter; other letters stay symbolic."""
         state, period, sparsity = self.program.state, self.program.period, self.program.sparsity
         return {
             "layers": state.layers,
@@ -109,14 +107,14 @@ class Lowering:
             "I": sparsity.neurons,
             "kept": sparsity.kept_neurons,
             "V": self.program.model.vocab_size,
-            "M": "T",  # the block is what the call brings; a period's own is inside of it
+            "M": "T",  # the call's tokens are the block; a period's block is internal
         }
 
     def _dtype(self, name: str) -> str:
         return self.dtype if name == "model" else name
 
     def _run(self, scope: Scope, document: JSON, bound: Callable[[JSON], Any]) -> list[Any]:
-        """The values that a document's output names, its nodes made in `scope`."""
+        """Adds a document's nodes to `scope`; returns the values of its output."""
         env: dict[str, Any] = {}
         for record in document["nodes"]:
             op = record["op"]
@@ -146,7 +144,7 @@ class Lowering:
                 return self._dtype(content)
             case "float":
                 return float(content)
-        return None  # a device, a layout: ONNX has one of each
+        return None  # a device or a layout, which ONNX does not have
 
     def _call(self, scope: Scope, record: JSON, args: list[Any], kwargs: dict[str, Any]) -> Any:
         target = record["target"]
@@ -172,7 +170,7 @@ class Lowering:
         carried: Sequence[Value],
         given: Sequence[Value],
     ) -> tuple[Value, ...]:
-        """higher_order.while_loop as Loop: what is `given` is read by name from around it."""
+        """higher_order.while_loop as Loop. Its body reads `given` from the outer graph by name."""
         (first,) = self._inline(scope, goes_on, [*carried, *given])
         body = Scope(scope, repeats=True)
         body.input(body.new_name("iteration"), "int64", ())
@@ -238,7 +236,7 @@ def _sirius(scope: Scope, name: str, args: list[Any], kwargs: dict[str, Any]) ->
     extra = args[known:]
     if any(a is not None for a in extra):
         raise UnsupportedModelError(
-            f"onnx: {target} is given {len(extra)} arguments more than its translation knows "
+            f"onnx: {target} has {len(extra)} arguments more than its translation takes "
             f"({known}); use --graphs torch for this model"
         )
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
@@ -261,7 +259,7 @@ def _applied(
     try:
         inspect.signature(build).bind(scope, *args, **kwargs)
     except TypeError as error:
-        reason = f"onnx: the translation of {target} does not know how it is called here ({error})"
+        reason = f"onnx: the translation of {target} does not take these arguments ({error})"
         raise UnsupportedModelError(f"{reason}; use --graphs torch for this model") from error
     try:
         return build(scope, *args, **kwargs)

@@ -1,10 +1,10 @@
 """MLPs and linears in standard operators.
 
-Of `griffin` only the kept neurons are read: their weights are inputs of the graph, gathered once a
-prompt by the graph `select`. `topk`, `cats` and `teal` gather each token's rows where few are kept:
-gathering reads and writes what the product then reads again, so at a kept share of a half it costs
-more than multiplying them all (`benchmarks/onnx_formulations.py` shows by how much). Where more are
-kept they compute all and mask, as the references.
+`griffin` reads only the kept neurons: their weights are inputs of the graph, gathered once a prompt
+by the graph `select`. `topk`, `cats` and `teal` gather each token's rows if few are kept; otherwise
+they compute all and mask, as the references do. Gathering reads and writes the rows that the
+product then reads again, so at a kept share of 0.5 it costs more than the full product (measured by
+`benchmarks/onnx_formulations.py`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from sirius_runtime.ops.operands import Mlp, grouped
 from sirius_runtime.spec import SiteSpec
 
 NEURONS_GATHERED_BELOW = 0.2
-"""The kept share up to which `topk` and `cats` gather. By the benchmark one token's MLP then takes
-0.6 to 0.7 of the time of all neurons at a share of 0.1, as much at 0.3, and more at 0.5."""
+"""The kept share up to which `topk` and `cats` gather. In the benchmark, one token's MLP takes 0.6
+to 0.7 of the time of all neurons at a share of 0.1, the same time at 0.3, and more at 0.5."""
 CHANNELS_GATHERED_BELOW = 0.3
-"""That of `teal`, whose MLP takes 0.8 of the time at a share of 0.3."""
+"""The same for `teal`, whose MLP takes 0.8 of the time at a share of 0.3."""
 
 
 def kept_share(sites: Sequence[SiteSpec], weight: str) -> float:
-    """The share that calibration expects a step to keep of a weight's neurons or channels; 1 where
-    several sites read it, each by a threshold of its own."""
+    """The share of a weight's neurons or channels that calibration expects a step to keep; 1 if
+    several sites, with different thresholds, read the weight."""
     shares = [s.kept / s.units for s in sites if s.weight == weight and s.threshold is not None]
     return shares[0] if len(shares) == 1 else 1.0
 
@@ -97,18 +97,18 @@ def topk_mlp(s: Scope, x: Value, mlp: Mlp[Value], keep: int) -> Value:
 
 
 def _for_each_token(s: Scope, index: Value, g: Value) -> Value:
-    """A row's neurons [B, 1, K] for each of its tokens [B, T, K]."""
+    """A row's neurons [B, 1, K], repeated for each of its tokens: [B, T, K]."""
     return e.expand(s, index, [-1, e.size(s, g, 1), -1])
 
 
 def _is_rows(weight: Value) -> bool:
-    """Whether a weight is whole rows of a stored one, one after the other."""
+    """Whether a weight consists of whole, consecutive rows of a stored weight."""
     view = weight.view
     return view is not None and view.axis == 0 and view.step == 1 and not view.transposed
 
 
 def _rows_of(s: Scope, weight: Value, index: Value) -> Value:
-    """The rows [B, K, C] of a weight that each row's neurons [B, 1, K] are, or [U, C] of the
+    """A weight's rows at the neurons: [B, K, C] for each row's neurons [B, 1, K], or [U, C] for the
     neurons [U] of all rows.
     """
     index = index if index.rank == 1 else e.squeeze(s, index, 1)
@@ -121,7 +121,7 @@ def _rows_of(s: Scope, weight: Value, index: Value) -> Value:
 
 
 def _times_rows(s: Scope, g: Value, x: Value, mlp: Mlp[Value], index: Value) -> Value:
-    """`_times_up`, of the kept neurons alone."""
+    """`_times_up` for the kept neurons only."""
     if mlp.up is None:
         return g
     rows = _rows_of(s, mlp.up, index)
@@ -168,7 +168,7 @@ def griffin_cats_mlp(
 def _of_kept(
     s: Scope, x: Value, mlp: Mlp[Value], threshold: float | None
 ) -> tuple[Value, Value | None]:
-    """Over the prompt's neurons alone: y [B, T, C], and how many are above a `threshold`."""
+    """Computes the prompt's neurons: y [B, T, C], and the count above a `threshold`."""
     parts = {
         name: _input(s, Kept(f"{name}_kept.{mlp.layer}", name, mlp.layer, _stored_rows(weight)))
         for name, weight in zip(Mlp._fields[:5], mlp[:5], strict=True)
@@ -188,7 +188,7 @@ def _of_kept(
 
 
 def _stored_rows(weight: Value) -> View:
-    """The rows of a stored weight that `weight` is."""
+    """`weight` as consecutive rows of a stored weight."""
     if weight.view is None or not _is_rows(weight):
         raise NotImplementedError(
             f"it reads {weight.name}, whose neurons are not rows of a stored weight"
@@ -261,7 +261,7 @@ def _plus(s: Scope, y: Value, bias: Value | None) -> Value:
 
 
 def _gathers(s: Scope, weight: Value, below: float) -> bool:
-    """Whether what a threshold keeps of a weight is so little that it is gathered."""
+    """Whether a threshold keeps so little of a weight that it is gathered."""
     view = weight.view
     return view is not None and kept_share(s.root.sites, view.weight.name) <= below
 
@@ -273,8 +273,8 @@ def _above(s: Scope, g: Value, threshold: float) -> Value:
 
 
 def _used(s: Scope, kept: Value) -> Value:
-    """The indices [U] of what some row keeps [B, 1, I], and of the first, which counts for nothing
-    where it is masked: not every runtime multiplies by nothing.
+    """The indices [U] of the units that any row keeps, from `kept` [B, 1, I]. Unit 0 is always
+    included (it is masked if not kept), because not every runtime multiplies empty matrices.
     """
     some = e.reduced(s, "ReduceMax", e.cast(s, kept, "int32"), [0, 1], False)
     some = e.concat(s, [s.constant([1], "int32"), e.cut(s, some, 0, 1, e.MAX)], 0)
@@ -287,7 +287,7 @@ def _count(s: Scope, kept: Value) -> Value:
 
 
 def _unit_square(s: Scope, z: Value) -> Value:
-    """(z / ‖z‖₂)², float32; a norm below 1e-12 counts as that, as in `F.normalize`."""
+    """(z / ‖z‖₂)², float32; the norm is at least 1e-12, as in `F.normalize`."""
     z = e.cast(s, z, "float32")
     norm = e.reduced(s, "ReduceL2", z, [-1], True)
     norm = e.elementwise(s, "Max", norm, 1e-12)

@@ -1,9 +1,9 @@
 """Mixtures of experts in standard operators.
 
-Each token goes to its own experts. Pairs of a token and an expert are put in the order of experts
-and split by them, so that each expert's product has the rows that go to it: none, of most experts
-in a step of one token, and a product of no rows reads no weight. No weight is gathered, which would
-copy it: an expert's matrix is an initializer of its own, at its place in the one tensor of all.
+Pairs of a token and one of its experts are sorted by expert and split, so that each expert's
+product has the rows routed to it. In a step of one token, most experts get no rows, and a product
+of no rows reads no weight. Weights are not gathered, which would copy them: each expert's matrix is
+its own initializer, at its offset in the tensor of all experts.
 
 Shape letters as in `sirius_runtime.ops.moe`, and `P` = N · k pairs, in the order of experts.
 """
@@ -21,7 +21,7 @@ from sirius_runtime.ops.operands import Mlp, grouped
 _LIMIT = 7.0  # of clamped_swiglu, in gate and up
 
 Choice = Callable[["Routes", Value], Value]
-"""act(gate x) [P, I] without the neurons that are left out."""
+"""From act(gate x) [P, I] to the same with skipped neurons set to zero."""
 
 
 @grouped
@@ -35,7 +35,7 @@ def dense_moe(s: Scope, x: Value, experts: Value, weights: Value, mlp: Mlp[Value
 def topk_moe(
     s: Scope, x: Value, experts: Value, weights: Value, mlp: Mlp[Value], keep: int
 ) -> Value:
-    """`sirius::topk_moe`: every neuron of a token's experts is computed, and some are left out."""
+    """`sirius::topk_moe`: computes all neurons of a token's experts, and masks those not kept."""
 
     def largest(routes: Routes, g: Value) -> Value:
         s, neurons = routes.s, g.shape[1]
@@ -63,7 +63,7 @@ def experts_moe(
     keep: int,
     normalised: bool,
 ) -> Value:
-    """`sirius::experts_moe`: what the experts left out weigh is not read."""
+    """`sirius::experts_moe`: the weights of skipped experts are not read."""
     kept, index = topk(s, weights, keep)
     if normalised:
         whole, part = (e.reduced(s, "ReduceSum", w, [-1], True) for w in (weights, kept))
@@ -73,10 +73,10 @@ def experts_moe(
 
 
 class Routes:
-    """Which token goes to which expert: pairs [P], in the order of experts."""
+    """The (token, expert) pairs [P], sorted by expert."""
 
     def __init__(self, s: Scope, experts: Value, weights: Value, gate: Value) -> None:
-        """experts, weights [N, k]; of `gate` [E, I, C] the number of experts is taken."""
+        """experts, weights [N, k]; `gate` [E, I, C] gives the number of experts."""
         count, k = gate.shape[0], experts.shape[1]
         assert isinstance(count, int)
         assert isinstance(k, int)
@@ -92,21 +92,21 @@ class Routes:
         self.weights_P1 = e.unsqueeze(s, self.by_expert(e.reshape(s, weights, [-1])), 1)
 
     def rows(self, x: Value) -> Value:
-        """x [N, C] of each pair's token: [P, C]."""
+        """Each pair's row of x [N, C]: [P, C]."""
         return e.gather(self.s, x, self._token, 0)
 
     def by_expert(self, value: Value) -> Value:
-        """Pairs [P, …] in the order of tokens, put in that of experts."""
+        """Sorts pairs [P, …] from token order to expert order."""
         return e.gather(self.s, value, self._order, 0)
 
     def by_token(self, value: Value) -> Value:
-        """Pairs [P, …] in the order of experts, put in that of tokens."""
+        """Sorts pairs [P, …] from expert order to token order."""
         return e.gather(self.s, value, self._back, 0)
 
     def linear(self, x: Value, weight: Value, bias: Value | None) -> Value:
         """Each pair's x [P, C] by its expert's rows of weight [E, O, C], with bias [E, O]: [P, O].
 
-        Parts of a fused weight are parts of one product.
+        Parts of a fused weight share one product.
         """
         s = self.s
 
@@ -123,7 +123,7 @@ class Routes:
         """Each pair's z [P, I] by its expert's weight [E, I, C], with bias [E, C]: [P, C]."""
         s, whole = self.s, _whole(weight)
         if whole.name != weight.name:
-            raise NotImplementedError(f"{weight.name} is a part of what is stored")
+            raise NotImplementedError(f"{weight.name} is only a part of a stored tensor")
         y = self._products(z, whole, lambda part, own: e.matmul(s, part, own))
         if bias is None:
             return y
@@ -166,7 +166,7 @@ def _bounded(s: Scope, u: Value, act: str) -> Value:
 
 
 def _ascending(s: Scope, x: Value) -> tuple[Value, Value]:
-    """x [P] in order, and the places that its elements had."""
+    """x [P], sorted, and the indices that its elements had."""
     count = e.sizes(s, [e.size(s, x, 0)])
     outputs = [(x.dtype, x.shape), ("int64", x.shape)]
     values, index = s.ops("TopK", x, count, outputs=outputs, axis=0, largest=0, sorted=1)
@@ -174,15 +174,15 @@ def _ascending(s: Scope, x: Value) -> tuple[Value, Value]:
 
 
 def _whole(part: Value) -> Value:
-    """The stored tensor that a slice along its second dimension is of."""
+    """The stored tensor of a slice along its second dimension."""
     view = part.view
     if view is None or view.transposed or (view.axis == 0 and view.weight.name != part.name):
-        raise NotImplementedError(f"{part.name} is not rows of each expert, as they are stored")
+        raise NotImplementedError(f"{part.name} does not consist of stored rows of each expert")
     return view.weight
 
 
 def _part_of(s: Scope, y: Value, weight: Value) -> Value:
-    """Of y [P, O], computed with all of a stored tensor, what the slice `weight` of it gives."""
+    """The part of y [P, O], computed with a whole stored tensor, that belongs to `weight`."""
     view = weight.view
     assert view is not None
     return y if view.axis == 0 else e.cut(s, y, -1, view.start, view.end, view.step)

@@ -1,8 +1,8 @@
-"""All graphs of a program as the files of an artifact's `onnx/`, their weights bound by place.
+"""All graphs of a program as the files of an artifact's `onnx/`, their weights bound by offset.
 
-The weights' bytes are not among them: an initializer says where its bytes lie in the one file
-`weights.safetensors` that `sirius export-onnx` puts beside the graphs. A runtime that loads the
-artifact itself binds the artifact's own bytes by name instead.
+The files hold no weights. An initializer names its offset in `weights.safetensors`, which `sirius
+export-onnx` writes beside the graphs. A runtime that loads the artifact itself binds the artifact's
+own bytes by name instead.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from sirius_runtime.onnx_files import (
 from sirius_runtime.spec import JSON, DType, Method, ProgramSpec, to_json
 
 DTYPES = (DType.FLOAT32, DType.FLOAT16)
-"""What ONNX Runtime computes in everywhere; its CPU kernels have no bfloat16."""
+"""Dtypes that ONNX Runtime supports everywhere; its CPU kernels have no bfloat16."""
 _STREAMING = {"Gemm", "MatMul", "Gather"}
-"""Operators that read a weight while they run; others' are folded into constants before."""
+"""Operators that read a stored weight in place; weights of others are folded into constants."""
 
 
 def onnx_dtype(asked: DType | str | None, stored: DType) -> DType:
-    """The dtype of an artifact with ONNX graphs: what is asked for, else the checkpoint's where
-    ONNX Runtime computes in it, else float32.
+    """The dtype of an artifact with ONNX graphs: the one asked for, else the checkpoint's if it is
+    in `DTYPES`, else float32.
 
-    Raises ConfigError for one that is asked for and can't be.
+    Raises ConfigError if the one asked for is not in `DTYPES`.
     """
     if asked is not None:
         _check_dtype(asked)
@@ -47,7 +47,7 @@ def onnx_dtype(asked: DType | str | None, stored: DType) -> DType:
 
 
 def onnx_summary(program: ProgramSpec) -> str:
-    """What a user should know of the graphs."""
+    """A line for the user about the graphs' opset, dtype and speed."""
     text = f"opset {OPSET}, {program.model.dtype} (ONNX Runtime's CPU kernels have no bfloat16)"
     if program.sparsity.method.per_prompt:
         extra = gathered_bytes(program)
@@ -59,37 +59,35 @@ def onnx_summary(program: ProgramSpec) -> str:
     if method is Method.NONE:
         return text
     if method is Method.EXPERTS:
-        return f"{text}; a step reads the experts that it keeps, and no others"
+        return f"{text}; a sparse step reads only the experts that it keeps"
     if any(len(weight.shape) == 3 for weight in program.weights):  # of experts
-        return (
-            f"{text}; a step reads its tokens' experts, all neurons of them: {method} saves no time"
-        )
+        return f"{text}; a step reads all neurons of its tokens' experts: {method} saves no time"
     teal = method is Method.TEAL
     below = CHANNELS_GATHERED_BELOW if teal else NEURONS_GATHERED_BELOW
     topk = method is Method.TOPK
     few = sum((s.kept / s.units if topk else kept_share(sites, s.weight)) <= below for s in sites)
     if not few:
-        return f"{text}; {method} computes all and masks there: its sparse steps save no time"
+        return f"{text}; {method} computes everything and masks: sparse steps save no time"
     what = "input channels" if teal else "neurons (their rows of up and down)"
     return (
-        f"{text}; in {few} of {len(sites)} places a step gathers the {what} that it keeps, which "
-        "saves time; in the others it computes all and masks"
+        f"{text}; at {few} of {len(sites)} sites a sparse step gathers the {what} that it keeps, "
+        "which saves time; at the others it computes everything and masks"
     )
 
 
 def _check_dtype(dtype: DType | str) -> None:
     if dtype not in DTYPES:
         raise ConfigError(
-            f"--graphs onnx needs weights in {' or '.join(DTYPES)}, which ONNX Runtime computes "
-            f"in everywhere, got {dtype}; pass --dtype float32 (or --dtype float16)"
+            f"--graphs onnx needs weights in {' or '.join(DTYPES)}, which ONNX Runtime supports "
+            f"everywhere, got {dtype}; pass --dtype float32 (or --dtype float16)"
         )
 
 
 def onnx_files(program: ProgramSpec, document: Callable[[str], JSON]) -> dict[str, bytes]:
     """Each file of `onnx/` by its name in the artifact. `document` gives an entry's graph.
 
-    Raises ConfigError for a dtype, and UnsupportedModelError for an operator, that has no ONNX
-    form.
+    Raises ConfigError for an unsupported dtype, and UnsupportedModelError for an operator without a
+    translation.
     """
     _check_dtype(program.model.dtype)
     dtype = str(program.model.dtype)
@@ -120,7 +118,7 @@ def onnx_files(program: ProgramSpec, document: Callable[[str], JSON]) -> dict[st
 
 
 def _bind(model: onnx.ModelProto, where: dict[str, Place]) -> GraphSpec:
-    """Gives each weight of a graph its place in the weights' file."""
+    """Sets each initializer's offset in the weights' file."""
     readers: dict[str, set[str]] = {}
     for node in every_node(model.graph):
         for name in node.input:
@@ -138,6 +136,6 @@ def _bind(model: onnx.ModelProto, where: dict[str, Place]) -> GraphSpec:
 
 
 def every_node(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes of a graph and of the graphs within it."""
+    """The nodes of a graph and of its subgraphs."""
     inner = [a.g for node in graph.node for a in node.attribute if a.type == a.GRAPH]
     return [*graph.node, *(node for g in inner for node in every_node(g))]

@@ -1,8 +1,8 @@
-"""Where ONNX nodes are put: one scope a graph, the bodies of Loop and the branches of If included.
+"""Builds ONNX graphs: one scope a graph, also for the bodies of Loop and the branches of If.
 
-A node goes to the outermost scope that has its inputs, so that what a Loop's iterations share is
-computed before them, once; not so out of a branch of If, which may never run. Equal nodes are made
-once a scope.
+A node is put in the outermost scope that has its inputs, so that loop-invariant values are computed
+once, before the Loop. Nodes are not moved out of a branch of If, which may never run. Equal nodes
+of a scope are merged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sirius_runtime.onnx_files import expert_name
 from sirius_runtime.spec import SiteSpec
 
 Extent = int | str | None
-"""Of a dimension: its size, a letter that stands for it, or None: known when it runs."""
+"""The size of a dimension, its letter if symbolic, or None if unknown before the graph runs."""
 
 Shape = tuple[Extent, ...]
 
@@ -32,14 +32,14 @@ TYPES: dict[str, int] = {
     "int32": TensorProto.INT32,
     "bool": TensorProto.BOOL,
 }
-"""ONNX's numbers of the dtypes that lowered graphs have."""
+"""ONNX's numbers for the dtypes of lowered graphs."""
 
-_BLOCK_BYTES = 1024  # of a constant; what is larger is made by an operator, or is a weight
+_BLOCK_BYTES = 1024  # the largest constant; larger tensors are computed, or are weights
 
 
 class View(NamedTuple):
-    """What a value is of a weight: its elements [start, end) along an axis, each or every `step`th,
-    or their transpose."""
+    """A value as a part of a weight: every `step`th element of [start, end) along an axis, or their
+    transpose."""
 
     weight: Value
     axis: int
@@ -53,7 +53,7 @@ class View(NamedTuple):
 class Value:
     """A tensor of an ONNX graph.
 
-    `letter`: of a scalar that is the size of that letter. `view`: of a part of a weight, which
+    `letter`: of a scalar, the symbolic size that it holds. `view`: of a part of a weight, which
     products read in place.
     """
 
@@ -71,11 +71,11 @@ class Value:
 
 @dataclass(frozen=True)
 class Kept:
-    """A weight of which a prompt keeps some neurons, and the graph's input that has them.
+    """A weight of which a prompt keeps some neurons, and the graph's input with their rows.
 
-    `weight`: the rows of a weight that are the neurons', [I, C], or a bias [I]; the input is
-    [B, C, K] of `gate` and `up`, so that its product reads it in order, [B, K, C] of `down`, and
-    [B, 1, K] of a bias.
+    `weight`: the neurons' rows of a weight, [I, C], or a bias [I]. The input is [B, C, K] for
+    `gate` and `up`, so that the product reads it in order, [B, K, C] for `down`, and [B, 1, K] for
+    a bias.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Kept:
 
 
 class Scope:
-    """One ONNX graph in the making."""
+    """One ONNX graph under construction."""
 
     def __init__(
         self,
@@ -94,8 +94,8 @@ class Scope:
         repeats: bool = False,
         sites: Sequence[SiteSpec] = (),
     ) -> None:
-        """repeats: a Loop's body, whose invariant nodes are put in `parent`. sites: the program's,
-        of the outermost graph.
+        """repeats: whether this is a Loop's body, whose invariant nodes go to `parent`. sites: for
+        the outermost graph, those of the program.
         """
         self.parent, self._repeats = parent, repeats
         self.root: Scope = self if parent is None else parent.root
@@ -106,17 +106,17 @@ class Scope:
         if parent is None:
             self._names = 0
             self.reshaped: dict[str, Value] = {}
-            """What the values that Reshape made are made of."""
+            """Input of the Reshape that made a value, by the value's name."""
             self.initializers: dict[str, onnx.TensorProto] = {}
             self._constants: dict[object, Value] = {}
             self._letters: dict[str, tuple[Value, int]] = {}
             self.sites = sites
             self.kept: dict[str, Kept] = {}
-            """The inputs that the graph `select` makes, in order."""
+            """The inputs that the graph `select` computes, in order."""
             self.new_kv: tuple[list[Value], list[Value]] = [], []
-            """K and V of the call's tokens, by layer, that the caller is to write to the caches."""
+            """K and V of the call's tokens by layer, which the caller writes to the caches."""
 
-    # values that no node makes
+    # values without a node
 
     def input(self, name: str, dtype: str, shape: Sequence[Extent]) -> Value:
         """A named input of this graph."""
@@ -129,14 +129,14 @@ class Scope:
         return value
 
     def size(self, letter: str) -> Value:
-        """The size that a letter stands for, an int64 scalar."""
+        """A symbolic size by its letter, an int64 scalar."""
         value, axis = self.root._letters[letter]
         one = self.op("Shape", value, shape=(1,), dtype="int64", start=axis, end=axis + 1)
         size = self.op("Squeeze", one, self.constant([0], "int64"), shape=())
         return replace(size, letter=letter)
 
     def lettered(self, value: Value) -> Value:
-        """`value` with letters for the sizes that have none: what is made of it has them too."""
+        """`value` with new letters for its unknown sizes, so that derived shapes have them too."""
         shape = list(value.shape)
         for axis, extent in enumerate(shape):
             if extent is None:
@@ -155,7 +155,7 @@ class Scope:
         return replace(value, view=View(value, 0, 0, rows, transposed=False))
 
     def expert(self, weight: Value, index: int) -> Value:
-        """One expert's matrix of a weight [E, …]: an initializer of its own, of the same bytes."""
+        """One expert's matrix of a weight [E, …], as its own initializer over the same bytes."""
         _, *shape = weight.shape
         return self.weight(expert_name(weight.name, index), weight.dtype, shape)  # type: ignore[arg-type]
 
@@ -172,7 +172,7 @@ class Scope:
         return root._constants[key]
 
     def new_name(self, hint: str) -> str:
-        """A name that no other value of the whole model has."""
+        """A name that is unique in the whole model."""
         root = self.root
         root._names += 1
         return f"{hint}_{root._names}"
@@ -187,7 +187,7 @@ class Scope:
         dtype: str | None = None,
         **attributes: Any,
     ) -> Value:
-        """A node of one output, by default of its first input's dtype."""
+        """Adds a node of one output. `dtype`: by default its first input's."""
         if dtype is None:
             assert inputs[0] is not None
             dtype = inputs[0].dtype
@@ -201,7 +201,7 @@ class Scope:
         outputs: Sequence[tuple[str, Shape]],
         **attributes: Any,
     ) -> tuple[Value, ...]:
-        """A node of several outputs (dtype, shape)."""
+        """Adds a node of several `outputs` (dtype, shape), or returns those of an equal node."""
         home = self
         while home.parent is not None and home._repeats:
             if any(v is not None and v.scope.depth >= home.depth for v in inputs):
@@ -219,14 +219,14 @@ class Scope:
                 return found._made[key]
             found = found.parent
         names = [self.new_name(kind) for _ in outputs]
-        while inputs and inputs[-1] is None:  # left out, not named by nothing
+        while inputs and inputs[-1] is None:  # trailing optional inputs are left out
             inputs = inputs[:-1]
         home.nodes.append(
             helper.make_node(
                 kind,
                 [v.name if v else "" for v in inputs],
                 names,
-                # ONNX Runtime up to 1.20 names what it fuses after its parts: these must differ.
+                # ONNX Runtime up to 1.20 names fused nodes after their parts, so names must differ.
                 name=names[0],
                 **attributes,
             )
@@ -239,13 +239,13 @@ class Scope:
         return made
 
     def returned(self, value: Value, name: str | None = None) -> Value:
-        """`value` as an output of this graph: made in it, by a node of its own."""
+        """`value` as an output of this graph, through an Identity node in it."""
         name = name or self.new_name("output")
         self.nodes.append(helper.make_node("Identity", [value.name], [name], name=name))
         return replace(value, name=name, scope=self, view=None)
 
     def graph(self, name: str, outputs: Sequence[onnx.ValueInfoProto]) -> onnx.GraphProto:
-        """The graph of what the outputs need."""
+        """The graph with the nodes that the outputs need."""
         nodes = _needed(self.nodes, [o.name for o in outputs])
         used = {name for node in nodes for name in reads(node)}
         inputs = [v for n, v in self.inputs.items() if n in used or self.parent is not None]
@@ -256,13 +256,13 @@ class Scope:
 
 
 def value_info(value: Value, shape: Sequence[Extent] | None = None) -> onnx.ValueInfoProto:
-    """What ONNX says of a value at the edge of a graph; `shape` where more is known of it."""
+    """The type of a graph's input or output; `shape` if more is known than `value.shape`."""
     shape = value.shape if shape is None else shape
     return helper.make_tensor_value_info(value.name, TYPES[value.dtype], list(shape))
 
 
 def reads(node: onnx.NodeProto) -> set[str]:
-    """The names that a node reads, those within its graphs included."""
+    """The names that a node reads, including those read in its subgraphs."""
     names = set(node.input)
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
@@ -271,7 +271,7 @@ def reads(node: onnx.NodeProto) -> set[str]:
 
 
 def _needed(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> list[onnx.NodeProto]:
-    """The nodes that some output needs, in order."""
+    """The nodes that any output needs, in order."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
         if wanted & set(node.output):

@@ -1,7 +1,7 @@
 """Problem generator for the shipped model: synthetic reasoning and prompt-understanding tasks.
 
-`reasoning` is in the manner of GSM8K: shuffled sentences relate the quantities of several people, a
-question asks for one of them, the answer is a worked chain, one line a step, closed by ``#### N``::
+`reasoning` is in the style of GSM8K: shuffled sentences relate the quantities of several people,
+and a question asks for one of them. The answer has one line a step and ends with ``#### N``::
 
     Q: Hal has 2 fewer than Ann. Ann has 32 hats. How many hats does Hal have?
     A:
@@ -9,14 +9,14 @@ question asks for one of them, the answer is a worked chain, one line a step, cl
      Hal=32-2=30
     #### 30
 
-The relations form one path that starts at the only absolute quantity, and the chain follows that
-path up to the person asked for, so the text determines every token of the answer. People beyond the
-one asked for are distractors.
+The relations form one path that starts at the only absolute quantity. The answer follows that path
+to the person asked for, so the text determines every token of the answer. People after the one
+asked for are distractors.
 
-`understanding` asks to find, copy or count facts that stand in the text (no arithmetic, no hops).
+`understanding` asks to find, copy or count facts of the text (no arithmetic, one step).
 
-Training and test problems are disjoint by construction: a hash of the problem's text decides which
-of the two splits it belongs to, whatever the seed (see `Problem.split`).
+Training and test problems are disjoint: a hash of the problem's text decides its split, whatever
+the seed (see `Problem.split`).
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ class Task(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem: `prompt` ends with ``A:``; `answer` starts with a newline and ends with ``####
-    N``.
-    """
+    """One problem. `prompt` ends with ``A:``; `answer` is a newline, lines, and ``#### N``."""
 
     prompt: str
     answer: str
@@ -67,13 +65,13 @@ class Problem:
 
 
 def final_answer(text: str) -> str | None:
-    """The number after the last ``####`` of `text`, or None: what exact match compares."""
+    """The number after the last ``####`` of `text`, or None; exact match compares it."""
     found = re.findall(r"#### (\d+)", text)
     return found[-1] if found else None
 
 
 def _relation(rng: random.Random, value: int) -> tuple[str, str, int]:
-    """A relation to a person who has `value`: (sentence with {0}, {1}; arithmetic; new value)."""
+    """A relation to a person who has `value`: sentence with {0} and {1}, arithmetic, new value."""
     choices = []
     if value < MAX_VALUE:
         choices.append("more")
@@ -94,7 +92,7 @@ def _relation(rng: random.Random, value: int) -> tuple[str, str, int]:
 
 
 def reasoning_problem(rng: random.Random, steps: int, distractors: int) -> Problem:
-    """A problem whose chain takes `steps` arithmetic steps, with `distractors` people too many."""
+    """A problem with `steps` arithmetic steps and `distractors` people who don't matter."""
     people = rng.sample(NAMES, steps + 1 + distractors)
     thing = rng.choice(THINGS)
     value = rng.randint(2, 50)
@@ -144,7 +142,7 @@ def problems(
     """An endless stream of `split` problems of `task`, reproducible from `seed`.
 
     Steps are uniform in 1..`max_steps()`, with 0-2 distractors (fewer while max_steps is below 3);
-    understanding problems hold up to `max_steps() + 2` facts. A curriculum moves `max_steps` along.
+    understanding problems hold up to `max_steps() + 2` facts. A curriculum raises `max_steps`.
     """
     rng = random.Random(f"{task}/{seed}")
     while True:
@@ -170,5 +168,5 @@ def vocabulary() -> list[str]:
     return pieces + [f" {word}" for word in words]
 
 
-# A word keeps the space before it, so that decoding is plain concatenation; digits stand apart.
+# A word includes the space before it, so that decoding is concatenation; each digit is a piece.
 PIECE_PATTERN = r"\n| ?[A-Za-z]+|\d|#+|[^A-Za-z\d#\n ]| "
