@@ -15,7 +15,6 @@ the mapping (`safetensors_file` says why we read its headers ourselves). PyTorch
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import mmap
 import os
@@ -28,6 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from sirius_runtime import plain_json
 from sirius_runtime.artifact_zip import (
     MAX_JSON_BYTES,
     NOT_OURS,
@@ -209,7 +209,7 @@ class _TensorHeader:
 
 def _parse(image: Image, name: str, data: bytes) -> JSON:
     try:
-        return json.loads(data)
+        return plain_json.read(data)
     except (ValueError, RecursionError) as error:
         raise image.fault(f"{name} is not JSON ({error})") from error
 

@@ -18,13 +18,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import IO, BinaryIO, NamedTuple, cast
 
 from sirius_runtime.errors import ArtifactError
 from sirius_runtime.watched_file import WatchedFile
 
 ALIGNMENT = 64  # of every entry's data: a cache line, and the widest vector load of today's CPUs
 MAX_JSON_BYTES = 256 * 2**20
+MOST_DIRECTORY_BYTES = 16 * 2**20  # of the ZIP: an entry has about a hundred
 
 AGAIN = "the file is damaged or was altered: download it again, or compile it again"
 NOT_OURS = "give the path of a model.sirius that sirius-compile wrote"
@@ -138,6 +139,21 @@ def _want_large_pages(buffer: mmap.mmap) -> None:
             buffer.madvise(mmap.MADV_HUGEPAGE)
 
 
+class _Sparing:
+    """A file as zipfile reads one: it asks for the whole directory at once, whatever that claims to
+    be, and makes ten times as much of it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+        self._read = file.read
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MOST_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile(f"it is said to have {size} bytes")
+        return self._read(size if size >= 0 else MOST_DIRECTORY_BYTES)  # -1: of the last 64 KiB
+
+
 def _directory(path: Path, file: BinaryIO) -> list[zipfile.ZipInfo]:
     start = file.read(len(_LOCAL_SIGNATURE))
     if not start:
@@ -145,7 +161,7 @@ def _directory(path: Path, file: BinaryIO) -> list[zipfile.ZipInfo]:
     if start != _LOCAL_SIGNATURE:
         raise _fault(path, "it is not a ZIP file, so not an artifact", NOT_OURS)
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(cast(IO[bytes], _Sparing(file))) as archive:
             return archive.infolist()
     # On a damaged directory zipfile raises many kinds of exceptions.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:

@@ -20,6 +20,7 @@ from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.entries import INPUTS, PREFILL, RESULTS, extents, needed, signature
 from sirius_runtime.errors import ArtifactError
 from sirius_runtime.graph import INPUT, WEIGHT, subgraph
+from sirius_runtime.graph_memory import Ledger, last_readers, most_bytes
 from sirius_runtime.graph_operators import FUNCTIONS, call, operator_name
 from sirius_runtime.graph_rules import Array, CallError, Scalar, need
 from sirius_runtime.graph_sizes import UNSIGNED, Expression, Size, named, symbol
@@ -27,6 +28,11 @@ from sirius_runtime.spec import EntrySpec, ProgramSpec, TensorSpec
 
 _AGAIN = "compile the model again with this version of sirius-compile"
 _FUNCTION_RULES = dict(FUNCTIONS.values())
+_ATTENTION = {
+    torch.ops.sirius.cached_attention.default: 9,
+    torch.ops.sirius.block_attention.default: 11,
+}
+"""Where the number of the layer stands among the arguments."""
 _WHILE, _COND = torch.ops.higher_order.while_loop, torch.ops.higher_order.cond
 _ITEM = torch.ops.aten.item.default
 _CONSTRAIN = torch.ops.aten.sym_constrain_range.default
@@ -85,8 +91,10 @@ def check_graph(
             raise ArtifactError(f"graph {entry.name!r} reads input {name!r} twice; {_AGAIN}")
         read.add(name)
         given.append(table[name])
-    found = _Check(entry.name).run(module, given)
+    check = _Check(entry.name, Ledger(most_bytes(program)))
+    found = check.run(module, given)
     _check_outputs(entry, found, letters, dtype)
+    _check_layers(program, entry, check.layers)
 
 
 def _check_outputs(
@@ -108,6 +116,16 @@ def _check_outputs(
             )
 
 
+def _check_layers(program: ProgramSpec, entry: EntrySpec, used: set[Any]) -> None:
+    """The caches have a layer for each attention, and no more: they would fill the memory."""
+    layers = program.state.layers
+    if used and len(used) != layers:
+        raise ArtifactError(
+            f"graph {entry.name!r} attends in {len(used)} layers, the manifest's state has "
+            f"{layers}; {_AGAIN}"
+        )
+
+
 def _array(spec: TensorSpec, letters: Mapping[str, Size], dtype: torch.dtype) -> Array:
     """A tensor as the manifest declares it; letters without a number stand for themselves."""
     shape = [
@@ -122,6 +140,8 @@ class _Check:
     """One graph's walk."""
 
     entry: str
+    ledger: Ledger
+    layers: set[Any] = field(default_factory=set)  # those that attend
     _results: dict[Any, Any] = field(default_factory=dict)
     _read: int = 0  # numbers that were read off tensors
 
@@ -129,6 +149,7 @@ class _Check:
         """What the graph gives for these arguments."""
         left = iter(given)
         env: dict[fx.Node, Any] = {}
+        dead, held = last_readers(module.graph), dict[fx.Node, int]()
         for node in module.graph.nodes:
             try:
                 if node.op == "placeholder":
@@ -136,9 +157,11 @@ class _Check:
                 elif node.op == "get_attr":
                     env[node] = subgraph(node)
                 elif node.op == "output":
+                    self.ledger.drop(sum(held.values()))
                     return fx.node.map_arg(node.args[0], env.__getitem__)
                 else:
                     env[node] = self._call(node, env)
+                    held[node] = self.ledger.hold(env[node])
             except CallError as error:
                 what = getattr(node.target, "__name__", node.target)
                 if isinstance(node.target, torch._ops.OpOverload):
@@ -146,6 +169,8 @@ class _Check:
                 raise ArtifactError(
                     f"graph {self.entry!r}: node {node.name} ({what}) can't run: {error}; {_AGAIN}"
                 ) from None
+            for one in dead.get(node, ()):
+                self.ledger.drop(held.pop(one, 0))
         raise AssertionError("a graph ends in its output")
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -160,6 +185,8 @@ class _Check:
             return None
         if target is _ITEM:
             return self._number(call(target, args, kwargs))
+        if target in _ATTENTION and len(args) > _ATTENTION[target]:
+            self.layers.add(args[_ATTENTION[target]])
         key = (target, _hashable(args), _hashable(kwargs))
         if key not in self._results:
             if target in _FUNCTION_RULES:
@@ -177,11 +204,14 @@ class _Check:
         return symbol(f"{UNSIGNED}{self._read}")
 
     def _constrain(self, node: fx.Node, env: dict[fx.Node, Any], kwargs: Mapping[str, Any]) -> None:
-        """A size that torch keeps from being negative."""
+        """A size that torch keeps from being negative, and from being more than a `max`."""
         source = node.args[0]
         size, least = env.get(source) if isinstance(source, fx.Node) else None, kwargs.get("min")
         if isinstance(size, Expression) and type(least) is int and least >= 0:
-            env[source] = named(repr(size).replace(UNSIGNED, "n"))  # type: ignore[index]
+            name = repr(size).replace(UNSIGNED, "n")
+            env[source] = named(name)  # type: ignore[index]
+            if type(most := kwargs.get("max")) is int:
+                self.ledger.bounds[name] = most
 
     def _cond(self, which: Any, yes: Any, no: Any, given: Any) -> Any:
         _need_flag(which)

@@ -9,11 +9,13 @@ import random
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tests.support.artifacts import rezipped
 from tests.support.mutations import MANIFEST, mutated
@@ -93,6 +95,135 @@ def of_manifest(sound: Sound, chance: random.Random) -> tuple[str, bytes]:
 def of_graph(sound: Sound, chance: random.Random) -> tuple[str, bytes]:
     names = [name for name in sound.entries if name.startswith("graphs/")]
     return _document(sound, chance, chance.choice(names))
+
+
+def of_inserted(sound: Sound, chance: random.Random) -> tuple[str, bytes]:
+    """Calls put into a graph: any operator of the table, over values that are there. Now and then
+    what reads another value reads theirs.
+    """
+    name = chance.choice([name for name in sound.entries if name.startswith("graphs/")])
+    document = json.loads(sound.entries[name])
+    told = []
+    for index in range(chance.choice((1, 1, 2, 4))):
+        nodes = _nodes(document, chance)
+        at = chance.randrange(1, len(nodes))
+        there = [node["name"] for node in nodes[:at] if node["op"] != "graph"]
+        call = _call(f"inserted_{index}", there[-12:] + there[:12], chance)
+        nodes.insert(at, call)
+        told.append(call["target"])
+        if chance.random() < 0.5 and (reads := list(_references(nodes[at + 1 :]))):
+            chance.choice(reads)["node"] = call["name"]
+    entries = {**sound.entries, name: json.dumps(document).encode()}
+    return f"{name}: {', '.join(told)}", _packed(entries, chance)
+
+
+def _nodes(document: Any, chance: random.Random) -> list[Any]:
+    """The nodes of a graph, or of one within it."""
+    inner = [node["graph"] for node in document["nodes"] if node["op"] == "graph"]
+    found: list[Any] = document["nodes"]
+    if inner and chance.random() < 0.6:
+        return _nodes(chance.choice(inner), chance)
+    return found
+
+
+def _references(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for one in value:
+            yield from _references(one)
+    elif isinstance(value, dict):
+        if list(value) == ["node"]:
+            yield value
+        elif value.get("op") != "graph":
+            yield from _references(list(value.values()))
+
+
+def _call(name: str, there: Sequence[str], chance: random.Random) -> Any:
+    """A call of any operator, by its schema."""
+    from sirius_runtime.graph_operators import FUNCTIONS, OPERATORS, parameters
+
+    if chance.random() < 0.1:
+        args = [_argument("SymInt", there, (), chance) for _ in range(2)]
+        target = f"python.{chance.choice(list(FUNCTIONS))}"
+        return {"name": name, "op": "call", "target": target, "args": args}
+    target = chance.choice(list(OPERATORS))
+    if chance.random() < 0.6:  # operands of one shape fit more often
+        there = [chance.choice(there)]
+    namespace, packet, overload = target.split(".")
+    own = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    args, kwargs = [], {}
+    for one in parameters(own):
+        if not one.required and chance.random() < 0.6:
+            if one.keyword_only:
+                continue
+            break
+        strings = (OPERATORS[target].strings or {}).get(one.name, ())
+        value = _argument(one.kind, there, strings, chance)
+        value = None if one.optional and chance.random() < 0.3 else value
+        if one.keyword_only:
+            kwargs[one.name] = value
+        else:
+            args.append(value)
+    return {"name": name, "op": "call", "target": target, "args": args, "kwargs": kwargs}
+
+
+def _argument(
+    kind: str, there: Sequence[str], strings: Sequence[str], chance: random.Random
+) -> Any:
+    """A value of a kind that schemas name; `there`: the nodes that it may refer to."""
+    if kind.startswith("List["):
+        inner = kind[len("List[") : -1]
+        return [_argument(inner, there, strings, chance) for _ in range(chance.randrange(5))]
+    kind = kind.removeprefix("Optional[").removesuffix("]")
+    if kind == "Tensor" or chance.random() < 0.1:
+        return {"node": chance.choice(there)}
+    match kind:
+        case "int" | "SymInt" | "number":
+            return chance.choice(_SIZES)
+        case "float":
+            return chance.choice((0.0, 1.0, -1.5, 1e-6, 1e30, {"float": "nan"}, {"float": "inf"}))
+        case "bool":
+            return chance.random() < 0.5
+        case "str":
+            return chance.choice([*strings, "x"])
+        case "ScalarType":
+            return {"dtype": chance.choice(("model", "float64", "int64", "bool", "uint8"))}
+        case "Device":
+            return {"device": "model"}
+        case _:
+            return None
+
+
+_SIZES = (
+    *(-2, -1, -1, 0, 0, 1, 1, 2, 2, 3, 4, 5, 7, 8, 12, 64, 101),
+    *(1000, 10**5, 2**20, 10**8, 2**31, 2**33, 2**40, 2**62, 2**63 - 1, -(2**63)),
+)
+
+
+def of_sizes(sound: Sound, chance: random.Random) -> tuple[str, bytes]:
+    """Numbers of the manifest that sizes are made of, to the ends of their ranges, and one value
+    of the generation config.
+    """
+    manifest = json.loads(sound.entries[MANIFEST])
+    program = manifest["program"]
+    told = []
+    for _ in range(chance.choice((1, 2, 3))):
+        part, field = chance.choice(_FIELDS)
+        holder = program[part]
+        if isinstance(holder, list):
+            if not holder:
+                continue
+            holder = chance.choice(holder)
+        holder[field] = chance.choice((1, 2, 3, 64, 512, 2**14, 2**20, 2**31 - 1, 2**53))
+        told.append(f"{part}.{field} {holder[field]}")
+    return ", ".join(told), _packed(dict(sound.entries), chance, manifest)
+
+
+_FIELDS = (
+    *(("model", field) for field in ("vocab_size", "max_seq_len", "parameters")),
+    *(("state", field) for field in ("layers", "kv_heads", "key_dim", "value_dim")),
+    *(("period", field) for field in ("period", "tree_width", "refresh")),
+    *(("weights", field) for field in ("shape", "dtype", "name")),
+)
 
 
 def of_tokenizer(sound: Sound, chance: random.Random) -> tuple[str, bytes]:
@@ -263,7 +394,9 @@ def _damaged(data: bytes, chance: random.Random) -> bytes:
 KINDS: dict[str, tuple[Change, bool]] = {
     "manifest": (of_manifest, False),
     "graph": (of_graph, False),
-    "graph again": (of_graph, False),
+    "inserted": (of_inserted, False),
+    "inserted again": (of_inserted, False),
+    "sizes": (of_sizes, False),
     "tokenizer": (of_tokenizer, False),
     "other JSON": (of_other_json, False),
     "weights": (of_weights, False),
