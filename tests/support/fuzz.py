@@ -23,14 +23,18 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.support.artifact_mutations import KINDS, Changed, Sound, changed
 from tests.support.golden_artifacts import PROMPT, kept, unpack
 
+if TYPE_CHECKING:
+    from sirius_runtime.model import SiriusModel
+
 SECONDS = 20  # of processor time, of one case
+MODULE = ("-m", "tests.support.fuzz")
+"""What a child process runs."""
 _STUCK = 120  # of any time: it waits for something
 _MEMORY = 10**9  # and four times the file's size
 _WRITTEN = 2**26  # bytes of a file
@@ -46,12 +50,36 @@ class Report:
     faults: list[str] = field(default_factory=list)
 
 
-def hunt(first: int, count: int, *, kinds: Sequence[str] = tuple(KINDS)) -> Report:
+SMALLEST = ("gpt2-topk", "llama-teal-bfloat16")
+"""Golden artifacts that load in half of the others' time."""
+
+
+@dataclass(frozen=True)
+class Hunt:
+    """What is hunted: `kinds` of changes, in golden artifacts of these `names` (all if there are
+    none). Of `every` loads one generates.
+    """
+
+    kinds: tuple[str, ...] = tuple(KINDS)
+    names: tuple[str, ...] = ()
+    every: int = 1
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Hunt:
+        return cls(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        )
+
+
+def hunt(first: int, count: int, what: Hunt = Hunt()) -> Report:
     """Runs cases in child processes; one that dies is replaced, and its case is a fault."""
     report, last = Report(), first + count
     with tempfile.TemporaryDirectory() as folder:
         while first < last:
-            lines, ended = _child(first, last - first, kinds, Path(folder))
+            lines, ended = _child(first, last - first, what, Path(folder))
             told = [json.loads(line) for line in lines]
             for one in told:
                 report.outcomes[f"{one['kind']}: {one['outcome']}"] += 1
@@ -65,16 +93,16 @@ def hunt(first: int, count: int, *, kinds: Sequence[str] = tuple(KINDS)) -> Repo
     return report
 
 
-def _child(first: int, count: int, kinds: Sequence[str], folder: Path) -> tuple[Sequence[str], str]:
+def _child(first: int, count: int, what: Hunt, folder: Path) -> tuple[Sequence[str], str]:
     """The lines of the cases that a child process came to the end of, and how it ended."""
-    command = [sys.executable, "-m", "tests.support.fuzz", "--child", str(first), str(count)]
+    command = [sys.executable, *MODULE, "--child", str(first), str(count)]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         "OMP_NUM_THREADS": "1",
     }
     with subprocess.Popen(
-        [*command, ",".join(kinds), str(folder)],
+        [*command, what.to_json(), str(folder)],
         stdout=subprocess.PIPE,
         stderr=(errors := tempfile.TemporaryFile()),
         text=True,
@@ -88,28 +116,28 @@ def _child(first: int, count: int, kinds: Sequence[str], folder: Path) -> tuple[
     return lines, f"code {child.returncode}: {' | '.join(said[-3:])}"
 
 
-def child(first: int, count: int, kinds: Sequence[str], folder: Path) -> None:
+def child(first: int, count: int, what: Hunt, folder: Path) -> None:
     """Runs cases in this process, a line of JSON each."""
-    with _guarded(folder) as guard:
+    with _Guarded(folder, what) as guard:
         for case in range(first, first + count):
-            print(json.dumps(guard.run(case, kinds)), flush=True)
+            print(json.dumps(guard.run(case)), flush=True)
 
 
-class _guarded:  # noqa: N801  (a context manager)
+class _Guarded:
     """This process with its limits, and a hook that sees what is opened for writing."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._written = folder, list[str]()
+    def __init__(self, folder: Path, what: Hunt) -> None:
+        self._folder, self._what, self._written = folder, what, list[str]()
         self._sound: dict[str, Sound] = {}
         self._watching = False
 
-    def __enter__(self) -> _guarded:
+    def __enter__(self) -> _Guarded:
         import torch
 
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")
         os.chdir(self._folder)
-        for name in corpus():
+        for name in corpus(self._what.names):
             path = unpack(name, self._folder)
             tokens = _generate(path, name)  # kernels are built, and modules imported
             self._sound[name] = Sound.read(name, path, tokens)
@@ -124,10 +152,10 @@ class _guarded:  # noqa: N801  (a context manager)
     def __exit__(self, *_: object) -> None:
         signal.alarm(0)
 
-    def run(self, case: int, kinds: Sequence[str]) -> Told:
+    def run(self, case: int) -> Told:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # which ends the process
         signal.alarm(_STUCK)
-        one = changed(case, kinds, self._sound)
+        one = changed(case, self._what.kinds, self._sound)
         path = self._folder / "changed.sirius"
         path.unlink(missing_ok=True)  # not in the place of one that is mapped
         path.write_bytes(one.content)
@@ -135,7 +163,7 @@ class _guarded:  # noqa: N801  (a context manager)
         self._written.clear()
         self._watching = True
         try:
-            outcome, error = outcome_of(path, one)
+            outcome, error = outcome_of(path, one, generate=case % self._what.every == 0)
         finally:
             self._watching = False
         if self._written:
@@ -165,11 +193,14 @@ _CHANGING = frozenset(
 """Events of the interpreter that no load of an artifact needs."""
 
 
-def outcome_of(path: Path, one: Changed) -> tuple[str, str]:
-    """refused, failed (a user's error as it runs), loaded, or fault; and the error."""
+def outcome_of(path: Path, one: Changed, generate: bool) -> tuple[str, str]:
+    """loaded, refused (now or as it runs), or fault; and the error."""
     from sirius_runtime.errors import UserError
 
     try:
+        if not generate:
+            _load(path, one.sound.name)
+            return "loaded", ""
         tokens = _generate(path, one.sound.name)
     except UserError as error:
         return "refused", str(error)[:300]
@@ -184,29 +215,34 @@ def outcome_of(path: Path, one: Changed) -> tuple[str, str]:
     return "loaded", ""
 
 
-def _generate(path: Path, name: str) -> list[int]:
-    """Loads and generates: by the entries, or by the whole period where the file has one."""
+def _load(path: Path, name: str) -> SiriusModel:
+    """Loads: by the entries, or by the whole period where the file has one and its size is odd."""
     from sirius_runtime import load
 
-    period = name.endswith("-period") and path.name == "changed.sirius"
-    backend = "period" if period and path.stat().st_size % 2 else "eager"
-    model = load(path, device="cpu", backend=backend, progress=lambda _: None)
+    period = name.endswith("-period") and path.stat().st_size % 2
+    model = load(
+        path, device="cpu", backend="period" if period else "eager", progress=lambda _: None
+    )
     if model.chat is not None:
         model.chat.render([{"role": "user", "content": "w7"}])
-    output = model.generate(
-        input_ids=[PROMPT],
-        max_new_tokens=4,
-        period=3 if backend == "eager" else None,
-        fallback=False,
-    )
+    return model
+
+
+def _generate(path: Path, name: str) -> list[int]:
+    """Loads and generates."""
+    model = _load(path, name)
+    period = None if model.backend.limits is not None else 3
+    output = model.generate(input_ids=[PROMPT], max_new_tokens=3, period=period, fallback=False)
     return list(output.tokens[0])
 
 
-@cache
-def corpus() -> tuple[str, ...]:
-    """The golden artifacts that PyTorch runs, of the newest version of each kind."""
+def corpus(names: Sequence[str] = ()) -> list[str]:
+    """The golden artifacts that PyTorch runs, of the newest version of each kind; of these names,
+    or all.
+    """
     newest = {name.partition("/")[2]: name for name in kept()}
-    return tuple(name for name in newest.values() if not name.endswith("-onnx"))
+    able = {own: name for own, name in newest.items() if not own.endswith("-onnx")}
+    return [name for own, name in able.items() if not names or own in names]
 
 
 def _address_space() -> int:
@@ -222,14 +258,14 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:200]} at {' '.join(places)}"
 
 
-def alone(case: int, kinds: Sequence[str] = tuple(KINDS)) -> None:
+def alone(case: int) -> None:
     """Runs one case here, with its traceback."""
     with tempfile.TemporaryDirectory() as folder:
         sound = {
             name: Sound.read(name, path := unpack(name, Path(folder)), _generate(path, name))
             for name in corpus()
         }
-        one = changed(case, kinds, sound)
+        one = changed(case, tuple(KINDS), sound)
         print(one.what)
         path = Path(folder) / "changed.sirius"
         path.write_bytes(one.content)
@@ -238,12 +274,13 @@ def alone(case: int, kinds: Sequence[str] = tuple(KINDS)) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     if arguments[0] == "--child":
-        first, count, kinds, folder = arguments[1:]
-        child(int(first), int(count), kinds.split(","), Path(folder))
+        first, count, what, folder = arguments[1:]
+        child(int(first), int(count), Hunt.from_json(what), Path(folder))
     elif len(arguments) == 1:
         alone(int(arguments[0]))
     else:
-        report = hunt(int(arguments[0]), int(arguments[1]), kinds=arguments[2:] or tuple(KINDS))
+        first, count, *kinds = arguments
+        report = hunt(int(first), int(count), Hunt(kinds=tuple(kinds) or tuple(KINDS)))
         print(*(f"{n:6} {what}" for what, n in sorted(report.outcomes.items())), sep="\n")
         print(*report.faults, sep="\n")
 
