@@ -2,7 +2,7 @@
 
     python examples/compiled_period.py
 
-The first run builds the period's machine code, which takes a minute; the next ones find it.
+The first run builds the period's machine code, which takes a minute; later runs reuse it.
 """
 
 import sirius_runtime

@@ -21,7 +21,7 @@ tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def graph(name):
-    """A graph as a function: named arrays in (those it has no use for are left), and out."""
+    """A graph as a function from named arrays (it ignores those that it does not read) to others."""
     session = ort.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
     reads, makes = ([v.name for v in vs] for vs in (session.get_inputs(), session.get_outputs()))
     return lambda given: dict(zip(makes, session.run(makes, {n: given[n] for n in reads})))
@@ -33,7 +33,7 @@ def write(block, at):
         cache[:, :, :, at : at + new.shape[3]] = new
 
 
-# 1. The prompt, densely. In griffin it also says which neurons count: `select` takes their weights.
+# 1. Prefill. In griffin it also gives the statistic of neurons: `select` gathers their weights.
 ids, own = np.array([tokenizer.encode(prompt).ids]), about["state"]
 T, shape = ids.shape[1], (own["layers"], 1, own["kv_heads"], slots)
 state = {f"{n[0]}_cache": np.zeros((*shape, own[n]), "float32") for n in ("key_dim", "value_dim")}
@@ -44,7 +44,7 @@ found = graph("prefill")(state)
 write((found["k_new"], found["v_new"]), 0)
 state |= {"length": np.array([T]), "root": found["logits"][0].argmax(-1)}
 state |= graph("select")(found) | {"statistic": found["statistic"]} if about["kept"] else {}
-# 2. Periods: the sparse path drafts, the full path keeps what it would have said too (rule 1).
+# 2. Periods: the sparse path drafts, the full path keeps tokens that are its own choice (rule 1).
 size, tokens, ends = about["period"]["period"], state["root"].tolist(), set(about["eos_token_ids"])
 numbers = {"threshold": 0, "verify_temperature": 1, "confidence": 0, "temperature": 1, "top_p": 1}
 state |= {name: np.array(value, np.float32) for name, value in numbers.items()}

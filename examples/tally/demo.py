@@ -44,7 +44,7 @@ def score(model: SiriusModel, batch: list[Problem], mode: Mode, period: int | No
         [p.prompt for p in batch],
         mode=mode,
         period=period,
-        fallback=False,  # the table is about drafts, whatever they cost
+        fallback=False,  # always draft: the table measures drafts
         max_new_tokens=MAX_NEW_TOKENS,
     )
     assert output.texts is not None

@@ -49,7 +49,7 @@ MICRO_BATCHES = 4
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words with the space before them, digits apart; decoding is plain concatenation."""
+    """Whole words with the space before them, single digits; decoding is concatenation."""
     pieces = [PAD, EOS, UNK, *vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE_PATTERN), behavior="isolated")
@@ -94,9 +94,9 @@ def mixture(seed: int, max_steps: Callable[[], int]) -> Iterator[Problem]:
 
 
 def curriculum(progress: float) -> int:
-    """The most steps that a problem may have: 1 at first, all from a quarter of the training on.
+    """The most steps that a problem may have: 1 at first, all after a quarter of the training.
 
-    Looking facts up is learnt where few facts compete; long stories first are a long plateau.
+    Looking facts up is learnt faster with few facts; starting with long texts makes a long plateau.
     """
     return min(MAX_STEPS, 1 + int(progress * 4 * (MAX_STEPS - 1)))
 
@@ -149,7 +149,7 @@ def exact_match(
     batch: list[Problem],
     device: torch.device,
 ) -> list[bool]:
-    """Greedy generation in float32; True where the number after ``####`` is right."""
+    """Greedy generation in float32; True if the number after ``####`` is right."""
     tokenizer.padding_side = "left"
     right: list[bool] = []
     for start in range(0, len(batch), 128):
@@ -224,7 +224,7 @@ def train(
     file: TextIO,
 ) -> None:
     """The training loop; see the module's docstring."""
-    # The fused attention's backward took half of a training step on CPU at these short lengths.
+    # Fused attention's backward took half of a training step on CPU at these short lengths.
     model.set_attn_implementation("eager")
     trunk = torch.compile(model.model, dynamic=True)
     optims = optimizers(model, args.lr)
@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--steps", type=positive_number, default=6000)
     parser.add_argument("--until", type=positive_number, help="stop after this step of --steps")
     parser.add_argument(
-        "--resume", type=path_argument, help="go on from the weights of an earlier run"
+        "--resume", type=path_argument, help="continue from the weights of an earlier run"
     )
     parser.add_argument("--cooldown", type=float, default=0.4, help="share of steps, at the end")
     parser.add_argument("--batch", type=positive_number, default=128)
@@ -291,7 +291,7 @@ def main() -> None:
     tokenizer = build_tokenizer()
     if args.resume is None:
         model = build_model(tokenizer).to(device)
-    else:  # the weights only: optimizers start anew, and problems have their full length
+    else:  # only the weights are resumed: optimizers restart, problems have their full length
         model = LlamaForCausalLM.from_pretrained(args.resume, dtype=torch.float32).to(device)
     args.log.parent.mkdir(parents=True, exist_ok=True)
     with args.log.open("a") as file:
