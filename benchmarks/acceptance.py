@@ -1,13 +1,13 @@
-"""How far the drafts of sparse paths get on a checkpoint, teacher-forced: a draft can be judged
-before there are kernels for it.
+"""How many drafted tokens of sparse paths are accepted on a checkpoint, by teacher forcing. This
+needs no kernels.
 
     python -m benchmarks.acceptance qwen/ --sparsity griffin topk cats teal --keep 0.5 0.4 \
         --tasks gsm8k.jsonl --template 'Question: {question}\nAnswer:' --problems 40
 
-What `sirius-compile` reports at its end (see `sirius_compile.acceptance`), on more text and with
-intervals: 95%, by bootstrap over texts. The text is the full path's own greedy continuation of each
-task's prompt; `--template` makes a prompt of the fields of a line. Operators are their references,
-so that reads are counted and nothing is timed.
+Measures what `sirius-compile` reports at its end (see `sirius_compile.acceptance`), on more text
+and with 95% intervals, by bootstrap over texts. The text is the full path's greedy continuation of
+each task's prompt; `--template` makes a prompt from the fields of a line. Operators run as their
+references: reads are counted, and nothing is timed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sirius_runtime.spec import Method
 
 SHOWN = (4, 8, 16)
 """Periods that a column shows."""
-TOGETHER = 8  # texts whose logits are held at once
+TOGETHER = 8  # texts whose logits are in memory at once
 
 
 def prompts(path: Path, template: str, count: int) -> list[str]:
@@ -57,7 +57,7 @@ def prompts(path: Path, template: str, count: int) -> list[str]:
 
 
 def tokenwise(compiled: Compiled) -> Tokenwise:
-    """The paths of what was compiled, over whole texts."""
+    """The paths of a compiled program, over whole texts."""
     return Tokenwise(
         compiled.spec,
         {name: compiled.document(name) for name in (PREFILL, SPARSE, FULL)},

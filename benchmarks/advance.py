@@ -1,9 +1,8 @@
-"""What measured steps come to in tokens per second, for every advance that a period might have.
+"""Tokens per second for every advance that a period might have, computed from measured steps.
 
-Computed, not measured: a period of k is k - 1 sparse steps and one verification of k tokens, and
-commits as many tokens as it advances. How many that are is a matter of the model, which random
-weights don't have; the paper's averages are marked (arXiv 2409.03856, table 2: k 16 on GSM8K with
-Llama-3-8B-Instruct; at other k, the same share of k).
+A period of k takes k - 1 sparse steps and one verification of k tokens. The tokens that it commits
+depend on the model, so random weights can't show them; the paper's averages are marked (arXiv
+2409.03856, table 2: k 16 on GSM8K with Llama-3-8B-Instruct; at other k, the same share of k).
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from sirius_runtime.new_file import NewFile
 PAPER_AAL = {"griffin": 15.22, "topk": 15.37}
 PAPER_PERIOD = 16
 SHARE = 0.9
-"""Of k, that the goal is stated for."""
+"""The AAL as a share of k that the goal is stated for."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds: of a dense step, of sparse steps by name, of verifying k tokens by k."""
+    """Seconds of a dense step, of sparse steps by name, and of verifying k tokens by k."""
 
     dense: float
     sparse: Mapping[str, float]
     verify: Mapping[int, float]
 
     def per_token(self, name: str, k: int, advance: float) -> float:
-        """Seconds a token, where periods of k advance by so many tokens."""
+        """Seconds per token if periods of k advance by `advance` tokens."""
         return ((k - 1) * self.sparse[name] + self.verify[k]) / advance
 
 
 def table(measured: Measured, share: float = SHARE) -> str:
-    """Of each sparse step: a token's time over the dense step's, by k, at that share of k."""
+    """For each sparse step, the time per token over the dense step's, by k, at that AAL / k."""
     sizes = sorted(measured.verify)
     header = ("sparse step", *(f"k {k}" for k in sizes), "best", "dense / best")
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]

@@ -1,14 +1,13 @@
-"""No number of a wrong result: what a benchmark times is compared first, at the timed shapes.
+"""Checks results before they are timed, at the timed shapes.
 
-An operator is compared with its plain-PyTorch reference on the same values; a whole step is run
-once with each of its operators compared on the step's own inputs, and what is timed (recorded,
-compiled, by a peer) must give that run's result. How much may differ is derived in
-`sirius_compile.operator_check`: what rounding makes, and where neurons or channels are chosen, what
-those at the border add: a tie is no error, a wrong block of columns is. Results of several layers
-may differ by √(2 · layers) times as much: each layer's two blocks add errors of their own.
+An operator is compared with its plain-PyTorch reference on the same values. A whole step runs once
+with each of its operators compared on the step's own inputs; the timed form (recorded, compiled, by
+a peer) must then give that run's result. `sirius_compile.operator_check` derives the tolerance:
+rounding, and the units at the border of a selection. So a tie is no error, but a wrong block of
+columns is. Results of several layers may differ by √(2 · layers) times as much, because both blocks
+of a layer add errors.
 
-What is wrong ends the command, with a message that names the row, what was found and what is
-allowed.
+A wrong result ends the command, with a message that names the row, the error and the tolerance.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ from sirius_runtime.errors import SiriusError
 from sirius_runtime.model import SiriusModel
 
 TOKENS = 24
-"""New tokens of an answer whose operators are compared: some periods, and enough for all shapes."""
+"""New tokens of an answer whose operators are compared: enough periods for all shapes."""
 
 
 class WrongResultError(SiriusError):
-    """What would have been timed computes something else than the reference: a bug."""
+    """A timed function's result differs from the reference: a bug."""
 
 
 def wrong(row: str, said: object) -> WrongResultError:
@@ -49,7 +48,7 @@ def wrong(row: str, said: object) -> WrongResultError:
 def call(
     row: str, operator: Callable[..., Any], arguments: Sequence[Any], found: Any = None
 ) -> Difference:
-    """An operator's call; `found`: its result, where what is timed is another function."""
+    """Checks an operator's call. `found`: the result, if another function is timed."""
     difference = compare(operator, arguments, found)
     if not difference.right:
         raise wrong(row, difference)
@@ -57,7 +56,7 @@ def call(
 
 
 def near(row: str, found: Tensor, wanted: Tensor, layers: int = 0) -> None:
-    """A result that rounding alone may have changed, in as many layers."""
+    """Checks a result that may differ by rounding only, over `layers` layers."""
     allowed = tolerance(wanted.dtype) * max(1.0, (2 * layers) ** 0.5)
     difference = Difference(relative_error(found.to(wanted.device), wanted), allowed)
     if not difference.right:
@@ -65,7 +64,7 @@ def near(row: str, found: Tensor, wanted: Tensor, layers: int = 0) -> None:
 
 
 def equal(row: str, found: Sequence[Any], wanted: Sequence[Any]) -> None:
-    """Tokens that must be the same."""
+    """Checks that tokens are the same."""
     if list(found) != list(wanted):
         same = sum(a == b for a, b in zip(found, wanted, strict=False))
         raise wrong(
@@ -75,7 +74,7 @@ def equal(row: str, found: Sequence[Any], wanted: Sequence[Any]) -> None:
 
 @contextmanager
 def operators(row: str, backend: EagerBackend) -> Iterator[None]:
-    """Within it, the entries of a back end run operator by operator, each compared."""
+    """A context in which a back end's entries run operator by operator, each compared."""
 
     def look(node: fx.Node, difference: Difference) -> None:
         if not difference.right:
@@ -102,7 +101,7 @@ def operators(row: str, backend: EagerBackend) -> Iterator[None]:
 
 
 def generation(row: str, model: SiriusModel, prompt: Any, **options: Any) -> None:
-    """The operators of an answer's first tokens."""
+    """Checks the operators while generating an answer's first tokens."""
     assert isinstance(model.backend, EagerBackend)
     with operators(row, model.backend):
         model.generate(prompt, max_new_tokens=TOKENS, fallback=False, **options)

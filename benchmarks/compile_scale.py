@@ -1,4 +1,4 @@
-"""How the seconds of a compilation grow with a model's layers, phase by phase.
+"""How compile time grows with a model's layers, by phase.
 
     python -m benchmarks.compile_scale --layers 8,32,80
 

@@ -1,13 +1,13 @@
-"""What a period as one graph costs at a long context, against the entries one by one.
+"""The time of a period as one graph at a long context, compared with the entries one by one.
 
     python -m benchmarks.context --context 4096
 
 A random Llama (float32; hidden 1024, 16 heads over 4 key/value heads, MLPs of 4096 neurons)
 decodes by griffin after a prompt of `--context` random tokens. Both start each period from the same
-state and take it in turns; printed are the medians of a period's seconds, of their ratio, and the
-ratio's quartiles. A graph that copied the caches in its loop would pay for it k - 1 times a period.
-A period by the entries is run first with every operator compared with its reference, and all of
-them must commit its tokens, with its keys and values but for rounding (`benchmarks.checked`).
+state and take turns. Printed are the medians of a period's milliseconds and of their ratio, and the
+ratio's quartiles. A graph that copied the caches in its loop would do so k - 1 times a period. One
+period by the entries runs first with every operator compared with its reference; all others must
+commit its tokens, with its keys and values up to rounding (`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def row(compiled: Compiled, prompt: list[int], slots: int, repeats: int, backend
     for repeat in range(repeats + 2):
         for (state, strategy), taken in zip(ways, seconds, strict=True):
             spent, packed = period(state, strategy)
-            if repeat >= 2:  # the first calls pay for allocation
+            if repeat >= 2:  # the first calls allocate
                 taken.append(spent)
             checked.equal(name, packed, wanted)
             used = slice(int(state.length))

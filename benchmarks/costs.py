@@ -1,14 +1,14 @@
-"""What an artifact of Llama-3.2-1B's shapes costs to compile, to load and to hold.
+"""Time and memory to compile, load and run an artifact of Llama-3.2-1B's shapes.
 
     python -m benchmarks.costs
 
 Writes a random model of these shapes with `save_pretrained`, compiles it by the command line, and
-loads both, each in a process of its own: seconds of `load` with the file in the page cache, the
-time to the first token of a `--prompt` of tokens, and the process's memory. *resident* is what the
-process holds after it has generated, less what it held before it loaded (what malloc keeps for
-later is given back first), beside the bytes of weights and K/V; *peak* is the most it held at once.
-transformers is the baseline of the same run. Linux only: /proc is read. A process of its own
-generates first with every operator compared with its reference (`benchmarks.checked`).
+loads both, each in its own process: seconds of `load` with the file in the page cache, the time to
+the first token after `--prompt` tokens, and the process's memory. *resident* is the memory after
+generating minus that before loading (after malloc returned free memory), relative to the bytes of
+weights and K/V; *peak* is the maximum. transformers is the baseline of the same run. Linux only, as
+it reads /proc. First, another process generates with every operator compared with its reference
+(`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _cost(load: Callable[[], Callable[[int], object]], threads: int) -> Cost:
 
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:
-    """The result of a call in a fresh process: what this one holds counts for nothing there."""
+    """The result of a call in a new process, whose memory this process does not affect."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 

@@ -1,14 +1,14 @@
-"""Everything that a CPU is asked, in one command of at most fifteen minutes.
+"""All CPU benchmarks, in one command of at most fifteen minutes.
 
     make bench
 
-Runs, each within its own time, and each whatever became of those before it: the kernels beside the
-machine's read bandwidth; whole steps at Llama-3.2-1B's shapes beside transformers and, where it is
-installed, llama.cpp; whole answers of the shipped model; what an artifact costs to compile, load
-and hold; and what a period as one graph costs. What each prints goes to a file `cpu-*.md` in the
-folder `--out`, with the machine, the versions and the commit. Exits with 1 where a part failed.
+Runs each part with its own time limit, even if others failed: the kernels, compared with the
+machine's read bandwidth; whole steps at Llama-3.2-1B's shapes, compared with transformers and, if
+installed, llama.cpp; whole answers of the shipped model; time and memory of an artifact; and a
+period as one graph. The output of each goes to a file `cpu-*.md` in the folder `--out`, with the
+machine, the versions and the commit. The exit code is 1 if a part failed.
 
-Nothing else should run meanwhile: these are timings, and they share the memory's bandwidth.
+Nothing else should run meanwhile, as it would take memory bandwidth from the timed code.
 """
 
 from __future__ import annotations

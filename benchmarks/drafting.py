@@ -1,13 +1,12 @@
-"""What trees, adaptive drafting, refreshed neurons and the online controller gain, on the shipped
-model.
+"""The gain of trees, adaptive drafting, refreshed neurons and the controller on the shipped model.
 
     python -m benchmarks.drafting --sparsity griffin+teal --problems 60 --timed 4 --keep 0.4
 
 Each row is one setting of `generate` on fresh test problems of one task: exact match, AAL and
 effective density over one batch; tokens per second over the first `--timed` problems answered one
 at a time, the median, as a ratio to the dense model's and to the fixed chain's (period 16) on the
-same problems, interleaved with them in the same run. `auto` follows the clock, so it is answered
-one at a time throughout. Each setting first answers with every operator compared with its
+same problems, interleaved with them in the same run. `auto` depends on timing, so all its problems
+are answered one at a time. Each setting first answers with every operator compared with its
 reference (`benchmarks.checked`).
 """
 

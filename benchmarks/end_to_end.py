@@ -1,19 +1,19 @@
-"""Whole answers of the shipped model by Sirius, by our dense path, and by what users would run.
+"""Whole answers of the shipped model by Sirius, by our dense path, and by other libraries.
 
     python -m benchmarks.end_to_end --problems 12
 
 Each row answers the same fresh problems one at a time, greedily, on the same weights; the rows take
 turns on each problem, after one turn that is not counted. Printed are exact match, the median of
 tokens per second, its quartiles, and the median over problems of the ratio to our dense path's on
-the same problem. Seconds cover the whole call, prompt included. llama.cpp takes part where `gguf`
-and `llama-cpp-python` are installed.
+the same problem. Seconds cover the whole call, prompt included. llama.cpp is included if `gguf` and
+`llama-cpp-python` are installed.
 
 Before anything is timed, each of our rows answers with every operator compared with its reference
-(`benchmarks.checked`); in float32, rows that are to answer as our dense path does must give its
-tokens. llama.cpp rounds elsewhere, and is held to exact match alone.
+(`benchmarks.checked`). In float32, rows that should answer like our dense path must give its
+tokens. llama.cpp rounds differently, so only its exact match is compared.
 
-The model has 3 M parameters and lies in the cache: this shows what calls cost, not what reading
-less saves. `benchmarks.steps` has real sizes.
+The model has 3 M parameters and fits in the CPU's cache. So this measures the overhead of calls,
+not the gain of reading less. `benchmarks.steps` has real sizes.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def rows(
 
 
 def measure(found: list[Row], batch: list[Problem], model: SiriusModel, exactly: bool) -> None:
-    """Every row on every problem, in turn; the first turn pays for what is made once. `exactly`:
-    whether tokens are compared, where nothing is rounded that chooses one.
+    """Runs every row on every problem, in turn; the first turn is warm-up. `exactly`: whether
+    tokens are compared, which rounding to 16 bits may change.
     """
     tokenizer = model.tokenizer
     assert tokenizer is not None

@@ -1,12 +1,12 @@
-"""The frontier of the sparse paths on the shipped model: what is answered right, what is read.
+"""The frontier of the sparse paths on the shipped model: exact match against weight reads.
 
     python -m benchmarks.frontier --problems 100 --out docs/results
 
 Sweeps methods, kept shares, periods and tree widths over fresh test problems of both tasks, all in
 one run, and writes `frontier.md` (a row a setting) and `frontier.png`. The dense model's answers
 are the baseline; *effective* is weight reads per committed token, dense = 1. A setting is on target
-where it answers at most a point less than the dense model and reads at most half. Each path first
-answers with every operator compared with its reference (`benchmarks.checked`).
+if its exact match is at most one point below the dense model's and it reads at most half. Each path
+first answers with every operator compared with its reference (`benchmarks.checked`).
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""Everything that a GPU is asked, in one command of at most eight minutes.
+"""All GPU checks and benchmarks, in one command of at most eight minutes.
 
     make gpu
 
-Runs, each within its own time, and each whatever became of those before it: whether operators and
-tokens are right on the GPU; the kernels; whole steps at the shapes of Llama-3-8B and Llama-3-70B;
-recorded periods. What each prints goes to a file `gpu-*.md` in the folder `--out`, with the
-machine, the versions and the commit. Exits with 1 where a part failed or is missing.
+Runs each part with its own time limit, even if others failed: a check of operators and tokens on
+the GPU; the kernels; whole steps at the shapes of Llama-3-8B and Llama-3-70B; recorded periods. The
+output of each goes to a file `gpu-*.md` in the folder `--out`, with the machine, the versions and
+the commit. The exit code is 1 if a part failed or is missing.
 
-`--smoke --device cpu` runs the same at tiny shapes on the CPU, to see that it runs; the kernels are
-a GPU's, and left out.
+`--smoke --device cpu` tests the command on the CPU at tiny shapes, without the kernels.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Whether a device computes what the references on the CPU say: tokens, then operators.
+"""Compares a device's tokens and operators with the references on the CPU.
 
     python -m benchmarks.gpu_check --device cuda
 
 The shipped model generates in float32, and its tokens must be those of the CPU. Then every
-`sirius::` operator runs on the device, with whatever kernel stands behind it there, and its
-plain-PyTorch reference on the CPU in float32 over the same values. The error is the largest of an
-output's, ‖found − wanted‖ / ‖wanted‖, against a bound for the dtype: float32 is summed in another
-order, bfloat16 and float16 are rounded on the way. Exits with 1 where anything differs.
+`sirius::` operator runs on the device, with its kernel there, and its plain-PyTorch reference runs
+on the CPU in float32 over the same values. The error is the largest ‖found − wanted‖ / ‖wanted‖ of
+an output. Its bound depends on the dtype: float32 is summed in another order, bfloat16 and float16
+are rounded in between. The exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from sirius_runtime.ops import attention, linear, mlp, moe
 from sirius_runtime.spec import Method
 
 BOUNDS = {dtype: tolerance(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16)}
-"""Of the error: what rounding may make of it, as `sirius_compile.operator_check` derives it."""
+"""Bounds of the error by dtype: what rounding may cause (see `sirius_compile.operator_check`)."""
 SHAPES = [
     *((1, 1, 32), (3, 4, 64), (1, 16, 256)),
     *((1, 1, 512), (2, 1, 256), (1, 61, 128), (3, 64, 96)),
 ]
-"""Rows, tokens of a row and width: each operator's sizes follow from these."""
+"""Rows, tokens of a row and width, which determine each operator's sizes."""
 RECORDED = "recorded"
 NEW = 48
 
@@ -55,7 +55,7 @@ class Case:
     reference: Callable[..., Any]
     arguments: Sequence[Any]
     written: tuple[int, ...] = ()
-    """Arguments that it writes, which count as outputs."""
+    """Indices of the arguments that it writes, which count as outputs."""
 
     def outputs(self, function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
         result = function(*arguments)
@@ -63,7 +63,7 @@ class Case:
         return values + [arguments[index] for index in self.written]
 
     def error(self, device: torch.device) -> float:
-        """The largest of an output's; infinite where the device gives NaN."""
+        """The largest error of an output; infinite if the device gives NaN."""
         wide = [_mapped(value, _widened) for value in self.arguments]
         given = [_mapped(value, lambda t: t.to(device, copy=True)) for value in self.arguments]
         wanted = self.outputs(self.reference, wide)
@@ -104,7 +104,7 @@ def linear_cases(dtype: torch.dtype, rows: int, tokens: int, width: int) -> Iter
     some = [bias[:n] if n > 1 else None for n in sizes]
     yield Case("linears", linear.linears, [x, few[:3], [None] * 3])
     yield Case("linears", linear.linears, [x, few, some])
-    # Scores are multiples of 1/8, and the threshold lies between two: no rounding decides.
+    # Scores are multiples of 1/8, and the threshold lies between two, so rounding can't matter.
     x = (x.float() * 4).round().div(4).to(dtype)
     threshold = 0.5 + 1 / 64
     yield Case("sparse_linear", linear.sparse_linear, [x, weight, bias, threshold])
@@ -201,7 +201,7 @@ def operator_rows(
 
 
 def behind(backend: str, compiled: Compiled, device: torch.device) -> SiriusModel:
-    """`recorded`: as `cudagraph`, without inductor; on the CPU the same work run as it is."""
+    """`recorded`: like `cudagraph` without inductor; on the CPU, the same work unrecorded."""
     if backend != RECORDED:
         return compiled.to_runtime(device=device, backend=backend)
     model = compiled.to_runtime(device=device)

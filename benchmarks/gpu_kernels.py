@@ -1,20 +1,20 @@
-"""What the CUDA kernels reach of a GPU's copy bandwidth, beside torch, at Llama-3-8B and 70B sizes.
+"""The CUDA kernels' share of a GPU's copy bandwidth, and torch's, at Llama-3-8B and 70B sizes.
 
     python -m benchmarks.gpu_kernels
 
 Random weights, one row, bf16 by default. GB/s counts the bytes that a call needs to read, once
 each: weights, and keys and values in use; not activations. The roof is the copy of a gigabyte,
-counted as read and written. What a graph's first and last call gave, once it has been replayed, is
-compared with the reference's result on the same GPU: `error` is that of a token, relative, and a
-row is shown only where it is no more than rounding makes (`benchmarks.checked`).
+counted as read and written. After its replays, the results of a graph's first and last call are
+compared with the reference's on the same GPU. `error` is a token's relative error; a row is shown
+only if rounding explains it (`benchmarks.checked`).
 
-A call takes a few kernels of a few microseconds, which a host can't launch as fast one by one; so
-each side is a CUDA graph of calls, as a captured period is. Its calls take their weights from
-several sets in turn, some ten times the L2 cache, so that none are there from the call before.
-Graphs of both sides are replayed in turns; printed are the median and the quartiles over the
-replays. torch is `F.linear` and what stands between, dense: what a skipped row would have cost. For
-attention it is `scaled_dot_product_attention` over the slots in use, whose number it is told by the
-host (the kernels read it on the device), with a mask where there are several tokens.
+A call takes a few kernels of a few microseconds each, and a host can't launch single kernels that
+fast. So each side is a CUDA graph of calls, like a recorded period. The calls take turns over
+several sets of weights, about ten times the L2 cache, so that the cache is cold. Graphs of both
+sides are replayed in turns; printed are the median and the quartiles over the replays. torch is the
+dense computation by `F.linear` and element-wise operators. For attention it is
+`scaled_dot_product_attention` over the slots in use, whose number the host passes (the kernels read
+it on the device), with a mask if there are several tokens.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ class Case:
     torch: Callable[..., object]
     """The dense baseline, of the same arguments."""
     bytes: Callable[[object], float]
-    """What a call needs to read, by its result."""
+    """The bytes that a call needs to read, from its result."""
 
     def kernel(self, device: torch.device) -> Callable[..., Any]:
         launching = launchers(self.module, device)
         if launching is None:
-            raise RuntimeError("the CUDA kernels are not to be had here: see the warning above")
+            raise RuntimeError("the CUDA kernels are not available here: see the warning above")
         return served(getattr(launching, self.operator))
 
     def reference(self) -> Callable[..., Any]:
@@ -93,12 +93,12 @@ class Case:
 
 
 def served(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, which raises where it would leave the call to the reference."""
+    """`kernel`, made to raise RuntimeError instead of leaving a call to the reference."""
 
     def call(*args: object) -> Any:
         done = kernel(*args)
         if done is None:
-            raise RuntimeError(f"{kernel.__name__} does not serve these arguments")
+            raise RuntimeError(f"{kernel.__name__} does not support these arguments")
         return done
 
     return call
@@ -325,7 +325,7 @@ def cases(pool: Pool, shape: Shape) -> Iterator[Case]:
 
 @contextmanager
 def float32_sums() -> Iterator[None]:
-    """Within it, torch adds up products in float32, as the kernels do; timed is its default."""
+    """A context in which torch sums products in float32, like the kernels. Used for checks only."""
     matmul = torch.backends.cuda.matmul
     names = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
     before = [getattr(matmul, name) for name in names]
@@ -415,7 +415,7 @@ def rows(dtype: torch.dtype = torch.bfloat16, only: str = "") -> tuple[float, li
     Raises RuntimeError where there is no CUDA device, or no kernel serves.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("no CUDA device is here, and these are kernels of one")
+        raise RuntimeError("the CUDA kernels need a CUDA device, and there is none here")
     torch.manual_seed(0)
     pool = Pool(dtype, torch.device("cuda", torch.cuda.current_device()), POOL, ROTATED)
     copy = copy_bandwidth(pool)

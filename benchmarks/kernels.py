@@ -1,16 +1,16 @@
-"""What the CPU kernels reach of the machine's read bandwidth, beside torch, at Llama-3.2-1B shapes.
+"""The CPU kernels' share of the machine's read bandwidth, and torch's, at Llama-3.2-1B shapes.
 
     python -m benchmarks.kernels
 
 Hidden 2048, MLPs of 8192 neurons, 32 heads over 8 key/value heads of 64, vocabulary 128256; bf16
 by default. GB/s counts the bytes that a call needs to read, once each: weights, and keys and values
 in use; not activations. A call's weights come from a pool several times the size of the last-level
-cache, so that none are there from the call before. Every round runs the read loop, then every case
-by kernel, then every case by torch, whose threads stay awake for a while after a call and would
-hold up what shares the cores with them; printed are the medians over the rounds, and then the same
-of each one's fastest round, which says what a machine does that other work disturbs less. torch is
-`F.linear` for linears, else the operators' references, which read what they mask. Before anything
-is timed, each case's result is compared with its reference's (`benchmarks.checked`).
+cache, so that the cache is cold. Every round runs the read loop, then every case by kernel, then
+every case by torch; torch comes last because its threads keep spinning after a call and would slow
+other code down. Printed are the medians over the rounds, and the same for each one's fastest round,
+which other work on the machine disturbs less. torch is `F.linear` for linears, else the operators'
+references, which also read what they mask. Before anything is timed, each case's result is compared
+with its reference's (`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ sirius = torch.ops.sirius
 
 @dataclass
 class Case:
-    """A call, the bytes that it needs, and what it took."""
+    """A call, the bytes that it needs to read, and its times."""
 
     name: str
     tokens: int
@@ -56,11 +56,11 @@ class Case:
         return self.operator(*self.arguments())
 
     def check(self) -> None:
-        """Ends the program where the kernel is wrong."""
+        """Raises WrongResultError if the kernel is wrong."""
         checked.call(f"{self.name}, {self.tokens} tokens", self.operator, self.arguments())
 
     def time(self, side: str) -> None:
-        self.call()  # as in a step, where threads are awake from the call before
+        self.call()  # warm-up: in a step, the call before has woken the threads
         begin = time.perf_counter()
         self.call()
         self.seconds[side].append(time.perf_counter() - begin)
@@ -79,7 +79,7 @@ class Case:
 class Pool:
     """Weights of any shape, cut from one large buffer, never the same ones twice in a row.
 
-    They lie in pages of 2 MiB, as an artifact's do where the file system has such pages.
+    They are in pages of 2 MiB, like an artifact's weights if the file system supports it.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -202,7 +202,7 @@ def attention_cases(pool: Pool, tokens: int, context: int) -> Iterator[Case]:
 
 
 def cpu_name() -> str:
-    """What the machine calls its CPU."""
+    """The name of the machine's CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     library = kernels()
     if library is None:
-        parser.exit(1, "the CPU kernels are not to be had here: see the warning above\n")
+        parser.exit(1, "the CPU kernels are not available here: see the warning above\n")
     torch.manual_seed(0)
     pool = Pool(getattr(torch, args.dtype))
     cases = [
@@ -252,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with references():
                 for case in cases:
                     case.time("torch")
-            if turn == 1:  # the first rounds pay for allocation
+            if turn == 1:  # the first rounds allocate
                 reads.clear()
                 for case in cases:
                     case.seconds = {side: [] for side in case.seconds}

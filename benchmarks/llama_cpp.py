@@ -1,8 +1,8 @@
-"""A Llama of transformers as GGUF, and greedy decoding of it by llama.cpp, as a baseline.
+"""Writes a transformers Llama as GGUF and decodes it greedily with llama.cpp, as a baseline.
 
-Needs the packages `gguf` and `llama-cpp-python` (`pip install --group bench`); `available` says
-whether they are here. The file holds the same weights in the same type and no tokenizer: token ids
-go in and come out.
+Needs the packages `gguf` and `llama-cpp-python` (`pip install --group bench`); `available` returns
+whether they are installed. The file holds the same weights in the same dtype and no tokenizer:
+inputs and outputs are token ids.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def available() -> bool:
 def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     """Writes a Llama; matrices in the model's dtype, vectors in float32 (llama.cpp's own layout).
 
-    Its rotary embedding turns neighbouring channels, transformers' turns halves: rows of q and k
-    are put in that order, which changes no product.
+    llama.cpp's rotary embedding rotates pairs of neighbouring channels, transformers' rotates
+    halves. So the rows of q and k are reordered, which changes no product.
     """
     import gguf
 
@@ -99,7 +99,7 @@ def _tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def _neighbours(weight: Tensor, heads: int) -> Tensor:
-    """The rows of each head's two halves, in turn."""
+    """The rows of each head's two halves, interleaved."""
     rows, columns = weight.shape
     halves = weight.view(heads, 2, rows // heads // 2, columns)
     return halves.transpose(1, 2).reshape(rows, columns)
@@ -135,7 +135,7 @@ class LlamaCpp:
         return tokens
 
     def step(self, tokens: Sequence[int]) -> int:
-        """Takes tokens after those before; the likeliest next one."""
+        """Appends tokens; returns the likeliest next one."""
         for start in range(0, len(tokens), BATCH):
             part = tokens[start : start + BATCH]
             array = (self._api.llama_token * len(part))(*part)
@@ -147,11 +147,11 @@ class LlamaCpp:
         return int(np.ctypeslib.as_array(logits, (self._size,)).argmax())
 
     def clear(self) -> None:
-        """Forgets what it has seen."""
+        """Clears the cache."""
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
 
     def forget(self, count: int, length: int) -> None:
-        """Forgets the last `count` of `length` tokens."""
+        """Drops the last `count` of `length` tokens from the cache."""
         memory = self._api.llama_get_memory(self._context)
         self._api.llama_memory_seq_rm(memory, 0, length - count, length)
 
@@ -161,7 +161,7 @@ class LlamaCpp:
 
 
 def _quiet(api: object) -> None:
-    """Its log goes nowhere; the callback is kept as long as the library is."""
+    """Discards llama.cpp's log; the callback must live as long as the library."""
 
     @api.llama_log_callback  # type: ignore[attr-defined]
     def ignore(level: int, text: bytes, data: ctypes.c_void_p) -> None:

@@ -1,4 +1,4 @@
-"""Memory for a benchmark's weights, as the runtime has it for an artifact's."""
+"""Memory for a benchmark's weights, laid out like an artifact's."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ PAGE = 2 << 20  # bytes
 
 
 def in_large_pages(count: int, dtype: torch.dtype) -> Tensor:
-    """`count` numbers, zero, on the CPU, in pages of 2 MiB where the system has them: so an
-    artifact's weights lie where the file system keeps such pages (`artifact_zip.map_file`).
+    """`count` zeros on the CPU, in pages of 2 MiB if the system supports them, like an artifact's
+    weights (`artifact_zip.map_file`).
     """
     size = max(1, count * dtype.itemsize)
     buffer = mmap.mmap(-1, size + PAGE, **_private())
@@ -25,7 +25,7 @@ def in_large_pages(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _private() -> dict[str, int]:
-    """The arguments of a mapping that no other process shares: only such have large pages."""
+    """The arguments of a private mapping; only these get large pages."""
     try:
         return {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
     except AttributeError:  # Windows

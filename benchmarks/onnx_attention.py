@@ -1,14 +1,14 @@
-"""ONNX's operator Attention beside what attention is lowered to here, one layer, on the CPU.
+"""ONNX's operator Attention compared with our lowering of attention, one layer, on the CPU.
 
     python -m benchmarks.onnx_attention            # the table, in seconds
 
-Queries of T tokens see E committed slots of a cache, and of their block of M nodes what a tree mask
-shows. `whole`: the cache as it is stored, [layers, B, G, S, D], as in verification or one step.
-`in the loop`: its committed slots have been cut out before, as the graph `period` does once for all
-of its steps. Attention takes these as past keys and values, and the block as keys and values, which
-it joins; `joined before` is its bound for a cache that had the block in it already. Times are
-medians of one interleaved run; a ratio below 1 would speak for the operator. All are compared with
-the reference operator first; `difference` is the largest (`benchmarks.checked`).
+Queries of T tokens see E committed slots of a cache, and the nodes of their block of M that a tree
+mask allows. `whole`: the cache as stored, [layers, B, G, S, D], as in verification or one step. `in
+the loop`: the committed slots are sliced out before, as the graph `period` does once for all of its
+steps. Attention takes these as past keys and values, and concatenates the block's; `joined before`
+is a lower bound, for a cache that already contains the block. Times are medians of one interleaved
+run; a ratio below 1 means that the operator is faster. All are compared with the reference operator
+first; `difference` is the largest (`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def inputs(E: int, T: int, M: int) -> dict[str, np.ndarray]:
 
 
 def reference(given: dict[str, np.ndarray], T: int) -> torch.Tensor:
-    """The operator of the block's last T nodes, once the others lie in the cache, in PyTorch."""
+    """The reference in PyTorch for the block's last T nodes; the others are in the cache."""
     tensors = {name: torch.from_numpy(value.copy()) for name, value in given.items()}
     E, M = int(tensors["length"]), tensors["k"].shape[2]
     caches = tensors["k_cache"], tensors["v_cache"]
@@ -133,7 +133,7 @@ def reference(given: dict[str, np.ndarray], T: int) -> torch.Tensor:
 
 
 class Graph:
-    """A graph in the making, and its inputs."""
+    """A graph under construction, and its inputs."""
 
     def __init__(self, T: int, M: int) -> None:
         self.s = s = Scope()
@@ -142,7 +142,7 @@ class Graph:
         self.positions = s.input("positions", "int64", ("B", T))
         self.length = s.input("length", "int64", ("B",))
         mask = s.input("tree_mask", "int64", ("B", T, M))
-        # No translation reads the slots: what is written is the caller's.
+        # No translation reads the slots, because the caller writes the cache.
         self.places = Places(self.positions, self.positions, self.length, mask)
 
     def caches(self) -> tuple[Value, Value]:

@@ -1,12 +1,12 @@
-"""Ways that standard operators have of leaving out what a sparse step does not need.
+"""Compares ways to skip neurons and experts with standard ONNX operators.
 
     python -m benchmarks.onnx_formulations
 
-One MLP of one token on the CPU, float32, at the shapes of Llama-3.2-1B's, by each method's rule and
-in each form: all computed and what is left out masked, gathered anew each step, and of griffin
-gathered once a prompt. Weights are random; the thresholds of cats and teal are those that keep the
-share on this token. The second table is a mixture: all experts, the token's own gathered, and each
-expert's product over the rows that go to it. Times are medians of one interleaved run. Each form's
+One MLP of one token on the CPU, float32, at Llama-3.2-1B's shapes, by each method's rule and in
+each form: everything computed and masked, kept rows gathered each step, and for griffin gathered
+once a prompt. Weights are random; the thresholds of cats and teal keep the share asked for on this
+token. The second table is a mixture: all experts computed, a token's experts gathered, and each
+expert's product over the rows routed to it. Times are medians of one interleaved run. Each form's
 result is compared with its rule's reference operator first (`benchmarks.checked`).
 """
 
@@ -39,14 +39,14 @@ from sirius_runtime.ops import mlp, moe
 from sirius_runtime.ops.linear import sparse_linear as sparse_reference
 
 C, I = 2048, 8192  # noqa: E741
-E, K, J = 16, 2, 1792  # experts, of which a token has two, of J neurons
+E, K, J = 16, 2, 1792  # experts, experts of a token, neurons of an expert
 
 Way = Callable[[Scope, Value], Value]
 
 
 @dataclass(frozen=True)
 class Form:
-    """A way to compute something, and what the reference operator makes of the same values."""
+    """A way to compute something, and the reference operator's result on the same values."""
 
     way: Way
     wanted: Callable[[], torch.Tensor]
@@ -94,7 +94,7 @@ def show(forms: dict[str, Form], kept: str, threads: int, repeats: int) -> None:
 
 def ways(keep: float) -> dict[str, Form]:
     count = round(keep * I)
-    # Of this token's |act(gate x)| and |x|, which the weights' seed makes what they are.
+    # Quantiles of this token's |act(gate x)| and |x|, which depend on the weights' seed.
     activity, channels = threshold(gated, keep), threshold(lambda s, x: x, keep)
     hidden = threshold(lambda s, x: hidden_of(s, x), keep)
     teal = {"outer": channels, "inner": hidden}
@@ -122,7 +122,7 @@ def ways(keep: float) -> dict[str, Form]:
     }
 
 
-# What the reference operators say, each [1, C]
+# The reference operators' results, each [1, C]
 
 
 def tensor(name: str, *shape: int) -> torch.Tensor:

@@ -1,21 +1,21 @@
-"""ONNX Runtime beside PyTorch, on the CPU, in interleaved runs: four tables for the README.
+"""ONNX Runtime compared with PyTorch on the CPU, in interleaved runs: four tables.
 
     python -m benchmarks.onnx_speed                    # under five minutes
     python -m benchmarks.onnx_speed --genai            # and onnxruntime-genai on the same weights
 
 `generation`: tokens per second after prefill, medians over prompts that all rows answer in turn, of
-the shipped model and of `--layers` layers of Llama-3.2-1B's shapes with the same share of its
-vocabulary, so that head and layers weigh what they weigh in the whole of it. The latter's weights
-are random: it accepts nothing of itself, so all drafts are taken, and its Sirius rows are bounds.
-`period`: one call of the graph `period` against driving `sparse` and `full` from outside.
-`memory`: what a process has for itself, beside the file that it maps, after all modes have run.
+the shipped model and of `--layers` layers of Llama-3.2-1B's shapes. The latter has the same share
+of the vocabulary, so that the ratio of head to layers is that of the whole model. Its weights are
+random and would accept no drafts, so all drafts are accepted, and its Sirius rows are upper bounds.
+`period`: one call of the graph `period` against separate calls of `sparse` and `full`.
+`memory`: a process's private memory, without the file that it maps, after all modes have run.
 `formulations`: see `benchmarks.onnx_formulations`.
 
 Before it is timed, PyTorch's side answers with every operator compared with its reference, and in
 each run ONNX Runtime must give its tokens (`benchmarks.checked`); genai's models are not compared.
 
-`--genai` needs onnxruntime-genai and onnx_ir, in a folder that PYTHONPATH names if not installed:
-its own model builder writes the models that it runs.
+`--genai` needs onnxruntime-genai and onnx_ir, installed or on PYTHONPATH: its model builder writes
+the models that it runs.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @dataclass
 class Subject:
-    """A model to compare: compiled once a method, and as transformers stores it."""
+    """A model to compare: compiled for each method, and as transformers stores it."""
 
     title: str
     folder: Path
@@ -140,7 +140,7 @@ def large(folder: Path, layers: int) -> Subject:
         return LlamaForCausalLM(config).eval()
 
     def source() -> Path:
-        """With a tokenizer, which the builder copies and nothing reads."""
+        """Also writes a tokenizer, which the builder copies but nothing reads."""
         make().save_pretrained(own / "source")
         for file in SHIPPED.glob("tokenizer*"):
             shutil.copy(file, own / "source")
@@ -240,7 +240,7 @@ def genai(folder: Path, tokens: int, threads: int) -> Run:
 
 def compared(runs: dict[str, Run], prompts: Sequence[list[int]]) -> Iterator[tuple[str, ...]]:
     """One line a run: its speed, and its ratios to the dense runs on the same prompt."""
-    for run in runs.values():  # the first call pays for allocation
+    for run in runs.values():  # the first call allocates
         run(prompts[0])
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     for prompt in prompts:

@@ -1,5 +1,5 @@
-"""Benchmarks run one after the other, each within its own time, and each whatever became of those
-before it. What each prints goes to a file of its own, with machine, versions and commit.
+"""Runs benchmarks one after the other, each with its own time limit, even if others failed. The
+output of each goes to its own file, with machine, versions and commit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Part:
-    """A module of `benchmarks`, its arguments, and the seconds that it may take."""
+    """A module of `benchmarks`, its arguments, and its time limit in seconds."""
 
     name: str
     title: str
@@ -42,7 +42,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Result:
-    """How a part ended: `said` is empty where it ran to its end."""
+    """How a part ended. `said`: the error, empty if it ran to its end."""
 
     part: Part
     printed: str
@@ -77,7 +77,7 @@ def run(part: Part) -> Result:
 
 
 def machine(device: str, commit: str) -> str:
-    """What it runs on, with the versions and the commit."""
+    """The machine, the versions and the commit, as a line of text."""
     name = f"{torch.get_num_threads()} threads, {cpu_name()}"
     if device == "cuda":
         name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
@@ -120,7 +120,7 @@ def run_all(
     parts: Iterable[Part], device: str, out: Path, prefix: str, commit: str | None
 ) -> list[str]:
     """Runs the parts, writes `out`/`prefix`-*.md and prints them; returns the names of those that
-    did not run to their end. `commit`: by default what git says.
+    did not run to their end. `commit`: by default that of the git checkout.
     """
     where = machine(device, commit or _commit())
     out.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def run_all(
 
 
 def choose(parts: list[Part], only: list[str] | None) -> list[Part]:
-    """The parts of these names, all of them for None; ValueError for a name that no part has."""
+    """The parts with these names, or all for None. Raises ValueError for an unknown name."""
     names = [part.name for part in parts]
     unknown = set(only or ()) - set(names)
     if unknown:

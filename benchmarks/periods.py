@@ -1,14 +1,14 @@
-"""A recorded period's time against that by the same entries as they are.
+"""The time of a recorded period compared with the same entries run one by one.
 
     python -m benchmarks.periods --device cuda --shape 8b
 
 One row of griffin at 50% after a history of `--context` tokens, random weights, threshold 0 (every
 draft is accepted, so that each period does the same work). Both start from the same state and take
 turns; printed are the medians of a period's milliseconds from the call to the tokens on the host,
-of their ratio, and the ratio's quartiles. On a GPU the recording is a CUDA graph; on the CPU, where
-nothing is recorded, the same work runs as it is, and the ratio is of no interest. One period by
-the entries is run with every operator compared with its reference, and each pair of periods must
-commit the same tokens (`benchmarks.checked`).
+of their ratio, and the ratio's quartiles. On a GPU, the recording is a CUDA graph. On the CPU
+nothing is recorded: both sides do the same work, and the ratio means nothing. One period by the
+entries runs with every operator compared with its reference, and each pair of periods must commit
+the same tokens (`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Entrant = tuple[TensorState, Strategy]
 
 
 def both(programs: RandomPrograms, backend: EagerBackend, context: int, size: int) -> list[Entrant]:
-    """The entries as they are, and their recording, in the same state."""
+    """The entries and their recording, in the same state."""
     driven, held = (programs.state(backend, context, SKIPPED) for _ in range(2))
     for name in ROWS_OF:
         value = getattr(driven, name)
@@ -85,10 +85,10 @@ def rows(args: argparse.Namespace, shape: Shape, device: torch.device) -> Iterat
                 results = [one_period(*way, plan, args.context) for way in pair]
                 (_, driven), (_, replayed) = results
                 checked.equal(name, replayed, driven)
-                if not args.compiled:  # which rounds elsewhere, and may choose by it
+                if not args.compiled:  # compiled code rounds differently, so tokens may differ
                     checked.equal(name, driven, wanted)
                 for (spent, _), seconds in zip(results, taken, strict=True):
-                    if turn >= 2:  # the first pay for allocation and recording
+                    if turn >= 2:  # the first ones allocate and record
                         seconds.append(spent)
             ratios = [static / driven for driven, static in zip(*taken, strict=True)]
             low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")

@@ -1,5 +1,5 @@
-"""Programs of real models' shapes over random weights, made where they run: nothing is stored, and
-nothing calibrated.
+"""Programs of real models' shapes over random weights, created on the device. No model is loaded or
+calibrated.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ sirius = torch.ops.sirius
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's sizes. `layers`: as many as are timed by default."""
+    """A Llama's sizes. `layers`: the number timed by default."""
 
     name: str
     hidden: int
@@ -84,10 +84,10 @@ class Shape:
         return 3 * self.hidden * self.neurons
 
     def read(self, method: Method = Method.NONE, skipped: float = 0.0) -> float:
-        """Parameters that a step of one token reads, norms and the row of the embedding left out.
+        """Parameters that a step of one token reads, without norms and the row of the embedding.
 
-        `griffin+teal` skips that share of each: the prompt's neurons, of these the token's, and the
-        input channels of attention.
+        `griffin+teal` skips that share three times: of all neurons for the prompt, of the prompt's
+        neurons for the token, and of the input channels of attention.
         """
         kept = 1 - skipped
         attention, mlp = {
@@ -114,10 +114,10 @@ SHAPES = {
 
 
 class RandomPrograms:
-    """Sparse paths of one shape, all over the same storage.
+    """Sparse paths of one shape over the same storage.
 
-    A weight that methods store in different layouts is one buffer seen in both: its values are
-    random either way.
+    A weight that methods store in different layouts is one buffer used in both layouts, as its
+    values are random anyway.
     """
 
     def __init__(
@@ -134,8 +134,8 @@ class RandomPrograms:
         skipped: float = 0.0,
         make: Callable[..., EagerBackend] = EagerBackend,
     ) -> EagerBackend:
-        """The entries of a sparse path that skips that share: by thresholds, which are the
-        quantiles of one step's own values, or by number.
+        """The entries of a sparse path that skips the share `skipped`: by count, or by thresholds
+        at the quantiles of one step's values.
         """
         program = self._program(method)
         spec = _spec(program, self.shape.vocabulary)
@@ -154,7 +154,7 @@ class RandomPrograms:
         return make(spec, documents, weights, **options)
 
     def state(self, backend: EagerBackend, context: int, skipped: float = 0.0) -> TensorState:
-        """One row with `context` tokens behind it, random like its neurons."""
+        """One row after `context` random tokens, with random neurons."""
         state = TensorState(backend, 1, cache_slots(context, 64, 4))
         for cache in (state.k_cache, state.v_cache):
             cache.normal_()
@@ -213,8 +213,8 @@ _COUNTED = {row.overload: row for row in OPERATORS.values() if row.has_threshold
 
 
 class Thresholds(fx.Interpreter):
-    """Runs a sparse step and learns, at each site, the threshold that skips a share of its own
-    scores; the sites after it see what it then lets through.
+    """Runs a sparse step, and sets each site's threshold to skip a share of its scores. Later sites
+    see the output with that threshold.
     """
 
     def __init__(self, module: fx.GraphModule, skipped: float) -> None:

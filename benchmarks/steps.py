@@ -1,29 +1,28 @@
-"""Whole steps of a decoder with a real model's shapes and random weights, and a period's host time.
+"""Times decoding steps at a real model's shapes over random weights, and a period's host time.
 
     python -m benchmarks.steps
     python -m benchmarks.steps --device cuda --shape 8b
 
 One row after a history of `--context` tokens, in bf16. Each round runs, in turn: the dense step;
 the verification of N tokens in one full pass (N = k for a chain, (k - 1) w + 1 for a tree); the
-sparse steps of each method at each share skipped; and then what others make of it. Before each step
-there is a pause, in which OpenMP's threads of the one before go to sleep, as they would at once by
-OMP_WAIT_POLICY=passive. Printed are medians over the rounds with their
-quartiles, and each one's fastest round, as times and as shares of the dense step of the same
-rounds; and the *floor*: the bytes that a step reads (weights once, keys and values) over the
-bandwidth of the same rounds, of a copy on a GPU, of a loop that reads on the CPU. The weights are
-random: what a step reads and computes is real, what it says is not, so nothing here speaks of
-quality. Thresholds are the quantiles of one step's own values.
+sparse steps of each method at each share skipped; and then other libraries' dense steps. A pause
+before each step lets the OpenMP threads of the last one sleep, as OMP_WAIT_POLICY=passive would.
+Printed are medians over the rounds with their quartiles, and each one's fastest round, as times and
+as shares of the dense step of the same rounds. The *floor* is the bytes that a step reads (weights
+once, keys and values) over the bandwidth of the same rounds: of a copy on a GPU, of a read loop on
+the CPU. The weights are random, so this measures time, not quality. Thresholds are the quantiles of
+one step's values.
 
-On the CPU, steps run operator by operator with the kernels, and the dense step also with the
-reference operators, by transformers (eager, SDPA attention, a DynamicCache) and, where it is
-installed, by llama.cpp; a second table is where a period's time goes: inside the entries, or in
-what stands between them. On a GPU, steps are CUDA graphs, and the dense step also runs operator by
-operator; with `--compiled`, the entries are compiled by inductor first. The last table, and the
-plot, are computed from the steps (`benchmarks.advance`).
+On the CPU, steps run operator by operator with the kernels. The dense step also runs with the
+reference operators, by transformers (eager, SDPA attention, a DynamicCache) and, if installed, by
+llama.cpp. A second table divides a period's time into that inside the entries and that between
+them. On a GPU, steps are CUDA graphs, and the dense step also runs operator by operator; with
+`--compiled`, the entries are compiled by inductor first. The last table and the plot are computed
+from the steps (`benchmarks.advance`).
 
-Each step of ours is run once with its operators compared with their references, on the step's own
-inputs, and what is timed must give that run's logits (`benchmarks.checked`); the steps of others,
-whose weights and history are their own, are not compared.
+Each of our steps runs once with its operators compared with their references, on the step's own
+inputs; the timed form must give that run's logits (`benchmarks.checked`). Steps of other libraries
+have other weights and history, and are not compared.
 """
 
 from __future__ import annotations
@@ -65,21 +64,21 @@ from sirius_runtime.tensor_state import TensorState
 SKIPPED = (0.3, 0.5, 0.65)
 CHAINS = (4, 8, 16, 32)  # periods, among the numbers of tokens that are verified
 PEERS = ("torch reference", "transformers", "llama.cpp")
-AWAKE = 0.03  # seconds, after which the threads of the step before sleep
+AWAKE = 0.03  # seconds after which the last step's threads sleep
 PLOTTED = 0.5  # the share skipped whose steps are drawn
-BUFFER = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of what measures bandwidth
+BUFFER = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes, to measure bandwidth
 
 
 @dataclass
 class Step:
-    """Something to time, within a context of its own; `bytes` that it needs to read."""
+    """Something to time, in a context. `bytes`: those that it needs to read."""
 
     name: str
     bytes: float
     call: Callable[[], object]
     within: Callable[[], AbstractContextManager[None]] = nullcontext
     check: Callable[[object], None] = lambda result: None
-    """Is shown what the call gives, and ends the program where it is wrong."""
+    """Checks the call's result; raises WrongResultError if it is wrong."""
     seconds: list[float] = field(default_factory=list)
 
     def row(self, dense: Step, bandwidth: float) -> str:
@@ -110,8 +109,8 @@ def time_on(device: torch.device, call: Callable[[], object]) -> float:
 
 
 def roof(device: torch.device) -> Step:
-    """What moves bytes and does nothing else: a copy, read and written, on a GPU; a loop that reads
-    on the CPU, where a copy is slower.
+    """Only moves bytes, to measure bandwidth: a copy (read and written) on a GPU, a read loop on
+    the CPU, where a copy is slower.
     """
     size = BUFFER[device.type]
     library = kernels()
@@ -130,9 +129,7 @@ def replay_on(device: torch.device) -> Replay:
 
 
 def recorded(state: TensorState, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The work as a CUDA graph of its own, which writes to the same result each time; on the CPU,
-    as it is.
-    """
+    """The work as a CUDA graph, which reuses its result's memory; on the CPU, unchanged."""
     replay, result = replay_on(state.root.device), []
 
     def keep() -> None:
@@ -146,7 +143,7 @@ def recorded(state: TensorState, work: Callable[[], Tensor]) -> Callable[[], Ten
 
 
 def one_step(state: TensorState, entry: str) -> Tensor:
-    """Logits [B, V], and the token that they choose."""
+    """Logits [B, V], and the likeliest token."""
     logits: Tensor = state.step(entry)["logits"][:, 0]
     likeliest(logits)
     return logits
@@ -190,7 +187,7 @@ def llama_cpp_step(model: LlamaForCausalLM, context: int, threads: int) -> Calla
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         llama_cpp.write_gguf(model, path)
-        peer = llama_cpp.LlamaCpp(path, context + 64, threads)  # mapped: the name may go
+        peer = llama_cpp.LlamaCpp(path, context + 64, threads)  # mapped, so the file may be removed
     peer.step([7] * context)
 
     def step() -> None:
@@ -201,7 +198,7 @@ def llama_cpp_step(model: LlamaForCausalLM, context: int, threads: int) -> Calla
 
 
 def host_share(state: TensorState, plan: Plan, rounds: int) -> tuple[float, float]:
-    """Median milliseconds of a period, and the share of it that is spent outside of entries."""
+    """The median milliseconds of a period, and the share of time outside of the entries."""
     backend, inside = state.backend, [0.0]
     run = backend.run
 
@@ -238,8 +235,8 @@ class Steps:
         )
 
     def all(self, until: float) -> list[Step]:
-        """All of them, each run and checked once, which pays for allocation, compilation
-        and recording; those that are made before the clock says `until`.
+        """Yields the steps, each run and checked once, which also allocates, compiles and records.
+        Stops when the clock reaches `until`.
         """
         made: list[Step] = []
         for step in self._each():
@@ -295,7 +292,7 @@ class Steps:
         method: Method = Method.NONE,
         skipped: float = 0.0,
     ) -> Step:
-        """Some work over a state, checked operator by operator, and by its logits."""
+        """A step over a state, checked operator by operator, and by its logits."""
         backend = state.backend
         assert isinstance(backend, EagerBackend)
 
@@ -321,8 +318,8 @@ def compiled_backend(*args: Any, **options: Any) -> EagerBackend:
 
 
 def run_rounds(steps: list[Step], device: torch.device, rounds: int, until: float) -> int:
-    """Runs every step in turn; returns how many rounds there were: at least three, and no more once
-    the clock says `until`.
+    """Runs every step in turn; returns the number of rounds: at least three, and no more once the
+    clock reaches `until`.
     """
     in_turn = sorted(steps, key=lambda step: any(peer in step.name for peer in PEERS))
     for done in range(rounds):
@@ -336,7 +333,7 @@ def run_rounds(steps: list[Step], device: torch.device, rounds: int, until: floa
 
 
 def machine(device: torch.device) -> str:
-    """What the steps run on."""
+    """The device that the steps run on."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     return f"{torch.get_num_threads()} threads, {cpu_name()}"
@@ -370,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.exit(1, "there is no CUDA GPU here: leave out --device\n")
     if device.type == "cpu" and kernels() is None:
-        parser.exit(1, "the CPU kernels are not to be had here: see the warning above\n")
+        parser.exit(1, "the CPU kernels are not available here: see the warning above\n")
     hosts: dict[int, tuple[float, float]] = {}
     with torch.inference_mode():
         moved = roof(device)
@@ -408,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def computed(steps: Sequence[Step]) -> Measured:
-    """The steps' medians, as `benchmarks.advance` takes them."""
+    """The steps' medians, in the form of `benchmarks.advance`."""
     medians = {step.name: statistics.median(step.seconds) for step in steps}
     return Measured(
         dense=medians["dense"],

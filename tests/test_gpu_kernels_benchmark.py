@@ -70,7 +70,7 @@ def flattened(value: Any) -> list[torch.Tensor]:
 
 
 def test_a_kernel_that_does_not_serve_is_no_row() -> None:
-    with pytest.raises(RuntimeError, match="linear does not serve"):
+    with pytest.raises(RuntimeError, match="linear does not support"):
         gpu_kernels.served(linear.linear)(torch.ones(1, 2).double(), torch.ones(3, 2))
 
 
@@ -93,7 +93,7 @@ def test_without_a_gpu_it_says_so(
     with pytest.raises(SystemExit) as stopped:
         gpu_kernels.main()
     assert stopped.value.code == 1
-    assert "no CUDA device is here" in capsys.readouterr().err
+    assert "need a CUDA device" in capsys.readouterr().err
 
 
 def test_a_wrong_result_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
