@@ -68,7 +68,7 @@ def test_prompts_become_chats_with_a_system_message(write: Write) -> None:
         ({"prompt": "x", "answer": True}, "answer must be"),
         ({"prompt": "x", "answer": "y", "scoring": "best"}, "scoring must be exact, number"),
         ({"prompt": "x", "answer": "y", "scoring": "number"}, "holds none"),
-        ({"prompt": "x", "answer": "y", "regex": "("}, "regex '\\(' is none"),
+        ({"prompt": "x", "answer": "y", "regex": "("}, "regex '\\(' is not valid"),
         ({"prompt": "x", "answer": "y", "regex": ""}, "regex must be text"),
         ({"prompt": "x", "answer": "y", "stop": [""]}, "stop must be"),
         ({"prompt": "x", "answer": "y", "anser": "y"}, "'anser': not understood"),

@@ -115,7 +115,7 @@ def test_bad_options_are_refused_and_leave_no_trace(
 @pytest.mark.parametrize("refresh", [1, -1])
 def test_only_griffin_chooses_anew(tiny: TinyModels, method: str, refresh: int) -> None:
     model = tiny(method=method).model
-    message = f"refresh chooses griffin's neurons anew, but the artifact's sparse path is {method}"
+    message = f"refresh applies to griffin, but the artifact's sparse path is {method}"
     with pytest.raises(ConfigError, match=message):
         model.generate(PROMPT, refresh=refresh)
     assert model.generate(PROMPT, refresh=0, max_new_tokens=3).tokens == (

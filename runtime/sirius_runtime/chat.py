@@ -91,7 +91,7 @@ class Chat:
         message instead, which the answer continues. variables: whatever else the template reads
         (`enable_thinking`, …).
 
-        Raises GenerationError for messages that are none or that the template refuses, and
+        Raises GenerationError for invalid messages and for those that the template refuses, and
         ArtifactError for a template that can't be read, fails, or goes beyond the limits.
         """
         if continue_final_message and add_generation_prompt:

@@ -1,9 +1,8 @@
 """What all command lines share: how they end, their streams, and how they read text, numbers and
 paths.
 
-A command ends with 0, with 2 where the user can mend it, with 70 for a bug, and with 130 after
-Ctrl-C; each with a message and none with a traceback. A reader that has gone (``| head``) has what
-it wanted: 0.
+The exit code is 0, 2 for an error that the user can fix, 70 for a bug, and 130 after Ctrl-C. Errors
+print a message and no traceback. A closed reader (``| head``) is not an error: 0.
 """
 
 from __future__ import annotations
@@ -243,8 +242,8 @@ def read_path(text: str | Path) -> Path:
             path = path.expanduser()
     except RuntimeError as error:
         raise ConfigError(
-            f"{shown(str(text))} begins with the name of a user whom this machine does not know; "
-            "write ./~… where a file of that name is meant"
+            f"{shown(str(text))} begins with ~ and a user that this machine does not have; write "
+            "./~… for a file of that name"
         ) from error
     for part in path.parts:
         if (size := len(os.fsencode(part))) > _NAME_BYTES:

@@ -1,6 +1,6 @@
 """Errors: one root; every message names the thing, the reason and the way out.
 
-`UserError` is for faults that the user can mend (a wrong flag, a bad file, an unsupported model);
+`UserError` is for faults that the user can fix (a wrong flag, a bad file, an unsupported model);
 the command lines print its message alone and exit with its `exit_code`. Any other `SiriusError` is
 a bug.
 """
@@ -17,7 +17,7 @@ class SiriusError(Exception):
 
 
 class UserError(SiriusError):
-    """A fault that the user can mend (exit code 2)."""
+    """A fault that the user can fix (exit code 2)."""
 
     exit_code = 2
 
@@ -65,7 +65,7 @@ class GraphMismatchError(UserError):
 
 
 class ReproductionError(UserError):
-    """A machine that computes something else of an artifact than the one that compiled it."""
+    """This machine's results for an artifact differ from those of the machine that compiled it."""
 
     exit_code = 1
 
@@ -80,4 +80,4 @@ def shown(value: str) -> str:
 
 
 class KernelError(SiriusError):
-    """A kernel that computes something else than its reference: a bug of the kernel."""
+    """A kernel's result differs from its reference's: a bug of the kernel."""

@@ -194,7 +194,7 @@ def _from_document(
 def _dtype_of(name: str) -> torch.dtype:
     dtype = dtype_of(name)
     if dtype not in DTYPES:
-        raise ArtifactError(f"graph: dtype {name!r} is none that graphs compute in")
+        raise ArtifactError(f"graph: dtype {name!r} is not one that graphs may use")
     return dtype
 
 

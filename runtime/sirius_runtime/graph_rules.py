@@ -29,7 +29,7 @@ from sirius_runtime.graph_sizes import (
 
 MOST_ELEMENTS = 2**33
 """Most elements of one result, unknown sizes counted as 1: more would only fill the memory."""
-_NO_END = 2**62  # a slice's end from here on is none
+_NO_END = 2**62  # a slice's end from here on means "to the end"
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def promoted(*values: Operand) -> torch.dtype:
 
 
 def floating(dtype: torch.dtype) -> torch.dtype:
-    """What a function of real numbers makes of a dtype."""
+    """The result dtype of a function of real numbers."""
     return dtype if dtype.is_floating_point else torch.float32
 
 
@@ -691,11 +691,11 @@ def filled(value: Number, dtype: torch.dtype) -> torch.dtype:
         return dtype
     if dtype.is_floating_point:
         limit = torch.finfo(dtype).max
-        need(not math.isfinite(value) or -limit <= value <= limit, f"{value} is none of {dtype}")
+        need(not math.isfinite(value) or -limit <= value <= limit, f"{value} does not fit {dtype}")
     else:
         range_ = torch.iinfo(dtype)
         there = math.isfinite(value) and range_.min <= value <= range_.max
-        need(there, f"{value} is none of {dtype}")
+        need(there, f"{value} does not fit {dtype}")
     return dtype
 
 

@@ -1,4 +1,4 @@
-"""JSON of files of strangers: read only where it can't take much more memory than its text."""
+"""Reads untrusted JSON, if its values can't take much more memory than its text."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ to a hundred bytes, so that short ones would take fifty times their text.
 
 
 def read(data: bytes, most: int = MOST_VALUES) -> JSON:
-    """The value of a JSON text; raises ValueError for what is none, or has more values than `most`,
-    and RecursionError for what is too deep.
+    """The value of a JSON text. Raises ValueError if the text is not JSON or has more than `most`
+    values, and RecursionError if it is nested too deeply.
     """
     if sum(map(data.count, (bytes([mark]) for mark in _MARKS))) > most:
         raise ValueError(f"it has more than {most} values")

@@ -30,10 +30,10 @@ class Draft(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What the full path makes of a draft, node by node.
+    """The full path's decision on a draft, node by node.
 
     `passes` [B, N] bool: the node's token is kept if its parent's is. `corrections` [B, N] int64:
-    the token to emit after the node where a token after it was refused, `bonuses` where none was
+    the token to emit after the node if a child was refused. `bonuses`: the same if no child was
     judged.
     """
 

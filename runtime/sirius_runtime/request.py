@@ -288,8 +288,8 @@ def _refresh(options: Options, program: ProgramSpec) -> int:
         return program.period.refresh
     if options.refresh and not program.sparsity.method.per_prompt:
         raise ConfigError(
-            f"refresh chooses griffin's neurons anew, but the artifact's sparse path is "
-            f"{program.sparsity.method}, which chooses them for every token"
+            f"refresh applies to griffin, but the artifact's sparse path is "
+            f"{program.sparsity.method}, which has no neurons that are selected once per prompt"
         )
     return options.refresh
 

@@ -1,9 +1,9 @@
 """The Jinja environment of chat templates: transformers' own, sandboxed, and within limits.
 
-A template comes with an artifact, from a stranger. The sandbox keeps it from other objects, but
-would let it loop for ever or fill the memory. So every step of a loop, every call and every text
-that is made is counted, and the size of a result that can grow is estimated first. A template over
-the limits raises `TemplateLimitError`.
+A template comes with an untrusted artifact. The sandbox hides other objects from it, but does not
+stop endless loops or memory use. So every step of a loop, every call and the length of every text
+is counted, and the size of a result that can grow is estimated first. A template over the limits
+raises `TemplateLimitError`.
 
 Only this module imports jinja2; it is itself imported when a template is first rendered.
 """
@@ -104,7 +104,7 @@ def weigh(value: Any) -> int:
 
 
 def _check_growth(name: str, values: Sequence[Any]) -> None:
-    """Estimates what the operation `name` makes of `values`, the first of which it is called on."""
+    """Estimates the size of the result of `values[0]`'s operation `name` on the other values."""
     parts = [weigh(value) for value in values]
     bound = sum(parts)
     if name in _TIMES_ARGUMENTS and parts:
@@ -117,7 +117,7 @@ def _check_growth(name: str, values: Sequence[Any]) -> None:
 
 
 def _number(name: str, values: Sequence[Any]) -> int:
-    """The largest number that sets how much the operation makes; 0 if there is none."""
+    """The largest number that determines the result's size; 0 if there is none."""
     if name in _FORMATS and isinstance(values[0], str):
         if _COMPUTED_WIDTH.search(values[0]):
             raise TemplateLimitError(f"{name} takes a width from its arguments")

@@ -1,8 +1,8 @@
-"""Guards around a stranger's `tokenizer.json`: what is refused before the tokenizers library reads
-it, and what the library's own failures become.
+"""Guards against an untrusted `tokenizer.json`: checks before the tokenizers library reads it, and
+errors for the library's own failures.
 
-The library is compiled code that can't be interrupted, so what could keep it busy for ever is
-looked for in the file. It refuses patterns that are too long to compile cheaply; patterns that
+The library is compiled code that can't be interrupted, so the file is searched for anything that
+could keep it busy forever. It refuses patterns that are too long to compile cheaply; patterns that
 repeat a repetition or a branch, whose search may take unbounded time; and replacements that make a
 text much longer. The guard is partial: a pattern that takes time quadratic in the text is let
 through, as those of well-known tokenizers do too.

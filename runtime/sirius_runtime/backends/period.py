@@ -80,7 +80,7 @@ class AotiBackend(PeriodBackend):
             _build(self, path, progress)
         try:
             self._compiled = torch._inductor.aoti_load_package(str(path))
-        except Exception as error:  # whatever the loader makes of a damaged file
+        except Exception as error:  # a damaged file may raise any exception in the loader
             raise BackendError(
                 f"the compiled period {path} can't be loaded ({error!r}); delete it, and it is "
                 "built again"

@@ -121,7 +121,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
         "--refresh",
         type=whole_number,
         metavar="N",
-        help="periods until griffin chooses neurons anew",
+        help="periods between griffin's selections of neurons",
     )
     parser.add_argument(
         "--fallback",

@@ -29,8 +29,8 @@ def _run(args: argparse.Namespace) -> None:
     say(json.dumps(to_json(found)) if args.json else plain(told(found)))
     if found.outcome is Outcome.DIFFERENT:
         raise ReproductionError(
-            "this machine computes something else than the compiling one. Where SIRIUS_KERNELS=0 "
-            "sirius verify says otherwise, a kernel is wrong here: report it, with the CPU's model"
+            "this machine's results differ from the compiling machine's. If sirius verify succeeds "
+            "with SIRIUS_KERNELS=0, a kernel is wrong here: report it, with the CPU's model"
         )
 
 
@@ -77,6 +77,6 @@ COMMAND = Command(
     "check an artifact, and that this machine computes what the compiling one did",
     _add_arguments,
     _run,
-    epilog="Exit code: 0 where the artifact is sound and is reproduced, or holds no self-test; 1 "
-    "where this machine computes something else; 2 where the artifact is not sound.",
+    epilog="Exit code: 0 if the artifact is sound and is reproduced, or has no self-test; 1 "
+    "if this machine's results differ; 2 if the artifact is not sound.",
 )

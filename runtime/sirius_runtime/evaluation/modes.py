@@ -32,7 +32,7 @@ class ModeChoice:
 
 
 def read_modes(text: str) -> tuple[ModeChoice, ...]:
-    """Modes from a comma-separated list. Raises ConfigError for what is none, or comes twice."""
+    """Modes from a comma-separated list. Raises ConfigError for an unknown or repeated mode."""
     modes: list[ModeChoice] = []
     for item in text.split(","):
         name, colon, number = item.strip().partition(":")

@@ -281,7 +281,7 @@ def _pattern(line: Line) -> re.Pattern[str] | None:
     try:
         return re.compile(text)
     except re.error as error:
-        raise line.fault(f"regex {shown(text)} is none ({error}); mend it") from error
+        raise line.fault(f"regex {shown(text)} is not valid ({error}); correct it") from error
 
 
 def _messages(line: Line) -> Messages:

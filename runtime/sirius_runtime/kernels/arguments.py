@@ -49,7 +49,7 @@ def is_vector(bias: Tensor | None, dtype: torch.dtype) -> bool:
 
 
 # Operands as ``csrc/operands.h`` has them: addresses and true sizes, which the kernels compare.
-# What is none is null and zeros.
+# For None: a null pointer and zeros.
 
 
 def address(tensor: Tensor | None) -> int:

@@ -1,4 +1,4 @@
-"""The loaded library, whether it is to be used, and the one warning where there is none."""
+"""Loads the kernel library, decides whether to use it, and warns once if it is missing."""
 
 from __future__ import annotations
 

@@ -32,5 +32,5 @@ def is_vector(vector: Tensor | None, dtype: torch.dtype, device: torch.device, s
 
 
 def given(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """`tensor`, or any pointer at all where the kernel is told that there is none."""
+    """`tensor`; for None any tensor, which the kernel is told not to read."""
     return stand_in if tensor is None else tensor

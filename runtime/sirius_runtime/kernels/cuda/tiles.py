@@ -141,7 +141,7 @@ def attention_parts(slots: int, tile: AttentionTile, blocks: int, device: torch.
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """The GPU's SMs; where there is none, those of a small one."""
+    """The number of the GPU's SMs; without a GPU, that of a small one."""
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
