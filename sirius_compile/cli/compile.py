@@ -66,7 +66,7 @@ def compile_artifact(
     verify_temperature: Annotated[float, typer.Option(help="Softmax temperature of it.")] = 0.6,
     confidence: Annotated[
         float | None,
-        typer.Option(help="Draft on while its probability is this. Default: as measured, or 0."),
+        typer.Option(help="Stop drafting below this probability. Default: as measured, or 0."),
     ] = None,
     refresh: Annotated[
         int, typer.Option(help="griffin: periods between selections of neurons; 0: select once.")
