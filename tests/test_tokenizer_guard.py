@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,30 @@ def split(pattern: str) -> JSON:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
+def template(times: int, ids: int, single: JSON = None) -> JSON:
+    """A template that puts a special token, of so many ids, before a text so many times."""
+    special = {"id": "<s>", "ids": [1] * ids, "tokens": ["<s>"] * ids}
+    piece, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A"}}
+    return {
+        "type": "TemplateProcessing",
+        "single": single or [*[piece] * times, text],
+        "pair": [text],
+        "special_tokens": {"<s>": special},
+    }
+
+
+def charsmap(longest: int) -> JSON:
+    """A map of characters, of an empty trie, that writes a text of so many."""
+    texts = b"a\0" + "\u00e9".encode() * longest + b"\0"
+    data = base64.b64encode((0).to_bytes(4, "little") + texts).decode()
+    return {"type": "Precompiled", "precompiled_charsmap": data}
+
+
+def words(**parts: JSON) -> JSON:
+    return {**tokenizer()["model"], **parts}
+
+
+WORD = "w" * 8193
 REFUSED: dict[str, tuple[JSON, str]] = {
     "nested": (tokenizer(pre_tokenizer=split("(a+)+b")), "repeats what repeats"),
     "deep inside": (
@@ -96,6 +121,32 @@ REFUSED: dict[str, tuple[JSON, str]] = {
     "prepended": (
         tokenizer(normalizer={"type": "Prepend", "prepend": "a" * 1000}),
         "lengthen a text up to 1000 times",
+    ),
+    "a long map": (tokenizer(normalizer=charsmap(100)), "lengthen a text up to 100 times"),
+    "a map and more": (
+        tokenizer(normalizer=sequence(charsmap(18), replace("aaaa", String="a"))),
+        "lengthen a text up to 72 times",
+    ),
+    "a template": (tokenizer(post_processor=template(257, 1)), "templates add 257 tokens"),
+    "of large tokens": (tokenizer(post_processor=template(20, 2000)), "add 40000 tokens"),
+    "as text": (tokenizer(post_processor=template(0, 300, "<s>:0 $A:0")), "add 300 tokens"),
+    "as texts": (tokenizer(post_processor=template(0, 300, ["<s>:0", "$A:0"])), "add 300 tokens"),
+    "of several": (
+        tokenizer(post_processor={"type": "Sequence", "processors": [template(100, 1)] * 3}),
+        "templates add 300 tokens",
+    ),
+    "a long word": (tokenizer(model=words(vocab={WORD: 0})), "a text of 8193 characters"),
+    "a long piece": (
+        tokenizer(model={"type": "Unigram", "unk_id": 0, "vocab": [["a", 0], [WORD, -1]]}),
+        "a text of 8193 characters",
+    ),
+    "a long prefix": (
+        tokenizer(model=words(continuing_subword_prefix=WORD)),
+        "a text of 8193 characters",
+    ),
+    "a long added token": (
+        tokenizer(added_tokens=[{"id": 0, "content": WORD}]),
+        "a text of 8193 characters",
     ),
     "a list": ([], "it is not an object"),
 }
@@ -123,6 +174,26 @@ def test_a_tokenizer_as_others_is_read() -> None:
     check_tokenizer(json.dumps(tokenizer()).encode())
     spaces = sequence({"type": "Prepend", "prepend": "▁"}, replace("▁", String=" "))
     check_tokenizer(json.dumps(tokenizer(normalizer=spaces)).encode())
+    others = tokenizer(normalizer=charsmap(18), post_processor=template(2, 1))
+    check_tokenizer(json.dumps(others).encode())
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"model": None},
+        {"model": []},
+        {"model": {"vocab": [[], 7, [1]]}},
+        {"post_processor": {"special_tokens": {"<s>": {"ids": 7}}, "single": 7}},
+        {"post_processor": {"special_tokens": [], "single": [[]]}},
+        {"post_processor": {"special_tokens": {"a": 1}, "single": [{"SpecialToken": {"id": []}}]}},
+        {"normalizer": {"precompiled_charsmap": 7}},
+        {"normalizer": {"precompiled_charsmap": "no base64!"}},
+        {"normalizer": {"precompiled_charsmap": ""}},
+    ],
+)
+def test_what_is_no_tokenizer_is_left_to_the_library(part: JSON) -> None:
+    check_tokenizer(json.dumps(tokenizer(**part)).encode())
 
 
 @pytest.fixture(scope="module")

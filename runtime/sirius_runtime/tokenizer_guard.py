@@ -3,13 +3,15 @@ errors for the library's own failures.
 
 The library is compiled code that can't be interrupted, so the file is searched for anything that
 could keep it busy forever. It refuses patterns that are too long to compile cheaply; patterns that
-repeat a repetition or a branch, whose search may take unbounded time; and replacements that make a
-text much longer. The guard is partial: a pattern that takes time quadratic in the text is let
-through, as those of well-known tokenizers do too.
+repeat a repetition or a branch, whose search may take unbounded time; and whatever makes a text or
+its tokens much longer: replacements, maps of characters, templates, long words. The guard is
+partial: a pattern that takes time quadratic in the text is let through, as those of well-known
+tokenizers do too.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,12 @@ MOST_REPEATED = 64
 """Of a counted repetition of more than one character."""
 MOST_GROWTH = 64
 """Times that all replacements together may lengthen a text."""
+MOST_ADDED = 256
+"""Tokens that all templates together may put around a text: the library would end the process
+where it has no memory for them.
+"""
+LONGEST_WORD = 8192
+"""Characters of a token's text; those of well-known tokenizers have some hundreds."""
 
 
 def check_tokenizer(content: bytes) -> None:
@@ -41,6 +49,8 @@ def check_tokenizer(content: bytes) -> None:
         raise ArtifactError(f"it is not JSON ({error})") from error
     if not isinstance(document, dict):
         raise ArtifactError("it is not an object")
+    _check_words(document)
+    _check_templates(document.get("post_processor"))
     growth, length = 1.0, 0
     for name, part in document.items():
         if name == "model":
@@ -61,10 +71,69 @@ def check_tokenizer(content: bytes) -> None:
                 value = rule.get(written)
                 if isinstance(value, str) and (pattern is not None or written != "content"):
                     growth *= max(1.0, len(value) / max(len(text), 1))
+            if "precompiled_charsmap" in rule:
+                growth *= max(1.0, _longest_of_map(rule["precompiled_charsmap"]))
     if growth > MOST_GROWTH:
         raise ArtifactError(
             f"its replacements lengthen a text up to {growth:.0f} times, at most {MOST_GROWTH}"
         )
+
+
+def _check_words(document: dict[str, JSON]) -> None:
+    """A token's text comes once for each time that a model writes it."""
+    model = document.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    words: list[JSON] = []
+    if isinstance(vocabulary, dict):
+        words += vocabulary
+    elif isinstance(vocabulary, list):  # pairs of a word and its score
+        words += [pair[0] for pair in vocabulary if isinstance(pair, list) and pair]
+    rest = {name: part for name, part in document.items() if name != "model"}
+    rest["model"] = {k: v for k, v in (model or {}).items() if isinstance(v, str)} if model else {}
+    for rule in _objects(rest):
+        words += [v for k, v in rule.items() if k not in ("precompiled_charsmap", "Regex")]
+    longest = max((len(word) for word in words if isinstance(word, str)), default=0)
+    if longest > LONGEST_WORD:
+        raise ArtifactError(f"it has a text of {longest} characters, at most {LONGEST_WORD} are")
+
+
+def _check_templates(processor: JSON) -> None:
+    added = 0
+    for rule in _objects(processor):
+        special = rule.get("special_tokens")
+        if not isinstance(special, dict):
+            continue
+        sizes = {
+            name: max(len(token.get(k) or ()) for k in ("ids", "tokens"))
+            for name, token in special.items()
+            if isinstance(token, dict)
+            and all(isinstance(token.get(k), list | None) for k in ("ids", "tokens"))
+        }
+        for side in ("single", "pair"):
+            pieces = [one.get("SpecialToken") for one in _objects(rule.get(side))]
+            names = [piece.get("id") for piece in pieces if isinstance(piece, dict)]
+            added += sum(sizes.get(name, 1) for name in names if isinstance(name, str))
+            if isinstance(written := rule.get(side), str | list):  # "$A </s>", or a list of such
+                words = written.split() if isinstance(written, str) else written
+                named = [word.partition(":")[0] for word in words if isinstance(word, str)]
+                added += sum(sizes.get(name, 0) for name in named)
+    if added > MOST_ADDED:
+        raise ArtifactError(f"its templates add {added} tokens to a text, at most {MOST_ADDED} are")
+
+
+def _longest_of_map(written: JSON) -> int:
+    """The longest text that a map of characters (of SentencePiece) writes for one.
+
+    Four bytes little-endian, the size of a trie; the trie; texts, each ended by a zero byte.
+    """
+    if not isinstance(written, str):
+        return 0
+    try:
+        data = base64.b64decode(written, validate=True)
+    except ValueError:
+        return 0  # which the library refuses
+    texts = data[4 + int.from_bytes(data[:4], "little") :]
+    return max((len(text.decode(errors="replace")) for text in texts.split(b"\0")), default=0)
 
 
 def _text_of(pattern: JSON) -> str:

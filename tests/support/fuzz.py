@@ -11,6 +11,7 @@ A case depends on its number alone: ``python -m tests.support.fuzz 1234`` runs o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from sirius_runtime.model import SiriusModel
 
 SECONDS = 20  # of processor time, of one case
+TEXT = "w7 w50 <s>  w11\n\u00e9\ufdfa\U0001f600 </s2>w60"
 MODULE = ("-m", "tests.support.fuzz")
 """What a child process runs."""
 _STUCK = 120  # of any time: it waits for something
@@ -140,6 +142,7 @@ class _Guarded:
         for name in corpus(self._what.names):
             path = unpack(name, self._folder)
             tokens = _generate(path, name)  # kernels are built, and modules imported
+            _look_at(path)
             self._sound[name] = Sound.read(name, path, tokens)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (_WRITTEN, _WRITTEN))
@@ -201,6 +204,8 @@ def outcome_of(path: Path, one: Changed, generate: bool) -> tuple[str, str]:
         if not generate:
             _load(path, one.sound.name)
             return "loaded", ""
+        with contextlib.suppress(UserError):
+            _look_at(path)
         tokens = _generate(path, one.sound.name)
     except UserError as error:
         return "refused", str(error)[:300]
@@ -228,9 +233,27 @@ def _load(path: Path, name: str) -> SiriusModel:
     return model
 
 
+def _look_at(path: Path) -> None:
+    """What other commands do with it."""
+    from sirius_runtime.artifact import Artifact
+    from sirius_runtime.cli.inspect import describe, read_entry
+    from sirius_runtime.cli.inspect_page import page
+    from sirius_runtime.cli.verify import to_json, told
+    from sirius_runtime.verification import verify
+
+    with Artifact.open(path) as artifact:
+        lines = describe(artifact.manifest)
+        entries = [entry.name for entry in artifact.program.entries]
+        page(artifact.manifest, lines, {name: read_entry(artifact, name) for name in entries})
+    found = verify(path)
+    json.dumps([told(found), to_json(found)])
+
+
 def _generate(path: Path, name: str) -> list[int]:
-    """Loads and generates."""
+    """Loads, encodes a text and generates."""
     model = _load(path, name)
+    if model.tokenizer is not None:
+        model.encode(TEXT)
     period = None if model.backend.limits is not None else 3
     output = model.generate(input_ids=[PROMPT], max_new_tokens=3, period=period, fallback=False)
     return list(output.tokens[0])
