@@ -180,9 +180,9 @@ class Decoder:
         resizable: bool = True,
         scorer: Scorer | None = None,
     ) -> None:
-        """refresh: periods after which `griffin` chooses its neurons anew, from the prompt and the
-        tokens verified so far; 0: never. rows: those that graphs were compiled for: the batch is
-        filled up with rows that are never active. resizable: whether `select` can leave rows out.
+        """refresh: periods after which `griffin` selects its neurons again, from the prompt and the
+        tokens verified so far; 0: never. rows: the number that graphs were compiled for; the batch
+        is filled up with inactive rows. resizable: whether `select` can leave rows out.
         """
         self.state, self.resizable = state, resizable
         self._ways, self._choose, self._clock = ways, choose, clock

@@ -97,9 +97,9 @@ def load(
     process that is forked once something was generated on several threads can't generate on
     several: start it by spawn.
 
-    copy: read the file into memory, once, at the price of its size; then nothing that happens to it
-    matters. A file that is mapped must stay as it is while the model is in use. `generate` looks at
-    its size and time before and after, and raises ArtifactError where they have changed; but a file
+    copy: read the whole file into memory once; later changes to the file then have no effect. A
+    mapped file must not be written to while the model is in use. `generate` compares its size and
+    time before and after, and raises ArtifactError if they have changed; but a file
     that is cut short in between kills the process (SIGBUS). Another file that is renamed over it,
     as sirius-compile does it, or its removal, changes nothing.
 

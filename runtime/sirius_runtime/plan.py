@@ -20,7 +20,7 @@ class Plan(Asked):
     """A draft of at most `period` - 1 levels (K - 1) of `width` nodes, and what accepts it.
 
     `confidence` in [0, 1]: the probability below which a row's draft stops (0: never). `observes`:
-    verification adds to the statistic of griffin's neurons; `refreshes`: they are chosen anew at
+    verification adds to the statistic of griffin's neurons; `refreshes`: they are selected again at
     the end.
 
     Raises ConfigError for a value out of its range.

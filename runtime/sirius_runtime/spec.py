@@ -174,8 +174,8 @@ class SparsitySpec:
 @dataclass(frozen=True)
 class PeriodSpec(RuleOptions):
     """Defaults of the period: `period` tokens (K) in trees of `tree_width` (w), what its rules ask
-    for, the `confidence` that a draft needs to go on, and the periods after which `griffin` chooses
-    its neurons anew (`refresh`; 0: never).
+    for, the `confidence` that a draft needs to go on, and the periods after which `griffin` selects
+    its neurons again (`refresh`; 0: never).
 
     `period` and `tree_width` are also the static shapes of the entry `period`, and `rules` are
     those that it knows, in the order of its input `rule`.
