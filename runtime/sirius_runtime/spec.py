@@ -204,7 +204,7 @@ class DraftingSpec:
 
 @dataclass(frozen=True)
 class AcceptanceSpec:
-    """How far the sparse path's drafts got on text held out, as the compiler measured it: `drafts`
+    """How far the sparse path's drafts got on held-out text, as the compiler measured it: `drafts`
     of `texts`, judged with this `threshold` and `verify_temperature`, teacher-forced.
 
     `density`: of the sparse steps. `agreement`: share of tokens that were the full path's own.

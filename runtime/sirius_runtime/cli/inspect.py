@@ -129,8 +129,8 @@ def describe(manifest: Manifest) -> list[str]:
     if (acceptance := program.acceptance) is not None:
         best = acceptance.best
         lines.append(
-            f"drafts     {acceptance.agreement:.1%} of their tokens are the full path's, on text "
-            f"held out; best: period {best.period}, AAL {best.aal:.2f}, effective density "
+            f"drafts     {acceptance.agreement:.1%} of tokens agree with the full path on "
+            f"held-out text; best: period {best.period}, AAL {best.aal:.2f}, effective density "
             f"{best.effective_density:.3f}"
         )
     lines += [
