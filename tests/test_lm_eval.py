@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -14,17 +15,18 @@ import torch
 from tests.support.cli import Cli
 from tests.support.models import EOS, MAX_SEQ_LEN, Tiny, TinyModels
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (group harness)")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (group harness)")
 
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.api.registry import get_model  # noqa: E402
+from lm_eval import tasks
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 
-from sirius_runtime.errors import ConfigError, GenerationError  # noqa: E402
-from sirius_runtime.evaluation.answers import FewShotGrader  # noqa: E402
-from sirius_runtime.evaluation.evaluate import EvaluationOptions  # noqa: E402
-from sirius_runtime.evaluation.harness import evaluate_by_harness  # noqa: E402
-from sirius_runtime.evaluation.modes import read_modes  # noqa: E402
-from sirius_runtime.lm_eval import SiriusLM  # noqa: E402
+from sirius_runtime.errors import ConfigError, GenerationError
+from sirius_runtime.evaluation.answers import FewShotGrader
+from sirius_runtime.evaluation.evaluate import EvaluationOptions
+from sirius_runtime.evaluation.harness import evaluate_by_harness
+from sirius_runtime.evaluation.modes import read_modes
+from sirius_runtime.lm_eval import SiriusLM
 
 
 @pytest.fixture
@@ -141,6 +143,9 @@ filter_list:
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Tiny) -> Path:
     """A folder with data: prompts, and what the dense model answers them, but for the last."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    # Without the harness's own tasks, whose thousands of files it reads each time.
+    few = functools.partial(tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", few)
     prompts = [[7 + n, 20, 9] for n in range(4)]
     answers = [" ".join(f"w{t}" for t in llama.greedy(p, 4) if t not in EOS) for p in prompts]
     answers[-1] = "w0"
