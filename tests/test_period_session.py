@@ -175,6 +175,7 @@ def test_rows_that_end_at_different_times(pairs: Pairs, width: int, mode: str) -
         assert (tokens[-1] in ends) == (reason is FinishReason.EOS)
 
 
+@pytest.mark.slow  # in the fast suite, `test_laws_weights` keeps all by the entries
 def test_a_dense_sparse_path(pairs: Pairs) -> None:
     pair = pairs("none", 1, 4)
     assert pair.agree(RAGGED, mode="exact", max_new_tokens=25).stats.aal == 4
