@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from sirius_passes.canonicalize import Canonicalize
 from sirius_passes.program import DENSE
 from sirius_passes.recognise_mlps import RecogniseMlps
 from sirius_passes.testing import check_pass
+from tests.support.fast import slow_but
 from tests.support.graphs import HIDDEN, NEURONS, Decoder, FusedMlp, assert_prints, trace
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -95,8 +97,13 @@ SPLITS: dict[str, Split] = {
 }
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(
+    ("split", "bias"),
+    slow_but(
+        product(SPLITS, (False, True)),
+        [*((split, False) for split in SPLITS), ("slices", True), ("chunk", True)],
+    ),
+)
 def test_a_fused_linear_is_split(split: str, bias: bool) -> None:
     program = trace(lambda: Decoder(FusedMlp(SPLITS[split], bias=bias)))
     check = check_pass(program, Canonicalize(), expect={"aten.linear": (3, 4)})

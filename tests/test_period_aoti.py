@@ -240,18 +240,18 @@ def test_each_number_of_rows_and_context_is_built_for_itself(
 @pytest.mark.parametrize("context", slow_but((0, 1, 129), {129}))
 def test_a_context_out_of_range_is_refused(artifacts: Artifacts, context: int) -> None:
     with pytest.raises(ConfigError, match=rf"context must be in 2..128 .*, got {context}"):
-        artifacts("topk", 1, 2).load(context=context)
+        artifacts("griffin", 1, 4).load(context=context)
 
 
 def test_no_rows_are_refused(artifacts: Artifacts) -> None:
     with pytest.raises(ConfigError, match="rows must be >= 1, got 0"):
-        artifacts("topk", 1, 2).load(rows=0)
+        artifacts("griffin", 1, 4).load(rows=0)
 
 
 def test_a_cache_folder_that_can_t_be_written_is_named(artifacts: Artifacts, cache: Path) -> None:
     cache.parent.write_text("a file where the folder should be")
     with pytest.raises(BackendError, match=r"can't be kept in .*of sirius.*variable SIRIUS_CACHE"):
-        artifacts("topk", 1, 2).load()
+        artifacts("griffin", 1, 4).load()
 
 
 class Export:
@@ -294,7 +294,7 @@ def test_a_build_that_fails_says_why_and_what_else_there_is(
     package_by(build)
     for _ in range(2):  # nothing is left of the first that the second could take for whole
         with pytest.raises(BackendError, match=rf"can't compile .*{reason}") as caught:
-            artifacts("topk", 1, 2).load()
+            artifacts("griffin", 1, 4).load()
         assert "Use backend period or eager" in str(caught.value)
         assert caught.value.__cause__ is error
         assert list(cache.iterdir()) == []
@@ -309,4 +309,4 @@ def test_a_package_that_can_t_be_loaded_is_named(
 
     package_by(build)
     with pytest.raises(BackendError, match=r"of sirius/\w+\.pt2"):
-        artifacts("topk", 1, 2).load()
+        artifacts("griffin", 1, 4).load()

@@ -170,7 +170,7 @@ def test_the_attention_of_a_period_s_graph_is_compared(
     monkeypatch.setattr(self_check, "block_attention", wrong)
     assert "check kernels" in stages(text, sparsity="none", graphs="entries")
     with pytest.raises(KernelError, match=r"^the CPU kernel of block_attention computes .* full"):
-        stages(text, sparsity="none", graphs="torch")
+        stages(text, sparsity="griffin", period=4, graphs="torch")
 
 
 def test_without_kernels_there_is_nothing_to_say(
@@ -178,7 +178,8 @@ def test_without_kernels_there_is_nothing_to_say(
 ) -> None:
     with references():
         assert "check kernels" not in stages(text, sparsity="none")
-    assert "check kernels" not in stages(text, sparsity="none", graphs="onnx")
+    whole = {"sparsity": "griffin", "period": 4, "graphs": "onnx"}
+    assert "check kernels" not in stages(text, **whole)
     monkeypatch.setattr(native, "_loaded", {None: None})  # no compiler was found
     assert "check kernels" not in stages(text, sparsity="none")
 
