@@ -97,8 +97,13 @@ def test_a_tree_for_each_row() -> None:
     near(cached(block, 3), block.expected(3))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("window", "softcap", "sinks"), KINDS[:3:2])
+@pytest.mark.parametrize(
+    ("dtype", "window", "softcap", "sinks"),
+    slow_but(
+        ((dtype, *kind) for dtype in DTYPES for kind in KINDS[:3:2]),
+        [(DTYPES[0], *KINDS[2]), (DTYPES[1], *KINDS[0])],
+    ),
+)
 def test_a_block_that_stands_apart(
     dtype: torch.dtype, window: int | None, softcap: float | None, sinks: bool
 ) -> None:
@@ -131,8 +136,13 @@ def long_arguments(dtype: torch.dtype, tokens: int) -> list[Any]:
     return [q, k, v, *caches, at, at, length, distance, 1, 0.2]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("window", "sinks"), [(None, False), (70, True)])
+@pytest.mark.parametrize(
+    ("dtype", "window", "sinks"),
+    slow_but(
+        ((dtype, *kind) for dtype in DTYPES for kind in ((None, False), (70, True))),
+        {(torch.float32, 70, True), (torch.bfloat16, None, False)},
+    ),
+)
 def test_histories_of_several_tiles(dtype: torch.dtype, window: int | None, sinks: bool) -> None:
     last = window, None, 2 * randn(6, seed=4, dtype=dtype) if sinks else None
     with references():
