@@ -17,6 +17,7 @@ from sirius_runtime.policy import Decide, Decision, Draft, draw
 from sirius_runtime.rules import Noise
 from sirius_runtime.sampling import Sampling
 from tests.support import naive_sampling as naive
+from tests.support.fast import slow_but
 from tests.support.statistics import LEVEL, p_value
 from tests.support.toy import Loop, Toy, generate
 
@@ -68,7 +69,7 @@ def test_the_first_tokens_are_the_full_model_s(
 
 
 @every_loop
-@pytest.mark.parametrize("confidence", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("confidence", slow_but((0.2, 0.5, 0.9), {0.5}))
 def test_where_a_row_stops_drafting_does_not_matter(
     loop: Callable[[Sampling], Loop], confidence: float
 ) -> None:
@@ -78,7 +79,7 @@ def test_where_a_row_stops_drafting_does_not_matter(
 
 
 @every_loop
-@pytest.mark.parametrize("confidence", [0.0, 0.5])
+@pytest.mark.parametrize("confidence", slow_but((0.0, 0.5), {0.5}))
 def test_how_much_a_row_may_commit_does_not_matter(
     loop: Callable[[Sampling], Loop], confidence: float
 ) -> None:
