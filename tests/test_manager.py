@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sirius_passes.build_period import BuildPeriod
 from sirius_passes.canonicalize import Canonicalize
 from sirius_passes.insert_kv_cache import InsertKvCache
 from sirius_passes.lay_out_weights import LayOutWeights
@@ -48,6 +47,7 @@ from tests.support.graphs import (
     trace,
     two_layers,
 )
+from tests.support.once import BuildPeriodOnce
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
 
@@ -57,7 +57,7 @@ PASSES: list[Pass] = [
     InsertKvCache(),
     PairPaths(),
     LayOutWeights(),
-    BuildPeriod(3, 2, POSITIONS),
+    BuildPeriodOnce(3, 2, POSITIONS),
 ]
 
 
