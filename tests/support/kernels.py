@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Any
 
 import pytest
@@ -30,10 +32,18 @@ def forbid_references(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def require_compiler() -> None:
     """Skips the test, and says why, where there is no C++ compiler."""
+    if reason := _no_compiler(os.environ.get("CXX")):
+        pytest.skip(reason)
+
+
+@functools.cache
+def _no_compiler(_chosen: str | None) -> str:
+    """Why there is none, once for each that the environment names: a thousand tests ask."""
     try:
         compiler()
     except BackendError as error:
-        pytest.skip(str(error))
+        return str(error)
+    return ""
 
 
 def require(isa: InstructionSet) -> None:

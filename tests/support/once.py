@@ -40,7 +40,9 @@ def capture_once(
     """
     if _anew or not type(config).__module__.startswith("transformers."):
         return capture(config, trust_remote_code=trust_remote_code, dtype=dtype, live=live)
-    key = (type(config), config.to_json_string(use_diff=False), dtype, _outline(live))
+    said = json.loads(config.to_json_string(use_diff=False))
+    said.pop("_name_or_path", None)  # the folder that it lies in
+    key = (type(config), json.dumps(said, sort_keys=True), dtype, _outline(live))
     if key not in _captured:
         _captured[key] = capture(
             config, trust_remote_code=trust_remote_code, dtype=dtype, live=live
