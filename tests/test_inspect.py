@@ -23,8 +23,14 @@ from tests.support.browser import Reader, look
 from tests.support.cli import Cli
 from tests.support.golden_artifacts import unpack
 from tests.support.models import TinyModels
+from tests.support.mutations import nested
 
-HOSTILE = "</style><script>document.title='owned'</script><img src=//x onerror=y>\x1b[2J\u202e&\"'"
+HOSTILE = (
+    "\ud800</style><script>document.title='owned'</script>"
+    "<img src=//x onerror=y>\x1b[2J\u202e&\"'"
+)
+    "\ud800</style><script>document.title='owned'</script><img src=//x onerror=y>\x1b[2J\u202e&\"'"
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +133,7 @@ NO_GRAPHS: list[JSON] = [
     {"nodes": [{"name": "x", "op": "call", "target": "t", "args": [{"node": "nothing"}]}]},
     {"nodes": [{"name": "x", "op": "call", "target": "t", "args": [{"node": []}]}]},
     {"nodes": [{"name": "x", "op": "weight"}]},
+    {"nodes": [{"name": "x", "op": "call", "target": "t", "args": nested(450)}]},
     {"nodes": [{"name": "x", "op": "graph", "graph": {"nodes": [{"name": "y"}]}}]},
 ]
 

@@ -76,7 +76,7 @@ def read_graph(document: JSON) -> Graph:
     """A graph document, for its reader. Raises ArtifactError where it is not one."""
     try:
         return _read(document, 0)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"not a graph document ({error!r:.200})") from error
 
 

@@ -244,7 +244,8 @@ def _look_at(path: Path) -> None:
     with Artifact.open(path) as artifact:
         lines = describe(artifact.manifest)
         entries = [entry.name for entry in artifact.program.entries]
-        page(artifact.manifest, lines, {name: read_entry(artifact, name) for name in entries})
+        graphs = {name: read_entry(artifact, name) for name in entries}
+        page(artifact.manifest, lines, graphs).encode()
     found = verify(path)
     json.dumps([told(found), to_json(found)])
 

@@ -18,10 +18,11 @@ PROMPT = [7, 8, 9]
 _VALUES: tuple[JSON, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, 64, 127, 2**31, 2**63 - 1, 2**63, -(2**63), 10**30),
     *(0.0, 0.5, -0.5, 1.5, 1e308, float("inf"), float("nan"), {"float": "nan"}, {"float": "inf"}),
-    *("", "x", "model", "B", "T", "\x1b[2J", "../x", "__class__", "inf", "self", "torch"),
+    *("", "x", "\ud800", "model", "B", "T", "\x1b[2J", "../x", "__class__", "inf", "self", "torch"),
     *([], {}, [0], [[]], {"node": "x"}, {"dtype": "float64"}, {"dtype": "complex64"}),
     *({"dtype": "model"}, {"device": "cuda"}, {"layout": "torch.sparse_coo"}, {"graph": {}}),
 )
+_DEPTH = 450  # of lists: too deep for Python's functions, and not for its JSON
 _TARGETS = (
     *("aten._reshape_alias.default", "aten.segment_reduce.default", "aten.as_strided.default"),
     *("aten.resize_.default", "aten.set_.source_Storage", "aten.add_.Tensor", "aten.neg.default"),
@@ -38,6 +39,9 @@ def mutated(text: str, chance: random.Random) -> JSON:
     every = list(containers(document))
     container = chance.choices(every, [len(c) for c in every])[0]
     key = chance.choice(keys_of(container))
+    if chance.random() < 0.01:
+        container[key] = nested(_DEPTH)
+        return document
     match chance.randrange(8):
         case 0:
             del container[key]
@@ -64,6 +68,14 @@ def mutated(text: str, chance: random.Random) -> JSON:
         case _:
             container[key] = copy.deepcopy(chance.choice(_VALUES))
     return document
+
+
+def nested(depth: int) -> JSON:
+    """A list in a list in a list…"""
+    value: JSON = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def containers(document: JSON) -> Iterator[Any]:

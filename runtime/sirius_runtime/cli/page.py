@@ -36,5 +36,8 @@ def document(title: str, style_file: Path, body: Iterable[str]) -> str:
 
 
 def escaped(value: object) -> str:
-    """Any text as a part of the page, in its text or in a quoted attribute."""
-    return html.escape(without_controls(str(value)))
+    """Any text as a part of the page, in its text or in a quoted attribute; what UTF-8 has no bytes
+    for (lone surrogates) as Python writes it in a string.
+    """
+    text = str(value).encode(errors="backslashreplace").decode()
+    return html.escape(without_controls(text))
