@@ -543,7 +543,7 @@ def test_state_and_kept_weights_stay_on_the_device(
 
 def test_graphs_that_the_runtime_is_too_old_for(pairs: Pairs, tmp_path: Path) -> None:
     path = tmp_path / "new.sirius"
-    path.write_bytes(pairs("topk").path.read_bytes())
+    path.write_bytes(pairs("griffin").path.read_bytes())
 
     def from_the_future(entries: dict[str, bytes]) -> None:
         for name in entries:
@@ -561,7 +561,7 @@ def test_graphs_that_the_runtime_is_too_old_for(pairs: Pairs, tmp_path: Path) ->
 
 
 def test_limits_of_the_period(pairs: Pairs) -> None:
-    model = pairs("topk").onnx
+    model = pairs("griffin").onnx
     for options, message in (
         ({"period": 5}, r"period must be in 1..4 here"),
         ({"tree_width": 2}, "tree_width must be 1 here"),
@@ -577,7 +577,7 @@ def test_limits_of_the_period(pairs: Pairs) -> None:
 @pytest.mark.parametrize("kind", ["host", "device"])
 def test_caches_are_written_in_place(pairs: Pairs, kind: str) -> None:
     """The graph that writes a device's caches, on the CPU, does what NumPy does."""
-    backend = pairs("topk").onnx.backend
+    backend = pairs("griffin").onnx.backend
     assert isinstance(backend, OnnxBackend)
     generator = np.random.default_rng(0)
 
@@ -618,7 +618,7 @@ def test_tokens_are_the_same_with_caches_of_a_device(
 
 
 def test_streams_and_arrays(pairs: Pairs) -> None:
-    pair, shown = pairs("topk"), []
+    pair, shown = pairs("griffin"), []
     tokenizer = pair.onnx.tokenizer
     assert tokenizer is not None
     stream = TextStream(tokenizer, shown.append)
