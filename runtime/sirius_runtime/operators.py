@@ -138,6 +138,7 @@ _ROWS = (
         dense=None,
         cpu=cpu_linear.linear,
         cuda="linear",
+        rule=linear.linear_rule,
     ),
     Operator(
         "linears(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]",
@@ -147,6 +148,14 @@ _ROWS = (
         dense=None,
         cpu=cpu_linear.linears,
         cuda="linear",
+    ),
+    Operator(
+        "embedding(Tensor weight, Tensor ids, ScalarType dtype) -> Tensor",
+        linear.embedding,
+        linear.fake_embedding,
+        shares_choice=False,
+        dense=None,
+        rule=linear.embedding_rule,
     ),
     Operator(
         "sparse_linear(Tensor x, Tensor weight, Tensor? bias, float threshold) -> (Tensor, Tensor)",

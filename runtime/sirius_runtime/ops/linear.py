@@ -1,7 +1,8 @@
-"""Linears, and linears that skip input channels (TEAL, arXiv 2408.14690).
+"""Linears, linears that skip input channels (TEAL, arXiv 2408.14690), and embeddings.
 
 The weight of those that skip is input-major, [C, O]: a channel is one contiguous row, so that
-skipping it skips the row. The reference computes every channel and masks.
+skipping it skips the row. The reference computes every channel and masks. Weights may be nested,
+in the layout that is read so: see `sirius_runtime.nested`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sirius_runtime import nested
 from sirius_runtime.graph_rules import Array, made, need
+from sirius_runtime.graph_sizes import Size
+from sirius_runtime.nested import Layout, is_nested
 from sirius_runtime.ops.rules import (
     counts,
+    need_dtype,
     need_finite,
+    need_matrix,
     need_model,
-    need_rank,
     need_shape,
     need_some,
     tokens,
@@ -25,12 +30,12 @@ from sirius_runtime.ops.rules import (
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., C], weight [O, C], bias [O]; returns [..., O].
+    """x [..., C], weight [O, C] or nested in either layout, bias [O]; returns [..., O].
 
-    Graphs say ``aten.linear``; the eager back end runs this in its place on the CPU, where a kernel
-    stands behind it.
+    Where the weight is not nested, graphs say ``aten.linear``; the eager back end runs this in its
+    place on the CPU, where a kernel stands behind it.
     """
-    return F.linear(x, weight, bias)
+    return nested.product(x, weight, bias) if is_nested(weight) else F.linear(x, weight, bias)
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -39,7 +44,16 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
     No graph says so: device graphs call it for the queries, keys and values of a layer, which are
     then one call of a kernel.
     """
-    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def embedding(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` [B, T], int64, of a nested weight [V, C] by outputs: [B, T, C] of `dtype`.
+
+    Where the weight is not nested, graphs say ``aten.embedding``.
+    """
+    rows = weight.index_select(1, ids.flatten())
+    return nested.unnest(rows, dtype).unflatten(0, ids.shape)
 
 
 def sparse_linear(
@@ -48,18 +62,20 @@ def sparse_linear(
     """Per row, only the input channels with |x|, the mean over the call's T tokens, above
     `threshold`.
 
-    x [B, T, C]; weight [C, O]; bias [O]. Returns y [B, T, O] and the number of channels kept, int64
+    x [B, T, C]; weight [C, O], or nested by inputs; bias [O]. Returns y [B, T, O] and the number of channels kept, int64
     [B]. The beams of a tree share their channels, because the union of sets of their own would soon
     be all channels.
     """
     kept = x.float().abs().mean(1, keepdim=True) > threshold
+    if is_nested(weight):
+        return nested.product(x * kept, weight, bias), kept.sum((1, 2))
     y = (x * kept) @ weight
     return y if bias is None else y + bias, kept.sum((1, 2))
 
 
 def all_channels(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> Tensor:
     """`sparse_linear` where nothing is skipped."""
-    return F.linear(x, weight.mT, bias)
+    return linear(x, weight if is_nested(weight) else weight.mT, bias)
 
 
 def channel_scores(x: Tensor, *_: object) -> Tensor:
@@ -67,27 +83,56 @@ def channel_scores(x: Tensor, *_: object) -> Tensor:
     return x.float().abs()
 
 
+def outputs_of(weight: Tensor) -> int:
+    """Of a weight [O, C], which may be nested."""
+    return nested.matrix_shape(tuple(weight.shape))[0] if is_nested(weight) else weight.shape[0]
+
+
 def fake_sparse_linear(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return x.new_empty(*x.shape[:-1], weight.shape[1]), x.new_empty(x.shape[0], dtype=torch.int64)
+    outputs = outputs_of(weight if is_nested(weight) else weight.mT)
+    return x.new_empty(*x.shape[:-1], outputs), x.new_empty(x.shape[0], dtype=torch.int64)
 
 
 def fake_linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+    return x.new_empty(*x.shape[:-1], outputs_of(weight))
 
 
 def fake_linears(x: Tensor, weights: Sequence[Tensor], _: object) -> list[Tensor]:
     return [fake_linear(x, weight) for weight in weights]
 
 
+def fake_embedding(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    columns = nested.matrix_shape(tuple(weight.shape))[1]
+    return weight.new_empty(*ids.shape, columns, dtype=dtype)
+
+
+def _need_product(x: Array, weight: Array, layout: Layout, bias: Array | None) -> Size:
+    """The outputs."""
+    need_model(x=x, bias=bias)
+    O, C = need_matrix("weight", weight, layout, x.dtype)  # noqa: E741
+    need_some(x=x, weight=weight)
+    need(x.shape[-1:] == (C,), f"x {x} does not go through weight {weight}")
+    need_shape("bias", bias, O)
+    return O
+
+
+def linear_rule(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    layout = Layout.BY_INPUTS if len(weight.shape) == 4 else Layout.BY_OUTPUTS
+    return made(x.dtype, (*x.shape[:-1], _need_product(x, weight, layout, bias)))
+
+
+def embedding_rule(weight: Array, ids: Array, dtype: torch.dtype) -> Array:
+    need_dtype(torch.uint8, weight=weight)
+    need_dtype(torch.int64, ids=ids)
+    _, C = need_matrix("weight", weight, Layout.BY_OUTPUTS, dtype)
+    need(dtype.is_floating_point, f"embeddings are floating point numbers, not {dtype}")
+    return made(dtype, (*ids.shape, C))
+
+
 def sparse_linear_rule(
     x: Array, weight: Array, bias: Array | None, threshold: float
 ) -> tuple[Array, Array]:
     B, T = tokens(x)
-    need_model(x=x, weight=weight, bias=bias)
-    need_rank("weight", weight, 2)
-    need_some(x=x, weight=weight)
-    C, O = weight.shape  # noqa: E741
-    need(x.shape[2] == C, f"x {x} does not go through weight {weight}")
-    need_shape("bias", bias, O)
+    O = _need_product(x, weight, Layout.BY_INPUTS, bias)  # noqa: E741
     need_finite(threshold=threshold)
     return made(x.dtype, (B, T, O)), counts(x)

@@ -3,7 +3,8 @@
 A plain MLP, ``fc2(act(fc1(x)))``, is one without `up`: fc1 is the gate, fc2 is down.
 
 `down` is neuron-major, [I, C]: a neuron is one row of `gate`, of `up` and of `down`, so that
-skipping it skips contiguous rows. The references compute every neuron and mask: obviously
+skipping it skips contiguous rows. Weights may be nested, `down` by inputs, the others by outputs:
+see `sirius_runtime.nested`. The references compute every neuron and mask: obviously
 right, no faster than dense. Kernels that skip the reads stand beside them, behind the same
 operators.
 """
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from sirius_runtime.graph_rules import Array, made, need
 from sirius_runtime.graph_sizes import Size
+from sirius_runtime.nested import Layout, is_nested
+from sirius_runtime.ops.linear import linear, outputs_of
 from sirius_runtime.ops.operands import Mlp, grouped
 from sirius_runtime.ops.rules import (
     counts,
@@ -26,6 +29,7 @@ from sirius_runtime.ops.rules import (
     need_finite,
     need_kept,
     need_layer,
+    need_matrix,
     need_model,
     need_rank,
     need_shape,
@@ -45,17 +49,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def activations(x: Tensor, mlp: Mlp[Tensor]) -> Tensor:
     """act(gate x), [B, T, I]."""
-    return ACTIVATIONS[mlp.act](F.linear(x, mlp.gate, mlp.gate_bias))
+    return ACTIVATIONS[mlp.act](linear(x, mlp.gate, mlp.gate_bias))
 
 
 def times_up(g: Tensor, x: Tensor, mlp: Mlp[Tensor]) -> Tensor:
     """g · up x, of the activations or of those that are kept."""
-    return g if mlp.up is None else g * F.linear(x, mlp.up, mlp.up_bias)
+    return g if mlp.up is None else g * linear(x, mlp.up, mlp.up_bias)
 
 
 def down_of(z: Tensor, mlp: Mlp[Tensor]) -> Tensor:
     """down z, [B, T, C]."""
-    return F.linear(z, mlp.down.t(), mlp.down_bias)
+    return linear(z, mlp.down if is_nested(mlp.down) else mlp.down.t(), mlp.down_bias)
 
 
 @grouped
@@ -172,7 +176,7 @@ def like(x: Tensor, *_: object) -> Tensor:
 
 
 def like_and_statistic(x: Tensor, gate: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[0], gate.shape[0], dtype=torch.float32)
+    return torch.empty_like(x), x.new_empty(x.shape[0], outputs_of(gate), dtype=torch.float32)
 
 
 def like_and_count(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -180,7 +184,7 @@ def like_and_count(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def like_and_activity(x: Tensor, gate: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(*x.shape[:-1], gate.shape[0], dtype=torch.float32)
+    return torch.empty_like(x), x.new_empty(*x.shape[:-1], outputs_of(gate), dtype=torch.float32)
 
 
 # What graphs of an artifact may pass
@@ -189,14 +193,21 @@ def like_and_activity(x: Tensor, gate: Tensor, *_: object) -> tuple[Tensor, Tens
 def need_mlp(x: Array, mlp: Mlp[Array], *, experts: bool = False) -> Size:
     """The neurons; of the weights [I, C], or [E, I, C] of `experts`."""
     weights = {"gate": mlp.gate, "up": mlp.up, "down": mlp.down}
-    biases = {"gate_bias": mlp.gate_bias, "up_bias": mlp.up_bias, "down_bias": mlp.down_bias}
-    need_model(x=x, **weights, **biases)
-    need_rank("gate", mlp.gate, 3 if experts else 2)
+    need_model(x=x, gate_bias=mlp.gate_bias, up_bias=mlp.up_bias, down_bias=mlp.down_bias)
+    I, C = need_matrix("gate", mlp.gate, Layout.BY_OUTPUTS, x.dtype, experts=experts)  # noqa: E741
+    E = mlp.gate.shape[:1] if experts else ()
     need_some(x=x, gate=mlp.gate)
-    *E, I, C = mlp.gate.shape  # noqa: E741
     need(bool(x.shape) and x.shape[-1] == C, f"x {x} does not go through gate {mlp.gate}")
     for name, weight in weights.items():
-        need_shape(name, weight, *E, I, C)
+        if weight is None or mlp.gate.dtype is not torch.uint8:
+            need_shape(name, weight, *E, I, C)
+            need_dtype(x.dtype, **{name: weight})
+            continue
+        need_dtype(torch.uint8, **{name: weight})  # one alone can't be nested
+        layout = Layout.BY_INPUTS if name == "down" else Layout.BY_OUTPUTS
+        own = need_matrix(name, weight, layout, x.dtype)
+        wanted = (C, I) if name == "down" else (I, C)
+        need(own == wanted, f"{name} {weight} is of {own[0]} outputs and {own[1]} inputs")
     need_shape("gate_bias", mlp.gate_bias, *E, I)
     need_shape("up_bias", mlp.up_bias, *E, I)
     need_shape("down_bias", mlp.down_bias, *E, C)

@@ -11,6 +11,7 @@ import torch
 
 from sirius_runtime.graph_rules import Array, made, need
 from sirius_runtime.graph_sizes import Size, at_least, symbol
+from sirius_runtime.nested import GROUP, Layout, matrix_shape, nested_shape
 
 ROWS_OR_ONE = symbol("R")
 """The first extent of an entry's tree mask: 1, or the rows of the batch."""
@@ -34,6 +35,30 @@ def need_model(**arrays: Array | None) -> None:
     dtype = next(array.dtype for array in arrays.values() if array is not None)
     need(dtype.is_floating_point, f"floating point numbers are needed, found {dtype}")
     need_dtype(dtype, **arrays)
+
+
+def need_matrix(
+    name: str, weight: Array, layout: Layout, dtype: torch.dtype, *, experts: bool = False
+) -> tuple[Size, Size]:
+    """Outputs and inputs of a weight of that dtype, or of a nested one. By inputs, the first is
+    [C, O]. Of `experts`, [E, …].
+    """
+    if weight.dtype is not torch.uint8:
+        need_dtype(dtype, **{name: weight})
+        need_rank(name, weight, 3 if experts else 2)
+        rows, columns = weight.shape[-2:]
+        return (columns, rows) if layout is Layout.BY_INPUTS else (rows, columns)
+    need(not experts, f"{name} {weight}: the weights of experts can't be nested")
+    sizes = tuple(size for size in weight.shape if isinstance(size, int))
+    need_rank(name, weight, 3 if layout is Layout.BY_OUTPUTS else 4)
+    need(len(sizes) == len(weight.shape), f"{name} {weight} is nested, and its sizes vary")
+    need(sizes[0] in (1, 2), f"{name} {weight} has {sizes[0]} planes, not 1 or 2")
+    outputs, inputs = matrix_shape(sizes)
+    same = nested_shape(outputs, inputs, layout)[1:] == sizes[1:] and inputs >= GROUP
+    need(same and outputs >= 1, f"{name} {weight} is not nested by {layout}")
+    if layout is Layout.BY_INPUTS:
+        need(outputs % GROUP == 0, f"{name} {weight} cuts 32 outputs that share bytes")
+    return outputs, inputs
 
 
 def need_some(**arrays: Array | None) -> None:

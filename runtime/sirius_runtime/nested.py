@@ -1,0 +1,174 @@
+"""Nested weights: 8-bit integers whose high halves, alone, are the weights of a cheaper path.
+
+A weight w of an output and an input is stored as q = round(w / s), an int8, where s is a scale that
+the 32 inputs of a group share (Q8_0 of GGUF, whose tensors are stored without a change). q is cut
+into two nibbles, q + 128 = 16 h + l, and s into two bytes. The high plane holds every h and the
+upper bytes of the scales, the low plane the rest:
+
+    both planes         8.5 bits a weight    s q                      the full path
+    the high plane     4.25 bits a weight    s' (16 h + 8 - 128)      the draft
+
+s' is s with the lower byte at its middle. The draft's values lie in the middle of those that a
+nibble stands for, so its errors have no sign of their own. Scales are fp16 without the sign, which
+no scale has: the upper byte then holds five bits of exponent and three of mantissa, and s' differs
+from s by at most 1/16.
+
+Two layouts, both uint8, the planes first; P is 2, or 1 of the high plane alone:
+
+    by outputs   [P, O, 17 C / 32]       a row an output: the nibbles of its groups, 16 bytes each,
+                                         then a byte of each group's scale
+    by inputs    [P, C / 32, 34, O / 2]  32 inputs: a row of nibbles each, then two rows of scales,
+                                         of one byte an output
+
+A byte of nibbles holds numbers i (its low nibble) and i + 16 (its high one) of 32 neighbours in the
+row. By inputs, of 32 neighbouring outputs, the scales of the first 16 are in the first of the two
+rows, and of the others in the second: cutting the last dimension cuts outputs.
+
+Activations meet nested weights as integers too: see `in_steps`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+GROUP = 32
+"""Inputs that share a scale."""
+
+HALF = GROUP // 2
+LARGEST = 127
+"""The largest magnitude of an activation or of a weight as an integer, as in GGUF's Q8_0."""
+
+_OFFSET = 128
+_MIDDLE = 8  # of the 16 values that a high nibble stands for
+_MIDDLE_SCALE = 0x80
+_TINY = 2.0**-100  # activations below are zeros: their inverse is no finite float32
+
+
+class Layout(StrEnum):
+    """What a stored row of a nested weight is."""
+
+    BY_OUTPUTS = "outputs"
+    BY_INPUTS = "inputs"
+
+
+def is_nested(weight: Tensor) -> bool:
+    return weight.dtype is torch.uint8
+
+
+def nested_shape(outputs: int, inputs: int, layout: Layout) -> tuple[int, ...]:
+    """Of both planes of a weight [outputs, inputs]."""
+    if layout is Layout.BY_OUTPUTS:
+        return (2, outputs, inputs // HALF * (HALF + 1) // 2)
+    return (2, inputs // GROUP, GROUP + 2, outputs // 2)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Outputs and inputs of a nested weight of this shape."""
+    if len(shape) == 3:
+        return shape[1], shape[2] // (HALF + 1) * GROUP
+    return shape[3] * 2, shape[1] * GROUP
+
+
+def why_not(outputs: int, inputs: int, layout: Layout) -> str | None:
+    """Why a weight of these sizes can't be nested; None where it can."""
+    if inputs % GROUP:
+        return f"its {inputs} inputs are no multiple of {GROUP}"
+    if layout is Layout.BY_INPUTS and outputs % GROUP:
+        return f"its {outputs} outputs are no multiple of {GROUP}"
+    return None
+
+
+def nest(weight: Tensor, layout: Layout) -> Tensor:
+    """Both planes of weight [O, C], a floating point matrix.
+
+    Scales are the groups' largest magnitudes over 127, in fp16. Where every w is an integer of at
+    most 127 times an fp16 number that is its group's scale, nothing is rounded, provided that some
+    integer of the group is 127: see `nest_integers` for those where none is.
+    """
+    groups = weight.float().unflatten(-1, (-1, GROUP))
+    scale = (groups.abs().amax(-1) / LARGEST).half()
+    step = scale.float().unsqueeze(-1)
+    q = torch.where(step > 0, groups / step, 0.0).round().clamp(-LARGEST, LARGEST)
+    return nest_integers(q.to(torch.int8).flatten(-2), scale, layout)
+
+
+def nest_integers(q: Tensor, scale: Tensor, layout: Layout) -> Tensor:
+    """Both planes of int8 q [O, C] and fp16 scales [O, C / 32], none of which is negative."""
+    codes = q.to(torch.int16) + _OFFSET
+    bits = scale.view(torch.int16) << 1
+    planes = [
+        _packed(nibbles.to(torch.uint8), scales.to(torch.uint8), layout)
+        for nibbles, scales in ((codes >> 4, bits >> 8 & 0xFF), (codes & 15, bits & 0xFF))
+    ]
+    return torch.stack(planes)
+
+
+def _packed(nibbles: Tensor, scales: Tensor, layout: Layout) -> Tensor:
+    """One plane of nibbles [O, C] and bytes of scales [O, C / 32]."""
+    if layout is Layout.BY_OUTPUTS:
+        return torch.cat([_pairs(nibbles), scales], -1)
+    rows = _pairs(nibbles.mT).unflatten(0, (-1, GROUP))  # [C / 32, 32, O / 2]
+    halves = scales.mT.unflatten(-1, (-1, 2, HALF))  # [C / 32, O / 32, 2, 16]
+    return torch.cat([rows, halves.movedim(2, 1).flatten(-2)], 1)
+
+
+def _pairs(nibbles: Tensor) -> Tensor:
+    """[…, N] to bytes […, N / 2]."""
+    low, high = nibbles.unflatten(-1, (-1, 2, HALF)).unbind(-2)
+    return (low | high << 4).flatten(-2)
+
+
+def _unpaired(packed: Tensor) -> Tensor:
+    """Bytes […, N / 2] to nibbles […, N]."""
+    own = packed.unflatten(-1, (-1, HALF))
+    return torch.stack([own & 15, own >> 4], -2).flatten(-3)
+
+
+def integers(nested: Tensor) -> tuple[Tensor, Tensor]:
+    """q [O, C], int16, and the scales [O, C / 32], float32: of both planes or of the high one."""
+    by_outputs = nested.ndim == 3
+    inputs = matrix_shape(tuple(nested.shape))[1]
+    found = []
+    for plane in nested:
+        if by_outputs:
+            nibbles, scales = plane.split([inputs // 2, inputs // GROUP], -1)
+            found.append((_unpaired(nibbles), scales))
+        else:
+            rows, halves = plane.split([GROUP, 2], 1)
+            scales = halves.unflatten(-1, (-1, HALF)).movedim(1, 2).flatten(1)
+            found.append((_unpaired(rows).flatten(0, 1).mT, scales.mT))
+    (high, upper), low = found[0], found[1] if len(found) == 2 else None
+    codes = high.to(torch.int16) * 16 + (_MIDDLE if low is None else low[0])
+    bits = upper.to(torch.int16) * 256 + (_MIDDLE_SCALE if low is None else low[1])
+    return codes - _OFFSET, (bits >> 1 & 0x7FFF).view(torch.float16).float()
+
+
+def unnest(nested: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrix [O, C] that nested weights stand for; of the high plane alone, the draft's."""
+    q, scale = integers(nested)
+    values = q.unflatten(-1, (-1, GROUP)) * scale.unsqueeze(-1)
+    return values.flatten(-2).to(dtype)
+
+
+def in_steps(x: Tensor) -> Tensor:
+    """x […, C] as nested weights meet it: in each group of 32, integers of at most 127 times the
+    largest magnitude over 127. float32, as llama.cpp's Q8_0 takes activations.
+    """
+    groups = x.float().unflatten(-1, (-1, GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    largest = torch.where(largest < _TINY, 0.0, largest)
+    q = torch.where(largest == 0, 0.0, (groups * (LARGEST / largest)).round())
+    return (q * (largest / LARGEST)).flatten(-2)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x […, C] through a nested weight, and its bias [O]: […, O], of x's dtype, added up in
+    float32.
+    """
+    y = torch.nn.functional.linear(
+        in_steps(x), unnest(weight), None if bias is None else bias.float()
+    )
+    return y.to(x.dtype)
