@@ -38,6 +38,7 @@ from sirius_passes.manager import Pass, run_passes
 from sirius_passes.mixtures import check_method
 from sirius_passes.program import Program
 from sirius_passes.sparsify import parameters
+from sirius_passes.stored_form import stored_form
 from sirius_passes.tracing import one_at_a_time
 from sirius_runtime.dtypes import dtype_name, dtype_of
 from sirius_runtime.errors import CalibrationError, ConfigError
@@ -334,5 +335,4 @@ def _materialise(spec: WeightSpec, captured: Capture, weights: WeightSource) -> 
     """The stored form of a weight: in the program's dtype and layout."""
     constant = captured.constants.get(spec.name)
     tensor = weights.get(spec.name) if constant is None else constant
-    tensor = tensor.to(dtype_of(spec.dtype))
-    return (tensor.mT if spec.transposed else tensor).contiguous()
+    return stored_form(spec, tensor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,8 @@ from sirius_passes.program import Program, calls
 from sirius_passes.recognise_mlps import DENSE_MOE
 from sirius_passes.weight_views import weight_name
 from sirius_runtime.errors import UnsupportedModelError
-from sirius_runtime.spec import Method
+from sirius_runtime.safetensors_file import size_of
+from sirius_runtime.spec import Method, WeightSpec
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,16 @@ class Mixture:
 
     def expert_parameters(self, program: Program) -> int:
         """Parameters of one expert."""
+        return sum(spec.numbers for spec in self._weights(program)) // self.experts
+
+    def expert_bytes(self, program: Program) -> int:
+        """Stored bytes of one expert."""
+        return sum(size_of(spec) for spec in self._weights(program)) // self.experts
+
+    def _weights(self, program: Program) -> list[WeightSpec]:
         tensors = [self._argument(i) for i in range(3, 9)]
         names = {weight_name(node) for node in tensors if node is not None}
-        return sum(math.prod(program.weights[name].shape) for name in names) // self.experts
+        return [program.weights[name] for name in names]
 
     def _argument(self, index: int) -> Any:
         return self.node.args[index]

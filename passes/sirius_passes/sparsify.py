@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from sirius_passes.program import DENSE, FULL, Program, call, calls, outputs, se
 from sirius_passes.recognise_mlps import DENSE_MLP
 from sirius_passes.weight_views import weight_name
 from sirius_runtime.errors import CalibrationError, ConfigError, UnsupportedModelError
+from sirius_runtime.safetensors_file import size_of
 from sirius_runtime.spec import Method, SiteSpec, SparsitySpec
 
 LAYER = 8  # index of the layer among the operators' arguments
@@ -123,17 +124,26 @@ def add_sites(
     sites: Iterable[SiteSpec],
     dense_layers: Collection[int] = (),
 ) -> None:
-    """Adds `sites` to the sparse path's spec, and recomputes its density."""
-    step = step_parameters(program)
-    every = program.sparsity.sites + tuple(sites)
-    program.sparsity = SparsitySpec(
-        method=method,
-        keep=keep,
-        sites=every,
-        dense_layers=tuple(sorted(dense_layers)),
-        step=step,
-        density=1.0 - sum((s.units - s.kept) * s.params for s in every) / step,
-    )
+    """Adds `sites`, whose `params` are still parameters, to the sparse path's spec, and recomputes
+    its density.
+    """
+    every = program.sparsity.sites
+    for site in sites:
+        own = program.weights[site.weight]
+        every += (replace(site, params=site.params * size_of(own) // own.numbers),)
+    program.sparsity = SparsitySpec(method, keep, every, tuple(sorted(dense_layers)))
+    set_density(program)
+
+
+def set_density(program: Program) -> None:
+    """Counts the bytes that a full step and a sparse step read, of the weights as they are stored
+    now.
+    """
+    step = read = step_bytes(program)
+    if program.sparsity.draft_bits == 4:
+        read -= sum(size_of(spec) // 2 for spec in program.weights.values() if spec.nested)
+    skipped = sum((site.units - site.kept) * site.params for site in program.sparsity.sites)
+    program.sparsity = replace(program.sparsity, step=step, density=(read - skipped) / step)
 
 
 def add_counts(module: fx.GraphModule, counts: Sequence[fx.Node], origin: str) -> None:
@@ -151,17 +161,17 @@ def add_counts(module: fx.GraphModule, counts: Sequence[fx.Node], origin: str) -
 
 def parameters(program: Program) -> int:
     """The number of parameters. Each stored tensor counts once, constants don't count."""
-    return sum(math.prod(spec.shape) for spec in program.weights.values() if spec.parameter)
+    return sum(spec.numbers for spec in program.weights.values() if spec.parameter)
 
 
-def step_parameters(program: Program) -> int:
-    """The number of parameters that a full step over one token reads: all, without the experts
-    that the token is not routed to.
+def step_bytes(program: Program) -> int:
+    """The bytes of weights that a full step over one token reads: all, without the experts that the
+    token is not routed to.
     """
     module = program.graphs.get(FULL) or program.graphs[DENSE]
     mixed = mixtures(module.graph)
-    unread = sum((m.experts - m.per_token) * m.expert_parameters(program) for m in mixed)
-    return parameters(program) - unread
+    unread = sum((m.experts - m.per_token) * m.expert_bytes(program) for m in mixed)
+    return sum(size_of(spec) for spec in program.weights.values() if spec.parameter) - unread
 
 
 def stack(graph: fx.Graph, values: Sequence[fx.Node], origin: str) -> fx.Node:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from sirius_passes.program import OUTPUTS, Program, Stage, calls
-from sirius_passes.weight_views import transposed_shape
+from sirius_passes.stored_form import checkpoint_shape, stored_form
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders, subgraph
 
@@ -100,14 +100,14 @@ def random_weights(
     """
     weights = {}
     for name, spec in program.weights.items():
-        shape = transposed_shape(spec.shape) if spec.transposed else spec.shape
+        shape = checkpoint_shape(spec)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         uniform = torch.rand(shape, generator=generator)
         value = (uniform - 0.5) * math.sqrt(12 / shape[-1]) if len(shape) > 1 else uniform + 0.5
         stored = dtype if spec.retype else dtype_of(spec.dtype)
         if not stored.is_floating_point:
             value = torch.zeros(shape)
-        weights[name] = (value.mT if spec.transposed else value).to(stored).contiguous()
+        weights[name] = stored_form(spec, value if spec.nested else value.to(stored))
     return weights
 
 

@@ -74,7 +74,7 @@ def _reread(old: fx.Node, new: fx.Node, transposed: bool, origin: str) -> None:
             _reread(user, new, not transposed, origin)
             graph.erase_node(user)
         elif _is_slice(user, old):
-            dim, *limits = _slice_args(user)
+            dim, *limits = slice_args(user)
             if transposed:
                 dim = _other(dim, user.meta["val"].ndim)
             with graph.inserting_before(user):
@@ -108,7 +108,7 @@ def _is_slice(node: fx.Node, of: fx.Node) -> bool:
     return node.target is aten.slice.Tensor and node.args[0] is of and node.meta["val"].ndim > 1
 
 
-def _slice_args(node: fx.Node) -> tuple[Any, ...]:
+def slice_args(node: fx.Node) -> tuple[Any, ...]:
     """A slice's dim, counted from the front, then those of start, end and step that are given."""
     dim, *limits = node.args[1:] or (0,)
     return (int(dim) % node.meta["val"].ndim, *limits)  # type: ignore[arg-type]

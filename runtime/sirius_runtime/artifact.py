@@ -41,8 +41,8 @@ from sirius_runtime.errors import ArtifactError, SiriusError
 from sirius_runtime.manifest_check import check_manifest
 from sirius_runtime.safetensors_file import STORED_TYPES, StoredType
 from sirius_runtime.spec import (
-    FORMAT_VERSION,
     JSON,
+    KNOWN_MAJORS,
     FileRecord,
     Manifest,
     ProgramSpec,
@@ -236,10 +236,10 @@ def _check_version(image: Image, document: JSON) -> None:
     version = document.get("format_version") if isinstance(document, dict) else None
     if not (isinstance(version, list) and [type(v) for v in version] == [int, int]):
         raise image.fault(f"{MANIFEST} is malformed (format_version is not a pair of numbers)")
-    if version[0] != FORMAT_VERSION[0]:
-        known = FORMAT_VERSION[0]
-        what = f"its format version is {version[0]}.{version[1]}, this reader knows {known}.x"
-        raise image.fault(what, UPDATE if version[0] > known else "compile it again")
+    if version[0] not in KNOWN_MAJORS:
+        known = " and ".join(f"{major}.x" for major in KNOWN_MAJORS)
+        what = f"its format version is {version[0]}.{version[1]}, this reader knows {known}"
+        raise image.fault(what, UPDATE if version[0] > max(KNOWN_MAJORS) else "compile it again")
 
 
 def _check_files(image: Image, spans: dict[str, Span], files: dict[str, FileRecord]) -> None:

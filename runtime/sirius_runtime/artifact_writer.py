@@ -26,6 +26,7 @@ from sirius_runtime.safetensors_file import header_of, in_order, size_of
 from sirius_runtime.spec import (
     FORMAT_VERSION,
     JSON,
+    NESTED_FORMAT_VERSION,
     FileRecord,
     Manifest,
     ProgramSpec,
@@ -138,7 +139,8 @@ class ArtifactWriter:
             raise SiriusError("the program's weights are not those that were added")
         if MANIFEST in self._files:
             raise SiriusError(f"entry {MANIFEST!r} is added twice")
-        manifest = Manifest(FORMAT_VERSION, _timeless(program), dict(sorted(self._files.items())))
+        version = NESTED_FORMAT_VERSION if program.nested else FORMAT_VERSION
+        manifest = Manifest(version, _timeless(program), dict(sorted(self._files.items())))
         body = self._end_body()
         self._add_manifest(body, manifest)
         try:

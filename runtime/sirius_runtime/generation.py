@@ -112,7 +112,7 @@ class Generation:
         self._recorder = StatsRecorder(
             rows=len(prompts),
             prompt_tokens=sum(map(len, prompts)),
-            weight_bytes=backend.program.model.parameters * backend.itemsize,
+            weight_bytes=backend.program.weight_bytes(backend.itemsize),
             clock=PhaseClock(backend.device),
         )
         self._controller = Controller(request.period, request.widths) if request.adaptive else None

@@ -29,10 +29,10 @@ Activations meet nested weights as integers too: see `in_steps`.
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 import torch
 from torch import Tensor
+
+from sirius_runtime.spec import Layout as Layout
 
 GROUP = 32
 """Inputs that share a scale."""
@@ -45,13 +45,6 @@ _OFFSET = 128
 _MIDDLE = 8  # of the 16 values that a high nibble stands for
 _MIDDLE_SCALE = 0x80
 _TINY = 2.0**-100  # activations below are zeros: their inverse is no finite float32
-
-
-class Layout(StrEnum):
-    """What a stored row of a nested weight is."""
-
-    BY_OUTPUTS = "outputs"
-    BY_INPUTS = "inputs"
 
 
 def is_nested(weight: Tensor) -> bool:

@@ -21,9 +21,12 @@ from sirius_runtime.logits_options import GenerationSpec
 from sirius_runtime.rules import RuleOptions
 
 FORMAT_VERSION = (1, 1)
-"""Major: readers refuse another one. Minor: additions that old readers ignore (docs/format.md says
-what each added).
+"""Major: readers refuse those that they do not know. Minor: additions that old readers ignore
+(docs/format.md says what each added).
 """
+NESTED_FORMAT_VERSION = (2, 0)
+"""Of an artifact that holds nested weights; others stay readable for older readers."""
+KNOWN_MAJORS = (FORMAT_VERSION[0], NESTED_FORMAT_VERSION[0])
 
 JSON = Any  # None, bool, int, float, str, list[JSON], dict[str, JSON]
 _T = TypeVar("_T")
@@ -61,6 +64,13 @@ class DType(StrEnum):
     FLOAT16 = "float16"
 
 
+class Layout(StrEnum):
+    """What a stored row of a nested weight is (see `sirius_runtime.nested`)."""
+
+    BY_OUTPUTS = "outputs"
+    BY_INPUTS = "inputs"
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A named tensor of an entry. `dtype` is a torch dtype name, or ``model`` for the program's
@@ -88,7 +98,8 @@ class WeightSpec:
     `shape` and `dtype` are those of the stored bytes. `transposed`: the checkpoint's tensor was
     stored transposed, in the layout that kernels stream. `retype`: follows the dtype asked for at
     load (rotary frequencies do not, nor do weights that a 16-bit model keeps in float32).
-    `parameter`: one of the model's, in a floating point dtype; not a constant.
+    `parameter`: one of the model's, in a floating point dtype; not a constant. `nested`: the layout
+    of a nested weight, whose bytes hold both planes.
     """
 
     name: str
@@ -97,6 +108,14 @@ class WeightSpec:
     transposed: bool = False
     retype: bool = True
     parameter: bool = True
+    nested: Layout | None = None
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the tensor holds."""
+        stored = math.prod(self.shape)
+        # Of 17 bytes, the planes give 16 to the nibbles of 16 numbers.
+        return stored if self.nested is None else stored // 17 * 16
 
 
 @dataclass(frozen=True)
@@ -118,8 +137,9 @@ class SiteSpec:
 
     `weight`: the (first) weight whose rows or columns are skipped; `units`: neurons, channels or
     experts there are, of a mixture those that a token is routed to; `kept`: how many a step keeps,
-    a mean expected from calibration where `threshold` is given; `params`: the parameters that one
-    skipped unit saves a step. `counted`: the step counts what it keeps, in the output `kept`,
+    a mean expected from calibration where `threshold` is given; `params`: the bytes of weights that
+    one skipped unit saves a sparse step (in older artifacts its parameters: only shares of `step`
+    matter). `counted`: the step counts what it keeps, in the output `kept`,
     because tokens differ.
     """
 
@@ -137,9 +157,9 @@ class SparsitySpec:
     """The sparse path: `keep` is the share of neurons or channels asked for.
 
     `sites`: where it skips, in the graph's order. `dense_layers`: those that skip nothing. `step`:
-    parameters that a full step over one token reads, which is all of them but the experts that a
-    token is not routed to. `density`: share of these that a sparse step reads, embeddings and
-    lm_head counted.
+    bytes of weights that a full step over one token reads, which is all of them but the experts
+    that a token is not routed to. `density`: share of these that a sparse step reads, embeddings
+    and lm_head counted. `draft_bits`: of nested weights, as it reads them; None where none is.
     """
 
     method: Method
@@ -148,6 +168,7 @@ class SparsitySpec:
     dense_layers: tuple[int, ...] = ()
     step: int = 0
     density: float = 1.0
+    draft_bits: int | None = None
 
     @property
     def counted(self) -> tuple[SiteSpec, ...]:
@@ -283,6 +304,19 @@ class ProgramSpec:
     tools: ToolVersions
     generation: GenerationSpec = GenerationSpec()  # noqa: RUF009  (frozen)
     acceptance: AcceptanceSpec | None = None
+
+    @property
+    def nested(self) -> bool:
+        """Whether any weight is nested."""
+        return any(weight.nested is not None for weight in self.weights)
+
+    def weight_bytes(self, itemsize: int) -> int:
+        """Bytes of the model's parameters, where those that are not nested take `itemsize` each."""
+        return sum(
+            weight.numbers * itemsize if weight.nested is None else math.prod(weight.shape)
+            for weight in self.weights
+            if weight.parameter
+        )
 
     def entry(self, name: str) -> EntrySpec:
         """The entry of that name; raises ArtifactError where there is none."""

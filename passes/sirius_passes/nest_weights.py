@@ -1,0 +1,285 @@
+"""Stores weights nested: 8 bits in two planes of nibbles, of which a draft reads one.
+
+    Before                                           After
+    weight %w: model[192, 768]                       weight %w: uint8[2, 192, 408]
+    full
+    %1 = aten.linear(%x, %w)                         %1 = sirius.linear(%x, %w)
+    sparse
+    %1 = aten.linear(%x, %w)                         %1 = aten.slice.Tensor(%w, 0, 0, 1)
+                                                     %2 = sirius.linear(%x, %1)
+
+    weight %w: model[768, 192]                       weight %w: uint8[2, 24, 34, 96]
+    full
+    %1 = aten.t(%w)                                  %1 = sirius.linear(%x, %w)
+    %2 = aten.linear(%x, %1)
+    sparse
+    %1 = sirius.sparse_linear(%x, %w, %b, 0.07)      %1 = aten.slice.Tensor(%w, 0, 0, 1)
+                                                     %2 = sirius.sparse_linear(%x, %1, %b, 0.07)
+
+`sirius_runtime.nested` has the format. A weight's rows are outputs where a linear, an embedding, or
+an MLP's gate or up reads them so, and inputs where an MLP's down, `sirius::sparse_linear` or a
+linear of its transpose does: that is the layout, and both paths read the one copy. Slices of fused
+projections become slices of the planes. With 8 bits a draft reads both planes. What can't be
+nested stays as it is, an MLP's weights all or none; `left` says why.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from sirius_passes.manager import Pass
+from sirius_passes.program import SPARSE, Program, Stage, call, fake_mode
+from sirius_passes.sparsify import set_density
+from sirius_passes.weight_views import Reader, is_transpose, readers, slice_args, weight_name
+from sirius_runtime.dtypes import dtype_of
+from sirius_runtime.errors import UnsupportedModelError
+from sirius_runtime.graph import CAPTURE_DTYPE, WEIGHT, placeholders
+from sirius_runtime.nested import GROUP, nested_shape, why_not
+from sirius_runtime.operators import MLP_SCHEMA, OPERATORS
+from sirius_runtime.safetensors_file import size_of
+from sirius_runtime.spec import Layout, WeightSpec
+
+aten, sirius = torch.ops.aten, torch.ops.sirius
+
+_NESTED_SIBLING = {
+    aten.linear.default: sirius.linear.default,
+    aten.embedding.default: sirius.embedding.default,
+}
+_MLPS = {row.overload for row in OPERATORS.values() if f"({MLP_SCHEMA}" in row.schema}
+_MIXTURES = {row.overload for row in OPERATORS.values() if row.name.endswith("_moe")}
+_GATE, _UP, _DOWN = 1, 2, 3  # of an MLP's arguments
+
+
+class NestWeights(Pass):
+    """`draft_bits`: 4 or 8, of the weights as the sparse path reads them.
+
+    After a run, `left` holds the matrices that stayed as they were, and why.
+    """
+
+    name: ClassVar[str] = "nest_weights"
+    takes: ClassVar[Stage] = Stage.LAID_OUT
+    gives: ClassVar[Stage] = Stage.LAID_OUT
+
+    def __init__(self, draft_bits: int) -> None:
+        self.draft_bits = draft_bits
+        self.left: dict[str, str] = {}
+
+    def run(self, program: Program) -> int:
+        found, self.left = _choose(program)
+        if not found and not any(spec.nested for spec in program.weights.values()):
+            raise UnsupportedModelError(
+                f"--weights int8: no weight of this model can be nested; {said(self.left)}. "
+                "Leave --weights out"
+            )
+        for name, layout in found.items():
+            old = program.weights[name]
+            shape = nested_shape(*_matrix(old.shape, layout), layout)
+            program.update_weight(name, dtype="uint8", shape=shape, retype=False, nested=layout)
+            self._count(program, old)
+            for graph_name, module in program.graphs.items():
+                node = placeholders(module.graph, WEIGHT).get(name)
+                if node is not None:
+                    high = graph_name == SPARSE and self.draft_bits == 4
+                    _Rewrite(node, shape, layout, self.name).run(high=high)
+        if found:
+            for module in program.graphs.values():
+                module.recompile()
+            program.sparsity = replace(program.sparsity, draft_bits=self.draft_bits)
+            set_density(program)
+        return len(found)
+
+    def _count(self, program: Program, old: WeightSpec) -> None:
+        """Counts what skipping in a weight that is nested now saves a draft."""
+        new = size_of(program.weights[old.name]) * self.draft_bits // 8
+        program.sparsity = replace(
+            program.sparsity,
+            sites=tuple(
+                replace(site, params=site.params * new // size_of(old))
+                if site.weight == old.name
+                else site
+                for site in program.sparsity.sites
+            ),
+        )
+
+
+def said(left: dict[str, str]) -> str:
+    """How many matrices stayed as they were, and why, with an example of each reason."""
+    reasons = Counter(left.values())
+    parts = []
+    for reason, count in reasons.most_common(3):
+        example = next(name for name, own in left.items() if own == reason)
+        parts.append(f"{count} ({example}: {reason})")
+    rest = sum(reasons.values()) - sum(count for _, count in reasons.most_common(3))
+    return ", ".join(parts) + (f" and {rest} more" if rest else "") or "it has no matrices"
+
+
+def _choose(program: Program) -> tuple[dict[str, Layout], dict[str, str]]:
+    """The layouts of the weights that can be nested, and why others can't."""
+    found: dict[str, Layout] = {}
+    left: dict[str, str] = {}
+    mlps: list[list[str]] = []
+    bound = [placeholders(module.graph, WEIGHT) for module in program.graphs.values()]
+    for name, spec in program.weights.items():
+        if spec.nested or not spec.parameter or len(spec.shape) < 2:
+            continue
+        placed = [nodes[name] for nodes in bound if name in nodes]
+        layout, reason = _layout(spec, [reader for node in placed for reader in _uses(node)])
+        if layout is None:
+            left[name] = reason
+        else:
+            found[name] = layout
+    for module in program.graphs.values():
+        for node in module.graph.nodes:
+            if node.target in _MLPS:
+                mlps.append([weight_name(w) for w in node.args[_GATE : _DOWN + 1] if w is not None])
+    changed = True
+    while changed:
+        changed = False
+        for names in mlps:
+            staying = next((name for name in names if name in left), None)
+            for name in names:
+                if staying is not None and found.pop(name, None) is not None:
+                    left[name] = "another weight of its MLP stays"
+                    changed = True
+    return found, left
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A reader, and the views on the way to it, from the placeholder."""
+
+    reader: Reader
+    views: tuple[fx.Node, ...]
+
+
+def _uses(weight: fx.Node) -> Iterator[_Use]:
+    for reader in readers(weight):
+        views: list[fx.Node] = []
+        view = reader.view
+        while view is not weight:
+            views.append(view)
+            view = view.args[0]  # type: ignore[assignment]
+        yield _Use(reader, tuple(reversed(views)))
+
+
+def _layout(spec: WeightSpec, uses: Sequence[_Use]) -> tuple[Layout | None, str]:
+    """The layout that all readers want; else None, and why there is none."""
+    if not spec.retype or not dtype_of(spec.dtype).is_floating_point:
+        return None, f"it is kept in {spec.dtype} whatever the model's dtype"
+    wanted = set()
+    for use in uses:
+        layout, reason = _wanted(use.reader)
+        if layout is None:
+            return None, reason
+        wanted.add(layout)
+    if len(wanted) != 1:
+        return None, "its rows are read both as outputs and as inputs"
+    (layout,) = wanted
+    if len(spec.shape) != 2:
+        return None, f"it has {len(spec.shape)} dimensions"
+    if reason := why_not(*_matrix(spec.shape, layout), layout):
+        return None, reason
+    for use in uses:
+        for dim, start, end, step in _cuts(use):
+            rows = layout is Layout.BY_OUTPUTS and dim == 0
+            if step != 1 or not (rows or layout is Layout.BY_INPUTS):
+                return None, "a part of it is read that nested rows can't be cut into"
+            if not rows and (start % GROUP or end % GROUP):
+                return None, f"it is read in parts that are no multiples of {GROUP}"
+    return layout, ""
+
+
+def _wanted(reader: Reader) -> tuple[Layout | None, str]:
+    """The layout of a weight, as it is stored, that a reader takes."""
+    node, view = reader.node, reader.view
+    places = [index for index, value in enumerate(node.args) if value is view]
+    straight = not reader.transposed
+    if node.target in _MIXTURES:
+        return None, "it holds weights of experts"
+    if node.target is aten.linear.default and places == [1]:
+        return (Layout.BY_OUTPUTS if straight else Layout.BY_INPUTS), ""
+    if node.target is aten.embedding.default and places == [0] and straight:
+        return Layout.BY_OUTPUTS, ""
+    if node.target is sirius.sparse_linear.default and places == [1] and straight:
+        return Layout.BY_INPUTS, ""
+    if node.target in _MLPS and straight and len(places) == 1 and places[0] in (_GATE, _UP, _DOWN):
+        return (Layout.BY_INPUTS if places == [_DOWN] else Layout.BY_OUTPUTS), ""
+    return None, f"{node.target} reads it"
+
+
+def _matrix(shape: Sequence[int], layout: Layout) -> tuple[int, int]:
+    """Outputs and inputs of a matrix that is stored in this shape."""
+    rows, columns = shape
+    return (rows, columns) if layout is Layout.BY_OUTPUTS else (columns, rows)
+
+
+def _cuts(use: _Use) -> Iterator[tuple[int, int, int, int]]:
+    """The slices on the way to a reader: the stored dimension, start, end and step of each."""
+    transposed = False
+    for view in use.views:
+        if is_transpose(view):
+            transposed = not transposed
+            continue
+        dim, *limits = slice_args(view)
+        size = int(view.args[0].meta["val"].shape[dim])  # type: ignore[union-attr]
+        start, end, step = slice(*(*limits, None, None, None)[:3]).indices(size)
+        yield (1 - dim if transposed else dim), start, end, step
+
+
+class _Rewrite:
+    """One weight of one graph."""
+
+    def __init__(
+        self, weight: fx.Node, shape: tuple[int, ...], layout: Layout, origin: str
+    ) -> None:
+        self._weight, self._layout, self._origin = weight, layout, origin
+        self._graph, self._shape = weight.graph, shape
+
+    def run(self, *, high: bool) -> None:
+        uses = list(_uses(self._weight))
+        cuts = [list(_cuts(use)) for use in uses]  # by the shapes that views have now
+        with fake_mode(self._graph):
+            self._weight.meta["val"] = torch.empty(self._shape, dtype=torch.uint8)
+        for use, own in zip(uses, cuts, strict=True):
+            node = use.reader.node
+            with self._graph.inserting_before(node):
+                planes = self._slice(self._weight, 0, 0, 1) if high else self._weight
+                for dim, start, end, _ in own:
+                    planes = self._cut(planes, dim, start, end)
+                self._read(use.reader, planes)
+        for view in reversed(dict.fromkeys(view for use in uses for view in use.views)):
+            self._graph.erase_node(view)
+
+    def _cut(self, planes: fx.Node, dim: int, start: int, end: int) -> fx.Node:
+        if self._layout is Layout.BY_OUTPUTS:
+            return self._slice(planes, 1, start, end)
+        if dim == 0:
+            return self._slice(planes, 1, start // GROUP, end // GROUP)
+        return self._slice(planes, 3, start // 2, end // 2)
+
+    def _slice(self, planes: fx.Node, dim: int, start: int, end: int) -> fx.Node:
+        return call(
+            self._graph, aten.slice.Tensor, (planes, dim, start, end), origin=self._origin
+        )
+
+    def _read(self, reader: Reader, planes: fx.Node) -> None:
+        node = reader.node
+        target = _NESTED_SIBLING.get(node.target)
+        if target is None:
+            node.replace_input_with(reader.view, planes)
+            return
+        if node.target is aten.embedding.default:
+            args: tuple[Any, ...] = (planes, node.args[1], CAPTURE_DTYPE)
+        else:
+            args = (node.args[0], planes, *node.args[2:])
+        new = call(self._graph, target, args, origin=f"{self._origin}({node.name})")
+        node.replace_all_uses_with(new)
+        self._graph.erase_node(node)
+
+
