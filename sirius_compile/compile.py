@@ -35,6 +35,7 @@ from sirius_compile.tokenwise import Tokenwise
 from sirius_compile.watch import Watch, unwatched
 from sirius_compile.writing import Text, write
 from sirius_passes.manager import Pass, run_passes
+from sirius_passes.nest_weights import NestWeights, said
 from sirius_passes.mixtures import check_method
 from sirius_passes.program import Program
 from sirius_passes.sparsify import parameters
@@ -132,6 +133,8 @@ class _Compilation:
         sparse = self._choose(dense)
         self._set_drafting(sparse.acceptance)
         self._passes(program, sparse.passes(self._method))
+        bits = config.nested_bits
+        nest = None if bits is None else NestWeights(bits)
         self._passes(
             program,
             back(
@@ -139,8 +142,14 @@ class _Compilation:
                 tree_width=config.tree_width,
                 max_seq_len=self._max_seq_len,
                 whole_periods=self._graphs.whole_periods,
+                nest=nest,
             ),
         )
+        if nest is not None and nest.left:
+            self._warnings.append(
+                f"--weights int8 leaves {len(nest.left)} of {nest.matrices} matrices as they are: "
+                f"{said(nest.left)}"
+            )
         compiled = self._product(program, stored, sparse)
         self._check_kernels(compiled)
         return compiled

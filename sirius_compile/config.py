@@ -16,6 +16,7 @@ from sirius_runtime.spec import DType, Method
 BUILTIN = "builtin"
 DEFAULT_KEEP = 0.5
 DEFAULT_PERIOD = 16  # the paper's
+DEFAULT_DRAFT_BITS = 4
 _E = TypeVar("_E", bound=StrEnum)
 
 
@@ -41,6 +42,15 @@ class Graphs(StrEnum):
     @property
     def whole_periods(self) -> bool:
         return self is not Graphs.ENTRIES
+
+
+class Weights(StrEnum):
+    """How weights are stored."""
+
+    DTYPE = "dtype"
+    """As numbers of the program's dtype."""
+    INT8 = "int8"
+    """Nested: 8 bits, of which a draft may read 4 (see `sirius_runtime.nested`)."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,9 @@ class CompileConfig(RuleOptions):
       nor measured. They, threshold, verify_temperature, confidence and refresh are the artifact's
       defaults, which a run can change.
     * max_seq_len: the longest sequence, in tokens; by default the model's own.
-    * dtype: of the stored weights, by default the checkpoint's.
+    * dtype: of the stored weights and of what is computed, by default the checkpoint's.
+    * weights: ``int8`` stores nested weights, of 8 bits, for linears, MLPs and embeddings.
+    * draft_bits: what the sparse path reads of nested weights, 4 (the default) or 8.
     * graphs: see `Graphs`. With ``onnx`` or ``both``, weights are float32 or float16; the default
       is float32 if the checkpoint's dtype is neither.
     * adapter: the folder of an adapter (LoRA, …) to merge into the model.
@@ -117,6 +129,8 @@ class CompileConfig(RuleOptions):
     refresh: int = 0
     max_seq_len: int | None = None
     dtype: DType | str | None = None
+    weights: Weights | str = Weights.DTYPE
+    draft_bits: int | None = None
     device: str = "cpu"
     calibration: str | Path = BUILTIN
     revision: str | None = None
@@ -132,6 +146,8 @@ class CompileConfig(RuleOptions):
         object.__setattr__(self, "graphs", _member(Graphs, self.graphs, "--graphs"))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", _member(DType, self.dtype, "--dtype"))
+        object.__setattr__(self, "weights", _member(Weights, self.weights, "--weights"))
+        self._check_nesting()
         object.__setattr__(self, "dense_layers", DenseLayers.read(self.dense_layers))
         if self.keep is not None and self.density is not None:
             raise ConfigError("--keep and --density set the same thing. Give one of them")
@@ -150,6 +166,33 @@ class CompileConfig(RuleOptions):
         check_options(self, flags=True)
         if self.max_seq_len is not None and self.max_seq_len < 2:
             raise ConfigError(f"--max-seq-len must be at least 2, got {self.max_seq_len}")
+
+    def _check_nesting(self) -> None:
+        bits = self.draft_bits
+        if bits is not None and self.weights != Weights.INT8:
+            raise ConfigError(
+                f"--draft-bits {bits} is of nested weights: add --weights int8, or leave it out"
+            )
+        if bits not in (None, 4, 8):
+            raise ConfigError(f"--draft-bits must be 4 or 8, got {bits}")
+        if self.weights == Weights.INT8 and Graphs(self.graphs).for_onnx:
+            raise ConfigError(
+                f"--weights int8 has no ONNX form yet, got --graphs {self.graphs}: use --graphs "
+                "torch or entries, or leave --weights out"
+            )
+
+    @property
+    def nested_bits(self) -> int | None:
+        """Bits of nested weights that a draft reads; None where none is nested."""
+        if self.weights != Weights.INT8:
+            return None
+        return DEFAULT_DRAFT_BITS if self.draft_bits is None else self.draft_bits
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the sparse path reads less than the full one."""
+        bits = self.nested_bits
+        return self.sparsity != Method.NONE or (bits is not None and bits < 8)
 
     @property
     def given_period(self) -> int:

@@ -10,6 +10,7 @@ from sirius_passes.canonicalize import Canonicalize
 from sirius_passes.insert_kv_cache import InsertKvCache
 from sirius_passes.lay_out_weights import LayOutWeights
 from sirius_passes.manager import Pass
+from sirius_passes.nest_weights import NestWeights
 from sirius_passes.pair_paths import PairPaths
 from sirius_passes.recognise_mlps import RecogniseMlps
 from sirius_passes.sparsify import Threshold
@@ -78,13 +79,27 @@ def sparsify(
             return []
 
 
-def back(
-    *, period: int, tree_width: int, max_seq_len: int, whole_periods: bool = True
-) -> list[Pass]:
-    """The passes from the sparse and full paths to the program that is packaged."""
+def lay_out(nest: NestWeights | None) -> list[Pass]:
+    """The passes that store the weights; `nest`: the one that nests them, if any."""
     return [
         # one stored copy of each weight, in the layout that the kernels read
         LayOutWeights(),
+        # its bits in two planes, of which a draft reads one
+        *([] if nest is None else [nest]),
+    ]
+
+
+def back(
+    *,
+    period: int,
+    tree_width: int,
+    max_seq_len: int,
+    whole_periods: bool = True,
+    nest: NestWeights | None = None,
+) -> list[Pass]:
+    """The passes from the sparse and full paths to the program that is packaged."""
+    return [
+        *lay_out(nest),
         # draft, verify, accept and roll back as one graph
         *([BuildPeriod(period, tree_width, max_seq_len)] if whole_periods else []),
     ]

@@ -12,15 +12,15 @@ from sirius_compile.acceptance import LEAST_DRAFTS, acceptance_spec, measure_dra
 from sirius_compile.allocation import LEAST_KEPT
 from sirius_compile.calibration import Calibration, calibrate
 from sirius_compile.config import DEFAULT_KEEP, CompileConfig, DenseLayers
-from sirius_compile.pipeline import Thresholds, sparsify
+from sirius_compile.pipeline import Thresholds, lay_out, sparsify
 from sirius_compile.product import Compiled, SparsePath
 from sirius_compile.ranking import LayerAgreement, rank_layers
 from sirius_compile.texts import Sample
 from sirius_compile.tokenwise import Tokenwise
 from sirius_compile.watch import Watch, unwatched
 from sirius_compile.writing import Text
-from sirius_passes.lay_out_weights import LayOutWeights
 from sirius_passes.manager import run_passes
+from sirius_passes.nest_weights import NestWeights
 from sirius_passes.program import FULL, PREFILL, SPARSE, Program, copy_program
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.errors import ConfigError
@@ -49,6 +49,8 @@ class Chooser:
         self._config, self._dense, self._program = config, dense, dense.program
         self._method = Method(config.sparsity)
         self._text, self._device, self._watch = text, device, watch
+        bits = config.nested_bits
+        self._nest = None if bits is None else NestWeights(bits)
         self._loaded: dict[str, tuple[bool, Tensor]] = {}
 
     def choose(self) -> SparsePath:
@@ -60,7 +62,7 @@ class Chooser:
         # The density hardly depends on which layers stay dense, because layers are alike.
         keep = self._keep(fixed or range(dense.auto))
         calibrated = self._method.has_thresholds
-        measured = self._config.measure and self._method is not Method.NONE
+        measured = self._config.measure and self._config.drafts
         if not (calibrated or dense.auto or measured):
             return SparsePath(keep, fixed, None, ())
         path = self._path(self._try(keep, fixed, None))
@@ -87,11 +89,17 @@ class Chooser:
         return SparsePath(keep, costly, calibration, ranking)
 
     def _measure(self, chosen: SparsePath, held: Text) -> AcceptanceSpec | None:
-        """The measured drafts of the chosen path; None if there are too few texts."""
+        """The measured drafts of the chosen path, with weights as they are stored. None if there
+        are too few texts.
+        """
         config = self._config
         program = self._try(chosen.keep, chosen.dense_layers, chosen.thresholds)
+        if self._nest is not None:
+            # The text stays. Its logits and K/V are to be those of nested weights.
+            held = Text(held.samples)
+            self._loaded.clear()
         drafts = measure_drafts(
-            self._path(program),
+            self._path(program, nest=self._nest),
             held,
             threshold=config.threshold,
             temperature=config.verify_temperature,
@@ -113,9 +121,15 @@ class Chooser:
             return DEFAULT_KEEP if config.keep is None else config.keep
         return keep_for_density(
             config.density,
-            lambda keep: self._try(keep, dense_layers, None).sparsity.density,
+            lambda keep: self._density(keep, dense_layers),
             self._method,
         )
+
+    def _density(self, keep: float, dense_layers: Collection[int]) -> float:
+        program = self._try(keep, dense_layers, None)
+        if self._nest is not None:
+            run_passes(program, lay_out(self._nest))
+        return program.sparsity.density
 
     def _rank(
         self, keep: float, calibration: Calibration | None, samples: Sequence[Sample]
@@ -133,12 +147,12 @@ class Chooser:
         run_passes(program, sparsify(self._method, keep, thresholds, dense_layers))
         return program
 
-    def _path(self, program: Program) -> Tokenwise:
+    def _path(self, program: Program, nest: NestWeights | None = None) -> Tokenwise:
         """The program over whole texts. Weights are laid out for the kernels, except for teal: its
-        linears read them as stored, which saves a copy.
+        linears read them as stored, which saves a copy. `nest`: nests the weights.
         """
-        if self._method is not Method.TEAL:
-            run_passes(program, [LayOutWeights()])
+        if self._method is not Method.TEAL or nest is not None:
+            run_passes(program, lay_out(nest))
         return Tokenwise(
             self._dense.spec_of(program),
             {name: to_document(program.graphs[name]) for name in (PREFILL, SPARSE, FULL)},
@@ -148,7 +162,11 @@ class Chooser:
         )
 
     def _weight(self, spec: WeightSpec) -> Tensor:
-        """All programs share one copy; a program with the other layout reads it transposed."""
+        """All programs share one copy; a program with the other layout reads it transposed. A
+        nested weight is not kept.
+        """
+        if spec.nested is not None:
+            return self._dense.weights(spec)
         if spec.name not in self._loaded:
             self._loaded[spec.name] = (spec.transposed, self._dense.weights(spec))
         transposed, weight = self._loaded[spec.name]

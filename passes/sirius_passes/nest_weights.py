@@ -59,7 +59,7 @@ _GATE, _UP, _DOWN = 1, 2, 3  # of an MLP's arguments
 class NestWeights(Pass):
     """`draft_bits`: 4 or 8, of the weights as the sparse path reads them.
 
-    After a run, `left` holds the matrices that stayed as they were, and why.
+    After a run, `left` holds those of the `matrices` that stayed as they were, and why.
     """
 
     name: ClassVar[str] = "nest_weights"
@@ -69,9 +69,11 @@ class NestWeights(Pass):
     def __init__(self, draft_bits: int) -> None:
         self.draft_bits = draft_bits
         self.left: dict[str, str] = {}
+        self.matrices = 0
 
     def run(self, program: Program) -> int:
         found, self.left = _choose(program)
+        self.matrices = len(found) + len(self.left)
         if not found and not any(spec.nested for spec in program.weights.values()):
             raise UnsupportedModelError(
                 f"--weights int8: no weight of this model can be nested; {said(self.left)}. "

@@ -178,6 +178,8 @@ def make_backend(
         choice = choose_backend(True, False, device)
         progress(f"backend {choice.backend}: {choice.reason}")
         backend = choice.backend
+    if program.nested:
+        _check_nested(backend, device)
     if backend == BackendName.ONNXRUNTIME:
         raise ConfigError(
             "backend onnxruntime runs the ONNX graphs of an artifact: compile with graphs onnx or "
@@ -214,6 +216,20 @@ def make_backend(
         context=context or longest,
         progress=progress,
     )
+
+
+def _check_nested(backend: str, device: torch.device) -> None:
+    """Raises BackendError where nested weights can't be read."""
+    if device.type != "cpu":
+        raise BackendError(
+            f"nested weights (--weights int8) are read on the CPU alone, and the device is {device}: "
+            "pass device cpu, or compile without --weights int8"
+        )
+    if backend not in (BackendName.EAGER, BackendName.PERIOD):
+        raise BackendError(
+            f"backend {backend} does not read nested weights (--weights int8) yet: use backend "
+            "eager or period, or compile without --weights int8"
+        )
 
 
 @dataclass(frozen=True)

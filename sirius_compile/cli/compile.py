@@ -20,7 +20,7 @@ from rich.table import Table
 
 from sirius_compile.cli.arguments import path
 from sirius_compile.cli.progress import bar
-from sirius_compile.config import BUILTIN, CompileConfig, DenseLayers, Graphs
+from sirius_compile.config import BUILTIN, CompileConfig, DenseLayers, Graphs, Weights
 from sirius_runtime.command_line import say, tell
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.spec import DType, Method
@@ -73,6 +73,13 @@ def compile_artifact(
     ] = 0,
     max_seq_len: Annotated[int | None, typer.Option(help="Default: the model's own.")] = None,
     dtype: Annotated[DType | None, typer.Option(help="Default: the checkpoint's.")] = None,
+    weights: Annotated[
+        Weights,
+        typer.Option(help="int8: 8 bits a weight, of which a draft may read 4; dtype: as --dtype."),
+    ] = Weights.DTYPE,
+    draft_bits: Annotated[
+        int | None, typer.Option(help="Bits of int8 weights that a draft reads: 8, or 4.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where calibration runs.")] = "cpu",
     calibration: Annotated[
         str, typer.Option(parser=_file_or_builtin, help="Text or JSONL file, or builtin.")
@@ -147,6 +154,8 @@ def compile_artifact(
         refresh=refresh,
         max_seq_len=max_seq_len,
         dtype=dtype,
+        weights=weights,
+        draft_bits=draft_bits,
         device=device,
         calibration=calibration,
         revision=revision,
@@ -200,7 +209,7 @@ def _compiled(
 def _check_use(config: CompileConfig) -> None:
     """Raises ConfigError for flags that this sparse path does not use."""
     method, dense = Method(config.sparsity), DenseLayers.read(config.dense_layers)
-    measured = config.measure and method is not Method.NONE
+    measured = config.measure and config.drafts
     if config.calibration != BUILTIN and not (method.has_thresholds or dense.auto or measured):
         raise ConfigError(
             f"--calibration sets thresholds, and --sparsity {method} has none. Leave it out"
