@@ -94,7 +94,7 @@ def set_version(version: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("version", "match"),
     [
-        ([2, 3], r"version is 2\.3, this reader knows 1\.x; update sirius-compile"),
+        ([3, 3], r"version is 3\.3, this reader knows 1\.x and 2\.x; update sirius-compile"),
         ([0, 9], r"version is 0\.9.*; compile it again"),
         ("1.0", "format_version"),
         ([1], "format_version"),

@@ -15,7 +15,7 @@ from sirius_passes.manager import Pass, run_passes
 from sirius_passes.mixtures import check_method
 from sirius_passes.program import DENSE, FULL, SPARSE, calls
 from sirius_passes.recognise_mlps import DENSE_MLP, DENSE_MOE, RecogniseMlps
-from sirius_passes.sparsify import parameters, step_parameters
+from sirius_passes.sparsify import step_bytes
 from sirius_passes.sparsify_experts import SparsifyExperts
 from sirius_passes.sparsify_topk import SparsifyTopk
 from sirius_passes.testing import Reference, check_pass, run_graph, snapshot
@@ -166,9 +166,9 @@ def test_topk_of_all_neurons_is_dense() -> None:
 def test_topk_s_sites() -> None:
     fused = [f"layers.{layer}.gate_up" for layer in (1, 3)]
     assert sites_of(SparsifyTopk(0.4)) == (
-        SiteSpec(1, "layers.4.gate.weight", 10, 4, 2 * HIDDEN),
-        SiteSpec(0, fused[0], 20, 8, 2 * HIDDEN),
-        SiteSpec(1, fused[1], 20, 8, 2 * HIDDEN),
+        SiteSpec(1, "layers.4.gate.weight", 10, 4, 2 * 2 * HIDDEN),
+        SiteSpec(0, fused[0], 20, 8, 2 * 2 * HIDDEN),
+        SiteSpec(1, fused[1], 20, 8, 2 * 2 * HIDDEN),
     )
 
 
@@ -200,8 +200,8 @@ def test_all_experts_kept_is_dense() -> None:
 
 def test_experts_sites() -> None:
     assert sites_of(SparsifyExperts(0.5)) == (
-        SiteSpec(0, "layers.1.gate_up", 2, 1, 3 * 10 * HIDDEN),
-        SiteSpec(1, "layers.3.gate_up", 2, 1, 3 * 10 * HIDDEN),
+        SiteSpec(0, "layers.1.gate_up", 2, 1, 2 * 3 * 10 * HIDDEN),
+        SiteSpec(1, "layers.3.gate_up", 2, 1, 2 * 3 * 10 * HIDDEN),
     )
 
 
@@ -236,14 +236,15 @@ def test_weights_that_do_not_come_from_the_choice_are_refused() -> None:
 def test_a_step_reads_the_experts_of_one_token() -> None:
     """One of three experts is not read, in each of two layers."""
     for stage in (paired(two_mixtures), after(two_mixtures, Canonicalize())):
-        assert parameters(stage) - step_parameters(stage) == 2 * 3 * 10 * HIDDEN
+        every = sum(2 * spec.numbers for spec in stage.weights.values())
+        assert every - step_bytes(stage) == 2 * 2 * 3 * 10 * HIDDEN
 
 
 def test_density() -> None:
     program = paired(two_mixtures)
     run_passes(program, [SparsifyExperts(0.5)])
-    step = step_parameters(program)
-    assert program.sparsity.density == pytest.approx(1 - 2 * 180 / step)
+    step = step_bytes(program)
+    assert program.sparsity.density == pytest.approx(1 - 2 * 2 * 180 / step)
     assert program.sparsity.step == step
 
 

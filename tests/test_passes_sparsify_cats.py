@@ -131,7 +131,7 @@ def test_the_spec_says_what_a_step_is_expected_to_read() -> None:
     assert (spec.method, spec.keep) == (Method.CATS, 0.45)
     assert spec.sites == tuple(
         # Attention stands before each.
-        SiteSpec(index, f"layers.{2 * index + 1}.gate.weight", 10, 5, 12, threshold, counted=True)
+        SiteSpec(index, f"layers.{2 * index + 1}.gate.weight", 10, 5, 24, threshold, counted=True)
         for index, threshold in enumerate(VALUES)
     )
     assert spec.counted == spec.sites

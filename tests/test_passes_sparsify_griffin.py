@@ -215,7 +215,7 @@ def test_the_spec_says_what_a_step_reads() -> None:
     assert (spec.method, spec.keep) == (Method.GRIFFIN, 0.35)
     assert (spec.neurons, spec.kept_neurons, spec.counted) == (10, 4, ())
     # 18: a row of gate, of up and of down, 6 wide
-    assert spec.sites == (SiteSpec(0, "layers.0.gate.weight", 10, 4, 18),)
+    assert spec.sites == (SiteSpec(0, "layers.0.gate.weight", 10, 4, 36),)
     assert spec.density == pytest.approx(1 - 6 * 18 / ((11 + 32 + 30 + 11) * 6))
 
 

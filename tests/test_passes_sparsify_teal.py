@@ -109,12 +109,12 @@ def test_the_spec_says_what_a_step_is_expected_to_read() -> None:
     sizes = [(6, 4), (6, 2), (6, 2), (4, 6), (6, 10), (6, 10), (10, 6)]
     names = [f"layers.{0 if i < 4 else 1}.{name}.weight" for i, name in enumerate(LINEARS)]
     assert spec.sites == tuple(
-        SiteSpec(0, name, units, units * own.keep, features, own.value, counted=True)
+        SiteSpec(0, name, units, units * own.keep, 2 * features, own.value, counted=True)
         for name, (units, features), own in zip(names, sizes, THRESHOLDS, strict=True)
     )
     skipped = sum(u * f * (1 - keep) for (u, f), keep in zip(sizes, KEEP, strict=True))
     parameters = (11 + 32 + 11) * 6 + sum(u * f for u, f in sizes) + 26  # 26 biases
-    assert spec.step == parameters
+    assert spec.step == 2 * parameters
     assert spec.density == pytest.approx(1 - skipped / parameters)
 
 

