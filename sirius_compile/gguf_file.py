@@ -1,6 +1,7 @@
 """Models in GGUF files: weights, config and tokenizer, read by transformers.
 
-Quantised weights are dequantised to the artifact's dtype.
+Quantised weights are dequantised to the artifact's dtype. If weights are to be nested, that is
+float32, from which the integers of a Q8_0 tensor are found again.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A model in memory, its tokenizer, and a generation config with its end tokens."""
+    """A model in memory, its tokenizer, and a generation config with its end tokens. `dtype`: of the
+    program; the model may be in a wider one.
+    """
 
     model: PreTrainedModel
+    dtype: torch.dtype
     tokenizer: Any
     generation: GenerationConfig
 
@@ -43,9 +47,9 @@ def is_gguf(model: str | Path) -> bool:
     return str(model).lower().endswith(".gguf") and not Path(model).is_dir()
 
 
-def load_gguf(path: Path, dtype: DType | None) -> GgufModel:
+def load_gguf(path: Path, dtype: DType | None, *, exactly: bool = False) -> GgufModel:
     """Loads a GGUF file in `dtype`; by default that of most of its weights, or bfloat16 if those
-    are quantised.
+    are quantised. `exactly`: the model is in float32, whatever the program's dtype.
 
     Raises ModelNotFoundError if there is no such file, and UnsupportedModelError, with
     transformers' reason, for an architecture or a type of weights that it can't read.
@@ -59,7 +63,7 @@ def load_gguf(path: Path, dtype: DType | None) -> GgufModel:
             f"{' '.join(missing)}; or give the model's directory of safetensors"
         )
     try:
-        return _load(path, dtype)
+        return _load(path, dtype, exactly)
     except Exception as error:  # bad files may raise any exception in transformers
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UnsupportedModelError(
@@ -68,7 +72,7 @@ def load_gguf(path: Path, dtype: DType | None) -> GgufModel:
         ) from error
 
 
-def _load(path: Path, dtype: DType | None) -> GgufModel:
+def _load(path: Path, dtype: DType | None, exactly: bool) -> GgufModel:
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
@@ -78,14 +82,15 @@ def _load(path: Path, dtype: DType | None) -> GgufModel:
             f"it is one of {parts.contents()} parts; join them by llama-gguf-split --merge"
         )
     given = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    own = dtype_of(dtype) if dtype else _dtype(reader)
     model = AutoModelForCausalLM.from_pretrained(
-        **given, **_unpacked(), dtype=dtype_of(dtype) if dtype else _dtype(reader)
+        **given, **_unpacked(), dtype=torch.float32 if exactly else own
     ).eval()
     generation = model.generation_config or GenerationConfig.from_model_config(model.config)
     fields = [field for name in _ENDS if (field := reader.get_field(name)) is not None]
     if fields:
         generation.eos_token_id = list(dict.fromkeys(int(field.contents()) for field in fields))
-    return GgufModel(model, AutoTokenizer.from_pretrained(**given), generation)
+    return GgufModel(model, own, AutoTokenizer.from_pretrained(**given), generation)
 
 
 def _unpacked() -> dict[str, Any]:

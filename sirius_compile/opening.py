@@ -63,9 +63,15 @@ def open_gguf(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> 
     for flag, value in given.items():
         if value is not None:
             raise ConfigError(f"{flag} does not apply to a GGUF file; give a directory or a hub id")
-    loaded = load_gguf(read_path(model), None if config.dtype is None else DType(config.dtype))
+    loaded = load_gguf(
+        read_path(model),
+        None if config.dtype is None else DType(config.dtype),
+        exactly=config.nested_bits is not None,
+    )
     source = open_live(loaded.model, config, loaded.tokenizer, warn)
-    return replace(source, name=Path(model).name, generation=loaded.generation)
+    return replace(
+        source, name=Path(model).name, generation=loaded.generation, dtype=loaded.dtype
+    )
 
 
 def open_files(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> Source | None:

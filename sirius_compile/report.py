@@ -14,6 +14,7 @@ from sirius_compile.calibration import Calibration
 from sirius_compile.onnx.package import onnx_summary
 from sirius_compile.product import Compiled
 from sirius_runtime.dtypes import dtype_of
+from sirius_runtime.safetensors_file import share_of_bfloat16
 from sirius_runtime.spec import JSON, AcceptanceSpec, DraftingSpec, to_json
 from sirius_runtime.terminal import plain
 
@@ -64,7 +65,17 @@ class Summary:
         table.add_row("sparse layers", f"{layers} of {spec.state.layers}")
         kept = f"{sparsity.method}, {sparsity.keep:.1%} kept where it skips"
         table.add_row("sparse path", kept)
-        table.add_row("density", f"{sparsity.density:.3f} of the weights read by a sparse step")
+        share = f"a sparse step reads {sparsity.density:.3f} of the full path's bytes"
+        if spec.nested:
+            nested = [weight for weight in spec.weights if weight.nested]
+            table.add_row(
+                "weights",
+                f"{len(nested)} matrices nested in 8 bits, of which drafts read "
+                f"{sparsity.draft_bits}",
+            )
+            full = share_of_bfloat16(spec)
+            share += f", which are {full:.3f} of bfloat16's ({sparsity.density * full:.3f})"
+        table.add_row("density", share)
         if sparse is not None and sparse.ranking:
             costs = ", ".join(f"{r.layer} ({1.0 - r.agreement:.2%})" for r in sparse.ranking)
             table.add_row("costliest", f"agreement lost with only this layer sparse: {costs}")
@@ -103,7 +114,7 @@ def _acceptance_rows(acceptance: AcceptanceSpec) -> Iterator[tuple[str, str]]:
 
 
 def _reads(one: DraftingSpec) -> str:
-    return f"effective density {one.effective_density:.3f}"
+    return f"effective density {one.effective_density:.3f} of the full path's bytes"
 
 
 def _calibration_rows(calibration: Calibration) -> Iterator[tuple[str, str]]:
@@ -129,6 +140,6 @@ def summarise(compiled: Compiled, artifact: Path, seconds: float) -> Summary:
         artifact=artifact,
         compiled=compiled,
         artifact_bytes=artifact.stat().st_size,
-        dense_bytes=spec.model.parameters * dtype_of(spec.model.dtype).itemsize,
+        dense_bytes=spec.weight_bytes(dtype_of(spec.model.dtype).itemsize),
         seconds=seconds,
     )

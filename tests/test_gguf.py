@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 from sirius_compile import CompileConfig, compile_model, gguf_file
 from sirius_compile.compile import Compiled
 from sirius_runtime.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from sirius_runtime.nested import unnest
 from tests.support.models import MAX_SEQ_LEN, SMALL, VOCABULARY, random_decoder
 
 gguf = pytest.importorskip("gguf", reason="writes GGUF files with the package gguf")
@@ -50,8 +53,11 @@ def write_gguf(
     model: PreTrainedModel,
     kind: str = "F32",
     architecture: str = "qwen2",
+    change: Callable[[np.ndarray], None] = lambda data: None,
 ) -> dict[str, torch.Tensor]:
-    """Writes a model as llama.cpp's converter does; returns the weights as they then are."""
+    """Writes a model as llama.cpp's converter does; returns the weights as they then are. `change`
+    is given the data of each matrix first.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(MAX_SEQ_LEN)
     writer.add_embedding_length(SMALL["hidden_size"])
@@ -81,6 +87,8 @@ def write_gguf(
         values = tensor.numpy()
         type_of = wanted if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         data = gguf.quants.quantize(values, type_of)
+        if values.ndim == 2:
+            change(data)
         stored[name] = torch.from_numpy(np.array(gguf.quants.dequantize(data, type_of)))
         writer.add_tensor(named(name), data, raw_dtype=type_of)
     writer.write_header_to_file()
@@ -184,3 +192,25 @@ def test_flags_that_do_not_go_with_it(tmp_path: Path) -> None:
             compile_model("x.gguf", config)
     with pytest.raises(ConfigError, match="tokenizer= applies to a model in memory"):
         compile_model("x.gguf", ALONE, tokenizer=object())
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_q8_0_is_nested_without_a_change(tmp_path: Path, architecture: str) -> None:
+    """Every number, in either layout, and of rows that transformers permutes. Not all groups have a
+    127 among their integers.
+    """
+
+    def halve_some(data: np.ndarray) -> None:
+        blocks = data.reshape(-1, 34)[::3, 2:].view(np.int8)
+        blocks[:] = blocks // 2
+
+    model = random_decoder(architecture, tie_word_embeddings=False)
+    write_gguf(tmp_path / "tiny.gguf", model, "Q8_0", architecture, halve_some)
+    plain = weights_of(compile_model(tmp_path / "tiny.gguf", replace(ALONE, dtype="float32")))
+    config = replace(ALONE, weights="int8", sparsity="topk", measure=False)
+    compiled = compile_model(tmp_path / "tiny.gguf", config)
+    assert compiled.spec.model.dtype == "bfloat16"
+    nested = [spec for spec in compiled.spec.weights if spec.nested]
+    assert len(nested) == 2 * 7 + 2
+    for spec in nested:
+        assert torch.equal(unnest(compiled.weights(spec)), plain[spec.name]), spec.name

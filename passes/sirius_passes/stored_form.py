@@ -8,10 +8,11 @@ from torch import Tensor
 from sirius_passes.weight_views import transposed_shape
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.errors import UnsupportedModelError
-from sirius_runtime.nested import GROUP, LARGEST, Layout, matrix_shape, nest
-from sirius_runtime.spec import WeightSpec
+from sirius_runtime.nested import GROUP, LARGEST, in_integers, matrix_shape, nest_integers
+from sirius_runtime.spec import Layout, WeightSpec
 
 _BLOCK = 2**22  # numbers that are nested at once: it takes some 30 bytes for each
+_TRIED = 64  # groups
 _MOST = LARGEST * torch.finfo(torch.float16).max
 
 
@@ -37,12 +38,50 @@ def stored_form(spec: WeightSpec, tensor: Tensor) -> Tensor:
     block = max(1, _BLOCK // inputs // GROUP) * GROUP
     for start in range(0, outputs, block):
         end = min(start + block, outputs)
-        planes = nest(matrix[start:end], spec.nested)
+        planes = nest_integers(*integers_of(matrix[start:end]), spec.nested)
         if rows_are_inputs:
             stored[..., start // 2 : end // 2] = planes
         else:
             stored[:, start:end] = planes
     return stored
+
+
+def integers_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """q [O, C], int8, and scales [O, C / 32], float16, of a matrix: those that it was multiplied out
+    from, where it was, as a Q8_0 tensor in float32.
+
+    A scale is a group's largest magnitude over 127. That gives back the integers of a group whose
+    largest is 127, as llama.cpp chooses them. Where it does not, other integers are tried, if they
+    are what some of the groups were made of.
+    """
+    groups = matrix.float().unflatten(-1, (-1, GROUP))
+    scale = groups.abs().amax(-1) / LARGEST
+    q, stored = in_integers(groups, scale)
+    if matrix.dtype is torch.float32:
+        rounded = ~_exact(groups, q, stored)
+        if rounded.any() and not _scales(groups[rounded][:_TRIED]).isnan().any():
+            found = _scales(groups[rounded])
+            scale[rounded] = torch.where(found.isnan(), scale[rounded], found)
+            q, stored = in_integers(groups, scale)
+    return q, stored
+
+
+def _scales(groups: Tensor) -> Tensor:
+    """The scale [N] of which all numbers of a group [N, 32] are multiples; NaN where there is
+    none.
+    """
+    largest = groups.abs().amax(-1)
+    found = torch.full_like(largest, torch.nan)
+    for integer in range(1, LARGEST + 2):
+        q, scale = in_integers(groups[None], (largest / integer)[None])
+        found = torch.where(_exact(groups[None], q, scale)[0], scale[0].float(), found)
+    return found
+
+
+def _exact(groups: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """Whether integers and scales stand for the very numbers of a group [O, C / 32]."""
+    values = q.unflatten(-1, (-1, GROUP)) * scale.float().unsqueeze(-1)
+    return (values == groups).all(-1)
 
 
 def checkpoint_shape(spec: WeightSpec) -> tuple[int, ...]:

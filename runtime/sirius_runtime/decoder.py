@@ -255,7 +255,7 @@ class Decoder:
                 self._scorer.select(rows)
 
     def density(self) -> float:
-        """Share of the parameters that a sparse step read so far."""
+        """Share of the full path's bytes that a sparse step read so far."""
         return self.state.density()
 
     def array(self, tokens: Sequence[Any]) -> Any:

@@ -18,6 +18,7 @@ from sirius_runtime.spec import (
     AcceptanceSpec,
     DraftingSpec,
     FileRecord,
+    Layout,
     Manifest,
     Method,
     ModelSpec,
@@ -29,6 +30,7 @@ from sirius_runtime.spec import (
     SiteSpec,
     SparsitySpec,
     StateSpec,
+    WeightSpec,
 )
 
 _MOST_LAYERS = 2**14
@@ -89,6 +91,9 @@ def check_program(program: ProgramSpec) -> None:
     _check_ranges(program, "")
     _check_period(program.period, program.model, program.sparsity.method)
     _check_sparsity(program.sparsity, program.state)
+    for weight in program.weights:
+        if weight.nested is not None:
+            _check_nested(weight)
     if program.acceptance is not None:
         _check_acceptance(program.acceptance)
     vocabulary = program.model.vocab_size
@@ -163,6 +168,8 @@ def _check_acceptance(acceptance: AcceptanceSpec) -> None:
 
 def _check_sparsity(sparsity: SparsitySpec, state: StateSpec) -> None:
     _within(1 if sparsity.sites else 0, _MOST_PARAMETERS, sparsity.step, "sparsity.step")
+    if sparsity.draft_bits not in (None, 4, 8):
+        raise ArtifactError(f"sparsity.draft_bits must be 4 or 8, found {sparsity.draft_bits}")
     for layer in sparsity.dense_layers:
         _within(0, state.layers - 1, layer, "sparsity.dense_layers")
     for index, site in enumerate(sparsity.sites):
@@ -173,6 +180,17 @@ def _check_sparsity(sparsity: SparsitySpec, state: StateSpec) -> None:
         fixed = [site for site in sparsity.sites if not site.counted]
         if any(site.kept < 1 for site in fixed):
             raise ArtifactError("sparsity.sites: a prompt must keep a neuron of each MLP")
+
+
+def _check_nested(weight: WeightSpec) -> None:
+    shape = weight.shape
+    rank, row = (3, 17) if weight.nested is Layout.BY_OUTPUTS else (4, 34)
+    sound = len(shape) == rank and shape[0] == 2 and min(shape) > 0 and shape[2] % row == 0
+    if weight.dtype != "uint8" or weight.retype or not sound:
+        raise ArtifactError(
+            f"weight {weight.name!r} is nested by {weight.nested}, and {weight.dtype} "
+            f"{list(shape)} holds no such weight"
+        )
 
 
 def _as_options(check: Callable[[], None], where: str = "period") -> None:

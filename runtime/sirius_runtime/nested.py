@@ -79,13 +79,20 @@ def nest(weight: Tensor, layout: Layout) -> Tensor:
 
     Scales are the groups' largest magnitudes over 127, in fp16. Where every w is an integer of at
     most 127 times an fp16 number that is its group's scale, nothing is rounded, provided that some
-    integer of the group is 127: see `nest_integers` for those where none is.
+    integer of the group is 127.
     """
     groups = weight.float().unflatten(-1, (-1, GROUP))
-    scale = (groups.abs().amax(-1) / LARGEST).half()
+    return nest_integers(*in_integers(groups, groups.abs().amax(-1) / LARGEST), layout)
+
+
+def in_integers(groups: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups of weights [O, C / 32, 32] in steps of their scales [O, C / 32]: int8 q [O, C], and
+    the scales in fp16.
+    """
+    scale = scale.half()
     step = scale.float().unsqueeze(-1)
-    q = torch.where(step > 0, groups / step, 0.0).round().clamp(-LARGEST, LARGEST)
-    return nest_integers(q.to(torch.int8).flatten(-2), scale, layout)
+    q = torch.where(step > 0, groups / step, 0.0).round().clamp(-LARGEST - 1, LARGEST)
+    return q.to(torch.int8).flatten(-2), scale
 
 
 def nest_integers(q: Tensor, scale: Tensor, layout: Layout) -> Tensor:

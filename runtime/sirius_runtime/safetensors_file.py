@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from sirius_runtime.artifact_zip import ALIGNMENT
 from sirius_runtime.errors import SiriusError
-from sirius_runtime.spec import JSON, WeightSpec
+from sirius_runtime.spec import JSON, ProgramSpec, WeightSpec
 
 
 class StoredType(NamedTuple):
@@ -53,6 +53,15 @@ def size_of(spec: WeightSpec) -> int:
     if spec.dtype not in _CODES:
         raise SiriusError(f"weight {spec.name!r}: dtype {spec.dtype!r} has no safetensors name")
     return math.prod(spec.shape) * STORED_TYPES[_CODES[spec.dtype]].itemsize
+
+
+def share_of_bfloat16(program: ProgramSpec) -> float:
+    """The bytes of weights that a full step reads, as a share of what they would be in bfloat16."""
+    parameters = [weight for weight in program.weights if weight.parameter]
+    stored, wide = sum(map(size_of, parameters)), sum(2 * weight.numbers for weight in parameters)
+    unread = stored - program.sparsity.step  # of experts, which are never nested
+    itemsize = STORED_TYPES[_CODES[program.model.dtype]].itemsize
+    return program.sparsity.step / (wide - unread * 2 // itemsize)
 
 
 def in_order(specs: Sequence[WeightSpec]) -> list[WeightSpec]:

@@ -158,7 +158,7 @@ class State(ABC):
             self.kept_tokens = self.kept_tokens + rows_B.sum()
 
     def density(self) -> float:
-        """Share of the parameters that a sparse step read so far: measured where tokens differ in
+        """Share of the bytes that a sparse step read so far: measured where tokens differ in
         what they keep, else static.
         """
         return measured_density(self.program.sparsity, self.kept.tolist(), int(self.kept_tokens))

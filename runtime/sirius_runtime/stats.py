@@ -47,9 +47,10 @@ class GenerationStats:
     `advances` counts periods by the tokens they committed, `aal` (average advance length) leaves
     each row's last period out, which the end cuts short. `corrections`: periods that refused a
     drafted token. `acceptance_rate`: accepted over drafted tokens. `density`: share of the
-    parameters that one sparse step read. `effective_density`: weight reads per committed token over
-    the periods that `aal` counts and over dense steps, dense = 1. `weight_bytes`: bytes of the
-    model's parameters, as one dense step reads them. `dense_tokens`: made by dense steps;
+    bytes of weights that one sparse step read, of those that a full step reads.
+    `effective_density`: that share per committed token over the periods that `aal` counts and over
+    dense steps, dense = 1. `weight_bytes`: bytes of the model's weights, as one dense step reads
+    them. `dense_tokens`: made by dense steps;
     `fallback`: those made because drafts did not pay. None stands for a number that was not
     measured: a generation that ends with its first token, which prefill makes, has no decoding.
     """
@@ -162,7 +163,7 @@ class PhaseClock:
 
 
 def measured_density(sparsity: SparsitySpec, kept: Iterable[float], tokens: int) -> float:
-    """Share of the parameters that a sparse step read: measured where tokens differ in what they
+    """Share of the bytes that a sparse step read: measured where tokens differ in what they
     keep, else static.
 
     kept: what each counted site kept, summed over `tokens`.

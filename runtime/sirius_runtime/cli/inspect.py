@@ -108,6 +108,7 @@ def describe(manifest: Manifest) -> list[str]:
     """A manifest as lines for a reader: a screen of them, however many layers there are."""
     from sirius_runtime.onnx_files import gathered_bytes
     from sirius_runtime.rules import values
+    from sirius_runtime.safetensors_file import share_of_bfloat16
 
     program = manifest.program
     model, sparsity, state = program.model, program.sparsity, program.state
@@ -121,7 +122,8 @@ def describe(manifest: Manifest) -> list[str]:
         f"sequence   up to {model.max_seq_len} tokens, vocabulary {model.vocab_size}, "
         f"EOS {', '.join(map(str, program.eos_token_ids)) or 'none'}",
         f"cache      {state.layers} layers x {state.kv_heads} heads x {state.key_dim}",
-        f"sparsity   {sparsity.method}, kept share {sparsity.keep}, density {sparsity.density:.3f}",
+        f"sparsity   {sparsity.method}, kept share {sparsity.keep}, density {sparsity.density:.3f} "
+        "of the full path's bytes",
         *_sites(sparsity.sites),
     ]
     if sparsity.dense_layers:
@@ -143,6 +145,14 @@ def describe(manifest: Manifest) -> list[str]:
         f"files      {len(manifest.files)}, {size:,} bytes, {weights:,} of them "
         f"{len(program.weights)} weights",
     ]
+    if program.nested:
+        nested = sum(1 for weight in program.weights if weight.nested)
+        full = share_of_bfloat16(program)
+        lines.append(
+            f"weights    {nested} matrices nested in 8 bits, of which drafts read "
+            f"{sparsity.draft_bits}; a full step reads {full:.3f} of bfloat16's bytes, a sparse "
+            f"step {sparsity.density * full:.3f}"
+        )
     if graphs := [name for name in manifest.files if name.endswith(".onnx")]:
         extra = gathered_bytes(program)
         copies = f"; a row's kept neurons, gathered: {extra:,} bytes more" if extra else ""

@@ -63,8 +63,10 @@ def summary(output: Any) -> str:
         ]
     if output.seeds:
         parts.append(f"seed {output.seeds[0]}")
-    parts.append(f"density {stats.density:.3f}")
-    parts.append(f"effective {figure(stats.effective_density, 3)}")
+    parts.append(
+        f"density {stats.density:.3f}, effective {figure(stats.effective_density, 3)} of the full "
+        "path's bytes"
+    )
     return ", ".join(parts) + _fell_back(stats)
 
 
