@@ -155,6 +155,7 @@ _ROWS = (
         linear.fake_embedding,
         shares_choice=False,
         dense=None,
+        cpu=cpu_linear.embedding,
         rule=linear.embedding_rule,
     ),
     Operator(

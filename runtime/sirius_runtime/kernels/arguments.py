@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.errors import BackendError, OperandError, OperandIndexError
+from sirius_runtime.nested import Layout, matrix_shape
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the types in ``csrc/cpu.cpp``."""
@@ -64,6 +65,26 @@ def matrix(weight: Tensor | None) -> tuple[int, int, int, int]:
 def vector(bias: Tensor | None) -> tuple[int, int]:
     """A ``Tensor<1>``."""
     return (0, 0) if bias is None else (bias.data_ptr(), *bias.shape)
+
+
+def is_nested_by(weight: Tensor, layout: Layout) -> bool:
+    """Whether `weight` is nested in that layout, on the CPU, its rows contiguous."""
+    rank = 3 if layout is Layout.BY_OUTPUTS else 4
+    return (
+        weight.dtype is torch.uint8
+        and weight.ndim == rank
+        and weight.stride(-1) == 1
+        and weight.is_cpu
+    )
+
+
+def nested_matrix(weight: Tensor | None) -> tuple[int, ...]:
+    """A ``NestedMatrix``."""
+    if weight is None:
+        return (0,) * 7
+    plane, *block, row, _ = weight.stride()
+    shape = matrix_shape(tuple(weight.shape))
+    return (weight.data_ptr(), weight.shape[0], *shape, plane, row, *(block or (0,)))
 
 
 def of_ranks(operator: str, names: str, tensors: Sequence[Tensor], ranks: Sequence[int]) -> None:

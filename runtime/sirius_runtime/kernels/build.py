@@ -44,14 +44,16 @@ class InstructionSet(StrEnum):
 
 
 _TARGETS = {
-    InstructionSet.AVX512_BF16: (*_AVX512, "-mavx512bf16"),
+    InstructionSet.AVX512_BF16: (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
     InstructionSet.AVX512: _AVX512,
     InstructionSet.AVX2: _AVX2,
     InstructionSet.PORTABLE: (),
 }
+_AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _NEEDED = {  # flags of /proc/cpuinfo
-    InstructionSet.AVX512_BF16: {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
-    InstructionSet.AVX512: {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    # Every CPU that has the first of the last two has the second.
+    InstructionSet.AVX512_BF16: {*_AVX512_FLAGS, "avx512_bf16", "avx512_vnni"},
+    InstructionSet.AVX512: _AVX512_FLAGS,
     InstructionSet.AVX2: {"avx2", "fma", "f16c"},
     InstructionSet.PORTABLE: set(),
 }

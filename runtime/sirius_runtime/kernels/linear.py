@@ -6,19 +6,24 @@ from collections.abc import Sequence
 from struct import Struct
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sirius_runtime.kernels.arguments import (
     MOST_TOKENS,
     TYPES,
+    address,
     check,
     fits,
     is_matrix,
+    is_nested_by,
     is_vector,
     matrix,
+    nested_matrix,
     vector,
 )
 from sirius_runtime.kernels.native import kernels
+from sirius_runtime.nested import Layout, in_steps, is_nested, matrix_shape
 from sirius_runtime.ops import linear as reference
 
 MOST_LINEARS = 8
@@ -27,10 +32,15 @@ MOST_LINEARS = 8
 # The structs of ``csrc/cpu.cpp``: LinearOperands, as many of them, and SparseOperands.
 _LINEARS = [Struct(f"={7 * count}q") for count in range(MOST_LINEARS + 1)]
 _SPARSE = Struct("=12q")
+_NESTED_LINEARS = [Struct(f"={10 * count}q") for count in range(MOST_LINEARS + 1)]
+_NESTED_SPARSE = Struct("=15q")
+_UNNEST = Struct("=9q")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `reference.linear`. A weight that is the transpose of a matrix is read as that matrix."""
+    if is_nested(weight):
+        return nested_linears(x, (weight,), (bias,))[0]
     if weight.ndim == 2 and weight.stride(1) != 1:
         return _by_inputs(x, weight, bias)
     return linears(x, (weight,), (bias,))[0]
@@ -40,6 +50,8 @@ def linears(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """As `reference.linears`: what waits for all threads, waits once."""
+    if is_nested(weights[0]):
+        return nested_linears(x, weights, biases)
     kind = TYPES.get(x.dtype)
     C = x.shape[-1] if x.ndim else 0
     tokens = x.numel() // C if C else 0
@@ -104,6 +116,8 @@ def sparse_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """As `reference.sparse_linear`."""
+    if is_nested(weight):
+        return _nested_sparse_linear(x, weight, bias, threshold)
     kind = TYPES.get(x.dtype)
     if not (
         kind is not None
@@ -129,3 +143,134 @@ def sparse_linear(
     )  # fmt: skip
     check(library, status, "sparse_linear")
     return y, counts
+
+
+# Nested weights
+
+
+def nested_linears(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """`linears` of weights that are nested, all of them."""
+    kind = TYPES.get(x.dtype)
+    C = x.shape[-1] if x.ndim else 0
+    tokens = x.numel() // C if C else 0
+    if not (
+        kind is not None
+        and len(weights) <= MOST_LINEARS
+        and fits(tokens, 1, x.dtype)
+        and all(is_nested_by(weight, Layout.BY_OUTPUTS) for weight in weights)
+        and all(is_vector(bias, x.dtype) for bias in biases)
+        and (library := kernels()) is not None
+    ):
+        return tuple(map(_nested_linear, [x] * len(weights), weights, biases))
+    given = x.contiguous()
+    ys, operands = [], []
+    for weight, bias in zip(weights, biases, strict=True):
+        y = given.new_empty(*x.shape[:-1], weight.shape[1])
+        ys.append(y)
+        operands += [*nested_matrix(weight), *vector(bias), y.data_ptr()]
+    status = library.sirius_nested_linears(
+        kind,
+        given.data_ptr(),
+        tokens,
+        C,
+        _NESTED_LINEARS[len(ys)].pack(*operands),
+        len(ys),
+        torch.get_num_threads(),
+    )
+    check(library, status, "linear")
+    return tuple(ys)
+
+
+def _nested_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of a weight by inputs, or of many tokens."""
+    if x.ndim and is_nested_by(weight, Layout.BY_INPUTS):
+        C = x.shape[-1]
+        tokens = x.numel() // C if C else 0
+        done = _nested_by_inputs(x.reshape(1, tokens, C), weight, bias, None)
+        if done is not None:
+            return done[0].view(*x.shape[:-1], done[0].shape[-1])
+    plain = unnest(weight, x.dtype)
+    if plain is None:
+        return reference.linear(x, weight, bias)
+    return F.linear(in_steps(x).to(x.dtype), plain, bias)
+
+
+def _nested_sparse_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor]:
+    done = _nested_by_inputs(x, weight, bias, threshold)
+    if done is not None:
+        return done
+    kept = x.float().abs().mean(1, keepdim=True) > threshold
+    return _nested_linear(x * kept, weight, bias), kept.sum((1, 2))
+
+
+def _nested_by_inputs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float | None
+) -> tuple[Tensor, Tensor] | None:
+    """`sparse_linear` of x [B, T, C], or without a threshold all channels; None where no kernel
+    serves.
+    """
+    kind = TYPES.get(x.dtype)
+    if not (
+        kind is not None
+        and x.ndim == 3
+        and x.shape[1] <= MOST_TOKENS
+        and fits(x.shape[1], x.shape[0], x.dtype, x.shape[0] * MOST_TOKENS)
+        and is_nested_by(weight, Layout.BY_INPUTS)
+        and is_vector(bias, x.dtype)
+        and (library := kernels()) is not None
+    ):
+        return None
+    B, T, _ = x.shape
+    given = x.contiguous()
+    outputs = matrix_shape(tuple(weight.shape))[0]
+    y, counts = given.new_empty(B, T, outputs), given.new_empty(B, dtype=torch.int64)
+    status = library.sirius_nested_by_inputs(
+        kind,
+        _NESTED_SPARSE.pack(
+            given.data_ptr(), *given.shape, *nested_matrix(weight), *vector(bias),
+            y.data_ptr(), address(None if threshold is None else counts),
+        ),
+        threshold or 0.0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    check(library, status, "sparse_linear")
+    return y, counts
+
+
+def embedding(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `reference.embedding`; IndexError for a row that is not there."""
+    flat = ids.flatten()
+    rows = None
+    if ids.dtype is torch.int64 and ids.is_cpu and is_nested_by(weight, Layout.BY_OUTPUTS):
+        rows = unnest(weight, dtype, flat)
+    if rows is None:
+        return reference.embedding(weight, ids, dtype)
+    return rows.view(*ids.shape, rows.shape[1])
+
+
+def unnest(weight: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor | None:
+    """As `nested.unnest`, [O, C], of its `rows` [N] if given, which is for a weight by outputs; None
+    where no kernel serves.
+    """
+    by_inputs = is_nested_by(weight, Layout.BY_INPUTS)
+    kind, library = TYPES.get(dtype), kernels()
+    if kind is None or library is None:
+        return None
+    if not (by_inputs or is_nested_by(weight, Layout.BY_OUTPUTS)):
+        return None
+    outputs, inputs = matrix_shape(tuple(weight.shape))
+    if rows is not None:
+        rows, outputs = rows.contiguous(), rows.numel()
+    plain = torch.empty((inputs, outputs) if by_inputs else (outputs, inputs), dtype=dtype)
+    status = library.sirius_unnest(
+        kind,
+        _UNNEST.pack(*nested_matrix(weight), *vector(rows)),
+        plain.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check(library, status, "embedding")
+    return plain.t() if by_inputs else plain

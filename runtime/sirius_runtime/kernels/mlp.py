@@ -24,11 +24,15 @@ from sirius_runtime.kernels.arguments import (
     check,
     fits,
     is_matrix,
+    is_nested_by,
     is_vector,
     matrix,
+    nested_matrix,
     vector,
 )
+from sirius_runtime.kernels.linear import linear
 from sirius_runtime.kernels.native import kernels
+from sirius_runtime.nested import Layout, is_nested
 from sirius_runtime.ops import mlp as reference
 from sirius_runtime.ops.operands import Mlp, grouped
 
@@ -46,7 +50,8 @@ class _Choice:
 
 
 _ALL = _Choice()
-_MLP = Struct("=28q")  # MlpOperands of ``csrc/cpu.cpp``
+_MLP = Struct("=28q")  # MlpOperands of ``csrc/cpu.cpp``, of a Matrix
+_NESTED_MLP = Struct("=37q")  # and of a NestedMatrix
 _STATISTIC = Struct("=7q")
 
 
@@ -67,9 +72,7 @@ def _run(
         # What skips is worth it in bfloat16 for as many rows as there are.
         T <= MOST_TOKENS
         and fits(T, B, dtype, B * MOST_TOKENS if chooses else BFLOAT16_TOKENS)
-        and is_matrix(gate, dtype)
-        and (up is None or is_matrix(up, dtype))
-        and is_matrix(down, dtype)
+        and _serves(mlp, dtype)
         and is_vector(gate_bias, dtype)
         and is_vector(up_bias, dtype)
         and is_vector(down_bias, dtype)
@@ -89,13 +92,16 @@ def _run(
     if choice.counts:
         extra = given.new_empty(B, dtype=torch.int64)
     elif choice.product:
-        extra = given.new_empty(*x.shape[:2], gate.shape[0])
+        extra = given.new_empty(*x.shape[:2], reference.outputs_of(gate))
     threshold = choice.threshold
-    status = library.sirius_mlp(
+    kernel, operands, weight = library.sirius_mlp, _MLP, matrix
+    if is_nested(gate):
+        kernel, operands, weight = library.sirius_nested_mlp, _NESTED_MLP, nested_matrix
+    status = kernel(
         kind,
-        _MLP.pack(
+        operands.pack(
             given.data_ptr(), B, T, C,
-            *matrix(gate), *matrix(up), *matrix(down),
+            *weight(gate), *weight(up), *weight(down),
             *vector(gate_bias), *vector(up_bias), *vector(down_bias),
             address(neurons), *((0, 0) if neurons is None else neurons.shape),
             y.data_ptr(),
@@ -110,6 +116,18 @@ def _run(
     )  # fmt: skip
     check(library, status, operator)
     return y, extra
+
+
+def _serves(mlp: Mlp[Tensor], dtype: torch.dtype) -> bool:
+    """Whether the weights are all matrices of that type, or all nested, as kernels read them."""
+    rows = [weight for weight in (mlp.gate, mlp.up) if weight is not None]
+    if not is_nested(mlp.gate):
+        return all(is_matrix(weight, dtype) for weight in (*rows, mlp.down))
+    return (
+        all(is_nested_by(weight, Layout.BY_OUTPUTS) for weight in rows)
+        and is_nested_by(mlp.down, Layout.BY_INPUTS)
+        and {weight.shape[0] for weight in rows} == {mlp.down.shape[0]}
+    )
 
 
 @functools.cache
@@ -132,14 +150,16 @@ def _by_torch(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor] | None:
     library, code = kernels(), ACTIVATIONS.get(mlp.act)
     if library is None or code is None or x.dtype not in TYPES or x.device.type != "cpu":
         return None
-    z = F.linear(x, mlp.gate, mlp.gate_bias)  # contiguous, and nobody else's
-    u = None if mlp.up is None else F.linear(x, mlp.up, mlp.up_bias)
+    product = linear if is_nested(mlp.gate) else F.linear
+    z = product(x, mlp.gate, mlp.gate_bias)  # contiguous, and nobody else's
+    u = None if mlp.up is None else product(x, mlp.up, mlp.up_bias)
     status = library.sirius_gated(
         TYPES[z.dtype], code, z.data_ptr(), z.numel(), address(u), 0 if u is None else u.numel(),
         torch.get_num_threads(),
     )  # fmt: skip
     check(library, status, "dense_mlp")
-    return F.linear(z, mlp.down.t(), mlp.down_bias), z
+    down = mlp.down if is_nested(mlp.down) else mlp.down.t()
+    return product(z, down, mlp.down_bias), z
 
 
 def _with_product(operator: str, x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "mlp.h"
+#include "nested_linear.h"
 #include "operands.h"
 #include "pointwise.h"
 
@@ -49,9 +50,23 @@ struct SparseOperands {
   void *y, *counts;
 };
 
+struct NestedLinearOperands {
+  NestedMatrix weight;
+  Tensor<1> bias;
+  void* y;
+};
+
+struct NestedSparseOperands {
+  Tensor<3> x;
+  NestedMatrix weight;
+  Tensor<1> bias;
+  void *y, *counts;
+};
+
+template <class Weight>
 struct MlpOperands {
   Tensor<3> x;
-  Matrix gate, up, down;
+  Weight gate, up, down;
   Tensor<1> gate_bias, up_bias, down_bias;
   Tensor<2> neurons;
   void *y, *counts, *z;
@@ -68,15 +83,31 @@ struct AttentionOperands {
   void* out;
 };
 
-void check(const MlpOperands& own, int64_t keep) {
-  const int64_t B = own.x.size[0], C = own.x.size[2], I = own.gate.rows;
+void check_weights(const MlpOperands<Matrix>& own, int64_t I, int64_t C) {
+  shaped("gate", own.gate, {"neurons", "channels"}, I, C);
+  if (own.up.at) shaped("up", own.up, {"neurons", "channels"}, I, C);
+  shaped("down", own.down, {"neurons", "channels"}, I, C);
+}
+
+void check_weights(const MlpOperands<NestedMatrix>& own, int64_t I, int64_t C) {
+  shaped("gate", own.gate, false, I, C);
+  if (own.up.at) shaped("up", own.up, false, I, C);
+  shaped("down", own.down, true, C, I);
+  if (own.up.at) same("up", "planes", own.up.planes, own.gate.planes);
+  same("down", "planes", own.down.planes, own.gate.planes);
+}
+
+int64_t neurons_of(const Matrix& gate) { return gate.rows; }
+int64_t neurons_of(const NestedMatrix& gate) { return gate.outputs; }
+
+template <class Weight>
+void check(const MlpOperands<Weight>& own, int64_t keep) {
+  const int64_t B = own.x.size[0], C = own.x.size[2], I = neurons_of(own.gate);
   present("x", own.x.at);
   some("x", "rows", B), few("x", own.x.size[1]), some("x", "channels", C);
   between("x", "tokens of all rows", B * own.x.size[1], 1, INT32_MAX);
   some("gate", "neurons", I);
-  shaped("gate", own.gate, {"neurons", "channels"}, I, C);
-  if (own.up.at) shaped("up", own.up, {"neurons", "channels"}, I, C);
-  shaped("down", own.down, {"neurons", "channels"}, I, C);
+  check_weights(own, I, C);
   optional("gate_bias", own.gate_bias, "neurons", I);
   optional("up_bias", own.up_bias, "neurons", I);
   optional("down_bias", own.down_bias, "channels", C);
@@ -85,7 +116,7 @@ void check(const MlpOperands& own, int64_t keep) {
   if (!own.neurons.at) return;
   some("neurons", "neurons a row", own.neurons.size[1]);
   same("neurons", "rows", own.neurons.size[0], B);
-  indices("neurons", own.neurons.as<int64_t>(), size_t(B * own.neurons.size[1]), I, "neurons");
+  indices("neurons", own.neurons.template as<int64_t>(), size_t(B * own.neurons.size[1]), I, "neurons");
 }
 
 void check(const AttentionOperands& own, int64_t layer, int64_t window) {
@@ -123,6 +154,25 @@ void check(const AttentionOperands& own, int64_t layer, int64_t window) {
   }
   shaped("slots", own.slots, {"rows", "tokens"}, {apart ? 1 : B, N});
   indices("slots", own.slots.as<int64_t>(), size_t((apart ? 1 : B) * N), apart ? M : S, "slots");
+}
+
+// `mlp` has its weights.
+template <class T, class Weights, class Weight>
+void run(Mlp<T, Weights>& mlp, const MlpOperands<Weight>& own, int act, int64_t keep, int thresholded,
+         float threshold, int threads) {
+  mlp.B = size_t(own.x.size[0]), mlp.N = size_t(own.x.size[1]), mlp.C = size_t(own.x.size[2]);
+  mlp.I = size_t(neurons_of(own.gate));
+  mlp.x = own.x.template as<const T>();
+  mlp.gate_bias = own.gate_bias.template as<const T>();
+  mlp.up_bias = own.up_bias.template as<const T>();
+  mlp.down_bias = own.down_bias.template as<const T>();
+  mlp.act = Activation(act);
+  mlp.neurons = own.neurons.template as<const int64_t>(), mlp.K = size_t(own.neurons.size[1]);
+  mlp.keep = size_t(keep);
+  mlp.thresholded = thresholded != 0, mlp.threshold = threshold;
+  mlp.y = (T*)own.y, mlp.counts = (int64_t*)own.counts, mlp.z = (T*)own.z;
+  mlp.threads = bounded(threads);
+  mlp.run();
 }
 
 }  // namespace
@@ -188,26 +238,90 @@ int sirius_sparse_linear(int type, const void* operands, float threshold, int th
 
 int sirius_mlp(int type, const void* operands, int act, int64_t keep, int thresholded,
                float threshold, int threads) {
-  const auto& own = *static_cast<const MlpOperands*>(operands);
+  const auto& own = *static_cast<const MlpOperands<Matrix>*>(operands);
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
     check(own, keep);
     Mlp<T> mlp;
-    mlp.B = size_t(own.x.size[0]), mlp.N = size_t(own.x.size[1]), mlp.C = size_t(own.x.size[2]);
-    mlp.I = size_t(own.gate.rows);
-    mlp.x = own.x.as<const T>();
-    mlp.gate = own.gate.as<T>(), mlp.up = own.up.as<T>(), mlp.down = own.down.as<T>();
-    mlp.gate_stride = size_t(own.gate.stride), mlp.up_stride = size_t(own.up.stride);
-    mlp.down_stride = size_t(own.down.stride);
-    mlp.gate_bias = own.gate_bias.as<const T>(), mlp.up_bias = own.up_bias.as<const T>();
-    mlp.down_bias = own.down_bias.as<const T>();
-    mlp.act = Activation(act);
-    mlp.neurons = own.neurons.as<const int64_t>(), mlp.K = size_t(own.neurons.size[1]);
-    mlp.keep = size_t(keep);
-    mlp.thresholded = thresholded != 0, mlp.threshold = threshold;
-    mlp.y = (T*)own.y, mlp.counts = (int64_t*)own.counts, mlp.z = (T*)own.z;
-    mlp.threads = bounded(threads);
-    mlp.run();
+    mlp.gate = {own.gate.as<T>(), size_t(own.gate.stride)};
+    mlp.up = {own.up.as<T>(), size_t(own.up.stride)};
+    mlp.down = {own.down.as<T>(), size_t(own.down.stride)};
+    run(mlp, own, act, keep, thresholded, threshold, threads);
+  });
+}
+
+// The same of nested weights.
+int sirius_nested_mlp(int type, const void* operands, int act, int64_t keep, int thresholded,
+                      float threshold, int threads) {
+  const auto& own = *static_cast<const MlpOperands<NestedMatrix>*>(operands);
+  return with_type(type, [&](auto zero) {
+    typedef decltype(zero) T;
+    check(own, keep);
+    typedef Mlp<T, NestedWeights<T>> Own;
+    Own mlp;
+    mlp.gate = typename Own::Matrix(own.gate.nested());
+    if (own.up.at) mlp.up = typename Own::Matrix(own.up.nested());
+    mlp.down = typename Own::Matrix(own.down.nested());
+    run(mlp, own, act, keep, thresholded, threshold, threads);
+  });
+}
+
+// Up to MOST_LINEARS nested weights [O, C] by outputs, of one x [N, C].
+int sirius_nested_linears(int type, const void* x, int64_t N, int64_t C, const void* operands,
+                          int64_t count, int threads) {
+  constexpr int64_t MOST_LINEARS = 8;
+  const auto* own = static_cast<const NestedLinearOperands*>(operands);
+  return with_type(type, [&](auto zero) {
+    typedef decltype(zero) T;
+    NestedProduct<T> all[MOST_LINEARS];
+    between("the call", "weights", count, 0, MOST_LINEARS);
+    present("x", x), few("x", N), some("x", "channels", C);
+    for (int64_t i = 0; i < count; i++) {
+      const NestedLinearOperands& one = own[i];
+      const int64_t O = one.weight.outputs;
+      some("weight", "outputs", O);
+      shaped("weight", one.weight, false, O, C);
+      optional("bias", one.bias, "outputs", O);
+      all[i] = {one.weight.nested(), one.bias.as<const T>(), (T*)one.y, size_t(O)};
+    }
+    nested_linears<T>((const T*)x, all, size_t(count), size_t(N), size_t(C), bounded(threads));
+  });
+}
+
+// A nested weight by inputs; where counts are asked for, only channels above the threshold.
+int sirius_nested_by_inputs(int type, const void* operands, float threshold, int threads) {
+  const auto& own = *static_cast<const NestedSparseOperands*>(operands);
+  return with_type(type, [&](auto zero) {
+    typedef decltype(zero) T;
+    const int64_t B = own.x.size[0], N = own.x.size[1], C = own.x.size[2], O = own.weight.outputs;
+    present("x", own.x.at), some("x", "rows", B), few("x", N), some("x", "channels", C);
+    some("weight", "outputs", O);
+    shaped("weight", own.weight, true, O, C);
+    optional("bias", own.bias, "outputs", O);
+    nested_by_inputs<T>(own.x.as<const T>(), own.weight.nested(), own.bias.as<const T>(), threshold,
+                        (T*)own.y, (int64_t*)own.counts, size_t(B), size_t(N), size_t(C), size_t(O),
+                        bounded(threads));
+  });
+}
+
+// What a nested weight stands for: [O, C], of its rows `ids` where there are some; by inputs [C, O].
+int sirius_unnest(int type, const void* operands, void* to, int threads) {
+  struct Own {
+    NestedMatrix weight;
+    Tensor<1> ids;
+  };
+  const auto& own = *static_cast<const Own*>(operands);
+  return with_type(type, [&](auto zero) {
+    typedef decltype(zero) T;
+    const int64_t O = own.weight.outputs, C = own.weight.inputs;
+    const bool by_inputs = own.weight.block > 0;
+    some("weight", "outputs", O), some("weight", "inputs", C);
+    shaped("weight", own.weight, by_inputs, O, C);
+    if (by_inputs) return unnest_inputs<T>(own.weight.nested(), size_t(C), size_t(O), (T*)to, bounded(threads));
+    const auto* ids = own.ids.as<const int64_t>();
+    if (ids) indices("ids", ids, size_t(own.ids.size[0]), O, "rows");
+    unnest_rows<T>(own.weight.nested(), ids, size_t(ids ? own.ids.size[0] : O), size_t(C), (T*)to,
+                   bounded(threads));
   });
 }
 

@@ -79,7 +79,7 @@ void linear_of_channels(const X<T>* z, const int32_t* live, size_t count, const 
                     Ahead<T>(rows + here, known - here, begin, end));
     }
   });
-  finish(sums, groups, N, O, bias, apart, y, threads);
+  finish<PlainSums<T>>(sums, groups, N, O, bias, apart, y, threads);
 }
 
 // y [N, O] of x [N, C] and a weight [C, O].

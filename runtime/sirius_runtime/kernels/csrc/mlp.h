@@ -8,18 +8,124 @@
 #include <cmath>
 
 #include "activations.h"
-#include "sums.h"
+#include "nested.h"
 
 namespace sirius {
 
 constexpr size_t CHUNK = 64;       // neurons
 
+// How an MLP reads weights of its activations' own type.
 template <class T>
+struct PlainWeights {
+  typedef X<T> Unit;  // of activations, as products take them
+  typedef PlainSums<T> Order;
+  struct Matrix {  // [I, C], rows the stride apart; or null
+    const T* at = nullptr;
+    size_t stride = 0;
+    explicit operator bool() const { return at; }
+    const T* row(size_t i) const { return at + i * stride; }
+  };
+
+  static size_t room(size_t N, size_t C) { return inputs(N, C).size(); }
+  template <class Row>
+  static void take(const Row& row, size_t N, size_t C, Unit* to) { take_activations<T>(row, N, C, to); }
+
+  // Rows `first + live[j]`, that a product reads or that are read after those of one.
+  struct Rows {
+    const T* own[CHUNK];
+    size_t count = 0;
+    Ahead<T> ahead(size_t C) const { return Ahead<T>(own, count, 0, C); }
+    Rows() = default;
+    Rows(const Matrix& weight, size_t first, const uint16_t* live, size_t live_count) : count(live_count) {
+      for (size_t j = 0; j < count; j++) own[j] = weight.row(first + live[j]);
+    }
+  };
+
+  static void ask_for(const Matrix& weight, size_t first, const uint16_t* live, size_t count) {
+    for (size_t j = 0; j < count; j++) ask(weight.row(first + live[j]));
+  }
+
+  // weight x of neurons first + live[j]: out [N, CHUNK].
+  static void dots(const Matrix& weight, size_t first, const uint16_t* live, size_t count,
+                   const Unit* tokens, size_t N, size_t C, float* out, const Rows& after) {
+    const Rows rows(weight, first, live, count);
+    sirius::dots<T>(rows.own, count, tokens, N, C, out, CHUNK, after.ahead(C));
+  }
+
+  // Adds down z of these neurons: z [N, CHUNK], noughts from `count` on.
+  static void add(const Matrix& down, size_t first, const uint16_t* live, size_t count, const float* z,
+                  size_t N, size_t C, float* sums, const Rows& after) {
+    alignas(64) Unit own[MOST_TOKENS * CHUNK];
+    for (size_t i = 0; i < N * CHUNK; i++) own[i] = Meet<T>::from_float(z[i]);
+    const Rows rows(down, first, live, count);
+    accumulate<T>(rows.own, count, {own, CHUNK, 1}, N, 0, C, sums, C, after.ahead(C));
+  }
+};
+
+// How it reads nested ones: gate and up by outputs, down by inputs.
+template <class T>
+struct NestedWeights {
+  typedef Step Unit;
+  typedef NestedSums Order;
+  struct Matrix : Nested {
+    Matrix() : Nested{} {}
+    explicit Matrix(const Nested& own) : Nested(own) {}
+    explicit operator bool() const { return high; }
+  };
+
+  static size_t room(size_t N, size_t C) { return N * steps_of(C); }
+  template <class Row>
+  static void take(const Row& row, size_t N, size_t C, Unit* to) { take_steps<T>(row, N, C, to); }
+
+  struct Rows {  // rows that are read next are not asked for
+    Rows() = default;
+    Rows(const Matrix&, size_t, const uint16_t*, size_t) {}
+  };
+
+  static void ask_for(const Matrix& weight, size_t first, const uint16_t* live, size_t count) {
+    for (size_t j = 0; j < count; j++) {
+      const size_t i = first + live[j];
+      const size_t at = weight.block ? i / NEST * weight.block + i % NEST * weight.row : i * weight.row;
+      ask(weight.high + at);
+      if (weight.low) ask(weight.low + at);
+    }
+  }
+
+  static void dots(const Matrix& weight, size_t first, const uint16_t* live, size_t count,
+                   const Unit* tokens, size_t N, size_t C, float* out, const Rows&) {
+    nested_dots(weight, [&](size_t j) { return first + live[j]; }, count, tokens, N, C, out, CHUNK);
+  }
+
+  static void add(const Matrix& down, size_t first, const uint16_t* live, size_t count, const float* z,
+                  size_t N, size_t C, float* sums, const Rows&) {
+    constexpr size_t BLOCKS = CHUNK / NEST;
+    Inputs inputs[BLOCKS];
+    Factors32 factors[MOST_TOKENS * BLOCKS];
+    for (size_t block = 0, j = 0; block < BLOCKS; block++) {
+      Inputs& in = inputs[block];
+      in.high = down.high + (first / NEST + block) * down.block;
+      in.low = down.low ? down.low + (first / NEST + block) * down.block : nullptr;
+      in.count = 0;
+      const size_t begin = j;
+      for (; j < count && live[j] / NEST == block; j++) in.live[in.count++] = uint8_t(live[j] % NEST);
+      if (in.count == 0) continue;
+      for (size_t n = 0; n < N; n++)
+        take_factors(in, [&](size_t k) { return z[n * CHUNK + begin + k]; }, factors[n * BLOCKS + block]);
+    }
+    nested_add(inputs, BLOCKS, down.low != nullptr, down.row, factors, BLOCKS, N, 0, C, sums,
+                     NestedSums::layout(N, C).stride);
+  }
+};
+
+template <class T, class Weights = PlainWeights<T>>
 struct Mlp {
+  typedef typename Weights::Unit Unit;
+  typedef typename Weights::Matrix Matrix;
+  typedef typename Weights::Rows Rows;
+
   size_t B, N, C, I;  // rows, tokens of each, channels, neurons
   const T* x;         // [B, N, C]
-  const T *gate, *up, *down;  // [I, C], rows the strides apart; up may be null
-  size_t gate_stride, up_stride, down_stride;
+  Matrix gate, up, down;  // [I, C]; up may be null
   const T *gate_bias, *up_bias, *down_bias;  // each may be null
   Activation act;
   const int64_t* neurons;  // [B, K]: a row's own; or null
@@ -34,13 +140,13 @@ struct Mlp {
 
   // `neurons` are there: who calls has looked.
   void run() {
-    thread_local Scratch<X<T>> activation_scratch;
+    thread_local Scratch<Unit> activation_scratch;
     thread_local Scratch<uint8_t> mask_scratch;
     thread_local Scratch<float> gate_scratch, sum_scratch;
-    const size_t row = inputs(N, C).size();
-    X<T>* own = activation_scratch.take(B * row);
+    const size_t row = Weights::room(N, C);
+    Unit* own = activation_scratch.take(B * row);
     for (size_t b = 0; b < B; b++)
-      take_activations<T>([&](size_t n) { return x + (b * N + n) * C; }, N, C, own + b * row);
+      Weights::take([&](size_t n) { return x + (b * N + n) * C; }, N, C, own + b * row);
     activations = own;
     if (neurons || keep) {
       uint8_t* mask = mask_scratch.take(B * I);
@@ -56,7 +162,7 @@ struct Mlp {
     }
     if (counts) std::fill(counts, counts + B, int64_t(0));
     const size_t chunks = (I + CHUNK - 1) / CHUNK, groups = parts(chunks, threads);
-    const size_t size = outputs(N, C).size();
+    const size_t size = Weights::Order::layout(N, C).size();
     float* sums = sum_scratch.take(B * groups * size);
     parallel(groups, threads, [&](size_t group) {
       for (size_t b = 0; b < B; b++) std::fill_n(sums + (b * groups + group) * size, size, 0.0f);
@@ -64,20 +170,21 @@ struct Mlp {
         for (size_t b = 0; b < B; b++) chunk(b, i * CHUNK, sums + (b * groups + group) * size);
     });
     for (size_t b = 0; b < B; b++)
-      finish(sums + b * groups * size, groups, N, C, down_bias, false, y + b * N * C, threads);
+      finish<typename Weights::Order>(sums + b * groups * size, groups, N, C, down_bias, false,
+                                      y + b * N * C, threads);
   }
 
  private:
-  const X<T>* activations = nullptr;  // of each row, as `inputs` lays them out
+  const Unit* activations = nullptr;  // of each row, as products take them
   const uint8_t* chosen = nullptr;    // [B, I], or null for all
   const float* known = nullptr;       // act(gate x), [B, N, I], or null
 
-  const X<T>* tokens_of(size_t b) const { return activations + b * inputs(N, C).size(); }
+  const Unit* tokens_of(size_t b) const { return activations + b * Weights::room(N, C); }
 
   // act(gate x) of `count` neurons and one row's tokens: g [N, CHUNK].
-  void gate_of(const X<T>* tokens, const uint16_t* live, size_t count, size_t first, float* g,
-               Ahead<T> ahead) {
-    product(gate, gate_stride, gate_bias, tokens, live, count, first, g, ahead);
+  void gate_of(const Unit* tokens, const uint16_t* live, size_t count, size_t first, float* g,
+               const Rows& after) {
+    product(gate, gate_bias, tokens, live, count, first, g, after);
     for (size_t n = 0; n < N; n++) {
       float* at = g + n * CHUNK;
       for (size_t j = 0; j < count; j += W) store(at + j, activation<T>(act, load(at + j)));
@@ -86,11 +193,9 @@ struct Mlp {
   }
 
   // weight x + bias of neurons first + live[j], as torch stores it: out [N, CHUNK].
-  void product(const T* weight, size_t stride, const T* bias, const X<T>* tokens,
-               const uint16_t* live, size_t count, size_t first, float* out, Ahead<T> ahead) {
-    const T* rows[CHUNK];
-    pick(weight, stride, live, count, first, rows);
-    dots<T>(rows, count, tokens, N, C, out, CHUNK, ahead);
+  void product(const Matrix& weight, const T* bias, const Unit* tokens, const uint16_t* live,
+               size_t count, size_t first, float* out, const Rows& after) {
+    Weights::dots(weight, first, live, count, tokens, N, C, out, after);
     for (size_t n = 0; n < N; n++)
       for (size_t j = 0; j < count; j++) {
         float& v = out[n * CHUNK + j];
@@ -98,59 +203,41 @@ struct Mlp {
       }
   }
 
-  // The rows of neurons first + live[j], to be read now or later.
-  Ahead<T> pick(const T* weight, size_t stride, const uint16_t* live, size_t count, size_t first,
-                const T** rows) const {
-    for (size_t j = 0; j < count; j++) rows[j] = weight + (first + live[j]) * stride;
-    return Ahead<T>(rows, count, 0, C);
-  }
-
   void chunk(size_t b, size_t first, float* sums) {
     alignas(64) float g[MOST_TOKENS * CHUNK], u[MOST_TOKENS * CHUNK];
-    alignas(64) X<T> own[MOST_TOKENS * CHUNK];
     uint16_t live[CHUNK];
-    const T* next[CHUNK];  // rows that are read after those of a product
     size_t count = find(b, first, live);
     if (count == 0) return;
-    const X<T>* tokens = tokens_of(b);
-    for (size_t j = 0; up && j < std::min(count, ROWS); j++) ask(up + (first + live[j]) * up_stride);
+    const Unit* tokens = tokens_of(b);
+    if (up) Weights::ask_for(up, first, live, std::min(count, ROWS));
     if (known) {
       for (size_t n = 0; n < N; n++)
         for (size_t j = 0; j < count; j++)
           g[n * CHUNK + j] = known[(b * N + n) * I + first + live[j]];
     } else {
       gate_of(tokens, live, count, first, g,
-              thresholded ? Ahead<T>()
-                          : pick(up ? up : down, up ? up_stride : down_stride, live, count, first, next));
+              thresholded ? Rows() : Rows(up ? up : down, first, live, count));
     }
     if (thresholded) count = above(live, count, g);
     if (counts && count)
       __atomic_fetch_add(counts + b, int64_t(count), __ATOMIC_RELAXED);
     if (count == 0) return;
-    for (size_t j = 0; j < std::min(count, LIVE); j++) ask(down + (first + live[j]) * down_stride);
-    if (up) {
-      const Ahead<T> ahead = pick(down, down_stride, live, count, first, next);
-      product(up, up_stride, up_bias, tokens, live, count, first, u, ahead);
-    }
+    Weights::ask_for(down, first, live, std::min(count, LIVE));
+    if (up) product(up, up_bias, tokens, live, count, first, u, Rows(down, first, live, count));
     for (size_t n = 0; n < N; n++) {
       for (size_t j = 0; j < CHUNK; j++) {
         float v = 0.0f;
         if (j < count) v = up ? rounded<T>(g[n * CHUNK + j] * u[n * CHUNK + j]) : g[n * CHUNK + j];
         u[n * CHUNK + j] = v;
-        own[n * CHUNK + j] = Meet<T>::from_float(v);
       }
       for (size_t j = 0; z && j < count; j++)
         round_into(z + (b * N + n) * I + first + live[j], u[n * CHUNK + j]);
     }
-    const T* rows[CHUNK];
-    pick(down, down_stride, live, count, first, rows);
-    Ahead<T> ahead;  // the next chunk's gate, or up where the gate's products are known
-    if (B == 1 && first + CHUNK < I) {
-      const T* weight = known && up ? up : gate;
-      const size_t more = find(b, first + CHUNK, live);
-      ahead = pick(weight, weight == gate ? gate_stride : up_stride, live, more, first + CHUNK, next);
-    }
-    accumulate<T>(rows, count, {own, CHUNK, 1}, N, 0, C, sums, C, ahead);
+    Rows after;  // the next chunk's gate, or up where the gate's products are known
+    uint16_t later[CHUNK];
+    if (B == 1 && first + CHUNK < I)
+      after = Rows(known && up ? up : gate, first + CHUNK, later, find(b, first + CHUNK, later));
+    Weights::add(down, first, live, count, u, N, C, sums, after);
   }
 
   // The neurons of the chunk at `first` that a row uses, as far as is known.
@@ -185,7 +272,7 @@ struct Mlp {
       const size_t first = task * CHUNK, here = std::min(CHUNK, I - first);
       for (size_t j = 0; j < here; j++) all[j] = uint16_t(j);
       for (size_t b = 0; b < B; b++) {
-        gate_of(tokens_of(b), all, here, first, part, Ahead<T>());
+        gate_of(tokens_of(b), all, here, first, part, Rows());
         for (size_t n = 0; n < N; n++)
           std::copy(part + n * CHUNK, part + n * CHUNK + here, g + (b * N + n) * I + first);
       }

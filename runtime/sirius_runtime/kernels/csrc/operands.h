@@ -2,6 +2,7 @@
 // pointers and 64-bit integers alone, in the order in which `kernels/arguments.py` packs them.
 #pragma once
 
+#include "nested.h"
 #include "refusals.h"
 
 namespace sirius {
@@ -25,6 +26,18 @@ struct Matrix {
   const T* as() const { return static_cast<const T*>(at); }
 };
 
+// A nested weight of as many outputs and inputs, 1 or 2 planes that lie `plane` bytes apart, rows `row`
+// bytes apart; by inputs, 32 inputs are `block` bytes from the next ones, else that is 0.
+struct NestedMatrix {
+  void* at;
+  int64_t planes, outputs, inputs, plane, row, block;
+
+  Nested nested() const {
+    const auto* high = static_cast<const uint8_t*>(at);
+    return {high, planes == 2 ? high + plane : nullptr, size_t(row), size_t(block)};
+  }
+};
+
 // That there is a tensor: some have no memory (torch's `meta`).
 inline void present(const char* operand, const void* at) {
   if (!at) refuse(BAD_SIZE, "%s has no memory", operand);
@@ -44,6 +57,20 @@ inline void shaped(const char* operand, const Matrix& has, const char* const (&u
   same(operand, units[0], has.rows, rows);
   same(operand, units[1], has.columns, columns);
   if (has.stride < 0) refuse(BAD_SIZE, "%s has rows that lie backwards in memory", operand);
+}
+
+inline void shaped(const char* operand, const NestedMatrix& has, bool by_inputs, int64_t outputs,
+                   int64_t inputs) {
+  present(operand, has.at);
+  same(operand, "outputs", has.outputs, outputs);
+  same(operand, "inputs", has.inputs, inputs);
+  between(operand, "planes", has.planes, 1, 2);
+  if (inputs % NEST || (by_inputs && outputs % NEST))
+    refuse(BAD_SIZE, "%s has %lld outputs and %lld inputs, no multiples of 32", operand,
+           (long long)outputs, (long long)inputs);
+  if (by_inputs != (has.block > 0)) refuse(BAD_SIZE, "%s is nested in the other layout", operand);
+  if (has.plane < 0 || has.row < 0 || has.block < 0)
+    refuse(BAD_SIZE, "%s has rows that lie backwards in memory", operand);
 }
 
 // A bias or the like, which need not be.

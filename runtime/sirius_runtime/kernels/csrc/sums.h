@@ -51,13 +51,20 @@ inline size_t parts(size_t units, int threads) {
   return std::max<size_t>(1, std::min(units, wanted));
 }
 
-// y[n][o] = Σ_part sums[part][n][o] + bias[o], of type T; sums laid out by `outputs`, a block's by
-// Meet<T>::place. `apart`: the sum is rounded to T before the bias is added, as torch does where a
-// bias is a sum of its own.
+// Where accumulate leaves its sums, and a column of a block.
 template <class T>
+struct PlainSums {
+  static constexpr size_t UNIT = PAD;  // columns that may be in another order, among themselves
+  static Layout layout(size_t N, size_t O) { return outputs(N, O); }
+  static size_t place(size_t column) { return Meet<T>::place(column); }
+};
+
+// y[n][o] = Σ_part sums[part][n][o] + bias[o], of type T; sums lie where Order says. `apart`: the sum
+// is rounded to T before the bias is added, as torch does where a bias is a sum of its own.
+template <class Order, class T>
 void finish(float* sums, size_t count, size_t N, size_t O, const T* bias, bool apart, T* y,
             int threads) {
-  const Layout layout = outputs(N, O);
+  const Layout layout = Order::layout(N, O);
   const size_t slab = std::min<size_t>(layout.width, 1024), slabs = (O + slab - 1) / slab;
   if (count * N * O < 200000) threads = 1;  // less than a region costs
   parallel(N * slabs, threads, [&](size_t task) {
@@ -66,12 +73,12 @@ void finish(float* sums, size_t count, size_t N, size_t O, const T* bias, bool a
     float* total = sums + layout.at(n, block) + (begin - block);
     for (size_t part = 1; part < count; part++) {
       const float* more = total + part * layout.size();
-      for (size_t c = 0; c < round_up(end - begin, PAD); c += W)
+      for (size_t c = 0; c < round_up(end - begin, Order::UNIT); c += W)
         store(total + c, load(total + c) + load(more + c));
     }
     T* to = y + n * O + begin;
     for (size_t c = 0; c < end - begin; c++) {
-      float v = total[Meet<T>::place(c)];
+      float v = total[Order::place(c)];
       if (bias) v = (apart ? rounded<T>(v) : v) + to_float(bias[begin + c]);
       round_into(to + c, v);
     }
