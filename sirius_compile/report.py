@@ -103,7 +103,8 @@ def _acceptance_rows(acceptance: AcceptanceSpec) -> Iterator[tuple[str, str]]:
     yield (
         "drafts",
         f"{acceptance.drafts} on {acceptance.texts} held-out texts, at density "
-        f"{acceptance.density:.3f}; {acceptance.agreement:.1%} of tokens agree with the full path",
+        f"{acceptance.density:.3f} of the full path's bytes; {acceptance.agreement:.1%} of tokens "
+        "agree with the full path",
     )
     for one in acceptance.periods:
         if one.period in SHOWN or one is acceptance.periods[-1]:
@@ -114,7 +115,7 @@ def _acceptance_rows(acceptance: AcceptanceSpec) -> Iterator[tuple[str, str]]:
 
 
 def _reads(one: DraftingSpec) -> str:
-    return f"effective density {one.effective_density:.3f} of the full path's bytes"
+    return f"effective density {one.effective_density:.3f}"
 
 
 def _calibration_rows(calibration: Calibration) -> Iterator[tuple[str, str]]:

@@ -120,6 +120,11 @@ def gathered_bytes(program: ProgramSpec) -> int:
 
 def read_program(artifact: Artifact) -> OnnxProgram:
     """Raises BackendError, naming what adds them, where the artifact has no ONNX graphs."""
+    if artifact.program.nested:
+        raise BackendError(
+            f"{artifact.path} holds nested weights (--weights int8), which have no ONNX form yet: "
+            "use backend eager or period, or compile without --weights int8"
+        )
     if not artifact.names(PROGRAM):
         # ONNX Runtime has no bfloat16 on CPUs: graphs are added in another dtype.
         other = artifact.program.model.dtype is DType.BFLOAT16

@@ -87,9 +87,13 @@ def onnx_files(program: ProgramSpec, document: Callable[[str], JSON]) -> dict[st
     """Each file of `onnx/` by its name in the artifact. `document` gives an entry's graph.
 
     Raises ConfigError for an unsupported dtype, and UnsupportedModelError for an operator without a
-    translation.
+    translation and for nested weights.
     """
     _check_dtype(program.model.dtype)
+    if program.nested:
+        raise UnsupportedModelError(
+            "nested weights (--weights int8) have no ONNX form yet: compile without --weights int8"
+        )
     dtype = str(program.model.dtype)
     lowered = {e.name: Lowering(program, dtype).entry(e, document(e.name)) for e in program.entries}
     models = {name: entry.model for name, entry in lowered.items()}
