@@ -69,9 +69,7 @@ def open_gguf(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> 
         exactly=config.nested_bits is not None,
     )
     source = open_live(loaded.model, config, loaded.tokenizer, warn)
-    return replace(
-        source, name=Path(model).name, generation=loaded.generation, dtype=loaded.dtype
-    )
+    return replace(source, name=Path(model).name, generation=loaded.generation, dtype=loaded.dtype)
 
 
 def open_files(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> Source | None:

@@ -251,7 +251,9 @@ class _Rewrite:
         for use, own in zip(uses, cuts, strict=True):
             node = use.reader.node
             with self._graph.inserting_before(node):
-                planes = self._slice(self._weight, 0, 0, 1) if high else self._weight
+                # Of an embedding a token reads one row: no less for being read in full.
+                whole = not high or node.target is aten.embedding.default
+                planes = self._weight if whole else self._slice(self._weight, 0, 0, 1)
                 for dim, start, end, _ in own:
                     planes = self._cut(planes, dim, start, end)
                 self._read(use.reader, planes)
@@ -266,9 +268,7 @@ class _Rewrite:
         return self._slice(planes, 3, start // 2, end // 2)
 
     def _slice(self, planes: fx.Node, dim: int, start: int, end: int) -> fx.Node:
-        return call(
-            self._graph, aten.slice.Tensor, (planes, dim, start, end), origin=self._origin
-        )
+        return call(self._graph, aten.slice.Tensor, (planes, dim, start, end), origin=self._origin)
 
     def _read(self, reader: Reader, planes: fx.Node) -> None:
         node = reader.node
@@ -283,5 +283,3 @@ class _Rewrite:
         new = call(self._graph, target, args, origin=f"{self._origin}({node.name})")
         node.replace_all_uses_with(new)
         self._graph.erase_node(node)
-
-

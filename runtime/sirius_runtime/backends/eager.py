@@ -132,8 +132,12 @@ def blaming_the_graph(entry: str) -> Iterator[None]:
         ) from error
 
 
+aten = torch.ops.aten
+_VIEWS = (aten.slice.Tensor, aten.t.default, aten.transpose.int)
+
+
 class _Entry:
-    """A graph with its weights bound once."""
+    """A graph with its weights bound once, and the views that it takes of them."""
 
     def __init__(self, module: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
         self.module = module
@@ -149,6 +153,33 @@ class _Entry:
             else:
                 self._arguments.append(None)
                 self._inputs.append((index, node.meta[INPUT]))
+        self._bind_views()
+
+    def _bind_views(self) -> None:
+        """Makes slices and transposes of weights arguments of their own: a call each, every step,
+        takes longer than a small linear.
+        """
+        graph = self.module.graph
+        placed = graph.find_nodes(op="placeholder")
+        bound = {
+            node: value
+            for node, value in zip(placed, self._arguments, strict=True)
+            if value is not None
+        }
+        last = placed[-1] if placed else None
+        for node in list(graph.nodes):
+            if node.target not in _VIEWS or node.kwargs or node.args[0] not in bound:
+                continue
+            if node.all_input_nodes != [node.args[0]]:
+                continue
+            value = node.target(bound[node.args[0]], *node.args[1:])
+            with graph.inserting_after(last):
+                last = graph.placeholder(node.name)
+            last.meta.update(node.meta)
+            bound[last] = value
+            self._arguments.append(value)
+            node.replace_all_uses_with(last)
+            graph.erase_node(node)
 
     def arguments(self, inputs: Mapping[str, Tensor]) -> list[Tensor | None]:
         """The graph's positional arguments: weights, and `inputs` by name."""

@@ -253,8 +253,8 @@ def embedding(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def unnest(weight: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor | None:
-    """As `nested.unnest`, [O, C], of its `rows` [N] if given, which is for a weight by outputs; None
-    where no kernel serves.
+    """As `nested.unnest`, [O, C], of its `rows` [N] if given, which is for a weight by outputs;
+    None where no kernel serves.
     """
     by_inputs = is_nested_by(weight, Layout.BY_INPUTS)
     kind, library = TYPES.get(dtype), kernels()

@@ -62,9 +62,9 @@ def sparse_linear(
     """Per row, only the input channels with |x|, the mean over the call's T tokens, above
     `threshold`.
 
-    x [B, T, C]; weight [C, O], or nested by inputs; bias [O]. Returns y [B, T, O] and the number of channels kept, int64
-    [B]. The beams of a tree share their channels, because the union of sets of their own would soon
-    be all channels.
+    x [B, T, C]; weight [C, O], or nested by inputs; bias [O]. Returns y [B, T, O] and the number of
+    channels kept, int64 [B]. The beams of a tree share their channels, because the union of sets of
+    their own would soon be all channels.
     """
     kept = x.float().abs().mean(1, keepdim=True) > threshold
     if is_nested(weight):
