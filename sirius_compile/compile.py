@@ -35,8 +35,8 @@ from sirius_compile.tokenwise import Tokenwise
 from sirius_compile.watch import Watch, unwatched
 from sirius_compile.writing import Text, write
 from sirius_passes.manager import Pass, run_passes
-from sirius_passes.nest_weights import NestWeights, said
 from sirius_passes.mixtures import check_method
+from sirius_passes.nest_weights import NestWeights, said
 from sirius_passes.program import Program
 from sirius_passes.sparsify import parameters
 from sirius_passes.stored_form import stored_form

@@ -47,8 +47,8 @@ def stored_form(spec: WeightSpec, tensor: Tensor) -> Tensor:
 
 
 def integers_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """q [O, C], int8, and scales [O, C / 32], float16, of a matrix: those that it was multiplied out
-    from, where it was, as a Q8_0 tensor in float32.
+    """q [O, C], int8, and scales [O, C / 32], float16, of a matrix: those that it was multiplied
+    out from, where it was, as a Q8_0 tensor in float32.
 
     A scale is a group's largest magnitude over 127. That gives back the integers of a group whose
     largest is 127, as llama.cpp chooses them. Where it does not, other integers are tried, if they
