@@ -23,6 +23,7 @@ from sirius_runtime.graph_operators import (
 )
 from sirius_runtime.graph_rules import Array, CallError, Scalar
 from sirius_runtime.kernels.native import references
+from sirius_runtime.nested import Layout, nest
 from sirius_runtime.ops.mlp import ACTIVATIONS
 from sirius_runtime.ops.moe import EXPERT_ACTIVATIONS
 from sirius_runtime.spec import JSON
@@ -224,7 +225,7 @@ def valid_calls() -> Iterator[tuple[str, list[Any]]]:
     B, T, _ = mlp[0].shape
     neurons = torch.tensor([[[0, 3], [1, 2]]] * 2)
     valid = torch.ones(B, T, dtype=torch.bool)
-    for args in (mlp, biased):
+    for args in (mlp, biased, nested_mlp_args()):
         yield "dense_mlp", args
         yield "dense_mlp_activity", args
         yield "dense_mlp_statistic", [*args, valid]
@@ -234,6 +235,14 @@ def valid_calls() -> Iterator[tuple[str, list[Any]]]:
         yield "griffin_cats_mlp", [*args, neurons, 0.1]
     yield "sparse_linear", [*linear_args(), 0.1]
     yield "sparse_linear", [*linear_args(bias=False), 0.1]
+    x, bias = randn(B, T, 64, seed=0), randn(32, seed=1)
+    by_outputs, by_inputs = (nested(32, 64, layout) for layout in Layout)
+    yield "sparse_linear", [x, by_inputs, bias, 0.1]
+    yield "linear", [x, by_outputs, bias]
+    yield "linear", [x, by_outputs[:1], None]  # the high plane
+    yield "linear", [x, by_inputs, bias]
+    yield "linear", [x, randn(32, 64, seed=2), bias]
+    yield "embedding", [by_outputs, torch.zeros(1, 3, dtype=torch.int64), torch.bfloat16]
     for args in (moe_args(), moe_args(bias=True), moe_args(plain=True)):
         yield "dense_moe", args
         yield "topk_moe", [*args, 4]
@@ -244,6 +253,41 @@ def valid_calls() -> Iterator[tuple[str, list[Any]]]:
     q, k, v, kc, vc, _, _, positions, _, length, mask, *kind = block.apart(nodes)
     yield "cached_attention", [q, k, v, kc, vc, positions, block.slots, length, mask, *kind]
     yield "attention", [q, k, v, 1, 0.4, None, None, randn(q.shape[1], seed=1)]
+
+
+def nested(outputs: int, inputs: int, layout: Layout) -> Tensor:
+    return nest(randn(outputs, inputs, seed=outputs), layout)
+
+
+def nested_mlp_args() -> list[Any]:
+    x, (gate, up) = randn(2, 3, 64, seed=0), (nested(32, 64, Layout.BY_OUTPUTS) for _ in range(2))
+    down = nested(64, 32, Layout.BY_INPUTS)
+    return [x, gate, up, down, None, None, randn(64, seed=1), "silu", 1]
+
+
+def test_nested_weights_that_are_none_are_refused() -> None:
+    """Bytes that no matrix of whole groups gives, and weights nested for another reader."""
+
+    def bytes_of(*shape: int) -> Array:
+        return Array(torch.uint8, shape)
+
+    x = Array(torch.float32, (2, 3, 64))
+    linear, sparse = "sirius.linear.default", "sirius.sparse_linear.default"
+    refused(linear, r"has 3 planes, not 1 or 2", x, bytes_of(3, 32, 34))
+    refused(linear, r"is not nested by outputs", x, bytes_of(2, 32, 35))
+    refused(linear, r"is not nested by inputs", x, bytes_of(2, 2, 33, 16))
+    refused(linear, r"cuts 32 outputs that share bytes", x, bytes_of(2, 2, 34, 12))
+    refused(linear, r"does not go through weight", x, bytes_of(2, 32, 17))
+    refused(sparse, r"weight must have 4 dimensions", x, bytes_of(2, 32, 34), None, 0.1)
+    args = [described(value) for value in nested_mlp_args()]
+    refused("sirius.dense_mlp.default", "gate", *args[:1], args[3], *args[2:])
+    refused("sirius.dense_mlp.default", "down", *args[:3], args[1], *args[4:])
+    plain = Array(torch.float32, (32, 64))
+    refused("sirius.dense_mlp.default", "up", *args[:2], plain, *args[3:])
+    ids = Array(torch.int64, (1, 3))
+    embedding = "sirius.embedding.default"
+    refused(embedding, "weight", Array(torch.float32, (32, 64)), ids, torch.float32)
+    refused(embedding, "floating point", bytes_of(2, 32, 34), ids, torch.int64)
 
 
 def test_every_operator_of_ours_has_a_right_call() -> None:
