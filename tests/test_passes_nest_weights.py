@@ -152,17 +152,16 @@ def test_before_and_after() -> None:
         program.graphs[SPARSE],
         inputs
         + """
-        %14: uint8[1, 11, 17] = aten.slice.Tensor(%embed.weight, 0, 0, 1)
-        %15: model[B, T, 32] = sirius.embedding(%14, %input_ids, model)
-        %16: model[B, T, 32] = aten.mul.Tensor(%15, %norm)
-        %17: uint8[1, 64, 17] = aten.slice.Tensor(%layers.0.gate.weight, 0, 0, 1)
-        %18: uint8[1, 64, 17] = aten.slice.Tensor(%layers.0.up.weight, 0, 0, 1)
-        %19: uint8[1, 2, 34, 16] = aten.slice.Tensor(%layers.0.down.weight, 0, 0, 1)
-        %20: model[B, T, 32] = sirius.topk_mlp(%16, %17, %18, %19, None, None, %layers.0.down.bias, 'silu', 0, 32)
-        %21: model[B, T, 32] = aten.add.Tensor(%15, %20)
-        %22: uint8[1, 11, 17] = aten.slice.Tensor(%head.weight, 0, 0, 1)
-        %23: model[B, T, 11] = sirius.linear(%21, %22)
-        return logits=%23
+        %14: model[B, T, 32] = sirius.embedding(%embed.weight, %input_ids, model)
+        %15: model[B, T, 32] = aten.mul.Tensor(%14, %norm)
+        %16: uint8[1, 64, 17] = aten.slice.Tensor(%layers.0.gate.weight, 0, 0, 1)
+        %17: uint8[1, 64, 17] = aten.slice.Tensor(%layers.0.up.weight, 0, 0, 1)
+        %18: uint8[1, 2, 34, 16] = aten.slice.Tensor(%layers.0.down.weight, 0, 0, 1)
+        %19: model[B, T, 32] = sirius.topk_mlp(%15, %16, %17, %18, None, None, %layers.0.down.bias, 'silu', 0, 32)
+        %20: model[B, T, 32] = aten.add.Tensor(%14, %19)
+        %21: uint8[1, 11, 17] = aten.slice.Tensor(%head.weight, 0, 0, 1)
+        %22: model[B, T, 11] = sirius.linear(%20, %21)
+        return logits=%22
         """,  # noqa: E501
     )
     assert_prints(
@@ -346,14 +345,17 @@ def test_a_model_of_which_nothing_can_be_nested_is_refused() -> None:
 
 @pytest.mark.parametrize("method", SPARSIFY)
 def test_density_counts_the_bytes_of_what_is_read(method: str) -> None:
-    """Of bytes, by hand: 17 for each 16 numbers that are nested, half of them in a draft."""
+    """Of bytes, by hand: 17 for each 16 numbers that are nested, half of them in a draft, which
+    reads embeddings in full.
+    """
     before, program = laid_out(one_layer, method), nested(one_layer, method)
     matrices = sum(w.numbers for w in program.weights.values() if w.nested)
+    embeddings = VOCABULARY * WIDTH * 17 / 32
     others = sum(size_of(w) for w in program.weights.values() if not w.nested)
     assert program.sparsity.step == others + matrices * 17 // 16
     # What the method skips, of matrices in bfloat16 as before.
     skipped = sum((s.units - s.kept) * s.params for s in before.sparsity.sites) / 2
-    draft = others + (matrices - skipped) * 17 / 32
+    draft = others + embeddings + (matrices - skipped) * 17 / 32
     assert program.sparsity.density == pytest.approx(draft / program.sparsity.step)
 
 
@@ -362,12 +364,13 @@ def test_density_counts_the_bytes_of_what_is_read(method: str) -> None:
 
 class AsNested:
     """What operators compute where the weights of the program `old`, of these values, are nested in
-    these layouts, by the words of the format; `planes` of them are read.
+    these layouts, by the words of the format; `planes` of them are read, of embeddings both.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], layouts: Mapping[str, Layout], planes: int):
         self._layouts = layouts
         self.weights = {name: self._read(name, w, planes) for name, w in weights.items()}
+        self._rows = {id(w): self._read(name, weights[name], 2) for name, w in self.weights.items()}
 
     def _read(self, name: str, weight: Tensor, planes: int) -> Tensor:
         if name not in self._layouts:
@@ -387,7 +390,14 @@ class AsNested:
             kept = x.abs().mean(1, keepdim=True) > threshold
             return through(x * kept, weight.mT, bias), kept.sum((1, 2))
 
-        return {aten.linear.default: through, sirius.sparse_linear.default: skipping}
+        def embedding(weight: Tensor, ids: Tensor) -> Tensor:
+            return self._rows[id(weight)][ids]
+
+        return {
+            aten.linear.default: through,
+            sirius.sparse_linear.default: skipping,
+            aten.embedding.default: embedding,
+        }
 
 
 def reference(layouts: Mapping[str, Layout], bits: int, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -19,8 +19,9 @@
 `sirius_runtime.nested` has the format. A weight's rows are outputs where a linear, an embedding, or
 an MLP's gate or up reads them so, and inputs where an MLP's down, `sirius::sparse_linear` or a
 linear of its transpose does: that is the layout, and both paths read the one copy. Slices of fused
-projections become slices of the planes. With 8 bits a draft reads both planes. What can't be
-nested stays as it is, an MLP's weights all or none; `left` says why.
+projections become slices of the planes. Rows of embeddings are read in full, and with 8 bits a draft
+reads both planes of all. What can't be nested stays as it is, an MLP's weights all or none; `left`
+says why.
 """
 
 from __future__ import annotations
@@ -36,7 +37,14 @@ from torch import fx
 from sirius_passes.manager import Pass
 from sirius_passes.program import SPARSE, Program, Stage, call, fake_mode
 from sirius_passes.sparsify import set_density
-from sirius_passes.weight_views import Reader, is_transpose, readers, slice_args, weight_name
+from sirius_passes.weight_views import (
+    HIGH_PLANE,
+    Reader,
+    is_transpose,
+    readers,
+    slice_args,
+    weight_name,
+)
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.errors import UnsupportedModelError
 from sirius_runtime.graph import CAPTURE_DTYPE, WEIGHT, placeholders
@@ -253,7 +261,7 @@ class _Rewrite:
             with self._graph.inserting_before(node):
                 # Of an embedding a token reads one row: no less for being read in full.
                 whole = not high or node.target is aten.embedding.default
-                planes = self._weight if whole else self._slice(self._weight, 0, 0, 1)
+                planes = self._weight if whole else self._slice(self._weight, *HIGH_PLANE)
                 for dim, start, end, _ in own:
                     planes = self._cut(planes, dim, start, end)
                 self._read(use.reader, planes)

@@ -12,10 +12,11 @@ import torch
 from torch import fx
 
 from sirius_passes.mixtures import mixtures
-from sirius_passes.program import DENSE, FULL, Program, call, calls, outputs, set_outputs
+from sirius_passes.program import DENSE, FULL, SPARSE, Program, call, calls, outputs, set_outputs
 from sirius_passes.recognise_mlps import DENSE_MLP
-from sirius_passes.weight_views import weight_name
+from sirius_passes.weight_views import reads_high_plane, weight_name
 from sirius_runtime.errors import CalibrationError, ConfigError, UnsupportedModelError
+from sirius_runtime.graph import WEIGHT, placeholders
 from sirius_runtime.safetensors_file import size_of
 from sirius_runtime.spec import Method, SiteSpec, SparsitySpec
 
@@ -140,8 +141,10 @@ def set_density(program: Program) -> None:
     now.
     """
     step = read = step_bytes(program)
-    if program.sparsity.draft_bits == 4:
-        read -= sum(size_of(spec) // 2 for spec in program.weights.values() if spec.nested)
+    if SPARSE in program.graphs:
+        placed = placeholders(program.graphs[SPARSE].graph, WEIGHT)
+        halved = [name for name, node in placed.items() if reads_high_plane(node)]
+        read -= sum(size_of(program.weights[name]) // 2 for name in halved)
     skipped = sum((site.units - site.kept) * site.params for site in program.sparsity.sites)
     program.sparsity = replace(program.sparsity, step=step, density=(read - skipped) / step)
 

@@ -21,6 +21,9 @@ from sirius_runtime.graph import WEIGHT
 
 aten = torch.ops.aten
 
+HIGH_PLANE = (0, 0, 1)
+"""Arguments of the slice that gives the high plane of a nested weight."""
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -56,6 +59,13 @@ def _readers(view: fx.Node, transposed: bool) -> Iterator[Reader]:
             yield from _readers(user, transposed)
         else:
             yield Reader(user, view, transposed)
+
+
+def reads_high_plane(weight: fx.Node) -> bool:
+    """Whether something reads the high plane alone of a nested weight's placeholder."""
+    return weight.meta["val"].dtype is torch.uint8 and any(
+        user.target is aten.slice.Tensor and user.args[1:] == HIGH_PLANE for user in weight.users
+    )
 
 
 def store_transposed(weight: fx.Node, origin: str) -> None:
