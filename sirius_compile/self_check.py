@@ -51,6 +51,9 @@ from sirius_runtime.spec import JSON, ProgramSpec, WeightSpec
 PROMPT_TOKENS = 40
 COSINE = {torch.float32: 0.99999, torch.float16: 0.998, torch.bfloat16: 0.995}
 """The lowest cosine of a token's logits that passes without comparing operators."""
+NESTED_COSINE = 0.998
+"""As COSINE, of nested weights, where it is less: what rounding changes by a bit may change an
+activation's integer. Measured on tally-3m in float32: 7.0e-5."""
 
 Fetch = Callable[[WeightSpec], Tensor]
 """Gives the stored form of a weight."""
@@ -90,6 +93,7 @@ class _Check:
     ) -> None:
         self._spec, self._dtype = spec, dtype
         self._weights = _Weights(spec, weights)
+        self._cosine = min(COSINE[dtype], NESTED_COSINE if spec.nested else 1.0)
         names = [e.name for e in spec.entries if e.name in (PREFILL, SPARSE, FULL, OBSERVE)]
         self._plain = {
             name: from_document(document(name), dtype, torch.device("cpu")) for name in names
@@ -128,7 +132,7 @@ class _Check:
         results = []
         for run, one, other in zip(runs, fast, plain, strict=True):
             found, wanted = (self._named(run.entry, walk.outputs) for walk in (one, other))
-            if not agree(found["logits"][0], wanted["logits"][0], COSINE[self._dtype]):
+            if not agree(found["logits"][0], wanted["logits"][0], self._cosine):
                 self._find(run, caches[0])
             results.append(wanted)
         return results

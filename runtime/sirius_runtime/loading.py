@@ -222,8 +222,8 @@ def _check_nested(backend: str, device: torch.device) -> None:
     """Raises BackendError where nested weights can't be read."""
     if device.type != "cpu":
         raise BackendError(
-            f"nested weights (--weights int8) are read on the CPU alone, not on device {device}: pass "
-            "device cpu, or compile without --weights int8"
+            f"nested weights (--weights int8) are read on the CPU alone, not on device {device}: "
+            "pass device cpu, or compile without --weights int8"
         )
     if backend not in (BackendName.EAGER, BackendName.PERIOD):
         raise BackendError(

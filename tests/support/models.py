@@ -203,8 +203,12 @@ class TreeRun:
 
 
 def bound_weights(model: SiriusModel, entry: str) -> dict[str, Tensor]:
-    """The very tensors that an entry of the eager back end reads as weights, by name."""
+    """The very tensors that an entry of the eager back end reads as weights, by name; views of them
+    by their own.
+    """
     bound = model.backend._entries[entry]  # type: ignore[attr-defined]
     nodes = [node for node in bound.module.graph.nodes if node.op == "placeholder"]
     pairs = zip(nodes, bound._arguments, strict=True)
-    return {node.meta["weight"]: tensor for node, tensor in pairs if tensor is not None}
+    return {
+        node.meta.get("weight", node.name): tensor for node, tensor in pairs if tensor is not None
+    }

@@ -17,6 +17,7 @@ from sirius_compile.writing import Text
 from sirius_passes.manager import run_passes
 from sirius_passes.program import Program
 from sirius_passes.sparsify import parameters
+from sirius_passes.stored_form import stored_form
 from sirius_runtime.spec import (
     DType,
     Method,
@@ -63,7 +64,7 @@ def chooser(
     def weights(spec: WeightSpec) -> torch.Tensor:
         tensor = captured.constants.get(spec.name)
         tensor = tensors[spec.name].detach() if tensor is None else tensor
-        return tensor.mT.contiguous() if spec.transposed else tensor
+        return stored_form(spec, tensor)
 
     dense = Compiled(spec_of(program), program, None, {}, {}, weights)
     return Chooser(config, dense, lambda path, held_only: held_out(text), torch.device("cpu"))
