@@ -286,9 +286,9 @@ def test_devices_that_read_no_nested_weights_say_so(nested: Callable[..., Nested
 
 def test_onnx_says_so_whoever_asks(nested: Callable[..., Nested], tmp_path: Path) -> None:
     path = nested("llama", "topk").compiled.save(tmp_path / "nested.sirius")
-    with pytest.raises(UnsupportedModelError, match="nested weights .* have no ONNX form yet"):
+    with pytest.raises(UnsupportedModelError, match=r"nested weights .* have no ONNX form yet"):
         add_onnx(path, tmp_path / "with-onnx.sirius", dtype="float32")
-    with pytest.raises(BackendError, match="nested weights .* have no ONNX form yet"):
+    with pytest.raises(BackendError, match=r"nested weights .* have no ONNX form yet"):
         load(path, backend="onnxruntime")
 
 
@@ -310,5 +310,5 @@ def test_the_manifest_of_a_nested_weight_that_is_none_is_refused(
         with pytest.raises(ArtifactError, match=f"weight {first.name!r} is nested by"):
             check_program(replace(program, weights=(wrong, *others)))
     bits = replace(program.sparsity, draft_bits=3)
-    with pytest.raises(ArtifactError, match="sparsity.draft_bits must be 4 or 8, found 3"):
+    with pytest.raises(ArtifactError, match=r"sparsity\.draft_bits must be 4 or 8, found 3"):
         check_program(replace(program, sparsity=bits))

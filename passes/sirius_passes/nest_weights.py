@@ -19,9 +19,9 @@
 `sirius_runtime.nested` has the format. A weight's rows are outputs where a linear, an embedding, or
 an MLP's gate or up reads them so, and inputs where an MLP's down, `sirius::sparse_linear` or a
 linear of its transpose does: that is the layout, and both paths read the one copy. Slices of fused
-projections become slices of the planes. Rows of embeddings are read in full, and with 8 bits a draft
-reads both planes of all. What can't be nested stays as it is, an MLP's weights all or none; `left`
-says why.
+projections become slices of the planes. Rows of embeddings are read in full, and with 8 bits a
+draft reads both planes of all. What can't be nested stays as it is, an MLP's weights all or none;
+`left` says why.
 """
 
 from __future__ import annotations
