@@ -32,8 +32,8 @@ _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A model in memory, its tokenizer, and a generation config with its end tokens. `dtype`: of the
-    program; the model may be in a wider one.
+    """A model in memory, its tokenizer, and a generation config with its end tokens. `dtype` is the
+    program's; the model may be in a wider one.
     """
 
     model: PreTrainedModel

@@ -22,7 +22,7 @@ from typing import Any
 from sirius_runtime.errors import ArtifactError
 from sirius_runtime.manifest_check import RANGES
 from sirius_runtime.new_file import write_file
-from sirius_runtime.spec import FORMAT_VERSION, JSON, Manifest
+from sirius_runtime.spec import FORMAT_VERSION, JSON, KNOWN_MAJORS, NESTED_FORMAT_VERSION, Manifest
 
 FILE = Path(__file__).with_name("manifest.schema.json")
 
@@ -43,14 +43,15 @@ def manifest_schema() -> JSON:
     root["properties"]["format_version"] = {
         "description": "major, minor: a reader refuses another major",
         "type": "array",
-        "prefixItems": [{"const": FORMAT_VERSION[0]}, {"type": "integer", "minimum": 0}],
+        "prefixItems": [{"enum": list(KNOWN_MAJORS)}, {"type": "integer", "minimum": 0}],
         "minItems": 2,
         "maxItems": 2,
     }
     return {
         "$schema": _DIALECT,
-        "title": "manifest.json of a Sirius artifact, format version "
-        f"{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}",
+        "title": "manifest.json of a Sirius artifact, format versions "
+        f"{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]} and "
+        f"{NESTED_FORMAT_VERSION[0]}.{NESTED_FORMAT_VERSION[1]}",
         **root,
         "$defs": dict(sorted(definitions.items())),
     }

@@ -79,7 +79,8 @@ def verify(path: str | Path, *, device: str | torch.device | None = "cpu") -> Ve
     test: SelfTestSpec | None = manifest.self_test
     if test is not None:
         state = model.state(len(test.prompt) + len(test.block))
-        compared = repeat(state, test, manifest.program.model.dtype)
+        program = manifest.program
+        compared = repeat(state, test, program.model.dtype, nested=program.nested)
     return Verification(
         path=Path(path),
         format_version=manifest.format_version,
