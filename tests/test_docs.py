@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from sirius_runtime.graph_operators import FUNCTIONS, OPERATORS
-from sirius_runtime.spec import FORMAT_VERSION
+from sirius_runtime.spec import FORMAT_VERSION, NESTED_FORMAT_VERSION
 from tests.support.artifacts import sample, write
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -48,9 +48,11 @@ def test_the_specification_names_every_operator() -> None:
 
 
 def test_the_specification_names_every_version() -> None:
-    versions = re.findall(r"^\| (\d+)\.(\d+) \|", FORMAT, re.MULTILINE)
-    assert tuple(map(int, versions[-1])) == FORMAT_VERSION
-    assert f"Format version {FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}." in FORMAT
+    found = re.findall(r"^\| (\d+)\.(\d+) \|", FORMAT, re.MULTILINE)
+    versions = [(int(major), int(minor)) for major, minor in found]
+    assert versions[-2:] == [FORMAT_VERSION, NESTED_FORMAT_VERSION]
+    own, nested = (".".join(map(str, version)) for version in versions[-2:])
+    assert f"Format versions {own}, and {nested} where" in FORMAT
 
 
 def test_the_specification_s_reader_reads(tmp_path: Path) -> None:
