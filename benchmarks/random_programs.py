@@ -19,16 +19,19 @@ from sirius_compile.capture import capture
 from sirius_compile.pipeline import front, sparsify
 from sirius_passes.lay_out_weights import LayOutWeights
 from sirius_passes.manager import run_passes
+from sirius_passes.nest_weights import NestWeights
 from sirius_passes.program import FULL, SPARSE, Program, copy_program
 from sirius_passes.sparsify import parameters
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.graph import to_document
+from sirius_runtime.nested import GROUP, matrix_shape
 from sirius_runtime.operators import OPERATORS
 from sirius_runtime.sizes import cache_slots
 from sirius_runtime.spec import (
     JSON,
     DType,
+    Layout,
     Method,
     ModelSpec,
     PeriodSpec,
@@ -107,6 +110,7 @@ SHAPES = {
     for shape in (
         Shape("tiny", 64, 192, 4, 2, 16, 256, 2),
         Shape("1b", 2048, 8192, 32, 8, 64, 128_256, 16, tied=True),  # Llama-3.2-1B
+        Shape("1.5b", 1536, 8960, 12, 2, 128, 151_936, 28, tied=True),  # Qwen2.5-1.5B
         Shape("8b", 4096, 14_336, 32, 8, 128, 128_256, 32),  # Llama-3-8B
         Shape("70b", 8192, 28_672, 64, 8, 128, 128_256, 4),  # Llama-3-70B, four of 80 layers
     )
@@ -117,13 +121,17 @@ class RandomPrograms:
     """Sparse paths of one shape over the same storage.
 
     A weight that methods store in different layouts is one buffer used in both layouts, as its
-    values are random anyway.
+    values are random anyway. `draft_bits`: 4 or 8, for nested weights.
     """
 
     def __init__(
-        self, shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16
+        self,
+        shape: Shape,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+        draft_bits: int | None = None,
     ) -> None:
-        self.shape, self.device, self.dtype = shape, device, dtype
+        self.shape, self.device, self.dtype, self.draft_bits = shape, device, dtype, draft_bits
         self._captured = capture(shape.config())
         self._made: dict[Method, Program] = {}
         self._pool: dict[str, Tensor] = {}
@@ -173,6 +181,8 @@ class RandomPrograms:
                     dtype = str(constants[name].dtype).removeprefix("torch.")
                     program.update_weight(name, dtype=dtype)
             passes = [*front(method), *sparsify(method, 0.5, None), LayOutWeights()]
+            if self.draft_bits is not None:
+                passes.append(NestWeights(self.draft_bits))
             run_passes(program, passes)
             self._made[method] = program
         return self._made[method]
@@ -184,6 +194,8 @@ class RandomPrograms:
         constant = self._captured.constants.get(spec.name)
         if constant is not None:
             return constant.to(self.device, dtype_of(spec.dtype))
+        if spec.nested:
+            return self._nested(spec)
         if spec.name not in self._pool:
             count = math.prod(spec.shape)
             if self.device.type == "cpu":
@@ -194,6 +206,19 @@ class RandomPrograms:
                 values.fill_(1) if len(spec.shape) == 1 else values.normal_(std=0.02)
             )
         return self._pool[spec.name].view(spec.shape)
+
+    def _nested(self, spec: WeightSpec) -> Tensor:
+        """Random nibbles, and scales about 0.0003 that make weights about 0.02."""
+        key = f"{spec.name} {spec.nested}"
+        if key not in self._pool:
+            planes = in_large_pages(math.prod(spec.shape), torch.uint8).view(spec.shape)
+            planes.random_()
+            inputs = matrix_shape(spec.shape)[1]
+            by_outputs = spec.nested is Layout.BY_OUTPUTS
+            scales = planes[..., inputs // 2 :] if by_outputs else planes[:, :, GROUP:]
+            scales[0].random_(0x1A, 0x1D)
+            self._pool[key] = planes
+        return self._pool[key]
 
     def _neurons(self, skipped: float) -> Tensor:
         count = round(self.shape.neurons * (1 - skipped))

@@ -232,10 +232,8 @@ void nested_tile(const uint8_t* const* rows, size_t to_low, size_t next, const S
 #pragma GCC unroll 8
       for (size_t r = 0; r < R; r++) {
         const uint8_t* p = rows[r] + at;
-        if (N == 1) {
-          __builtin_prefetch(p + next);
-          if (BOTH) __builtin_prefetch(p + next + to_low);
-        }
+        __builtin_prefetch(p + next);
+        if (BOTH) __builtin_prefetch(p + next + to_low);
         codes[r] = codes_of<BOTH>(load_codes(p, bytes), BOTH ? load_codes(p + to_low, bytes) : Codes{});
         own[r] = spread(scales[r], int(part * LANES));
       }
@@ -265,27 +263,22 @@ template <bool BOTH>
 void nested_dots(const uint8_t* const* rows, size_t count, size_t to_low, size_t row, const Step* x,
                  size_t N, size_t C, float* out, size_t out_stride) {
   const size_t steps = steps_of(C);
-  for (size_t top = 0; top < count; top += 4) {
-    const uint8_t* own[4];
-    for (size_t r = 0; r < 4; r++) own[r] = rows[std::min(top + r, count - 1)];
-    const size_t known = std::min<size_t>(4, count - top);
-    for (size_t n = 0; n < N;) {
-      const Step* from = x + n * steps;
-      float* to = out + n * out_stride + top;
-      if (N - n >= 8) {
-        nested_tile<BOTH, 2, 8>(own, to_low, 0, from, C, to, out_stride, known);
-        if (known > 2) nested_tile<BOTH, 2, 8>(own + 2, to_low, 0, from, C, to + 2, out_stride, known - 2);
-        n += 8;
-        continue;
-      }
-      const size_t tokens = std::min<size_t>(4, N - n);
-      const auto tile = tokens == 4   ? nested_tile<BOTH, 4, 4>
-                        : tokens == 3 ? nested_tile<BOTH, 4, 3>
-                        : tokens == 2 ? nested_tile<BOTH, 4, 2>
-                                      : nested_tile<BOTH, 4, 1>;
-      tile(own, to_low, 4 * row, from, C, to, out_stride, known);
-      n += tokens;
+  // Tokens by the few whose activations stay in the first cache while all rows come by.
+  for (size_t n = 0; n < N;) {
+    const size_t tokens = N - n >= 8 ? 8 : std::min<size_t>(4, N - n), together = tokens == 8 ? 2 : 4;
+    const auto tile = tokens == 8   ? nested_tile<BOTH, 2, 8>
+                      : tokens == 4 ? nested_tile<BOTH, 4, 4>
+                      : tokens == 3 ? nested_tile<BOTH, 4, 3>
+                      : tokens == 2 ? nested_tile<BOTH, 4, 2>
+                                    : nested_tile<BOTH, 4, 1>;
+    for (size_t top = 0; top < count; top += together) {
+      const uint8_t* own[4];
+      for (size_t r = 0; r < 4; r++) own[r] = rows[std::min(top + r, count - 1)];
+      // Later tokens find the rows in a cache.
+      tile(own, to_low, n == 0 ? together * row : 0, x + n * steps, C, out + n * out_stride + top, out_stride,
+           std::min(together, count - top));
     }
+    n += tokens;
   }
 }
 
@@ -385,96 +378,172 @@ inline void take_factors(const Inputs& inputs, const Get& number, Factors32& to)
   to.excess = -OFFSET * total;
 }
 
-// Adds to the sums of N tokens, from the tile's first on and `stride` apart, a tile of the outputs of
-// `count` times 32 inputs: `bytes` of a row from `at` on. z [N, count], a token's `token` apart.
-template <bool BOTH, bool ALONE>
-void add_tile(const Inputs* inputs, size_t count, size_t row, size_t at, size_t bytes,
-                     const Factors32* z, size_t token, size_t N, float* sums, size_t stride) {
-  for (size_t i = 0; i < count; i++, z++) {
-    const Inputs& own = inputs[i];
-    if (own.count == 0) continue;
-    const uint8_t* high = own.high + at;
-    const size_t to_low = BOTH ? size_t(own.low - own.high) : 0;
-    const size_t quads = (own.count + 3) / 4;
-    const First here = first_bytes(bytes);
-    const auto fetch = [&](const uint8_t* p) { return load_codes(p, here); };
-    const auto quad = [&](size_t q, Codes* codes) __attribute__((always_inline)) {
-      Codes rows[4], upper[4], lower[4] = {};
+// A row of nibbles of a plane and of the other one, `bytes` of them, times nought where it is none of
+// the live ones.
+template <bool BOTH>
+struct Quad {
+  const uint8_t* rows[4];
+  size_t to_low;
+
+  Quad(const Inputs& own, size_t q, size_t row) : to_low(BOTH ? size_t(own.low - own.high) : 0) {
+    for (size_t r = 0; r < 4; r++)
+      rows[r] = own.high + own.live[std::min(q * 4 + r, own.count - 1)] * row;
+  }
+
+  // The codes of a tile's outputs, from byte `at` of a row on: four a lane, one of each row.
+  inline __attribute__((always_inline)) void codes(size_t at, First here, Codes* to) const {
+    Codes own[4], upper[4], lower[4] = {};
 #pragma GCC unroll 4
-      for (size_t r = 0; r < 4; r++)  // the last one again where there are fewer: times nought
-        rows[r] = fetch(high + own.live[std::min(q * 4 + r, own.count - 1)] * row);
-      interleave(rows, upper);
-      if (BOTH) {
+    for (size_t r = 0; r < 4; r++) own[r] = load_codes(rows[r] + at, here);
+    interleave(own, upper);
+    if (BOTH) {
 #pragma GCC unroll 4
-        for (size_t r = 0; r < 4; r++)
-          rows[r] = fetch(high + to_low + own.live[std::min(q * 4 + r, own.count - 1)] * row);
-        interleave(rows, lower);
-      }
-#pragma GCC unroll 4
-      for (size_t four = 0; four < 4; four++) {
-        const Pair pair = codes_of<BOTH>(upper[four], lower[four]);
-        codes[four] = pair.first, codes[4 + four] = pair.second;
-      }
-    };
-    Words upper[8], lower[8];
-    for (size_t half = 0; half < 2; half++) {
-      const uint8_t* p = high + (NEST + half) * row;
-      as_words(fetch(p), upper + half * 4);
-      if (BOTH) as_words(fetch(p + to_low), lower + half * 4);
+      for (size_t r = 0; r < 4; r++) own[r] = load_codes(rows[r] + to_low + at, here);
+      interleave(own, lower);
     }
+#pragma GCC unroll 4
+    for (size_t four = 0; four < 4; four++) {
+      const Pair pair = codes_of<BOTH>(upper[four], lower[four]);
+      to[four] = pair.first, to[4 + four] = pair.second;
+    }
+  }
+};
+
+// The scales of a tile's outputs.
+template <bool BOTH>
+inline __attribute__((always_inline)) void scales_at(const Inputs& own, size_t row, size_t at,
+                                                     First here, Floats* to) {
+  const size_t to_low = BOTH ? size_t(own.low - own.high) : 0;
+#pragma GCC unroll 2
+  for (size_t half = 0; half < 2; half++) {
+    const uint8_t* p = own.high + (NEST + half) * row + at;
+    Words upper[4], lower[4];
+    as_words(load_codes(p, here), upper);
+    if (BOTH) as_words(load_codes(p + to_low, here), lower);
+#pragma GCC unroll 4
+    for (size_t four = 0; four < 4; four++)
+      to[half * 4 + four] = scales_of(upper[four], BOTH ? lower[four] : Words{} + 0x80);
+  }
+}
+
+// What a token multiplies four rows by, in each lane.
+inline Codes multiplier(const Factors32& by, size_t quad) {
+  int32_t four;
+  memcpy(&four, by.q + quad * 4, sizeof four);
+  return (Codes)(Ints{} + four);
+}
+
+template <class Part>
+inline __attribute__((always_inline)) void add_scaled(const Part* acc, const Floats* scales, float scale,
+                                                      float* y) {
+#pragma GCC unroll 8
+  for (size_t v = 0; v < 8; v++) store(y + v * W, load(y + v * W) + to_floats(acc[v]) * scale * scales[v]);
+}
+
+constexpr size_t ALONG = 4;     // tokens for which rows are read from end to end
+constexpr size_t WIDE = 1024;  // outputs whose integers wait in the first cache
+
+// Adds to the sums of N tokens, at most ALONG, the outputs [begin, end), at most WIDE, of 32 inputs.
+// Rows are read from end to end, eight at a time, as they lie in memory: integers wait until all are
+// there. A token's factors are `token` apart, its sums `stride`. after: whose rows are read next.
+template <bool BOTH>
+void add_along(const Inputs& own, const Inputs& after, size_t row, const Factors32* z, size_t token,
+               size_t N, size_t begin, size_t end, float* sums, size_t stride) {
+  alignas(64) Ints waiting[ALONG][WIDE / W];
+  const size_t quads = (own.count + 3) / 4, to_low = BOTH ? size_t(own.low - own.high) : 0;
+  for (size_t q = 0; q < quads; q += 2) {
+    const Quad<BOTH> first(own, q, row), second(own, std::min(q + 1, quads - 1), row);
+    const uint8_t* next[8];
+    const bool more = q + 2 < quads;
+    const Inputs& from = more ? own : after;
+    for (size_t r = 0; r < 8; r++) {
+      const size_t j = more ? (q + 2) * 4 + r : r;
+      next[r] = from.high + (from.count ? from.live[std::min(j, from.count - 1)] : 0) * row;
+    }
+    for (size_t c = begin; c < end; c += COLUMNS) {
+#pragma GCC unroll 8
+      for (size_t r = 0; r < 8; r++) {
+        __builtin_prefetch(next[r] + c / 2);
+        if (BOTH) __builtin_prefetch(next[r] + to_low + c / 2);
+      }
+      const First here = first_bytes((end - c) / 2);
+      Codes a[8], b[8];
+      first.codes(c / 2, here, a);
+      second.codes(c / 2, here, b);
+      for (size_t n = 0; n < N; n++) {
+        const Factors32& by = z[n * token];
+        const Codes upon_a = multiplier(by, q);
+        const Codes upon_b = q + 1 < quads ? multiplier(by, q + 1) : Codes{};
+        Ints* to = waiting[n] + (c - begin) / W;
+#pragma GCC unroll 8
+        for (size_t v = 0; v < 8; v++) {
+          const Ints sum = q ? to[v] : Ints{} + by.excess;
+          to[v] = dot4(dot4(sum, a[v], upon_a), b[v], upon_b);
+        }
+      }
+    }
+  }
+  for (size_t c = begin; c < end; c += COLUMNS) {
     Floats scales[8];
+    scales_at<BOTH>(own, row, c / 2, first_bytes((end - c) / 2), scales);
+    for (size_t n = 0; n < N; n++)
+      add_scaled(waiting[n] + (c - begin) / W, scales, z[n * token].scale, sums + n * stride + (c - begin));
+  }
+}
+
+// The same of N tokens, whose sums are `stride` apart and factors `token` apart: tile by tile, since a
+// tile's codes are made once for all of them. after: whose rows are read next, from byte `then` on.
+template <bool BOTH>
+void add_together(const Inputs& own, const Inputs& after, size_t then, size_t row, const Factors32* z,
+                  size_t token, size_t N, size_t c, size_t end, float* sums, size_t stride) {
+  const size_t quads = (own.count + 3) / 4;
+  for (size_t j = 0; j < after.count; j++) {
+    const uint8_t* p = after.high + after.live[j] * row + then;
+    __builtin_prefetch(p);
+    if (BOTH) __builtin_prefetch(p + (after.low - after.high));
+  }
+  const First here = first_bytes((end - c) / 2);
+  alignas(64) Codes codes[NEST / 4][8];
+  for (size_t q = 0; q < quads; q++) Quad<BOTH>(own, q, row).codes(c / 2, here, codes[q]);
+  Floats scales[8];
+  scales_at<BOTH>(own, row, c / 2, here, scales);
+  for (size_t n = 0; n < N; n++) {
+    const Factors32& by = z[n * token];
+    Ints acc[8];
 #pragma GCC unroll 8
-    for (size_t v = 0; v < 8; v++) scales[v] = scales_of(upper[v], BOTH ? lower[v] : Words{} + 0x80);
-    const auto multiplier = [&](const Factors32& by, size_t q) {
-      int32_t four;
-      memcpy(&four, by.q + q * 4, sizeof four);
-      return (Codes)(Ints{} + four);
-    };
-    const auto leave = [&](const Ints* acc, const Factors32& by, float* y) {
+    for (size_t v = 0; v < 8; v++) acc[v] = Ints{} + by.excess;
+    for (size_t q = 0; q < quads; q++) {
+      const Codes four = multiplier(by, q);
 #pragma GCC unroll 8
-      for (size_t v = 0; v < 8; v++)
-        store(y + v * W, load(y + v * W) + to_floats(acc[v]) * by.scale * scales[v]);
-    };
-    if (ALONE) {
-      Ints acc[8];
-#pragma GCC unroll 8
-      for (size_t v = 0; v < 8; v++) acc[v] = Ints{} + z->excess;
-      for (size_t q = 0; q < quads; q++) {
-        Codes codes[8];
-        quad(q, codes);
-        const Codes by = multiplier(*z, q);
-#pragma GCC unroll 8
-        for (size_t v = 0; v < 8; v++) acc[v] = dot4(acc[v], codes[v], by);
-      }
-      leave(acc, *z, sums);
-      continue;
+      for (size_t v = 0; v < 8; v++) acc[v] = dot4(acc[v], codes[q][v], four);
     }
-    alignas(64) Codes codes[NEST / 4][8];
-    for (size_t q = 0; q < quads; q++) quad(q, codes[q]);
-    for (size_t n = 0; n < N; n++) {
-      const Factors32& by = z[n * token];
-      Ints acc[8];
-#pragma GCC unroll 8
-      for (size_t v = 0; v < 8; v++) acc[v] = Ints{} + by.excess;
-      for (size_t q = 0; q < quads; q++) {
-        const Codes four = multiplier(by, q);
-#pragma GCC unroll 8
-        for (size_t v = 0; v < 8; v++) acc[v] = dot4(acc[v], codes[q][v], four);
-      }
-      leave(acc, by, sums + n * stride);
-    }
+    add_scaled(acc, scales, by.scale, sums + n * stride);
   }
 }
 
 // sums += z through `count` times 32 inputs, of outputs [begin, end); `begin` begins a tile. The sums
-// are laid out as NestedSums says.
+// are laid out as NestedSums says; z [N, count], a token's `token` apart.
+template <bool BOTH>
+void nested_add(const Inputs* inputs, size_t count, size_t row, const Factors32* z, size_t token,
+                size_t N, size_t begin, size_t end, float* sums, size_t stride) {
+  for (size_t i = 0; N <= ALONG && i < count; i++)
+    for (size_t c = begin; inputs[i].count && c < end; c += WIDE)
+      add_along<BOTH>(inputs[i], inputs[i + 1 < count ? i + 1 : i], row, z + i, token, N, c,
+                      std::min(end, c + WIDE), sums + c, stride);
+  if (N <= ALONG) return;
+  for (size_t c = begin; c < end; c += COLUMNS)
+    for (size_t i = 0; i < count; i++) {
+      if (inputs[i].count == 0) continue;
+      const bool last = i + 1 == count;
+      add_together<BOTH>(inputs[i], inputs[last ? 0 : i + 1], (last ? c + COLUMNS : c) / 2, row, z + i,
+                         token, N, c, std::min(end, c + COLUMNS), sums + c, stride);
+    }
+}
+
 inline void nested_add(const Inputs* inputs, size_t count, bool both, size_t row, const Factors32* z,
                        size_t token, size_t N, size_t begin, size_t end, float* sums, size_t stride) {
-  const auto run = both ? N == 1 ? add_tile<true, true> : add_tile<true, false>
-                   : N == 1 ? add_tile<false, true>
-                            : add_tile<false, false>;
-  for (size_t c = begin; c < end; c += COLUMNS)
-    run(inputs, count, row, c / 2, std::min(end - c, COLUMNS) / 2, z, token, N, sums + c, stride);
+  const auto run = both ? nested_add<true> : nested_add<false>;
+  run(inputs, count, row, z, token, N, begin, end, sums, stride);
 }
 
 }  // namespace sirius
