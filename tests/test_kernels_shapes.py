@@ -146,7 +146,9 @@ class Exact:
         self.tokens, self.keep = tokens, max(1, I // 3)
         self.x = integers(sum(tokens), C, seed=0, dtype=dtype, unit=1 / 4)
         self.gate, self.up = (integers(I, C, seed=i, dtype=dtype, unit=1 / 8) for i in (1, 2))
-        self.down = integers(I, C, seed=3, dtype=dtype, unit=1 / 512)  # no sum is infinite in float16
+        self.down = integers(
+            I, C, seed=3, dtype=dtype, unit=1 / 512
+        )  # no sum is infinite in float16
         self.args = [self.gate, self.up, self.down, None, None, None, "relu", 0]
         g = by_outputs(self.x, self.gate).relu().to(dtype).float()
         self.z = (g * by_outputs(self.x, self.up).to(dtype).float()).to(dtype).float()

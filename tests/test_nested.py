@@ -79,7 +79,7 @@ def test_both_planes_give_back_integers_and_scales(own: Q, layout: Layout) -> No
     q, scale = own
     planes = nest_integers(q, scale, layout)
     assert is_nested(planes)
-    assert tuple(planes.shape) == nested_shape(*q.shape, layout)
+    assert tuple(planes.shape) == nested_shape(q.shape[0], q.shape[1], layout)
     assert matrix_shape(tuple(planes.shape)) == tuple(q.shape)
     found, scales = integers(planes)
     assert torch.equal(found, q.to(torch.int16))

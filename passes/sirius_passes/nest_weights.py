@@ -55,7 +55,7 @@ from sirius_runtime.spec import Layout, WeightSpec
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
 
-_NESTED_SIBLING = {
+_NESTED_SIBLING: dict[Any, Any] = {
     aten.linear.default: sirius.linear.default,
     aten.embedding.default: sirius.embedding.default,
 }
@@ -184,17 +184,17 @@ def _layout(spec: WeightSpec, uses: Sequence[_Use]) -> tuple[Layout | None, str]
         return None, f"it is kept in {spec.dtype} whatever the model's dtype"
     wanted = set()
     for use in uses:
-        layout, reason = _wanted(use.reader)
-        if layout is None:
+        own, reason = _wanted(use.reader)
+        if own is None:
             return None, reason
-        wanted.add(layout)
+        wanted.add(own)
     if len(wanted) != 1:
         return None, "its rows are read both as outputs and as inputs"
     (layout,) = wanted
     if len(spec.shape) != 2:
         return None, f"it has {len(spec.shape)} dimensions"
-    if reason := why_not(*_matrix(spec.shape, layout), layout):
-        return None, reason
+    if odd := why_not(*_matrix(spec.shape, layout), layout):
+        return None, odd
     for use in uses:
         for dim, start, end, step in _cuts(use):
             rows = layout is Layout.BY_OUTPUTS and dim == 0
