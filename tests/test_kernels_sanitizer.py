@@ -18,7 +18,12 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[1]
-CASES = ("test_kernels.py", "test_kernels_attention.py", "test_kernels_shapes.py")
+CASES = (
+    "test_kernels.py",
+    "test_kernels_attention.py",
+    "test_kernels_shapes.py",
+    "test_nested_kernels.py",
+)
 CHILDREN = "not forked"  # a child of the child would build the kernels anew
 
 BUILD = """
