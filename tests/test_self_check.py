@@ -169,7 +169,7 @@ def test_the_attention_of_a_period_s_graph_is_compared(
 
     monkeypatch.setattr(self_check, "block_attention", wrong)
     assert "check kernels" in stages(text, sparsity="none", graphs="entries")
-    with pytest.raises(KernelError, match=r"^the CPU kernel of block_attention computes .* full"):
+    with pytest.raises(KernelError, match=r"^the CPU kernel of block_attention differs .* full"):
         stages(text, sparsity="griffin", period=4, graphs="torch")
 
 

@@ -8,6 +8,7 @@ it comes, the kernel takes the first neurons.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
 
@@ -34,6 +35,7 @@ from sirius_runtime.kernels.linear import linear
 from sirius_runtime.kernels.native import kernels
 from sirius_runtime.nested import Layout, is_nested
 from sirius_runtime.ops import mlp as reference
+from sirius_runtime.ops.linear import outputs_of
 from sirius_runtime.ops.operands import Mlp, grouped
 
 
@@ -92,9 +94,10 @@ def _run(
     if choice.counts:
         extra = given.new_empty(B, dtype=torch.int64)
     elif choice.product:
-        extra = given.new_empty(*x.shape[:2], reference.outputs_of(gate))
+        extra = given.new_empty(*x.shape[:2], outputs_of(gate))
     threshold = choice.threshold
-    kernel, operands, weight = library.sirius_mlp, _MLP, matrix
+    kernel, operands = library.sirius_mlp, _MLP
+    weight: Callable[[Tensor | None], tuple[int, ...]] = matrix
     if is_nested(gate):
         kernel, operands, weight = library.sirius_nested_mlp, _NESTED_MLP, nested_matrix
     status = kernel(
