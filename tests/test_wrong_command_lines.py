@@ -194,7 +194,8 @@ def compile_lines() -> Iterator[Line]:
         yield from flags("compile", topk, flag, (*NO_FLOAT[:3], *NOT_FINITE, "-0.1", "1.1"))
     yield from flags("compile", topk, "--verify-temperature", (*NO_FLOAT, *NOT_FINITE, "0", "1e-9"))
     yield from flags("compile", topk, "--dense-layers", ("x", "²", "9" * 5000, "auto:", "auto:x:y"))
-    for flag in ("--sparsity", "--dtype", "--graphs"):
+    yield from flags("compile", (*topk, "--weights", "int8"), "--draft-bits", (*NO_INTEGER, "0", "5"))
+    for flag in ("--sparsity", "--dtype", "--graphs", "--weights"):
         yield from flags("compile", cats, flag, ("", "foo", "TOPK"))
     yield from flags("compile", topk, "--device", NO_DEVICE)
     for flag in (
@@ -225,6 +226,8 @@ def compile_lines() -> Iterator[Line]:
         (("--sparsity", "none", "--density", "0.5"), "--density applies to a sparse path"),
         (("--sparsity", "none", "--dense-layers", "0"), "--dense-layers applies to a sparse path"),
         (("--sparsity", "none", "--calibration", "x.txt"), "--calibration sets thresholds"),
+        (("--draft-bits", "4"), "--draft-bits 4 is of nested weights: add --weights int8"),
+        (("--weights", "int8", "--graphs", "onnx"), "--weights int8 has no ONNX form yet"),
         (("--nope",), "--nope"),
         (("more",), "more"),
         (("--force=yes",), "--force"),
