@@ -194,7 +194,9 @@ def compile_lines() -> Iterator[Line]:
         yield from flags("compile", topk, flag, (*NO_FLOAT[:3], *NOT_FINITE, "-0.1", "1.1"))
     yield from flags("compile", topk, "--verify-temperature", (*NO_FLOAT, *NOT_FINITE, "0", "1e-9"))
     yield from flags("compile", topk, "--dense-layers", ("x", "²", "9" * 5000, "auto:", "auto:x:y"))
-    yield from flags("compile", (*topk, "--weights", "int8"), "--draft-bits", (*NO_INTEGER, "0", "5"))
+    yield from flags(
+        "compile", (*topk, "--weights", "int8"), "--draft-bits", (*NO_INTEGER, "0", "5")
+    )
     for flag in ("--sparsity", "--dtype", "--graphs", "--weights"):
         yield from flags("compile", cats, flag, ("", "foo", "TOPK"))
     yield from flags("compile", topk, "--device", NO_DEVICE)
