@@ -133,7 +133,6 @@ def blaming_the_graph(entry: str) -> Iterator[None]:
 
 
 aten = torch.ops.aten
-_VIEWS = (aten.slice.Tensor, aten.t.default, aten.transpose.int)
 
 
 class _Entry:
@@ -156,8 +155,9 @@ class _Entry:
         self._bind_views()
 
     def _bind_views(self) -> None:
-        """Makes slices and transposes of weights arguments of their own: a call each, every step,
-        takes longer than a small linear.
+        """Makes slices of weights arguments of their own: a call each, every step, takes longer than
+        a small linear. Transposes stay: what is read by inputs has a kernel of its own, and is not
+        joined with others of its input.
         """
         graph = self.module.graph
         placed = graph.find_nodes(op="placeholder")
@@ -168,7 +168,7 @@ class _Entry:
         }
         last = placed[-1] if placed else None
         for node in list(graph.nodes):
-            if node.target not in _VIEWS or node.kwargs or node.args[0] not in bound:
+            if node.target is not aten.slice.Tensor or node.kwargs or node.args[0] not in bound:
                 continue
             if node.all_input_nodes != [node.args[0]]:
                 continue
