@@ -155,9 +155,9 @@ class _Entry:
         self._bind_views()
 
     def _bind_views(self) -> None:
-        """Makes slices of weights arguments of their own: a call each, every step, takes longer than
-        a small linear. Transposes stay: what is read by inputs has a kernel of its own, and is not
-        joined with others of its input.
+        """Makes slices of weights arguments of their own: a call each, every step, takes longer
+        than a small linear. Transposes stay: linears of them have a kernel of their own, and are
+        not joined.
         """
         graph = self.module.graph
         placed = graph.find_nodes(op="placeholder")
