@@ -56,7 +56,8 @@ class Ledger:
         need(
             self._held <= self._most,
             f"it would hold {self._held} bytes at once, of a call over {PREFILL_CHUNK} tokens; at "
-            f"most {self._most} are allowed: four times the weights, and 1 GiB",
+            f"most {self._most} are allowed: four times the weights, and 1 GiB. A period of fewer "
+            "nodes (--period, --tree-width) holds less",
         )
         return size
 
