@@ -11,7 +11,6 @@ import pytest
 
 from tests.support.golden_recipes import RECIPES
 from tests.support.models import write_calibration
-from tests.support.once import compiling_anew
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +19,11 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_compiled_twice(calibration: Path, tmp_path: Path) -> None:
-    with compiling_anew():
-        first, second = (
-            RECIPES["gemma3-cats"].compile(calibration).save(tmp_path / f"{index}.sirius")
-            for index in range(2)
-        )
+    """From one capture, as all tests of this process."""
+    first, second = (
+        RECIPES["gemma3-cats"].compile(calibration).save(tmp_path / f"{index}.sirius")
+        for index in range(2)
+    )
     assert first.read_bytes() == second.read_bytes()
 
 

@@ -1,5 +1,7 @@
 """Artifacts with a value changed and hashes that fit: refused by an ArtifactError when they are
 loaded, or loaded rightly and run; never another exception, a crash or a hang.
+
+These are slow: artifacts of all methods, compiled here. The fast suite has `test_fuzz`.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ def artifact(whole: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return whole.save(tmp_path_factory.mktemp("hostile") / "sound.sirius")
 
 
+@pytest.mark.slow
 def test_hundreds_of_hostile_documents(whole: Compiled) -> None:
     """Read and checked in this process: nothing of them runs."""
     chance = random.Random(0)
@@ -93,6 +96,7 @@ def refuses(read: Callable[[JSON], None], document: JSON) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_some_hostile_artifacts(artifact: Path, tmp_path: Path) -> None:
     found = in_a_process(artifact, tmp_path, 40, seed=1)
     assert found["refused"] > 15
