@@ -121,36 +121,43 @@ def _pairs(nibbles: Tensor) -> Tensor:
     return (low | high << 4).flatten(-2)
 
 
-def _unpaired(packed: Tensor) -> Tensor:
-    """Bytes […, N / 2] to nibbles […, N]."""
-    own = packed.unflatten(-1, (-1, HALF))
-    return torch.stack([own & 15, own >> 4], -2).flatten(-3)
+def _stored(nested: Tensor) -> tuple[Tensor, Tensor]:
+    """q, int8, and the scales, float32, as they are stored: [O, C / 32, 32] and [O, C / 32, 1], or
+    by inputs [C / 32, 32, O] and [C / 32, 1, O]; of both planes or of the high one.
+    """
+    by_outputs = nested.ndim == 3
+    if by_outputs:
+        inputs = matrix_shape(tuple(nested.shape))[1]
+        packed, scales = nested.split([inputs // 2, inputs // GROUP], -1)
+    else:
+        packed, halves = nested.split([GROUP, 2], 2)
+        scales = halves.unflatten(-1, (-1, HALF)).movedim(2, 3).flatten(2)
+    upper = scales[0].to(torch.int16) << 8
+    bits = upper | (scales[1] if len(scales) == 2 else _MIDDLE_SCALE)
+    scale = (bits >> 1 & 0x7FFF).view(torch.float16).float()
+    high, low = packed[0], packed[1] if len(packed) == 2 else None
+    firsts = high << 4 | (_MIDDLE if low is None else low & 15)
+    seconds = high & 0xF0 | (_MIDDLE if low is None else low >> 4)
+    halves = [codes.unflatten(-1, (-1, HALF)) for codes in (firsts, seconds)]
+    q = (torch.stack(halves, -2) ^ _OFFSET).view(torch.int8)
+    return (q.flatten(-2), scale[..., None]) if by_outputs else (q.flatten(-3), scale[:, None])
+
+
+def _by_outputs(stored: Tensor, by_outputs: bool) -> Tensor:
+    """[O, …] of what is stored in either layout."""
+    return stored.flatten(-2) if by_outputs else stored.flatten(0, 1).mT
 
 
 def integers(nested: Tensor) -> tuple[Tensor, Tensor]:
-    """q [O, C], int16, and the scales [O, C / 32], float32: of both planes or of the high one."""
-    by_outputs = nested.ndim == 3
-    inputs = matrix_shape(tuple(nested.shape))[1]
-    found = []
-    for plane in nested:
-        if by_outputs:
-            nibbles, scales = plane.split([inputs // 2, inputs // GROUP], -1)
-            found.append((_unpaired(nibbles), scales))
-        else:
-            rows, halves = plane.split([GROUP, 2], 1)
-            scales = halves.unflatten(-1, (-1, HALF)).movedim(1, 2).flatten(1)
-            found.append((_unpaired(rows).flatten(0, 1).mT, scales.mT))
-    (high, upper), low = found[0], found[1] if len(found) == 2 else None
-    codes = high.to(torch.int16) * 16 + (_MIDDLE if low is None else low[0])
-    bits = upper.to(torch.int16) * 256 + (_MIDDLE_SCALE if low is None else low[1])
-    return codes - _OFFSET, (bits >> 1 & 0x7FFF).view(torch.float16).float()
+    """q [O, C], int8, and the scales [O, C / 32], float32: of both planes or of the high one."""
+    q, scale = (_by_outputs(part, nested.ndim == 3) for part in _stored(nested))
+    return q, scale
 
 
 def unnest(nested: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The matrix [O, C] that nested weights stand for; of the high plane alone, the draft's."""
-    q, scale = integers(nested)
-    values = q.unflatten(-1, (-1, GROUP)) * scale.unsqueeze(-1)
-    return values.flatten(-2).to(dtype)
+    q, scale = _stored(nested)
+    return _by_outputs(q.float().mul_(scale).to(dtype), nested.ndim == 3)
 
 
 def in_steps(x: Tensor) -> Tensor:
