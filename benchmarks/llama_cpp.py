@@ -26,8 +26,9 @@ def available() -> bool:
     return all(importlib.util.find_spec(name) for name in ("gguf", "llama_cpp"))
 
 
-def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
-    """Writes a Llama; matrices in the model's dtype, vectors in float32 (llama.cpp's own layout).
+def write_gguf(model: LlamaForCausalLM, path: Path, quantised: str | None = None) -> None:
+    """Writes a Llama; matrices in the model's dtype, or `quantised` by gguf's own rules (``Q8_0``,
+    ``Q4_0``); vectors in float32 (llama.cpp's own layout).
 
     llama.cpp's rotary embedding rotates pairs of neighbouring channels, transformers' rotates
     halves. So the rows of q and k are reordered, which changes no product.
@@ -42,6 +43,9 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
         torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     }
     kind, file_type = kinds[dtype]
+    if quantised is not None:
+        kind = gguf.GGMLQuantizationType[quantised]
+        file_type = gguf.LlamaFileType[f"MOSTLY_{quantised}"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -60,6 +64,9 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     for name, tensor in _tensors(model):
         if tensor.ndim == 1:
             writer.add_tensor(name, tensor.float().numpy())
+        elif quantised is not None:
+            raw = gguf.quants.quantize(tensor.float().numpy(), kind)
+            writer.add_tensor(name, raw, raw_dtype=kind)
         elif dtype is torch.bfloat16:  # numpy has no such type
             raw = tensor.contiguous().view(torch.uint8).numpy()
             writer.add_tensor(name, raw, raw_dtype=kind)

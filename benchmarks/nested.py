@@ -7,11 +7,12 @@ step reads and computes is real, what it says is not. Each round runs every step
 step and the verification of 16 tokens over bfloat16 weights and over both planes of nested ones;
 the drafts' step over the high plane alone, and with half of the neurons (`topk`) or four tenths of
 the channels (`teal`). Printed are medians over the rounds, the fastest round, and the ratios that
-a period's time is made of, each beside its goal. GB/s counts the bytes of the weights that a step
-reads, once each.
+make up a period's time, each beside its goal. GB/s counts the bytes of the weights that a step
+reads, once each. If llama.cpp is installed (`pip install --group bench`), its steps over Q8_0 and
+Q4_0 weights of the same shapes run in the same rounds.
 
-Each step is run once with its operators compared with their references, on the step's own inputs
-(`benchmarks.checked`).
+Each step of ours is run once with its operators compared with their references, on the step's own
+inputs (`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -21,14 +22,22 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks import checked
+from benchmarks import checked, llama_cpp
 from benchmarks.random_programs import SHAPES, RandomPrograms
-from benchmarks.steps import Step, machine, one_step, run_rounds, verify
+from benchmarks.steps import (
+    Step,
+    llama_cpp_step,
+    machine,
+    one_step,
+    random_llama,
+    run_rounds,
+    verify,
+)
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.command_line import finish, positive_number, threads_argument
 from sirius_runtime.kernels.native import kernels
@@ -37,7 +46,9 @@ from sirius_runtime.spec import Method
 VERIFIED = 16
 GOALS = (
     ("int8, dense", "bfloat16, dense", 0.56),
+    ("int8, dense", "llama.cpp Q8_0", 1.0),
     ("high nibbles", "bfloat16, dense", 0.33),
+    ("high nibbles", "llama.cpp Q4_0", 1.0),
     ("high nibbles, topk .5", "high nibbles", 0.75),
     ("high nibbles, teal .6", "high nibbles", 0.75),
     (f"int8, {VERIFIED} tokens", "int8, dense", 1.4),
@@ -68,7 +79,16 @@ class Steps:
             self._step("high nibbles, teal .6", high, "sparse", Method.TEAL, 0.6),
             chain,
             self._step(f"int8, {VERIFIED} tokens", both, "full", tokens=VERIFIED),
+            *self._peers(),
         ]
+
+    def _peers(self) -> Iterator[Step]:
+        if not llama_cpp.available():
+            return
+        model = random_llama(self._shape.layers, self._shape)
+        for kind, bits in (("Q8_0", 8.5), ("Q4_0", 4.5)):
+            step = llama_cpp_step(model, self._args.context, self._args.threads, kind)
+            yield Step(f"llama.cpp {kind}", self._shape.read() * bits / 8, step)
 
     def _programs(self, draft_bits: int | None) -> RandomPrograms:
         return RandomPrograms(self._shape, torch.device("cpu"), draft_bits=draft_bits)
@@ -134,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     print("\n| ratio | of medians | goal |\n|---|---|---|")
     for name, base, goal in GOALS:
+        if base not in middle:
+            continue
         wanted = "" if goal is None else f"{goal:.2f}"
         print(f"| {name} / {base} | {middle[name] / middle[base]:.2f} | {wanted} |")
 

@@ -182,11 +182,13 @@ def transformers_step(model: LlamaForCausalLM, context: int) -> Callable[[], obj
     return step
 
 
-def llama_cpp_step(model: LlamaForCausalLM, context: int, threads: int) -> Callable[[], object]:
-    """One token after a history, by llama.cpp, of the same weights in bfloat16."""
+def llama_cpp_step(
+    model: LlamaForCausalLM, context: int, threads: int, quantised: str | None = None
+) -> Callable[[], object]:
+    """One token after a history, by llama.cpp, of the same weights in bfloat16 or `quantised`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        llama_cpp.write_gguf(model, path)
+        llama_cpp.write_gguf(model, path, quantised)
         peer = llama_cpp.LlamaCpp(path, context + 64, threads)  # mapped, so the file may be removed
     peer.step([7] * context)
 

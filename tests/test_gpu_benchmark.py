@@ -151,12 +151,12 @@ def test_the_whole_is_under_eight_minutes() -> None:
     assert modules == {"gpu_check", "gpu_kernels", "steps", "periods"}
 
 
-def test_the_cpu_s_is_under_fifteen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cpu_s_is_under_twenty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = cpu.parts(tmp_path)
-    assert sum(part.seconds for part in chosen) <= 900
+    assert sum(part.seconds for part in chosen) <= 1200
     assert all((parts.ROOT / "benchmarks" / f"{part.module}.py").exists() for part in chosen)
     assert cpu.main(["--out", str(tmp_path), "--only", "better"]) == 2
-    assert "there are kernels, steps, end-to-end, costs, context" in capsys.readouterr().err
+    assert "there are kernels, steps, nested, end-to-end, costs, context" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

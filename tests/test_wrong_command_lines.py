@@ -251,6 +251,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "benchmarks.end_to_end": ("--problems", "--period", "--threads"),
     "benchmarks.frontier": ("--problems",),
     "benchmarks.kernels": ("--tokens", "--context", "--rounds", "--threads"),
+    "benchmarks.nested": ("--layers", "--context", "--rounds", "--threads"),
     "benchmarks.onnx_attention": ("--threads", "--repeats"),
     "benchmarks.onnx_formulations": ("--threads",),
     "benchmarks.onnx_speed": ("--prompts", "--layers", "--threads"),
