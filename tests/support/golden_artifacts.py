@@ -14,10 +14,11 @@ from typing import Any
 
 from sirius_runtime import load
 from sirius_runtime.model import SiriusModel
-from sirius_runtime.spec import FORMAT_VERSION
+from sirius_runtime.spec import FORMAT_VERSION, NESTED_FORMAT_VERSION
 
 FOLDER = Path(__file__).parents[1] / "artifacts"
 VERSION = ".".join(map(str, FORMAT_VERSION))
+NESTED_VERSION = ".".join(map(str, NESTED_FORMAT_VERSION))
 PROMPT = (7, 50, 11, 60)
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"mode": "full"},

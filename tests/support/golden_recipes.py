@@ -17,7 +17,14 @@ import torch
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.product import Compiled
-from tests.support.golden_artifacts import FOLDER, VERSION, answers, opened, tokens_of
+from tests.support.golden_artifacts import (
+    FOLDER,
+    NESTED_VERSION,
+    VERSION,
+    answers,
+    opened,
+    tokens_of,
+)
 from tests.support.models import random_decoder, word_tokenizer, write_calibration
 
 _TINY: dict[str, Any] = {
@@ -42,7 +49,13 @@ class Recipe:
     dtype: str = "float32"
     graphs: str = "entries"
     chat: bool = False
+    weights: str = "dtype"
     model: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def version(self) -> str:
+        """The format version that it is written in."""
+        return NESTED_VERSION if self.weights == "int8" else VERSION
 
     def compile(self, calibration: Path) -> Compiled:
         tokenizer = word_tokenizer()
@@ -53,6 +66,7 @@ class Recipe:
             keep=1.0 if self.method == "none" else 0.5,
             dtype=self.dtype,
             graphs=self.graphs,
+            weights=self.weights,
             period=4,
             measure=False,
             calibration=calibration if self.method in ("cats", "teal") else "builtin",
@@ -64,6 +78,9 @@ class Recipe:
 RECIPES = {
     "llama-griffin-period": Recipe("llama", "griffin", graphs="torch", chat=True),
     "llama-teal-bfloat16": Recipe("llama", "teal", dtype="bfloat16"),
+    "llama-griffin-nested": Recipe(
+        "llama", "griffin", weights="int8", model={"hidden_size": 32, "intermediate_size": 32}
+    ),
     "llama-none-onnx": Recipe("llama", "none", graphs="onnx"),
     "gemma3-cats": Recipe("gemma3_text", "cats", model={"sliding_window": 6, **_UNTIED}),
     "gpt2-topk": Recipe("gpt2", "topk", model={"n_inner": 12, **_UNTIED}),
@@ -75,18 +92,23 @@ RECIPES = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder = FOLDER / VERSION
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens = tokens_of(VERSION)
     with tempfile.TemporaryDirectory() as scratch:
         calibration = write_calibration(Path(scratch) / "words.txt")
-        for name, recipe in RECIPES.items():
-            target = folder / f"{name}.sirius.xz"
-            if target.exists():
-                continue
-            path = recipe.compile(calibration).save(Path(scratch) / f"{name}.sirius")
-            target.write_bytes(lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME))
-            tokens[name] = answers(opened(path, name))
+        for version in (VERSION, NESTED_VERSION):
+            own = {name: recipe for name, recipe in RECIPES.items() if recipe.version == version}
+            _make(FOLDER / version, own, calibration, Path(scratch))
+
+
+def _make(folder: Path, recipes: dict[str, Recipe], calibration: Path, scratch: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = tokens_of(folder.name)
+    for name, recipe in recipes.items():
+        target = folder / f"{name}.sirius.xz"
+        if target.exists():
+            continue
+        path = recipe.compile(calibration).save(scratch / f"{name}.sirius")
+        target.write_bytes(lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME))
+        tokens[name] = answers(opened(path, name))
     lines = (
         f"{json.dumps(name)}: {{\n"
         + ",\n".join(f"  {json.dumps(run)}: {ids}" for run, ids in said.items())
