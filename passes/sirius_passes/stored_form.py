@@ -11,7 +11,7 @@ from sirius_runtime.errors import UnsupportedModelError
 from sirius_runtime.nested import GROUP, LARGEST, in_integers, matrix_shape, nest_integers
 from sirius_runtime.spec import Layout, WeightSpec
 
-_BLOCK = 2**22  # numbers that are nested at once: it takes some 30 bytes for each
+_BLOCK = 2**19  # numbers that are nested at once: 30 bytes each, which caches hold
 _TRIED = 64  # groups
 _MOST = LARGEST * torch.finfo(torch.float16).max
 
