@@ -21,6 +21,7 @@ from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.errors import CalibrationError
 from sirius_runtime.kernels.arguments import MOST_TOKENS
 from sirius_runtime.kernels.native import references
+from sirius_runtime.nested import is_nested
 from sirius_runtime.operators import OPERATORS, Operator
 from sirius_runtime.spec import JSON, ProgramSpec
 from sirius_runtime.tensor_state import TensorState
@@ -245,8 +246,10 @@ def tokenwise(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         elif isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (rows, tokens):
             value = value.reshape(rows * tokens, 1, -1)
         parts.append(value)
-    # The kernels are made for the few rows of a step; with many rows, torch takes half the time.
-    with references() if rows * tokens > MOST_TOKENS else nullcontext():
+    # The kernels are made for the few rows of a step; with many rows, torch takes half the time. It
+    # has no products of nested weights: their references take several times as long.
+    plain = not any(isinstance(value, Tensor) and is_nested(value) for value in parts)
+    with references() if plain and rows * tokens > MOST_TOKENS else nullcontext():
         result = target(*parts, **kwargs)
     if isinstance(result, Tensor):
         return result.reshape(rows, tokens, -1)
