@@ -183,6 +183,8 @@ def test_a_tokenizer_as_others_is_read() -> None:
     [
         {"model": None},
         {"model": []},
+        {"model": [1]},
+        {"model": "x"},
         {"model": {"vocab": [[], 7, [1]]}},
         {"post_processor": {"special_tokens": {"<s>": {"ids": 7}}, "single": 7}},
         {"post_processor": {"special_tokens": [], "single": [[]]}},

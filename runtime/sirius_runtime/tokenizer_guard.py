@@ -89,7 +89,8 @@ def _check_words(document: dict[str, JSON]) -> None:
     elif isinstance(vocabulary, list):  # pairs of a word and its score
         words += [pair[0] for pair in vocabulary if isinstance(pair, list) and pair]
     rest = {name: part for name, part in document.items() if name != "model"}
-    rest["model"] = {k: v for k, v in (model or {}).items() if isinstance(v, str)} if model else {}
+    own = model if isinstance(model, dict) else {}
+    rest["model"] = {name: part for name, part in own.items() if isinstance(part, str)}
     for rule in _objects(rest):
         words += [v for k, v in rule.items() if k not in ("precompiled_charsmap", "Regex")]
     longest = max((len(word) for word in words if isinstance(word, str)), default=0)
