@@ -30,9 +30,9 @@ from tests.support.paths import chooser, samples
 PROMPTS = [[7, 8, 9], [50, 30, 11, 22, 60]]
 CASES = [
     ("llama", "topk"),
-    ("llama", "griffin+teal"),
     ("phi3", "teal"),
-    ("gpt2", "cats"),
+    pytest.param("llama", "griffin+teal", marks=pytest.mark.slow),
+    pytest.param("gpt2", "cats", marks=pytest.mark.slow),
     pytest.param("gemma3_text", "griffin", marks=pytest.mark.slow),
     ("qwen2", "none"),
 ]
