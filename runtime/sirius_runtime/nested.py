@@ -91,34 +91,34 @@ def in_integers(groups: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """
     scale = scale.half()
     step = scale.float().unsqueeze(-1)
-    q = torch.where(step > 0, groups / step, 0.0).round().clamp(-LARGEST - 1, LARGEST)
+    q = (groups / step.where(step > 0, torch.inf)).round_().clamp_(-LARGEST - 1, LARGEST)
     return q.to(torch.int8).flatten(-2), scale
 
 
 def nest_integers(q: Tensor, scale: Tensor, layout: Layout) -> Tensor:
     """Both planes of int8 q [O, C] and fp16 scales [O, C / 32], none of which is negative."""
-    codes = q.to(torch.int16) + _OFFSET
+    codes = q.view(torch.uint8) ^ _OFFSET
     bits = scale.view(torch.int16) << 1
-    planes = [
-        _packed(nibbles.to(torch.uint8), scales.to(torch.uint8), layout)
-        for nibbles, scales in ((codes >> 4, bits >> 8 & 0xFF), (codes & 15, bits & 0xFF))
-    ]
-    return torch.stack(planes)
-
-
-def _packed(nibbles: Tensor, scales: Tensor, layout: Layout) -> Tensor:
-    """One plane of nibbles [O, C] and bytes of scales [O, C / 32]."""
+    planes = zip(_packed(codes, layout), (bits >> 8 & 0xFF, bits & 0xFF), strict=True)
     if layout is Layout.BY_OUTPUTS:
-        return torch.cat([_pairs(nibbles), scales], -1)
-    rows = _pairs(nibbles.mT).unflatten(0, (-1, GROUP))  # [C / 32, 32, O / 2]
-    halves = scales.mT.unflatten(-1, (-1, 2, HALF))  # [C / 32, O / 32, 2, 16]
-    return torch.cat([rows, halves.movedim(2, 1).flatten(-2)], 1)
+        return torch.stack([torch.cat([rows, scales.byte()], -1) for rows, scales in planes])
+    found = []
+    for rows, scales in planes:
+        halves = scales.byte().mT.unflatten(-1, (-1, 2, HALF))  # [C / 32, O / 32, 2, 16]
+        halves = halves.movedim(2, 1).flatten(-2)
+        found.append(torch.cat([rows.mT.unflatten(0, (-1, GROUP)), halves], 1))
+    return torch.stack(found)
 
 
-def _pairs(nibbles: Tensor) -> Tensor:
-    """[…, N] to bytes […, N / 2]."""
-    low, high = nibbles.unflatten(-1, (-1, 2, HALF)).unbind(-2)
-    return (low | high << 4).flatten(-2)
+def _packed(codes: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The high and the low nibbles of codes [O, C], two of neighbours in a stored row a byte:
+    [O, C / 2], or by inputs [O / 2, C].
+    """
+    dim = -1 if layout is Layout.BY_OUTPUTS else 0
+    pairs = codes.unflatten(dim, (-1, 2, HALF))
+    first, second = (pairs.select(dim - 1 if dim else 1, half) for half in (0, 1))
+    high, low = first >> 4 | second & 0xF0, first & 15 | second << 4
+    return (high.flatten(-2), low.flatten(-2)) if dim else (high.flatten(0, 1), low.flatten(0, 1))
 
 
 def _stored(nested: Tensor) -> tuple[Tensor, Tensor]:
