@@ -25,7 +25,8 @@ def test_operators_and_tokens_are_checked(capsys: pytest.CaptureFixture[str]) ->
     rows = re.findall(r"^\| (\w+) \| (\w+) \| \d+ \| \S+ \| \S+ \| ok \|$", printed, re.MULTILINE)
     operators = {name for name, _ in rows}
     known = {name.split("::")[1].split(".")[0] for name in registered()}
-    assert known - operators == {"topk_moe"}  # near ties decide what it keeps
+    # Near ties decide what the one keeps; the other is of nested weights, which no GPU takes yet.
+    assert known - operators == {"topk_moe", "embedding"}
     assert len(rows) == 3 * len(operators)
     assert "| griffin | recorded | 6 of 6 | ok |" in printed
 

@@ -423,7 +423,7 @@ TARGETS = [
     "aten.mul_.Scalar",
     "aten._embedding_bag.default",
     "aten._foreach_add.List",
-    "sirius.linear.default",
+    "sirius.linears.default",
     "aten.__class__.mro",
     "aten.neg.__class__",
     "aten.neg._op",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sirius_runtime import kernels
+from sirius_runtime.nested import Layout, nest
 from sirius_runtime.operators import OPERATORS, Operator
 from tests.support.operators import (
     LAYER,
@@ -21,6 +22,7 @@ from tests.support.operators import (
     linear_args,
     mlp_args,
     moe_args,
+    randn,
     sirius,
 )
 
@@ -48,6 +50,11 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "linear": (linear[0], linear[1].t(), linear[2]),
         "linears": (linear[0], [linear[1].t(), linear[1].t()[1:]], [linear[2], None]),
         "sparse_linear": (*linear, 0.3),
+        "embedding": (
+            nest(randn(5, 64, seed=1), Layout.BY_OUTPUTS),
+            torch.tensor([[4, 0]]),
+            torch.float32,
+        ),
         "dense_moe": moe,
         "topk_moe": (*moe, 7),
         "experts_moe": (*moe, 2, True),

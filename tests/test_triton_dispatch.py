@@ -107,8 +107,9 @@ def test_every_kernel_of_the_cpu_has_one_on_cuda() -> None:
     rows = operators.OPERATORS.values()
     names = {row.name for row in rows if row.cuda}
     mixtures = {"dense_moe", "topk_moe", "experts_moe"}  # the references', on CUDA
-    assert names | mixtures == {row.name for row in rows if row.cpu}
-    assert not mixtures & names
+    nested = {"embedding"}  # of nested weights, which CUDA does not take yet
+    assert names | mixtures | nested == {row.name for row in rows if row.cpu}
+    assert not (mixtures | nested) & names
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sirius::{name}", "CUDA")
 

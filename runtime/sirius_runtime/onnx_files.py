@@ -114,8 +114,7 @@ def gathered_bytes(program: ProgramSpec) -> int:
     if not program.sparsity.method.per_prompt:
         return 0
     fixed = [site for site in program.sparsity.sites if not site.counted]
-    count = sum(int(site.kept) * site.params for site in fixed)
-    return size_of(WeightSpec("", str(program.model.dtype), (count,)))
+    return sum(int(site.kept) * site.params for site in fixed)
 
 
 def read_program(artifact: Artifact) -> OnnxProgram:
