@@ -28,6 +28,7 @@ from sirius_runtime.spec import JSON, DType, ProgramSpec
 from sirius_runtime.terminal import plain
 from sirius_runtime.text import read_tokenizer
 from sirius_runtime.threads import check_threads
+from sirius_runtime.tiers.budget import read_size
 from sirius_runtime.tokenizer_guard import check_tokenizer, guarded
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def load(
     threads: int | None = None,
     verify: bool = True,
     copy: bool = False,
+    memory_budget: int | str | None = None,
     progress: Callable[[str], None] = _to_stderr,
 ) -> SiriusModel:
     """Loads an artifact.
@@ -103,6 +105,12 @@ def load(
     that is cut short in between kills the process (SIGBUS). Another file that is renamed over it,
     as sirius-compile does it, or its removal, changes nothing.
 
+    memory_budget: bytes, or a text such as ``6GiB``, that the process may take: what weights don't
+    fit stay in the file and are read directly, ahead of the calls that need them, at every pass
+    (docs/offload.md). It leaves room for one row of `context` tokens of prompt and answer, by
+    default 2048. Of backend eager, in the stored dtype. On another device than the CPU it is what
+    the device may hold of the model, and the rest waits in the host's memory.
+
     Raises ArtifactError for a file that is not a sound artifact, ConfigError for an option that
     can't be met and BackendError for a back end that can't run here, each with the remedy.
     """
@@ -111,8 +119,20 @@ def load(
         let_threads_sleep()
     if dtype is not None and dtype not in list(DType):
         raise ConfigError(f"dtype must be one of {', '.join(DType)}, got {dtype!r}")
-    with Artifact.open(path, verify=verify, copy=copy, weights_later=True) as artifact:
+    budget = None if memory_budget is None else read_size(memory_budget, "memory_budget")
+    if budget is not None and copy:
+        raise ConfigError("copy reads the whole file into memory: leave it out, or memory_budget")
+    with Artifact.open(
+        path, verify=verify and budget is None, copy=copy, weights_later=True
+    ) as artifact:
         runner: Backend
+        if budget is not None and backend == BackendName.AUTO:
+            backend = BackendName.EAGER
+        if budget is not None and backend != BackendName.EAGER:
+            raise ConfigError(
+                f"backend {backend} keeps all weights in memory: use backend eager, or leave out "
+                "memory_budget"
+            )
         if backend == BackendName.AUTO:
             choice = choose_backend(artifact.names("graphs/"), artifact.names("onnx/"), device)
             progress(f"backend {choice.backend}: {choice.reason}")
@@ -131,17 +151,20 @@ def load(
             program = artifact.program
             check_entries(program)
             place, stored = find_device(device), program.model.dtype
-            runner = make_backend(
-                backend,
-                program,
-                lambda name: artifact.read_json(f"graphs/{name}.json"),
-                artifact.weights(),
-                dtype=dtype_of(dtype or stored),
-                device=place,
-                rows=rows,
-                context=context,
-                progress=progress,
-            )
+            if budget is not None:
+                runner = _tiered(artifact, dtype, place, budget, context, verify)
+            else:
+                runner = make_backend(
+                    backend,
+                    program,
+                    lambda name: artifact.read_json(f"graphs/{name}.json"),
+                    artifact.weights(),
+                    dtype=dtype_of(dtype or stored),
+                    device=place,
+                    rows=rows,
+                    context=context,
+                    progress=progress,
+                )
             if dtype not in (None, stored):
                 ran_on(runner.threads)  # which converting weights does
         tokenizer = None
@@ -153,6 +176,30 @@ def load(
         artifact.check_weights()
         artifact.check_unchanged()
         return SiriusModel(runner, tokenizer, artifact.file, chat)
+
+
+def _tiered(
+    artifact: Artifact,
+    dtype: DType | str | None,
+    device: torch.device,
+    budget: int,
+    context: int | None,
+    verify: bool,
+) -> Backend:
+    from sirius_runtime.backends.tiered import load_tiered
+
+    program = artifact.program
+    stored, longest = program.model.dtype, program.model.max_seq_len
+    if dtype not in (None, stored):
+        raise ConfigError(
+            f"with a memory budget, weights are used as they are stored, in {stored}, not {dtype}: "
+            f"leave out dtype, or compile with --dtype {dtype}"
+        )
+    if context is not None and not 2 <= context <= longest:
+        raise ConfigError(f"context must be in 2..{longest} (max_seq_len), got {context}")
+    if program.nested:
+        _check_nested(BackendName.EAGER, device)
+    return load_tiered(artifact, device=device, budget=budget, context=context, verify=verify)
 
 
 def make_backend(

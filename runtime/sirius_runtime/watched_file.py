@@ -40,6 +40,15 @@ class WatchedFile:
                 raise self._fault(f"has {now} bytes now, and had {before} when it was opened")
             raise self._fault("was written to after it was opened")
 
+    def reopened(self, flags: int = 0) -> int:
+        """Another descriptor of the same file, opened with these flags of `os.open` more."""
+        try:
+            return os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | flags)
+        except FileNotFoundError:  # no Linux
+            if flags:
+                raise
+            return os.dup(self._descriptor)
+
     def _state(self) -> tuple[int, int]:
         status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns

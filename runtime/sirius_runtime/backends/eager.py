@@ -54,14 +54,18 @@ class EagerBackend:
         modules = {name: from_document(graph, dtype, device) for name, graph in documents.items()}
         for name, module in modules.items():
             check_graph(program, program.entry(name), module, dtype)
-        self.weights = {
-            spec.name: weights[spec.name].to(
-                device=device, dtype=dtype if spec.retype else weights[spec.name].dtype
-            )
-            for spec in program.weights
-        }
-        self._entries = {name: _Entry(module, self.weights) for name, module in modules.items()}
+        self.weights = self._own(weights)
+        self._entries = {name: Entry(module, self.weights) for name, module in modules.items()}
         self._outputs = {e.name: [o.name for o in e.outputs] for e in program.entries}
+
+    def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as the graphs take them: the stored ones, where type and device are theirs."""
+        return {
+            spec.name: weights[spec.name].to(
+                device=self.device, dtype=self.dtype if spec.retype else weights[spec.name].dtype
+            )
+            for spec in self.program.weights
+        }
 
     @property
     def itemsize(self) -> int:
@@ -135,22 +139,22 @@ def blaming_the_graph(entry: str) -> Iterator[None]:
 aten = torch.ops.aten
 
 
-class _Entry:
+class Entry:
     """A graph with its weights bound once, and the views that it takes of them."""
 
     def __init__(self, module: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
         self.module = module
         self.runs: fx.GraphModule | None = None  # `module` as the device runs it, once it has run
-        self._arguments: list[Tensor | None] = []
+        self.bound: list[Tensor | None] = []  # the graph's arguments; None for inputs
         self._inputs: list[tuple[int, str]] = []
         for index, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder"):
             if WEIGHT in node.meta:
                 name = node.meta[WEIGHT]
                 if name not in weights:
                     raise ArtifactError(f"a graph reads weight {name!r}, which is not stored")
-                self._arguments.append(weights[name])
+                self.bound.append(weights[name])
             else:
-                self._arguments.append(None)
+                self.bound.append(None)
                 self._inputs.append((index, node.meta[INPUT]))
         self._bind_views()
 
@@ -163,7 +167,7 @@ class _Entry:
         placed = graph.find_nodes(op="placeholder")
         bound = {
             node: value
-            for node, value in zip(placed, self._arguments, strict=True)
+            for node, value in zip(placed, self.bound, strict=True)
             if value is not None
         }
         last = placed[-1] if placed else None
@@ -177,13 +181,13 @@ class _Entry:
                 last = graph.placeholder(node.name)
             last.meta.update(node.meta)
             bound[last] = value
-            self._arguments.append(value)
+            self.bound.append(value)
             node.replace_all_uses_with(last)
             graph.erase_node(node)
 
     def arguments(self, inputs: Mapping[str, Tensor]) -> list[Tensor | None]:
         """The graph's positional arguments: weights, and `inputs` by name."""
-        arguments = self._arguments.copy()
+        arguments = self.bound.copy()
         for index, name in self._inputs:
             arguments[index] = inputs[name]
         return arguments

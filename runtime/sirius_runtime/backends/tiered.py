@@ -1,0 +1,254 @@
+"""The eager back end over weights in two tiers: see `sirius_runtime.tiers`.
+
+    Before                          After
+    embedding(weight, ids)          rows, places = gather(ids); embedding(rows, places)
+    linear(x, weight)               wait(step); linear(x, weight); done(step)
+
+An argument of a graph is a view of one arena, in which what is held comes first and the ring last;
+a view knows its place from the beginning. The planes of a nested weight are the two rows of one
+view, however far apart they lie. Calls whose weights are held stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import operator
+from collections import Counter
+from collections.abc import Mapping
+from mmap import mmap
+
+import torch
+from torch import Tensor, fx
+
+from sirius_runtime.artifact import Artifact, Slot
+from sirius_runtime.backends.eager import EagerBackend, Entry
+from sirius_runtime.backends.rewrite import with_kernels
+from sirius_runtime.decoder import Decoder
+from sirius_runtime.dtypes import dtype_of
+from sirius_runtime.entries import FULL, PERIOD, SPARSE
+from sirius_runtime.errors import GenerationError
+from sirius_runtime.graph import write_code
+from sirius_runtime.request import AUTO_PERIOD, AUTO_WIDTHS, Request
+from sirius_runtime.sizes import cache_slots
+from sirius_runtime.spec import JSON, ProgramSpec
+from sirius_runtime.stats import PhaseClock
+from sirius_runtime.tiers.budget import DEFAULT_CONTEXT, cache_bytes, reserve, resident
+from sirius_runtime.tiers.direct_file import DirectFile
+from sirius_runtime.tiers.host_memory import HostMemory
+from sirius_runtime.tiers.placement import PAGE, Block, Needs, Placement, place
+from sirius_runtime.tiers.reads import Reads, Weights, reads_of
+from sirius_runtime.tiers.stream import Load, Stream, Tier, scheduled
+
+
+class TieredBackend(EagerBackend):
+    """Runs the graphs node by node; of the weights, it holds what `settle` says."""
+
+    def __init__(
+        self,
+        program: ProgramSpec,
+        documents: Mapping[str, JSON],
+        weights: Mapping[str, Tensor],
+        slots: Mapping[str, Slot],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """As `EagerBackend`. `weights` view a mapping of the file, in which they lie in `slots`;
+        nothing of them is read. dtype: the stored one.
+        """
+        super().__init__(program, documents, weights, dtype=dtype, device=device)
+        self._table = Weights(program, self.weights, slots)
+        self._reads: dict[str, Reads] = {}
+        self.stream: Stream | None = None
+        self.cache_room: int | None = None  # bytes of K/V that a budget leaves
+        for name, entry in self._entries.items():
+            on_cpu = device.type == "cpu"
+            entry.runs = with_kernels(entry.module) if on_cpu else copy.deepcopy(entry.module)
+            self._reads[name] = reads_of(entry.runs.graph, entry.bound, self._table)
+        self.needs = _needs(program, self._reads, gathers=device.type == "cpu")
+
+    def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(weights)
+
+    def settle(self, placement: Placement, arena: Tensor, tier: Tier) -> None:
+        """Reads what stays to `arena` [placement.memory], uint8, and binds the graphs to it.
+
+        tier: copies from the file's offsets to the arena's.
+        """
+        at, places, loads = 0, {}, []
+        for block in sorted(placement.held, key=lambda block: (block.plane, block.start)):
+            places[block] = at + block.start - block.first
+            loads.append(tier.fetch(Load(block.first, block.room, block.end - block.first, at)))
+            at += block.room
+        schedules = {
+            name: scheduled(steps, at, placement.ring) for name, steps in placement.steps.items()
+        }
+        self.placement, self.stream = placement, Stream(tier, schedules)
+        for name, entry in self._entries.items():
+            own = dict(places)
+            for step, moved in zip(placement.steps[name], schedules[name], strict=True):
+                for block, load in zip(step, moved, strict=True):
+                    own[block] = load.place + block.start - block.first
+            self._bind(entry, self._reads[name], own, arena, tier)
+        self.weights, self._reads = {}, {}
+        for load in loads:
+            load.wait()
+
+    @torch.inference_mode()
+    def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert self.stream is not None
+        with self.stream.running(entry):
+            return super().run(entry, inputs)
+
+    def open(self, request: Request, rows: int, tokens: int, clock: PhaseClock) -> Decoder:
+        slots = rows * cache_slots(tokens, request.period, max(request.widths))
+        caches = cache_bytes(self.program, self.itemsize, slots)
+        if self.cache_room is not None and caches > self.cache_room:
+            raise GenerationError(
+                f"{rows} rows of {tokens} tokens take {caches:,} bytes of K/V, and the memory "
+                f"budget leaves room for {self.cache_room:,}: ask for fewer tokens or rows, or "
+                "load with a larger context (--context), or budget"
+            )
+        return super().open(request, rows, tokens, clock)
+
+    def _bind(
+        self,
+        entry: Entry,
+        reads: Reads,
+        places: Mapping[Block, int],
+        arena: Tensor,
+        tier: Tier,
+    ) -> None:
+        assert self.stream is not None and entry.runs is not None
+        graph, held = entry.runs.graph, self.placement.held
+        streamed = (span for span in reads.spans if not held.issuperset(span.step))
+        for step, span in enumerate(streamed):
+            with graph.inserting_before(span.first):
+                graph.call_function(self.stream.wait, (step,))
+            with graph.inserting_after(span.last):
+                graph.call_function(self.stream.done, (step,))
+        for gather in reads.gathers:
+            value = entry.bound[gather.argument]
+            assert value is not None
+            if not held.issuperset(self._table.read_by(value)):
+                _read_rows(gather.call, value, self._table, tier)
+        nodes = graph.find_nodes(op="placeholder")
+        for index, (node, value) in enumerate(zip(nodes, entry.bound, strict=True)):
+            if value is not None and value.numel():
+                entry.bound[index] = self._placed(value, places, arena) if node.users else None
+        entry.runs.recompile()
+        write_code(entry.runs)
+
+    def _placed(self, value: Tensor, places: Mapping[Block, int], arena: Tensor) -> Tensor:
+        """A weight, or a slice of one, as a view of the arena."""
+        own, (blocks, offset) = self._table.read_by(value), self._table.at(value)
+        place = places[own[0]] + offset % (blocks[0].end - blocks[0].start)
+        strides = list(value.stride())
+        if len(own) == 2:
+            strides[0] = places[own[1]] - places[own[0]]
+        return arena.view(value.dtype).as_strided(value.shape, strides, place // value.itemsize)
+
+
+def load_tiered(
+    artifact: Artifact,
+    *,
+    device: torch.device,
+    budget: int,
+    context: int | None = None,
+    verify: bool = True,
+) -> TieredBackend:
+    """The back end of an artifact in a process of at most `budget` bytes.
+
+    On the CPU, memory ← disk: the budget is the process's. On another device, its memory ← the
+    host's: the budget is what it may hold of the model. context: as for `load`. verify: hash the
+    weights, by one more pass over the file.
+
+    Raises ConfigError where the budget is too small, naming the least that works.
+    """
+    backend = analyse(artifact, device)
+    program, itemsize, on_cpu = artifact.program, backend.itemsize, device.type == "cpu"
+    context = context or min(program.model.max_seq_len, DEFAULT_CONTEXT)
+    gc.collect()
+    beside = reserve(program, itemsize, context) + (resident() if on_cpu else 0)
+    placement = place(backend.needs, budget - beside, name="the memory budget of", extra=beside)
+    slots = cache_slots(context, AUTO_PERIOD, max(AUTO_WIDTHS))
+    backend.cache_room = cache_bytes(program, itemsize, slots)
+    size = max(placement.memory, PAGE)
+    if not on_cpu:
+        arena = torch.empty(size, dtype=torch.uint8, device=device)
+        whole = torch.frombuffer(artifact.weight_slots()[0], dtype=torch.uint8)
+        backend.settle(placement, arena, HostMemory(whole, arena))
+        return backend
+    file = artifact.file
+    assert file is not None
+    memory = mmap(-1, size)
+    tier = DirectFile(file, memory)
+    if verify:
+        artifact.check_weights_by(tier.chunks)
+    backend.settle(placement, torch.frombuffer(memory, dtype=torch.uint8), tier)
+    return backend
+
+
+def analyse(artifact: Artifact, device: torch.device) -> TieredBackend:
+    """The back end of an artifact, of whose weights nothing was read."""
+    program = artifact.program
+    return TieredBackend(
+        program,
+        {
+            entry.name: artifact.read_json(f"graphs/{entry.name}.json")
+            for entry in program.entries
+            if entry.name != PERIOD
+        },
+        artifact.weights(),
+        artifact.weight_slots()[1],
+        dtype=dtype_of(program.model.dtype),
+        device=device,
+    )
+
+
+def _needs(program: ProgramSpec, reads: Mapping[str, Reads], gathers: bool) -> Needs:
+    """What passes of the entries read, of which a period has one full and K - 1 sparse ones.
+    gathers: whether the rows of an embedding can be read by themselves; else it stays.
+    """
+    pinned = {block for one in reads.values() for block in one.pinned}
+    for one in reads.values():
+        counts = Counter(block for span in one.spans for block in span.step)
+        # An argument has one place in the ring.
+        pinned.update(block for block, count in counts.items() if count > 1)
+    passes = dict.fromkeys(reads, 0.0)
+    passes[FULL], passes[SPARSE] = 1.0, program.period.period - 1.0
+    rows = {block for one in reads.values() for gather in one.gathers for block in gather.blocks}
+    if not gathers:
+        pinned |= rows
+    steps = {
+        name: tuple(
+            step for span in one.spans if (step := tuple(b for b in span.step if b not in pinned))
+        )
+        for name, one in reads.items()
+    }
+    return Needs(steps, frozenset(pinned), passes, frozenset(rows - pinned))
+
+
+def _read_rows(call: fx.Node, value: Tensor, table: Weights, tier: Tier) -> None:
+    """Has an embedding read the rows that it gathers, and no others."""
+    own, (blocks, offset) = table.read_by(value), table.at(value)
+    planes = [block.start + offset % (blocks[0].end - blocks[0].start) for block in own]
+    count, stride = value.shape[-2], value.stride(-2) * value.itemsize
+    shape, dtype, nested = value.shape, value.dtype, value.ndim == 3
+
+    def gather(ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows, each once, and where each of `ids` is among them."""
+        unique, places = ids.unique(return_inverse=True)
+        rows = unique.tolist()
+        if rows and not 0 <= rows[0] <= rows[-1] < count:
+            raise IndexError(f"row {rows[-1]} of an embedding of {count}")
+        found = torch.empty(len(planes), len(rows), stride, dtype=torch.uint8)
+        for plane, start in enumerate(planes):
+            tier.rows(start, stride, rows, memoryview(found[plane].numpy()).cast("B"))
+        return (found if nested else found[0].view(dtype))[..., : shape[-1]], places
+
+    with call.graph.inserting_before(call):
+        both = call.graph.call_function(gather, (call.args[1],))
+        parts = [call.graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
+    call.args = (*parts, *call.args[2:])

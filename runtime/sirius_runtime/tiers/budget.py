@@ -1,0 +1,91 @@
+"""What a memory budget leaves for weights: the budget less what the process holds already, the
+caches of a request, and what a step computes.
+"""
+
+from __future__ import annotations
+
+import re
+
+from sirius_runtime.errors import ConfigError, shown
+from sirius_runtime.request import AUTO_PERIOD, AUTO_WIDTHS
+from sirius_runtime.sizes import PREFILL_CHUNK, cache_slots
+from sirius_runtime.spec import ProgramSpec
+
+DEFAULT_CONTEXT = 2048
+"""Tokens of prompt and answer that a budget leaves room for, unless another number is given."""
+
+_WORKING = 64 * 2**20
+"""Of what has no other place here: threads' stacks, code that is first run later, the allocator's
+leftovers."""
+
+_UNITS = {
+    **{name: 1024**power for power, name in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))},
+    **{name: 1000**power for power, name in enumerate(("kB", "MB", "GB", "TB"), 1)},
+}
+_SIZE = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})?\s*", re.IGNORECASE)
+
+
+def read_size(size: int | str, name: str) -> int:
+    """Bytes of ``6GiB``, ``500MB``, or a number of bytes; ConfigError for anything else."""
+    if isinstance(size, str) and (match := _SIZE.fullmatch(size)):
+        units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+        size = int(float(match[1]) * units[(match[2] or "B").lower()])
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ConfigError(
+            f"{name} must be a size such as 6GiB, 500MB or a number of bytes, got "
+            f"{shown(str(size))}"
+        )
+    return size
+
+
+def in_units(size: float) -> str:
+    """A size for a reader."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if size >= _UNITS[unit]:
+            return f"{size / _UNITS[unit]:.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+def resident() -> int:
+    """Bytes of the process in memory."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            for line in status:
+                if line.startswith("VmRSS:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource  # the most so far, where the system does not say more
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def cache_bytes(program: ProgramSpec, itemsize: int, slots: int) -> int:
+    """K/V of so many slots."""
+    state = program.state
+    width = state.key_dim + state.value_dim
+    return state.layers * state.kv_heads * width * slots * itemsize
+
+
+def reserve(program: ProgramSpec, itemsize: int, context: int) -> int:
+    """Bytes for one row of `context` tokens, and for what the largest step computes.
+
+    A prompt's chunk holds a few activations of the widest layer in float32. Where it has more
+    tokens than the kernels take, a nested matrix is unpacked for it. A period's logits are
+    compared in float32.
+    """
+    nodes = max(AUTO_PERIOD, program.period.period) * max(program.period.tree_width, 1)
+    slots = cache_slots(context, AUTO_PERIOD, max(AUTO_WIDTHS))
+    vocabulary = program.model.vocab_size
+    matrices = [w for w in program.weights if w.parameter and len(w.shape) > 1]
+    inner = [w for w in matrices if vocabulary not in w.shape]
+    widest = max((max(w.shape[-2:]) for w in inner), default=0)
+    unpacked = max((w.numbers for w in inner if w.nested), default=0) * itemsize
+    chunk = min(PREFILL_CHUNK, context)
+    return (
+        cache_bytes(program, itemsize, slots)
+        + 4 * chunk * widest * 4
+        + 2 * unpacked
+        + 3 * nodes * vocabulary * 4
+        + _WORKING
+    )

@@ -1,0 +1,156 @@
+"""What the calls of a graph read of its weights, and where a pass waits for it."""
+
+from __future__ import annotations
+
+import operator
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sirius_runtime.artifact import Slot
+from sirius_runtime.control_flow import cond, while_loop
+from sirius_runtime.kernels.linear import embedding
+from sirius_runtime.spec import ProgramSpec
+from sirius_runtime.tiers.placement import Block, Step
+
+aten = torch.ops.aten
+
+_VIEWS = {
+    getattr(aten, name)
+    for name in (
+        *("t", "mT", "numpy_T", "transpose", "permute", "view", "unflatten", "expand"),
+        *("slice", "select", "squeeze", "unsqueeze", "split", "split_with_sizes", "chunk"),
+        *("unbind", "detach", "alias"),
+    )
+} | {operator.getitem}
+"""Operators that read nothing: who reads what they return, reads their argument."""
+
+_MAYBE_VIEWS = {
+    *(aten.reshape, aten.contiguous, aten.to, aten.flatten, aten.type_as),
+    *(while_loop, cond),
+}
+"""What may return its argument, or give it to a graph of its own: who reads it is not known."""
+
+_EMBEDDINGS = (aten.embedding.default, torch.ops.sirius.embedding.default, embedding)
+"""Of a table and the ids of rows, in this order."""
+
+
+class Weights:
+    """The weights of a file as tensors that view one mapping of it, and the blocks behind them."""
+
+    def __init__(
+        self, program: ProgramSpec, tensors: Mapping[str, Tensor], slots: Mapping[str, Slot]
+    ) -> None:
+        own = [spec for spec in program.weights if tensors[spec.name].numel()]
+        in_order = sorted((tensors[spec.name].data_ptr(), spec.name) for spec in own)
+        self._addresses = [address for address, _ in in_order]
+        self._names = [name for _, name in in_order]
+        self._blocks: dict[str, tuple[Block, ...]] = {}
+        self._pinned: set[Block] = set()
+        for spec in own:
+            slot, planes = slots[spec.name], 1 if spec.nested is None else 2
+            size = (slot.end - slot.start) // planes
+            starts = [slot.start + plane * size for plane in range(planes)]
+            blocks = tuple(Block(spec.name, i, at, at + size) for i, at in enumerate(starts))
+            self._blocks[spec.name] = blocks
+            if len(spec.shape) < 2 or not spec.parameter:  # small, or no weights at all
+                self._pinned.update(blocks)
+
+    def read_by(self, value: Tensor) -> list[Block]:
+        """The blocks that a weight, or a slice of one, reads."""
+        if not value.numel():
+            return []
+        blocks, offset = self.at(value)
+        if len(blocks) == 1:
+            return list(blocks)
+        first = offset // (blocks[0].end - blocks[0].start)
+        return list(blocks[first : first + value.shape[0]])
+
+    def at(self, value: Tensor) -> tuple[tuple[Block, ...], int]:
+        """The blocks of the weight that `value` is a slice of, and its offset in it in bytes."""
+        index = bisect_right(self._addresses, value.data_ptr()) - 1
+        return self._blocks[self._names[index]], value.data_ptr() - self._addresses[index]
+
+    def stays(self, block: Block) -> bool:
+        return block in self._pinned
+
+
+@dataclass(frozen=True)
+class Span:
+    """The calls from `first` to `last` read the blocks of a step."""
+
+    first: fx.Node
+    last: fx.Node
+    step: Step
+
+
+@dataclass(frozen=True)
+class Gather:
+    """A call that reads rows of a table, which is that argument of the graph."""
+
+    call: fx.Node
+    argument: int
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a graph reads: steps in order, rows, and the blocks that stay."""
+
+    spans: tuple[Span, ...]
+    gathers: tuple[Gather, ...]
+    pinned: frozenset[Block]
+
+
+def reads_of(graph: fx.Graph, arguments: Sequence[Tensor | None], weights: Weights) -> Reads:
+    """`arguments`: the weights that the graph's placeholders are bound to, in order."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    read: dict[fx.Node, set[Block]] = {}
+    gathers, pinned = [], set()
+    placeholders = graph.find_nodes(op="placeholder")
+    for index, (node, value) in enumerate(zip(placeholders, arguments, strict=True)):
+        if value is None:
+            continue
+        blocks = weights.read_by(value)
+        pinned.update(block for block in blocks if weights.stays(block))
+        for reader in _readers(node):
+            if reader.op == "output" or _packet(reader) in _MAYBE_VIEWS:
+                pinned.update(blocks)
+            elif reader.target in _EMBEDDINGS and reader.args[0] is node:
+                gathers.append(Gather(reader, index, tuple(blocks)))
+            else:
+                read.setdefault(reader, set()).update(blocks)
+    spans: list[Span] = []
+    for node in sorted(read, key=order.__getitem__):
+        blocks = read[node]
+        if spans and blocks & set(spans[-1].step):  # read at once by neighbours: streamed once
+            blocks |= set(spans[-1].step)
+            spans[-1] = Span(spans[-1].first, node, _in_order(blocks))
+        else:
+            spans.append(Span(node, node, _in_order(blocks)))
+    return Reads(tuple(spans), tuple(gathers), frozenset(pinned))
+
+
+def _in_order(blocks: set[Block]) -> Step:
+    """High planes first: kernels take low ones that lie after them."""
+    return tuple(sorted(blocks, key=lambda block: (block.plane, block.start)))
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The calls that read a value, or a view of it."""
+    found = []
+    for user in node.users:
+        if _packet(user) in _VIEWS:
+            found += _readers(user)
+        else:
+            found.append(user)
+    return found
+
+
+def _packet(node: fx.Node) -> Any:
+    """The operator of a call, whatever its overload."""
+    return getattr(node.target, "overloadpacket", node.target)
