@@ -72,13 +72,14 @@ def run_lines() -> Iterator[Line]:
     yield from flags("sirius", run, "--mode", ("", "foo", "SIRIUS"))
     yield from flags("sirius", run, "--backend", ("", "foo", "Eager"))
     yield from flags("sirius", run, "--dtype", ("", "int8", "FLOAT32"))
+    yield from flags("sirius", run, "--memory-budget", ("", "-1", "0", "six", "1 pound", "1e3"))
     yield from flags("sirius", run, "--prompt-file", (*NO_PATH, *NOT_HERE[:2]))
     yield from flags("sirius", run, "--providers", ("", ",", "A,,B", "CPUExecutionProvider"))
     for given, says in (
         (("--stop", ""), "a stop string is empty"),
         (("--stop", "\udcff"), "--stop holds bytes that are not UTF-8"),
-        (("--context", "64"), "--context is of backend aoti alone"),
-        (("--context", "64", "--backend", "eager"), "--context is of backend aoti alone"),
+        (("--context", "64"), "--context goes with --memory-budget"),
+        (("--context", "64", "--backend", "eager"), "--context goes with --memory-budget"),
         (("--backend", "aoti", "--context", "64"), "the artifact holds none"),
         (("--compare", "--mode", "foo"), "--compare runs modes full, sparse and sirius"),
         (("--compare", "--mode", "exact"), "leave out --mode"),
@@ -96,6 +97,8 @@ def run_lines() -> Iterator[Line]:
         (("--mode", "full", "--period", "8"), "--mode full drafts nothing: leave out --period"),
         (("--mode", "sparse", "--threshold", "0.2", "--no-fallback"), "--threshold, --fallback"),
         (("--copy=yes",), "--copy"),
+        (("--copy", "--memory-budget", "4GiB"), "copy reads the whole file into memory"),
+        (("--memory-budget", "1MiB"), "are too few"),
         (("--nope",), "--nope"),
         (("more",), "more"),
         (("--json", "--mode", "foo"), "mode must be one of"),

@@ -152,7 +152,12 @@ def load(
             check_entries(program)
             place, stored = find_device(device), program.model.dtype
             if budget is not None:
-                runner = _tiered(artifact, dtype, place, budget, context, verify)
+                from sirius_runtime.backends.tiered import load_tiered
+
+                check_budgeted(artifact, place, dtype, context)
+                runner = load_tiered(
+                    artifact, device=place, budget=budget, context=context, verify=verify
+                )
             else:
                 runner = make_backend(
                     backend,
@@ -178,16 +183,13 @@ def load(
         return SiriusModel(runner, tokenizer, artifact.file, chat)
 
 
-def _tiered(
-    artifact: Artifact,
-    dtype: DType | str | None,
-    device: torch.device,
-    budget: int,
-    context: int | None,
-    verify: bool,
-) -> Backend:
-    from sirius_runtime.backends.tiered import load_tiered
+def check_budgeted(
+    artifact: Artifact, device: torch.device, dtype: DType | str | None, context: int | None
+) -> None:
+    """Raises ConfigError or BackendError where a memory budget can't be kept."""
+    from sirius_runtime.graph_check import check_entries
 
+    _check_torch(artifact, None)
     program = artifact.program
     stored, longest = program.model.dtype, program.model.max_seq_len
     if dtype not in (None, stored):
@@ -199,7 +201,7 @@ def _tiered(
         raise ConfigError(f"context must be in 2..{longest} (max_seq_len), got {context}")
     if program.nested:
         _check_nested(BackendName.EAGER, device)
-    return load_tiered(artifact, device=device, budget=budget, context=context, verify=verify)
+    check_entries(program)
 
 
 def make_backend(

@@ -59,7 +59,7 @@ class EagerBackend:
         self._outputs = {e.name: [o.name for o in e.outputs] for e in program.entries}
 
     def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights as the graphs take them: the stored ones, where type and device are theirs."""
+        """The weights as graphs take them: the stored ones where dtype and device are theirs."""
         return {
             spec.name: weights[spec.name].to(
                 device=self.device, dtype=self.dtype if spec.retype else weights[spec.name].dtype
@@ -166,9 +166,7 @@ class Entry:
         graph = self.module.graph
         placed = graph.find_nodes(op="placeholder")
         bound = {
-            node: value
-            for node, value in zip(placed, self.bound, strict=True)
-            if value is not None
+            node: value for node, value in zip(placed, self.bound, strict=True) if value is not None
         }
         last = placed[-1] if placed else None
         for node in list(graph.nodes):

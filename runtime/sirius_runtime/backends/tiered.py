@@ -38,7 +38,7 @@ from sirius_runtime.tiers.direct_file import DirectFile
 from sirius_runtime.tiers.host_memory import HostMemory
 from sirius_runtime.tiers.placement import PAGE, Block, Needs, Placement, place
 from sirius_runtime.tiers.reads import Reads, Weights, reads_of
-from sirius_runtime.tiers.stream import Load, Stream, Tier, scheduled
+from sirius_runtime.tiers.stream import Load, Pending, Stream, Tier, scheduled
 
 
 class TieredBackend(EagerBackend):
@@ -71,15 +71,28 @@ class TieredBackend(EagerBackend):
     def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(weights)
 
+    def placed(self, budget: int, context: int | None = None) -> tuple[Placement, int]:
+        """What to hold in a process of `budget` bytes, and the bytes that it takes beside it."""
+        program, itemsize = self.program, self.itemsize
+        context = context or min(program.model.max_seq_len, DEFAULT_CONTEXT)
+        gc.collect()
+        beside = reserve(program, itemsize, context)
+        beside += resident() if self.device.type == "cpu" else 0
+        slots = cache_slots(context, AUTO_PERIOD, max(AUTO_WIDTHS))
+        self.cache_room = cache_bytes(program, itemsize, slots)
+        name = "the memory budget of"
+        return place(self.needs, budget - beside, name=name, extra=beside), beside
+
     def settle(self, placement: Placement, arena: Tensor, tier: Tier) -> None:
         """Reads what stays to `arena` [placement.memory], uint8, and binds the graphs to it.
 
         tier: copies from the file's offsets to the arena's.
         """
-        at, places, loads = 0, {}, []
+        at, places = 0, {}
+        pending: list[Pending] = []
         for block in sorted(placement.held, key=lambda block: (block.plane, block.start)):
             places[block] = at + block.start - block.first
-            loads.append(tier.fetch(Load(block.first, block.room, block.end - block.first, at)))
+            pending.append(tier.fetch(Load(block.first, block.room, block.end - block.first, at)))
             at += block.room
         schedules = {
             name: scheduled(steps, at, placement.ring) for name, steps in placement.steps.items()
@@ -92,8 +105,8 @@ class TieredBackend(EagerBackend):
                     own[block] = load.place + block.start - block.first
             self._bind(entry, self._reads[name], own, arena, tier)
         self.weights, self._reads = {}, {}
-        for load in loads:
-            load.wait()
+        for one in pending:
+            one.wait()
 
     @torch.inference_mode()
     def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,7 +133,8 @@ class TieredBackend(EagerBackend):
         arena: Tensor,
         tier: Tier,
     ) -> None:
-        assert self.stream is not None and entry.runs is not None
+        assert self.stream is not None
+        assert entry.runs is not None
         graph, held = entry.runs.graph, self.placement.held
         streamed = (span for span in reads.spans if not held.issuperset(span.step))
         for step, span in enumerate(streamed):
@@ -166,14 +180,8 @@ def load_tiered(
 
     Raises ConfigError where the budget is too small, naming the least that works.
     """
-    backend = analyse(artifact, device)
-    program, itemsize, on_cpu = artifact.program, backend.itemsize, device.type == "cpu"
-    context = context or min(program.model.max_seq_len, DEFAULT_CONTEXT)
-    gc.collect()
-    beside = reserve(program, itemsize, context) + (resident() if on_cpu else 0)
-    placement = place(backend.needs, budget - beside, name="the memory budget of", extra=beside)
-    slots = cache_slots(context, AUTO_PERIOD, max(AUTO_WIDTHS))
-    backend.cache_room = cache_bytes(program, itemsize, slots)
+    backend, on_cpu = analyse(artifact, device), device.type == "cpu"
+    placement, _ = backend.placed(budget, context)
     size = max(placement.memory, PAGE)
     if not on_cpu:
         arena = torch.empty(size, dtype=torch.uint8, device=device)
@@ -243,9 +251,11 @@ def _read_rows(call: fx.Node, value: Tensor, table: Weights, tier: Tier) -> None
         rows = unique.tolist()
         if rows and not 0 <= rows[0] <= rows[-1] < count:
             raise IndexError(f"row {rows[-1]} of an embedding of {count}")
-        found = torch.empty(len(planes), len(rows), stride, dtype=torch.uint8)
+        content = bytearray(len(planes) * len(rows) * stride)
         for plane, start in enumerate(planes):
-            tier.rows(start, stride, rows, memoryview(found[plane].numpy()).cast("B"))
+            size = len(rows) * stride
+            tier.rows(start, stride, rows, memoryview(content)[plane * size : (plane + 1) * size])
+        found = torch.frombuffer(content, dtype=torch.uint8).view(len(planes), -1, stride)
         return (found if nested else found[0].view(dtype))[..., : shape[-1]], places
 
     with call.graph.inserting_before(call):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sirius_runtime.cli.command import Command
-from sirius_runtime.command_line import new_file_argument, path_argument, say
+from sirius_runtime.command_line import new_file_argument, path_argument, say, whole_number
 from sirius_runtime.errors import ArtifactError, ConfigError, shown
 from sirius_runtime.terminal import plain
 
@@ -40,14 +40,28 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write all of it to this file, as a page for a browser that needs nothing else",
     )
+    what.add_argument(
+        "--placement",
+        action="store_true",
+        help="with --memory-budget: print which weights would stay in memory, and what is read "
+        "from the file at every step",
+    )
+    parser.add_argument("--memory-budget", metavar="SIZE", help="as of sirius run")
+    parser.add_argument(
+        "--context", type=whole_number, metavar="N", help="as of sirius run, with --placement"
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
     from sirius_runtime.artifact import Artifact
     from sirius_runtime.spec import to_json
 
-    with Artifact.open(args.artifact) as artifact:
-        if args.json:
+    if args.placement != (args.memory_budget is not None):
+        raise ConfigError("--placement goes with --memory-budget SIZE: give both, or none")
+    with Artifact.open(args.artifact, verify=not args.placement) as artifact:
+        if args.placement:
+            _say_placement(artifact, args.memory_budget, args.context)
+        elif args.json:
             say(json.dumps(to_json(artifact.manifest)))
         elif args.graph is not None:
             _say_graph(artifact, args.graph)
@@ -82,6 +96,20 @@ def _write_page(artifact: Artifact, path: Any) -> None:
     graphs = {name: read_entry(artifact, name) for name in _entries(artifact)}
     manifest = artifact.manifest
     write_file(path, page(manifest, describe(manifest), graphs).encode())
+
+
+def _say_placement(artifact: Artifact, budget: str, context: int | None) -> None:
+    from sirius_runtime.backends.tiered import analyse
+    from sirius_runtime.loading import check_budgeted, find_device
+    from sirius_runtime.tiers.budget import read_size
+    from sirius_runtime.tiers.table import lines
+
+    size = read_size(budget, "--memory-budget")
+    check_budgeted(artifact, find_device("cpu"), None, context)
+    backend = analyse(artifact, find_device("cpu"))
+    placement, beside = backend.placed(size, context)
+    for line in lines(backend.needs, placement, size, beside):
+        say(plain(line))
 
 
 def read_entry(artifact: Artifact, entry: str) -> Graph:

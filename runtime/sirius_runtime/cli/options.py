@@ -193,7 +193,14 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=whole_number,
         metavar="N",
-        help="aoti: tokens of prompt and answer to compile for",
+        help="tokens of prompt and answer that aoti compiles for, or that --memory-budget leaves "
+        "room for",
+    )
+    parser.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="memory that the process may take (6GiB): weights beyond it are read from the file "
+        "as they are needed",
     )
     parser.add_argument(
         "--providers", metavar="P,Q", help="onnxruntime: execution providers, the preferred first"
@@ -211,10 +218,11 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `load`. Raises ConfigError for some that don't go together."""
     from sirius_runtime.loading import BackendName
 
-    if args.context is not None and args.backend != BackendName.AOTI:
+    sized = args.backend == BackendName.AOTI or args.memory_budget is not None
+    if args.context is not None and not sized:
         raise ConfigError(
-            f"--context is of backend aoti alone, which compiles for it, and this is backend "
-            f"{args.backend}: leave it out"
+            "--context goes with --memory-budget, and with backend aoti, which compiles for it; "
+            f"this is backend {args.backend}: leave it out"
         )
     providers = None if args.providers is None else args.providers.split(",")
     if providers is not None and "" in providers:
@@ -231,6 +239,7 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
         "threads": args.threads,
         "verify": not args.no_verify,
         "copy": args.copy,
+        "memory_budget": args.memory_budget,
     }
 
 

@@ -5,6 +5,7 @@ caches of a request, and what a step computes.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from sirius_runtime.errors import ConfigError, shown
 from sirius_runtime.request import AUTO_PERIOD, AUTO_WIDTHS
@@ -49,7 +50,7 @@ def in_units(size: float) -> str:
 def resident() -> int:
     """Bytes of the process in memory."""
     try:
-        with open("/proc/self/status", encoding="ascii") as status:
+        with Path("/proc/self/status").open(encoding="ascii") as status:
             for line in status:
                 if line.startswith("VmRSS:"):
                     return int(line.split()[1]) * 1024

@@ -78,9 +78,7 @@ class DirectFile:
     def rows(self, start: int, size: int, rows: Sequence[int], into: memoryview) -> None:
         """Reads rows of `size` bytes of a matrix at `start`, one after another."""
         parts = [
-            self._pool.submit(
-                self._read_bytes, start + row * size, into[i * size : (i + 1) * size]
-            )
+            self._pool.submit(self._read_bytes, start + row * size, into[i * size : (i + 1) * size])
             for i, row in enumerate(rows)
         ]
         for part in parts:

@@ -10,7 +10,7 @@ Pure Python: `sirius inspect --placement` asks for a table without reading a wei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -108,7 +108,8 @@ def place(needs: Needs, room: int, *, name: str = "room", extra: int = 0) -> Pla
         )
     # Of equally frequent blocks, either those of large steps, so that the ring gets small, or the
     # small ones, which fill the room.
-    found = [_greedy(needs, room, first) for first in (-1, 1)]
+    whole = room // PAGE * PAGE
+    found = [_greedy(needs, whole, first) for first in (-1, 1)]
     return min(found, key=lambda placement: placement.streamed)
 
 

@@ -110,13 +110,16 @@ def reads_of(graph: fx.Graph, arguments: Sequence[Tensor | None], weights: Weigh
     """`arguments`: the weights that the graph's placeholders are bound to, in order."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     read: dict[fx.Node, set[Block]] = {}
-    gathers, pinned = [], set()
+    gathers: list[Gather] = []
+    pinned: set[Block] = set()
     placeholders = graph.find_nodes(op="placeholder")
     for index, (node, value) in enumerate(zip(placeholders, arguments, strict=True)):
         if value is None:
             continue
         blocks = weights.read_by(value)
-        pinned.update(block for block in blocks if weights.stays(block))
+        if all(map(weights.stays, blocks)):
+            pinned.update(blocks)
+            continue
         for reader in _readers(node):
             if reader.op == "output" or _packet(reader) in _MAYBE_VIEWS:
                 pinned.update(blocks)
@@ -126,12 +129,11 @@ def reads_of(graph: fx.Graph, arguments: Sequence[Tensor | None], weights: Weigh
                 read.setdefault(reader, set()).update(blocks)
     spans: list[Span] = []
     for node in sorted(read, key=order.__getitem__):
-        blocks = read[node]
-        if spans and blocks & set(spans[-1].step):  # read at once by neighbours: streamed once
-            blocks |= set(spans[-1].step)
-            spans[-1] = Span(spans[-1].first, node, _in_order(blocks))
-        else:
-            spans.append(Span(node, node, _in_order(blocks)))
+        first, step = node, read[node]
+        if spans and step & set(spans[-1].step):  # read by neighbours: streamed once
+            before = spans.pop()
+            first, step = before.first, step | set(before.step)
+        spans.append(Span(first, node, _in_order(step)))
     return Reads(tuple(spans), tuple(gathers), frozenset(pinned))
 
 

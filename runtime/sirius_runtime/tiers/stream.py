@@ -52,7 +52,7 @@ class Tier(Protocol):
         ...
 
     def release(self) -> None:
-        """Says that work which was begun so far may still read its blocks: later loads follow it."""
+        """Says that work which was begun may still read its blocks: later loads follow it."""
         ...
 
 

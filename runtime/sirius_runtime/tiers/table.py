@@ -1,0 +1,71 @@
+"""A placement as lines for a reader: weights that are alike in all layers are one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from sirius_runtime.entries import FULL, SPARSE
+from sirius_runtime.tiers.budget import in_units
+from sirius_runtime.tiers.placement import Block, Needs, Placement, least_room, room_of
+
+_COLUMNS = ("weights", "blocks", "reads a period", "bytes", "stays", "a draft step", "verification")
+
+
+def lines(needs: Needs, placement: Placement, budget: int, beside: int) -> Iterator[str]:
+    """`beside`: what a process takes beside its weights."""
+    least = least_room(needs) + beside
+    yield f"budget     {in_units(budget)}, the least that works {in_units(least)}"
+    yield (
+        f"memory     {in_units(beside)} beside the weights, {in_units(room_of(placement.held))} of "
+        f"weights stay, {in_units(placement.ring)} to stream through"
+    )
+    yield (
+        f"streams    {in_units(placement.bytes_of(SPARSE))} a draft step, "
+        f"{in_units(placement.bytes_of(FULL))} a verification, {in_units(placement.streamed)} a "
+        "period"
+    )
+    yield ""
+    rows = [_COLUMNS, *_rows(needs, placement)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        yield "  ".join([first.ljust(widths[0]), *cells])
+
+
+def _rows(needs: Needs, placement: Placement) -> Iterator[tuple[str, ...]]:
+    reads = needs.reads()
+    everything = {*reads, *needs.pinned, *needs.rows}
+    nested = {block.weight for block in everything if block.plane}
+    groups: dict[tuple[str, str], list[Block]] = {}
+    for block in sorted(everything, key=lambda block: block.start):
+        frequency = f"{reads[block]:g}" if block in reads else ""
+        if block in needs.pinned:
+            frequency = "has to stay"
+        elif block in needs.rows:
+            frequency = f"{frequency}, rows" if frequency else "rows"
+        groups.setdefault((_name(block, nested), frequency), []).append(block)
+    for (name, frequency), blocks in groups.items():
+        held = [block for block in blocks if block in placement.held]
+        yield (
+            name,
+            str(len(blocks)),
+            frequency,
+            in_units(_bytes(blocks)),
+            in_units(_bytes(held)),
+            *(in_units(_streamed(placement, entry, blocks)) for entry in (SPARSE, FULL)),
+        )
+
+
+def _streamed(placement: Placement, entry: str, blocks: Sequence[Block]) -> int:
+    own = set(blocks)
+    return _bytes([one for step in placement.steps[entry] for one in step if one in own])
+
+
+def _bytes(blocks: Sequence[Block]) -> int:
+    return sum(block.end - block.start for block in blocks)
+
+
+def _name(block: Block, nested: set[str]) -> str:
+    name = re.sub(r"\.\d+\.", ".*.", block.weight)
+    return name + ("", (", high plane", ", low plane")[block.plane])[block.weight in nested]
