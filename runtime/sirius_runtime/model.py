@@ -20,6 +20,7 @@ from sirius_runtime.request import (
     FinishReason,
     Mode,
     Options,
+    Request,
     read_options,
 )
 from sirius_runtime.rules import OPTIONS, RuleNumbers
@@ -160,8 +161,7 @@ class SiriusModel:
 
     def _open(self, rows: int, tokens: int) -> Decoder:
         """A decoder of the full path, for rows of so many tokens; checks what `generate` checks."""
-        check_threads_live(self.backend.threads)
-        self._check_file()
+        self.check()
         request = read_options(
             Options(mode=Mode.FULL),
             self.program,
@@ -270,8 +270,7 @@ class SiriusModel:
         of range, each naming the limit; the model serves the next call all the same. ArtifactError
         where the mapped file was written to: load the model again.
         """
-        check_threads_live(self.backend.threads)
-        self._check_file()
+        self.check()
         if messages is not None:
             if not (inputs is input_ids is attention_mask is None):
                 raise GenerationError("messages are given beside another prompt: give one of them")
@@ -282,7 +281,6 @@ class SiriusModel:
         prompts = self._prompts.read(
             inputs, input_ids, attention_mask, add_special_tokens=add_special_tokens
         )
-        stop = self._stop(stop)
         options = Options(
             mode=mode,
             rule=cast(RuleNumbers, {n: v for n, v in more.items() if n in OPTIONS}),
@@ -301,14 +299,8 @@ class SiriusModel:
             logits_processor=logits_processor,
             logprobs=logprobs,
         )
-        request = read_options(
-            options,
-            self.program,
-            self.backend.limits,
-            prompt_lengths=[len(prompt) for prompt in prompts],
-            max_new_tokens=max_new_tokens,
-            eos=self._eos(eos_token_id),
-            stop=stop,
+        request = self.request(
+            options, [len(prompt) for prompt in prompts], max_new_tokens, eos_token_id, stop
         )
         if streamer is not None and len(prompts) != 1:
             raise GenerationError(f"a streamer takes one row, the batch has {len(prompts)}")
@@ -331,7 +323,7 @@ class SiriusModel:
             texts=None
             if (tokenizer := self.tokenizer) is None
             else tuple(
-                answer_text(tokenizer, prompt, row.tokens, stop)
+                answer_text(tokenizer, prompt, row.tokens, request.stop)
                 for prompt, row in zip(prompts, rows, strict=True)
             ),
             finish_reasons=tuple(row.reason or FinishReason.LENGTH for row in rows),
@@ -341,6 +333,32 @@ class SiriusModel:
             steps=generation.steps,
             trace=generation.trace,
         )
+
+    def request(
+        self,
+        options: Options,
+        prompt_lengths: Sequence[int],
+        max_new_tokens: int | None = None,
+        eos_token_id: int | Sequence[int] | Array | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Request:
+        """Options of `generate`, checked for prompts of these lengths; raises what it raises."""
+        return read_options(
+            options,
+            self.program,
+            self.backend.limits,
+            prompt_lengths=prompt_lengths,
+            max_new_tokens=max_new_tokens,
+            eos=self._eos(eos_token_id),
+            stop=self._stop(stop),
+        )
+
+    def check(self) -> None:
+        """Raises ArtifactError where the mapped file has changed, and GenerationError in a forked
+        process that lacks its parent's threads: neither can generate.
+        """
+        check_threads_live(self.backend.threads)
+        self._check_file()
 
     def _render(
         self, messages: Messages, template: str | None, options: Mapping[str, Any] | None

@@ -46,10 +46,13 @@ class Scorer:
         self._tokens = torch.zeros(rows, capacity, dtype=torch.int64, device=device)
         self._prompts = torch.zeros(rows, dtype=torch.int64, device=device)
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Takes the prompts."""
+    def begin(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """Takes the prompts, and what was committed after each of them already."""
         for row, prompt in enumerate(prompts):
-            self._tokens[row, : len(prompt)] = torch.tensor(prompt)
+            tokens = [*prompt, *(answers[row] if answers else ())]
+            self._tokens[row, : len(tokens)] = torch.tensor(tokens)
         self._prompts = torch.tensor([len(p) for p in prompts], device=self._tokens.device)
 
     def pick(

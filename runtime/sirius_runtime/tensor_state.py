@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -44,6 +45,14 @@ class TensorState(State):
         self.k_cache: Tensor = k_cache
         self.v_cache: Tensor = v_cache
         self._reads = {e.name: {i.name for i in e.inputs} for e in self.program.entries}
+
+    def part(self, begin: int, end: int) -> TensorState:
+        """A state of these rows alone. What it writes to the caches is written here; its other
+        tensors are its own once they change.
+        """
+        own = copy.copy(self)
+        own._each_with_rows(lambda value, dim: value.narrow(dim, begin, end - begin))
+        return own
 
     def array(self, values: np.ndarray) -> Tensor:
         return torch.as_tensor(values, device=self.backend.device)

@@ -93,6 +93,11 @@ def _is_block(block: Caches[Tensor], heads: Heads[Tensor]) -> bool:
     )
 
 
+def _layers_whole(caches: Caches[Tensor]) -> bool:
+    """Whether each layer of the caches is contiguous: those of some rows of a larger batch are."""
+    return caches.k[:1].is_contiguous() and caches.v[:1].is_contiguous()
+
+
 def _serves(
     heads: Heads[Tensor], caches: Caches[Tensor], places: Places[Tensor], kind: Attention[Tensor]
 ) -> bool:
@@ -103,8 +108,7 @@ def _serves(
         dtype in TYPES
         and heads.q.numel() > 0
         and dtype is heads.k.dtype is heads.v.dtype is caches.k.dtype is caches.v.dtype
-        and caches.k.is_contiguous()
-        and caches.v.is_contiguous()
+        and _layers_whole(caches)
         and positions.dtype is slots.dtype is length.dtype is mask.dtype is torch.int64
         and (kind.window is None or kind.window > 0)
         and kind.softcap != 0
@@ -144,6 +148,10 @@ def _run(
         apart = (block.k.data_ptr(), *block.k.shape, block.v.data_ptr(), *block.v.shape)
         slots = slots[None]
     k_cache, v_cache = caches
+    layer = kind.layer
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):  # the layers stand apart
+        k_cache, v_cache = (cache[layer : layer + 1] for cache in caches)
+        layer = 0
     B, H, T, _ = q.shape
     V = v.shape[3]
     out = q.new_empty(B, T, H, V) if by_tokens else q.new_empty(B, H, T, V)
@@ -164,7 +172,7 @@ def _run(
     status = library.sirius_attention(
         TYPES[q.dtype],
         operands,
-        kind.layer,
+        layer,
         kind.window or 0,
         kind.scale,
         kind.softcap or 0.0,

@@ -76,8 +76,8 @@ def _serves(
         and G > 0
         and H % G == 0
         and q.dtype is k.dtype is v.dtype is caches.k.dtype is caches.v.dtype
-        and caches.k.is_contiguous()
-        and caches.v.is_contiguous()
+        and caches.k[:1].is_contiguous()  # each layer of its own, as those of some rows of a batch
+        and caches.v[:1].is_contiguous()
         and caches.k.shape[1:3] == caches.v.shape[1:3] == (B, G)
         and caches.k.shape[3] == caches.v.shape[3] > 0
         and all(tensor.dtype is torch.int64 for tensor in places)

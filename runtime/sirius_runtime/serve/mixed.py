@@ -1,0 +1,143 @@
+"""Plans of rows that ask for different things, run as one period.
+
+A batch drafts and verifies as one; what proposes, accepts and chooses is each row's own. Rows of
+equal plans are a `Part`, and each part sees its own rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sirius_runtime.plan import Plan
+from sirius_runtime.policy import Decision, Draft, draw, likeliest
+from sirius_runtime.tree import Level, Tree
+
+if TYPE_CHECKING:
+    from sirius_runtime.decoder import Choose
+    from sirius_runtime.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What a row asks of its next period: its plan, and its random numbers [2, K], or [1, 1] of a
+    step; None where it draws none.
+    """
+
+    plan: Plan
+    noise: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows [b] of equal plans; the plan's noise [b, 2, K] is theirs."""
+
+    rows: Tensor
+    plan: Plan
+    drawn: bool
+
+    def pick(self, logits_bV: Tensor) -> Tensor:
+        """The next token [b] of a step."""
+        if not self.drawn:
+            return likeliest(logits_bV)
+        return draw(self.plan.sampling.distribution(logits_bV), self.plan.first_number)
+
+
+@dataclass(frozen=True)
+class MixedPlan(Plan):
+    """A plan of the longest period of its parts. `width` and `confidence` are the same in all."""
+
+    parts: tuple[Part, ...] = ()
+    place: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Of each row [B], where it stands when the parts' rows are put one after another."""
+
+    @classmethod
+    def of(cls, asked: Sequence[Asking], period: int, device: torch.device) -> MixedPlan:
+        """Of the rows of a batch, for a period of at most so many tokens (K)."""
+        groups: dict[Hashable, list[int]] = {}
+        for row, asking in enumerate(asked):
+            plan = replace(asking.plan, noise=None, period=period)
+            groups.setdefault((plan, asking.noise is not None), []).append(row)
+        parts = []
+        for (plan, drawn), rows in groups.items():  # type: ignore[misc]
+            noise = None
+            if drawn:
+                padded = np.zeros((len(rows), 2, max(period, 1)))
+                for index, row in enumerate(rows):
+                    own = asked[row].noise
+                    assert own is not None
+                    padded[index, : own.shape[0], : own.shape[1]] = own[:, :period]
+                noise = torch.as_tensor(padded, device=device)
+            parts.append(
+                Part(torch.tensor(rows, device=device), replace(plan, noise=noise), drawn)
+            )
+        first = asked[0].plan
+        return cls(
+            period=period,
+            width=first.width,
+            confidence=first.confidence,
+            parts=tuple(parts),
+            place=torch.cat([part.rows for part in parts]).argsort(),
+        )
+
+    @property
+    def draws(self) -> bool:
+        return any(part.plan.draws for part in self.parts)
+
+    def propose(
+        self, tree: Tree, logits_BWV: Tensor, level: Tensor
+    ) -> tuple[Level, Tensor | None]:
+        if len(self.parts) == 1:
+            return self.parts[0].plan.propose(tree, logits_BWV, level)
+        done = [
+            part.plan.propose(_rows_of(tree, part), logits_BWV[part.rows], level)
+            for part in self.parts
+        ]
+        new = Level(*self._merged(new for new, _ in done))
+        if not self.draws:
+            return new, None
+        none = logits_BWV.new_zeros(logits_BWV.shape[0], logits_BWV.shape[2], dtype=torch.float32)
+        q = [
+            none[: len(part.rows)] if own is None else own
+            for part, (_, own) in zip(self.parts, done, strict=True)
+        ]
+        return new, torch.cat(q)[self.place]
+
+    def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
+        if len(self.parts) == 1:
+            return self.parts[0].plan.decide(draft, logits_BNV)
+        decided = []
+        for part in self.parts:
+            q = draft.distributions
+            q = q[part.rows] if q is not None and part.plan.draws else None
+            own = Draft(_rows_of(draft.tree, part), draft.depth[part.rows], q)
+            decided.append(part.plan.decide(own, logits_BNV[part.rows]))
+        return Decision(*self._merged(decided))
+
+    def chooser(self, scorer: Scorer | None) -> Choose:
+        """Chooses the tokens of a step, by logits as they come or by those that the scorer
+        leaves.
+        """
+
+        def pick(logits_BV: Tensor) -> Tensor:
+            return torch.cat([part.pick(logits_BV[part.rows]) for part in self.parts])[self.place]
+
+        def choose(logits_BV: Tensor, count_B: Tensor, number_B: Any) -> Tensor:
+            return pick(logits_BV) if scorer is None else scorer.pick(logits_BV, count_B, pick)
+
+        return choose
+
+    def _merged(self, values: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+        """Tensors of all rows, of those of the parts."""
+        return [torch.cat(own)[self.place] for own in zip(*values, strict=True)]
+
+
+def _rows_of(tree: Tree, part: Part) -> Tree:
+    return Tree(*(tensor[part.rows] for tensor in tree))
+
+
