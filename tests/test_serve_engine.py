@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
-import torch
 
 from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.model import SiriusModel
-from sirius_runtime.request import FinishReason, Options
+from sirius_runtime.request import Options
 from sirius_runtime.rules import OPTIONS
-from sirius_runtime.serve.answers import Answer, ClosingError, DeadlineError, News
-from sirius_runtime.serve.engine import Capacity, Engine, OverloadedError
+from sirius_runtime.serve.answers import Answer, News
+from sirius_runtime.serve.engine import Capacity, Engine
 from sirius_runtime.serve.metrics import Metrics
 from tests.support.models import TinyModels
 

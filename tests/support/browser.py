@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -26,25 +32,100 @@ class Seen:
     colours: int
 
 
+def _command(folder: Path) -> list[str]:
+    """The browser without a screen, and its flags; skips the test where there is none."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser on PATH: none of {', '.join(BROWSERS)}")
+    # A browser refuses its sandbox to root, who needs none for a page of our own.
+    return [
+        *(browser, "--headless", "--disable-gpu", "--enable-logging=stderr"),
+        *("--window-size=1100,1600", f"--user-data-dir={folder / 'profile'}"),
+        *(["--no-sandbox"] if os.geteuid() == 0 else []),
+    ]
+
+
+class Tab:
+    """An open page that a test uses: by the DevTools protocol, over pipes."""
+
+    def __init__(self, told: BinaryIO, says: BinaryIO) -> None:
+        self._told, self._says, self._count, self._session = told, says, 0, None
+
+    def open(self, url: str) -> None:
+        """Opens an address."""
+        target = self._call("Target.createTarget", url=url)["targetId"]
+        attached = self._call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+
+    def value(self, script: str) -> Any:
+        """What JavaScript comes to in the page."""
+        told = self._call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in told, told
+        return told["result"].get("value")
+
+    def wait(self, script: str, seconds: float = 30) -> None:
+        """Waits until JavaScript comes to something true."""
+        end = time.monotonic() + seconds
+        while not self.value(script):
+            assert time.monotonic() < end, f"never true: {script}"
+            time.sleep(0.02)
+
+    def _call(self, method: str, **parameters: Any) -> Any:
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": parameters}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        self._told.write(json.dumps(message).encode() + b"\0")
+        self._told.flush()
+        while True:
+            answer = json.loads(self._read())
+            if answer.get("id") == self._count:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def _read(self) -> bytes:
+        read = bytearray()
+        while (byte := self._says.read(1)) != b"\0":
+            assert byte, "the browser has gone"
+            read += byte
+        return bytes(read)
+
+
+@contextmanager
+def tab(folder: Path) -> Iterator[Tab]:
+    """A browser with a page to open; skips the test where there is none."""
+    command = _command(folder)
+    (their_in, ours_out), (ours_in, their_out) = os.pipe(), os.pipe()
+    redirect = (
+        "import os, sys; told, says, *command = sys.argv[1:]; "
+        "os.dup2(int(told), 3); os.dup2(int(says), 4); os.execvp(command[0], command)"
+    )
+    pipes = [str(their_in), str(their_out)]
+    browser = subprocess.Popen(
+        [sys.executable, "-c", redirect, *pipes, *command, "--remote-debugging-pipe"],
+        pass_fds=(their_in, their_out),
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(their_in)
+    os.close(their_out)
+    try:
+        with os.fdopen(ours_out, "wb") as told, os.fdopen(ours_in, "rb") as says:
+            yield Tab(told, says)
+    finally:
+        browser.terminate()
+        browser.wait(30)
+
+
 def look(page: Path, folder: Path) -> Seen:
     """Opens a page in a browser without a screen; skips the test where there is none.
 
     Fails where the browser says something of the page: breaches of its policy.
     """
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"no browser on PATH: none of {', '.join(BROWSERS)}")
-    shot = folder / "page.png"
-    # A browser refuses its sandbox to root, who needs none for a page of our own.
-    flags = [
-        *("--headless", "--disable-gpu", "--enable-logging=stderr", "--window-size=1100,1600"),
-        *(f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=2000"),
-        *(["--no-sandbox"] if os.geteuid() == 0 else []),
-    ]
+    shot, command = folder / "page.png", [*_command(folder), "--virtual-time-budget=2000"]
     said = []
     for action in ("--dump-dom", f"--screenshot={shot}"):
         done = subprocess.run(
-            [browser, *flags, action, page.as_uri()],
+            [*command, action, page.as_uri()],
             capture_output=True,
             text=True,
             timeout=120,

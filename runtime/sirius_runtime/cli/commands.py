@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from sirius_runtime.cli import chat, eval, export_onnx, inspect, run, trace, verify
+from sirius_runtime.cli import chat, eval, export_onnx, inspect, run, serve, trace, verify
 from sirius_runtime.cli.command import Command
 from sirius_runtime.command_line import finish, tell
 from sirius_runtime.terminal import plain
@@ -18,6 +18,7 @@ from sirius_runtime.terminal import plain
 COMMANDS: Mapping[str, Command] = {
     "run": run.COMMAND,
     "chat": chat.COMMAND,
+    "serve": serve.COMMAND,
     "inspect": inspect.COMMAND,
     "verify": verify.COMMAND,
     "eval": eval.COMMAND,

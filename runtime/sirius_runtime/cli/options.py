@@ -177,11 +177,23 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
 
 
-def add_loading(parser: argparse.ArgumentParser) -> None:
-    """The artifact, and what runs it."""
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The artifact, and where it runs."""
     parser.add_argument("artifact", type=path_argument, metavar="MODEL.sirius")
     parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: as stored)")
+    parser.add_argument(
+        "--threads", type=whole_number, metavar="N", help="of one operator on the CPU"
+    )
+    parser.add_argument(
+        "--copy", action="store_true", help="read the file into memory, do not map it"
+    )
+    parser.add_argument("--no-verify", action="store_true", help="do not hash the weights at load")
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """The artifact, where it runs, and by which back end."""
+    add_model(parser)
     parser.add_argument(
         "--backend",
         default="auto",
@@ -205,13 +217,18 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--providers", metavar="P,Q", help="onnxruntime: execution providers, the preferred first"
     )
-    parser.add_argument(
-        "--threads", type=whole_number, metavar="N", help="of one operator on the CPU"
-    )
-    parser.add_argument(
-        "--copy", action="store_true", help="read the file into memory, do not map it"
-    )
-    parser.add_argument("--no-verify", action="store_true", help="do not hash the weights at load")
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `load`, but for the back end's."""
+    return {
+        "path": args.artifact,
+        "device": args.device,
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "verify": not args.no_verify,
+        "copy": args.copy,
+    }
 
 
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -230,15 +247,10 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
             f"--providers takes names of execution providers (P,Q), got {shown(args.providers)}"
         )
     return {
-        "path": args.artifact,
-        "device": args.device,
-        "dtype": args.dtype,
+        **model_options(args),
         "backend": args.backend,
         "context": args.context,
         "providers": providers,
-        "threads": args.threads,
-        "verify": not args.no_verify,
-        "copy": args.copy,
         "memory_budget": args.memory_budget,
     }
 

@@ -142,11 +142,15 @@ class Engine:
         with self._changed:
             self._changed.notify()
 
-    def stop(self) -> None:
-        """Ends all answers by a ClosingError after the current period, and the thread."""
+    def halt(self) -> None:
+        """Has all answers end by a ClosingError after the current period, and then the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
+
+    def stop(self) -> None:
+        """Halts, and waits for the thread's end."""
+        self.halt()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -275,7 +279,8 @@ class Engine:
 
     def _choose_neurons(self, places: list[int]) -> None:
         state = self._pool.state
-        assert state.statistic is not None and state.neurons is not None
+        assert state.statistic is not None
+        assert state.neurons is not None
         kept = self.model.program.sparsity.kept_neurons
         state.neurons[:, places] = select_neurons(state.statistic[:, places], kept)
 
@@ -375,9 +380,7 @@ class Engine:
 
     # Ends
 
-    def _commit(
-        self, answer: Answer, tokens: list[int], logprobs: Sequence[TokenLogprobs]
-    ) -> None:
+    def _commit(self, answer: Answer, tokens: list[int], logprobs: Sequence[TokenLogprobs]) -> None:
         """Takes what a period committed. Errors are the answer's own: its neighbours go on."""
         try:
             with panics_caught():

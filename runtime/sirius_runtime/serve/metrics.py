@@ -135,9 +135,7 @@ class Metrics:
         made = Counter(name, text, ("model_name",), registry=self._registry)
         return made.labels(self._label)
 
-    def _histogram(
-        self, name: str, text: str, buckets: tuple[float, ...] = _SECONDS
-    ) -> Histogram:
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
         made = Histogram(name, text, ("model_name",), buckets=buckets, registry=self._registry)
         return made.labels(self._label)
 

@@ -59,12 +59,12 @@ class MixedPlan(Plan):
     @classmethod
     def of(cls, asked: Sequence[Asking], period: int, device: torch.device) -> MixedPlan:
         """Of the rows of a batch, for a period of at most so many tokens (K)."""
-        groups: dict[Hashable, list[int]] = {}
+        groups: dict[tuple[Plan, bool], list[int]] = {}
         for row, asking in enumerate(asked):
             plan = replace(asking.plan, noise=None, period=period)
             groups.setdefault((plan, asking.noise is not None), []).append(row)
         parts = []
-        for (plan, drawn), rows in groups.items():  # type: ignore[misc]
+        for (plan, drawn), rows in groups.items():
             noise = None
             if drawn:
                 padded = np.zeros((len(rows), 2, max(period, 1)))
@@ -73,9 +73,7 @@ class MixedPlan(Plan):
                     assert own is not None
                     padded[index, : own.shape[0], : own.shape[1]] = own[:, :period]
                 noise = torch.as_tensor(padded, device=device)
-            parts.append(
-                Part(torch.tensor(rows, device=device), replace(plan, noise=noise), drawn)
-            )
+            parts.append(Part(torch.tensor(rows, device=device), replace(plan, noise=noise), drawn))
         first = asked[0].plan
         return cls(
             period=period,
@@ -89,9 +87,7 @@ class MixedPlan(Plan):
     def draws(self) -> bool:
         return any(part.plan.draws for part in self.parts)
 
-    def propose(
-        self, tree: Tree, logits_BWV: Tensor, level: Tensor
-    ) -> tuple[Level, Tensor | None]:
+    def propose(self, tree: Tree, logits_BWV: Tensor, level: Tensor) -> tuple[Level, Tensor | None]:
         if len(self.parts) == 1:
             return self.parts[0].plan.propose(tree, logits_BWV, level)
         done = [
@@ -139,5 +135,3 @@ class MixedPlan(Plan):
 
 def _rows_of(tree: Tree, part: Part) -> Tree:
     return Tree(*(tensor[part.rows] for tensor in tree))
-
-

@@ -53,7 +53,8 @@ class Pool:
     def keep_statistic(self, begin: int, part: TensorState) -> None:
         """Takes over what a part has observed."""
         state = self.state
-        assert state.statistic is not None and part.statistic is not None
+        assert state.statistic is not None
+        assert part.statistic is not None
         state.statistic[:, begin : begin + part.rows] = part.statistic
 
     def arrange(self, order: list[int], slots: int) -> None:

@@ -1,0 +1,110 @@
+"""`sirius serve`: the OpenAI API over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from sirius_runtime.cli.command import Command
+from sirius_runtime.cli.options import add_model, model_options
+from sirius_runtime.command_line import positive_number, real_number, whole_number
+from sirius_runtime.errors import BackendError, ConfigError
+
+_KEY = "SIRIUS_API_KEY"
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument(
+        "--port", type=whole_number, default=8000, help="port; 0: any free one (%(default)s)"
+    )
+    parser.add_argument(
+        "--api-key", metavar="KEY", help=f"what clients have to send (default: ${_KEY}, else none)"
+    )
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="the model's name (default: the file's)"
+    )
+    parser.add_argument(
+        "--max-rows", type=positive_number, default=8, metavar="N", help="answers at a time (8)"
+    )
+    parser.add_argument(
+        "--max-queue", type=whole_number, default=64, metavar="N", help="answers that wait (64)"
+    )
+    parser.add_argument(
+        "--context",
+        type=positive_number,
+        metavar="N",
+        help="tokens of prompt and answer (default: the artifact's, 4096 at the most)",
+    )
+    parser.add_argument(
+        "--max-period", type=positive_number, default=32, metavar="K", help="longest period (32)"
+    )
+    parser.add_argument(
+        "--prefill-chunk",
+        type=positive_number,
+        default=64,
+        metavar="N",
+        help="tokens of prompts that run between two periods (64)",
+    )
+    parser.add_argument(
+        "--prefix-cache",
+        type=real_number,
+        default=256.0,
+        metavar="MB",
+        help="memory for the K/V of prompts' beginnings (256; 0: none)",
+    )
+    parser.add_argument(
+        "--mode", default="sirius", help="of greedy requests that name none (%(default)s)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=real_number,
+        default=600.0,
+        metavar="S",
+        help="seconds a request may take (600)",
+    )
+    add_model(parser)
+
+
+def _run(args: argparse.Namespace) -> None:
+    try:
+        from sirius_runtime.serve.engine import Capacity
+        from sirius_runtime.serve.server import make_served, serve
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"sirius serve needs {error.name}, which is not installed: pip install "
+            "'sirius-compile[serve]'"
+        ) from error
+    from sirius_runtime.loading import BackendName, load
+
+    for name, value in (("--prefix-cache", args.prefix_cache), ("--timeout", args.timeout)):
+        if not 0 <= value < 1e9:
+            raise ConfigError(f"{name} must be in 0..1e9, got {value}")
+    if args.port > 65535:
+        raise ConfigError(f"--port must be in 0..65535, got {args.port}")
+    model = load(backend=BackendName.EAGER, **model_options(args))
+    capacity = Capacity(
+        rows=args.max_rows,
+        queue=args.max_queue,
+        context=args.context or min(4096, model.program.model.max_seq_len),
+        period=args.max_period,
+        block=args.prefill_chunk,
+        prefix_bytes=int(args.prefix_cache * 1e6),
+    )
+    served = make_served(
+        model,
+        args.served_model_name or args.artifact.stem,
+        capacity,
+        mode=args.mode,
+        timeout=args.timeout,
+        api_key=args.api_key or os.environ.get(_KEY) or None,
+    )
+    serve(served, args.host, args.port)
+
+
+COMMAND = Command(
+    help="serve an artifact by the OpenAI API",
+    add_arguments=_add_arguments,
+    run=_run,
+    epilog="Runs by the back end eager. SIGTERM or Ctrl-C drains, a second one stops.",
+)

@@ -1,0 +1,142 @@
+"""The HTTP server: sockets, signals, and the lines that say what it does."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from sirius_runtime.chat import NO_TEMPLATE
+from sirius_runtime.command_line import tell
+from sirius_runtime.errors import ConfigError
+from sirius_runtime.model import SiriusModel
+from sirius_runtime.request import modes
+from sirius_runtime.serve.app import Served, make_app
+from sirius_runtime.serve.calls import Defaults
+from sirius_runtime.serve.engine import Capacity, Engine
+from sirius_runtime.serve.metrics import Metrics
+
+
+class Server(uvicorn.Server):
+    """Serves a model. The first SIGTERM or SIGINT drains: nothing new is taken, and what is in
+    progress is completed. A second one ends that too, after the current period. A third one waits
+    for nothing.
+    """
+
+    def __init__(
+        self, served: Served, host: str, port: int, progress: Callable[[str], None]
+    ) -> None:
+        config = uvicorn.Config(
+            make_app(served), host=host, port=port, log_config=None, access_log=False
+        )
+        super().__init__(config)
+        self.served, self._progress = served, progress
+        self._halted = False
+
+    @property
+    def url(self) -> str:
+        """Where it is, once it has started."""
+        address = self.servers[0].sockets[0].getsockname()
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        return f"http://{host}:{address[1]}"
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._progress(f"sirius: serving {self.served.name} at {self.url}")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        engine = self.served.engine
+        if self._halted:
+            self.force_exit = True
+            return
+        if self.should_exit:
+            self._progress("sirius: stopping")
+            self._halted = True
+            engine.halt()
+            return
+        self.served.draining = self.should_exit = True
+        self._progress(
+            f"sirius: draining, {engine.running + engine.waiting} answers to complete; a second "
+            "signal ends them"
+        )
+
+
+def make_served(
+    model: SiriusModel,
+    name: str,
+    capacity: Capacity,
+    *,
+    mode: str = "sirius",
+    timeout: float = 600.0,
+    api_key: str | None = None,
+) -> Served:
+    """A model, ready to be served. name: what requests call it. mode: of greedy requests that name
+    none. timeout: seconds that a request may take. Raises ConfigError for what can't be served.
+    """
+    longest = model.program.model.max_seq_len
+    if model.tokenizer is None:
+        raise ConfigError(
+            "the artifact holds no tokenizer, and requests are text: compile the model from a "
+            "folder with its tokenizer"
+        )
+    if mode not in modes() or mode == "sample":
+        greedy = ", ".join(name for name in modes() if name != "sample")
+        raise ConfigError(f"mode must be one of {greedy}, got {mode!r}")
+    if not 2 <= capacity.context <= longest:
+        raise ConfigError(
+            f"context must be in 2..{longest} (max_seq_len), got {capacity.context}; compile with "
+            "a larger --max-seq-len where the model's positions allow it"
+        )
+    if capacity.period < model.program.period.period:
+        raise ConfigError(
+            f"max_period must be at least {model.program.period.period}, the artifact's period, "
+            f"got {capacity.period}"
+        )
+    for option in ("rows", "block"):
+        if getattr(capacity, option) < 1:
+            raise ConfigError(f"{option} must be >= 1, got {getattr(capacity, option)}")
+    metrics = Metrics(name)
+    try:
+        engine = Engine(model, capacity, metrics)
+    except (MemoryError, RuntimeError) as error:
+        raise ConfigError(
+            f"there is no memory for the K/V of {capacity.rows} rows of {capacity.context} tokens "
+            f"({error!s:.200}): lower --max-rows or --context"
+        ) from error
+    return Served(model, name, engine, metrics, Defaults(mode, timeout), api_key)
+
+
+def serve(
+    served: Served,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    progress: Callable[[str], None] = tell,
+) -> None:
+    """Serves until a signal ends it. Raises ConfigError where the address can't be had."""
+    # Kernels are built, and weights are read, before anybody waits for it.
+    served.model.generate(input_ids=[0], max_new_tokens=2, fallback=False)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="sirius: %(message)s")
+    engine = served.engine
+    capacity = engine.capacity
+    if served.model.chat is None:
+        progress(f"sirius: /v1/chat/completions is refused: {NO_TEMPLATE}")
+    progress(
+        f"sirius: {capacity.rows} rows of {capacity.context} tokens take "
+        f"{engine.kv_bytes / 1e6:,.0f} MB of K/V; prefixes at most "
+        f"{capacity.prefix_bytes / 1e6:,.0f} MB"
+    )
+    server = Server(served, host, port, progress)
+    try:
+        server.run()
+    except SystemExit as stop:  # its way to say that it could not start
+        raise ConfigError(
+            f"{host}:{port} can't be listened on: see above; choose another --host or --port"
+        ) from stop
+    finally:
+        engine.stop()
+    progress("sirius: stopped")
