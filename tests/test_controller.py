@@ -136,6 +136,22 @@ def play(machine: Machine, seed: int, controller: Chooser | None = None) -> list
     )
 
 
+def test_a_known_stream_saves_the_opening() -> None:
+    """A verification that streams for the time of twenty drafts: the first periods are long, and no
+    dense step is tried; in the end the choices are as good.
+    """
+    machine = Machine(by_width(w1=0.9), line(1.0, 0.0), line(20.0, 0.02), warm_up=1.0)
+    rates = []
+    for streaming in (20.0, 0.0):
+        choices = play(machine, 0, Controller(MOST, (1,), streaming))
+        first = choices[:12]
+        tokens = sum(machine.advance(*choice) for choice in first)
+        rates.append(tokens / sum(machine.seconds(*choice) for choice in first))
+        assert share_of_best(machine, choices) > BOUND
+        assert ((1, 1) in first) is (streaming == 0.0)
+    assert rates[0] > 1.1 * rates[1]
+
+
 def crowded(machine: Machine) -> Machine:
     """With rows enough that unlucky draws are not to blame."""
     return machine if machine.stops else replace(machine, rows=4)

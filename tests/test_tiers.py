@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_runtime import load
+from sirius_runtime.controller import Controller
 from sirius_runtime.errors import ArtifactError, BackendError, ConfigError, GenerationError
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.tiers.budget import in_units, read_size
@@ -101,6 +102,28 @@ def test_drafts_stay_before_verification(nested: Path) -> None:
     assert placement.bytes_of("sparse") == 0 < placement.bytes_of("full")
     low = {block for step in placement.steps["full"] for block in step}
     assert {block.plane for block in low} == {1}
+
+
+def test_periods_are_chosen_where_weights_stream(
+    nested: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default, by a controller that knows the stream's seconds; where all stays, as ever."""
+    monkeypatch.setattr("sirius_runtime.request.FALLBACK", True)
+    told: list[float] = []
+
+    def controller(most: int, widths: Sequence[int], streaming: float) -> Controller:
+        told.append(streaming)
+        return Controller(most, widths, streaming)
+
+    monkeypatch.setattr("sirius_runtime.generation.Controller", controller)
+    plain, (model, _), (whole, _) = load(nested), tiered(nested), tiered(nested, 1.0)
+    assert tokens(model, "exact") == tokens(plain, "exact")
+    assert told == [model.backend.stream_seconds]
+    assert told[0] > 0
+    tokens(whole, "exact")
+    tokens(model, "full")
+    model.generate(PROMPTS, period=3, max_new_tokens=4)
+    assert len(told) == 1
 
 
 # placements and streams, by their laws

@@ -33,6 +33,10 @@ repeated, so that improvements are found soon. A choice is kept until another is
 `HYSTERESIS`, and K comes from a ladder, because a new K or w may need new allocations or
 compilation.
 
+Where a verification streams weights from a slower tier, the stream's seconds are known before
+anything ran: verify(N) begins with them for every N. The opening then is a long period, and dense
+steps, which stream as much for one token, are left to probes.
+
 Pure Python without random numbers: the same observations give the same choices.
 """
 
@@ -51,6 +55,10 @@ from sirius_runtime.errors import ConfigError
 OPENING_PERIOD = 5
 """The greatest K of the opening: enough to observe some levels, and little is lost where most are
 refused.
+"""
+STREAMED_PERIOD = 16
+"""As `OPENING_PERIOD`, where a verification streams weights: what a short period saves is little
+beside that.
 """
 OPENING_ROUNDS, AGREE = 3, 1.5
 """Most rounds of the opening, and the factor within which the two shortest times agree: then the
@@ -112,17 +120,21 @@ class Controller:
     """Chooses each next period of one generation; tell it how every period went.
 
     most_period: the greatest K it may choose, at least 1 (1: always dense). widths: those it may
-    choose. A dense period (K = 1) has no tree; it is given the narrowest width.
+    choose. A dense period (K = 1) has no tree; it is given the narrowest width. streaming: seconds
+    that a verification takes to stream weights, 0 where all are held.
     """
 
-    def __init__(self, most_period: int, widths: Sequence[int] = (1,)) -> None:
+    def __init__(
+        self, most_period: int, widths: Sequence[int] = (1,), streaming: float = 0.0
+    ) -> None:
         if most_period < 1:
             raise ConfigError(f"the longest period is {most_period}; it must be at least 1")
         if not widths or any(width < 1 for width in widths):
             raise ConfigError(f"tree widths are {tuple(widths)}; give at least one, each 1 or more")
         self._ladder = tuple(_ladder(most_period))
         self._widths = [_Width(width, most_period) for width in sorted(set(widths))]
-        self._verify = _VerifyCost()
+        self._streams = streaming > 0.0
+        self._verify = _VerifyCost(streaming)
         self._rest = Samples(SAMPLES)
         self._shapes: set[tuple[int, int]] = set()  # those that ran
         self._periods = 0
@@ -158,13 +170,14 @@ class Controller:
 
     def _openings(self) -> Iterator[tuple[int, int]]:
         """The first choices, each made when it is due."""
-        narrowest, most = self._widths[0], min(OPENING_PERIOD, self._ladder[-1])
+        longest = STREAMED_PERIOD if self._streams else OPENING_PERIOD
+        narrowest, most = self._widths[0], min(longest, self._ladder[-1])
         yield most, narrowest.width
         # Where much is refused, shorter periods tell as much.
         period = min(most, round(2.0 * narrowest.advance[most]))
         nodes = (period - 1) * narrowest.width + 1
         for _ in range(OPENING_ROUNDS):
-            if not self._verify.settled(1):
+            if not self._streams and not self._verify.settled(1):
                 yield 1, narrowest.width
             if period > 1 and not (self._verify.settled(nodes) and narrowest.steps.count):
                 yield period, narrowest.width
@@ -301,12 +314,12 @@ class Samples:
 
 
 class _VerifyCost:
-    """Seconds of a verify pass by its nodes N."""
+    """Seconds of a verify pass by its nodes N. `least`: of any, before one was measured."""
 
-    def __init__(self) -> None:
+    def __init__(self, least: float = 0.0) -> None:
         self._points: dict[int, Samples] = {}  # the latest last
         self._known: dict[float, float] = {}
-        self._base = self._slope = 0.0
+        self._base, self._slope = least, 0.0
 
     def seconds(self, nodes: float) -> float:
         known = self._known.get(nodes)

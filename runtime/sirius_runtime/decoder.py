@@ -139,6 +139,11 @@ class Backend(Protocol):
     """Whether its periods bring their evidence."""
 
     @property
+    def stream_seconds(self) -> float:
+        """Of a full pass, the seconds that it reads weights which no fast memory holds; 0: none."""
+        ...
+
+    @property
     def limits(self) -> Limits | None:
         """What whole periods can take, where they run as one graph."""
         ...

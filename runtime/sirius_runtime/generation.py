@@ -115,7 +115,9 @@ class Generation:
             weight_bytes=backend.program.weight_bytes(backend.itemsize),
             clock=PhaseClock(backend.device),
         )
-        self._controller = Controller(request.period, request.widths) if request.adaptive else None
+        self._controller = None
+        if request.adaptive:
+            self._controller = Controller(request.period, request.widths, backend.stream_seconds)
         density = backend.program.sparsity.density
         self._guard = Guard(request.period, density) if request.guarded else None
         self._decoder = backend.open(

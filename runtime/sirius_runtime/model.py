@@ -300,7 +300,12 @@ class SiriusModel:
             logprobs=logprobs,
         )
         request = self.request(
-            options, [len(prompt) for prompt in prompts], max_new_tokens, eos_token_id, stop
+            options,
+            [len(prompt) for prompt in prompts],
+            max_new_tokens,
+            eos_token_id,
+            stop,
+            streams=self.backend.stream_seconds > 0.0,
         )
         if streamer is not None and len(prompts) != 1:
             raise GenerationError(f"a streamer takes one row, the batch has {len(prompts)}")
@@ -341,8 +346,12 @@ class SiriusModel:
         max_new_tokens: int | None = None,
         eos_token_id: int | Sequence[int] | Array | None = None,
         stop: str | Sequence[str] | None = None,
+        *,
+        streams: bool = False,
     ) -> Request:
-        """Options of `generate`, checked for prompts of these lengths; raises what it raises."""
+        """Options of `generate`, checked for prompts of these lengths; raises what it raises.
+        streams: see `read_options`.
+        """
         return read_options(
             options,
             self.program,
@@ -351,6 +360,7 @@ class SiriusModel:
             max_new_tokens=max_new_tokens,
             eos=self._eos(eos_token_id),
             stop=self._stop(stop),
+            streams=streams,
         )
 
     def check(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -145,11 +145,15 @@ def read_options(
     max_new_tokens: int | None,
     eos: frozenset[int],
     stop: tuple[str, ...],
+    streams: bool = False,
 ) -> Request:
-    """Checks `options` against the program and the back end's limits.
+    """Checks `options` against the program and the back end's limits. streams: whether a
+    verification streams weights: then periods are chosen by what it costs, unless said otherwise.
 
     Raises ConfigError, or GenerationError for prompts that have no room, naming the limit.
     """
+    if streams and options.mode in RULES and _guarded(options):
+        options = replace(options, period=AUTO)
     mode, default = options.mode, program.period
     if mode not in modes():
         raise ConfigError(f"mode must be one of {', '.join(modes())}, got {mode!r}")

@@ -34,6 +34,7 @@ class EagerBackend:
 
     limits: Limits | None = None
     explains = True
+    stream_seconds = 0.0
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import gc
 import operator
+import time
 from collections import Counter
 from collections.abc import Mapping
 from mmap import mmap
@@ -36,9 +37,15 @@ from sirius_runtime.stats import PhaseClock
 from sirius_runtime.tiers.budget import DEFAULT_CONTEXT, cache_bytes, reserve, resident
 from sirius_runtime.tiers.direct_file import DirectFile
 from sirius_runtime.tiers.host_memory import HostMemory
-from sirius_runtime.tiers.placement import PAGE, Block, Needs, Placement, place
+from sirius_runtime.tiers.placement import PAGE, Block, Needs, Placement, place, room_of
 from sirius_runtime.tiers.reads import Reads, Weights, reads_of
 from sirius_runtime.tiers.stream import Load, Pending, Stream, Tier, scheduled
+
+_MEASURED = 32 * 2**20
+"""Bytes read at load that tell how fast the slow tier is; fewer are taken to say nothing."""
+
+_SPEED = 1e9
+"""Bytes a second that are assumed then."""
 
 
 class TieredBackend(EagerBackend):
@@ -88,7 +95,7 @@ class TieredBackend(EagerBackend):
 
         tier: copies from the file's offsets to the arena's.
         """
-        at, places = 0, {}
+        at, places, begin = 0, {}, time.perf_counter()
         pending: list[Pending] = []
         for block in sorted(placement.held, key=lambda block: (block.plane, block.start)):
             places[block] = at + block.start - block.first
@@ -107,6 +114,9 @@ class TieredBackend(EagerBackend):
         self.weights, self._reads = {}, {}
         for one in pending:
             one.wait()
+        seconds, size = time.perf_counter() - begin, room_of(placement.held)
+        speed = size / seconds if size >= _MEASURED else _SPEED
+        self.stream_seconds = placement.bytes_of(FULL) / speed
 
     @torch.inference_mode()
     def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,253 @@
+"""Models that are bigger than memory: seconds a token, and the memory that they take.
+
+    python -m benchmarks.random_artifact 8b 8b.sirius
+    python -m benchmarks.tiers measure 8b.sirius --limit 5GiB --aal 9.5
+
+Runs four ways of decoding from a file, each in a process of its own under a hard limit
+(`benchmarks.limited`), the file's pages dropped from the page cache before:
+
+    mapped      the whole file mapped, the system reads and drops pages: the dense model
+    streamed    every weight read at every step, directly and ahead: the dense model
+    held        the dense model, with as many weights held as the limit allows
+    sirius      drafts and verification under the same budget
+
+Random weights accept by chance: there a period of `--period` tokens is timed with every draft
+accepted, and a token costs that over `--aal`, the average advance of a real model. A model with a
+tokenizer answers prompts about code, and its own acceptance counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from mmap import mmap
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import limited
+from sirius_runtime.artifact import Artifact
+from sirius_runtime.backends.tiered import TieredBackend, analyse
+from sirius_runtime.command_line import finish
+from sirius_runtime.loading import load
+from sirius_runtime.model import SiriusModel
+from sirius_runtime.text import read_tokenizer
+from sirius_runtime.tiers.budget import in_units, read_size
+from sirius_runtime.tiers.direct_file import DirectFile
+from sirius_runtime.tiers.placement import PAGE, least_room, place
+from sirius_runtime.tiers.stream import Load
+
+WAYS = ("mapped", "streamed", "held", "sirius")
+PROMPTS = (
+    'def merge(first, second):\n    """Merges two sorted lists."""\n',
+    'def count_words(text):\n    """How often each word is in a text."""\n',
+    'class Stack:\n    """A stack with push, pop and peek."""\n',
+)
+CPU = torch.device("cpu")
+
+
+def drop_pages(path: Path) -> None:
+    """Has the system forget the file's pages."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def streamed(path: Path) -> SiriusModel:
+    """The model with nothing held but what has to be, and room to read a step ahead."""
+    with Artifact.open(path, verify=False) as artifact:
+        backend = analyse(artifact, CPU)
+        placement = place(backend.needs, 2 * least_room(backend.needs))
+        memory = mmap(-1, placement.memory)
+        assert artifact.file is not None
+        file = DirectFile(artifact.file, memory)
+        backend.settle(placement, torch.frombuffer(memory, dtype=torch.uint8), file)
+        return SiriusModel(backend, None, artifact.file)
+
+
+def opened(way: str, path: Path, limit: int, context: int) -> SiriusModel:
+    if way == "mapped":
+        return load(path, device="cpu", verify=False)
+    if way == "streamed":
+        return streamed(path)
+    return load(path, device="cpu", memory_budget=limit, context=context, verify=False)
+
+
+def child(args: argparse.Namespace) -> dict[str, Any]:
+    """One way, in a process of its own."""
+    torch.set_num_threads(args.threads)
+    prompts = json.loads(args.prompts)
+    begin = time.perf_counter()
+    model = opened(args.way, args.artifact, args.limit, args.context)
+    loading = time.perf_counter() - begin
+    drafts = args.way == "sirius"
+    real = args.aal is None
+    options: dict[str, Any] = {"mode": "full", "max_new_tokens": args.tokens + 1}
+    if drafts:
+        options = {"mode": args.mode, "period": args.period, "max_new_tokens": args.answer}
+        if not real:
+            options |= {"threshold": 0.0, "max_new_tokens": 1 + args.period * args.periods}
+    warm = {**options, "max_new_tokens": 2}
+    model.generate(input_ids=[prompts[0]], eos_token_id=[], **warm)
+    runs = []
+    for prompt in prompts if drafts and real else prompts[:1]:
+        before = read_bytes()
+        done = model.generate(
+            input_ids=[prompt], **({} if drafts and real else {"eos_token_id": []}), **options
+        )
+        stats = done.stats
+        runs.append(
+            {
+                "prompt": len(prompt),
+                "tokens": done.tokens[0],
+                "decoded": stats.decoded_tokens,
+                "seconds": stats.total_seconds - stats.prefill_seconds,
+                "prefill": stats.prefill_seconds,
+                "draft": stats.seconds["draft"],
+                "verify": stats.seconds["verify"],
+                "periods": stats.periods,
+                "aal": stats.aal,
+                "read": read_bytes() - before,
+            }
+        )
+    held = None
+    if isinstance(model.backend, TieredBackend):
+        own = model.backend.placement
+        held = {"ring": own.ring, **{name: own.bytes_of(name) for name in own.steps}}
+    return {
+        "way": args.way,
+        "load": loading,
+        "resident": most_resident(),
+        "streams": held,
+        "runs": runs,
+    }
+
+
+def read_bytes() -> int:
+    """Bytes that this process has had read from disks."""
+    return _field("/proc/self/io", "read_bytes:")
+
+
+def most_resident() -> int:
+    return _field("/proc/self/status", "VmHWM:") * 1024
+
+
+def _field(path: str, name: str) -> int:
+    lines = Path(path).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def disk_speed(path: Path) -> float:
+    """Bytes a second of direct reads of the file's first GiB."""
+    with Artifact.open(path, verify=False) as artifact:
+        assert artifact.file is not None
+        size = min(2**30, path.stat().st_size // PAGE * PAGE)
+        memory = mmap(-1, size)
+        file = DirectFile(artifact.file, memory)
+        begin = time.perf_counter()
+        file.fetch(Load(0, size, size, 0)).wait()
+        return size / (time.perf_counter() - begin)
+
+
+def prompts_of(path: Path, length: int) -> list[list[int]]:
+    """Prompts as token ids: about code, or random ones of a model without a tokenizer."""
+    with Artifact.open(path, verify=False) as artifact:
+        if artifact.names("tokenizer/tokenizer.json"):
+            tokenizer = read_tokenizer(artifact.read_bytes("tokenizer/tokenizer.json"))
+            return [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = artifact.program.model.vocab_size
+        return [torch.randint(vocabulary, (length,), generator=generator).tolist()]
+
+
+def measure(args: argparse.Namespace) -> None:
+    path, prompts = args.artifact, prompts_of(args.artifact, args.prompt_tokens)
+    args.aal = args.aal if len(prompts) == 1 else None
+    drop_pages(path)
+    speed = disk_speed(path)
+    print(f"{path.stat().st_size:,} bytes, a limit of {args.limit:,}; ", end="")
+    print(f"direct reads {speed / 1e9:.2f} GB/s, {args.threads} threads\n")
+    print("| way | s a token | x | prompt, s | read a token | most resident | most of the group |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    first, found = None, []
+    for way in args.ways.split(","):
+        drop_pages(path)
+        own = argparse.Namespace(**{**vars(args), "way": way})
+        said, most = limited.run(command(own, prompts), args.limit)
+        result = json.loads(said.splitlines()[-1]) | {"group": most}
+        found.append(result)
+        seconds, read = per_token(result, args)
+        first = seconds if way == "streamed" else first
+        times = f"{first / seconds:.1f}" if first else ""
+        prefill = statistics.mean(run["prefill"] for run in result["runs"])
+        print(
+            f"| {way} | {seconds:.3f} | {times} | {prefill:.2f} | {in_units(read)} | "
+            f"{in_units(result['resident'])} | {in_units(most)} |",
+            flush=True,
+        )
+    for result in found:
+        runs = [{k: v for k, v in run.items() if k != "tokens"} for run in result["runs"]]
+        print(json.dumps(result | {"runs": runs}))
+    alike = {tuple(run["tokens"][: args.tokens]) for r in found for run in r["runs"][:1]}
+    print(f"first {args.tokens} tokens alike: {len(alike) == 1}")
+
+
+def per_token(result: dict[str, Any], args: argparse.Namespace) -> tuple[float, float]:
+    """Seconds and bytes of the disk a token, after the prompt."""
+    runs = result["runs"]
+    passes = sum(run["read"] for run in runs)
+    if result["way"] == "sirius" and args.aal is not None:
+        periods = sum(run["periods"] for run in runs)
+        tokens = periods * args.aal
+    else:
+        tokens = sum(run["decoded"] for run in runs)
+    return sum(run["seconds"] for run in runs) / tokens, passes / tokens
+
+
+def command(args: argparse.Namespace, prompts: list[list[int]]) -> list[str]:
+    own = [sys.executable, "-m", "benchmarks.tiers", "child", str(args.artifact)]
+    for name in ("way", "limit", "tokens", "answer", "period", "periods", "mode", "threads"):
+        own += [f"--{name}", str(getattr(args, name))]
+    own += ["--context", str(args.context), "--prompts", json.dumps(prompts)]
+    return own + ([] if args.aal is None else ["--aal", str(args.aal)])
+
+
+def whole_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def main() -> int | None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("measure", "child"):
+        own = commands.add_parser(name)
+        own.add_argument("artifact", type=Path)
+        own.add_argument("--limit", type=lambda text: read_size(text, "--limit"), required=True)
+        own.add_argument("--ways", default=",".join(WAYS))
+        own.add_argument("--tokens", type=int, default=3, help="of the dense model")
+        own.add_argument("--answer", type=int, default=128, help="of a real model's answers")
+        own.add_argument("--period", type=whole_or_auto, default=16)
+        own.add_argument("--periods", type=int, default=3)
+        own.add_argument("--mode", default="sirius")
+        own.add_argument("--aal", type=float, help="average advance, where weights are random")
+        own.add_argument("--prompt-tokens", type=int, default=64)
+        own.add_argument("--context", type=int, default=1024)
+        own.add_argument("--threads", type=int, default=2)
+        own.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+        own.add_argument("--prompts", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.command == "child":
+        print(json.dumps(child(args)))
+    else:
+        measure(args)
+    return None
+
+
+if __name__ == "__main__":
+    raise SystemExit(finish("benchmarks.tiers", main))
