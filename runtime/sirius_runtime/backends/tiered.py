@@ -37,7 +37,7 @@ from sirius_runtime.stats import PhaseClock
 from sirius_runtime.tiers.budget import DEFAULT_CONTEXT, cache_bytes, reserve, resident
 from sirius_runtime.tiers.direct_file import DirectFile
 from sirius_runtime.tiers.host_memory import HostMemory
-from sirius_runtime.tiers.placement import PAGE, Block, Needs, Placement, place, room_of
+from sirius_runtime.tiers.placement import PAGE, Block, Needs, Placement, place
 from sirius_runtime.tiers.reads import Reads, Weights, reads_of
 from sirius_runtime.tiers.stream import Load, Pending, Stream, Tier, scheduled
 
@@ -101,6 +101,10 @@ class TieredBackend(EagerBackend):
             places[block] = at + block.start - block.first
             pending.append(tier.fetch(Load(block.first, block.room, block.end - block.first, at)))
             at += block.room
+        for one in pending:
+            one.wait()
+        speed = at / (time.perf_counter() - begin) if at >= _MEASURED else _SPEED
+        self.stream_seconds = placement.bytes_of(FULL) / speed
         schedules = {
             name: scheduled(steps, at, placement.ring) for name, steps in placement.steps.items()
         }
@@ -112,11 +116,6 @@ class TieredBackend(EagerBackend):
                     own[block] = load.place + block.start - block.first
             self._bind(entry, self._reads[name], own, arena, tier)
         self.weights, self._reads = {}, {}
-        for one in pending:
-            one.wait()
-        seconds, size = time.perf_counter() - begin, room_of(placement.held)
-        speed = size / seconds if size >= _MEASURED else _SPEED
-        self.stream_seconds = placement.bytes_of(FULL) / speed
 
     @torch.inference_mode()
     def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ from sirius_runtime.errors import ConfigError
 PAGE = 4096
 """Direct reads begin and end at multiples of it in the file, and in memory."""
 
+_GOLDEN = 0.6180339887498949  # its multiples, less their whole part, are spread evenly
+
 
 class Block(NamedTuple):
     """Bytes [start, end) of the file that hold a weight, or one plane of it."""
@@ -116,9 +118,11 @@ def place(needs: Needs, room: int, *, name: str = "room", extra: int = 0) -> Pla
 def _greedy(needs: Needs, room: int, sign: int) -> Placement:
     """`sign`: -1 where blocks of large steps come first among those that are read as often."""
     reads, steps = needs.reads(), _Steps(needs)
+    in_file = sorted(reads.keys() - needs.pinned, key=lambda one: one.start)
+    # What streams is spread over the layers, so that the stream has work while held ones compute.
+    spread = {one: index * _GOLDEN % 1.0 for index, one in enumerate(in_file)}
     candidates = sorted(
-        reads.keys() - needs.pinned,
-        key=lambda one: (-reads[one], sign * steps.size_of(one), one.start),
+        in_file, key=lambda one: (-reads[one], sign * steps.size_of(one), one.plane, spread[one])
     )
     held, used = set(needs.pinned), room_of(needs.pinned)
     for block in [*candidates, *sorted(needs.rows - reads.keys() - needs.pinned)]:
