@@ -8,9 +8,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
+from sirius_runtime.loading import load
 from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.request import Options
@@ -18,7 +20,9 @@ from sirius_runtime.rules import OPTIONS
 from sirius_runtime.serve.answers import Answer, News
 from sirius_runtime.serve.engine import Capacity, Engine
 from sirius_runtime.serve.metrics import Metrics
+from tests.support.golden_artifacts import unpack
 from tests.support.models import TinyModels
+from tests.support.tiered import tiered
 
 CAPACITY = Capacity(rows=4, queue=64, context=96, period=16, block=8, prefix_bytes=2**20)
 
@@ -132,3 +136,21 @@ def test_tokens_are_those_of_a_run_alone(tiny: TinyModels, method: str) -> None:
             assert told == listener.tokens
             for ours, theirs in zip(listener.logprobs, alone.logprobs[0], strict=True):
                 assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+
+
+def test_weights_that_stream(tmp_path: Path) -> None:
+    """Of a model of which a part stays in memory: the same answers, side by side."""
+    path = unpack("2.0/llama-griffin-nested", tmp_path)
+    plain, (part, _) = load(path), tiered(path)
+    prompts = [[7, 50, 11], [60, 7], [11, 11, 11, 50]]
+    capacity = Capacity(rows=2, queue=8, context=48, period=4, block=8, prefix_bytes=2**20)
+    found = []
+    for model in (plain, part):
+        listeners = [Listener() for _ in prompts]
+        with running(model, capacity) as engine:
+            for prompt, listener in zip(prompts, listeners, strict=True):
+                engine.submit([answer_of(model, prompt, listener, 8, mode="exact", period=4)])
+            for listener in listeners:
+                listener.wait()
+        found.append([listener.tokens for listener in listeners])
+    assert found[0] == found[1]

@@ -107,7 +107,7 @@ def load(
 
     memory_budget: bytes, or a text such as ``6GiB``, that the process may take: what weights don't
     fit stay in the file and are read directly, ahead of the calls that need them, at every pass
-    (docs/offload.md). It leaves room for one row of `context` tokens of prompt and answer, by
+    (docs/offload.md). It leaves room for `rows` rows of `context` tokens of prompt and answer, by
     default 2048. Of backend eager, in the stored dtype. On another device than the CPU it is what
     the device may hold of the model, and the rest waits in the host's memory.
 
@@ -156,7 +156,12 @@ def load(
 
                 check_budgeted(artifact, place, dtype, context)
                 runner = load_tiered(
-                    artifact, device=place, budget=budget, context=context, verify=verify
+                    artifact,
+                    device=place,
+                    budget=budget,
+                    context=context,
+                    rows=rows,
+                    verify=verify,
                 )
             else:
                 runner = make_backend(

@@ -30,11 +30,11 @@ from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.entries import FULL, PERIOD, SPARSE
 from sirius_runtime.errors import GenerationError
 from sirius_runtime.graph import write_code
-from sirius_runtime.request import AUTO_PERIOD, AUTO_WIDTHS, Request
+from sirius_runtime.request import Request
 from sirius_runtime.sizes import cache_slots
 from sirius_runtime.spec import JSON, ProgramSpec
 from sirius_runtime.stats import PhaseClock
-from sirius_runtime.tiers.budget import DEFAULT_CONTEXT, cache_bytes, reserve, resident
+from sirius_runtime.tiers.budget import DEFAULT_CONTEXT, cache_bytes, caches, reserve, resident
 from sirius_runtime.tiers.direct_file import DirectFile
 from sirius_runtime.tiers.host_memory import HostMemory
 from sirius_runtime.tiers.placement import PAGE, Block, Needs, Placement, place
@@ -78,15 +78,16 @@ class TieredBackend(EagerBackend):
     def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(weights)
 
-    def placed(self, budget: int, context: int | None = None) -> tuple[Placement, int]:
+    def placed(
+        self, budget: int, context: int | None = None, rows: int = 1
+    ) -> tuple[Placement, int]:
         """What to hold in a process of `budget` bytes, and the bytes that it takes beside it."""
         program, itemsize = self.program, self.itemsize
         context = context or min(program.model.max_seq_len, DEFAULT_CONTEXT)
         gc.collect()
-        beside = reserve(program, itemsize, context)
+        beside = reserve(program, itemsize, context, rows)
         beside += resident() if self.device.type == "cpu" else 0
-        slots = cache_slots(context, AUTO_PERIOD, max(AUTO_WIDTHS))
-        self.cache_room = cache_bytes(program, itemsize, slots)
+        self.cache_room = caches(program, itemsize, context, rows)
         name = "the memory budget of"
         return place(self.needs, budget - beside, name=name, extra=beside), beside
 
@@ -179,18 +180,20 @@ def load_tiered(
     device: torch.device,
     budget: int,
     context: int | None = None,
+    rows: int = 1,
     verify: bool = True,
 ) -> TieredBackend:
     """The back end of an artifact in a process of at most `budget` bytes.
 
     On the CPU, memory ← disk: the budget is the process's. On another device, its memory ← the
-    host's: the budget is what it may hold of the model. context: as for `load`. verify: hash the
+    host's: the budget is what it may hold of the model. context, rows: as for
+    `load`. verify: hash the
     weights, by one more pass over the file.
 
     Raises ConfigError where the budget is too small, naming the least that works.
     """
     backend, on_cpu = analyse(artifact, device), device.type == "cpu"
-    placement, _ = backend.placed(budget, context)
+    placement, _ = backend.placed(budget, context, rows)
     size = max(placement.memory, PAGE)
     if not on_cpu:
         arena = torch.empty(size, dtype=torch.uint8, device=device)

@@ -189,6 +189,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--copy", action="store_true", help="read the file into memory, do not map it"
     )
     parser.add_argument("--no-verify", action="store_true", help="do not hash the weights at load")
+    parser.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="memory that the process may take (6GiB): weights beyond it are read from the file "
+        "as they are needed",
+    )
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
@@ -209,12 +215,6 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "room for",
     )
     parser.add_argument(
-        "--memory-budget",
-        metavar="SIZE",
-        help="memory that the process may take (6GiB): weights beyond it are read from the file "
-        "as they are needed",
-    )
-    parser.add_argument(
         "--providers", metavar="P,Q", help="onnxruntime: execution providers, the preferred first"
     )
 
@@ -228,6 +228,7 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
         "threads": args.threads,
         "verify": not args.no_verify,
         "copy": args.copy,
+        "memory_budget": args.memory_budget,
     }
 
 
@@ -251,7 +252,6 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
         "backend": args.backend,
         "context": args.context,
         "providers": providers,
-        "memory_budget": args.memory_budget,
     }
 
 

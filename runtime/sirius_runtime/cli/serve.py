@@ -76,20 +76,26 @@ def _run(args: argparse.Namespace) -> None:
             "'sirius-compile[serve]'"
         ) from error
     from sirius_runtime.loading import BackendName, load
+    from sirius_runtime.tiers.budget import DEFAULT_CONTEXT, read_size
 
     for name, value in (("--prefix-cache", args.prefix_cache), ("--timeout", args.timeout)):
         if not 0 <= value < 1e9:
             raise ConfigError(f"{name} must be in 0..1e9, got {value}")
     if args.port > 65535:
         raise ConfigError(f"--port must be in 0..65535, got {args.port}")
-    model = load(backend=BackendName.EAGER, **model_options(args))
+    options, prefix_bytes, longest = model_options(args), int(args.prefix_cache * 1e6), 4096
+    if args.memory_budget is not None:
+        longest = args.context or DEFAULT_CONTEXT
+        budget = read_size(args.memory_budget, "--memory-budget") - prefix_bytes
+        options |= {"memory_budget": max(1, budget), "rows": args.max_rows, "context": longest}
+    model = load(backend=BackendName.EAGER, **options)
     capacity = Capacity(
         rows=args.max_rows,
         queue=args.max_queue,
-        context=args.context or min(4096, model.program.model.max_seq_len),
+        context=args.context or min(longest, model.program.model.max_seq_len),
         period=args.max_period,
         block=args.prefill_chunk,
-        prefix_bytes=int(args.prefix_cache * 1e6),
+        prefix_bytes=prefix_bytes,
     )
     served = make_served(
         model,

@@ -61,22 +61,28 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def caches(program: ProgramSpec, itemsize: int, context: int, rows: int = 1) -> int:
+    """Bytes of K/V of so many rows of `context` tokens and of the largest period."""
+    return cache_bytes(
+        program, itemsize, rows * cache_slots(context, AUTO_PERIOD, max(AUTO_WIDTHS))
+    )
+
+
 def cache_bytes(program: ProgramSpec, itemsize: int, slots: int) -> int:
-    """K/V of so many slots."""
+    """Bytes of K/V of so many slots."""
     state = program.state
     width = state.key_dim + state.value_dim
     return state.layers * state.kv_heads * width * slots * itemsize
 
 
-def reserve(program: ProgramSpec, itemsize: int, context: int) -> int:
-    """Bytes for one row of `context` tokens, and for what the largest step computes.
+def reserve(program: ProgramSpec, itemsize: int, context: int, rows: int = 1) -> int:
+    """Bytes for so many rows of `context` tokens, and for what the largest step computes.
 
     A prompt's chunk holds a few activations of the widest layer in float32. Where it has more
     tokens than the kernels take, a nested matrix is unpacked for it. A period's logits are
     compared in float32.
     """
-    nodes = max(AUTO_PERIOD, program.period.period) * max(program.period.tree_width, 1)
-    slots = cache_slots(context, AUTO_PERIOD, max(AUTO_WIDTHS))
+    nodes = rows * max(AUTO_PERIOD, program.period.period) * max(program.period.tree_width, 1)
     vocabulary = program.model.vocab_size
     matrices = [w for w in program.weights if w.parameter and len(w.shape) > 1]
     inner = [w for w in matrices if vocabulary not in w.shape]
@@ -84,7 +90,7 @@ def reserve(program: ProgramSpec, itemsize: int, context: int) -> int:
     unpacked = max((w.numbers for w in inner if w.nested), default=0) * itemsize
     chunk = min(PREFILL_CHUNK, context)
     return (
-        cache_bytes(program, itemsize, slots)
+        caches(program, itemsize, context, rows)
         + 4 * chunk * widest * 4
         + 2 * unpacked
         + 3 * nodes * vocabulary * 4
