@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +29,15 @@ from sirius_compile import CompileConfig, compile_model
 from sirius_compile.operator_check import tolerance
 from sirius_compile.product import Compiled
 from sirius_compile.shipped.problems import Task, problems
+from sirius_runtime.artifact import Artifact
 from sirius_runtime.backends.cuda_graph import Recordings
 from sirius_runtime.backends.eager import EagerBackend
+from sirius_runtime.backends.tiered import analyse, settle_from_host
 from sirius_runtime.command_line import finish
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.ops import attention, linear, mlp, moe
 from sirius_runtime.spec import Method
+from sirius_runtime.tiers.placement import least_room, place
 
 BOUNDS = {dtype: tolerance(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16)}
 """Bounds of the error by dtype: what rounding may cause (see `sirius_compile.operator_check`)."""
@@ -42,6 +47,7 @@ SHAPES = [
 ]
 """Rows, tokens of a row and width, which determine each operator's sizes."""
 RECORDED = "recorded"
+STREAMED = "streamed"
 NEW = 48
 
 sirius = torch.ops.sirius
@@ -201,7 +207,11 @@ def operator_rows(
 
 
 def behind(backend: str, compiled: Compiled, device: torch.device) -> SiriusModel:
-    """`recorded`: like `cudagraph` without inductor; on the CPU, the same work unrecorded."""
+    """`recorded`: like `cudagraph` without inductor; on the CPU, the same work unrecorded.
+    `streamed`: with as few weights on the device as work, the others in the host's memory.
+    """
+    if backend == STREAMED:
+        return streamed(compiled, device)
     if backend != RECORDED:
         return compiled.to_runtime(device=device, backend=backend)
     model = compiled.to_runtime(device=device)
@@ -209,6 +219,15 @@ def behind(backend: str, compiled: Compiled, device: torch.device) -> SiriusMode
     own = copy.copy(model.backend)
     own.open = Recordings(own, lambda: replay_on(device)).open  # type: ignore[method-assign]
     return SiriusModel(own, model.tokenizer)
+
+
+def streamed(compiled: Compiled, device: torch.device) -> SiriusModel:
+    with tempfile.TemporaryDirectory() as folder:
+        path = compiled.save(Path(folder) / "model.sirius")
+        with Artifact.open(path) as artifact:
+            own = analyse(artifact, device)
+            settle_from_host(own, artifact, place(own.needs, least_room(own.needs)))
+            return SiriusModel(own, compiled.tokenizer())
 
 
 def token_rows(
@@ -259,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     print("| tally-3m, float32 | back end | runs with the CPU's tokens | |\n|" + "---|" * 4)
     show(token_rows(device, methods, ("eager", RECORDED)))
+    show(token_rows(device, methods[:1], (STREAMED,)))
     if device.type == "cuda":
         show(token_rows(device, methods[-1:], ("cudagraph",)))  # a minute of compiling each
     print("\n| operator | dtype | calls | largest error | bound | |\n|" + "---|" * 6)

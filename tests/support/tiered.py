@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from sirius_runtime.artifact import Artifact
-from sirius_runtime.backends.tiered import TieredBackend, analyse
+from sirius_runtime.backends.tiered import TieredBackend, analyse, settle_from_host
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.tiers.direct_file import DirectFile
-from sirius_runtime.tiers.host_memory import HostMemory
 from sirius_runtime.tiers.placement import PAGE, least_room, place, room_of
 
 CPU = torch.device("cpu")
@@ -20,8 +19,8 @@ CPU = torch.device("cpu")
 def tiered(path: Path, share: float = 0.0, *, host: bool = False) -> tuple[SiriusModel, DirectFile]:
     """The model of a file of whose streamable bytes `share` fits, beyond the least that works.
 
-    host: from the host's memory, as for a GPU. The mapping is spoiled once the model is there: what
-    runs may not read it.
+    The mapping is spoiled once the model is there: what runs may not read it. host: from the host's
+    memory, as for a GPU, which is that mapping.
     """
     with Artifact.open(path) as artifact:
         backend = analyse(artifact, CPU)
@@ -32,21 +31,12 @@ def tiered(path: Path, share: float = 0.0, *, host: bool = False) -> tuple[Siriu
         memory = mmap(-1, max(placement.memory, PAGE))
         arena, file = torch.frombuffer(memory, dtype=torch.uint8), DirectFile(artifact.file, memory)
         if host:
-            whole = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-            backend.settle(placement, arena, OnHost(whole, arena, file))
-        else:
-            backend.settle(placement, arena, file)
+            settle_from_host(backend, artifact, placement)
+            return SiriusModel(backend, None, artifact.file), file
+        backend.settle(placement, arena, file)
         for tensor in artifact.weights().values():
             tensor.view(-1).view(torch.uint8).fill_(0x55)
         return SiriusModel(backend, None, artifact.file), file
-
-
-class OnHost(HostMemory):
-    """On a CPU, which gathers rows of embeddings."""
-
-    def __init__(self, source: torch.Tensor, arena: torch.Tensor, file: DirectFile) -> None:
-        super().__init__(source, arena)
-        self.rows = file.rows  # type: ignore[method-assign]
 
 
 def streamed(model: SiriusModel) -> float:

@@ -186,28 +186,35 @@ def load_tiered(
     """The back end of an artifact in a process of at most `budget` bytes.
 
     On the CPU, memory ← disk: the budget is the process's. On another device, its memory ← the
-    host's: the budget is what it may hold of the model. context, rows: as for
-    `load`. verify: hash the
-    weights, by one more pass over the file.
+    host's: the budget is what it may hold of the model. context, rows: as for `load`. verify: hash
+    the weights, by one more pass over the file.
 
     Raises ConfigError where the budget is too small, naming the least that works.
     """
     backend, on_cpu = analyse(artifact, device), device.type == "cpu"
     placement, _ = backend.placed(budget, context, rows)
-    size = max(placement.memory, PAGE)
     if not on_cpu:
-        arena = torch.empty(size, dtype=torch.uint8, device=device)
-        whole = torch.frombuffer(artifact.weight_slots()[0], dtype=torch.uint8)
-        backend.settle(placement, arena, HostMemory(whole, arena))
+        if verify:
+            whole = memoryview(artifact.weight_slots()[0])
+            artifact.check_weights_by(lambda start, end: [whole[start:end]])
+        settle_from_host(backend, artifact, placement)
         return backend
     file = artifact.file
     assert file is not None
-    memory = mmap(-1, size)
+    memory = mmap(-1, max(placement.memory, PAGE))
     tier = DirectFile(file, memory)
     if verify:
         artifact.check_weights_by(tier.chunks)
     backend.settle(placement, torch.frombuffer(memory, dtype=torch.uint8), tier)
     return backend
+
+
+def settle_from_host(backend: TieredBackend, artifact: Artifact, placement: Placement) -> None:
+    """Settles a back end whose slow tier is the host's memory."""
+    size = max(placement.memory, PAGE)
+    arena = torch.empty(size, dtype=torch.uint8, device=backend.device)
+    whole = torch.frombuffer(artifact.weight_slots()[0], dtype=torch.uint8)
+    backend.settle(placement, arena, HostMemory(whole, arena))
 
 
 def analyse(artifact: Artifact, device: torch.device) -> TieredBackend:
