@@ -8,7 +8,15 @@ from torch import Tensor
 from sirius_passes.weight_views import transposed_shape
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.errors import UnsupportedModelError
-from sirius_runtime.nested import GROUP, LARGEST, in_integers, matrix_shape, nest_integers
+from sirius_runtime.kernels import nesting
+from sirius_runtime.nested import (
+    GROUP,
+    LARGEST,
+    in_integers,
+    matrix_shape,
+    nest_integers,
+    nested_shape,
+)
 from sirius_runtime.spec import Layout, WeightSpec
 
 _BLOCK = 2**19  # numbers that are nested at once: 30 bytes each, which caches hold
@@ -27,19 +35,34 @@ def stored_form(spec: WeightSpec, tensor: Tensor) -> Tensor:
         return (tensor.mT if spec.transposed else tensor).contiguous()
     rows_are_inputs = spec.nested is Layout.BY_INPUTS
     matrix = tensor if spec.transposed is rows_are_inputs else tensor.mT
-    largest = float(max(-matrix.min(), matrix.max()))
+    done = nesting.nest(matrix, spec.nested)
+    if done is None:
+        largest = float(max(-matrix.min(), matrix.max()))
+    else:
+        largest = done.largest
     if largest > _MOST:
         raise UnsupportedModelError(
             f"weight {spec.name} holds {largest:g}, which is beyond the scales of nested weights "
             f"({_MOST:g}); leave --weights int8 out"
         )
-    stored = torch.empty(spec.shape, dtype=torch.uint8)
-    outputs, inputs = matrix.shape
-    block = max(1, _BLOCK // inputs // GROUP) * GROUP
+    if done is None or (done.rounded and _are_integers(matrix[: _rows(matrix)])):
+        return _in_blocks(matrix, spec.nested)
+    return done.planes
+
+
+def _rows(matrix: Tensor) -> int:
+    """Of a block, a multiple of 32."""
+    return max(1, _BLOCK // matrix.shape[1] // GROUP) * GROUP
+
+
+def _in_blocks(matrix: Tensor, layout: Layout) -> Tensor:
+    """`matrix` [O, C], nested by torch."""
+    outputs, block = matrix.shape[0], _rows(matrix)
+    stored = torch.empty(nested_shape(*matrix.shape, layout), dtype=torch.uint8)
     for start in range(0, outputs, block):
         end = min(start + block, outputs)
-        planes = nest_integers(*integers_of(matrix[start:end]), spec.nested)
-        if rows_are_inputs:
+        planes = nest_integers(*integers_of(matrix[start:end]), layout)
+        if layout is Layout.BY_INPUTS:
             stored[..., start // 2 : end // 2] = planes
         else:
             stored[:, start:end] = planes
@@ -54,16 +77,32 @@ def integers_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
     largest is 127, as llama.cpp chooses them. Where it does not, other integers are tried, if they
     are what some of the groups were made of.
     """
+    groups, scale = _groups(matrix)
+    if _are_integers(matrix):
+        rounded = _rounded(groups, scale)
+        found = _scales(groups[rounded])
+        scale[rounded] = torch.where(found.isnan(), scale[rounded], found)
+    return in_integers(groups, scale)
+
+
+def _are_integers(matrix: Tensor) -> bool:
+    """Whether the numbers of the first groups that their largest rounds are integers of a scale."""
+    if matrix.dtype is not torch.float32:
+        return False
+    groups, scale = _groups(matrix)
+    tried = groups[_rounded(groups, scale)][:_TRIED]
+    return len(tried) > 0 and not bool(_scales(tried).isnan().any())
+
+
+def _groups(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """[O, C / 32, 32], and a 127th of each group's largest magnitude."""
     groups = matrix.float().unflatten(-1, (-1, GROUP))
-    scale = groups.abs().amax(-1) / LARGEST
-    q, stored = in_integers(groups, scale)
-    if matrix.dtype is torch.float32:
-        rounded = ~_exact(groups, q, stored)
-        if rounded.any() and not _scales(groups[rounded][:_TRIED]).isnan().any():
-            found = _scales(groups[rounded])
-            scale[rounded] = torch.where(found.isnan(), scale[rounded], found)
-            q, stored = in_integers(groups, scale)
-    return q, stored
+    return groups, groups.abs().amax(-1) / LARGEST
+
+
+def _rounded(groups: Tensor, scale: Tensor) -> Tensor:
+    """Whether a group's numbers are rounded with these scales."""
+    return ~_exact(groups, *in_integers(groups, scale))
 
 
 def _scales(groups: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ _SIGNATURES = {
     "sirius_nested_by_inputs": [_I, _P, _F, _I],
     "sirius_nested_mlp": [_I, _P, _I, _N, _I, _F, _I],
     "sirius_unnest": [_I, _P, _P, _I],
+    "sirius_nest": [_I, _P, _I],
     "sirius_activity": [_I, _P, _P, _N, _N, _I],
     "sirius_gated": [_I, _I, _P, _N, _P, _N, _I],
     "sirius_statistic": [_I, _P, _P, _I],

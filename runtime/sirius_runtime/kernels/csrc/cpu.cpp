@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "mlp.h"
+#include "nest.h"
 #include "nested_linear.h"
 #include "operands.h"
 #include "pointwise.h"
@@ -322,6 +323,29 @@ int sirius_unnest(int type, const void* operands, void* to, int threads) {
     if (ids) indices("ids", ids, size_t(own.ids.size[0]), O, "rows");
     unnest_rows<T>(own.weight.nested(), ids, size_t(ids ? own.ids.size[0] : O), size_t(C), (T*)to,
                    bounded(threads));
+  });
+}
+
+// Nests a matrix, whose rows are inputs or outputs, in either layout: to both planes, contiguous.
+int sirius_nest(int type, const void* operands, int threads) {
+  struct Own {
+    Matrix matrix;
+    int64_t rows_are_inputs, by_inputs;
+    void *to, *found;
+  };
+  const auto& own = *static_cast<const Own*>(operands);
+  return with_type(type, [&](auto zero) {
+    typedef decltype(zero) T;
+    const Matrix& given = own.matrix;
+    const int64_t O = own.rows_are_inputs ? given.columns : given.rows;
+    const int64_t C = own.rows_are_inputs ? given.rows : given.columns;
+    some("matrix", "outputs", O), some("matrix", "inputs", C);
+    shaped("matrix", given, {"rows", "columns"}, given.rows, given.columns);
+    nestable("matrix", O, C, own.by_inputs);
+    present("planes", own.to), present("found", own.found);
+    *static_cast<Found*>(own.found) = nest<T>({given.as<T>(), size_t(given.stride), bool(own.rows_are_inputs)},
+                                              own.by_inputs, size_t(O), size_t(C),
+                                              static_cast<uint8_t*>(own.to), bounded(threads));
   });
 }
 

@@ -59,15 +59,20 @@ inline void shaped(const char* operand, const Matrix& has, const char* const (&u
   if (has.stride < 0) refuse(BAD_SIZE, "%s has rows that lie backwards in memory", operand);
 }
 
+// That a matrix of these sizes can be nested.
+inline void nestable(const char* operand, int64_t outputs, int64_t inputs, bool by_inputs) {
+  if (inputs % NEST || (by_inputs && outputs % NEST))
+    refuse(BAD_SIZE, "%s has %lld outputs and %lld inputs, no multiples of 32", operand,
+           (long long)outputs, (long long)inputs);
+}
+
 inline void shaped(const char* operand, const NestedMatrix& has, bool by_inputs, int64_t outputs,
                    int64_t inputs) {
   present(operand, has.at);
   same(operand, "outputs", has.outputs, outputs);
   same(operand, "inputs", has.inputs, inputs);
   between(operand, "planes", has.planes, 1, 2);
-  if (inputs % NEST || (by_inputs && outputs % NEST))
-    refuse(BAD_SIZE, "%s has %lld outputs and %lld inputs, no multiples of 32", operand,
-           (long long)outputs, (long long)inputs);
+  nestable(operand, outputs, inputs, by_inputs);
   if (by_inputs != (has.block > 0)) refuse(BAD_SIZE, "%s is nested in the other layout", operand);
   if (has.plane < 0 || has.row < 0 || has.block < 0)
     refuse(BAD_SIZE, "%s has rows that lie backwards in memory", operand);

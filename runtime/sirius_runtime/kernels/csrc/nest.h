@@ -1,0 +1,116 @@
+// From a matrix to nested weights: what `nested.nest` makes of it, to the bit.
+#pragma once
+
+#include "nested.h"
+
+namespace sirius {
+
+// Numbers [outputs, inputs] as they lie in memory, by rows of outputs or of inputs, `stride` apart.
+template <class T>
+struct Plain {
+  const T* at;
+  size_t stride;
+  bool rows_are_inputs;
+
+  // Those of an output and of 32 inputs from `input` on.
+  void take(size_t output, size_t input, float* to) const {
+    if (rows_are_inputs)
+      for (size_t i = 0; i < NEST; i++) to[i] = to_float(at[(input + i) * stride + output]);
+    else
+      for (size_t i = 0; i < NEST; i++) to[i] = to_float(at[output * stride + input + i]);
+  }
+};
+
+// What was found on the way: groups some of whose numbers are no integer times the scale, and the bits
+// of the largest magnitude.
+struct Found {
+  int64_t rounded = 0;
+  uint32_t largest = 0;
+};
+
+// The codes of 32 numbers, and the bits of their scale without its sign.
+inline uint16_t take_codes(const float* v, uint8_t* codes, Found& found) {
+  uint32_t largest = 0;
+  for (size_t i = 0; i < NEST; i++) largest = std::max(largest, bit_cast<uint32_t>(v[i]) & 0x7fffffff);
+  fp16 scale;
+  round_into(&scale, bit_cast<float>(largest) / 127.0f);
+  const float step = to_float(scale), by = step > 0 ? step : INFINITY;
+  int32_t other = 0;
+  for (size_t i = 0; i < NEST; i++) {
+    const float q = std::max(-128.0f, std::min(127.0f, __builtin_rintf(v[i] / by)));
+    other |= int32_t(q * step != v[i]);
+    codes[i] = uint8_t(int32_t(q) + OFFSET);
+  }
+  found.rounded += other;
+  found.largest = std::max(found.largest, largest);
+  return uint16_t(scale.bits << 1);
+}
+
+// The nibbles of a stored row of `count` codes. This alone knows which two a byte holds.
+inline void pack(const uint8_t* codes, size_t count, uint8_t* high, uint8_t* low) {
+  for (size_t g = 0; g < count / NEST; g++)
+    for (size_t i = 0; i < 16; i++) {
+      const uint8_t first = codes[g * NEST + i], second = codes[g * NEST + 16 + i];
+      high[g * 16 + i] = uint8_t(first >> 4 | (second & 0xf0));
+      low[g * 16 + i] = uint8_t((first & 15) | second << 4);
+    }
+}
+
+// To both planes [2, O, 17 C / 32].
+template <class T>
+void nest_by_outputs(const Plain<T>& from, size_t O, size_t C, uint8_t* to, Found* found, int threads) {
+  constexpr size_t ROWS = 16;  // of a task
+  const size_t row = C / 2 + C / NEST, plane = O * row;
+  parallel((O + ROWS - 1) / ROWS, threads, [&](size_t task) {
+    thread_local Scratch<uint8_t> scratch;
+    uint8_t* codes = scratch.take(C);
+    for (size_t o = task * ROWS; o < std::min(O, (task + 1) * ROWS); o++) {
+      uint8_t *high = to + o * row, *low = high + plane;
+      for (size_t g = 0; g < C / NEST; g++) {
+        float v[NEST];
+        from.take(o, g * NEST, v);
+        const uint16_t scale = take_codes(v, codes + g * NEST, found[task]);
+        high[C / 2 + g] = uint8_t(scale >> 8), low[C / 2 + g] = uint8_t(scale);
+      }
+      pack(codes, C, high, low);
+    }
+  });
+}
+
+// To both planes [2, C / 32, 34, O / 2].
+template <class T>
+void nest_by_inputs(const Plain<T>& from, size_t O, size_t C, uint8_t* to, Found* found, int threads) {
+  const size_t row = O / 2, block = (NEST + 2) * row, plane = C / NEST * block;
+  parallel(C / NEST, threads, [&](size_t task) {
+    thread_local Scratch<uint8_t> scratch;
+    uint8_t* codes = scratch.take(NEST * O);
+    uint8_t *high = to + task * block, *low = high + plane;
+    for (size_t o = 0; o < O; o++) {
+      float v[NEST];
+      uint8_t own[NEST];
+      from.take(o, task * NEST, v);
+      const uint16_t scale = take_codes(v, own, found[task]);
+      for (size_t i = 0; i < NEST; i++) codes[i * O + o] = own[i];
+      const size_t at = (NEST + o % NEST / 16) * row + o / NEST * 16 + o % 16;
+      high[at] = uint8_t(scale >> 8), low[at] = uint8_t(scale);
+    }
+    for (size_t i = 0; i < NEST; i++) pack(codes + i * O, O, high + i * row, low + i * row);
+  });
+}
+
+// Nests it, and says what it found.
+template <class T>
+Found nest(const Plain<T>& from, bool by_inputs, size_t O, size_t C, uint8_t* to, int threads) {
+  thread_local Scratch<Found> scratch;
+  const size_t tasks = by_inputs ? C / NEST : O;
+  Found *all = scratch.take(tasks), whole;
+  std::fill_n(all, tasks, Found());
+  (by_inputs ? nest_by_inputs<T> : nest_by_outputs<T>)(from, O, C, to, all, threads);
+  for (size_t i = 0; i < tasks; i++) {
+    whole.rounded += all[i].rounded;
+    whole.largest = std::max(whole.largest, all[i].largest);
+  }
+  return whole;
+}
+
+}  // namespace sirius

@@ -1,0 +1,52 @@
+"""Nests weights on the CPU: what `nested.nest` makes of a matrix, to the bit."""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sirius_runtime.kernels.arguments import TYPES, check, is_matrix, matrix
+from sirius_runtime.kernels.native import kernels
+from sirius_runtime.nested import Layout, nested_shape
+
+# The structs of ``csrc``: the operands of ``sirius_nest``, and Found.
+_NEST = Struct("=8q")
+_FOUND = Struct("=qfxxxx")
+
+
+class Nesting(NamedTuple):
+    """Both planes, the largest magnitude of the matrix, and the groups that were rounded."""
+
+    planes: Tensor
+    largest: float
+    rounded: int
+
+
+def nest(weight: Tensor, layout: Layout) -> Nesting | None:
+    """Both planes of weight [O, C], a matrix or the transpose of one; None where no kernel serves.
+
+    Raises OperandError for sizes that can't be nested.
+    """
+    if weight.ndim != 2:
+        return None
+    rows_are_inputs = weight.stride(1) != 1
+    stored = weight.t() if rows_are_inputs else weight
+    kind = TYPES.get(weight.dtype)
+    if kind is None or not is_matrix(stored, weight.dtype) or (library := kernels()) is None:
+        return None
+    planes = torch.empty(nested_shape(*weight.shape, layout), dtype=torch.uint8)
+    found = torch.empty(_FOUND.size, dtype=torch.uint8)
+    status = library.sirius_nest(
+        kind,
+        _NEST.pack(
+            *matrix(stored), rows_are_inputs, layout is Layout.BY_INPUTS,
+            planes.data_ptr(), found.data_ptr(),
+        ),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    check(library, status, "nest")
+    rounded, largest = _FOUND.unpack(found.numpy().tobytes())
+    return Nesting(planes, largest, rounded)
