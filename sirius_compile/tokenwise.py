@@ -21,7 +21,6 @@ from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.errors import CalibrationError
 from sirius_runtime.kernels.arguments import MOST_TOKENS
 from sirius_runtime.kernels.native import references
-from sirius_runtime.nested import is_nested
 from sirius_runtime.operators import OPERATORS, Operator
 from sirius_runtime.spec import JSON, ProgramSpec
 from sirius_runtime.tensor_state import TensorState
@@ -47,11 +46,22 @@ class Tokenwise:
         """`documents`: the graphs of the entries `prefill`, `sparse` and `full`."""
         self.spec = spec
         self.backend = EagerBackend(spec, documents, weights, dtype=dtype, device=device)
+        if device.type == "cpu":
+            self._use_our_linears()
         self.graph = self.backend._entries[SPARSE].module.graph
         # In the order of the passes' sites: MLPs, then linears, each in the graph's order.
         rows = {node: row_of(node) for node in self.graph.nodes}
         counted = [node for node, row in rows.items() if row and row.has_threshold]
         self.counted = sorted(counted, key=lambda node: rows[node] is _SPARSE_LINEAR)
+
+    def _use_our_linears(self) -> None:
+        """Of many tokens in 16 bits they take a fraction of torch's time (`ops.products`)."""
+        for entry in self.backend._entries.values():
+            for node in entry.module.graph.find_nodes(
+                op="call_function", target=torch.ops.aten.linear.default
+            ):
+                node.target = torch.ops.sirius.linear.default
+            entry.module.recompile()
 
     @property
     def device(self) -> torch.device:
@@ -246,10 +256,8 @@ def tokenwise(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         elif isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (rows, tokens):
             value = value.reshape(rows * tokens, 1, -1)
         parts.append(value)
-    # The kernels are made for the few rows of a step; with many rows, torch takes half the time. It
-    # has no products of nested weights: their references take several times as long.
-    plain = not any(isinstance(value, Tensor) and is_nested(value) for value in parts)
-    with references() if plain and rows * tokens > MOST_TOKENS else nullcontext():
+    # The kernels are made for the few rows of a step; with many rows, torch takes half the time.
+    with references() if rows * tokens > MOST_TOKENS else nullcontext():
         result = target(*parts, **kwargs)
     if isinstance(result, Tensor):
         return result.reshape(rows, tokens, -1)

@@ -94,9 +94,7 @@ def test_a_stored_weight_is_the_same_without_kernels(layout: Layout, largest: in
 def test_a_large_weight_is_nested_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     require(InstructionSet.PORTABLE)
     monkeypatch.setattr(stored, "_in_blocks", None)
-    spec = WeightSpec(
-        "w", "uint8", nested_shape(O, C, Layout.BY_OUTPUTS), nested=Layout.BY_OUTPUTS
-    )
+    spec = WeightSpec("w", "uint8", nested_shape(O, C, Layout.BY_OUTPUTS), nested=Layout.BY_OUTPUTS)
     assert torch.equal(
         stored_form(spec, numbers(torch.bfloat16)),
         nested.nest(numbers(torch.bfloat16), Layout.BY_OUTPUTS),

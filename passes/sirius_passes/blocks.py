@@ -75,7 +75,7 @@ def cuts(graph: fx.Graph) -> list[fx.Node]:
 
 def head_linear(graph: fx.Graph) -> fx.Node:
     """The linear that makes the logits: the last of the graph."""
-    linears = calls(graph, aten.linear.default)
+    linears = calls(graph, aten.linear.default, sirius.linear.default)
     if not linears:
         raise UnsupportedModelError("the graph has no linear that could make logits")
     return linears[-1]

@@ -36,10 +36,7 @@ def stored_form(spec: WeightSpec, tensor: Tensor) -> Tensor:
     rows_are_inputs = spec.nested is Layout.BY_INPUTS
     matrix = tensor if spec.transposed is rows_are_inputs else tensor.mT
     done = nesting.nest(matrix, spec.nested)
-    if done is None:
-        largest = float(max(-matrix.min(), matrix.max()))
-    else:
-        largest = done.largest
+    largest = float(max(-matrix.min(), matrix.max())) if done is None else done.largest
     if largest > _MOST:
         raise UnsupportedModelError(
             f"weight {spec.name} holds {largest:g}, which is beyond the scales of nested weights "
@@ -57,8 +54,8 @@ def _rows(matrix: Tensor) -> int:
 
 def _in_blocks(matrix: Tensor, layout: Layout) -> Tensor:
     """`matrix` [O, C], nested by torch."""
-    outputs, block = matrix.shape[0], _rows(matrix)
-    stored = torch.empty(nested_shape(*matrix.shape, layout), dtype=torch.uint8)
+    (outputs, inputs), block = matrix.shape, _rows(matrix)
+    stored = torch.empty(nested_shape(outputs, inputs, layout), dtype=torch.uint8)
     for start in range(0, outputs, block):
         end = min(start + block, outputs)
         planes = nest_integers(*integers_of(matrix[start:end]), layout)

@@ -29,6 +29,8 @@ Activations meet nested weights as integers too: see `in_steps`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,7 @@ HALF = GROUP // 2
 LARGEST = 127
 """The largest magnitude of an activation or of a weight as an integer, as in GGUF's Q8_0."""
 
+_BLOCK = 1 << 20  # numbers
 _OFFSET = 128
 _MIDDLE = 8  # of the 16 values that a high nibble stands for
 _MIDDLE_SCALE = 0x80
@@ -171,11 +174,27 @@ def in_steps(x: Tensor) -> Tensor:
     return (q * (largest / LARGEST)).flatten(-2)
 
 
+def in_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Cuts a nested weight: some of its outputs, and the planes of these, which caches hold as
+    numbers.
+    """
+    outputs, inputs = matrix_shape(tuple(weight.shape))
+    rows = max(GROUP, _BLOCK // inputs // GROUP * GROUP)
+    for start in range(0, outputs, rows):
+        end = min(start + rows, outputs)
+        part = weight[:, start:end] if weight.ndim == 3 else weight[..., start // 2 : end // 2]
+        yield slice(start, end), part
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x […, C] through a nested weight, and its bias [O]: […, O], of x's dtype, added up in
     float32.
     """
-    y = torch.nn.functional.linear(
-        in_steps(x), unnest(weight), None if bias is None else bias.float()
-    )
-    return y.to(x.dtype)
+    given = in_steps(x)
+    parts = [
+        torch.nn.functional.linear(
+            given, unnest(part), None if bias is None else bias[own].float()
+        ).to(x.dtype)
+        for own, part in in_blocks(weight)
+    ]
+    return torch.cat(parts, -1)

@@ -23,8 +23,9 @@ from sirius_runtime.kernels.arguments import (
     vector,
 )
 from sirius_runtime.kernels.native import kernels
-from sirius_runtime.nested import Layout, in_steps, is_nested, matrix_shape
+from sirius_runtime.nested import Layout, in_blocks, in_steps, is_nested, matrix_shape
 from sirius_runtime.ops import linear as reference
+from sirius_runtime.ops.products import emulated
 
 MOST_LINEARS = 8
 """Weights that one call takes, as in ``csrc/cpu.cpp``."""
@@ -191,10 +192,17 @@ def _nested_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         done = _nested_by_inputs(x.reshape(1, tokens, C), weight, bias, None)
         if done is not None:
             return done[0].view(*x.shape[:-1], done[0].shape[-1])
-    plain = unnest(weight, x.dtype)
-    if plain is None:
+    if x.dtype not in TYPES or not weight.is_cpu or kernels() is None:
         return reference.linear(x, weight, bias)
-    return F.linear(in_steps(x).to(x.dtype), plain, bias)
+    dtype = torch.float32 if emulated(x.dtype) else x.dtype
+    given = in_steps(x).to(dtype)
+    y = x.new_empty(*x.shape[:-1], matrix_shape(tuple(weight.shape))[0])
+    for own, part in in_blocks(weight):
+        plain = unnest(part, dtype)
+        if plain is None:
+            return reference.linear(x, weight, bias)
+        y[..., own] = F.linear(given, plain, None if bias is None else bias[own].to(dtype))
+    return y
 
 
 def _nested_sparse_linear(

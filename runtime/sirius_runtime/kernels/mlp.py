@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from struct import Struct
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sirius_runtime.kernels.arguments import (
@@ -35,6 +34,7 @@ from sirius_runtime.kernels.linear import linear
 from sirius_runtime.kernels.native import kernels
 from sirius_runtime.nested import Layout, is_nested
 from sirius_runtime.ops import mlp as reference
+from sirius_runtime.ops.linear import linear as plain_linear
 from sirius_runtime.ops.linear import outputs_of
 from sirius_runtime.ops.operands import Mlp, grouped
 
@@ -153,7 +153,7 @@ def _by_torch(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor] | None:
     library, code = kernels(), ACTIVATIONS.get(mlp.act)
     if library is None or code is None or x.dtype not in TYPES or x.device.type != "cpu":
         return None
-    product = linear if is_nested(mlp.gate) else F.linear
+    product = linear if is_nested(mlp.gate) else plain_linear
     z = product(x, mlp.gate, mlp.gate_bias)  # contiguous, and nobody else's
     u = None if mlp.up is None else product(x, mlp.up, mlp.up_bias)
     status = library.sirius_gated(

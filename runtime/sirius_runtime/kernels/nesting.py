@@ -37,7 +37,8 @@ def nest(weight: Tensor, layout: Layout) -> Nesting | None:
     kind = TYPES.get(weight.dtype)
     if kind is None or not is_matrix(stored, weight.dtype) or (library := kernels()) is None:
         return None
-    planes = torch.empty(nested_shape(*weight.shape, layout), dtype=torch.uint8)
+    outputs, inputs = weight.shape
+    planes = torch.empty(nested_shape(outputs, inputs, layout), dtype=torch.uint8)
     found = torch.empty(_FOUND.size, dtype=torch.uint8)
     status = library.sirius_nest(
         kind,

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sirius_runtime import nested
 from sirius_runtime.graph_rules import Array, made, need
 from sirius_runtime.graph_sizes import Size
 from sirius_runtime.nested import Layout, is_nested
+from sirius_runtime.ops.products import product
 from sirius_runtime.ops.rules import (
     counts,
     need_dtype,
@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Where the weight is not nested, graphs say ``aten.linear``; the eager back end runs this in its
     place on the CPU, where a kernel stands behind it.
     """
-    return nested.product(x, weight, bias) if is_nested(weight) else F.linear(x, weight, bias)
+    return nested.product(x, weight, bias) if is_nested(weight) else product(x, weight, bias)
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -69,8 +69,7 @@ def sparse_linear(
     kept = x.float().abs().mean(1, keepdim=True) > threshold
     if is_nested(weight):
         return nested.product(x * kept, weight, bias), kept.sum((1, 2))
-    y = (x * kept) @ weight
-    return y if bias is None else y + bias, kept.sum((1, 2))
+    return product(x * kept, weight.mT, bias), kept.sum((1, 2))
 
 
 def all_channels(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> Tensor:

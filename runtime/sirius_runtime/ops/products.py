@@ -1,0 +1,59 @@
+"""Products of matrices in PyTorch, of 16-bit types too where the CPU has no instructions for them.
+
+There torch emulates them. Weights that are converted to float32 block by block, each while it is in
+a cache, take a fraction of the time. On a Sapphire Rapids guest without avx512_bf16, two threads, a
+weight [8960, 1536] and 360 tokens, in ms:
+
+    bfloat16   torch 186    its transpose 186     by blocks 43    its transpose 53
+    float16    torch 419    its transpose 8,114   by blocks 43    its transpose 48
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 1 << 20
+"""Numbers of a weight that are converted at once: 4 MB of float32."""
+
+_NEEDED = {
+    torch.bfloat16: {"avx512_bf16", "amx_bf16"},
+    torch.float16: {"avx512_fp16", "amx_fp16"},
+}
+"""Flags of /proc/cpuinfo, of which one will do."""
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., C] through a weight [O, C], which may be the transpose of a matrix, and a bias [O]:
+    [..., O], as `torch.nn.functional.linear` has it.
+    """
+    # What only stands for a tensor, as when a compiler traces, is none of our business.
+    if type(x) is not Tensor or x.device.type != "cpu" or not emulated(x.dtype):
+        return F.linear(x, weight, bias)
+    if weight.ndim != 2 or weight.dtype is not x.dtype:
+        return F.linear(x, weight, bias)  # which says what is wrong
+    outputs, wide = weight.shape[0], x.float()
+    y = x.new_empty(*x.shape[:-1], outputs)
+    rows = max(1, BLOCK // max(1, weight.shape[1]))
+    for start in range(0, outputs, rows):
+        end = min(start + rows, outputs)
+        own = None if bias is None else bias[start:end].float()
+        y[..., start:end] = F.linear(wide, weight[start:end].float(), own)
+    return y
+
+
+@functools.cache
+def emulated(dtype: torch.dtype) -> bool:
+    """Whether torch has to do without the CPU's instructions for products of that type."""
+    if dtype not in _NEEDED:
+        return False
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return False
+    flags = next((line.split() for line in lines if line.startswith("flags")), None)
+    return flags is not None and not _NEEDED[dtype] & set(flags)
