@@ -28,6 +28,8 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_is_rounded_once(dtype: torch.dtype, with_bias: bool, transposed: bool) -> None:
+    sizes = [(2, 5, C), (O, C), (O,)]
+    x, weight, bias = (randn(*size, seed=i).to(dtype) for i, size in enumerate(sizes))
     given = weight.t().contiguous().t() if transposed else weight
     y = product(x, given, bias if with_bias else None)
     wanted = F.linear(x.double(), weight.double(), bias.double() if with_bias else None)
