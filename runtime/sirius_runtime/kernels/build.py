@@ -38,6 +38,7 @@ class InstructionSet(StrEnum):
     """What the library is compiled for; the best comes first."""
 
     AVX512_BF16 = "avx512_bf16"
+    AVX512_VNNI = "avx512_vnni"
     AVX512 = "avx512"
     AVX2 = "avx2"
     PORTABLE = "portable"
@@ -45,6 +46,7 @@ class InstructionSet(StrEnum):
 
 _TARGETS = {
     InstructionSet.AVX512_BF16: (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
+    InstructionSet.AVX512_VNNI: (*_AVX512, "-mavx512vnni"),
     InstructionSet.AVX512: _AVX512,
     InstructionSet.AVX2: _AVX2,
     InstructionSet.PORTABLE: (),
@@ -53,6 +55,7 @@ _AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _NEEDED = {  # flags of /proc/cpuinfo
     # Every CPU that has the first of the last two has the second.
     InstructionSet.AVX512_BF16: {*_AVX512_FLAGS, "avx512_bf16", "avx512_vnni"},
+    InstructionSet.AVX512_VNNI: {*_AVX512_FLAGS, "avx512_vnni"},
     InstructionSet.AVX512: _AVX512_FLAGS,
     InstructionSet.AVX2: {"avx2", "fma", "f16c"},
     InstructionSet.PORTABLE: set(),
