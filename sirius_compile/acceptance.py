@@ -28,6 +28,7 @@ LONGEST = 16
 """Tokens of the longest period that is measured; the paper's period."""
 STRIDE = 8  # tokens from one root to the next
 LEAST_DRAFTS = 8  # fewer are not reported
+MOST_DRAFTS = 48  # of a compilation: 700 tokens through the sparse path
 BLOCKS = 24  # drafts in one call
 CONFIDENCES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 PAYS = 0.97
@@ -105,17 +106,21 @@ def measure_drafts(
     *,
     threshold: float,
     temperature: float,
+    most: int | None = None,
     watch: Watch = unwatched,
 ) -> Drafts | None:
-    """Measures drafts as the module's docstring says. None if no sample has two tokens after its
-    prompt.
+    """Measures drafts as the module's docstring says. If there are more than `most`, only every
+    second or third and so on is measured. None if no sample has two tokens after its prompt.
     """
     size = min(LONGEST - 1, max((len(s) - s.prompt for s in text.samples), default=0))
     if size < 2:
         return None
     counts, known = _Counts(path.spec.sparsity), dict[Sample, int]()
     found: list[tuple[Tensor, ...]] = []
-    parts = [(part, chunk) for part in run(path, text) for chunk in _roots(part, size)]
+    step = 1 if most is None else -(-sum(map(len, _roots(text.samples, size))) // most) or 1
+    parts = [
+        (part, chunk) for part in run(path, text) for chunk in _roots(part.samples, size, step)
+    ]
     for part, chunk in each(watch, "measure drafts", parts):
         rows, firsts = zip(*chunk, strict=True)
         roots = [part.samples[row].prompt - 1 + first for row, first in chunk]
@@ -134,13 +139,15 @@ def measure_drafts(
     return Drafts(accepted, exact, confidence, texts, counts.density)
 
 
-def _roots(text: Text, size: int) -> Iterator[list[tuple[int, int]]]:
-    """The row of each draft and the index of its first logits, `BLOCKS` drafts at a time."""
+def _roots(samples: Sequence[Sample], size: int, step: int = 1) -> Iterator[list[tuple[int, int]]]:
+    """The row of each draft and the index of its first logits, `BLOCKS` drafts at a time; of all
+    drafts, every `step`-th.
+    """
     every = [
         (row, first)
-        for row, sample in enumerate(text.samples)
+        for row, sample in enumerate(samples)
         for first in range(0, len(sample) - sample.prompt - size + 1, STRIDE)
-    ]
+    ][::step]
     for start in range(0, len(every), BLOCKS):
         yield every[start : start + BLOCKS]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sirius_compile.acceptance import LEAST_DRAFTS, acceptance_spec, measure_drafts
+from sirius_compile.acceptance import LEAST_DRAFTS, MOST_DRAFTS, acceptance_spec, measure_drafts
 from sirius_compile.allocation import LEAST_KEPT
 from sirius_compile.calibration import Calibration, calibrate
 from sirius_compile.config import DEFAULT_KEEP, CompileConfig, DenseLayers
@@ -65,14 +65,26 @@ class Chooser:
         measured = self._config.measure and self._config.drafts
         if not (calibrated or dense.auto or measured):
             return SparsePath(keep, fixed, None, ())
-        path = self._path(self._try(keep, fixed, None))
-        used, held = self._text(path, not (calibrated or dense.auto))
         chosen = SparsePath(keep, fixed, None, ())
+        if not (calibrated or dense.auto):  # the path that writes the text is the one measured
+            path = self._path(self._try(keep, fixed, None), nest=self._nest)
+            return replace(chosen, acceptance=self._measure(path, self._text(path, True)[1]))
+        path = self._path(self._try(keep, fixed, None))
+        used, held = self._text(path, False)
         if calibrated:
             chosen = replace(chosen, calibration=calibrate(path, used, held, keep, self._watch))
         if dense.auto:
             chosen = self._leave_dense(dense.auto, chosen, used, held)
-        return replace(chosen, acceptance=self._measure(chosen, held)) if measured else chosen
+        if not measured:
+            return chosen
+        if self._nest is not None:
+            # The text stays. Its logits and K/V are to be those of nested weights.
+            held = Text(held.samples)
+            self._loaded.clear()
+        path = self._path(
+            self._try(chosen.keep, chosen.dense_layers, chosen.thresholds), nest=self._nest
+        )
+        return replace(chosen, acceptance=self._measure(path, held))
 
     def _leave_dense(self, layers: int, chosen: SparsePath, used: Text, held: Text) -> SparsePath:
         """The same choice with the `layers` costliest layers dense."""
@@ -88,21 +100,15 @@ class Chooser:
                 calibration = calibration.only(self._others(costly))
         return SparsePath(keep, costly, calibration, ranking)
 
-    def _measure(self, chosen: SparsePath, held: Text) -> AcceptanceSpec | None:
-        """The measured drafts of the chosen path, with weights as they are stored. None if there
-        are too few texts.
-        """
+    def _measure(self, path: Tokenwise, held: Text) -> AcceptanceSpec | None:
+        """The measured drafts of the path. None if there are too few texts."""
         config = self._config
-        program = self._try(chosen.keep, chosen.dense_layers, chosen.thresholds)
-        if self._nest is not None:
-            # The text stays. Its logits and K/V are to be those of nested weights.
-            held = Text(held.samples)
-            self._loaded.clear()
         drafts = measure_drafts(
-            self._path(program, nest=self._nest),
+            path,
             held,
             threshold=config.threshold,
             temperature=config.verify_temperature,
+            most=MOST_DRAFTS,
             watch=self._watch,
         )
         if drafts is None or len(drafts.texts) < LEAST_DRAFTS:

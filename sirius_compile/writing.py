@@ -20,7 +20,7 @@ from sirius_runtime.entries import FULL
 from sirius_runtime.policy import likeliest
 from sirius_runtime.tensor_state import TensorState
 
-CONTINUATION = 48  # new tokens after each prompt
+CONTINUATION = 40  # new tokens after each prompt
 
 
 @dataclass(frozen=True)
