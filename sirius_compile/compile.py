@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,14 @@ from sirius_compile.sparse_path import Chooser
 from sirius_compile.texts import hold_out, read_prompts, read_windows
 from sirius_compile.tokenwise import Tokenwise
 from sirius_compile.watch import Watch, unwatched
+from sirius_compile.workspace import Workspace, fingerprint
 from sirius_compile.writing import Text, write
 from sirius_passes.manager import Pass, run_passes
 from sirius_passes.mixtures import check_method
 from sirius_passes.nest_weights import NestWeights, said
 from sirius_passes.program import Program
 from sirius_passes.sparsify import parameters
-from sirius_passes.stored_form import stored_form
+from sirius_passes.stored_form import is_stored_form, stored_form
 from sirius_passes.tracing import one_at_a_time
 from sirius_runtime.dtypes import dtype_name, dtype_of
 from sirius_runtime.errors import CalibrationError, ConfigError
@@ -48,6 +50,7 @@ from sirius_runtime.loading import find_device
 from sirius_runtime.request import check_tree
 from sirius_runtime.rules import RULES, values
 from sirius_runtime.spec import (
+    JSON,
     AcceptanceSpec,
     DType,
     Method,
@@ -57,6 +60,8 @@ from sirius_runtime.spec import (
     ProgramSpec,
     ToolVersions,
     WeightSpec,
+    from_json,
+    to_json,
 )
 
 __all__ = ["Compiled", "compile_model"]
@@ -65,6 +70,7 @@ Progress = Callable[[str, float], None]
 """Called after each stage with its name and its seconds."""
 Stored = Callable[[WeightSpec], Tensor]
 """Gives the stored form of a weight."""
+_CHOICES = "choices.json"  # in a workspace: the chosen SparsePath
 
 
 @one_at_a_time
@@ -76,19 +82,22 @@ def compile_model(
     dump_graphs: Path | None = None,
     progress: Progress = lambda stage, seconds: None,
     watch: Watch = unwatched,
+    workspace: Workspace | None = None,
 ) -> Compiled:
     """Compiles a shipped model's name, a directory, a hub id or short name, or a model in memory.
 
     `tokenizer`: a transformers tokenizer for a model in memory (others have their own).
     `dump_graphs`: a folder for the graphs before and after each pass. `watch`: shows the progress
-    of calibration. One thread traces at a time. Raises subclasses of UserError, each naming the
+    of calibration. `workspace`: keeps weights that are cast, transposed or nested on disk instead
+    of in memory; the result reads them there, as long as the workspace is entered. One thread
+    traces at a time. Raises subclasses of UserError, each naming the
     thing, the reason and the remedy, for what can't be compiled.
     """
     if dump_graphs is not None:
         _make_folder(dump_graphs)
     warnings: list[str] = []
     source = open_source(model, config, tokenizer, warnings.append)
-    return _Compilation(source, config, dump_graphs, progress, watch, warnings).run()
+    return _Compilation(source, config, dump_graphs, progress, watch, warnings, workspace).run()
 
 
 class _Compilation:
@@ -102,7 +111,9 @@ class _Compilation:
         progress: Progress,
         watch: Watch,
         warnings: list[str],
+        workspace: Workspace | None,
     ) -> None:
+        self._workspace = workspace
         self._source, self._config = source, config
         self._dump, self._progress, self._watch, self._warnings = dump, progress, watch, warnings
         self._method, self._graphs = Method(config.sparsity), Graphs(config.graphs)
@@ -120,6 +131,8 @@ class _Compilation:
     def run(self) -> Compiled:
         """Captures, pairs the paths, chooses what the sparse path keeps, and lays out weights."""
         config = self._config
+        if self._workspace is not None:
+            self._workspace.begin(self._identity())
         captured = self._capture()
         program, stored = captured.program, self._open_weights(captured)
         self._generation, left_out = read_generation(
@@ -176,7 +189,15 @@ class _Compilation:
         for name, spec in program.weights.items():
             if spec.retype:
                 program.update_weight(name, dtype=str(self._dtype))
-        return lambda spec: _materialise(spec, captured, weights)
+        return lambda spec: self._stored(spec, captured, weights)
+
+    def _stored(self, spec: WeightSpec, captured: Capture, weights: WeightSource) -> Tensor:
+        """The stored form of a weight: in the program's dtype and layout."""
+        constant = captured.constants.get(spec.name)
+        tensor = weights.get(spec.name) if constant is None else constant
+        if self._workspace is None or constant is not None or is_stored_form(spec, tensor):
+            return stored_form(spec, tensor)
+        return self._workspace.weight(spec, lambda: stored_form(spec, tensor))
 
     def _check_weights(self, captured: Capture, weights: WeightSource) -> None:
         """Checks every weight, and compares a model in memory with its captured graph."""
@@ -210,13 +231,30 @@ class _Compilation:
                 "drafts were not measured: the model has no tokenizer to read text with"
             )
         with self._stage("calibrate" if self._method.has_thresholds else "choose what to keep"):
-            return Chooser(
+            kept = None if self._workspace is None else self._workspace.recall(_CHOICES)
+            if kept is not None:
+                return from_json(SparsePath, json.loads(kept), _CHOICES)
+            chosen = Chooser(
                 config,
                 dense,
                 lambda path, held_only: self._text(path, dense, held_only),
                 device,
                 self._watch,
             ).choose()
+            if self._workspace is not None:
+                self._workspace.keep(_CHOICES, json.dumps(to_json(chosen)))
+            return chosen
+
+    def _identity(self) -> JSON:
+        """What the choices and the stored weights depend on."""
+        config, source = self._config, self._source
+        calibration = config.calibration
+        return {
+            "options": {field.name: str(getattr(config, field.name)) for field in fields(config)},
+            "model": [[str(path), fingerprint(path)] for path in source.files],
+            "calibration": None if calibration == BUILTIN else fingerprint(Path(calibration)),
+            "versions": to_json(self._tools()),
+        }
 
     def _set_drafting(self, acceptance: AcceptanceSpec | None) -> None:
         """Sets the period and the confidence that are not given to the best measured ones. Warns if
@@ -316,12 +354,13 @@ class _Compilation:
             eos_token_ids=tuple([] if eos is None else [eos] if isinstance(eos, int) else eos),
             pad_token_id=source.generation.pad_token_id,
             passes=self._records,
-            tools=ToolVersions(
-                version("sirius-compile"), torch.__version__, transformers.__version__
-            ),
+            tools=self._tools(),
             generation=self._generation,
             acceptance=self._acceptance,
         )
+
+    def _tools(self) -> ToolVersions:
+        return ToolVersions(version("sirius-compile"), torch.__version__, transformers.__version__)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -338,10 +377,3 @@ def _make_folder(path: Path) -> None:
         raise ConfigError(
             f"--dump-graphs {path}: the folder can't be created ({reason}); give another"
         ) from error
-
-
-def _materialise(spec: WeightSpec, captured: Capture, weights: WeightSource) -> Tensor:
-    """The stored form of a weight: in the program's dtype and layout."""
-    constant = captured.constants.get(spec.name)
-    tensor = weights.get(spec.name) if constant is None else constant
-    return stored_form(spec, tensor)

@@ -69,7 +69,13 @@ def open_gguf(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> 
         exactly=config.nested_bits is not None,
     )
     source = open_live(loaded.model, config, loaded.tokenizer, warn)
-    return replace(source, name=Path(model).name, generation=loaded.generation, dtype=loaded.dtype)
+    return replace(
+        source,
+        name=Path(model).name,
+        generation=loaded.generation,
+        dtype=loaded.dtype,
+        files=(read_path(model),),
+    )
 
 
 def open_files(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> Source | None:
@@ -96,6 +102,7 @@ def open_files(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) ->
         dtype=checkpoint_dtype(source, hf_config),
         trust_remote_code=source.trust_remote_code,
         open_weights=lambda wanted: open_weights(source, hf_config, wanted, warn),
+        files=(source.directory,),
     )
 
 
@@ -158,6 +165,7 @@ def _open_adapted(base: ModelSource, adapter: Adapter, config: CompileConfig, wa
         generation=read_generation_config(base.directory, hf_config, base.name),
         tokenizer_files=tokenizer_files(words),
         prompts=_prompts(base),
+        files=(base.directory, adapter.folder),
     )
 
 

@@ -17,6 +17,7 @@ from sirius_compile.config import Graphs
 from sirius_compile.onnx.package import onnx_files
 from sirius_compile.pipeline import Thresholds, sparsify
 from sirius_compile.ranking import LayerAgreement
+from sirius_compile.watch import Watch, unwatched
 from sirius_passes.manager import Pass
 from sirius_passes.program import Program
 from sirius_runtime.artifact_writer import ArtifactWriter
@@ -25,6 +26,7 @@ from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.graph import to_document
 from sirius_runtime.loading import BackendName, find_device, load, make_backend
 from sirius_runtime.model import SiriusModel
+from sirius_runtime.safetensors_file import size_of
 from sirius_runtime.self_test import choose_tokens, record
 from sirius_runtime.spec import (
     JSON,
@@ -76,9 +78,9 @@ class Compiled:
     graphs: Graphs = Graphs.TORCH
     warnings: tuple[str, ...] = ()
 
-    def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Writes the artifact to `path` (to a temporary name, then renamed). `force`: replace an
-        existing file.
+    def save(self, path: str | Path, *, force: bool = False, watch: Watch = unwatched) -> Path:
+        """Writes the artifact to `path` (to a temporary name, then renamed), a weight at a time.
+        `force`: replace an existing file.
         """
         path = Path(path)
         with ArtifactWriter(path, force=force) as writer:
@@ -92,7 +94,14 @@ class Compiled:
             writer.add_json("generation_config.json", dict(self.generation_config))
             for name, content in self.tokenizer_files.items():
                 writer.add_bytes(f"tokenizer/{name}", content)
-            writer.add_weights(self.spec.weights, self.weights)
+            total = sum(map(size_of, self.spec.weights))
+            with watch.measure("write artifact", total) as done:
+
+                def fetch(spec: WeightSpec) -> Tensor:
+                    done(size_of(spec))
+                    return self.weights(spec)
+
+                writer.add_weights(self.spec.weights, fetch)
             writer.finish(self.spec, self._read_back)
         return path
 

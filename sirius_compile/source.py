@@ -18,7 +18,8 @@ class Source:
     """A model's config, its tokenizer, and a function that opens its weights.
 
     `prompts`: the file of its calibration prompts. `open_weights`: opens the weights that a
-    captured graph reads. `live`: the model itself, if it is in memory.
+    captured graph reads. `live`: the model itself, if it is in memory. `files`: the folders and
+    files that it was read from, none of a model in memory.
     """
 
     name: str
@@ -31,3 +32,4 @@ class Source:
     trust_remote_code: bool
     open_weights: Callable[[Wanted], WeightSource]
     live: PreTrainedModel | None = None
+    files: tuple[Path, ...] = ()

@@ -16,6 +16,10 @@ class Watch(Protocol):
         """A context for work of `total` equal parts; call its value after each part."""
         ...
 
+    def measure(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A context for work on `total` bytes; call its value with the bytes that are done."""
+        ...
+
 
 class Unwatched:
     """Shows nothing."""
@@ -23,6 +27,10 @@ class Unwatched:
     @contextmanager
     def count(self, what: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: None
+
+    @contextmanager
+    def measure(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda done: None
 
 
 unwatched: Watch = Unwatched()

@@ -47,6 +47,16 @@ def stored_form(spec: WeightSpec, tensor: Tensor) -> Tensor:
     return done.planes
 
 
+def is_stored_form(spec: WeightSpec, tensor: Tensor) -> bool:
+    """Whether the checkpoint's tensor is stored as it is."""
+    return (
+        spec.nested is None
+        and not spec.transposed
+        and tensor.dtype is dtype_of(spec.dtype)
+        and tensor.is_contiguous()
+    )
+
+
 def _rows(matrix: Tensor) -> int:
     """Of a block, a multiple of 32."""
     return max(1, _BLOCK // matrix.shape[1] // GROUP) * GROUP

@@ -102,7 +102,7 @@ class NewFile:
         while True:
             self.temporary = self.path.parent / f"{self._stem}{secrets.token_hex(8)}.tmp"
             self.file = self.temporary.open("x+b")
-            if _lock(self.file) and self._is_there():
+            if lock(self.file) and self._is_there():
                 return self
             self.file.close()  # another process took it for one that is left over
 
@@ -140,11 +140,11 @@ class NewFile:
         for other in self.path.parent.iterdir():
             if name.fullmatch(other.name) and other.is_file() and not other.is_symlink():
                 with contextlib.suppress(OSError), other.open("rb") as file:
-                    if _lock(file):
+                    if lock(file):
                         other.unlink()
 
 
-def _lock(file: BinaryIO) -> bool:
+def lock(file: BinaryIO) -> bool:
     """Locks an open file until it is closed; False where another process holds the lock."""
     if sys.platform == "win32":  # where a file that another process has open can't be removed
         return True

@@ -28,6 +28,8 @@ from sirius_runtime.terminal import plain
 
 if TYPE_CHECKING:
     from sirius_compile.product import Compiled
+    from sirius_compile.watch import Watch
+    from sirius_compile.workspace import Workspace
 
 
 def _file_or_builtin(text: str) -> str:
@@ -106,6 +108,9 @@ def compile_artifact(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code of the model's repository.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from what a killed compilation left.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Summary as JSON on stdout.")] = False,
     dump_graphs: Annotated[
@@ -128,6 +133,7 @@ def compile_artifact(
     if model is None or out is None:
         raise ConfigError("a model and --out are needed: sirius-compile MODEL --out FILE")
     from sirius_compile.report import summarise
+    from sirius_compile.workspace import Workspace
     from sirius_runtime.artifact_writer import ArtifactWriter
     from sirius_runtime.loading import find_device
 
@@ -170,10 +176,12 @@ def compile_artifact(
     ArtifactWriter(out, force=force)
     find_device(device)
     start = time.perf_counter()
-    compiled = _compiled(model, config, dump_graphs, expect_graphs)
-    begin = time.perf_counter()
-    compiled.save(out, force=force)
-    _progress("write artifact", time.perf_counter() - begin)
+    watch = bar()
+    with Workspace(out, resume=resume, tell=_note) as workspace:
+        compiled = _compiled(model, config, dump_graphs, expect_graphs, watch, workspace)
+        begin = time.perf_counter()
+        compiled.save(out, force=force, watch=watch)
+        _progress("write artifact", time.perf_counter() - begin)
     for warning in compiled.warnings:
         tell(f"sirius-compile: warning: {plain(warning)}")
     summary = summarise(compiled, out, time.perf_counter() - start)
@@ -184,14 +192,29 @@ def compile_artifact(
 
 
 def _compiled(
-    model: str, config: CompileConfig, dump: Path | None, expect: Path | None
+    model: str,
+    config: CompileConfig,
+    dump: Path | None,
+    expect: Path | None,
+    watch: Watch,
+    workspace: Workspace,
 ) -> Compiled:
     """Compiles. `dump`: a folder to write the graphs to; `expect`: one of the graphs expected."""
     from sirius_compile.compile import compile_model
     from sirius_compile.guard import compare_graphs, read_graphs
 
+    def run(dump: Path | None) -> Compiled:
+        return compile_model(
+            model,
+            config,
+            dump_graphs=dump,
+            progress=_progress,
+            watch=watch,
+            workspace=workspace,
+        )
+
     if expect is None:
-        return compile_model(model, config, dump_graphs=dump, progress=_progress, watch=bar())
+        return run(dump)
     expected = read_graphs(expect)
     if dump is not None and dump.resolve() == expect.resolve():
         raise ConfigError(
@@ -200,7 +223,7 @@ def _compiled(
         )
     with tempfile.TemporaryDirectory() as scratch:
         found = dump or Path(scratch)
-        compiled = compile_model(model, config, dump_graphs=found, progress=_progress, watch=bar())
+        compiled = run(found)
         compare_graphs(expect, expected, found)
     tell(f"{'graphs as expected':28} {len(expected)} compared")
     return compiled
@@ -250,6 +273,10 @@ def _say_table(table: Table) -> None:
     )
     console.print(table)
     say(text.getvalue(), end="")
+
+
+def _note(message: str) -> None:
+    tell(f"sirius-compile: {plain(message)}")
 
 
 def _progress(stage: str, seconds: float) -> None:

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 from sirius_compile.watch import Watch, unwatched
@@ -26,17 +29,29 @@ class Bar:
 
     @contextmanager
     def count(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+        with self._bar(what, total, MofNCompleteColumn()) as advance:
+            yield lambda: advance(1)
+
+    @contextmanager
+    def measure(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        with self._bar(what, total, DownloadColumn(), TransferSpeedColumn()) as advance:
+            yield advance
+
+    @contextmanager
+    def _bar(
+        self, what: str, total: int, *amounts: ProgressColumn
+    ) -> Iterator[Callable[[int], None]]:
         columns = (
             TextColumn("{task.description:28}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            *amounts,
             TimeElapsedColumn(),
             TextColumn("left:"),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._console, transient=True) as progress:
             task = progress.add_task(what, total=total)
-            yield lambda: progress.advance(task)
+            yield lambda done: progress.advance(task, done)
 
 
 def bar() -> Watch:

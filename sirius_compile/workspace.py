@@ -1,0 +1,191 @@
+"""What a compilation keeps on disk while it runs: weights in their stored form, and its choices.
+
+A folder `.NAME.<16 hex digits>.work` beside the artifact NAME. Weights that are cast, transposed or
+nested are written there once, and mapped by all that read them later: no copy is held in memory. A
+process locks its folder while it runs. The folders of killed processes are removed by the next
+compilation of the same artifact; with `--resume` it takes one over, if that was begun with the same
+options, files and versions. A file has its name once all of it is written, so what is there is
+whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+from sirius_runtime.dtypes import dtype_of
+from sirius_runtime.errors import ArtifactError, ConfigError, SiriusError, UserError
+from sirius_runtime.new_file import check_target, lock
+from sirius_runtime.safetensors_file import size_of
+from sirius_runtime.spec import JSON, WeightSpec
+
+_NAME_KEPT = 50  # characters of the artifact's name in the folder's, which has a limit too
+_LOCK, _IDENTITY = "lock", "identity.json"
+
+
+class Workspace:
+    """The folder of one compilation. Leaving the block removes it, unless the compilation was
+    interrupted or a disk was full: then `--resume` goes on from it.
+    """
+
+    folder: Path
+
+    def __init__(
+        self,
+        target: Path,
+        *,
+        resume: bool = False,
+        tell: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """`target`: the artifact's path. `tell`: is told what was found and what is done with it.
+
+        Raises ConfigError if `target` is no place for a file.
+        """
+        check_target(target)
+        self._target, self._resume, self._tell = target, resume, tell
+        self._stem = f".{target.name[:_NAME_KEPT]}."
+        self._lock: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock is None:
+            return
+        full = isinstance(error, WorkspaceError | ArtifactError)
+        if error is None or (isinstance(error, SiriusError) and not full):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+        self._lock = None
+
+    def begin(self, identity: JSON) -> None:
+        """Takes over a folder of a killed compilation with this identity, or makes a new one.
+
+        Raises ConfigError if the folder to resume from is of another compilation.
+        """
+        text = json.dumps(identity, sort_keys=True)
+        for folder, opened in self._left_over():
+            if self._resume and self._lock is None:
+                self._take_over(folder, opened, text)
+                continue
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            shutil.rmtree(folder, ignore_errors=True)
+            opened.close()
+            hint = "" if self._resume else "; --resume goes on from such files"
+            self._tell(f"removed {size / 1e6:,.0f} MB that a killed compilation left{hint}")
+        if self._lock is not None:
+            return
+        if self._resume:
+            self._tell("--resume: no killed compilation of this artifact left anything; beginning")
+        with self._disk_faults():
+            self.folder = self._target.parent / f"{self._stem}{secrets.token_hex(8)}.work"
+            self.folder.mkdir()
+            self._lock = (self.folder / _LOCK).open("xb")
+            lock(self._lock)
+        self.keep(_IDENTITY, text)
+
+    def _take_over(self, folder: Path, opened: BinaryIO, identity: str) -> None:
+        try:
+            found = (folder / _IDENTITY).read_text()
+        except FileNotFoundError:  # killed before anything was done
+            found = identity
+        if found != identity:
+            opened.close()
+            raise ConfigError(
+                f"--resume: the killed compilation of {self._target} had other options, files or "
+                f"versions ({_differences(found, identity)}). Give the same, or leave --resume out"
+            )
+        self.folder, self._lock = folder, opened
+        self.keep(_IDENTITY, identity)
+        done = sum(1 for path in folder.iterdir() if path.suffix == ".weight")
+        self._tell(f"--resume: {done} weights are stored already")
+
+    def _left_over(self) -> Iterator[tuple[Path, BinaryIO]]:
+        """The folders that no living process has locked, each with its lock, now ours."""
+        name = re.compile(re.escape(self._stem) + r"[0-9a-f]{16}\.work")
+        for folder in sorted(self._target.parent.iterdir()):
+            if not name.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+                continue
+            with contextlib.suppress(OSError):
+                opened = (folder / _LOCK).open("ab")
+                if lock(opened):
+                    yield folder, opened
+                else:
+                    opened.close()
+
+    def keep(self, name: str, text: str) -> None:
+        """Writes a small file, whole or not at all."""
+        self._write(name, text.encode())
+
+    def recall(self, name: str) -> str | None:
+        """What was kept under this name, if it was."""
+        try:
+            return (self.folder / name).read_text()
+        except FileNotFoundError:
+            return None
+
+    def weight(self, spec: WeightSpec, make: Callable[[], Tensor]) -> Tensor:
+        """The stored form of a weight, mapped from its file. `make` gives it the first time."""
+        size = size_of(spec)
+        if size == 0:
+            return make()
+        key = repr((spec.name, spec.dtype, spec.shape, spec.transposed, spec.nested))
+        name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.weight"
+        path = self.folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            flat = make().contiguous().view(-1).view(torch.uint8)
+            self._write(name, flat.numpy().data)
+            del flat
+        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        return mapped.view(dtype_of(spec.dtype)).view(spec.shape)
+
+    def _write(self, name: str, content: bytes | memoryview) -> None:
+        part = self.folder / "part"
+        with self._disk_faults():
+            with part.open("wb") as file:
+                file.write(content)
+            part.replace(self.folder / name)
+
+    @contextlib.contextmanager
+    def _disk_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise WorkspaceError(
+                f"{self._target.parent} can't hold what compiling {self._target.name} keeps there "
+                f"({error.strerror or error}). Up to the artifact's size is needed twice. Free "
+                "some space and go on with --resume, or write to a folder where you may"
+            ) from error
+
+
+class WorkspaceError(UserError):
+    """The folder beside the artifact can't be written to, with the reason."""
+
+
+def _differences(one: str, other: str) -> str:
+    """The names of what differs between two identities."""
+    found, wanted = json.loads(one), json.loads(other)
+    names = [name for name in wanted if found.get(name) != wanted[name]]
+    return ", ".join(names) or "others"
+
+
+def fingerprint(folder: Path) -> JSON:
+    """Names, sizes and times of change of a folder's files, or of one file."""
+    files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.is_file())
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
