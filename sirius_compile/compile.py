@@ -184,6 +184,9 @@ class _Compilation:
         program = captured.program
         with self._stage("open weights"):
             weights = self._source.open_weights(captured.wanted)
+        if self._workspace is not None:
+            held = [p for path in self._source.files for p in path.glob("*.safetensors")]
+            self._workspace.bound(_bytes(program, dtype_of(self._dtype)), held)
         with self._stage("check weights"):
             self._check_weights(captured, weights)
         for name, spec in program.weights.items():
@@ -377,3 +380,11 @@ def _make_folder(path: Path) -> None:
         raise ConfigError(
             f"--dump-graphs {path}: the folder can't be created ({reason}); give another"
         ) from error
+
+
+def _bytes(program: Program, dtype: torch.dtype) -> int:
+    """Of the weights, in the program's dtype."""
+    return sum(
+        (dtype if spec.retype else dtype_of(spec.dtype)).itemsize * spec.numbers
+        for spec in program.weights.values()
+    )

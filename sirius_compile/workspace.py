@@ -16,7 +16,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -24,6 +24,7 @@ from typing import BinaryIO, Self
 import torch
 from torch import Tensor
 
+from sirius_compile.resident import LARGE, SHARE, bounded
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.errors import ArtifactError, ConfigError, SiriusError, UserError
 from sirius_runtime.new_file import check_target, lock
@@ -56,6 +57,7 @@ class Workspace:
         self._target, self._resume, self._tell = target, resume, tell
         self._stem = f".{target.name[:_NAME_KEPT]}."
         self._lock: BinaryIO | None = None
+        self._bounds = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         return self
@@ -66,6 +68,7 @@ class Workspace:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._bounds.close()
         if self._lock is None:
             return
         full = isinstance(error, WorkspaceError | ArtifactError)
@@ -129,6 +132,15 @@ class Workspace:
                 else:
                     opened.close()
 
+    def bound(self, weights: int, files: Sequence[Path]) -> None:
+        """From here on, if there are many bytes of `weights`, bounds the pages that are resident
+        of the mapped `files`, of this folder's and of the artifact's.
+        """
+        if weights > LARGE:
+            own = f"{self._target.parent.resolve()}/{self._stem}"
+            paths = [own, *(str(path.resolve()) for path in files)]
+            self._bounds.enter_context(bounded(paths, int(SHARE * weights)))
+
     def keep(self, name: str, text: str) -> None:
         """Writes a small file, whole or not at all."""
         self._write(name, text.encode())
@@ -185,7 +197,12 @@ def _differences(one: str, other: str) -> str:
     return ", ".join(names) or "others"
 
 
-def fingerprint(folder: Path) -> JSON:
-    """Names, sizes and times of change of a folder's files, or of one file."""
-    files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.is_file())
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+def fingerprint(path: Path) -> JSON:
+    """Names, sizes and times of change of a folder's files, or of one file; None if it is not
+    there, of which others complain.
+    """
+    try:
+        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+        return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    except OSError:
+        return None

@@ -21,6 +21,8 @@ from sirius_runtime.policy import likeliest
 from sirius_runtime.tensor_state import TensorState
 
 CONTINUATION = 40  # new tokens after each prompt
+LARGE = 1_000_000_000  # parameters, of a model that takes a second for a few tokens of each prompt
+FEW, FEW_HELD = 12, 8  # prompts that it continues; if nothing is calibrated
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,14 @@ def write(
 ) -> tuple[Text, Text]:
     """Greedy continuations of the prompts by the full path: the calibration text, and the held-out
     text (every fourth prompt) with its logits. `held_only`: hold out all prompts, if nothing is
-    calibrated.
+    calibrated. A large model continues the shortest prompts only.
     """
+    model = path.spec.model
+    if model.parameters > LARGE:
+        prompts = _shortest(prompts, FEW_HELD if held_only else FEW)
     held, used = list(prompts[3::4]), [p for i, p in enumerate(prompts) if i % 4 < 3]
     if held_only:
         held, used = list(prompts), []
-    model = path.spec.model
     new_tokens = max(1, min(new_tokens, model.max_seq_len // 2))
     given = [tuple(prompt[: model.max_seq_len - new_tokens]) for prompt in (*used, *held)]
     state = TensorState(path.backend, len(given), max(map(len, given)) + new_tokens)
@@ -135,6 +139,12 @@ def write(
         return Text(tuple(samples[first:end]), caches.rows(first, end), logits, own)
 
     return part(0, len(used), None), part(len(used), len(given), torch.stack(logits, 1))
+
+
+def _shortest(prompts: Sequence[Sequence[int]], most: int) -> list[Sequence[int]]:
+    """The `most` shortest of the prompts, in their order: all are padded to the longest."""
+    chosen = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))[:most]
+    return [prompts[i] for i in sorted(chosen)]
 
 
 def _until(tokens: Sequence[int], ends: Collection[int]) -> list[int]:
