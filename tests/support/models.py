@@ -208,7 +208,7 @@ def bound_weights(model: SiriusModel, entry: str) -> dict[str, Tensor]:
     """
     bound = model.backend._entries[entry]  # type: ignore[attr-defined]
     nodes = [node for node in bound.module.graph.nodes if node.op == "placeholder"]
-    pairs = zip(nodes, bound._arguments, strict=True)
+    pairs = zip(nodes, bound.bound, strict=True)
     return {
         node.meta.get("weight", node.name): tensor for node, tensor in pairs if tensor is not None
     }
