@@ -45,7 +45,7 @@ def test_a_newer_minor_version_fits_it() -> None:
 
 
 FAULTS: list[tuple[str, JSON, str]] = [
-    ("format_version.0", 3, "format_version[0]"),
+    ("format_version.0", 2, "format_version[0]"),
     ("format_version", [1], "format_version"),
     ("program.model.max_seq_len", 0, "program.model.max_seq_len"),
     ("program.model.max_seq_len", 2**40, "program.model.max_seq_len"),

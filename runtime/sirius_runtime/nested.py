@@ -15,14 +15,16 @@ from s by at most 1/16.
 
 Two layouts, both uint8, the planes first; P is 2, or 1 of the high plane alone:
 
-    by outputs   [P, O, 17 C / 32]       a row an output: the nibbles of its groups, 16 bytes each,
-                                         then a byte of each group's scale
+    by outputs   [P, O, 17 C / 32]       a row an output: the nibbles of its groups, then a byte of
+                                         each group's scale
     by inputs    [P, C / 32, 34, O / 2]  32 inputs: a row of nibbles each, then two rows of scales,
                                          of one byte an output
 
-A byte of nibbles holds numbers i (its low nibble) and i + 16 (its high one) of 32 neighbours in the
-row. By inputs, of 32 neighbouring outputs, the scales of the first 16 are in the first of the two
-rows, and of the others in the second: cutting the last dimension cuts outputs.
+A byte of nibbles holds numbers i (its low nibble) and i + 16 (its high one) of 32 neighbours in
+the row. By outputs, the bytes of up to 16 neighbouring groups lie abreast: bytes 0 to 3 of each of
+them, then bytes 4 to 7, 8 to 11 and 12 to 15, so that a vector instruction works on 16 groups, a
+lane each. By inputs, of 32 neighbouring outputs, the scales of the first 16 are in the first of the
+two rows, and of the others in the second: cutting the last dimension cuts outputs.
 
 Activations meet nested weights as integers too: see `in_steps`.
 """
@@ -43,6 +45,10 @@ HALF = GROUP // 2
 LARGEST = 127
 """The largest magnitude of an activation or of a weight as an integer, as in GGUF's Q8_0."""
 
+ABREAST = 16
+"""Groups whose nibbles are side by side in a row by outputs."""
+
+_WORD = 4  # bytes of a group that follow one another there
 _BLOCK = 1 << 20  # numbers
 _OFFSET = 128
 _MIDDLE = 8  # of the 16 values that a high nibble stands for
@@ -121,7 +127,21 @@ def _packed(codes: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     pairs = codes.unflatten(dim, (-1, 2, HALF))
     first, second = (pairs.select(dim - 1 if dim else 1, half) for half in (0, 1))
     high, low = first >> 4 | second & 0xF0, first & 15 | second << 4
-    return (high.flatten(-2), low.flatten(-2)) if dim else (high.flatten(0, 1), low.flatten(0, 1))
+    if dim == 0:
+        return high.flatten(0, 1), low.flatten(0, 1)
+    return _abreast(high.flatten(-2)), _abreast(low.flatten(-2))
+
+
+def _abreast(rows: Tensor, back: bool = False) -> Tensor:
+    """Bytes of rows by outputs [..., C / 2], from group after group to groups abreast, or back."""
+    whole = rows.shape[-1] // (HALF * ABREAST) * (HALF * ABREAST)
+    found = []
+    for part in rows.split([whole, rows.shape[-1] - whole], -1):
+        if part.shape[-1]:
+            sizes = (min(ABREAST, part.shape[-1] // HALF), HALF // _WORD)
+            stored = part.unflatten(-1, (-1, *(reversed(sizes) if back else sizes), _WORD))
+            found.append(stored.transpose(-3, -2).flatten(-4))
+    return torch.cat(found, -1)
 
 
 def _stored(nested: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,6 +152,7 @@ def _stored(nested: Tensor) -> tuple[Tensor, Tensor]:
     if by_outputs:
         inputs = matrix_shape(tuple(nested.shape))[1]
         packed, scales = nested.split([inputs // 2, inputs // GROUP], -1)
+        packed = _abreast(packed, back=True)
     else:
         packed, halves = nested.split([GROUP, 2], 2)
         scales = halves.unflatten(-1, (-1, HALF)).movedim(2, 3).flatten(2)

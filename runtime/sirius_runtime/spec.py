@@ -24,7 +24,7 @@ FORMAT_VERSION = (1, 1)
 """Major: readers refuse those that they do not know. Minor: additions that old readers ignore
 (docs/format.md says what each added).
 """
-NESTED_FORMAT_VERSION = (2, 0)
+NESTED_FORMAT_VERSION = (3, 0)
 """Of an artifact that holds nested weights; others stay readable for older readers."""
 KNOWN_MAJORS = (FORMAT_VERSION[0], NESTED_FORMAT_VERSION[0])
 

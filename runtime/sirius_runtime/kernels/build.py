@@ -53,7 +53,7 @@ _TARGETS = {
 }
 _AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _NEEDED = {  # flags of /proc/cpuinfo
-    # Every CPU that has the first of the last two has the second.
+    # Every CPU that has the first of the last two has the second, but not the other way round.
     InstructionSet.AVX512_BF16: {*_AVX512_FLAGS, "avx512_bf16", "avx512_vnni"},
     InstructionSet.AVX512_VNNI: {*_AVX512_FLAGS, "avx512_vnni"},
     InstructionSet.AVX512: _AVX512_FLAGS,

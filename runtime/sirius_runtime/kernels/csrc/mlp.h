@@ -1,7 +1,7 @@
 // MLPs at few tokens: down(act(gate x) * up x), of all neurons or of each row's own.
 //
 // Neurons are taken in chunks. A chunk's gate, up and down rows are read one after the other by one
-// thread, so what lies between is 64 neurons wide and never leaves its cache, and a neuron that a
+// thread, so what lies between is a chunk wide and never leaves its cache, and a neuron that a
 // row leaves out is never read.
 #pragma once
 
@@ -12,11 +12,10 @@
 
 namespace sirius {
 
-constexpr size_t CHUNK = 64;       // neurons
-
 // How an MLP reads weights of its activations' own type.
 template <class T>
 struct PlainWeights {
+  static constexpr size_t CHUNK = 64;  // neurons
   typedef X<T> Unit;  // of activations, as products take them
   typedef PlainSums<T> Order;
   struct Matrix {  // [I, C], rows the stride apart; or null
@@ -28,7 +27,7 @@ struct PlainWeights {
 
   static size_t room(size_t N, size_t C) { return inputs(N, C).size(); }
   template <class Row>
-  static void take(const Row& row, size_t N, size_t C, Unit* to) { take_activations<T>(row, N, C, to); }
+  static void take(const Row& row, size_t N, size_t C, Unit* to, int) { take_activations<T>(row, N, C, to); }
 
   // Rows `first + live[j]`, that a product reads or that are read after those of one.
   struct Rows {
@@ -65,6 +64,7 @@ struct PlainWeights {
 // How it reads nested ones: gate and up by outputs, down by inputs.
 template <class T>
 struct NestedWeights {
+  static constexpr size_t CHUNK = 256;  // many, since each chunk's sums of all outputs come by
   typedef Step Unit;
   typedef NestedSums Order;
   struct Matrix : Nested {
@@ -75,7 +75,9 @@ struct NestedWeights {
 
   static size_t room(size_t N, size_t C) { return N * steps_of(C); }
   template <class Row>
-  static void take(const Row& row, size_t N, size_t C, Unit* to) { take_steps<T>(row, N, C, to); }
+  static void take(const Row& row, size_t N, size_t C, Unit* to, int threads) {
+    take_steps<T>(row, N, C, to, threads);
+  }
 
   struct Rows {  // rows that are read next are not asked for
     Rows() = default;
@@ -122,6 +124,7 @@ struct Mlp {
   typedef typename Weights::Unit Unit;
   typedef typename Weights::Matrix Matrix;
   typedef typename Weights::Rows Rows;
+  static constexpr size_t CHUNK = Weights::CHUNK;
 
   size_t B, N, C, I;  // rows, tokens of each, channels, neurons
   const T* x;         // [B, N, C]
@@ -146,7 +149,7 @@ struct Mlp {
     const size_t row = Weights::room(N, C);
     Unit* own = activation_scratch.take(B * row);
     for (size_t b = 0; b < B; b++)
-      Weights::take([&](size_t n) { return x + (b * N + n) * C; }, N, C, own + b * row);
+      Weights::take([&](size_t n) { return x + (b * N + n) * C; }, N, C, own + b * row, threads);
     activations = own;
     if (neurons || keep) {
       uint8_t* mask = mask_scratch.take(B * I);

@@ -47,12 +47,14 @@ inline uint16_t take_codes(const float* v, uint8_t* codes, Found& found) {
 }
 
 // The nibbles of a stored row of `count` codes. This alone knows which two a byte holds.
+template <bool BY_OUTPUTS>
 inline void pack(const uint8_t* codes, size_t count, uint8_t* high, uint8_t* low) {
   for (size_t g = 0; g < count / NEST; g++)
     for (size_t i = 0; i < 16; i++) {
       const uint8_t first = codes[g * NEST + i], second = codes[g * NEST + 16 + i];
-      high[g * 16 + i] = uint8_t(first >> 4 | (second & 0xf0));
-      low[g * 16 + i] = uint8_t((first & 15) | second << 4);
+      const size_t at = BY_OUTPUTS ? byte_of(g, i, count / NEST) : g * 16 + i;
+      high[at] = uint8_t(first >> 4 | (second & 0xf0));
+      low[at] = uint8_t((first & 15) | second << 4);
     }
 }
 
@@ -72,7 +74,7 @@ void nest_by_outputs(const Plain<T>& from, size_t O, size_t C, uint8_t* to, Foun
         const uint16_t scale = take_codes(v, codes + g * NEST, found[task]);
         high[C / 2 + g] = uint8_t(scale >> 8), low[C / 2 + g] = uint8_t(scale);
       }
-      pack(codes, C, high, low);
+      pack<true>(codes, C, high, low);
     }
   });
 }
@@ -94,7 +96,7 @@ void nest_by_inputs(const Plain<T>& from, size_t O, size_t C, uint8_t* to, Found
       const size_t at = (NEST + o % NEST / 16) * row + o / NEST * 16 + o % 16;
       high[at] = uint8_t(scale >> 8), low[at] = uint8_t(scale);
     }
-    for (size_t i = 0; i < NEST; i++) pack(codes + i * O, O, high + i * row, low + i * row);
+    for (size_t i = 0; i < NEST; i++) pack<false>(codes + i * O, O, high + i * row, low + i * row);
   });
 }
 

@@ -15,7 +15,6 @@
 namespace sirius {
 
 constexpr size_t NEST = 32;       // inputs that share a scale
-constexpr size_t LANES = W / 4;   // groups whose nibbles fill a vector of a plane
 constexpr int OFFSET = 128;       // of a code from its integer
 
 typedef int32_t Ints __attribute__((vector_size(W * 4)));
@@ -98,8 +97,14 @@ inline Pair codes_of(Codes high, Codes low) {
 
 // Scales of upper and lower bytes in the lanes: fp16 without its sign, shifted to the left by one.
 inline Floats scales_of(Words upper, Words lower) {
+#if defined(__AVX512F__)
+  // Multiplying, as below, would take a hundred cycles wherever a scale is a denormal.
+  const Words half = (upper << 7) | (lower >> 1);
+  return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)half));
+#else
   const Words bits = (upper << 20) | (lower << 12);
   return (Floats)bits * bit_cast<float>(uint32_t(239) << 23);  // 2^112: of the exponents' biases
+#endif
 }
 
 inline float scale_of(uint8_t upper, uint8_t lower) {
@@ -121,31 +126,19 @@ inline Words bytes_as_words(const uint8_t* p, size_t n) {
 #endif
 }
 
-// Lane i of the result is lane `first + i / 4` of v.
-inline Floats spread(Floats v, int first) {
-#if defined(__AVX512F__)
-  const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  return (Floats)_mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(first)), (__m512)v);
-#elif defined(__AVX2__)
-  const __m256i lanes = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
-  return (Floats)_mm256_permutevar8x32_ps((__m256)v, _mm256_add_epi32(lanes, _mm256_set1_epi32(first)));
-#else
-  Floats own;
-  for (int i = 0; i < W; i++) own[i] = v[first + i / 4];
-  return own;
-#endif
-}
-
 // 32 numbers as integers of at most 127 times a scale, which it returns: that of
 // `nested.in_steps`. Not a number where one of them is none or infinite. total: the sum of q.
-template <class Get>
-inline float in_steps(const Get& number, int8_t* q, int& total) {
-  float v[NEST];
-  uint32_t largest = 0;
-  for (size_t i = 0; i < NEST; i++) {
-    v[i] = number(i);
-    largest = std::max(largest, bit_cast<uint32_t>(v[i]) & 0x7fffffff);
-  }
+inline float in_steps(const float* v, int8_t* q, int& total) {
+  uint32_t largest;
+#if defined(__AVX512F__)
+  const __m512 first = _mm512_loadu_ps(v), second = _mm512_loadu_ps(v + 16);
+  const __m512i sign = _mm512_set1_epi32(0x7fffffff);
+  largest = uint32_t(_mm512_reduce_max_epi32(_mm512_max_epi32(
+      _mm512_and_si512((__m512i)first, sign), _mm512_and_si512((__m512i)second, sign))));
+#else
+  largest = 0;
+  for (size_t i = 0; i < NEST; i++) largest = std::max(largest, bit_cast<uint32_t>(v[i]) & 0x7fffffff);
+#endif
   total = 0;
   const bool finite = largest < 0x7f800000;
   if (!finite || largest < uint32_t(27) << 23) {  // 2^-100
@@ -153,9 +146,17 @@ inline float in_steps(const Get& number, int8_t* q, int& total) {
     return finite ? 0.0f : std::nanf("");
   }
   const float most = bit_cast<float>(largest), by = 127.0f / most;
-  for (size_t i = 0; i < NEST; i++) v[i] *= by;
-  for (size_t i = 0; i < NEST; i++) q[i] = int8_t(__builtin_rintf(v[i]));
+#if defined(__AVX512F__)
+  const __m512 factor = _mm512_set1_ps(by);
+  const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(first, factor));
+  const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(second, factor));
+  _mm_storeu_si128((__m128i*)q, _mm512_cvtepi32_epi8(a));
+  _mm_storeu_si128((__m128i*)(q + 16), _mm512_cvtepi32_epi8(b));
+  total = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+#else
+  for (size_t i = 0; i < NEST; i++) q[i] = int8_t(__builtin_rintf(v[i] * by));
   for (size_t i = 0; i < NEST; i++) total += q[i];
+#endif
   return most / 127.0f;
 }
 
@@ -168,125 +169,178 @@ struct Nested {
 
 // By outputs
 
-// A token's W groups of inputs, in the order in which a row's nibbles come: those of the low nibbles
-// of a vector, then of the high ones. Scales and, times the scales of the weights, what codes are too
-// large by.
+// Groups of a row that lie abreast: word w of each one's bytes, then word w + 1.
+constexpr size_t ABREAST = 16;
+static_assert(ABREAST % W == 0, "groups of a vector are abreast");
+
+// Where byte i of group g's is in a row of so many groups.
+inline size_t byte_of(size_t g, size_t i, size_t groups) {
+  const size_t block = g / ABREAST * ABREAST;
+  return block * 16 + (i / 4 * std::min(ABREAST, groups - block) + g - block) * 4 + i % 4;
+}
+
+// W groups of a token, a lane each: what word w of their bytes meets, in its low nibbles and in its
+// high ones, minus what the codes make a sum too large by, and scales.
 struct alignas(W * 4) Step {
   int8_t q[4][2][W * 4];
-  float scale[4][W];
-  float excess[W];
+  int32_t excess[W];
+  float scale[W];
 };
 
 inline size_t steps_of(size_t C) { return (C / NEST + W - 1) / W; }
 
+// Work of fewer numbers than these is done before helpers have come to it.
+constexpr size_t SHARED = 16384;
+
 // Tokens x_n [C], each at row(n): to [N, steps_of(C)].
 template <class T, class Row>
-void take_steps(const Row& row, size_t N, size_t C, Step* to) {
+void take_steps(const Row& row, size_t N, size_t C, Step* all, int threads) {
   const size_t steps = steps_of(C), groups = C / NEST;
-  for (size_t n = 0; n < N; n++) {
-    const T* x = row(n);
-    for (size_t s = 0; s < steps; s++, to++) {
-      if ((s + 1) * W > groups) memset(to, 0, sizeof *to);
-      for (size_t g = s * W; g < std::min(groups, (s + 1) * W); g++) {
-        const size_t in = g % W, part = in / LANES, lane = in % LANES;
-        int8_t q[NEST];
-        int total;
-        const float scale = in_steps([&](size_t i) { return to_float(x[g * NEST + i]); }, q, total);
-        memcpy(to->q[part][0] + lane * 16, q, 16);
-        memcpy(to->q[part][1] + lane * 16, q + 16, 16);
-        for (size_t i = 0; i < 4; i++) to->scale[part][lane * 4 + i] = scale;
-        to->excess[in] = float(-OFFSET * total) * scale;
-      }
+  parallel(N * steps, N * C < SHARED ? 1 : threads, [&](size_t task) {
+    const T* x = row(task / steps);
+    const size_t first = task % steps * W, end = std::min(groups, first + W);
+    Step& to = all[task];
+    if (first + W > groups) memset(&to, 0, sizeof to);
+    for (size_t g = first; g < end; g++) {
+      const size_t lane = g - first;
+      alignas(64) float v[NEST];
+      alignas(64) int8_t q[NEST];
+      for (size_t i = 0; i < NEST; i += W) store(v + i, load(x + g * NEST + i));
+      int total;
+      to.scale[lane] = in_steps(v, q, total);
+      to.excess[lane] = -OFFSET * total;
+      for (size_t i = 0; i < NEST; i += 4) memcpy(to.q[i % 16 / 4][i / 16] + lane * 4, q + i, 4);
     }
+  });
+}
+
+// The sums of N vectors, each as `sum` adds them up.
+template <size_t N>
+inline __attribute__((always_inline)) void sum_each(const Floats* v, float* to) {
+#if defined(__AVX512F__)
+  if (N == 16) {
+    // Halves are added while vectors are joined: of 16 vectors of one's parts, one of their sums.
+    __m512 a[16], b[8];
+#pragma GCC unroll 16
+    for (size_t i = 0; i < 16; i++) a[i] = (__m512)v[i];
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 8; i++)
+      b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 8], 0x44), _mm512_shuffle_f32x4(a[i], a[i + 8], 0xee));
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; i++)
+      a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd));
+#pragma GCC unroll 2
+    for (size_t i = 0; i < 2; i++)
+      b[i] = _mm512_add_ps(_mm512_shuffle_ps(a[i], a[i + 2], 0x44), _mm512_shuffle_ps(a[i], a[i + 2], 0xee));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(b[0], b[1], 0x88), _mm512_shuffle_ps(b[0], b[1], 0xdd));
+    // Lane 4 k + j: of vector [0, 8, 4, 12][k] + [0, 2, 1, 3][j].
+    const __m512i places = _mm512_set_epi32(15, 13, 14, 12, 7, 5, 6, 4, 11, 9, 10, 8, 3, 1, 2, 0);
+    return _mm512_storeu_ps(to, _mm512_permutexvar_ps(places, all));
+  }
+#endif
+#pragma GCC unroll 16
+  for (size_t n = 0; n < N; n++) to[n] = sum(v[n]);
+}
+
+// A row of a weight by outputs: of the high plane, `to_low` bytes before that of the low one.
+struct NestedRow {
+  const uint8_t* own;
+  size_t to_low;
+  const uint8_t* next;  // a row that is read soon
+};
+
+// Adds steps [begin, end) of row · x_n to the sums of N tokens, whose steps are `steps` apart.
+template <bool BOTH, size_t N>
+void nested_tile(const NestedRow& row, const Step* x, size_t C, size_t steps, size_t begin, size_t end,
+                 Floats* sums) {
+  const size_t groups = C / NEST;
+  Floats own[N];
+#pragma GCC unroll 16
+  for (size_t n = 0; n < N; n++) own[n] = begin ? sums[n] : Floats{};
+  for (size_t s = begin; s < end; s++) {
+    const size_t first = s * W, here = std::min<size_t>(W, groups - first);
+    const size_t block = first / ABREAST * ABREAST, apart = std::min(ABREAST, groups - block) * 4;
+    const size_t at = block * 16 + (first - block) * 4;
+    const First bytes = first_bytes(here * 4);
+    Pair codes[4];
+#pragma GCC unroll 4
+    for (size_t w = 0; w < 4; w++) {
+      const uint8_t* p = row.own + at + w * apart;
+      __builtin_prefetch(row.next + at + w * apart);
+      if (BOTH) __builtin_prefetch(row.next + row.to_low + at + w * apart);
+      codes[w] = codes_of<BOTH>(load_codes(p, bytes), BOTH ? load_codes(p + row.to_low, bytes) : Codes{});
+    }
+    const uint8_t* upper = row.own + C / 2 + first;
+    const Floats scales = scales_of(bytes_as_words(upper, here),
+                                    BOTH ? bytes_as_words(upper + row.to_low, here) : Words{} + 0x80);
+#pragma GCC unroll 16
+    for (size_t n = 0; n < N; n++) {
+      const Step& token = x[n * steps + s];
+      Ints sum;
+      memcpy(&sum, token.excess, sizeof sum);
+#pragma GCC unroll 4
+      for (size_t w = 0; w < 4; w++) {
+        sum = dot4(sum, codes[w].first, load_codes((const uint8_t*)token.q[w][0]));
+        sum = dot4(sum, codes[w].second, load_codes((const uint8_t*)token.q[w][1]));
+      }
+      own[n] += to_floats(sum) * (scales * load(token.scale));
+    }
+  }
+#pragma GCC unroll 16
+  for (size_t n = 0; n < N; n++) sums[n] = own[n];
+}
+
+// out[n * out_stride + j] = rows[j] · x_n of `count` rows and N tokens; x as take_steps has it.
+template <bool BOTH, size_t N>
+void nested_dots(const uint8_t* const* rows, size_t count, size_t to_low, size_t row, bool cached,
+                 const Step* x, size_t C, float* out, size_t out_stride) {
+  constexpr size_t SOON = 4;    // rows from one that is read to one that is asked for
+  constexpr size_t GROUP = 16;  // rows that meet a part of the tokens' steps before the next part
+  const size_t steps = steps_of(C);
+  const size_t part = N == 1 ? steps : std::max<size_t>(1, (32u << 10) / (N * sizeof(Step)));  // in the first cache
+  for (size_t top = 0; top < count; top += GROUP) {
+    const size_t here = std::min(GROUP, count - top);
+    Floats sums[GROUP][N];
+    for (size_t begin = 0; begin < steps; begin += part)
+      for (size_t r = 0; r < here; r++) {
+        const size_t j = top + r, soon = j + SOON;
+        const uint8_t* next = cached ? rows[j]
+                              : soon < count ? rows[soon]
+                                             : rows[count - 1] + (soon - count + 1) * row;
+        Floats* own = sums[part < steps ? r : 0];
+        nested_tile<BOTH, N>({rows[j], to_low, next}, x, C, steps, begin, std::min(steps, begin + part), own);
+        if (begin + part < steps) continue;
+        float found[N];
+        sum_each<N>(own, found);
+        for (size_t n = 0; n < N; n++) out[n * out_stride + j] = found[n];
+      }
   }
 }
 
-// out[n * out_stride + r] = rows[r] · x_n of R rows, of which `known` are wanted, and N tokens. rows: of
-// the high plane, `to_low` bytes before those of the low one; `next` bytes before those that are read
-// next, or 0.
-template <bool BOTH, size_t R, size_t N>
-void nested_tile(const uint8_t* const* rows, size_t to_low, size_t next, const Step* x, size_t C,
-                 float* out, size_t out_stride, size_t known) {
-  const size_t groups = C / NEST, steps = steps_of(C);
-  Floats sums[R][N];
-#pragma GCC unroll 8
-  for (size_t r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (size_t n = 0; n < N; n++) sums[r][n] = Floats{};
-  for (size_t s = 0; s < steps; s++) {
-    const size_t here = std::min<size_t>(W, groups - s * W);
-    Floats scales[R];
-#pragma GCC unroll 8
-    for (size_t r = 0; r < R; r++) {
-      const uint8_t* upper = rows[r] + C / 2 + s * W;
-      scales[r] = scales_of(bytes_as_words(upper, here),
-                            BOTH ? bytes_as_words(upper + to_low, here) : Words{} + 0x80);
-#pragma GCC unroll 8
-      for (size_t n = 0; n < N; n++) sums[r][n] += scales[r] * load(x[n * steps + s].excess);
-    }
-    for (size_t part = 0; part * LANES < here; part++) {
-      const size_t at = s * W * 16 + part * W * 4;
-      const First bytes = first_bytes(C / 2 - at);
-      Pair codes[R];
-      Floats own[R];
-#pragma GCC unroll 8
-      for (size_t r = 0; r < R; r++) {
-        const uint8_t* p = rows[r] + at;
-        __builtin_prefetch(p + next);
-        if (BOTH) __builtin_prefetch(p + next + to_low);
-        codes[r] = codes_of<BOTH>(load_codes(p, bytes), BOTH ? load_codes(p + to_low, bytes) : Codes{});
-        own[r] = spread(scales[r], int(part * LANES));
-      }
-#pragma GCC unroll 8
-      for (size_t n = 0; n < N; n++) {
-        const Step& token = x[n * steps + s];
-        const Codes a = load_codes((const uint8_t*)token.q[part][0]);
-        const Codes b = load_codes((const uint8_t*)token.q[part][1]);
-        const Floats scale = load(token.scale[part]);
-#pragma GCC unroll 8
-        for (size_t r = 0; r < R; r++) {
-          const Ints sum = dot4(dot4(Ints{}, codes[r].first, a), codes[r].second, b);
-          sums[r][n] += to_floats(sum) * scale * own[r];
-        }
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (size_t r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (size_t n = 0; n < N; n++)
-      if (r < known) out[n * out_stride + r] = sum(sums[r][n]);
-}
-
-// out[n * out_stride + j] = rows[j] · x_n of `count` rows; x as take_steps has it.
+// The same of any number of tokens.
 template <bool BOTH>
 void nested_dots(const uint8_t* const* rows, size_t count, size_t to_low, size_t row, const Step* x,
                  size_t N, size_t C, float* out, size_t out_stride) {
-  const size_t steps = steps_of(C);
-  // Tokens by the few whose activations stay in the first cache while all rows come by.
+  constexpr size_t MOST = W == 16 ? 16 : 4;  // tokens whose sums, and a row's codes, are registers
   for (size_t n = 0; n < N;) {
-    const size_t tokens = N - n >= 8 ? 8 : std::min<size_t>(4, N - n), together = tokens == 8 ? 2 : 4;
-    const auto tile = tokens == 8   ? nested_tile<BOTH, 2, 8>
-                      : tokens == 4 ? nested_tile<BOTH, 4, 4>
-                      : tokens == 3 ? nested_tile<BOTH, 4, 3>
-                      : tokens == 2 ? nested_tile<BOTH, 4, 2>
-                                    : nested_tile<BOTH, 4, 1>;
-    for (size_t top = 0; top < count; top += together) {
-      const uint8_t* own[4];
-      for (size_t r = 0; r < 4; r++) own[r] = rows[std::min(top + r, count - 1)];
-      // Later tokens find the rows in a cache.
-      tile(own, to_low, n == 0 ? together * row : 0, x + n * steps, C, out + n * out_stride + top, out_stride,
-           std::min(together, count - top));
-    }
+    const size_t left = N - n, tokens = left >= MOST ? MOST : left >= 8 ? 8 : left >= 4 ? 4 : left;
+    const auto dots = tokens == 16  ? nested_dots<BOTH, MOST>
+                      : tokens == 8 ? nested_dots<BOTH, MOST / 2>
+                      : tokens == 4 ? nested_dots<BOTH, 4>
+                      : tokens == 3 ? nested_dots<BOTH, 3>
+                      : tokens == 2 ? nested_dots<BOTH, 2>
+                                    : nested_dots<BOTH, 1>;
+    // Later tokens find the rows in a cache.
+    dots(rows, count, to_low, row, n > 0, x + n * steps_of(C), C, out + n * out_stride, out_stride);
     n += tokens;
   }
 }
 
-// The same of rows first(j) of a weight.
+// The same of rows row_of(j) of a weight.
 template <class Row>
 void nested_dots(const Nested& weight, const Row& row_of, size_t count, const Step* x, size_t N,
                  size_t C, float* out, size_t out_stride) {
-  constexpr size_t MOST = 64;
+  constexpr size_t MOST = 256;
   const uint8_t* rows[MOST];
   assert(count <= MOST);
   for (size_t j = 0; j < count; j++) rows[j] = weight.high + row_of(j) * weight.row;
@@ -305,6 +359,28 @@ struct Inputs {
   const uint8_t *high, *low;
   size_t count;
   uint8_t live[NEST];
+
+  // Those of `numbers` that are above the threshold.
+  void choose(const float* numbers, float threshold) {
+    count = 0;
+    for (size_t i = 0; i < NEST; i += W) {
+#if defined(__AVX512F__)
+      const __mmask16 above = _mm512_cmp_ps_mask(_mm512_loadu_ps(numbers + i), _mm512_set1_ps(threshold), _CMP_GT_OQ);
+      const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+      const __m512i kept = _mm512_maskz_compress_epi32(above, _mm512_add_epi32(lanes, _mm512_set1_epi32(int(i))));
+      const size_t more = size_t(__builtin_popcount(above));
+      _mm_mask_storeu_epi8(live + count, __mmask16((1u << more) - 1), _mm512_cvtepi32_epi8(kept));
+      count += more;
+#else
+      for (size_t j = i; j < i + W; j++)
+        if (numbers[j] > threshold) live[count++] = uint8_t(j);
+#endif
+    }
+  }
+  void choose_all() {
+    count = NEST;
+    for (size_t i = 0; i < NEST; i++) live[i] = uint8_t(i);
+  }
 };
 
 // A token's numbers for the live ones of 32 inputs, and noughts; a scale and what codes are too large
@@ -371,10 +447,10 @@ inline void as_words(Codes v, Words* to) {
 // of the 32 inputs whatever is live.
 template <class Get>
 inline void take_factors(const Inputs& inputs, const Get& number, Factors32& to) {
-  float own[NEST] = {};
+  alignas(64) float own[NEST] = {};
   for (size_t j = 0; j < inputs.count; j++) own[j] = number(j);
   int total;
-  to.scale = in_steps([&](size_t i) { return own[i]; }, to.q, total);
+  to.scale = in_steps(own, to.q, total);
   to.excess = -OFFSET * total;
 }
 
@@ -437,19 +513,24 @@ template <class Part>
 inline __attribute__((always_inline)) void add_scaled(const Part* acc, const Floats* scales, float scale,
                                                       float* y) {
 #pragma GCC unroll 8
-  for (size_t v = 0; v < 8; v++) store(y + v * W, load(y + v * W) + to_floats(acc[v]) * scale * scales[v]);
+  for (size_t v = 0; v < 8; v++) store(y + v * W, load(y + v * W) + to_floats(acc[v]) * (scale * scales[v]));
 }
 
-constexpr size_t ALONG = 4;     // tokens for which rows are read from end to end
-constexpr size_t WIDE = 1024;  // outputs whose integers wait in the first cache
+constexpr size_t ALONG = 4;       // tokens for which rows are read from end to end
+constexpr size_t WAITING = 4096;  // integers that wait in the first cache, of all tokens
+constexpr size_t WIDE = WAITING / ALONG;
 
-// Adds to the sums of N tokens, at most ALONG, the outputs [begin, end), at most WIDE, of 32 inputs.
+// Outputs of N tokens of which rows are read at a time: the longer, the sooner memory delivers.
+inline size_t width(size_t N) { return N > ALONG || N == 3 ? WIDE : WAITING / N; }
+
+// Adds to the sums of N tokens, at most ALONG, the outputs [begin, end), at most width(N), of 32 inputs.
 // Rows are read from end to end, eight at a time, as they lie in memory: integers wait until all are
 // there. A token's factors are `token` apart, its sums `stride`. after: whose rows are read next.
 template <bool BOTH>
 void add_along(const Inputs& own, const Inputs& after, size_t row, const Factors32* z, size_t token,
                size_t N, size_t begin, size_t end, float* sums, size_t stride) {
-  alignas(64) Ints waiting[ALONG][WIDE / W];
+  alignas(64) Ints waiting[WAITING / W];
+  const size_t apart = width(N) / W;
   const size_t quads = (own.count + 3) / 4, to_low = BOTH ? size_t(own.low - own.high) : 0;
   for (size_t q = 0; q < quads; q += 2) {
     const Quad<BOTH> first(own, q, row), second(own, std::min(q + 1, quads - 1), row);
@@ -474,7 +555,7 @@ void add_along(const Inputs& own, const Inputs& after, size_t row, const Factors
         const Factors32& by = z[n * token];
         const Codes upon_a = multiplier(by, q);
         const Codes upon_b = q + 1 < quads ? multiplier(by, q + 1) : Codes{};
-        Ints* to = waiting[n] + (c - begin) / W;
+        Ints* to = waiting + n * apart + (c - begin) / W;
 #pragma GCC unroll 8
         for (size_t v = 0; v < 8; v++) {
           const Ints sum = q ? to[v] : Ints{} + by.excess;
@@ -487,38 +568,99 @@ void add_along(const Inputs& own, const Inputs& after, size_t row, const Factors
     Floats scales[8];
     scales_at<BOTH>(own, row, c / 2, first_bytes((end - c) / 2), scales);
     for (size_t n = 0; n < N; n++)
-      add_scaled(waiting[n] + (c - begin) / W, scales, z[n * token].scale, sums + n * stride + (c - begin));
+      add_scaled(waiting + n * apart + (c - begin) / W, scales, z[n * token].scale, sums + n * stride + (c - begin));
   }
 }
 
-// The same of N tokens, whose sums are `stride` apart and factors `token` apart: tile by tile, since a
-// tile's codes are made once for all of them. after: whose rows are read next, from byte `then` on.
+// Adds to a tile of TOKENS tokens what `quads` times four rows' codes make.
+template <size_t TOKENS>
+inline __attribute__((always_inline)) void add_tile(const Codes (*codes)[8], size_t quads,
+                                                    const Floats* scales, const Factors32* z, size_t token,
+                                                    float* sums, size_t stride) {
+  Ints acc[TOKENS][8];
+#pragma GCC unroll 2
+  for (size_t n = 0; n < TOKENS; n++)
+#pragma GCC unroll 8
+    for (size_t v = 0; v < 8; v++) acc[n][v] = Ints{} + z[n * token].excess;
+  for (size_t q = 0; q < quads; q++) {
+    Codes four[TOKENS];
+#pragma GCC unroll 2
+    for (size_t n = 0; n < TOKENS; n++) four[n] = multiplier(z[n * token], q);
+#pragma GCC unroll 8
+    for (size_t v = 0; v < 8; v++)
+#pragma GCC unroll 2
+      for (size_t n = 0; n < TOKENS; n++) acc[n][v] = dot4(acc[n][v], codes[q][v], four[n]);
+  }
+#pragma GCC unroll 2
+  for (size_t n = 0; n < TOKENS; n++) add_scaled(acc[n], scales, z[n * token].scale, sums + n * stride);
+}
+
+// Bytes [begin, end) of the live rows of `count` times 32 inputs, asked for line by line: a processor
+// waits where too many lines are asked for at once.
 template <bool BOTH>
-void add_together(const Inputs& own, const Inputs& after, size_t then, size_t row, const Factors32* z,
-                  size_t token, size_t N, size_t c, size_t end, float* sums, size_t stride) {
-  const size_t quads = (own.count + 3) / 4;
-  for (size_t j = 0; j < after.count; j++) {
-    const uint8_t* p = after.high + after.live[j] * row + then;
-    __builtin_prefetch(p);
-    if (BOTH) __builtin_prefetch(p + (after.low - after.high));
+struct Soon {
+  const Inputs* inputs;
+  size_t count, row, begin, end, i = 0, r = 0, at = begin;
+
+  static constexpr size_t LINE = 64;
+  size_t lines() const {
+    size_t rows = 0;
+    for (size_t j = 0; j < count; j++) rows += inputs[j].count ? inputs[j].count + 2 : 0;
+    return rows * ((end - begin + LINE - 1) / LINE);
   }
-  const First here = first_bytes((end - c) / 2);
-  alignas(64) Codes codes[NEST / 4][8];
-  for (size_t q = 0; q < quads; q++) Quad<BOTH>(own, q, row).codes(c / 2, here, codes[q]);
-  Floats scales[8];
-  scales_at<BOTH>(own, row, c / 2, here, scales);
-  for (size_t n = 0; n < N; n++) {
-    const Factors32& by = z[n * token];
-    Ints acc[8];
-#pragma GCC unroll 8
-    for (size_t v = 0; v < 8; v++) acc[v] = Ints{} + by.excess;
-    for (size_t q = 0; q < quads; q++) {
-      const Codes four = multiplier(by, q);
-#pragma GCC unroll 8
-      for (size_t v = 0; v < 8; v++) acc[v] = dot4(acc[v], codes[q][v], four);
+  void ask(size_t lines) {
+    while (lines > 0 && i < count) {
+      const Inputs& own = inputs[i];
+      if (own.count > 0) {
+        const uint8_t* p = own.high + (r < own.count ? own.live[r] : NEST + r - own.count) * row + at;
+        __builtin_prefetch(p, 0, 2);
+        if (BOTH) __builtin_prefetch(p + (own.low - own.high), 0, 2);
+        lines--;
+        if ((at += LINE) < end) continue;
+        at = begin;
+        if (++r < own.count + 2) continue;
+      }
+      r = 0, i++;
     }
-    add_scaled(acc, scales, by.scale, sums + n * stride);
   }
+};
+
+constexpr size_t FEW = 4;  // times 32 inputs, whose codes the second cache holds
+
+// Adds to the sums of N tokens the outputs [begin, end), at most WIDE, of `count` times 32 inputs, at
+// most FEW. Codes are made row by row, as rows lie in memory, and then serve all tokens, tile by tile.
+// after: whose rows are read next.
+template <bool BOTH>
+void add_together(const Inputs* inputs, size_t count, Soon<BOTH> after, size_t row, const Factors32* z,
+                  size_t token, size_t N, size_t begin, size_t end, float* sums, size_t stride) {
+  alignas(64) Codes codes[FEW][WIDE / COLUMNS][NEST / 4][8];
+  const auto quads = [&](size_t i) { return (inputs[i].count + 3) / 4; };
+  for (size_t i = 0; i < count; i++)
+    for (size_t q = 0; q < quads(i); q++) {
+      const Quad<BOTH> rows(inputs[i], q, row);
+      for (size_t c = begin; c < end; c += COLUMNS)
+        rows.codes(c / 2, first_bytes((end - c) / 2), codes[i][(c - begin) / COLUMNS][q]);
+    }
+  constexpr size_t TOKENS = W == 16 ? 2 : 1;  // whose integers are registers
+  const size_t turns = (end - begin + COLUMNS - 1) / COLUMNS * count * ((N + TOKENS - 1) / TOKENS);
+  const size_t share = after.lines() / turns + 1;
+  for (size_t c = begin; c < end; c += COLUMNS)
+    for (size_t i = 0; i < count; i++) {
+      if (inputs[i].count == 0) continue;
+      Floats scales[8];
+      scales_at<BOTH>(inputs[i], row, c / 2, first_bytes((end - c) / 2), scales);
+      const auto& own = codes[i][(c - begin) / COLUMNS];
+      float* to = sums + (c - begin);
+      size_t n = 0;
+      for (; n + TOKENS <= N; n += TOKENS) {
+        after.ask(share);
+        add_tile<TOKENS>(own, quads(i), scales, z + i + n * token, token, to + n * stride, stride);
+      }
+      for (; n < N; n++) {
+        after.ask(share);
+        add_tile<1>(own, quads(i), scales, z + i + n * token, token, to + n * stride, stride);
+      }
+    }
 }
 
 // sums += z through `count` times 32 inputs, of outputs [begin, end); `begin` begins a tile. The sums
@@ -526,17 +668,20 @@ void add_together(const Inputs& own, const Inputs& after, size_t then, size_t ro
 template <bool BOTH>
 void nested_add(const Inputs* inputs, size_t count, size_t row, const Factors32* z, size_t token,
                 size_t N, size_t begin, size_t end, float* sums, size_t stride) {
-  for (size_t i = 0; N <= ALONG && i < count; i++)
-    for (size_t c = begin; inputs[i].count && c < end; c += WIDE)
-      add_along<BOTH>(inputs[i], inputs[i + 1 < count ? i + 1 : i], row, z + i, token, N, c,
-                      std::min(end, c + WIDE), sums + c, stride);
-  if (N <= ALONG) return;
-  for (size_t c = begin; c < end; c += COLUMNS)
-    for (size_t i = 0; i < count; i++) {
-      if (inputs[i].count == 0) continue;
-      const bool last = i + 1 == count;
-      add_together<BOTH>(inputs[i], inputs[last ? 0 : i + 1], (last ? c + COLUMNS : c) / 2, row, z + i,
-                         token, N, c, std::min(end, c + COLUMNS), sums + c, stride);
+  const size_t together = N <= ALONG ? 1 : FEW;
+  for (size_t i = 0; i < count; i += together)
+    for (size_t c = begin; c < end; c += width(N)) {
+      const size_t stop = std::min(end, c + width(N));
+      if (N <= ALONG) {
+        if (inputs[i].count > 0)
+          add_along<BOTH>(inputs[i], inputs[i + 1 < count ? i + 1 : i], row, z + i, token, N, c, stop,
+                          sums + c, stride);
+        continue;
+      }
+      const size_t here = std::min(FEW, count - i);
+      Soon<BOTH> after{inputs + i, here, row, stop / 2, std::min(end, stop + WIDE) / 2};
+      if (stop == end) after = {inputs + i + here, std::min(FEW, count - i - here), row, begin / 2, std::min(end, begin + WIDE) / 2};
+      add_together<BOTH>(inputs + i, here, after, row, z + i, token, N, c, stop, sums + c, stride);
     }
 }
 

@@ -21,7 +21,7 @@ void nested_linears(const T* x, const NestedProduct<T>* all, size_t count, size_
                     int threads) {
   thread_local Scratch<Step> activations;
   Step* own = activations.take(N * steps_of(C));
-  take_steps<T>([&](size_t n) { return x + n * C; }, N, C, own);
+  take_steps<T>([&](size_t n) { return x + n * C; }, N, C, own, threads);
   constexpr size_t BLOCK = 32;  // outputs a task
   size_t tasks = 0;
   for (size_t i = 0; i < count; i++) tasks += (all[i].O + BLOCK - 1) / BLOCK;
@@ -44,22 +44,46 @@ void nested_of_inputs(const Nested& weight, const Inputs* inputs, const Factors3
                       T* y, size_t N, size_t C, size_t O, int threads) {
   thread_local Scratch<float> scratch;
   // As many tasks whatever N: else tokens would change the order in which a token's sums are added up.
-  constexpr size_t SLAB = 1024, FEW = 4;
-  const size_t blocks = C / NEST, slabs = (O + SLAB - 1) / SLAB;
+  const size_t blocks = C / NEST, slabs = (O + WAITING - 1) / WAITING;
+  const size_t slab = round_up((O + slabs - 1) / slabs, COLUMNS);
   const size_t groups = std::max<size_t>(1, parts(blocks, threads) / slabs);
   const Layout layout = NestedSums::layout(N, O);
   float* sums = scratch.take(groups * layout.size());
   parallel(groups * slabs, threads, [&](size_t task) {
-    const size_t group = task / slabs, begin = task % slabs * SLAB, end = std::min(O, begin + SLAB);
+    const size_t group = task / slabs, begin = std::min(O, task % slabs * slab), end = std::min(O, begin + slab);
     float* own = sums + group * layout.size();
     for (size_t n = 0; n < N; n++)
       std::fill_n(own + n * layout.stride + begin, round_up(end - begin, COLUMNS), 0.0f);
     const size_t last = blocks * (group + 1) / groups;
-    for (size_t block = blocks * group / groups; block < last; block += FEW)
-      nested_add(inputs + block, std::min(FEW, last - block), weight.low != nullptr, weight.row, z + block,
-                 blocks, N, begin, end, own, layout.stride);
+    const size_t block = blocks * group / groups;
+    nested_add(inputs + block, last - block, weight.low != nullptr, weight.row, z + block, blocks, N, begin,
+               end, own, layout.stride);
   });
   finish<NestedSums>(sums, groups, N, O, bias, false, y, threads);
+}
+
+// 32 inputs of N tokens, `stride` apart, to z, `token` apart: all, or those whose mean |x| is above the
+// threshold.
+template <class T>
+void take_inputs(const T* x, const Nested& weight, const float* threshold, size_t N, size_t stride,
+                 size_t block, Inputs& in, Factors32* z, size_t token) {
+  in.high = weight.high + block * weight.block;
+  in.low = weight.low ? weight.low + block * weight.block : nullptr;
+  alignas(64) float v[NEST], scores[NEST] = {};
+  if (threshold) {
+    for (size_t n = 0; n < N; n++) {
+      for (size_t i = 0; i < NEST; i += W) store(v + i, load(x + n * stride + i));
+      for (size_t i = 0; i < NEST; i++) scores[i] += std::fabs(v[i]);
+    }
+    for (size_t i = 0; i < NEST; i++) scores[i] /= float(N);
+    in.choose(scores, *threshold);
+  } else {
+    in.choose_all();
+  }
+  for (size_t n = 0; n < N; n++) {
+    for (size_t i = 0; i < NEST; i += W) store(v + i, load(x + n * stride + i));
+    take_factors(in, [&](size_t j) { return v[in.live[j]]; }, z[n * token]);
+  }
 }
 
 // x [B, N, C] through a weight [C, O] by inputs, row by row. Where `counts` [B] are asked for, only the
@@ -74,25 +98,16 @@ void nested_by_inputs(const T* x, const Nested& weight, const T* bias, float thr
   Factors32* z = factor_scratch.take(N * blocks);
   for (size_t b = 0; b < B; b++) {
     const T* own = x + b * N * C;
-    size_t kept = 0;
-    for (size_t block = 0; block < blocks; block++) {
-      Inputs& in = inputs[block];
-      in.high = weight.high + block * weight.block;
-      in.low = weight.low ? weight.low + block * weight.block : nullptr;
-      in.count = 0;
-      for (size_t i = 0; i < NEST; i++) {
-        float score = 0.0f;
-        for (size_t n = 0; counts && n < N; n++)
-          score += std::fabs(to_float(own[n * C + block * NEST + i]));
-        in.live[in.count] = uint8_t(i);
-        in.count += !counts || score / float(N) > threshold;
-      }
-      kept += in.count;
-      for (size_t n = 0; n < N; n++)
-        take_factors(in, [&](size_t j) { return to_float(own[n * C + block * NEST + in.live[j]]); },
-                     z[n * blocks + block]);
+    constexpr size_t BLOCKS = 16;  // a task
+    parallel((blocks + BLOCKS - 1) / BLOCKS, N * C < SHARED / 4 ? 1 : threads, [&](size_t task) {
+      for (size_t block = task * BLOCKS; block < std::min(blocks, (task + 1) * BLOCKS); block++)
+        take_inputs(own + block * NEST, weight, counts ? &threshold : nullptr, N, C, block, inputs[block],
+                    z + block, blocks);
+    });
+    if (counts) {
+      counts[b] = 0;
+      for (size_t block = 0; block < blocks; block++) counts[b] += int64_t(inputs[block].count);
     }
-    if (counts) counts[b] = int64_t(kept);
     nested_of_inputs<T>(weight, inputs, z, bias, y + b * N * O, N, C, O, threads);
   }
 }
@@ -109,7 +124,8 @@ void unnest_rows(const Nested& weight, const int64_t* ids, size_t count, size_t 
         const uint8_t upper = row[C / 2 + g], lower = to_low ? row[to_low + C / 2 + g] : 0x80;
         const float scale = scale_of(upper, lower);
         for (size_t i2 = 0; i2 < 16; i2++) {
-          const uint8_t high = row[g * 16 + i2], low = to_low ? row[to_low + g * 16 + i2] : 0x88;
+          const uint8_t* p = row + byte_of(g, i2, C / NEST);
+          const uint8_t high = *p, low = to_low ? p[to_low] : 0x88;
           T* at = to + i * C + g * NEST + i2;
           round_into(at, float((high & 15) * 16 + (low & 15) - OFFSET) * scale);
           round_into(at + 16, float((high >> 4) * 16 + (low >> 4) - OFFSET) * scale);

@@ -118,7 +118,11 @@ inline void store(bf16* p, Floats v) {
   const __m256bh stored = _mm512_cvtneps_pbh((__m512)v);
   memcpy(p, &stored, sizeof stored);
 #else
-  for (int i = 0; i < W; i++) round_into(p + i, v[i]);
+  const Words bits = (Words)v, magnitude = bits & 0x7fffffff;
+  const Words nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words stored = magnitude > 0x7f800000 ? Words{} + 0x7fc0 : nearest;
+  const Halves halves = __builtin_convertvector(stored, Halves);
+  memcpy(p, &halves, sizeof halves);
 #endif
 }
 inline void store(fp16* p, Floats v) {
