@@ -14,21 +14,29 @@ Runs four ways of decoding from a file, each in a process of its own under a har
 Random weights accept by chance: there a period of `--period` tokens is timed with every draft
 accepted, and a token costs that over `--aal`, the average advance of a real model. A model with a
 tokenizer answers prompts about code, and its own acceptance counts.
+
+Printed are the median step or period and the fastest one, as seconds a token and as times
+`streamed`; the seconds of all threads on the CPU, which others on the machine hardly change; the
+bytes read from the disk; the most memory that the process had resident, and that its control group
+was charged.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
 import time
+from itertools import pairwise
 from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import limited
 from sirius_runtime.artifact import Artifact
@@ -39,7 +47,7 @@ from sirius_runtime.model import SiriusModel
 from sirius_runtime.text import read_tokenizer
 from sirius_runtime.tiers.budget import in_units, read_size
 from sirius_runtime.tiers.direct_file import DirectFile
-from sirius_runtime.tiers.placement import PAGE, least_room, place
+from sirius_runtime.tiers.placement import PAGE, Placement, least_room, room_of
 from sirius_runtime.tiers.stream import Load
 
 WAYS = ("mapped", "streamed", "held", "sirius")
@@ -63,7 +71,10 @@ def streamed(path: Path) -> SiriusModel:
     """The model with nothing held but what has to be, and room to read a step ahead."""
     with Artifact.open(path, verify=False) as artifact:
         backend = analyse(artifact, CPU)
-        placement = place(backend.needs, 2 * least_room(backend.needs))
+        needs = backend.needs
+        held = room_of(needs.pinned)
+        ring = 2 * (least_room(needs) - held)  # of the largest step, and as much ahead
+        placement = Placement(needs.pinned, needs.steps, ring, 0.0)
         memory = mmap(-1, placement.memory)
         assert artifact.file is not None
         file = DirectFile(artifact.file, memory)
@@ -97,17 +108,16 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     model.generate(input_ids=[prompts[0]], eos_token_id=[], **warm)
     runs = []
     for prompt in prompts if drafts and real else prompts[:1]:
-        before = read_bytes()
-        done = model.generate(
-            input_ids=[prompt], **({} if drafts and real else {"eos_token_id": []}), **options
-        )
+        before, steps = read_bytes(), Steps()
+        ends = {} if drafts and real else {"eos_token_id": []}
+        done = model.generate(input_ids=[prompt], streamer=steps, **ends, **options)
         stats = done.stats
         runs.append(
             {
                 "prompt": len(prompt),
                 "tokens": done.tokens[0],
                 "decoded": stats.decoded_tokens,
-                "seconds": stats.total_seconds - stats.prefill_seconds,
+                "steps": steps.taken(),
                 "prefill": stats.prefill_seconds,
                 "draft": stats.seconds["draft"],
                 "verify": stats.seconds["verify"],
@@ -127,6 +137,29 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         "streams": held,
         "runs": runs,
     }
+
+
+class Steps:
+    """A streamer that notes when tokens come."""
+
+    def __init__(self) -> None:
+        self._came: list[tuple[int, float, float]] = []
+
+    def put(self, value: Tensor) -> None:
+        self._came.append((value.numel(), time.perf_counter(), time.process_time()))
+
+    def end(self) -> None:
+        pass
+
+    def taken(self) -> list[tuple[int, float, float]]:
+        """The tokens, the seconds and the CPU's seconds of each step or period after the prompt's;
+        the last period, which the end may cut short, only where there is no other.
+        """
+        own = [
+            (count, at - before, cpu - cpu_before)
+            for (_, before, cpu_before), (count, at, cpu) in pairwise(self._came[1:])
+        ]
+        return own[:-1] or own
 
 
 def read_bytes() -> int:
@@ -173,21 +206,21 @@ def measure(args: argparse.Namespace) -> None:
     speed = disk_speed(path)
     print(f"{path.stat().st_size:,} bytes, a limit of {args.limit:,}; ", end="")
     print(f"direct reads {speed / 1e9:.2f} GB/s, {args.threads} threads\n")
-    print("| way | s a token | x | prompt, s | read a token | most resident | most of the group |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    first, found = None, []
+    names = "way|s a token|x|fastest|x|CPU s|read a token|prompt, s|resident|group"
+    print(f"| {names.replace('|', ' | ')} |\n|{'---|' * 10}", flush=True)
+    first, found = (math.nan, math.nan), []
     for way in args.ways.split(","):
         drop_pages(path)
         own = argparse.Namespace(**{**vars(args), "way": way})
         said, most = limited.run(command(own, prompts), args.limit)
         result = json.loads(said.splitlines()[-1]) | {"group": most}
         found.append(result)
-        seconds, read = per_token(result, args)
-        first = seconds if way == "streamed" else first
-        times = f"{first / seconds:.1f}" if first else ""
+        seconds, least, cpu, read = per_token(result, args)
+        first = (seconds, least) if way == "streamed" else first
         prefill = statistics.mean(run["prefill"] for run in result["runs"])
         print(
-            f"| {way} | {seconds:.3f} | {times} | {prefill:.2f} | {in_units(read)} | "
+            f"| {way} | {seconds:.3f} | {first[0] / seconds:.1f} | {least:.3f} | "
+            f"{first[1] / least:.1f} | {cpu:.3f} | {in_units(read)} | {prefill:.2f} | "
             f"{in_units(result['resident'])} | {in_units(most)} |",
             flush=True,
         )
@@ -198,16 +231,20 @@ def measure(args: argparse.Namespace) -> None:
     print(f"first {args.tokens} tokens alike: {len(alike) == 1}")
 
 
-def per_token(result: dict[str, Any], args: argparse.Namespace) -> tuple[float, float]:
-    """Seconds and bytes of the disk a token, after the prompt."""
+def per_token(
+    result: dict[str, Any], args: argparse.Namespace
+) -> tuple[float, float, float, float]:
+    """Seconds a token, of the median and the fastest step or period; the CPU's seconds, of the
+    median; bytes of the disk a token.
+    """
     runs = result["runs"]
-    passes = sum(run["read"] for run in runs)
-    if result["way"] == "sirius" and args.aal is not None:
-        periods = sum(run["periods"] for run in runs)
-        tokens = periods * args.aal
-    else:
-        tokens = sum(run["decoded"] for run in runs)
-    return sum(run["seconds"] for run in runs) / tokens, passes / tokens
+    counted = result["way"] != "sirius" or args.aal is None
+    steps = [step for run in runs for step in run["steps"]]
+    each = [seconds / (count if counted else args.aal) for count, seconds, _ in steps]
+    cpu = [seconds / (count if counted else args.aal) for count, _, seconds in steps]
+    tokens = sum(run["decoded"] if counted else run["periods"] * args.aal for run in runs)
+    read = sum(run["read"] for run in runs) / tokens
+    return statistics.median(each), min(each), statistics.median(cpu), read
 
 
 def command(args: argparse.Namespace, prompts: list[list[int]]) -> list[str]:
