@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.random_artifact import write
 from sirius_compile import CompileConfig, compile_model
 from sirius_runtime import load
 from sirius_runtime.controller import Controller
@@ -123,6 +125,7 @@ def test_periods_are_chosen_where_weights_stream(
     tokens(whole, "exact")
     tokens(model, "full")
     model.generate(PROMPTS, period=3, max_new_tokens=4)
+    model.generate(PROMPTS, fallback=False, max_new_tokens=4)
     assert len(told) == 1
 
 
@@ -392,9 +395,10 @@ def test_inspect_shows_the_placement(
 @pytest.mark.slow
 def test_two_processes_on_one_file(nested: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tests.support.tiered import tiered; "
+        "import torch; torch.set_num_threads(1); from pathlib import Path; "
+        "from tests.support.tiered import tiered; "
         f"model, _ = tiered(Path({str(nested)!r})); "
-        f"print(model.generate({PROMPTS!r}, max_new_tokens=12).tokens)"
+        f"print(model.generate({PROMPTS!r}, max_new_tokens=12, fallback=False).tokens)"
     )
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -402,3 +406,49 @@ def test_two_processes_on_one_file(nested: Path) -> None:
     ]
     said = [process.communicate()[0] for process in both]
     assert said[0] == said[1] == f"{load(nested).generate(PROMPTS, max_new_tokens=12).tokens}\n"
+
+
+_IN_A_CHILD = """
+import re, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from sirius_runtime import load
+from sirius_runtime.errors import ConfigError
+
+path = sys.argv[1]
+try:
+    load(path, memory_budget=1, context=64, verify=False)
+except ConfigError as error:
+    least = int(re.search(r"needs ([0-9,]+) at least", str(error))[1].replace(",", ""))
+budget = least + 40 * 2**20
+model = load(path, memory_budget=budget, context=64)
+assert model.backend.placement.streamed > 0
+tokens = model.generate([[7, 8, 9]], period=4, max_new_tokens=8, fallback=False).tokens
+status = Path("/proc/self/status").read_text()
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024
+print(budget, peak, tokens, flush=True)
+while True:
+    model.generate([[7, 8, 9]], period=4, max_new_tokens=32)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_keeps_to_its_budget_and_ends_at_ctrl_c(tmp_path: Path) -> None:
+    """Of 0.4 GB of weights: near the least that a budget can be, which an error names."""
+    write("1b", path := tmp_path / "model.sirius", layers=2)
+    child = subprocess.Popen(
+        [sys.executable, "-c", _IN_A_CHILD, str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    budget, peak, said = child.stdout.readline().split(maxsplit=2)
+    assert int(peak) <= int(budget)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert errors.rstrip().endswith("KeyboardInterrupt"), errors
+    plain = load(path, device="cpu")
+    wanted = plain.generate([[7, 8, 9]], period=4, max_new_tokens=8, fallback=False).tokens
+    assert said == f"{wanted}\n"

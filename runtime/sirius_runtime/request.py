@@ -152,7 +152,8 @@ def read_options(
 
     Raises ConfigError, or GenerationError for prompts that have no room, naming the limit.
     """
-    if streams and options.mode in RULES and _guarded(options):
+    left = options.fallback is None and options.mode in RULES
+    if streams and left and _guarded(options):
         options = replace(options, period=AUTO)
     mode, default = options.mode, program.period
     if mode not in modes():
