@@ -40,6 +40,7 @@ from torch import Tensor
 
 from benchmarks import limited
 from sirius_runtime.artifact import Artifact
+from sirius_runtime.artifact_zip import want_large_pages
 from sirius_runtime.backends.tiered import TieredBackend, analyse
 from sirius_runtime.command_line import finish
 from sirius_runtime.loading import load
@@ -76,6 +77,7 @@ def streamed(path: Path) -> SiriusModel:
         ring = 2 * (least_room(needs) - held)  # of the largest step, and as much ahead
         placement = Placement(needs.pinned, needs.steps, ring, 0.0)
         memory = mmap(-1, placement.memory)
+        want_large_pages(memory)
         assert artifact.file is not None
         file = DirectFile(artifact.file, memory)
         backend.settle(placement, torch.frombuffer(memory, dtype=torch.uint8), file)

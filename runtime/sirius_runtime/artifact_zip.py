@@ -114,7 +114,7 @@ def _map(descriptor: int) -> mmap.mmap:
         return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
     protection = mmap.PROT_READ | mmap.PROT_WRITE
     buffer = mmap.mmap(descriptor, 0, flags=_PRIVATE, prot=protection)
-    _want_large_pages(buffer)
+    want_large_pages(buffer)
     return buffer
 
 
@@ -122,7 +122,7 @@ def _read(path: Path, file: BinaryIO) -> mmap.mmap:
     """The whole file in memory of our own."""
     size = file.seek(0, os.SEEK_END)
     buffer = mmap.mmap(-1, size)
-    _want_large_pages(buffer)
+    want_large_pages(buffer)
     file.seek(0)
     with memoryview(buffer) as view:
         done = 0
@@ -133,7 +133,8 @@ def _read(path: Path, file: BinaryIO) -> mmap.mmap:
     return buffer
 
 
-def _want_large_pages(buffer: mmap.mmap) -> None:
+def want_large_pages(buffer: mmap.mmap) -> None:
+    """Asks for pages of 2 MiB, where the system has them."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             buffer.madvise(mmap.MADV_HUGEPAGE)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from sirius_runtime.artifact import Artifact, Slot
+from sirius_runtime.artifact_zip import want_large_pages
 from sirius_runtime.backends.eager import EagerBackend, Entry
 from sirius_runtime.backends.rewrite import with_kernels
 from sirius_runtime.decoder import Decoder
@@ -202,6 +203,7 @@ def load_tiered(
     file = artifact.file
     assert file is not None
     memory = mmap(-1, max(placement.memory, PAGE))
+    want_large_pages(memory)
     tier = DirectFile(file, memory)
     if verify:
         artifact.check_weights_by(tier.chunks)

@@ -47,6 +47,10 @@ class DirectFile:
     """Reads the file into `arena`, whose addresses are those of pages. Use `close` at the end."""
 
     def __init__(self, file: WatchedFile, arena: mmap) -> None:
+        if not hasattr(os, "preadv"):
+            raise BackendError(
+                "this system has no preadv, by which weights are streamed: leave out the budget"
+            )
         self._file, self._arena = file, memoryview(arena)
         self._descriptor, self.direct = _opened(file)
         self._process = os.getpid()
@@ -123,7 +127,7 @@ class DirectFile:
                     f"{self._file.path}: the file ended at byte {offset + done:,}, within its "
                     "weights; load a whole file"
                 )
-        if not self.direct:
+        if not self.direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, offset, done, os.POSIX_FADV_DONTNEED)
 
 
