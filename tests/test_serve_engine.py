@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from sirius_compile import CompileConfig, compile_model
+from sirius_compile.shipped.problems import Task, problems
 from sirius_runtime.loading import load
 from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.model import SiriusModel
@@ -20,6 +28,8 @@ from sirius_runtime.rules import OPTIONS
 from sirius_runtime.serve.answers import Answer, News
 from sirius_runtime.serve.engine import Capacity, Engine
 from sirius_runtime.serve.metrics import Metrics
+from sirius_runtime.serve.pool import Order
+from sirius_runtime.serve.prefixes import Block, PrefixCache, digests
 from tests.support.golden_artifacts import unpack
 from tests.support.models import TinyModels
 from tests.support.tiered import tiered
@@ -100,17 +110,11 @@ ASKED: list[dict[str, object]] = [
 ]
 
 
-@pytest.mark.parametrize("method", ["griffin", "topk"])
-def test_tokens_are_those_of_a_run_alone(tiny: TinyModels, method: str) -> None:
-    """Random arrivals: more answers than rows, prompts that share beginnings, some given up."""
-    model, chance = tiny("llama", method).model, random.Random(0)
-    common = [chance.randrange(6, 101) for _ in range(17)]
-    cases = []
-    for index in range(3 * len(ASKED)):
-        own = [chance.randrange(6, 101) for _ in range(chance.randrange(1, 30))]
-        prompt = common[: chance.randrange(18)] + own
-        cases.append((prompt, chance.randrange(1, 30), ASKED[index % len(ASKED)]))
-    chance.shuffle(cases)
+Case = tuple[list[int], int, dict[str, object]]
+
+
+def arrivals(model: SiriusModel, cases: Sequence[Case], chance: random.Random) -> list[Listener]:
+    """Submits answers one after another, at random times; some others are given up on the way."""
     listeners = [Listener() for _ in cases]
     with running(model) as engine:
         for number, ((prompt, new, options), listener) in enumerate(
@@ -126,16 +130,222 @@ def test_tokens_are_those_of_a_run_alone(tiny: TinyModels, method: str) -> None:
             assert listener.wait().error is None
         assert engine.running == engine.waiting == 0
         assert 0 < engine.prefixes.nbytes <= CAPACITY.prefix_bytes
-    for (prompt, new, options), listener in zip(cases, listeners, strict=True):
-        alone = model.generate(input_ids=prompt, max_new_tokens=new, fallback=False, **options)  # type: ignore[arg-type]
-        assert tuple(listener.tokens) == alone.tokens[0], options
-        assert listener.last is not None
-        assert listener.last.reason == alone.finish_reasons[0]
-        if alone.logprobs is not None:
-            told = [entry.token for entry in listener.logprobs]
-            assert told == listener.tokens
-            for ours, theirs in zip(listener.logprobs, alone.logprobs[0], strict=True):
-                assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+    return listeners
+
+
+def random_cases(asked: Sequence[dict[str, object]], chance: random.Random) -> list[Case]:
+    """More answers than rows, in a random order; their prompts share beginnings."""
+    common = [chance.randrange(6, 101) for _ in range(17)]
+    cases = []
+    for options in asked:
+        own = [chance.randrange(6, 101) for _ in range(chance.randrange(1, 30))]
+        cases.append((common[: chance.randrange(18)] + own, chance.randrange(1, 30), options))
+    chance.shuffle(cases)
+    return cases
+
+
+def check_alone(model: SiriusModel, case: Case, listener: Listener) -> None:
+    """What was told is what a run of its own gives."""
+    prompt, new, options = case
+    alone = model.generate(
+        input_ids=prompt,
+        max_new_tokens=new,
+        fallback=False,
+        **options,  # type: ignore[arg-type]
+    )
+    assert tuple(listener.tokens) == alone.tokens[0], options
+    assert listener.last is not None
+    assert listener.last.reason == alone.finish_reasons[0]
+    if alone.logprobs is None:
+        return
+    assert [entry.token for entry in listener.logprobs] == listener.tokens
+    for ours, theirs in zip(listener.logprobs, alone.logprobs[0], strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["griffin", "topk"])
+def test_tokens_are_those_of_a_run_alone(tiny: TinyModels, method: str) -> None:
+    model, chance = tiny("llama", method).model, random.Random(method)
+    cases = random_cases(ASKED + ASKED[:5], chance)
+    for case, listener in zip(cases, arrivals(model, cases, chance), strict=True):
+        check_alone(model, case, listener)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["griffin", "cats", "teal", "none"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_tokens_of_many_answers(tiny: TinyModels, family: str, method: str) -> None:
+    model, chance = tiny(family, method).model, random.Random(family + method)
+    cases = random_cases(ASKED * 8, chance)
+    for case, listener in zip(cases, arrivals(model, cases, chance), strict=True):
+        check_alone(model, case, listener)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["dtype", "int8"])
+def test_tokens_of_the_shipped_model(weights: str) -> None:
+    config = CompileConfig(sparsity="griffin", graphs="entries", weights=weights, dtype="float32")
+    model = compile_model("tally-3m", config).to_runtime()
+    chance = random.Random(0)
+    asked = ASKED * 6
+    questions = itertools.islice(problems(Task.REASONING, "test", seed=5), len(asked))
+    prompts = model.encode([problem.prompt for problem in questions])
+    cases = [(list(p), 60, options) for p, options in zip(prompts, asked, strict=True)]
+    capacity = Capacity(rows=6, queue=200, context=256, period=16, block=32)
+    listeners = [Listener() for _ in cases]
+    with running(model, capacity) as engine:
+        for (prompt, new, options), listener in zip(cases, listeners, strict=True):
+            engine.submit([answer_of(model, prompt, listener, new, **options)])
+            time.sleep(chance.random() * 0.05)
+        for listener in listeners:
+            listener.wait()
+    for case, listener in zip(cases, listeners, strict=True):
+        check_alone(model, case, listener)
+
+
+def test_griffin_s_neurons_are_refreshed_by_a_row_s_own_periods(tiny: TinyModels) -> None:
+    """Rows that begin at different times, so that they are due at different times."""
+    made, chance = tiny("llama", "griffin", 0.3).model, random.Random(1)
+    backend = copy.copy(made.backend)
+    period = replace(backend.program.period, refresh=2)
+    backend.program = replace(backend.program, period=period)
+    model = SiriusModel(backend, made.tokenizer)
+    cases = random_cases(
+        [{"mode": "exact", "period": 4}, {"mode": "sirius", "period": 3}] * 4, chance
+    )
+    for case, listener in zip(cases, arrivals(model, cases, chance), strict=True):
+        check_alone(model, case, listener)
+    (prompt, _, options), *_ = cases
+    plain = made.generate(input_ids=prompt, max_new_tokens=40, fallback=False, **options)  # type: ignore[arg-type]
+    fresh = model.generate(input_ids=prompt, max_new_tokens=40, fallback=False, **options)  # type: ignore[arg-type]
+    assert plain.steps != fresh.steps  # refreshing matters here
+
+
+class Recording:
+    """A back end that notes what it runs, and may hold it up."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.runs: list[tuple[str, tuple[int, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def run(self, entry: str, inputs: Mapping[str, Any]) -> Any:
+        self.runs.append((entry, tuple(inputs["input_ids"].shape)))
+        return self._backend.run(entry, inputs)
+
+
+@pytest.fixture
+def recording(tiny: TinyModels) -> tuple[SiriusModel, Recording]:
+    made = tiny("llama", "griffin").model
+    own: Any = Recording(made.backend)
+    return SiriusModel(own, made.tokenizer), own
+
+
+def test_a_long_prompt_holds_nobody_up(recording: tuple[SiriusModel, Recording]) -> None:
+    """Between two of its blocks, the answer that was there before goes on by a period."""
+    model, runs = recording
+    before, late = Listener(), Listener()
+    with running(model) as engine:
+        engine.submit([answer_of(model, [7, 8, 9], before, 80, mode="exact", period=2)])
+        before.begun.wait(60)
+        engine.submit([answer_of(model, list(range(6, 76)), late, 1)])
+        late.wait()
+        before.wait()
+    entries = [entry for entry, _ in runs.runs]
+    blocks = [place for place, entry in enumerate(entries) if entry == "prefill"]
+    assert all(size <= CAPACITY.block for entry, (_, size) in runs.runs if entry == "prefill")
+    assert len(blocks) == 1 + 9
+    for one, next_one in itertools.pairwise(blocks[1:]):
+        assert "full" in entries[one:next_one]
+
+
+def test_a_shared_beginning_is_computed_once(recording: tuple[SiriusModel, Recording]) -> None:
+    """Also by prompts that run at the same time."""
+    model, runs = recording
+    common = list(range(10, 50))
+    cases: list[Case] = [([*common, 60 + index], 6, {"mode": "sirius"}) for index in range(4)]
+    listeners = [Listener() for _ in cases]
+    with running(model) as engine:
+        answers = [
+            answer_of(model, prompt, listener, new, **options)
+            for (prompt, new, options), listener in zip(cases, listeners, strict=True)
+        ]
+        engine.submit(answers)
+        for listener in listeners:
+            listener.wait()
+    ran = sum(size for entry, (_, size) in runs.runs if entry == "prefill")
+    assert ran == 40 + 4
+    assert sum(answer.cached for answer in answers) == 3 * 40
+    for case, listener in zip(cases, listeners, strict=True):
+        check_alone(model, case, listener)
+
+
+def test_without_a_prefix_cache(recording: tuple[SiriusModel, Recording]) -> None:
+    model, runs = recording
+    with running(model, replace(CAPACITY, prefix_bytes=0)) as engine:
+        for _ in range(2):
+            listener = Listener()
+            engine.submit([answer_of(model, list(range(10, 50)), listener, 1)])
+            listener.wait()
+        assert engine.prefixes.nbytes == 0
+    assert sum(size for entry, (_, size) in runs.runs if entry == "prefill") == 80
+
+
+def block(numbers: int) -> Block:
+    return Block(torch.zeros(numbers), torch.zeros(numbers), None)
+
+
+def test_prefixes_leave_least_recently_used_first() -> None:
+    cache = PrefixCache(3 * block(10).nbytes)
+    for name in (b"a", b"ab", b"x"):
+        cache.put(name, block(10))
+    cache.used([b"a", b"ab"])
+    cache.put(b"y", block(10))
+    assert [cache.get(name) is not None for name in (b"a", b"ab", b"x", b"y")] == [
+        *(True, True),
+        *(False, True),
+    ]
+    cache.used([b"y"])
+    cache.put(b"z", block(10))
+    assert cache.get(b"ab") is None  # the later part of a beginning leaves before its start
+    assert cache.get(b"a") is not None
+    cache.put(b"large", block(31))
+    assert cache.get(b"large") is None
+    assert cache.nbytes == cache.bound
+
+
+def test_digests_stand_for_all_tokens_before() -> None:
+    one, other = digests([1, 2, 3, 4, 5], 2), digests([9, 2, 3, 4], 2)
+    assert len(one) == len(other) == 2
+    assert not set(one) & set(other)
+    assert digests([1, 2, 3, 4, 7, 8], 2)[:2] == one
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2), st.integers(0, 9)), max_size=40))
+def test_groups_stay_side_by_side(steps: list[tuple[bool, int, int]]) -> None:
+    """What lies in a place goes where its item goes."""
+    order: Order[int] = Order()
+    rows: list[int | None] = [None] * 8
+    held: dict[int, int] = {}
+    for number, (comes, key, which) in enumerate(steps):
+        if comes and len(held) < len(rows):
+            order.add(key, number)
+            held[number] = key
+        elif held and not comes:
+            item = list(held)[which % len(held)]
+            order.remove(held.pop(item), item)
+        moves = order.settle(len(rows))
+        if moves is not None:
+            assert sorted(set(moves)) == sorted(moves)
+            rows[: len(moves)] = [rows[old] for old in moves]
+        for item, place in order.place.items():
+            rows[place] = item if rows[place] is None or item == number else rows[place]
+            assert rows[place] == item
+        keys = [held[item] for item, _ in sorted(order.place.items(), key=lambda p: p[1])]
+        assert len([k for k, _ in itertools.groupby(keys)]) == len(set(keys))
+        assert sorted(order.place.values()) == list(range(len(held)))
 
 
 def test_weights_that_stream(tmp_path: Path) -> None:

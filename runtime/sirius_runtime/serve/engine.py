@@ -176,6 +176,7 @@ class Engine:
         for key in self._order.groups:
             if key != _PROMPTS:
                 self._go_on(key)
+        self._settle()
 
     def _drop(self) -> None:
         """Leaves out answers that were cancelled, or whose time is over."""
