@@ -1,0 +1,215 @@
+"""What continuous batching brings: throughput and waiting times by the number of clients.
+
+    python -m benchmarks.serving --model model.sirius --clients 1 2 4 8 16
+    python -m benchmarks.serving --model model.sirius --gguf model.gguf   # and llama-server
+
+`sirius serve` runs as a process of its own on loopback. So many clients ask it at a time, each for
+one answer after another, by streaming; every number of clients asks for the same answers, greedily,
+after a round that is not counted. Printed are tokens per second of all clients together, the ratio
+to the baseline, and the median and 99th percentile of the time to the first token, of the time
+between tokens, and of whole answers. The baseline is one client of mode `full`: the dense model,
+one request at a time, by the same server.
+
+With `--gguf`, the same clients ask llama.cpp's `llama-server` for answers of the same length, with
+as many slots as there are clients; it has to be on PATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.kernels import cpu_name
+from sirius_compile.shipped.problems import Task, problems
+from sirius_runtime.command_line import finish, path_argument, positive_number
+
+_START_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer: seconds from its request to the first token, and to the end; its tokens."""
+
+    first: float
+    whole: float
+    tokens: int
+    accepted: int
+    drafted: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """What so many clients got."""
+
+    name: str
+    clients: int
+    seconds: float
+    answers: list[Answer]
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second of all clients."""
+        return sum(answer.tokens for answer in self.answers) / self.seconds
+
+
+@contextmanager
+def server(command: Sequence[str | Path], url: str) -> Iterator[None]:
+    """Runs a server's command until it is ready, and then while the caller is at work."""
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        try:
+            end = time.monotonic() + _START_SECONDS
+            while not _is_there(f"{url}/health"):
+                if process.poll() is not None or time.monotonic() > end:
+                    raise RuntimeError(f"{command[0]} did not start: run {command}")
+                time.sleep(0.2)
+            yield
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _is_there(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (OSError, urllib.error.HTTPError):
+        return False
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def ask(url: str, body: dict[str, object]) -> Answer:
+    """One streamed completion."""
+    content = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}})
+    request = urllib.request.Request(
+        f"{url}/v1/completions", content.encode(), {"Content-Type": "application/json"}
+    )
+    begin, first, usage = time.perf_counter(), None, {}
+    with urllib.request.urlopen(request, timeout=600) as response:
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            said = json.loads(line[6:])
+            if "error" in said:
+                raise RuntimeError(said["error"]["message"])
+            usage = said.get("usage") or usage
+            if first is None and said["choices"] and said["choices"][0]["text"]:
+                first = time.perf_counter() - begin
+    whole = time.perf_counter() - begin
+    return Answer(
+        first if first is not None else whole,
+        whole,
+        usage["completion_tokens"],
+        usage.get("accepted_tokens", 0),
+        usage.get("drafted_tokens", 0),
+    )
+
+
+def run_round(
+    name: str, url: str, clients: int, prompts: Sequence[str], options: dict[str, object]
+) -> Round:
+    """Asks for the answers to all prompts, so many at a time."""
+    bodies = [options | {"prompt": prompt} for prompt in prompts]
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(lambda body: ask(url, body), bodies))
+    return Round(name, clients, time.perf_counter() - begin, answers)
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float]:
+    """The median, and the 99th percentile by the nearest rank."""
+    ordered = sorted(values)
+    return statistics.median(ordered), ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+
+
+def table(rounds: Sequence[Round], baseline: Round) -> list[str]:
+    """As Markdown; times in milliseconds."""
+    lines = [
+        "| server | clients | tokens/s | ratio | first token p50 / p99 ms | between tokens p50 / "
+        "p99 ms | answer p50 / p99 s | accepted |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for one in rounds:
+        first = percentiles([1e3 * a.first for a in one.answers])
+        between = percentiles(
+            [1e3 * (a.whole - a.first) / max(a.tokens - 1, 1) for a in one.answers]
+        )
+        whole = percentiles([a.whole for a in one.answers])
+        drafted = sum(a.drafted for a in one.answers)
+        accepted = f"{sum(a.accepted for a in one.answers) / drafted:.2f}" if drafted else "-"
+        lines.append(
+            f"| {one.name} | {one.clients} | {one.speed:.1f} | {one.speed / baseline.speed:.2f} | "
+            f"{first[0]:.0f} / {first[1]:.0f} | {between[0]:.1f} / {between[1]:.1f} | "
+            f"{whole[0]:.2f} / {whole[1]:.2f} | {accepted} |"
+        )
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Continuous batching, by the number of clients.")
+    parser.add_argument("--model", type=path_argument, required=True, metavar="MODEL.sirius")
+    parser.add_argument("--gguf", type=path_argument, metavar="FILE", help="for llama-server")
+    parser.add_argument("--clients", type=positive_number, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--answers", type=positive_number, default=32, help="of each round")
+    parser.add_argument("--tokens", type=positive_number, default=64, help="of an answer, at most")
+    parser.add_argument("--modes", nargs="+", default=["full", "exact", "sirius"])
+    parser.add_argument("--period", type=positive_number, help="default: the artifact's")
+    parsed = parser.parse_args(arguments)
+
+    def command() -> None:
+        asked = itertools.islice(problems(Task.REASONING, "test", seed=1), parsed.answers)
+        prompts = [problem.prompt for problem in asked]
+        most, url = max(parsed.clients), f"http://127.0.0.1:{(port := free_port())}"
+        rounds: list[Round] = []
+
+        def measure(name: str, clients: Sequence[int], **options: object) -> None:
+            given = {"max_tokens": parsed.tokens, "temperature": 0, **options}
+            run_round(name, url, max(clients), prompts, given)  # not counted
+            for count in clients:
+                rounds.append(run_round(name, url, count, prompts, given))
+                print(table(rounds[-1:], rounds[0])[-1], file=sys.stderr, flush=True)
+
+        ours = [sys.executable, "-m", "sirius_runtime.cli", "serve", parsed.model]
+        sizes = ["--port", str(port), "--max-rows", str(most), "--served-model-name", "model"]
+        # Without prefixes: every round runs all of its prompts.
+        with server([*ours, *sizes, "--prefix-cache", "0"], url):
+            for mode in parsed.modes:
+                period = (
+                    {} if parsed.period is None or mode == "full" else {"period": parsed.period}
+                )
+                measure(f"sirius, {mode}", parsed.clients, model="model", mode=mode, **period)
+        llama = shutil.which("llama-server")
+        if parsed.gguf is not None and llama is None:
+            print("llama-server is not on PATH: left out", file=sys.stderr)
+        if parsed.gguf is not None and llama is not None:
+            theirs: list[str | Path] = [llama, "-m", parsed.gguf, "--port", str(port)]
+            slots = ["-np", str(most), "-c", str(most * 1024)]
+            with server([*theirs, *slots], url):
+                measure("llama-server", parsed.clients, cache_prompt=False)
+        print(f"{cpu_name()}, {parsed.answers} answers of at most {parsed.tokens} tokens\n")
+        print("\n".join(table(rounds, rounds[0])))
+
+    return finish("serving", command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
