@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from sirius_runtime.errors import ConfigError
 from sirius_runtime.model import SiriusModel
-from sirius_runtime.serve.server import Server
+from sirius_runtime.serve.server import Server, make_served, serve
 from tests.support.browser import tab
 from tests.support.http import ask
 from tests.support.models import TinyModels
-from tests.support.serving import chatty, metrics, served
+from tests.support.serving import CAPACITY, chatty, metrics, served
 
 KEY = "secret"
 
@@ -248,6 +251,50 @@ def test_metrics(server: Server, client: openai.OpenAI) -> None:
     periods = after["vllm:spec_decode_num_drafts_total"]
     assert after["sirius:mean_acceptance_length"] == pytest.approx(1 + accepted / periods)
     assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
+
+
+def test_the_documentation_names_every_metric(server: Server) -> None:
+    told = (Path(__file__).parents[1] / "docs" / "serve.md").read_text()
+    families = re.findall(r"^# TYPE (\S+) (\w+)$", ask(f"{server.url}/metrics").text, re.M)
+    names = [name for name, _ in families if not name.endswith("_created")]
+    assert len(names) > 15
+    assert [name for name in names if f"`{name}`" not in told] == []
+
+
+@pytest.mark.parametrize(
+    ("capacity", "options", "says"),
+    [
+        ({"context": 129}, {}, "max_seq_len"),
+        ({"period": 8}, {}, "max_period"),
+        ({"rows": 0}, {}, "rows"),
+        ({}, {"mode": "sample"}, "mode must be one of sirius, exact, full, sparse"),
+        ({}, {"mode": "fast"}, "mode must be one of"),
+    ],
+)
+def test_what_can_t_be_served_is_refused_at_the_start(
+    model: SiriusModel, capacity: dict[str, int], options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        make_served(model, "tiny", replace(CAPACITY, **capacity), **options)
+
+
+def test_a_model_without_a_tokenizer_is_refused(model: SiriusModel) -> None:
+    with pytest.raises(ConfigError, match="tokenizer"):
+        make_served(SiriusModel(model.backend, None), "tiny", CAPACITY)
+
+
+def test_a_model_without_a_chat_template(model: SiriusModel) -> None:
+    with served(SiriusModel(model.backend, model.tokenizer)) as plain:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "w7"}]}
+        told = ask(f"{plain.url}/v1/chat/completions", body)
+        assert told.status == 400
+        assert "/v1/completions" in told.json["error"]["message"]
+
+
+def test_an_address_that_is_taken(model: SiriusModel, server: Server) -> None:
+    port = server.servers[0].sockets[0].getsockname()[1]
+    with pytest.raises(ConfigError, match="--port"):
+        serve(make_served(model, "tiny", CAPACITY), port=port, progress=lambda line: None)
 
 
 def test_the_page_in_a_browser(server: Server, client: openai.OpenAI, tmp_path: Path) -> None:
