@@ -282,6 +282,20 @@ def test_a_shared_beginning_is_computed_once(recording: tuple[SiriusModel, Recor
         check_alone(model, case, listener)
 
 
+def test_the_same_tokens_after_others_are_not_taken(tiny: TinyModels) -> None:
+    model = tiny("llama", "griffin").model
+    later = list(range(30, 50))
+    cases: list[Case] = [([first] * 8 + later, 12, {"mode": "exact"}) for first in (7, 8)]
+    with running(model) as engine:
+        for case in cases:
+            prompt, new, options = case
+            answer = answer_of(model, prompt, listener := Listener(), new, **options)
+            engine.submit([answer])
+            listener.wait()
+            assert answer.cached == 0
+            check_alone(model, case, listener)
+
+
 def test_without_a_prefix_cache(recording: tuple[SiriusModel, Recording]) -> None:
     model, runs = recording
     with running(model, replace(CAPACITY, prefix_bytes=0)) as engine:
