@@ -30,7 +30,7 @@ from sirius_runtime.serve.engine import Capacity, Engine
 from sirius_runtime.serve.metrics import Metrics
 from sirius_runtime.serve.pool import Order
 from sirius_runtime.serve.prefixes import Block, PrefixCache, digests
-from tests.support.golden_artifacts import unpack
+from tests.support.golden_artifacts import NESTED_VERSION, unpack
 from tests.support.models import TinyModels
 from tests.support.tiered import tiered
 
@@ -364,7 +364,7 @@ def test_groups_stay_side_by_side(steps: list[tuple[bool, int, int]]) -> None:
 
 def test_weights_that_stream(tmp_path: Path) -> None:
     """Of a model of which a part stays in memory: the same answers, side by side."""
-    path = unpack("2.0/llama-griffin-nested", tmp_path)
+    path = unpack(f"{NESTED_VERSION}/llama-griffin-nested", tmp_path)
     plain, (part, _) = load(path), tiered(path)
     prompts = [[7, 50, 11], [60, 7], [11, 11, 11, 50]]
     capacity = Capacity(rows=2, queue=8, context=48, period=4, block=8, prefix_bytes=2**20)
