@@ -29,7 +29,7 @@ after the last one, so only about one layer's weights are held at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -39,12 +39,15 @@ from torch import Tensor, fx
 
 from sirius_compile.operator_check import Difference, compare, name_of
 from sirius_passes.program import FULL, OBSERVE, PERIOD, PREFILL, SPARSE
+from sirius_runtime import nested
 from sirius_runtime.backends.rewrite import with_kernels
 from sirius_runtime.errors import KernelError
 from sirius_runtime.graph import INPUT, WEIGHT, from_document
 from sirius_runtime.kernels.arguments import BFLOAT16_TOKENS
 from sirius_runtime.kernels.attention import block_attention, cached_attention_by_tokens
-from sirius_runtime.kernels.native import references
+from sirius_runtime.kernels.linear import unnest
+from sirius_runtime.kernels.native import kernels, references
+from sirius_runtime.nested import GROUP
 from sirius_runtime.policy import select_neurons
 from sirius_runtime.spec import JSON, ProgramSpec, WeightSpec
 
@@ -127,7 +130,7 @@ class _Check:
     ) -> list[dict[str, Tensor]]:
         """Runs them with kernels and with references; returns the references' outputs."""
         fast = [self._walk(self._fast, run, caches[0], look=self._look(run)) for run in runs]
-        plain = [self._walk(self._plain, run, caches[1], references) for run in runs]
+        plain = [self._walk(self._plain, run, caches[1], self._references) for run in runs]
         together([*fast, *plain])
         results = []
         for run, one, other in zip(runs, fast, plain, strict=True):
@@ -136,6 +139,33 @@ class _Check:
                 self._find(run, caches[0])
             results.append(wanted)
         return results
+
+    @contextmanager
+    def _references(self) -> Iterator[None]:
+        """References, whose nested weights become numbers by the kernel: torch would take most of
+        the time. The first and the last rows of each block are compared with torch's.
+        """
+
+        def numbers(weight: Tensor) -> Tensor:
+            plain = unnest(weight, torch.float32, library=library)
+            if plain is None:
+                return nested.unnest(weight)
+            outputs = len(plain)
+            for own in (
+                slice(0, min(GROUP, outputs)),
+                slice((outputs - 1) // GROUP * GROUP, outputs),
+            ):
+                if not torch.equal(plain[own], nested.unnest(nested.cut(weight, own))):
+                    raise KernelError(
+                        "the CPU kernel that makes numbers of nested weights is wrong. No artifact "
+                        "is written. Set SIRIUS_KERNELS=0 to compile and to run without the "
+                        "kernels, and report this with the model's config.json"
+                    )
+            return plain
+
+        library = kernels()
+        with references(), nested.unnesting(numbers):
+            yield
 
     def _look(self, run: _Run) -> Look | None:
         """Compares `block_attention` on the arguments of each layer's cached attention."""

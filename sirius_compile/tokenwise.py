@@ -20,7 +20,7 @@ from sirius_passes.program import FULL, SPARSE
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.errors import CalibrationError
 from sirius_runtime.kernels.arguments import MOST_TOKENS
-from sirius_runtime.kernels.native import references
+from sirius_runtime.kernels.linear import fast_references
 from sirius_runtime.operators import OPERATORS, Operator
 from sirius_runtime.spec import JSON, ProgramSpec
 from sirius_runtime.tensor_state import TensorState
@@ -257,7 +257,7 @@ def tokenwise(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
             value = value.reshape(rows * tokens, 1, -1)
         parts.append(value)
     # The kernels are made for the few rows of a step; with many rows, torch takes half the time.
-    with references() if rows * tokens > MOST_TOKENS else nullcontext():
+    with fast_references() if rows * tokens > MOST_TOKENS else nullcontext():
         result = target(*parts, **kwargs)
     if isinstance(result, Tensor):
         return result.reshape(rows, tokens, -1)

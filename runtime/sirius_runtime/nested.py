@@ -31,7 +31,8 @@ Activations meet nested weights as integers too: see `in_steps`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ ABREAST = 16
 
 _WORD = 4  # bytes of a group that follow one another there
 _BLOCK = 1 << 20  # numbers
+_ROW = 1024  # outputs
 _OFFSET = 128
 _MIDDLE = 8  # of the 16 values that a high nibble stands for
 _MIDDLE_SCALE = 0x80
@@ -195,16 +197,40 @@ def in_steps(x: Tensor) -> Tensor:
     return (q * (largest / LARGEST)).flatten(-2)
 
 
+def cut(weight: Tensor, outputs: slice) -> Tensor:
+    """The planes of some outputs, by inputs from and to a multiple of 32: a view."""
+    if weight.ndim == 3:
+        return weight[:, outputs]
+    return weight[..., outputs.start // 2 : outputs.stop // 2]
+
+
 def in_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Cuts a nested weight: some of its outputs, and the planes of these, which caches hold as
     numbers.
     """
     outputs, inputs = matrix_shape(tuple(weight.shape))
-    rows = max(GROUP, _BLOCK // inputs // GROUP * GROUP)
+    # By inputs, short parts of rows would be read from many places.
+    rows = max(GROUP if weight.ndim == 3 else _ROW, _BLOCK // inputs // GROUP * GROUP)
     for start in range(0, outputs, rows):
-        end = min(start + rows, outputs)
-        part = weight[:, start:end] if weight.ndim == 3 else weight[..., start // 2 : end // 2]
-        yield slice(start, end), part
+        own = slice(start, min(start + rows, outputs))
+        yield own, cut(weight, own)
+
+
+Unnest = Callable[[Tensor], Tensor]
+_unnest: Unnest = unnest
+
+
+@contextmanager
+def unnesting(by: Unnest) -> Iterator[None]:
+    """Within it, `product` has its numbers from another function, which must give those of `unnest`
+    bit for bit, on all threads.
+    """
+    global _unnest
+    before, _unnest = _unnest, by
+    try:
+        yield
+    finally:
+        _unnest = before
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -214,7 +240,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     given = in_steps(x)
     parts = [
         torch.nn.functional.linear(
-            given, unnest(part), None if bias is None else bias[own].float()
+            given, _unnest(part), None if bias is None else bias[own].float()
         ).to(x.dtype)
         for own, part in in_blocks(weight)
     ]
