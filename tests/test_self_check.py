@@ -157,6 +157,25 @@ def test_a_wrong_kernel_stops_the_compile_and_is_named(
         assert part in said
 
 
+def test_wrong_numbers_of_nested_weights_stop_the_compile(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The references have them from a kernel."""
+    right = self_check.unnest
+
+    def wrong(weight: Tensor, *args: Any, **options: Any) -> Tensor | None:
+        plain = right(weight, *args, **options)
+        if plain is not None:
+            plain[-1, -1] += 1
+        return plain
+
+    options = {"sparsity": "topk", "weights": "int8"}
+    assert "check kernels" in stages(text, **options)
+    monkeypatch.setattr(self_check, "unnest", wrong)
+    with pytest.raises(KernelError, match="numbers of nested weights is wrong"):
+        stages(text, **options)
+
+
 def test_the_attention_of_a_period_s_graph_is_compared(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
