@@ -43,6 +43,17 @@ def test_a_bar_says_what_is_done_and_what_is_left() -> None:
     assert "left:" in shown
 
 
+def test_a_bar_of_bytes_says_how_fast_it_goes() -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=120)
+    with progress.Bar(console).measure("write artifact", 8_000_000_000) as done:
+        done(2_000_000_000)
+    shown = text.getvalue()
+    assert "write artifact" in shown
+    assert "2.0/8.0 GB" in shown
+    assert "left:" in shown
+
+
 def test_no_bar_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     watch = progress.bar()
     assert watch is unwatched
