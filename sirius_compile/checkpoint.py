@@ -18,9 +18,10 @@ from sirius_compile.config_check import read_object
 from sirius_compile.live import MERGE
 from sirius_compile.models import INDEX_FILE, SINGLE_FILE, ModelSource, whole_config
 from sirius_compile.text_model import text_config, text_names
+from sirius_compile.workspace import Workspace
 from sirius_runtime.dtypes import dtype_name, dtype_of
 from sirius_runtime.errors import ModelNotFoundError, UnsupportedModelError
-from sirius_runtime.spec import DType
+from sirius_runtime.spec import DType, WeightSpec
 
 _FLOATS = tuple(dtype_of(name) for name in DType)
 _AGAIN = "download or save the model again"
@@ -38,7 +39,7 @@ class WeightSource(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
 
-class _Store(WeightSource, Protocol):
+class Store(WeightSource, Protocol):
     """Named tensors whose names and shapes are known before they are read."""
 
     def names(self) -> list[str]: ...
@@ -86,6 +87,27 @@ class Checkpoint:
         return self.get(name).dtype
 
 
+class Kept:
+    """The weights of a source that takes long to give one: each is asked for once. They are kept on
+    disk, in a workspace, or else in memory.
+    """
+
+    def __init__(self, source: WeightSource, wanted: Wanted, workspace: Workspace | None) -> None:
+        self._source, self._shapes, self._workspace = source, wanted.shapes, workspace
+        self._loaded: dict[str, Tensor] = {}
+
+    def get(self, name: str) -> Tensor:
+        if self._workspace is None:
+            if name not in self._loaded:
+                self._loaded[name] = self._source.get(name)
+            return self._loaded[name]
+        spec = WeightSpec(f"as read: {name}", dtype_name(self.dtype(name)), self._shapes[name])
+        return self._workspace.weight(spec, lambda: self._source.get(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._source.dtype(name)
+
+
 class StateDict:
     """The weights of a model in memory."""
 
@@ -113,7 +135,7 @@ class StateDict:
 class _Renamed:
     """Tensors of a store under other names: `names` maps each to its name in the store."""
 
-    def __init__(self, source: _Store, names: Mapping[str, str]) -> None:
+    def __init__(self, source: Store, names: Mapping[str, str]) -> None:
         self._source, self._names = source, names
 
     def names(self) -> list[str]:
@@ -146,21 +168,29 @@ def open_weights(
     names, aliases = wanted.shapes, wanted.aliases
     files = Checkpoint(source.directory)
     checkpoint, prefixes = _text_part(source, files, config, wanted, warn)
-    homes = _homes(source, checkpoint, names, aliases)
+    homes = _homes(source.name, checkpoint, names, aliases)
     if len(homes) == len(names):
         _check_left_over(source, config, wanted, checkpoint.names(), warn)
         return _Renamed(checkpoint, homes)
     loaded, unexpected = _load(source, config, prefixes)
     _check_left_over(source, config, wanted, unexpected, warn)
-    homes = _homes(source, loaded, names, aliases)
+    return open_store(source.name, loaded, wanted)
+
+
+def open_store(source: str, store: Store, wanted: Wanted) -> WeightSource:
+    """The weights of a captured graph from a store that has the model's names. Raises
+    UnsupportedModelError if it lacks one.
+    """
+    names = wanted.shapes
+    homes = _homes(source, store, names, wanted.aliases)
     missing = [name for name in names if name not in homes]
     if missing:
         raise UnsupportedModelError(
-            f"{source.name}: its checkpoint holds no {_some(missing)} of the shape that "
+            f"{source}: its checkpoint holds no {_some(missing)} of the shape that "
             f"config.json gives the model ({list(names[missing[0]])} for the first); use a "
             "complete checkpoint of a causal language model and its own config.json"
         )
-    return _Renamed(loaded, homes)
+    return _Renamed(store, homes)
 
 
 def checkpoint_dtype(source: ModelSource, config: PretrainedConfig) -> torch.dtype:
@@ -238,8 +268,8 @@ def _open(path: Path) -> Any:
 
 
 def _homes(
-    source: ModelSource,
-    store: _Store,
+    source: str,
+    store: Store,
     names: Mapping[str, tuple[int, ...]],
     aliases: Mapping[str, tuple[str, ...]],
 ) -> dict[str, str]:
@@ -252,7 +282,7 @@ def _homes(
             # transformers would leave such a pair untied, but the graph has one weight for both.
             if not torch.equal(store.get(tied[0]), store.get(other)):
                 raise UnsupportedModelError(
-                    f"{source.name}: config.json ties {tied[0]} and {other}, but the checkpoint "
+                    f"{source}: config.json ties {tied[0]} and {other}, but the checkpoint "
                     "holds different values; set tie_word_embeddings to false in config.json"
                 )
         if tied and store.shape(tied[0]) == tuple(shape):
@@ -266,7 +296,7 @@ def _text_part(
     config: PretrainedConfig,
     wanted: Wanted,
     warn: Callable[[str], None],
-) -> tuple[_Store, dict[str, str]]:
+) -> tuple[Store, dict[str, str]]:
     """The tensors of a multimodal checkpoint's text model under the text model's names, and the
     renaming (pattern → replacement) that transformers needs to load them. For a model of text: all
     tensors, and no renaming.

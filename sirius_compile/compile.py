@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from sirius_compile.acceptance import PAYS
 from sirius_compile.capture import Capture, capture
-from sirius_compile.checkpoint import WeightSource
+from sirius_compile.checkpoint import Kept, WeightSource
 from sirius_compile.config import BUILTIN, CompileConfig, Graphs
 from sirius_compile.config_check import check_token_ids, check_weights
 from sirius_compile.generation import read_generation
@@ -184,6 +184,8 @@ class _Compilation:
         program = captured.program
         with self._stage("open weights"):
             weights = self._source.open_weights(captured.wanted)
+            if self._source.slow:
+                weights = Kept(weights, captured.wanted, self._workspace)
         if self._workspace is not None:
             held = [p for path in self._source.files for p in path.glob("*.safetensors")]
             self._workspace.bound(_bytes(program, dtype_of(self._dtype)), held)

@@ -7,16 +7,22 @@ float32, from which the integers of a Q8_0 tensor are found again.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -24,6 +30,7 @@ from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.errors import ModelNotFoundError, UnsupportedModelError
 from sirius_runtime.spec import DType
 
+_BLOCK = 1 << 22  # numbers that are dequantised at once
 _PACKAGES = ("gguf", "accelerate")
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Keys of the tokens that end a text, and a turn of a chat.
@@ -32,14 +39,64 @@ _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A model in memory, its tokenizer, and a generation config with its end tokens. `dtype` is the
-    program's; the model may be in a wider one.
+    """A GGUF file's config, tokenizer, and a generation config with its end tokens. `dtype`: the
+    program's. `weights`: those of the file, each dequantised when it is asked for; None for an
+    architecture whose tensors transformers merges or splits, whose `model` is loaded instead.
+    Weights may be in a wider dtype than the program's.
     """
 
-    model: PreTrainedModel
+    config: PretrainedConfig
     dtype: torch.dtype
     tokenizer: Any
     generation: GenerationConfig
+    weights: GgufWeights | None
+    model: PreTrainedModel | None
+
+
+class GgufWeights:
+    """Tensors of a GGUF file under transformers' names. `get` dequantises a block of rows at a
+    time, on as many threads as torch uses.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], processor: Any, dtype: torch.dtype) -> None:
+        """`tensors`: the reader's, by transformers' names. `processor`: transformers' own, which
+        undoes what the converter did to the rows of some.
+        """
+        self._tensors, self._processor, self._dtype = tensors, processor, dtype
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype
+
+    def get(self, name: str) -> Tensor:
+        from gguf import dequantize
+
+        tensor = self._tensors[name]
+        if len(tensor.shape) == 1:
+            return self._undone(dequantize(tensor.data, tensor.tensor_type), tensor).to(self._dtype)
+        values = torch.empty(self.shape(name), dtype=self._dtype)
+        rows = max(1, _BLOCK // max(1, values[0].numel()))
+
+        def fill(start: int) -> None:
+            part = dequantize(tensor.data[start : start + rows], tensor.tensor_type)
+            values[start : start + rows] = torch.from_numpy(
+                np.require(part, requirements=["C", "W"])
+            )
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(fill, range(0, len(values), rows)))
+        # NumPy has no bfloat16, and what is undone of a matrix is the order of its rows.
+        bits = values.view(torch.int16 if self._dtype.itemsize == 2 else torch.int32)
+        return self._undone(bits.numpy(), tensor).view(self._dtype)
+
+    def _undone(self, values: Any, tensor: Any) -> Tensor:
+        done = self._processor.process(weights=values, name=tensor.name).weights
+        return torch.from_numpy(np.require(done, requirements=["C", "W"]))
 
 
 def is_gguf(model: str | Path) -> bool:
@@ -83,14 +140,40 @@ def _load(path: Path, dtype: DType | None, exactly: bool) -> GgufModel:
         )
     given = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     own = dtype_of(dtype) if dtype else _dtype(reader)
-    model = AutoModelForCausalLM.from_pretrained(
-        **given, **_unpacked(), dtype=torch.float32 if exactly else own
-    ).eval()
-    generation = model.generation_config or GenerationConfig.from_model_config(model.config)
+    stored = torch.float32 if exactly else own
+    config, model = AutoConfig.from_pretrained(**given), None
+    weights = _weights(reader, config, stored)
+    if weights is None:
+        model = AutoModelForCausalLM.from_pretrained(**given, **_unpacked(), dtype=stored).eval()
+        config = model.config
+    generation = getattr(model, "generation_config", None)
+    generation = generation or GenerationConfig.from_model_config(config)
     fields = [field for name in _ENDS if (field := reader.get_field(name)) is not None]
     if fields:
         generation.eos_token_id = list(dict.fromkeys(int(field.contents()) for field in fields))
-    return GgufModel(model, own, AutoTokenizer.from_pretrained(**given), generation)
+    tokenizer = AutoTokenizer.from_pretrained(**given)
+    return GgufModel(config, own, tokenizer, generation, weights, model)
+
+
+def _weights(reader: Any, config: PretrainedConfig, dtype: torch.dtype) -> GgufWeights | None:
+    """The file's tensors, if each is one of the model's weights."""
+    try:
+        from transformers import modeling_gguf_pytorch_utils as theirs
+
+        architecture = str(reader.get_field("general.architecture").contents())
+        kind = theirs.TENSOR_PROCESSORS.get(architecture, theirs.TensorProcessor)
+        simple = (theirs.TensorProcessor, theirs.LlamaTensorProcessor, theirs.Gemma2TensorProcessor)
+        names = theirs.get_gguf_hf_weights_map
+    except (ImportError, AttributeError):  # another release of transformers
+        return None
+    if kind not in simple:
+        return None
+    processor = kind(config=config.to_dict())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    known = names(model, processor)
+    tensors = {known[t.name]: t for t in reader.tensors if t.name in known}
+    return GgufWeights(tensors, processor, dtype)
 
 
 def _unpacked() -> dict[str, Any]:

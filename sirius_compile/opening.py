@@ -14,7 +14,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from sirius_compile.adapters import Adapter, merged, read_adapter
-from sirius_compile.checkpoint import StateDict, checkpoint_dtype, open_weights
+from sirius_compile.checkpoint import StateDict, checkpoint_dtype, open_store, open_weights
 from sirius_compile.config import CompileConfig
 from sirius_compile.config_check import check_config, read_generation_config
 from sirius_compile.gguf_file import is_gguf, load_gguf
@@ -68,13 +68,26 @@ def open_gguf(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> 
         None if config.dtype is None else DType(config.dtype),
         exactly=config.nested_bits is not None,
     )
-    source = open_live(loaded.model, config, loaded.tokenizer, warn)
-    return replace(
-        source,
-        name=Path(model).name,
+    name, files = Path(model).name, (read_path(model),)
+    weights = loaded.weights
+    if weights is None:
+        source = open_live(loaded.model, config, loaded.tokenizer, warn)
+        return replace(
+            source, name=name, generation=loaded.generation, dtype=loaded.dtype, files=files
+        )
+    check_config(loaded.config, name)
+    return Source(
+        name=name,
+        revision=None,
+        config=loaded.config,
         generation=loaded.generation,
+        tokenizer_files=tokenizer_files(loaded.tokenizer),
+        prompts=BUILTIN_PROMPTS,
         dtype=loaded.dtype,
-        files=(read_path(model),),
+        trust_remote_code=False,
+        open_weights=lambda wanted: open_store(name, weights, wanted),
+        files=files,
+        slow=True,
     )
 
 

@@ -19,7 +19,8 @@ class Source:
 
     `prompts`: the file of its calibration prompts. `open_weights`: opens the weights that a
     captured graph reads. `live`: the model itself, if it is in memory. `files`: the folders and
-    files that it was read from, none of a model in memory.
+    files that it was read from, none of a model in memory. `slow`: whether it takes long to give a
+    weight.
     """
 
     name: str
@@ -33,3 +34,4 @@ class Source:
     open_weights: Callable[[Wanted], WeightSource]
     live: PreTrainedModel | None = None
     files: tuple[Path, ...] = ()
+    slow: bool = False

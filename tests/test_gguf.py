@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sirius_compile import CompileConfig, compile_model, gguf_file
 from sirius_compile.compile import Compiled
+from sirius_compile.workspace import Workspace
 from sirius_runtime.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from sirius_runtime.nested import unnest
 from tests.support.models import MAX_SEQ_LEN, SMALL, VOCABULARY, random_decoder
@@ -118,6 +119,30 @@ def test_what_is_compiled_is_what_the_file_holds(tmp_path: Path, kind: str) -> N
     assert set(found) == set(stored)
     for name, tensor in stored.items():
         assert torch.equal(found[name], tensor.to(TYPES[kind])), name
+
+
+def test_tensors_are_read_one_at_a_time_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of rows, the last of them short; what is read is kept in a workspace."""
+    stored = write_gguf(tmp_path / "m.gguf", random_decoder("qwen2"), "Q8_0")
+    monkeypatch.setattr(gguf_file, "_BLOCK", 7 * SMALL["hidden_size"])
+    read: list[str] = []
+    get = gguf_file.GgufWeights.get
+
+    def counted(self: gguf_file.GgufWeights, name: str) -> torch.Tensor:
+        read.append(name)
+        return get(self, name)
+
+    monkeypatch.setattr(gguf_file.GgufWeights, "get", counted)
+    with Workspace(tmp_path / "m.sirius") as workspace:
+        compiled = compile_model(tmp_path / "m.gguf", ALONE, workspace=workspace)
+        compiled.save(tmp_path / "m.sirius")
+        for name, tensor in weights_of(compiled).items():
+            assert torch.equal(tensor, stored[name].to(tensor.dtype)), name
+    assert len(read) == len(set(read)) == len(stored)
+    again = compile_model(tmp_path / "m.gguf", ALONE).save(tmp_path / "again.sirius")
+    assert again.read_bytes() == (tmp_path / "m.sirius").read_bytes()
 
 
 def test_it_answers_as_the_model_does(tmp_path: Path) -> None:
