@@ -10,6 +10,8 @@ to the baseline, and the median and 99th percentile of the time to the first tok
 between tokens, and of whole answers. The baseline is one client of mode `full`: the dense model,
 one request at a time, by the same server.
 
+`--replicas R` starts as many servers, which the clients ask in turn; `--threads` is of each.
+
 With `--gguf`, the same clients ask llama.cpp's `llama-server` for answers of the same length, with
 as many slots as there are clients; it has to be on PATH.
 """
@@ -29,7 +31,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +69,12 @@ class Round:
 
 
 @contextmanager
-def server(command: Sequence[str | Path], url: str) -> Iterator[None]:
+def server(command: Sequence[str | Path], port: int) -> Iterator[None]:
     """Runs a server's command until it is ready, and then while the caller is at work."""
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         try:
             end = time.monotonic() + _START_SECONDS
-            while not _is_there(f"{url}/health"):
+            while not _is_there(f"{_url(port)}/health"):
                 if process.poll() is not None or time.monotonic() > end:
                     raise RuntimeError(f"{command[0]} did not start: run {command}")
                 time.sleep(0.2)
@@ -80,6 +82,10 @@ def server(command: Sequence[str | Path], url: str) -> Iterator[None]:
         finally:
             process.terminate()
             process.wait(60)
+
+
+def _url(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
 
 
 def _is_there(url: str) -> bool:
@@ -125,13 +131,13 @@ def ask(url: str, body: dict[str, object]) -> Answer:
 
 
 def run_round(
-    name: str, url: str, clients: int, prompts: Sequence[str], options: dict[str, object]
+    name: str, urls: Sequence[str], clients: int, prompts: Sequence[str], options: dict[str, object]
 ) -> Round:
-    """Asks for the answers to all prompts, so many at a time."""
+    """Asks for the answers to all prompts, so many at a time, each server in its turn."""
     bodies = [options | {"prompt": prompt} for prompt in prompts]
     begin = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        answers = list(pool.map(lambda body: ask(url, body), bodies))
+        answers = list(pool.map(ask, itertools.cycle(urls), bodies))
     return Round(name, clients, time.perf_counter() - begin, answers)
 
 
@@ -173,39 +179,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=positive_number, default=64, help="of an answer, at most")
     parser.add_argument("--modes", nargs="+", default=["full", "exact", "sirius"])
     parser.add_argument("--period", type=positive_number, help="default: the artifact's")
+    parser.add_argument("--replicas", type=positive_number, default=1, help="servers")
+    parser.add_argument("--threads", type=positive_number, help="of each server")
     parsed = parser.parse_args(arguments)
 
     def command() -> None:
         asked = itertools.islice(problems(Task.REASONING, "test", seed=1), parsed.answers)
         prompts = [problem.prompt for problem in asked]
-        most, url = max(parsed.clients), f"http://127.0.0.1:{(port := free_port())}"
+        most, ports = max(parsed.clients), [free_port() for _ in range(parsed.replicas)]
         rounds: list[Round] = []
 
-        def measure(name: str, clients: Sequence[int], **options: object) -> None:
+        def measure(name: str, ports: Sequence[int], **options: object) -> None:
             given = {"max_tokens": parsed.tokens, "temperature": 0, **options}
-            run_round(name, url, max(clients), prompts, given)  # not counted
-            for count in clients:
-                rounds.append(run_round(name, url, count, prompts, given))
+            urls = [_url(port) for port in ports]
+            run_round(name, urls, most, prompts, given)  # not counted
+            for count in parsed.clients:
+                rounds.append(run_round(name, urls, count, prompts, given))
                 print(table(rounds[-1:], rounds[0])[-1], file=sys.stderr, flush=True)
 
         ours = [sys.executable, "-m", "sirius_runtime.cli", "serve", parsed.model]
-        sizes = ["--port", str(port), "--max-rows", str(most), "--served-model-name", "model"]
         # Without prefixes: every round runs all of its prompts.
-        with server([*ours, *sizes, "--prefix-cache", "0"], url):
+        ours += ["--served-model-name", "model", "--max-rows", str(most), "--prefix-cache", "0"]
+        ours += [] if parsed.threads is None else ["--threads", str(parsed.threads)]
+        with ExitStack() as servers:
+            for port in ports:
+                servers.enter_context(server([*ours, "--port", str(port)], port))
             for mode in parsed.modes:
                 period = (
                     {} if parsed.period is None or mode == "full" else {"period": parsed.period}
                 )
-                measure(f"sirius, {mode}", parsed.clients, model="model", mode=mode, **period)
+                measure(f"sirius, {mode}", ports, model="model", mode=mode, **period)
         llama = shutil.which("llama-server")
         if parsed.gguf is not None and llama is None:
             print("llama-server is not on PATH: left out", file=sys.stderr)
         if parsed.gguf is not None and llama is not None:
-            theirs: list[str | Path] = [llama, "-m", parsed.gguf, "--port", str(port)]
+            theirs: list[str | Path] = [llama, "-m", parsed.gguf, "--port", str(ports[0])]
             slots = ["-np", str(most), "-c", str(most * 1024)]
-            with server([*theirs, *slots], url):
-                measure("llama-server", parsed.clients, cache_prompt=False)
-        print(f"{cpu_name()}, {parsed.answers} answers of at most {parsed.tokens} tokens\n")
+            with server([*theirs, *slots], ports[0]):
+                measure("llama-server", ports[:1], cache_prompt=False)
+        print(
+            f"{cpu_name()}; {parsed.replicas} x {parsed.threads or 'all'} threads; "
+            f"{parsed.answers} answers of at most {parsed.tokens} tokens\n"
+        )
         print("\n".join(table(rounds, rounds[0])))
 
     return finish("serving", command)
