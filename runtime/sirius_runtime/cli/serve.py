@@ -81,6 +81,8 @@ def _run(args: argparse.Namespace) -> None:
     for name, value in (("--prefix-cache", args.prefix_cache), ("--timeout", args.timeout)):
         if not 0 <= value < 1e9:
             raise ConfigError(f"{name} must be in 0..1e9, got {value}")
+    if args.timeout == 0:
+        raise ConfigError("--timeout must be above 0")
     if args.port > 65535:
         raise ConfigError(f"--port must be in 0..65535, got {args.port}")
     options, prefix_bytes, longest = model_options(args), int(args.prefix_cache * 1e6), 4096

@@ -29,6 +29,7 @@ from sirius_runtime.serve.protocol import (
     CompletionRequest,
 )
 from sirius_runtime.text import TextStream
+from sirius_runtime.tokenizer_guard import panics_caught
 
 Kind = Literal["chat", "text"]
 _REASONS = {FinishReason.EOS: "stop", FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
@@ -56,9 +57,10 @@ class Choice:
 
     def take(self, news: News) -> str:
         """Takes news; returns the new text."""
-        self.stream.put(list(news.tokens))
-        if news.last:
-            self.stream.end()
+        with panics_caught():
+            self.stream.put(list(news.tokens))
+            if news.last:
+                self.stream.end()
         text, self.fresh[:] = "".join(self.fresh), []
         self.text += text
         self.logprobs += news.logprobs
@@ -194,6 +196,7 @@ class Call:
         }
 
 
+@panics_caught()
 def make_call(
     model: SiriusModel,
     name: str,
