@@ -1,0 +1,184 @@
+"""Whole answers of real instruct models: is a run ever slower than dense decoding?
+
+    python -m benchmarks.real qwen-int8-teal.sirius --baseline qwen-bf16.sirius --out runs.jsonl
+
+Twenty prompts of five kinds (maths, code, chat, the summary of a long text, another language) are
+answered one at a time through the model's chat template, greedily: densely, as the default run
+does, in `exact` mode, and by the dense path of `--baseline`, turn and turn about on each prompt,
+after one answer that is not counted. Printed are, for each kind and for all, the medians of tokens
+per second (prompts not counted) and of the ratios to the dense path on the same prompt, the worst
+ratio, and what drafting did. `exact` answers must be the dense ones, or the benchmark stops.
+
+With `--out` each answer is a line of a file, and what is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.kernels import cpu_name
+from sirius_runtime import SiriusModel, load
+from sirius_runtime.command_line import finish, positive_number, threads_argument
+
+STORY = (
+    "The lighthouse at Carrow Point was built in 1871 after three ships were lost in one "
+    "winter. Its first keeper, Ada Quill, kept a diary of the weather, of the birds that struck "
+    "the glass, and of the ships that passed. In 1889 the lamp was changed from oil to gas, and "
+    "the keeper's house was made larger, because the work then needed two people. The second "
+    "keeper, Tom Rushen, disliked the gas and wrote so to the board each year, until in 1903 a "
+    "leak set fire to the store and the board agreed to electric light. The cable to the "
+    "mainland broke in nearly every storm, so that the old oil lamp was kept ready for another "
+    "thirty years. During the second war the light was put out, and the tower was used to watch "
+    "for aeroplanes. Afterwards the light was made automatic and the house was sold to a "
+    "school, whose pupils measure the tides there every summer. The diaries were found in 1978 "
+    "behind a wall, and showed that the birds now arrive two weeks earlier than they did in Ada "
+    "Quill's time. They are kept in the county library, where anyone can read them, and a copy "
+    "stands in the room below the lamp."
+)
+PROMPTS = {
+    "maths": (
+        "A shop sells pens at 3 for 2 euros. How much do 21 pens cost? Reason step by step.",
+        "Nora has 48 stickers. Ben gets a third, Ida a quarter of the rest. How many are left?",
+        "A train runs from 9:40 to 13:05 and stops twice for 10 minutes. How long does it move?",
+        "What is the sum of the odd numbers from 1 to 49? Explain.",
+    ),
+    "code": (
+        "Write a Python function that returns the longest common prefix of a list of strings.",
+        "Write a SQL query that lists the three customers with the largest total of orders.",
+        "Implement binary search in C for an array of ints, with a comment for each step.",
+        "Explain what this does: `sorted(d, key=d.get, reverse=True)[:5]`",
+    ),
+    "chat": (
+        "I have a free Sunday and it will rain. What could I do at home?",
+        "How do I tell a friend that I can't come to her wedding?",
+        "What are good habits for sleeping better?",
+        "Why is the sky blue? Answer as to a child.",
+    ),
+    "summary": (
+        f"Summarise this text in three sentences.\n\n{STORY}",
+        f"List the years of this text and what happened in each.\n\n{STORY}",
+        f"Who are the people in this text and what did they do?\n\n{STORY}",
+        f"Write a headline and a short notice for a newspaper about this.\n\n{STORY}",
+    ),
+    "language": (
+        "Übersetze ins Englische und erkläre die Grammatik: Der Hund, den ich sah, schläft.",
+        "Écris une courte lettre pour réserver une chambre d'hôtel pour deux nuits.",
+        "Explica en español qué es la fotosíntesis.",
+        "Spiega in italiano come si fa il pane.",
+    ),
+}
+DENSE, BASELINE = "dense", "baseline, dense"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A way's answer to a prompt."""
+
+    prompt: str
+    way: str
+    tokens: tuple[int, ...]
+    rate: float
+    """Tokens a second, the prompt not counted."""
+    aal: float | None
+    effective: float | None
+    note: str | None
+    """Why the run decoded densely, where it did."""
+
+
+def answer(model: SiriusModel, prompt: str, way: str, mode: str, most: int) -> Answer:
+    done = model.generate(
+        messages=[{"role": "user", "content": prompt}], mode=mode, max_new_tokens=most
+    )
+    stats = done.stats
+    return Answer(
+        prompt,
+        way,
+        done.tokens[0],
+        stats.tokens_per_second or 0.0,
+        stats.aal,
+        stats.effective_density,
+        None if stats.fallback is None else str(stats.fallback),
+    )
+
+
+def answers(args: argparse.Namespace) -> Iterator[Answer]:
+    """All of them; what the file has first."""
+    known: dict[tuple[str, str], Answer] = {}
+    if args.out is not None and args.out.exists():
+        for line in args.out.read_text().splitlines():
+            record = Answer(**json.loads(line))
+            known[record.prompt, record.way] = record
+    model = load(args.artifact, threads=args.threads)
+    ways = [(model, DENSE, "full"), (model, "sirius", "sirius"), (model, "exact", "exact")]
+    if args.baseline is not None:
+        ways.append((load(args.baseline, threads=args.threads), BASELINE, "full"))
+    warm = False
+    for prompts in PROMPTS.values():
+        for prompt in prompts[: args.prompts]:
+            for own, way, mode in ways:
+                if (prompt, way) not in known:
+                    if not warm:
+                        for each, _, other in ways:
+                            answer(each, prompt, "", other, 16)
+                    warm = True
+                    done = known[prompt, way] = answer(own, prompt, way, mode, args.max_new_tokens)
+                    if args.out is not None:
+                        with args.out.open("a") as file:
+                            file.write(json.dumps(asdict(done)) + "\n")
+                yield known[prompt, way]
+            dense, exact = known[prompt, DENSE], known[prompt, "exact"]
+            if tuple(dense.tokens) != tuple(exact.tokens):
+                raise SystemExit(f"exact mode does not give the dense tokens of {prompt!r}")
+
+
+def table(all_answers: Sequence[Answer]) -> Iterator[str]:
+    found = {(a.prompt, a.way): a for a in all_answers}
+    ways = list(dict.fromkeys(a.way for a in all_answers))
+    yield "| prompts | way | tokens/s | of dense | worst | AAL | effective density | fell back |"
+    yield "|---|---|---|---|---|---|---|---|"
+    kinds = [*PROMPTS.items(), ("all", tuple(p for own in PROMPTS.values() for p in own))]
+    for kind, prompts in kinds:
+        for way in ways:
+            own = [found[p, way] for p in prompts if (p, way) in found]
+            if not own:
+                continue
+            ratios = [a.rate / found[a.prompt, DENSE].rate for a in own]
+            aal = [a.aal for a in own if a.aal is not None]
+            effective = [a.effective for a in own if a.effective is not None]
+            yield (
+                f"| {kind} | {way} | {statistics.median(a.rate for a in own):.2f} | "
+                f"{statistics.median(ratios):.2f} | {min(ratios):.2f} | "
+                f"{_median(aal, way)} | {_median(effective, way)} | "
+                f"{sum(a.note is not None for a in own)} of {len(own)} |"
+            )
+
+
+def _median(values: Sequence[float], way: str) -> str:
+    return f"{statistics.median(values):.2f}" if values and way not in (DENSE, BASELINE) else ""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--baseline", type=Path, help="another artifact, decoded densely beside it")
+    parser.add_argument("--prompts", type=positive_number, default=4, help="of each kind")
+    parser.add_argument("--max-new-tokens", type=positive_number, default=128)
+    parser.add_argument("--out", type=Path, help="answers, a line each; those there are kept")
+    parser.add_argument("--threads", type=threads_argument)
+    args = parser.parse_args(arguments)
+    done = []
+    for one in answers(args):
+        done.append(one)
+        print(f"{one.way}: {one.rate:.2f} tokens/s", file=sys.stderr)
+    print(f"{args.artifact.name}; {args.max_new_tokens} tokens an answer; {cpu_name()}\n")
+    print("\n".join(table(done)))
+
+
+if __name__ == "__main__":
+    sys.exit(finish("benchmarks.real", main))
