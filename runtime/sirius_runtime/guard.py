@@ -9,6 +9,7 @@ and of dense steps as the host saw them, which every back end has.
 
 Drafting pays where some K brings more tokens a second than dense steps do. Until dense steps were
 timed, seconds are reads: a level takes `density` of a dense step, and no sparse path is faster.
+A few periods try twice or half the best K, where that might be better than its old seconds say.
 Where drafting does not pay, dense steps follow, and after `HOLD` of them one short draft, and
 then after `BACKOFF` times as many each time that it fails. Seconds are low quantiles of the last
 few, since what disturbs a clock only ever adds.
@@ -36,9 +37,15 @@ HOLD, BACKOFF, LONGEST_HOLD = 16, 4, 1024
 """Dense steps before drafting is tried again, their growth, and the most of them."""
 RETRY = 3
 """K of a draft that tries again."""
+SURE = 5
+"""Timed periods before seconds alone say that drafting does not pay: a clock may be disturbed."""
+HOPED = 1.2
+"""What drafting must promise by its reads, for seconds to be doubted."""
 SETTLE, LOOK = 2, 64
 """Periods after which two dense steps are timed, and periods after which one is again."""
 SAMPLES = 9
+EXPLORE, STALE = 6, 24
+"""Periods of which one tries another K, and after which a K's seconds may be tried again."""
 
 
 class Guard:
@@ -50,6 +57,7 @@ class Guard:
         self._passed, self._trials = PRIOR * PRIOR_TRIALS, PRIOR_TRIALS
         self._dense = Samples(SAMPLES)
         self._seconds: dict[int, Samples] = {}
+        self._ran: dict[int, int] = {}  # of each K, the period that ran it last
         self._hold, self._left = HOLD, 0  # dense steps of the next fallback, and left of this one
         self._retrying = False
         self._periods = self._timed = 0  # periods, and those of them before the last dense step
@@ -61,7 +69,10 @@ class Guard:
         """How to go on, and the period's K."""
         if self._longest == 1 or self._left > 0 or self._looks:
             return Way.DENSE, 1
-        return Way.DRAFT, min(RETRY, self._longest) if self._retrying else self._best[0]
+        if self._retrying:
+            return Way.DRAFT, min(RETRY, self._longest)
+        best, gain = self._best
+        return Way.DRAFT, self._explored(best, gain) or best
 
     @property
     def reason(self) -> str:
@@ -92,7 +103,9 @@ class Guard:
         if period == 1:  # the last token of all rows
             return
         self._periods += 1
-        self._seconds.setdefault(period, Samples(SAMPLES)).add(seconds)
+        self._ran[period] = self._periods
+        if self._periods > 1:  # the first one waits for weights that come from a file
+            self._seconds.setdefault(period, Samples(SAMPLES)).add(seconds)
         accepted = sum(passed for _, passed in rows) / max(len(rows), 1)
         refused = sum(passed < drafted for drafted, passed in rows) / max(len(rows), 1)
         # What a retry shows outweighs what was refused before.
@@ -105,6 +118,8 @@ class Guard:
             if not self._retrying:
                 self._hold = HOLD
             self._retrying = False
+            return
+        if not self._retrying and self._unsure:
             return
         self._failed += 1
         self._advance += accepted + 1
@@ -131,14 +146,39 @@ class Guard:
     @property
     def _best(self) -> tuple[int, float]:
         """The K of most tokens a second, and how many times those of dense steps that is."""
-        p, tokens = min(self._passed / self._trials, 0.999), 1.0
         best, most = min(2, self._longest), 0.0
         for period in range(2, self._longest + 1):
-            tokens += p ** (period - 1)
-            gain = tokens / self._dense_steps(period)
+            gain = self._tokens(period) / self._dense_steps(period)
             if gain > most:
                 best, most = period, gain
         return best, most
+
+    @property
+    def _unsure(self) -> bool:
+        """Whether few periods were timed, and by what they read drafts would pay well."""
+        timed = sum(samples.count for samples in self._seconds.values())
+        return timed < SURE and max(map(self._hoped, range(2, self._longest + 1))) >= HOPED
+
+    def _hoped(self, period: int) -> float:
+        """How many times dense steps' tokens a second a K brings if it takes what it reads."""
+        return self._tokens(period) / (1 + (period - 1) * self._density)
+
+    def _tokens(self, period: int) -> float:
+        """What a period of K is expected to bring."""
+        p = min(self._passed / self._trials, 0.999)
+        return (1 - p**period) / (1 - p)
+
+    def _explored(self, best: int, gain: float) -> int | None:
+        """A K to be timed now: twice or half the best one, where it would be better if it took no
+        longer than what it reads.
+        """
+        if self._periods % EXPLORE != EXPLORE - 1:
+            return None
+        for period in (min(2 * best, self._longest), max(best // 2, 2)):
+            stale = self._periods - self._ran.get(period, -STALE) >= STALE
+            if period != best and stale and self._hoped(period) > PAYS * gain:
+                return period
+        return None
 
     def _dense_steps(self, period: int) -> float:
         """Dense steps that take as long as a period of K."""
