@@ -9,7 +9,6 @@ and of dense steps as the host saw them, which every back end has.
 
 Drafting pays where some K brings more tokens a second than dense steps do. Until dense steps were
 timed, seconds are reads: a level takes `density` of a dense step, and no sparse path is faster.
-A few periods try twice or half the best K, where that might be better than its old seconds say.
 Where drafting does not pay, dense steps follow, and after `HOLD` of them one short draft, and
 then after `BACKOFF` times as many each time that it fails. Seconds are low quantiles of the last
 few, since what disturbs a clock only ever adds.
@@ -44,8 +43,6 @@ HOPED = 1.2
 SETTLE, LOOK = 2, 64
 """Periods after which two dense steps are timed, and periods after which one is again."""
 SAMPLES = 9
-EXPLORE, STALE = 6, 24
-"""Periods of which one tries another K, and after which a K's seconds may be tried again."""
 
 
 class Guard:
@@ -57,7 +54,6 @@ class Guard:
         self._passed, self._trials = PRIOR * PRIOR_TRIALS, PRIOR_TRIALS
         self._dense = Samples(SAMPLES)
         self._seconds: dict[int, Samples] = {}
-        self._ran: dict[int, int] = {}  # of each K, the period that ran it last
         self._hold, self._left = HOLD, 0  # dense steps of the next fallback, and left of this one
         self._retrying = False
         self._periods = self._timed = 0  # periods, and those of them before the last dense step
@@ -69,10 +65,7 @@ class Guard:
         """How to go on, and the period's K."""
         if self._longest == 1 or self._left > 0 or self._looks:
             return Way.DENSE, 1
-        if self._retrying:
-            return Way.DRAFT, min(RETRY, self._longest)
-        best, gain = self._best
-        return Way.DRAFT, self._explored(best, gain) or best
+        return Way.DRAFT, min(RETRY, self._longest) if self._retrying else self._best[0]
 
     @property
     def reason(self) -> str:
@@ -103,7 +96,6 @@ class Guard:
         if period == 1:  # the last token of all rows
             return
         self._periods += 1
-        self._ran[period] = self._periods
         if self._periods > 1:  # the first one waits for weights that come from a file
             self._seconds.setdefault(period, Samples(SAMPLES)).add(seconds)
         accepted = sum(passed for _, passed in rows) / max(len(rows), 1)
@@ -167,18 +159,6 @@ class Guard:
         """What a period of K is expected to bring."""
         p = min(self._passed / self._trials, 0.999)
         return (1 - p**period) / (1 - p)
-
-    def _explored(self, best: int, gain: float) -> int | None:
-        """A K to be timed now: twice or half the best one, where it would be better if it took no
-        longer than what it reads.
-        """
-        if self._periods % EXPLORE != EXPLORE - 1:
-            return None
-        for period in (min(2 * best, self._longest), max(best // 2, 2)):
-            stale = self._periods - self._ran.get(period, -STALE) >= STALE
-            if period != best and stale and self._hoped(period) > PAYS * gain:
-                return period
-        return None
 
     def _dense_steps(self, period: int) -> float:
         """Dense steps that take as long as a period of K."""
