@@ -23,6 +23,9 @@ from benchmarks.parts import RESULTS, Part, choose, run_all
 from sirius_runtime.command_line import finish, folder_argument
 
 
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}  # as `sirius run` sets it
+
+
 def parts(out: Path) -> list[Part]:
     """In the order in which they run."""
     plot = str(out / "cpu-advance.png")
@@ -37,12 +40,13 @@ def parts(out: Path) -> list[Part]:
             *("nested", "Steps over nested weights at Qwen2.5-1.5B's shapes", "nested"),
             ("--rounds", "9"),
             270,
+            PASSIVE,
         ),
         Part("end-to-end", "Whole answers of tally-3m", "end_to_end", ("--problems", "6"), 150),
         Part("costs", "Costs of an artifact", "costs", ("--repeats", "3"), 150),
         Part(
             *("context", "A period as one graph", "context", ("--repeats", "15"), 150),
-            {"OMP_WAIT_POLICY": "passive"},  # as `sirius run` sets it
+            PASSIVE,
         ),
     ]
 

@@ -11,7 +11,8 @@ make up a period's time, each beside its goal. GB/s counts the bytes of the weig
 reads, once each. If llama.cpp is installed (`pip install --group bench`), its steps over Q8_0 and
 Q4_0 weights of the same shapes run in the same rounds.
 
-Each step of ours is run once with its operators compared with their references, on the step's own
+Run it with OMP_WAIT_POLICY=passive, as `sirius run` sets it: else torch's idle threads take the
+cores from the kernels. Each step of ours is run once with its operators compared with their references, on the step's own
 inputs (`benchmarks.checked`).
 """
 
@@ -21,7 +22,6 @@ import argparse
 import functools
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -63,7 +63,6 @@ class Steps:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._shape = SHAPES[args.shape].with_layers(args.layers or SHAPES[args.shape].layers)
-        self._checked = not args.unchecked
 
     def all(self) -> list[Step]:
         plain = self._programs(None)
@@ -109,8 +108,7 @@ class Steps:
             work = functools.partial(one_step, state, entry)
         else:
             work = functools.partial(verify, state, tokens)
-        if self._checked:
-            self._check(name, backend, work)
+        self._check(name, backend, work)
         bits = 16.0 if programs.draft_bits is None else 4.25 if entry == "sparse" else 8.5
         return Step(name, self._shape.read(method, skipped) * bits / 8, work)
 
@@ -127,9 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=positive_number, default=512)
     parser.add_argument("--rounds", type=positive_number, default=15)
     parser.add_argument("--threads", type=threads_argument, default=torch.get_num_threads())
-    parser.add_argument(
-        "--unchecked", action="store_true", help="time kernels without the comparison: no result"
-    )
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -141,9 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     layers = args.layers or SHAPES[args.shape].layers
     print(
         f"shape {args.shape}, {layers} layers, context {args.context}; torch {torch.__version__}, "
-        f"{machine(torch.device('cpu'))}; {args.rounds} rounds"
-        f"{'; kernels NOT compared with references' if args.unchecked else ''}; "
-        f"{time.strftime('%Y-%m-%d')}\n"
+        f"{machine(torch.device('cpu'))}; {args.rounds} rounds\n"
     )
     print("| step | ms | fastest | GB read | GB/s |\n|---|---|---|---|---|")
     middle = {step.name: statistics.median(step.seconds) for step in steps}
