@@ -22,7 +22,6 @@ from pathlib import Path
 from benchmarks.parts import RESULTS, Part, choose, run_all
 from sirius_runtime.command_line import finish, folder_argument
 
-
 PASSIVE = {"OMP_WAIT_POLICY": "passive"}  # as `sirius run` sets it
 
 

@@ -12,8 +12,8 @@ reads, once each. If llama.cpp is installed (`pip install --group bench`), its s
 Q4_0 weights of the same shapes run in the same rounds.
 
 Run it with OMP_WAIT_POLICY=passive, as `sirius run` sets it: else torch's idle threads take the
-cores from the kernels. Each step of ours is run once with its operators compared with their references, on the step's own
-inputs (`benchmarks.checked`).
+cores from the kernels. Each step of ours is run once with its operators compared with their
+references, on the step's own inputs (`benchmarks.checked`).
 """
 
 from __future__ import annotations
