@@ -112,9 +112,11 @@ def test_periods_are_chosen_where_weights_stream(
     """By default, by a controller that knows the stream's seconds; where all stays, as ever."""
     monkeypatch.setattr("sirius_runtime.request.FALLBACK", True)
     told: list[float] = []
+    model_widths = []
 
     def controller(most: int, widths: Sequence[int], streaming: float) -> Controller:
         told.append(streaming)
+        model_widths.append(tuple(widths))
         return Controller(most, widths, streaming)
 
     monkeypatch.setattr("sirius_runtime.generation.Controller", controller)
@@ -122,6 +124,7 @@ def test_periods_are_chosen_where_weights_stream(
     assert tokens(model, "exact") == tokens(plain, "exact")
     assert told == [model.backend.stream_seconds]
     assert told[0] > 0
+    assert model_widths == [(plain.program.period.tree_width,)]
     tokens(whole, "exact")
     tokens(model, "full")
     model.generate(PROMPTS, period=3, max_new_tokens=4)

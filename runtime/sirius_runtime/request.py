@@ -154,7 +154,9 @@ def read_options(
     """
     left = options.fallback is None and options.mode in RULES
     if streams and left and _guarded(options):
-        options = replace(options, period=AUTO)
+        # Of the artifact's width: an opening that tries others costs a short answer more than they
+        # bring (eight wide, 16 levels are 121 nodes to verify).
+        options = replace(options, period=AUTO, tree_width=program.period.tree_width)
     mode, default = options.mode, program.period
     if mode not in modes():
         raise ConfigError(f"mode must be one of {', '.join(modes())}, got {mode!r}")
