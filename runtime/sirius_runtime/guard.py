@@ -43,6 +43,10 @@ HOPED = 1.2
 SETTLE, LOOK = 2, 64
 """Periods after which two dense steps are timed, and periods after which one is again."""
 SAMPLES = 9
+AGES = 0.01
+"""What a K's seconds lose each period that it is not run: else a K that was timed in a bad moment
+would never be tried again. Only where drafting promises HOPED.
+"""
 
 
 class Guard:
@@ -54,6 +58,7 @@ class Guard:
         self._passed, self._trials = PRIOR * PRIOR_TRIALS, PRIOR_TRIALS
         self._dense = Samples(SAMPLES)
         self._seconds: dict[int, Samples] = {}
+        self._ran: dict[int, int] = {}  # of each K, the period that ran it last
         self._hold, self._left = HOLD, 0  # dense steps of the next fallback, and left of this one
         self._retrying = False
         self._periods = self._timed = 0  # periods, and those of them before the last dense step
@@ -98,6 +103,7 @@ class Guard:
         self._periods += 1
         if self._periods > 1:  # the first one waits for weights that come from a file
             self._seconds.setdefault(period, Samples(SAMPLES)).add(seconds)
+            self._ran[period] = self._periods
         accepted = sum(passed for _, passed in rows) / max(len(rows), 1)
         refused = sum(passed < drafted for drafted, passed in rows) / max(len(rows), 1)
         # What a retry shows outweighs what was refused before.
@@ -149,11 +155,13 @@ class Guard:
     def _unsure(self) -> bool:
         """Whether few periods were timed, and by what they read drafts would pay well."""
         timed = sum(samples.count for samples in self._seconds.values())
-        return timed < SURE and max(map(self._hoped, range(2, self._longest + 1))) >= HOPED
+        return timed < SURE and self._hoped >= HOPED
 
-    def _hoped(self, period: int) -> float:
-        """How many times dense steps' tokens a second a K brings if it takes what it reads."""
-        return self._tokens(period) / (1 + (period - 1) * self._density)
+    @property
+    def _hoped(self) -> float:
+        """How many times the speed of dense steps the best K has if it takes what it reads."""
+        periods = range(2, self._longest + 1)
+        return max(self._tokens(k) / (1 + (k - 1) * self._density) for k in periods)
 
     def _tokens(self, period: int) -> float:
         """What a period of K is expected to bring."""
@@ -161,15 +169,17 @@ class Guard:
         return (1 - p**period) / (1 - p)
 
     def _dense_steps(self, period: int) -> float:
-        """Dense steps that take as long as a period of K."""
+        """Dense steps that take as long as a period of K; no fewer than it reads."""
         known = self._seconds.get(period)
-        if not self._dense.typical:  # none was timed
-            return (period - 1) * self._density + 1
-        dense = self._dense.typical
-        if known is not None and known.count > 1:
-            return known.typical / dense
-        levels = sorted(
-            (one.typical / dense - 1) / (period - 1) for period, one in self._seconds.items()
-        )
-        level = levels[len(levels) // 2] if levels else self._density
+        if known is not None and known.count > 1 and self._dense.typical:
+            return max(self._timed_steps(period), 1 + (period - 1) * self._density)
+        level = self._density
+        if self._dense.typical and self._seconds:
+            levels = sorted((self._timed_steps(k) - 1) / (k - 1) for k in self._seconds)
+            level = levels[len(levels) // 2]
         return 1 + (period - 1) * max(level, self._density)
+
+    def _timed_steps(self, period: int) -> float:
+        """Of a K that was timed, as dense steps were."""
+        age = self._periods - self._ran[period] if self._hoped >= HOPED else 0
+        return self._seconds[period].typical / self._dense.typical * (1 - AGES) ** age
