@@ -74,6 +74,8 @@ class Workspace:
         full = isinstance(error, WorkspaceError | ArtifactError)
         if error is None or (isinstance(error, SiriusError) and not full):
             shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            self._tell(f"what is done is kept in {self.folder}; --resume goes on from it")
         self._lock.close()
         self._lock = None
 

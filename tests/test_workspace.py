@@ -238,7 +238,9 @@ def test_a_full_disk_as_the_artifact_is_written(
             raise ArtifactError(f"{out} can't be written (No space left on device)")
 
         patched.setattr(ArtifactWriter, "add_weights", full)
-        assert cli.compile(*quick(folder, out), "--force").code == 2
+        stopped = cli.compile(*quick(folder, out), "--force")
+    assert stopped.code == 2
+    assert "--resume goes on from it" in " ".join(stopped.err.split())
     assert out.read_bytes() == b"precious"
     resumed = cli.compile(*quick(folder, out), "--force", "--resume")
     assert resumed.code == 0
