@@ -50,7 +50,9 @@ from sirius_runtime.loading import find_device
 from sirius_runtime.request import check_tree
 from sirius_runtime.rules import RULES, values
 from sirius_runtime.spec import (
+    FORMAT_VERSION,
     JSON,
+    NESTED_FORMAT_VERSION,
     AcceptanceSpec,
     DType,
     Method,
@@ -259,6 +261,7 @@ class _Compilation:
             "model": [[str(path), fingerprint(path)] for path in source.files],
             "calibration": None if calibration == BUILTIN else fingerprint(Path(calibration)),
             "versions": to_json(self._tools()),
+            "formats": [list(FORMAT_VERSION), list(NESTED_FORMAT_VERSION)],
         }
 
     def _set_drafting(self, acceptance: AcceptanceSpec | None) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import struct
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -238,10 +239,22 @@ class _Sink:
         self._guard = guard
 
     def write(self, data: memoryview) -> None:
+        # Hashing takes about as long as writing: a large tensor is hashed on a thread of its own.
+        hashing = threading.Thread(target=self.digest.update, args=(data,))
+        if len(data) > _CHUNK_BYTES:
+            hashing.start()
+        else:
+            self.digest.update(data)
+        try:
+            self._write(data)
+        finally:
+            if hashing.ident is not None:
+                hashing.join()
+
+    def _write(self, data: memoryview) -> None:
         with self._guard():
             while len(data) > 0:
                 chunk = data[: _CHUNK_BYTES - self._at % _CHUNK_BYTES]
-                self.digest.update(chunk)
                 self._stream.write(chunk)
                 self._at += len(chunk)
                 data = data[len(chunk) :]
