@@ -20,6 +20,7 @@ from sirius_compile.tokenwise import Block, History, Tokenwise
 from sirius_compile.watch import Watch, unwatched
 from sirius_compile.writing import Text
 from sirius_passes.sparsify import KEEP_ALL
+from sirius_runtime.ops.products import converted_once
 from sirius_runtime.spec import SiteSpec
 
 STEP = 0.05  # of a layer's weights, as in TEAL
@@ -37,7 +38,9 @@ def allocate(
     with watch.count("share out sparsity", path.spec.state.layers) as done:
 
         def visit(block: Block) -> None:
-            for site, share in _allocate_layer(block, sites, sketch, keep).items():
+            with converted_once():  # each of a layer's weights is multiplied about ten times
+                found = _allocate_layer(block, sites, sketch, keep)
+            for site, share in found.items():
                 shares[site] = share
             done()
 

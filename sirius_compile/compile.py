@@ -115,7 +115,7 @@ class _Compilation:
         warnings: list[str],
         workspace: Workspace | None,
     ) -> None:
-        self._workspace = workspace
+        self._workspace, self._choosing = workspace, False
         self._source, self._config = source, config
         self._dump, self._progress, self._watch, self._warnings = dump, progress, watch, warnings
         self._method, self._graphs = Method(config.sparsity), Graphs(config.graphs)
@@ -204,7 +204,9 @@ class _Compilation:
         tensor = weights.get(spec.name) if constant is None else constant
         if self._workspace is None or constant is not None or is_stored_form(spec, tensor):
             return stored_form(spec, tensor)
-        return self._workspace.weight(spec, lambda: stored_form(spec, tensor))
+        # Calibration holds its weights for long. A transpose that is read twice is made twice.
+        keep = self._choosing or spec.nested is not None
+        return self._workspace.weight(spec, lambda: stored_form(spec, tensor), keep=keep)
 
     def _check_weights(self, captured: Capture, weights: WeightSource) -> None:
         """Checks every weight, and compares a model in memory with its captured graph."""
@@ -241,6 +243,7 @@ class _Compilation:
             kept = None if self._workspace is None else self._workspace.recall(_CHOICES)
             if kept is not None:
                 return from_json(SparsePath, json.loads(kept), _CHOICES)
+            self._choosing = True
             chosen = Chooser(
                 config,
                 dense,
@@ -248,6 +251,7 @@ class _Compilation:
                 device,
                 self._watch,
             ).choose()
+            self._choosing = False
             if self._workspace is not None:
                 self._workspace.keep(_CHOICES, json.dumps(to_json(chosen)))
             return chosen

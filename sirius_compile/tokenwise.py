@@ -197,6 +197,7 @@ class Block:
         self.layer = layer
         self._end = nodes[-1]
         self._env, self._thresholds = dict(env), dict[fx.Node, float]()
+        self._runs: dict[tuple[int, float], dict[fx.Node, Any]] = {}  # since the last `set`
         within = set(nodes)
         self.sites = [index for index, node in enumerate(path.counted) if node in within]
         self._after = {index: _after(path.counted[index], nodes) for index in self.sites}
@@ -213,10 +214,16 @@ class Block:
     def set(self, site: int, threshold: float) -> None:
         """Gives the site this threshold."""
         self._env |= self._run(site, threshold)
+        self._runs.clear()
         self._thresholds[self._after[site][0]] = threshold
 
     def _run(self, site: int, threshold: float) -> dict[fx.Node, Any]:
         """The values of the site and of all nodes after it, with this threshold."""
+        if (site, threshold) not in self._runs:
+            self._runs[site, threshold] = self._compute(site, threshold)
+        return self._runs[site, threshold]
+
+    def _compute(self, site: int, threshold: float) -> dict[fx.Node, Any]:
         changed = self._after[site]
         thresholds = self._thresholds | {changed[0]: threshold}
         new: dict[fx.Node, Any] = {}

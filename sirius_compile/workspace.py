@@ -154,15 +154,17 @@ class Workspace:
         except FileNotFoundError:
             return None
 
-    def weight(self, spec: WeightSpec, make: Callable[[], Tensor]) -> Tensor:
-        """The stored form of a weight, mapped from its file. `make` gives it the first time."""
+    def weight(self, spec: WeightSpec, make: Callable[[], Tensor], *, keep: bool = True) -> Tensor:
+        """The stored form of a weight, mapped from its file. `make` gives it the first time; the
+        file is then written if it is to be kept.
+        """
         size = size_of(spec)
-        if size == 0:
-            return make()
         key = repr((spec.name, spec.dtype, spec.shape, spec.transposed, spec.nested))
         name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.weight"
         path = self.folder / name
         if not path.is_file() or path.stat().st_size != size:
+            if size == 0 or not keep:
+                return make()
             flat = make().contiguous().view(-1).view(torch.uint8)
             self._write(name, flat.numpy().data)
             del flat

@@ -20,8 +20,10 @@ from sirius_runtime.entries import FULL
 from sirius_runtime.policy import likeliest
 from sirius_runtime.tensor_state import TensorState
 
-CONTINUATION = 40  # new tokens after each prompt
-LARGE = 1_000_000_000  # parameters, of a model that takes a second for a few tokens of each prompt
+CONTINUATION = 48  # new tokens after each prompt
+LARGE = 1_000_000_000
+"""Parameters above which a model writes less text: a token of each prompt takes half a second."""
+SHORT = 32  # of such a model, new tokens after each prompt
 FEW, FEW_HELD = 12, 8  # prompts that it continues; if nothing is calibrated
 
 
@@ -99,16 +101,20 @@ def write(
     watch: Watch = unwatched,
     *,
     held_only: bool = False,
-    new_tokens: int = CONTINUATION,
+    new_tokens: int | None = None,
 ) -> tuple[Text, Text]:
     """Greedy continuations of the prompts by the full path: the calibration text, and the held-out
-    text (every fourth prompt) with its logits. `held_only`: hold out all prompts, if nothing is
-    calibrated. A large model continues the shortest prompts only.
+    text with its logits: of every fourth prompt, for a large model of every third. `held_only`:
+    hold out all prompts, if nothing is calibrated. A large model continues the shortest prompts.
     """
     model = path.spec.model
+    every, own_tokens = 4, CONTINUATION
     if model.parameters > LARGE:
+        every, own_tokens = 3, SHORT
         prompts = _shortest(prompts, FEW_HELD if held_only else FEW)
-    held, used = list(prompts[3::4]), [p for i, p in enumerate(prompts) if i % 4 < 3]
+    new_tokens = own_tokens if new_tokens is None else new_tokens
+    held = list(prompts[every - 1 :: every])
+    used = [p for i, p in enumerate(prompts) if i % every < every - 1]
     if held_only:
         held, used = list(prompts), []
     new_tokens = max(1, min(new_tokens, model.max_seq_len // 2))

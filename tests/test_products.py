@@ -40,6 +40,22 @@ def test_it_is_rounded_once(dtype: torch.dtype, with_bias: bool, transposed: boo
 
 
 @pytest.mark.usefixtures("slow")
+def test_weights_are_converted_once_where_asked_for() -> None:
+    x, weight, bias = (
+        randn(*size, seed=i).bfloat16() for i, size in enumerate([(3, C), (O, C), (O,)])
+    )
+    wanted = product(x, weight, bias)
+    with products.converted_once():
+        assert torch.equal(product(x, weight, bias), wanted)
+        assert products._converted is not None
+        assert len(products._converted) == 1
+        assert torch.equal(product(x, weight.clone(), bias), wanted)
+        assert len(products._converted) == 2
+        assert torch.equal(product(x, weight[:8], bias[:8]), wanted[:, :8])
+    assert products._converted is None
+
+
+@pytest.mark.usefixtures("slow")
 def test_what_is_not_emulated_is_torch_s() -> None:
     x, weight = randn(3, C, seed=0), randn(O, C, seed=1)
     assert torch.equal(product(x, weight), F.linear(x, weight))

@@ -11,7 +11,10 @@ weight [8960, 1536] and 360 tokens, in ms:
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +39,39 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if weight.ndim != 2 or weight.dtype is not x.dtype:
         return F.linear(x, weight, bias)  # which says what is wrong
+    if _converted is not None:
+        key = (weight.data_ptr(), weight.shape, weight.stride())
+        if key not in _converted:
+            _converted[key] = weight, weight.float()
+        own = None if bias is None else bias.float()
+        return F.linear(x.float(), _converted[key][1], own).to(x.dtype)
     outputs, wide = weight.shape[0], x.float()
     y = x.new_empty(*x.shape[:-1], outputs)
     rows = max(1, BLOCK // max(1, weight.shape[1]))
+    part = weight[:rows].float()
     for start in range(0, outputs, rows):
         end = min(start + rows, outputs)
+        if start:  # into memory that is at hand
+            part = part[: end - start].copy_(weight[start:end])
         own = None if bias is None else bias[start:end].float()
-        y[..., start:end] = F.linear(wide, weight[start:end].float(), own)
+        y[..., start:end] = F.linear(wide, part, own)
     return y
+
+
+_converted: dict[Any, tuple[Tensor, Tensor]] | None = None  # weights, also in float32
+
+
+@contextmanager
+def converted_once() -> Iterator[None]:
+    """Within it, weights that `product` converts to float32 stay so, on all threads: for a few of
+    them that are multiplied many times.
+    """
+    global _converted
+    before, _converted = _converted, {}
+    try:
+        yield
+    finally:
+        _converted = before
 
 
 @functools.cache

@@ -112,24 +112,39 @@ void nested_by_inputs(const T* x, const Nested& weight, const T* bias, float thr
   }
 }
 
+// What 16 bytes of both planes stand for: the numbers of the low nibbles, and 16 further on those of
+// the high ones; scales of each, in the same order.
+template <class T>
+inline void unnest_bytes(const uint8_t* high, const uint8_t* low, const float* first, const float* second,
+                         T* to) {
+  float v[NEST];
+  for (size_t i = 0; i < 16; i++) {
+    v[i] = float(int32_t(high[i] & 15) * 16 + int32_t(low[i] & 15) - OFFSET) * first[i];
+    v[16 + i] = float(int32_t(high[i] >> 4) * 16 + int32_t(low[i] >> 4) - OFFSET) * second[i];
+  }
+  for (size_t i = 0; i < NEST; i++) round_into(to + i, v[i]);
+}
+
 // Rows ids[0 … count) of a weight of C inputs by outputs, or where `ids` is null all that there are:
 // to [count, C].
 template <class T>
 void unnest_rows(const Nested& weight, const int64_t* ids, size_t count, size_t C, T* to, int threads) {
   parallel((count + 15) / 16, threads, [&](size_t task) {
+    const size_t groups = C / NEST, to_low = weight.low ? size_t(weight.low - weight.high) : 0;
+    uint8_t high[16], low[16];
+    memset(low, 0x88, sizeof low);
     for (size_t i = task * 16; i < std::min(count, task * 16 + 16); i++) {
       const uint8_t* row = weight.high + (ids ? size_t(ids[i]) : i) * weight.row;
-      const size_t to_low = weight.low ? size_t(weight.low - weight.high) : 0;
-      for (size_t g = 0; g < C / NEST; g++) {
-        const uint8_t upper = row[C / 2 + g], lower = to_low ? row[to_low + C / 2 + g] : 0x80;
-        const float scale = scale_of(upper, lower);
-        for (size_t i2 = 0; i2 < 16; i2++) {
-          const uint8_t* p = row + byte_of(g, i2, C / NEST);
-          const uint8_t high = *p, low = to_low ? p[to_low] : 0x88;
-          T* at = to + i * C + g * NEST + i2;
-          round_into(at, float((high & 15) * 16 + (low & 15) - OFFSET) * scale);
-          round_into(at + 16, float((high >> 4) * 16 + (low >> 4) - OFFSET) * scale);
+      for (size_t g = 0; g < groups; g++) {
+        const uint8_t *upper = row + C / 2 + g;
+        float scale[16];
+        std::fill_n(scale, 16, scale_of(*upper, to_low ? upper[to_low] : 0x80));
+        for (size_t b = 0; b < 16; b += 4) {  // a word's bytes follow one another
+          const uint8_t* word = row + byte_of(g, b, groups);
+          memcpy(high + b, word, 4);
+          if (to_low) memcpy(low + b, word + to_low, 4);
         }
+        unnest_bytes(high, low, scale, scale, to + i * C + g * NEST);
       }
     }
   });
@@ -139,18 +154,22 @@ void unnest_rows(const Nested& weight, const int64_t* ids, size_t count, size_t 
 template <class T>
 void unnest_inputs(const Nested& weight, size_t C, size_t O, T* to, int threads) {
   parallel(C / NEST, threads, [&](size_t block) {
+    thread_local Scratch<float> scratch;
+    float* scales = scratch.take(O);  // of the first 16 outputs of each 32, then of the others
     const uint8_t* own = weight.high + block * weight.block;
     const size_t to_low = weight.low ? size_t(weight.low - weight.high) : 0;
-    for (size_t r = 0; r < NEST; r++)
+    for (size_t half = 0; half < 2; half++)
       for (size_t k = 0; k < O / 2; k++) {
-        const uint8_t high = own[r * weight.row + k], low = to_low ? own[to_low + r * weight.row + k] : 0x88;
-        T* at = to + (block * NEST + r) * O + k / 16 * NEST + k % 16;
-        for (size_t half = 0; half < 2; half++) {
-          const uint8_t* scale = own + (NEST + half) * weight.row + k;
-          round_into(at + half * 16,
-                     float((high >> 4 * half & 15) * 16 + (low >> 4 * half & 15) - OFFSET) *
-                         scale_of(scale[0], to_low ? scale[to_low] : 0x80));
-        }
+        const uint8_t* upper = own + (NEST + half) * weight.row + k;
+        scales[half * O / 2 + k] = scale_of(*upper, to_low ? upper[to_low] : 0x80);
+      }
+    uint8_t middle[16];
+    memset(middle, 0x88, sizeof middle);
+    for (size_t r = 0; r < NEST; r++)
+      for (size_t k = 0; k < O / 2; k += 16) {
+        const uint8_t* high = own + r * weight.row + k;
+        unnest_bytes(high, to_low ? high + to_low : middle, scales + k, scales + O / 2 + k,
+                     to + (block * NEST + r) * O + 2 * k);
       }
   });
 }
