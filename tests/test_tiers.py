@@ -343,7 +343,7 @@ def test_weights_that_were_altered(copied: Path) -> None:
 
 
 def test_a_budget_below_the_least_names_it(nested: Path) -> None:
-    with pytest.raises(ConfigError, match=r"memory budget of 1,000 bytes are too few.* at least"):
+    with pytest.raises(ConfigError, match=r"memory budget of 1,000 bytes is too small.* at least"):
         load(nested, memory_budget=1000)
 
 

@@ -98,7 +98,7 @@ def run_lines() -> Iterator[Line]:
         (("--mode", "sparse", "--threshold", "0.2", "--no-fallback"), "--threshold, --fallback"),
         (("--copy=yes",), "--copy"),
         (("--copy", "--memory-budget", "4GiB"), "copy reads the whole file into memory"),
-        (("--memory-budget", "1MiB"), "are too few"),
+        (("--memory-budget", "1MiB"), "is too small"),
         (("--nope",), "--nope"),
         (("more",), "more"),
         (("--json", "--mode", "foo"), "mode must be one of"),

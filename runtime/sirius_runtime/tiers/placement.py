@@ -104,9 +104,10 @@ def place(needs: Needs, room: int, *, name: str = "room", extra: int = 0) -> Pla
     least = least_room(needs)
     if room < least:
         raise ConfigError(
-            f"{name} {room + extra:,} bytes are too few: this model needs {least + extra:,} at "
-            "least, for what has to stay and the largest call's weights"
-            + (f", {extra:,} of them beside its weights" if extra else "")
+            f"{name} {room + extra:,} bytes is too small: this model needs {least + extra:,} bytes "
+            "at least, for what has to stay and the largest call's weights"
+            + (f", and {extra:,} of them for what is no weight" if extra else "")
+            + "; raise it"
         )
     # Of equally frequent blocks, either those of large steps, so that the ring gets small, or the
     # small ones, which fill the room.

@@ -64,7 +64,7 @@ struct PlainWeights {
 // How it reads nested ones: gate and up by outputs, down by inputs.
 template <class T>
 struct NestedWeights {
-  static constexpr size_t CHUNK = 256;  // many, since each chunk's sums of all outputs come by
+  static constexpr size_t CHUNK = MOST_ROWS;  // many, since each chunk's sums of all outputs come by
   typedef Step Unit;
   typedef NestedSums Order;
   struct Matrix : Nested {

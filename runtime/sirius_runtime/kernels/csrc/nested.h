@@ -242,6 +242,8 @@ inline __attribute__((always_inline)) void sum_each(const Floats* v, float* to) 
   for (size_t n = 0; n < N; n++) to[n] = sum(v[n]);
 }
 
+constexpr size_t MOST_ROWS = 256;  // of a call of nested_dots
+
 // A row of a weight by outputs: of the high plane, `to_low` bytes before that of the low one.
 struct NestedRow {
   const uint8_t* own;
@@ -340,9 +342,8 @@ void nested_dots(const uint8_t* const* rows, size_t count, size_t to_low, size_t
 template <class Row>
 void nested_dots(const Nested& weight, const Row& row_of, size_t count, const Step* x, size_t N,
                  size_t C, float* out, size_t out_stride) {
-  constexpr size_t MOST = 256;
-  const uint8_t* rows[MOST];
-  assert(count <= MOST);
+  const uint8_t* rows[MOST_ROWS];
+  assert(count <= MOST_ROWS);
   for (size_t j = 0; j < count; j++) rows[j] = weight.high + row_of(j) * weight.row;
   if (weight.low)
     nested_dots<true>(rows, count, size_t(weight.low - weight.high), weight.row, x, N, C, out, out_stride);
@@ -680,7 +681,9 @@ void nested_add(const Inputs* inputs, size_t count, size_t row, const Factors32*
       }
       const size_t here = std::min(FEW, count - i);
       Soon<BOTH> after{inputs + i, here, row, stop / 2, std::min(end, stop + WIDE) / 2};
-      if (stop == end) after = {inputs + i + here, std::min(FEW, count - i - here), row, begin / 2, std::min(end, begin + WIDE) / 2};
+      if (stop == end)
+        after = {inputs + i + here, std::min(FEW, count - i - here), row, begin / 2,
+                 std::min(end, begin + WIDE) / 2};
       add_together<BOTH>(inputs + i, here, after, row, z + i, token, N, c, stop, sums + c, stride);
     }
 }
