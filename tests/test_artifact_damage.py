@@ -94,7 +94,8 @@ def set_version(version: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("version", "match"),
     [
-        ([3, 3], r"version is 3\.3, this reader knows 1\.x and 2\.x; update sirius-compile"),
+        ([9, 3], r"version is 9\.3, this reader knows 1\.x and 3\.x; update sirius-compile"),
+        ([2, 0], r"version is 2\.0.*; compile it again"),
         ([0, 9], r"version is 0\.9.*; compile it again"),
         ("1.0", "format_version"),
         ([1], "format_version"),
