@@ -13,13 +13,14 @@ from tokenizers import Tokenizer
 from sirius_runtime.controller import Controller, Observation
 from sirius_runtime.decoder import Backend, Period, Way
 from sirius_runtime.errors import GenerationError
-from sirius_runtime.guard import Guard
+from sirius_runtime.guard import Costs, Guard
 from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.prefix import Prefix
 from sirius_runtime.request import FinishReason, Mode, Request
 from sirius_runtime.rules import RULES
 from sirius_runtime.sampling import NO_TOKEN
 from sirius_runtime.sizes import node_count
+from sirius_runtime.spec import AcceptanceSpec
 from sirius_runtime.state import State
 from sirius_runtime.stats import GenerationStats, Phase, PhaseClock, RowSteps, StatsRecorder
 from sirius_runtime.text import StopScanner
@@ -94,10 +95,13 @@ class Generation:
         prompts: list[list[int]],
         request: Request,
         streamer: Streamer | None,
+        costs: Costs,
         prefix: Prefix | None = None,
         tracing: Tracing | None = None,
     ) -> None:
-        """prefix: what all prompts begin with, run already. tracing: of one row."""
+        """costs: what is known of the time that periods take. prefix: what all prompts begin with,
+        run already. tracing: of one row.
+        """
         self._backend, self._prefix = backend, prefix
         self._tracer = None
         if tracing is not None:
@@ -118,8 +122,9 @@ class Generation:
         self._controller = None
         if request.adaptive:
             self._controller = Controller(request.period, request.widths, backend.stream_seconds)
-        density = backend.program.sparsity.density
-        self._guard = Guard(request.period, density) if request.guarded else None
+        self._guard = None
+        if request.guarded:
+            self._guard = Guard(request.period, costs, _passes(request, backend.program.acceptance))
         self._decoder = backend.open(
             request,
             len(prompts),
@@ -277,6 +282,13 @@ class Generation:
     def steps(self) -> tuple[RowSteps, ...]:
         """How each row's tokens were made."""
         return self._recorder.by_row
+
+
+def _passes(request: Request, measured: AcceptanceSpec | None) -> float | None:
+    """The chance that a drafted token passes, as the compiler measured it."""
+    if measured is None:
+        return None
+    return measured.agreement if request.mode == Mode.EXACT else measured.passes
 
 
 def _no_token(request: Request, place: int) -> str:

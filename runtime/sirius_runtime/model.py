@@ -13,6 +13,7 @@ from sirius_runtime.decoder import Backend, Decoder
 from sirius_runtime.errors import GenerationError, shown
 from sirius_runtime.forking import check_threads_live, ran_on
 from sirius_runtime.generation import Generation, Streamer
+from sirius_runtime.guard import Costs
 from sirius_runtime.logits_options import LogitsOptions, LogitsProcessor, TokenLogprobs
 from sirius_runtime.prefix import Prefix
 from sirius_runtime.prompts import Prompt, PromptReader, is_text, read_ids
@@ -97,6 +98,7 @@ class SiriusModel:
         self.tokenizer = tokenizer
         self.chat = chat
         self._file = file
+        self._costs: dict[int, Costs] = {}  # by rows: generations learn them from each other
         self._prompts = PromptReader(tokenizer, backend.program.model.vocab_size)
 
     @property
@@ -315,7 +317,14 @@ class SiriusModel:
         if tracing is not None:
             check_traceable(self.backend, request, len(prompts))
         generation = Generation(
-            self.backend, self.tokenizer, prompts, request, streamer, prefix, tracing
+            self.backend,
+            self.tokenizer,
+            prompts,
+            request,
+            streamer,
+            self._costs.setdefault(len(prompts), Costs(self.program.sparsity.density)),
+            prefix,
+            tracing,
         )
         ran_on(self.backend.threads)
         rows, stats = generation.run()

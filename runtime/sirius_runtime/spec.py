@@ -243,6 +243,11 @@ class AcceptanceSpec:
     periods: tuple[DraftingSpec, ...]
     best: DraftingSpec
 
+    @property
+    def passes(self) -> float:
+        """Share of drafted tokens that pass, of those whose predecessors in the draft did."""
+        return sum(self.accepted) / (1.0 + sum(self.accepted[:-1]))
+
 
 @dataclass(frozen=True)
 class ModelSpec:
