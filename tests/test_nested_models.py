@@ -20,6 +20,7 @@ from sirius_runtime.loading import load, make_backend
 from sirius_runtime.manifest_check import check_program
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.nested import unnest
+from sirius_runtime.safetensors_file import share_of_bfloat16, size_of
 from sirius_runtime.self_test import Outcome
 from sirius_runtime.spec import FORMAT_VERSION, NESTED_FORMAT_VERSION, AcceptanceSpec, Layout
 from sirius_runtime.verification import verify
@@ -35,6 +36,9 @@ CASES = [
     pytest.param("gpt2", "cats", marks=pytest.mark.slow),
     pytest.param("gemma3_text", "griffin", marks=pytest.mark.slow),
     ("qwen2", "none"),
+    ("mixtral", "topk"),
+    pytest.param("qwen2_moe", "experts", marks=pytest.mark.slow),
+    pytest.param("gpt_oss", "none", marks=pytest.mark.slow),
 ]
 
 
@@ -132,14 +136,18 @@ def test_the_draft_is_another_model_and_a_good_one(nested: Callable[..., Nested]
     assert torch.cosine_similarity(full, sparse, dim=-1).min() > 0.9
 
 
-def test_the_nested_model_is_near_the_model(nested: Callable[..., Nested]) -> None:
-    compiled = nested("llama", "topk").compiled
-    reference = random_decoder("llama")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_nested_model_is_near_the_model(nested: Callable[..., Nested], family: str) -> None:
+    compiled = nested(family, "topk").compiled
+    reference = random_decoder(family, **CONFIGS.get(family, {}))
     for name, parameter in reference.named_parameters():
         (spec,) = (weight for weight in compiled.spec.weights if weight.name == name)
-        assert (spec.nested is not None) == (parameter.ndim == 2)
+        router = name.endswith("mlp.gate.weight")
+        assert (spec.nested is not None) == (parameter.ndim >= 2 and not router)
         if spec.nested is not None:
-            values = unnest(compiled.weights(spec))
+            planes = compiled.weights(spec)
+            experts = planes.unbind(1) if spec.of_experts else [planes]
+            values = torch.stack([unnest(expert) for expert in experts]).view_as(parameter)
             error = (values - parameter).abs().max() / parameter.abs().max()
             assert error < 1 / 254 + 1e-3
 
@@ -202,13 +210,20 @@ def test_weights_that_stay_are_told(nested: Callable[..., Nested]) -> None:
     compiled = nested("mixtral", "topk").compiled
     (warning,) = (w for w in compiled.warnings if "--weights int8" in w)
     assert warning == (
-        "--weights int8 leaves 4 of 16 matrices as they are: 4 "
-        "(model.layers.0.mlp.experts.gate_up_proj: it holds weights of experts)"
+        "--weights int8 leaves 2 of 16 matrices as they are: 2 "
+        "(model.layers.0.mlp.gate.weight: it routes tokens to experts)"
     )
-    assert {w.nested for w in compiled.spec.weights if "experts" in w.name} == {None}
-    assert tokens(nested("mixtral", "topk").model, "exact") == tokens(
-        nested("mixtral", "topk").model, "full"
-    )
+
+
+def test_experts_count_as_bytes(nested: Callable[..., Nested]) -> None:
+    """Of what a token reads: three of six experts, whose share of bfloat16 is that of all."""
+    spec = nested("mixtral", "topk").compiled.spec
+    experts = sum(w.numbers for w in spec.weights if w.of_experts)
+    others = sum(size_of(w) for w in spec.weights if w.parameter and not w.of_experts)
+    assert spec.sparsity.step == others + experts // 2 * 17 // 16
+    wide = sum(2 * w.numbers for w in spec.weights if w.parameter) - experts
+    assert share_of_bfloat16(spec) == pytest.approx(spec.sparsity.step / wide)
+    assert spec.sparsity.density < 0.45
 
 
 # what the compiler measures

@@ -279,16 +279,29 @@ def test_parts_that_cut_through_bytes_stay() -> None:
     assert "layers.1.fused.weight" not in left(build, "topk")  # rows can be cut anywhere
 
 
-def test_rows_that_alternate_stay() -> None:
+def reading_part_of_the_head(*limits: int) -> Program:
     program = laid_out(one_layer)
     for module in program.graphs.values():
         (head,) = (n for n in calls(module.graph, aten.linear.default) if "head" in str(n.args[1]))
         with module.graph.inserting_before(head):
-            part = call(module.graph, aten.slice.Tensor, (head.args[1], 0, 0, 11, 2), origin="test")
+            part = call(module.graph, aten.slice.Tensor, (head.args[1], *limits), origin="test")
         head.replace_input_with(head.args[1], part)  # type: ignore[arg-type]
-    step = NestWeights(4)
+    return program
+
+
+def test_columns_of_nested_rows_stay() -> None:
+    program, step = reading_part_of_the_head(1, 0, WIDTH), NestWeights(4)
     step.run(program)
     assert step.left == {"head.weight": "a part of it is read that nested rows can't be cut into"}
+
+
+def test_rows_that_alternate_are_rows_of_the_planes() -> None:
+    program, step = reading_part_of_the_head(0, 0, VOCABULARY, 2), NestWeights(4)
+    step.run(program)
+    assert step.left == {}
+    head = calls(program.graphs[FULL].graph, sirius.linear.default)[-1]
+    assert head.args[1].meta["val"].shape == (2, 6, 17)  # type: ignore[union-attr]
+    assert head.args[1].args[1:] == (1, 0, VOCABULARY, 2)  # type: ignore[union-attr]
 
 
 def test_what_other_operators_read_stays() -> None:
@@ -311,26 +324,65 @@ def test_what_keeps_its_dtype_stays() -> None:
     assert step.left == {"layers.0.o.weight": "it is kept in bfloat16 whatever the model's dtype"}
 
 
-def test_experts_stay() -> None:
-    reason = "it holds weights of experts"
-    found = left(lambda: Decoder(Experts(), Mlp()))
-    assert found == {"layers.0.gate": reason, "layers.0.down": reason}
-
-
 class Experts(nn.Module):
-    """Two of three experts a token."""
+    """Two of three experts a token; gate and up are one weight, whose rows alternate if `step` is
+    2, as in gpt-oss.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, step: int = 1, neurons: int = NEURONS, experts: int = 3) -> None:
         super().__init__()
-        self.router = nn.Linear(WIDTH, 3, bias=False)
-        self.gate = nn.Parameter(torch.empty(3, NEURONS, WIDTH))
-        self.down = nn.Parameter(torch.empty(3, NEURONS, WIDTH))
+        self.router = nn.Linear(WIDTH, experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * neurons, WIDTH))
+        self.down = nn.Parameter(torch.empty(experts, WIDTH, neurons))
+        self.bias = nn.Parameter(torch.empty(experts, WIDTH))
+        self.step, self.neurons = step, neurons
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, WIDTH)
         weights, experts = self.router(flat).float().softmax(-1).topk(2)
-        mlps = self.gate, None, self.down, None, None, None, "silu", 0
+        if self.step == 2:
+            gate, up = self.gate_up[:, ::2], self.gate_up[:, 1::2]
+        else:
+            gate, up = self.gate_up[:, : self.neurons], self.gate_up[:, self.neurons :]
+        mlps = gate, up, self.down.transpose(1, 2), None, None, self.bias, "silu", 0
         return sirius.dense_moe(flat, experts, weights, *mlps).reshape(x.shape)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_experts_are_nested_and_their_router_is_not(step: int) -> None:
+    program, nest_weights = laid_out(lambda: Decoder(Experts(step), Mlp())), NestWeights(4)
+    run_passes(program, [nest_weights])
+    assert nest_weights.left == {"layers.0.router.weight": "it routes tokens to experts"}
+    gate_up, down = (program.weights[f"layers.0.{name}"] for name in ("gate_up", "down"))
+    assert (gate_up.nested, gate_up.shape) == (Layout.BY_OUTPUTS, (2, 3, 128, 17))
+    assert (down.nested, down.shape) == (Layout.BY_INPUTS, (2, 3, 2, 34, 16))
+    assert gate_up.of_experts
+    assert down.of_experts
+    assert (gate_up.numbers, down.numbers) == (3 * 128 * WIDTH, 3 * WIDTH * NEURONS)
+    assert checkpoint_shape(down) == (3, WIDTH, NEURONS)
+    (node,) = calls(program.graphs[SPARSE].graph, sirius.topk_moe.default)
+    cuts = [value.args[1:] for value in node.args[3:5]]  # type: ignore[union-attr]
+    assert cuts == ([(2, 0, 64), (2, 64, 128)] if step == 1 else [(2, 0, 128, 2), (2, 1, 128, 2)])
+    assert node.args[5].args[1:] == (0, 0, 1)  # type: ignore[union-attr]
+    assert not NestWeights(4).run(program)  # nothing is left to do
+
+
+def test_a_mixture_stays_whole() -> None:
+    found = left(lambda: Decoder(Experts(neurons=48), Mlp()))
+    assert found["layers.0.down"] == "its 48 inputs are no multiple of 32"
+    assert found["layers.0.gate_up"] == "another weight of its MLP stays"
+    assert "layers.0.bias" not in found
+
+
+def test_a_step_reads_the_nested_experts_of_one_token() -> None:
+    """By hand, of three experts two; a draft keeps half of the neurons of topk."""
+    program = nested(lambda: Decoder(Experts()))
+    experts = 2 * 3 * NEURONS * WIDTH * 17 // 16  # of two
+    others = 2 * (3 * WIDTH + 3 * WIDTH + WIDTH) - 2 * WIDTH  # router, two biases, norm, in bfloat16
+    matrices = 2 * VOCABULARY * WIDTH * 17 // 16
+    assert program.sparsity.step == experts + matrices + others
+    draft = experts * (1 / 3 + 2 / 3 / 2) / 2 + matrices * (1 + 1 / 2) / 2 + others
+    assert program.sparsity.density == pytest.approx(draft / program.sparsity.step)
 
 
 def test_a_model_of_which_nothing_can_be_nested_is_refused() -> None:

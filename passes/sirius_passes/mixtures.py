@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,7 @@ from sirius_passes.program import Program, calls
 from sirius_passes.recognise_mlps import DENSE_MOE
 from sirius_passes.weight_views import weight_name
 from sirius_runtime.errors import UnsupportedModelError
-from sirius_runtime.safetensors_file import size_of
-from sirius_runtime.spec import Method, WeightSpec
+from sirius_runtime.spec import Method
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Mixture:
     @property
     def experts(self) -> int:
         """E."""
-        return int(self._argument(3).meta["val"].shape[0])
+        return int(self._gate[-3])
 
     @property
     def per_token(self) -> int:
@@ -39,12 +38,12 @@ class Mixture:
     @property
     def neurons(self) -> int:
         """I, of one expert."""
-        return int(self._argument(3).meta["val"].shape[1])
+        return int(self._gate[-2])
 
     @property
     def neuron_parameters(self) -> int:
         """Parameters of a neuron's rows of up (if there is one) and down, without the gate's."""
-        width = int(self._argument(3).meta["val"].shape[2])
+        width = int(self._argument(0).meta["val"].shape[-1])
         return width * (1 if self._argument(4) is None else 2)
 
     @property
@@ -54,16 +53,18 @@ class Mixture:
 
     def expert_parameters(self, program: Program) -> int:
         """Parameters of one expert."""
-        return sum(spec.numbers for spec in self._weights(program)) // self.experts
+        return sum(program.weights[name].numbers for name in self.weights()) // self.experts
 
-    def expert_bytes(self, program: Program) -> int:
-        """Stored bytes of one expert."""
-        return sum(size_of(spec) for spec in self._weights(program)) // self.experts
-
-    def _weights(self, program: Program) -> list[WeightSpec]:
+    def weights(self) -> set[str]:
+        """The names of the weights and biases of all experts."""
         tensors = [self._argument(i) for i in range(3, 9)]
-        names = {weight_name(node) for node in tensors if node is not None}
-        return [program.weights[name] for name in names]
+        return {weight_name(node) for node in tensors if node is not None}
+
+    @property
+    def _gate(self) -> Sequence[int]:
+        """The gates' shape, which ends with E, I and the size of a row."""
+        shape: Sequence[int] = self._argument(3).meta["val"].shape
+        return shape
 
     def _argument(self, index: int) -> Any:
         return self.node.args[index]

@@ -20,8 +20,9 @@
 an MLP's gate or up reads them so, and inputs where an MLP's down, `sirius::sparse_linear` or a
 linear of its transpose does: that is the layout, and both paths read the one copy. Slices of fused
 projections become slices of the planes. Rows of embeddings are read in full, and with 8 bits a
-draft reads both planes of all. What can't be nested stays as it is, an MLP's weights all or none;
-`left` says why.
+draft reads both planes of all. The experts of a mixture are nested as any MLP, its router is not: a
+draft at 4 bits would go to other experts. What can't be nested stays as it is, an MLP's weights all
+or none; `left` says why.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ _NESTED_SIBLING: dict[Any, Any] = {
 }
 _MLPS = {row.overload for row in OPERATORS.values() if f"({MLP_SCHEMA}" in row.schema}
 _MIXTURES = {row.overload for row in OPERATORS.values() if row.name.endswith("_moe")}
-_GATE, _UP, _DOWN = 1, 2, 3  # of an MLP's arguments
+_EXPERTS, _ROUTING = 1, 2  # of a mixture's arguments
+_LINEARS = (aten.linear.default, sirius.linear.default)
+_ROUTES = "it routes tokens to experts"
 
 
 class NestWeights(Pass):
@@ -89,7 +92,7 @@ class NestWeights(Pass):
             )
         for name, layout in found.items():
             old = program.weights[name]
-            shape = nested_shape(*_matrix(old.shape, layout), layout)
+            shape = nested_shape(*_matrix(old.shape, layout), layout, old.shape[:-2])
             program.update_weight(name, dtype="uint8", shape=shape, retype=False, nested=layout)
             self._count(program, old)
             for graph_name, module in program.graphs.items():
@@ -134,20 +137,26 @@ def _choose(program: Program) -> tuple[dict[str, Layout], dict[str, str]]:
     found: dict[str, Layout] = {}
     left: dict[str, str] = {}
     mlps: list[list[str]] = []
+    biases: set[str] = set()
+    for module in program.graphs.values():
+        for node in module.graph.nodes:
+            if first := _first_weight(node):
+                own = [value and weight_name(value) for value in node.args[first : first + 6]]
+                mlps.append([name for name in own[:3] if name])
+                biases.update(name for name in own[3:] if name)
     bound = [placeholders(module.graph, WEIGHT) for module in program.graphs.values()]
+    routers = {name for module in program.graphs.values() for name in _routers(module.graph)}
     for name, spec in program.weights.items():
-        if spec.nested or not spec.parameter or len(spec.shape) < 2:
+        if spec.nested or not spec.parameter or len(spec.shape) < 2 or name in biases:
             continue
         placed = [nodes[name] for nodes in bound if name in nodes]
         layout, reason = _layout(spec, [reader for node in placed for reader in _uses(node)])
+        if name in routers:
+            layout, reason = None, _ROUTES
         if layout is None:
             left[name] = reason
         else:
             found[name] = layout
-    for module in program.graphs.values():
-        for node in module.graph.nodes:
-            if node.target in _MLPS:
-                mlps.append([weight_name(w) for w in node.args[_GATE : _DOWN + 1] if w is not None])
     changed = True
     while changed:
         changed = False
@@ -158,6 +167,33 @@ def _choose(program: Program) -> tuple[dict[str, Layout], dict[str, str]]:
                     left[name] = "another weight of its MLP stays"
                     changed = True
     return found, left
+
+
+def _first_weight(node: fx.Node) -> int:
+    """The place of the gate among the arguments of an MLP or of a mixture, before up and down; 0 of
+    other nodes.
+    """
+    return 1 if node.target in _MLPS else 3 if node.target in _MIXTURES else 0
+
+
+def _routers(graph: fx.Graph) -> Iterator[str]:
+    """The weights of the linears from which mixtures have their experts and their weights."""
+    seen: set[fx.Node] = set()
+    ahead = [
+        argument
+        for node in graph.nodes
+        if node.target in _MIXTURES
+        for argument in node.args[_EXPERTS : _ROUTING + 1]
+    ]
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target in _LINEARS:
+            yield weight_name(node.args[1])
+        else:
+            ahead += node.all_input_nodes
 
 
 @dataclass(frozen=True)
@@ -191,14 +227,15 @@ def _layout(spec: WeightSpec, uses: Sequence[_Use]) -> tuple[Layout | None, str]
     if len(wanted) != 1:
         return None, "its rows are read both as outputs and as inputs"
     (layout,) = wanted
-    if len(spec.shape) != 2:
+    experts = all(use.reader.node.target in _MIXTURES for use in uses)
+    if len(spec.shape) != 2 + experts:
         return None, f"it has {len(spec.shape)} dimensions"
     if odd := why_not(*_matrix(spec.shape, layout), layout):
         return None, odd
     for use in uses:
         for dim, start, end, step in _cuts(use):
             rows = layout is Layout.BY_OUTPUTS and dim == 0
-            if step != 1 or not (rows or layout is Layout.BY_INPUTS):
+            if dim < 0 or not (rows or (layout is Layout.BY_INPUTS and step == 1)):
                 return None, "a part of it is read that nested rows can't be cut into"
             if not rows and (start % GROUP or end % GROUP):
                 return None, f"it is read in parts that are no multiples of {GROUP}"
@@ -210,36 +247,40 @@ def _wanted(reader: Reader) -> tuple[Layout | None, str]:
     node, view = reader.node, reader.view
     places = [index for index, value in enumerate(node.args) if value is view]
     straight = not reader.transposed
-    if node.target in _MIXTURES:
-        return None, "it holds weights of experts"
     if node.target is aten.linear.default and places == [1]:
         return (Layout.BY_OUTPUTS if straight else Layout.BY_INPUTS), ""
     if node.target is aten.embedding.default and places == [0] and straight:
         return Layout.BY_OUTPUTS, ""
     if node.target is sirius.sparse_linear.default and places == [1] and straight:
         return Layout.BY_INPUTS, ""
-    if node.target in _MLPS and straight and len(places) == 1 and places[0] in (_GATE, _UP, _DOWN):
-        return (Layout.BY_INPUTS if places == [_DOWN] else Layout.BY_OUTPUTS), ""
+    if (gate := _first_weight(node)) and straight and len(places) == 1:
+        if places[0] in (gate, gate + 1):
+            return Layout.BY_OUTPUTS, ""
+        if places[0] == gate + 2:
+            return Layout.BY_INPUTS, ""
     return None, f"{node.target} reads it"
 
 
 def _matrix(shape: Sequence[int], layout: Layout) -> tuple[int, int]:
     """Outputs and inputs of a matrix that is stored in this shape."""
-    rows, columns = shape
+    rows, columns = shape[-2:]
     return (rows, columns) if layout is Layout.BY_OUTPUTS else (columns, rows)
 
 
 def _cuts(use: _Use) -> Iterator[tuple[int, int, int, int]]:
-    """The slices on the way to a reader: the stored dimension, start, end and step of each."""
+    """The slices on the way to a reader: the stored dimension, of a matrix, start, end and step of
+    each.
+    """
     transposed = False
     for view in use.views:
         if is_transpose(view):
             transposed = not transposed
             continue
         dim, *limits = slice_args(view)
-        size = int(view.args[0].meta["val"].shape[dim])  # type: ignore[union-attr]
-        start, end, step = slice(*(*limits, None, None, None)[:3]).indices(size)
-        yield (1 - dim if transposed else dim), start, end, step
+        shape = view.args[0].meta["val"].shape  # type: ignore[union-attr]
+        start, end, step = slice(*(*limits, None, None, None)[:3]).indices(int(shape[dim]))
+        dim -= len(shape) - 2
+        yield (1 - dim if transposed and dim >= 0 else dim), start, end, step
 
 
 class _Rewrite:
@@ -262,21 +303,22 @@ class _Rewrite:
                 # Of an embedding a token reads one row: no less for being read in full.
                 whole = not high or node.target is aten.embedding.default
                 planes = self._weight if whole else self._slice(self._weight, *HIGH_PLANE)
-                for dim, start, end, _ in own:
-                    planes = self._cut(planes, dim, start, end)
+                for dim, start, end, step in own:
+                    planes = self._cut(planes, dim, start, end, step)
                 self._read(use.reader, planes)
         for view in reversed(dict.fromkeys(view for use in uses for view in use.views)):
             self._graph.erase_node(view)
 
-    def _cut(self, planes: fx.Node, dim: int, start: int, end: int) -> fx.Node:
+    def _cut(self, planes: fx.Node, dim: int, start: int, end: int, step: int) -> fx.Node:
+        rank = len(self._shape)
         if self._layout is Layout.BY_OUTPUTS:
-            return self._slice(planes, 1, start, end)
+            return self._slice(planes, rank - 2, start, end, *([step] if step > 1 else []))
         if dim == 0:
-            return self._slice(planes, 1, start // GROUP, end // GROUP)
-        return self._slice(planes, 3, start // 2, end // 2)
+            return self._slice(planes, rank - 3, start // GROUP, end // GROUP)
+        return self._slice(planes, rank - 1, start // 2, end // 2)
 
-    def _slice(self, planes: fx.Node, dim: int, start: int, end: int) -> fx.Node:
-        return call(self._graph, aten.slice.Tensor, (planes, dim, start, end), origin=self._origin)
+    def _slice(self, planes: fx.Node, *limits: int) -> fx.Node:
+        return call(self._graph, aten.slice.Tensor, (planes, *limits), origin=self._origin)
 
     def _read(self, reader: Reader, planes: fx.Node) -> None:
         node = reader.node

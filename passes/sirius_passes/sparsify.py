@@ -140,11 +140,11 @@ def set_density(program: Program) -> None:
     """Counts the bytes that a full step and a sparse step read, of the weights as they are stored
     now.
     """
-    step = read = step_bytes(program)
+    sizes = step_sizes(program)
+    step = read = sum(sizes.values())
     if SPARSE in program.graphs:
         placed = placeholders(program.graphs[SPARSE].graph, WEIGHT)
-        halved = [name for name, node in placed.items() if reads_high_plane(node)]
-        read -= sum(size_of(program.weights[name]) // 2 for name in halved)
+        read -= sum(sizes[name] // 2 for name, node in placed.items() if reads_high_plane(node))
     skipped = sum((site.units - site.kept) * site.params for site in program.sparsity.sites)
     program.sparsity = replace(program.sparsity, step=step, density=(read - skipped) / step)
 
@@ -168,13 +168,21 @@ def parameters(program: Program) -> int:
 
 
 def step_bytes(program: Program) -> int:
-    """The bytes of weights that a full step over one token reads: all, without the experts that the
-    token is not routed to.
+    """The bytes of weights that a full step over one token reads."""
+    return sum(step_sizes(program).values())
+
+
+def step_sizes(program: Program) -> dict[str, int]:
+    """The bytes of each weight that a full step over one token reads: all, without the experts that
+    the token is not routed to.
     """
     module = program.graphs.get(FULL) or program.graphs[DENSE]
-    mixed = mixtures(module.graph)
-    unread = sum((m.experts - m.per_token) * m.expert_bytes(program) for m in mixed)
-    return sum(size_of(spec) for spec in program.weights.values() if spec.parameter) - unread
+    sizes = {name: size_of(spec) for name, spec in program.weights.items() if spec.parameter}
+    for mixture in mixtures(module.graph):
+        for name in mixture.weights():
+            whole = size_of(program.weights[name])
+            sizes[name] = whole // mixture.experts * mixture.per_token
+    return sizes
 
 
 def stack(graph: fx.Graph, values: Sequence[fx.Node], origin: str) -> fx.Node:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from sirius_runtime.kernels import nesting
 from sirius_runtime.nested import (
     GROUP,
     LARGEST,
+    experts_in,
     in_integers,
     matrix_shape,
     nest_integers,
@@ -33,6 +36,12 @@ def stored_form(spec: WeightSpec, tensor: Tensor) -> Tensor:
     if spec.nested is None:
         tensor = tensor.to(dtype_of(spec.dtype))
         return (tensor.mT if spec.transposed else tensor).contiguous()
+    if spec.of_experts:
+        stored = torch.empty(spec.shape, dtype=torch.uint8)
+        for index, expert in enumerate(tensor):
+            own = replace(spec, shape=(spec.shape[0], *spec.shape[2:]))
+            stored[:, index] = stored_form(own, expert)
+        return stored
     rows_are_inputs = spec.nested is Layout.BY_INPUTS
     matrix = tensor if spec.transposed is rows_are_inputs else tensor.mT
     done = nesting.nest(matrix, spec.nested)
@@ -134,6 +143,8 @@ def checkpoint_shape(spec: WeightSpec) -> tuple[int, ...]:
     """The shape of the checkpoint's tensor."""
     shape = spec.shape
     if spec.nested is not None:
-        outputs, inputs = matrix_shape(shape)
-        shape = (inputs, outputs) if spec.nested is Layout.BY_INPUTS else (outputs, inputs)
+        experts = experts_in(shape, spec.nested)
+        outputs, inputs = matrix_shape((shape[0], *shape[1 + len(experts) :]))
+        matrix = (inputs, outputs) if spec.nested is Layout.BY_INPUTS else (outputs, inputs)
+        shape = (*experts, *matrix)
     return transposed_shape(shape) if spec.transposed else shape

@@ -183,13 +183,14 @@ def _check_sparsity(sparsity: SparsitySpec, state: StateSpec) -> None:
 
 
 def _check_nested(weight: WeightSpec) -> None:
-    shape = weight.shape
-    rank, row = (3, 17) if weight.nested is Layout.BY_OUTPUTS else (4, 34)
-    sound = len(shape) == rank and shape[0] == 2 and min(shape) > 0 and shape[2] % row == 0
+    planes, *matrix = weight.shape or (0,)
+    rank, row = (2, 17) if weight.nested is Layout.BY_OUTPUTS else (3, 34)
+    sound = planes == 2 and len(matrix) in (rank, rank + 1) and min(matrix) > 0
+    sound = sound and matrix[-rank + 1] % row == 0
     if weight.dtype != "uint8" or weight.retype or not sound:
         raise ArtifactError(
             f"weight {weight.name!r} is nested by {weight.nested}, and {weight.dtype} "
-            f"{list(shape)} holds no such weight"
+            f"{list(weight.shape)} holds no such weight"
         )
 
 

@@ -26,6 +26,9 @@ them, then bytes 4 to 7, 8 to 11 and 12 to 15, so that a vector instruction work
 lane each. By inputs, of 32 neighbouring outputs, the scales of the first 16 are in the first of the
 two rows, and of the others in the second: cutting the last dimension cuts outputs.
 
+The experts of a mixture are as many matrices of one tensor, [P, E, …]: `weight[:, e]` is nested as
+any other.
+
 Activations meet nested weights as integers too: see `in_steps`.
 """
 
@@ -62,15 +65,22 @@ def is_nested(weight: Tensor) -> bool:
     return weight.dtype is torch.uint8
 
 
-def nested_shape(outputs: int, inputs: int, layout: Layout) -> tuple[int, ...]:
-    """Of both planes of a weight [outputs, inputs]."""
+def nested_shape(
+    outputs: int, inputs: int, layout: Layout, experts: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    """Of both planes of a weight [outputs, inputs], or of those of experts: of one number, E."""
     if layout is Layout.BY_OUTPUTS:
-        return (2, outputs, inputs // HALF * (HALF + 1) // 2)
-    return (2, inputs // GROUP, GROUP + 2, outputs // 2)
+        return (2, *experts, outputs, inputs // HALF * (HALF + 1) // 2)
+    return (2, *experts, inputs // GROUP, GROUP + 2, outputs // 2)
+
+
+def experts_in(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """Of the shape of a nested weight: E where it holds experts, else nothing."""
+    return shape[1 : len(shape) - (2 if layout is Layout.BY_OUTPUTS else 3)]
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Outputs and inputs of a nested weight of this shape."""
+    """Outputs and inputs of a nested weight of this shape, which holds no experts."""
     if len(shape) == 3:
         return shape[1], shape[2] // (HALF + 1) * GROUP
     return shape[3] * 2, shape[1] * GROUP

@@ -59,9 +59,11 @@ def share_of_bfloat16(program: ProgramSpec) -> float:
     """The bytes of weights that a full step reads, as a share of what they would be in bfloat16."""
     parameters = [weight for weight in program.weights if weight.parameter]
     stored, wide = sum(map(size_of, parameters)), sum(2 * weight.numbers for weight in parameters)
-    unread = stored - program.sparsity.step  # of experts, which are never nested
-    itemsize = STORED_TYPES[_CODES[program.model.dtype]].itemsize
-    return program.sparsity.step / (wide - unread * 2 // itemsize)
+    experts = [weight for weight in parameters if weight.of_experts]
+    if experts:  # those that a token is not routed to are not read
+        unread = (stored - program.sparsity.step) / sum(map(size_of, experts))
+        wide -= round(unread * sum(2 * weight.numbers for weight in experts))
+    return program.sparsity.step / wide
 
 
 def in_order(specs: Sequence[WeightSpec]) -> list[WeightSpec]:

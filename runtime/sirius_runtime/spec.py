@@ -117,6 +117,12 @@ class WeightSpec:
         # Of 17 bytes, the planes give 16 to the nibbles of 16 numbers.
         return stored if self.nested is None else stored // 17 * 16
 
+    @property
+    def of_experts(self) -> bool:
+        """Whether it holds a matrix for each expert of a mixture."""
+        matrix = {None: 2, Layout.BY_OUTPUTS: 3, Layout.BY_INPUTS: 4}[self.nested]
+        return len(self.shape) == matrix + 1
+
 
 @dataclass(frozen=True)
 class StateSpec:

@@ -1,11 +1,12 @@
 """Mixtures of experts on the CPU: the MLP kernels run one routed expert after another.
 
 On the CPU the host reads the routing at no cost. gpt-oss' activation has no kernel: such mixtures
-run the references.
+run the references, whose products with nested weights are the kernels'.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 from sirius_runtime.kernels.arguments import ACTIVATIONS, refuse
 from sirius_runtime.kernels.linear import linear
 from sirius_runtime.kernels.mlp import dense_mlp, griffin_mlp
+from sirius_runtime.nested import is_nested
 from sirius_runtime.ops import moe as reference
+from sirius_runtime.ops.linear import linear as plain_linear
 from sirius_runtime.ops.operands import Mlp, grouped
 
 FEW_TOKENS = 8
@@ -25,7 +28,7 @@ FEW_TOKENS = 8
 def dense_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor]) -> Tensor:
     """As `reference.dense_moe`."""
     if mlp.act not in ACTIVATIONS:
-        return reference.dense_moe(x, experts, weights, *mlp)
+        return _plainly(x, experts, weights, mlp, None)
     return _all_of(_hit("dense_moe", x, experts, weights, mlp), x, experts, weights, mlp)
 
 
@@ -44,7 +47,7 @@ def _all_of(
 def topk_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep: int) -> Tensor:
     """As `reference.topk_moe`. The kept neurons' gates are read twice, at once."""
     if mlp.act not in ACTIVATIONS or x.shape[0] > FEW_TOKENS:
-        return reference.topk_moe(x, experts, weights, *mlp, keep)
+        return _plainly(x, experts, weights, mlp, keep)
     _hit("topk_moe", x, experts, weights, mlp)
     routed = experts.tolist()
     own = [[_of(expert, mlp) for expert in row] for row in routed]
@@ -68,11 +71,20 @@ def experts_moe(
     x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep: int, normalised: bool
 ) -> Tensor:
     """As `reference.experts_moe`."""
-    if mlp.act not in ACTIVATIONS:
-        return reference.experts_moe(x, experts, weights, *mlp, keep, normalised)
     _hit("experts_moe", x, experts, weights, mlp)
     experts, weights = reference.heaviest(experts, weights, keep, normalised)
+    if mlp.act not in ACTIVATIONS:
+        return _plainly(x, experts, weights, mlp, None)
     return _all_of(experts.unique().tolist(), x, experts, weights, mlp)
+
+
+def _plainly(
+    x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep: int | None
+) -> Tensor:
+    """The reference; with nested weights, by the kernels' products."""
+    product = linear if is_nested(mlp.gate) else plain_linear
+    by = functools.partial(reference.linear_of_hit, product=product)
+    return reference.mixture(x, experts, weights, mlp, keep, by)
 
 
 def _hit(operator: str, x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor]) -> list[int]:
@@ -89,8 +101,7 @@ def _hit(operator: str, x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Te
         raise refuse(operator, reason)
     hit: list[int] = experts.unique().tolist()  # sorted
     for expert in hit[:1] + hit[-1:]:
-        if not 0 <= expert < mlp.gate.shape[0]:
-            count = mlp.gate.shape[0]
+        if not 0 <= expert < (count := reference.experts_of(mlp.gate)):
             reason = f"experts holds {expert}, an index out of range: there are {count}"
             raise refuse(operator, reason, index=True)
     return hit
@@ -98,7 +109,7 @@ def _hit(operator: str, x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Te
 
 def _of(expert: int, mlp: Mlp[Tensor]) -> Mlp[Tensor]:
     """An expert's own weights."""
-    own: list[Any] = [v[expert] if isinstance(v, Tensor) else v for v in mlp]
+    own: list[Any] = [reference.expert(v, expert) if isinstance(v, Tensor) else v for v in mlp]
     return Mlp(*own)._replace(layer=0)  # of the one list of neurons
 
 

@@ -25,6 +25,7 @@ from sirius_runtime.ops.linear import linear, outputs_of
 from sirius_runtime.ops.operands import Mlp, grouped
 from sirius_runtime.ops.rules import (
     counts,
+    experts_in,
     need_dtype,
     need_finite,
     need_kept,
@@ -195,19 +196,22 @@ def need_mlp(x: Array, mlp: Mlp[Array], *, experts: bool = False) -> Size:
     weights = {"gate": mlp.gate, "up": mlp.up, "down": mlp.down}
     need_model(x=x, gate_bias=mlp.gate_bias, up_bias=mlp.up_bias, down_bias=mlp.down_bias)
     I, C = need_matrix("gate", mlp.gate, Layout.BY_OUTPUTS, x.dtype, experts=experts)  # noqa: E741
-    E = mlp.gate.shape[:1] if experts else ()
+    nested = mlp.gate.dtype is torch.uint8
+    E = (experts_in(mlp.gate),) if experts else ()
     need_some(x=x, gate=mlp.gate)
     need(bool(x.shape) and x.shape[-1] == C, f"x {x} does not go through gate {mlp.gate}")
     for name, weight in weights.items():
-        if weight is None or mlp.gate.dtype is not torch.uint8:
+        if weight is None or not nested:
             need_shape(name, weight, *E, I, C)
             need_dtype(x.dtype, **{name: weight})
             continue
         need_dtype(torch.uint8, **{name: weight})  # one alone can't be nested
         layout = Layout.BY_INPUTS if name == "down" else Layout.BY_OUTPUTS
-        own = need_matrix(name, weight, layout, x.dtype)
+        own = need_matrix(name, weight, layout, x.dtype, experts=experts)
         wanted = (C, I) if name == "down" else (I, C)
         need(own == wanted, f"{name} {weight} is of {own[0]} outputs and {own[1]} inputs")
+        if experts:
+            need(experts_in(weight) == E[0], f"{name} {weight} is not of {E[0]} experts")
     need_shape("gate_bias", mlp.gate_bias, *E, I)
     need_shape("up_bias", mlp.up_bias, *E, I)
     need_shape("down_bias", mlp.down_bias, *E, C)

@@ -2,7 +2,8 @@
 
 The weights of all E experts stand in one tensor, neuron-major: a neuron of an expert is one row of
 `gate`, of `up` and of `down`, [E, I, C]. Each token n has k experts of its own, `experts` [N, k],
-with `weights` [N, k], by a router that stands outside.
+with `weights` [N, k], by a router that stands outside. Experts' weights may be nested, [P, E, …]:
+see `sirius_runtime.nested`.
 
 In a sparse form each token keeps its own choice, also among the beams of a tree: each is already
 routed to experts of its own, so there are no neurons that all of them could share.
@@ -13,14 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sirius_runtime import nested
 from sirius_runtime.graph_rules import Array, need
 from sirius_runtime.graph_sizes import Size, at_least
+from sirius_runtime.nested import is_nested
+from sirius_runtime.ops.linear import linear as plain_linear
+from sirius_runtime.ops.linear import outputs_of
 from sirius_runtime.ops.mlp import ACTIVATIONS, need_mlp
 from sirius_runtime.ops.operands import Mlp, grouped
-from sirius_runtime.ops.rules import need_dtype, need_kept, need_rank, need_shape
+from sirius_runtime.ops.rules import experts_in, need_dtype, need_kept, need_rank, need_shape
 
 CLAMPED_SWIGLU = "clamped_swiglu"
 _LIMIT = 7.0
@@ -39,7 +43,17 @@ EXPERT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """Of experts, by name. With `clamped_swiglu`, up is bounded to ±7 and raised by 1 (gpt-oss)."""
 
 Linear = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""y [N, k, O] from x [N, k, C], experts [N, k], weight [E, O, C], bias [E, O]."""
+"""y [N, k, O] from x [N, k, C], experts [N, k], weight [E, O, C] or nested, bias [E, O]."""
+
+
+def experts_of(weight: Tensor) -> int:
+    """E."""
+    return weight.shape[1 if is_nested(weight) else 0]
+
+
+def expert(weight: Tensor, index: int) -> Tensor:
+    """The matrix of one expert."""
+    return weight[:, index] if is_nested(weight) else weight[index]
 
 
 def gated(g: Tensor, u: Tensor | None, act: str) -> Tensor:
@@ -54,7 +68,7 @@ def dense_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor]) -> 
     """All of each token's experts. x [N, C]; experts, weights [N, k]; gate, up, down [E, I, C];
     biases [E, I], [E, I], [E, C]; returns [N, C]. No `up`: plain MLPs.
     """
-    return _moe(x, experts, weights, mlp, None, _linear_for(x))
+    return mixture(x, experts, weights, mlp, None, _linear_for(x))
 
 
 @grouped
@@ -62,7 +76,7 @@ def topk_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep
     """Of the neurons of a token's experts together, only the `keep` of largest |act(gate x)|, times
     the expert's weight: that is what scales a neuron's part of the output.
     """
-    return _moe(x, experts, weights, mlp, keep, _linear_for(x))
+    return mixture(x, experts, weights, mlp, keep, _linear_for(x))
 
 
 @grouped
@@ -73,13 +87,13 @@ def experts_moe(
     are scaled to the sum of all, as by a router whose weights have a sum of its own choosing.
     """
     experts, weights = heaviest(experts, weights, keep, normalised)
-    return _moe(x, experts, weights, mlp, None, _linear_for(x))
+    return mixture(x, experts, weights, mlp, None, _linear_for(x))
 
 
 @grouped
 def decomposed_dense_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor]) -> Tensor:
     """`dense_moe` in PyTorch's operators alone, for lowering: every expert, no host read."""
-    return _moe(x, experts, weights, mlp, None, _linear_of_all)
+    return mixture(x, experts, weights, mlp, None, _linear_of_all)
 
 
 @grouped
@@ -87,7 +101,7 @@ def decomposed_topk_moe(
     x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep: int
 ) -> Tensor:
     """`topk_moe`, likewise."""
-    return _moe(x, experts, weights, mlp, keep, _linear_of_all)
+    return mixture(x, experts, weights, mlp, keep, _linear_of_all)
 
 
 @grouped
@@ -96,7 +110,7 @@ def decomposed_experts_moe(
 ) -> Tensor:
     """`experts_moe`, likewise."""
     experts, weights = heaviest(experts, weights, keep, normalised)
-    return _moe(x, experts, weights, mlp, None, _linear_of_all)
+    return mixture(x, experts, weights, mlp, None, _linear_of_all)
 
 
 def heaviest(
@@ -118,7 +132,7 @@ def largest(g: Tensor, weights: Tensor, keep: int) -> Tensor:
     return torch.zeros_like(score).scatter(-1, chosen, 1.0).view_as(g)
 
 
-def _moe(
+def mixture(
     x: Tensor,
     experts: Tensor,
     weights: Tensor,
@@ -126,13 +140,15 @@ def _moe(
     keep: int | None,
     linear: Linear,
 ) -> Tensor:
+    """Of each token's experts, all neurons or the `keep` largest; products by `linear`."""
     x_NkC = x[:, None].expand(*experts.shape, x.shape[-1])
     g = EXPERT_ACTIVATIONS[mlp.act](linear(x_NkC, experts, mlp.gate, mlp.gate_bias))
     if keep is not None:
         g = g * largest(g, weights, keep)
     u = None if mlp.up is None else linear(x_NkC, experts, mlp.up, mlp.up_bias)
     z = gated(g, u, mlp.act)
-    y = linear(z.to(x.dtype), experts, mlp.down.mT, mlp.down_bias)
+    down = mlp.down if is_nested(mlp.down) else mlp.down.mT
+    y = linear(z.to(x.dtype), experts, down, mlp.down_bias)
     return (y * weights[..., None]).sum(1).to(x.dtype)
 
 
@@ -140,23 +156,34 @@ def _linear_for(x: Tensor) -> Linear:
     """On the CPU, only the experts that are hit: reading the routing is free there; elsewhere the
     read would stall the device.
     """
-    return _linear_of_hit if x.device.type == "cpu" else _linear_of_all
+    return linear_of_hit if x.device.type == "cpu" else _linear_of_all
 
 
-def _linear_of_hit(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = x.new_empty(*experts.shape, weight.shape[1])
-    for expert in experts.unique().tolist():
-        pair = (experts == expert).nonzero(as_tuple=True)
-        y[pair] = F.linear(x[pair], weight[expert], None if bias is None else bias[expert])
+def linear_of_hit(
+    x: Tensor,
+    experts: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = plain_linear,
+) -> Tensor:
+    """Only the experts that tokens have."""
+    y = x.new_empty(*experts.shape, outputs_of(expert(weight, 0)))
+    for e in experts.unique().tolist():
+        pair = (experts == e).nonzero(as_tuple=True)
+        y[pair] = product(x[pair], expert(weight, e), None if bias is None else bias[e])
     return y
 
 
 def _linear_of_all(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Every token through every expert: the weights are read in place, not gathered by token."""
-    N, E, k = x.shape[0], weight.shape[0], experts.shape[1]
+    N, E, k = x.shape[0], experts_of(weight), experts.shape[1]
     x_NEC = x.new_zeros(N, E, x.shape[2])
     x_NEC = x_NEC.scatter(1, experts[..., None].expand(N, k, x.shape[2]), x)
-    y_ENO = x_NEC.transpose(0, 1) @ weight.mT
+    x_ENC = x_NEC.transpose(0, 1)
+    if is_nested(weight):
+        y_ENO = torch.stack([nested.product(x_ENC[e], weight[:, e]) for e in range(E)])
+    else:
+        y_ENO = x_ENC @ weight.mT
     if bias is not None:
         y_ENO = y_ENO + bias[:, None]
     O = y_ENO.shape[2]  # noqa: E741
@@ -195,7 +222,7 @@ def _need_moe(x: Array, experts: Array, weights: Array, mlp: Mlp[Array]) -> tupl
     need_dtype(torch.int64, experts=experts)
     need(weights.dtype.is_floating_point, f"weights are numbers, found {weights}")
     I = need_mlp(x, mlp, experts=True)  # noqa: E741
-    need_kept(k, mlp.gate.shape[0])
+    need_kept(k, experts_in(mlp.gate))
     return k, I
 
 

@@ -41,17 +41,19 @@ def need_matrix(
     name: str, weight: Array, layout: Layout, dtype: torch.dtype, *, experts: bool = False
 ) -> tuple[Size, Size]:
     """Outputs and inputs of a weight of that dtype, or of a nested one. By inputs, the first is
-    [C, O]. Of `experts`, [E, …].
+    [C, O]. Of `experts`, [E, …], or nested [P, E, …].
     """
     if weight.dtype is not torch.uint8:
         need_dtype(dtype, **{name: weight})
         need_rank(name, weight, 3 if experts else 2)
         rows, columns = weight.shape[-2:]
         return (columns, rows) if layout is Layout.BY_INPUTS else (rows, columns)
-    need(not experts, f"{name} {weight}: the weights of experts can't be nested")
     sizes = tuple(size for size in weight.shape if isinstance(size, int))
-    need_rank(name, weight, 3 if layout is Layout.BY_OUTPUTS else 4)
+    need_rank(name, weight, (3 if layout is Layout.BY_OUTPUTS else 4) + experts)
     need(len(sizes) == len(weight.shape), f"{name} {weight} is nested, and its sizes vary")
+    if experts:
+        need(sizes[1] >= 1, f"{name} {weight} holds no experts")
+        sizes = (sizes[0], *sizes[2:])
     need(sizes[0] in (1, 2), f"{name} {weight} has {sizes[0]} planes, not 1 or 2")
     outputs, inputs = matrix_shape(sizes)
     same = nested_shape(outputs, inputs, layout)[1:] == sizes[1:] and inputs >= GROUP
@@ -59,6 +61,11 @@ def need_matrix(
     if layout is Layout.BY_INPUTS:
         need(outputs % GROUP == 0, f"{name} {weight} cuts 32 outputs that share bytes")
     return outputs, inputs
+
+
+def experts_in(weight: Array) -> Size:
+    """Of a weight [E, …], or nested [P, E, …]."""
+    return weight.shape[1 if weight.dtype is torch.uint8 else 0]
 
 
 def need_some(**arrays: Array | None) -> None:
