@@ -28,7 +28,15 @@ from sirius_runtime.ops.mlp import ACTIVATIONS
 from sirius_runtime.ops.moe import EXPERT_ACTIVATIONS
 from sirius_runtime.spec import JSON
 from tests.support.models import METHODS, TinyModels
-from tests.support.operators import CHAIN, Block, linear_args, mlp_args, moe_args, randn
+from tests.support.operators import (
+    CHAIN,
+    EXPERTS,
+    Block,
+    linear_args,
+    mlp_args,
+    moe_args,
+    randn,
+)
 
 ATEN = [name for name in OPERATORS if name.startswith("aten.")]
 OURS = [name for name in OPERATORS if name.startswith("sirius.")]
@@ -243,7 +251,7 @@ def valid_calls() -> Iterator[tuple[str, list[Any]]]:
     yield "linear", [x, by_inputs, bias]
     yield "linear", [x, randn(32, 64, seed=2), bias]
     yield "embedding", [by_outputs, torch.zeros(1, 3, dtype=torch.int64), torch.bfloat16]
-    for args in (moe_args(), moe_args(bias=True), moe_args(plain=True)):
+    for args in (moe_args(), moe_args(bias=True), moe_args(plain=True), nested_moe_args()):
         yield "dense_moe", args
         yield "topk_moe", [*args, 4]
         yield "experts_moe", [*args, 2, True]
@@ -265,6 +273,13 @@ def nested_mlp_args() -> list[Any]:
     return [x, gate, up, down, None, None, randn(64, seed=1), "silu", 1]
 
 
+def nested_moe_args() -> list[Any]:
+    x, gate, up, down, *rest = nested_mlp_args()
+    _, experts, weights, *_ = moe_args()
+    planes = (torch.stack([weight] * EXPERTS, 1) for weight in (gate, up, down))
+    return [x.flatten(0, 1)[: len(experts)], experts, weights, *planes, None, None, None, *rest[3:]]
+
+
 def test_nested_weights_that_are_none_are_refused() -> None:
     """Bytes that no matrix of whole groups gives, and weights nested for another reader."""
 
@@ -284,6 +299,11 @@ def test_nested_weights_that_are_none_are_refused() -> None:
     refused("sirius.dense_mlp.default", "down", *args[:3], args[1], *args[4:])
     plain = Array(torch.float32, (32, 64))
     refused("sirius.dense_mlp.default", "up", *args[:2], plain, *args[3:])
+    moe = [described(value) for value in nested_moe_args()]
+    refused("sirius.dense_moe.default", "gate", *moe[:3], bytes_of(2, 32, 34), *moe[4:])
+    refused("sirius.dense_moe.default", "experts", *moe[:4], bytes_of(2, 4, 32, 34), *moe[5:])
+    none = [bytes_of(2, 0, 32, 34)] * 2 + [bytes_of(2, 0, 1, 34, 32)]
+    refused("sirius.dense_moe.default", "experts", *moe[:3], *none, *moe[6:])
     ids = Array(torch.int64, (1, 3))
     embedding = "sirius.embedding.default"
     refused(embedding, "weight", Array(torch.float32, (32, 64)), ids, torch.float32)

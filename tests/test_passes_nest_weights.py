@@ -378,7 +378,9 @@ def test_a_step_reads_the_nested_experts_of_one_token() -> None:
     """By hand, of three experts two; a draft keeps half of the neurons of topk."""
     program = nested(lambda: Decoder(Experts()))
     experts = 2 * 3 * NEURONS * WIDTH * 17 // 16  # of two
-    others = 2 * (3 * WIDTH + 3 * WIDTH + WIDTH) - 2 * WIDTH  # router, two biases, norm, in bfloat16
+    others = (
+        2 * (3 * WIDTH + 3 * WIDTH + WIDTH) - 2 * WIDTH
+    )  # router, two biases, norm, in bfloat16
     matrices = 2 * VOCABULARY * WIDTH * 17 // 16
     assert program.sparsity.step == experts + matrices + others
     draft = experts * (1 / 3 + 2 / 3 / 2) / 2 + matrices * (1 + 1 / 2) / 2 + others
