@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.shipped.problems import Task, problems
+from sirius_runtime.decoder import Way
+from sirius_runtime.guard import Guard
 from sirius_runtime.loading import load
 from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.model import SiriusModel
@@ -201,6 +203,54 @@ def test_tokens_of_the_shipped_model(weights: str) -> None:
             listener.wait()
     for case, listener in zip(cases, listeners, strict=True):
         check_alone(model, case, listener)
+
+
+@pytest.mark.parametrize("method", ["griffin", "topk"])
+def test_guarded_answers_are_the_dense_ones(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Dense steps and drafts of changing lengths, while answers come and go."""
+    ways = itertools.cycle([(Way.DRAFT, 4), (Way.DENSE, 1), (Way.DENSE, 1), (Way.DRAFT, 16)])
+    seen: list[tuple[Way, int]] = []
+
+    def observe(self: Guard, way: Way, size: int, levels: int, rows: Any, seconds: float) -> None:
+        seen.append((way, len(rows)))
+        assert all(0 <= accepted <= drafted < max(size, 1) for drafted, accepted in rows)
+        known(self, way, size, levels, rows, seconds)
+
+    known = Guard.observe
+    monkeypatch.setattr(Guard, "choose", lambda self: next(ways))
+    monkeypatch.setattr(Guard, "observe", observe)
+    model, chance = tiny("llama", method).model, random.Random(method)
+    asked = [{"mode": mode, "fallback": True} for mode in ("exact", "exact", "full", "exact")] * 3
+    for (prompt, new, _), listener in zip(
+        cases := random_cases(asked, chance), arrivals(model, cases, chance), strict=True
+    ):
+        dense = model.generate(input_ids=prompt, max_new_tokens=new, mode="full")
+        assert tuple(listener.tokens) == dense.tokens[0]
+    assert {way for way, _ in seen} == {Way.DRAFT, Way.DENSE}
+    assert max(rows for _, rows in seen) > 1
+
+
+def test_drafts_that_do_not_pay_are_left_out(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default; a request that says how to draft is left alone."""
+    monkeypatch.setattr("sirius_runtime.request.FALLBACK", True)
+    monkeypatch.setattr(Guard, "choose", lambda self: (Way.DENSE, 1))
+    model = tiny("llama", "topk").model
+    told = {"guarded": {}, "period": {"period": 4}, "drawn": {"mode": "sample", "seed": 1}}
+    answers = {
+        name: answer_of(model, [7, 8, 9], Listener(), fallback=None, **options)
+        for name, options in told.items()
+    }
+    with running(model) as engine:
+        engine.submit(list(answers.values()))
+        for answer in answers.values():
+            assert answer.listen.wait().error is None  # type: ignore[attr-defined]
+        assert not engine._guards
+    assert answers["guarded"].drafted == 0
+    assert min(answers[name].drafted for name in ("period", "drawn")) > 0
 
 
 def test_griffin_s_neurons_are_refreshed_by_a_row_s_own_periods(tiny: TinyModels) -> None:

@@ -124,7 +124,7 @@ class Generation:
             self._controller = Controller(request.period, request.widths, backend.stream_seconds)
         self._guard = None
         if request.guarded:
-            self._guard = Guard(request.period, costs, _passes(request, backend.program.acceptance))
+            self._guard = guard_of(request, costs, backend.program.acceptance)
         self._decoder = backend.open(
             request,
             len(prompts),
@@ -284,11 +284,12 @@ class Generation:
         return self._recorder.by_row
 
 
-def _passes(request: Request, measured: AcceptanceSpec | None) -> float | None:
-    """The chance that a drafted token passes, as the compiler measured it."""
-    if measured is None:
-        return None
-    return measured.agreement if request.mode == Mode.EXACT else measured.passes
+def guard_of(request: Request, costs: Costs, measured: AcceptanceSpec | None) -> Guard:
+    """The guard of rows that ask for this; `measured`: how many drafts passed at compile time."""
+    passes = None
+    if measured is not None:
+        passes = measured.agreement if request.mode == Mode.EXACT else measured.passes
+    return Guard(request.period, costs, passes)
 
 
 def _no_token(request: Request, place: int) -> str:

@@ -125,10 +125,11 @@ class Guard:
     """Chooses how one generation goes on; tell it how it went."""
 
     def __init__(self, period: int, costs: Costs, passes: float | None = None) -> None:
-        """period: the longest K; costs: of the model, which this generation adds to. passes: the
-        chance that a drafted level passes, as measured before; None where it was not.
+        """period: the longest K; costs: of the model, which this generation adds to (others may
+        take their place, where the number of rows changes). passes: the chance that a drafted level
+        passes, as measured before; None where it was not.
         """
-        self._longest, self._costs = period, costs
+        self._longest, self.costs = period, costs
         self._passed = (PRIOR if passes is None else passes) * PRIOR_TRIALS
         self._trials = PRIOR_TRIALS
         self._hold, self._left = HOLD, 0  # dense steps of the next fallback, and left of this one
@@ -139,7 +140,7 @@ class Guard:
 
     def choose(self) -> tuple[Way, int]:
         """How to go on, and the period's K."""
-        if self._longest == 1 or self._left > 0 or self._costs.looks:
+        if self._longest == 1 or self._left > 0 or self.costs.looks:
             return Way.DENSE, 1
         if self._owed is not None:
             return Way.DRAFT, min(RETRY, self._longest)
@@ -164,7 +165,7 @@ class Guard:
         levels of each live row.
         """
         if way is Way.DENSE:
-            self._costs.dense(seconds)
+            self.costs.dense(seconds)
             if self._left > 0:
                 self._left -= 1
                 self._fell_back += len(rows)
@@ -172,7 +173,7 @@ class Guard:
             return
         if period == 1:  # the last token of all rows
             return
-        self._costs.period(levels, seconds)
+        self.costs.period(levels, seconds)
         accepted = sum(passed for _, passed in rows) / max(len(rows), 1)
         refused = sum(passed < drafted for drafted, passed in rows) / max(len(rows), 1)
         # What a trial's first draft shows outweighs what was refused before.
@@ -181,14 +182,14 @@ class Guard:
         self._trials = self._trials * fade + accepted + refused
         begun = self._owed != EARN
         if self._owed is not None:
-            self._owed -= accepted + 1 - self._costs.steps(levels + 1)
+            self._owed -= accepted + 1 - self.costs.steps(levels + 1)
             if self._owed <= 0:
                 self._owed, self._hold = None, HOLD
         if self._best[1] >= PAYS and (begun or refused == 0):
             return
         self._failed += 1
         self._advance += accepted + 1
-        self._cost += self._costs.in_steps(seconds) or levels * self._costs.density + 1
+        self._cost += self.costs.in_steps(seconds) or levels * self.costs.density + 1
         self._left = self._hold
         self._hold = min(BACKOFF * self._hold, LONGEST_HOLD)
         self._owed = None
@@ -206,7 +207,7 @@ class Guard:
         best, most = min(2, self._longest), 0.0
         p = min(self._passed / self._trials, 0.999)
         for period in range(2, self._longest + 1):
-            gain = (1 - p**period) / (1 - p) / self._costs.steps(period)
+            gain = (1 - p**period) / (1 - p) / self.costs.steps(period)
             if gain > most:
                 best, most = period, gain
         return best, most

@@ -98,13 +98,17 @@ class SiriusModel:
         self.tokenizer = tokenizer
         self.chat = chat
         self._file = file
-        self._costs: dict[int, Costs] = {}  # by rows: generations learn them from each other
+        self._costs: dict[int, Costs] = {}
         self._prompts = PromptReader(tokenizer, backend.program.model.vocab_size)
 
     @property
     def program(self) -> ProgramSpec:
         """What the artifact says of the model."""
         return self.backend.program
+
+    def costs(self, rows: int) -> Costs:
+        """What is known of the time that periods of so many rows take, and is added to."""
+        return self._costs.setdefault(rows, Costs(self.program.sparsity.density))
 
     @panics_caught()
     def encode(
@@ -322,7 +326,7 @@ class SiriusModel:
             prompts,
             request,
             streamer,
-            self._costs.setdefault(len(prompts), Costs(self.program.sparsity.density)),
+            self.costs(len(prompts)),
             prefix,
             tracing,
         )

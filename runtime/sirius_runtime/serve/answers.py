@@ -87,17 +87,18 @@ class Answer:
         by_length = scoring is not None and (
             scoring.logits.forced_eos_token_id or scoring.logits.exponential_decay_length_penalty
         )
-        return self.way, scoring, request.max_new_tokens if by_length else None
+        most = request.max_new_tokens if by_length else None
+        return self.way, request.guarded and request.mode, scoring, most
 
     @property
     def length(self) -> int:
         """Tokens whose K/V is there: all but the last one, once there is a first."""
         return len(self.prompt) + len(self.row.tokens) - 1 if self.row.tokens else self.ran
 
-    @property
-    def most(self) -> int:
-        """Tokens that its next period may commit."""
-        return self.row.may_commit(self.request.period) if self.way is Way.DRAFT else 1
+    def most(self, period: int) -> int:
+        """Tokens that its next period may commit, where that drafts no further than this."""
+        own = min(self.request.period, period)
+        return self.row.may_commit(own) if self.way is Way.DRAFT else 1
 
     def asking(self, *, first: bool = False) -> Asking:
         """What it asks of its next period; draws its random numbers. first: of its first token."""

@@ -223,6 +223,7 @@ def make_call(
     seconds = min(asked.timeout or defaults.timeout, defaults.timeout)
     deadline = time.monotonic() + seconds
     most_logprobs = min(MOST_LOGPROBS, model.program.model.vocab_size)
+    streams = model.backend.stream_seconds > 0.0
     assert model.tokenizer is not None
     for prompt in prompts:
         room = capacity.context - len(prompt)
@@ -238,7 +239,7 @@ def make_call(
             )
         try:
             request = model.request(
-                options_of(asked, defaults.mode, most_logprobs),
+                options_of(asked, defaults.mode, most_logprobs, streams),
                 [len(prompt)] * n,
                 wanted,
                 stop=asked.stop,
@@ -252,13 +253,14 @@ def make_call(
 
 
 def options_of(
-    asked: ChatRequest | CompletionRequest, default_mode: str, most_logprobs: int
+    asked: ChatRequest | CompletionRequest, default_mode: str, most_logprobs: int, streams: bool
 ) -> Options:
     """What a request asks of choosing tokens, as options of `generate`.
 
     A temperature of 0 asks for greedy decoding, and one above it for sampling, unless the mode says
     something else. A seed is of no use to what draws nothing, and is passed over there.
-    most_logprobs: asked for where any are, so that all who ask for some share a batch.
+    most_logprobs: asked for where any are, so that all who ask for some share a batch. streams:
+    whether the model's weights do, so that dense steps never pay.
     """
     temperature = asked.temperature
     mode = asked.mode
@@ -280,7 +282,7 @@ def options_of(
         mode=mode,
         rule=rule,
         period=asked.period,
-        fallback=False,  # it goes by measured time, and neighbours take some of that
+        fallback=False if streams else None,
         temperature=temperature,
         top_p=None if greedy and asked.top_p == 1.0 else asked.top_p,
         top_k=asked.top_k,

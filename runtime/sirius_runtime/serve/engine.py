@@ -24,6 +24,8 @@ from sirius_runtime.by_entries import ByEntries
 from sirius_runtime.decoder import Steps, Strategy, Way
 from sirius_runtime.entries import PREFILL
 from sirius_runtime.forking import ran_on
+from sirius_runtime.generation import guard_of
+from sirius_runtime.guard import Guard
 from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.policy import select_neurons
@@ -80,6 +82,7 @@ class Engine:
         self._order: Order[Answer] = Order()
         self._prompts: deque[Answer] = deque()  # whose prompt still runs, the next one first
         self._scorers: dict[Hashable, tuple[list[Answer], Scorer]] = {}
+        self._guards: dict[Hashable, Guard] = {}  # of batches whose drafts have to pay
         self._clock = PhaseClock(torch.device("cpu"))  # times are not asked for
         self._changed = threading.Condition()
         self._waiting: deque[Answer] = deque()
@@ -321,8 +324,9 @@ class Engine:
 
     def _period(self, answers: list[Answer], asked: list[Asking]) -> None:
         """Goes on with answers in neighbouring rows. On an error nothing has changed."""
-        way, begin = answers[0].way, self._order.place[answers[0]]
-        sizes = [answer.most for answer in answers]
+        begin, guard = self._order.place[answers[0]], self._guard_of(answers)
+        way, longest = (answers[0].way, self.capacity.period) if guard is None else guard.choose()
+        sizes = [answer.most(longest) for answer in answers]
         device = self._pool.state.root.device
         plan = MixedPlan.of(asked, max(sizes), device)
         refresh = self._refresh if way is Way.DRAFT else 0
@@ -335,8 +339,13 @@ class Engine:
         strategy: Strategy = (
             ByEntries(scorer) if way is Way.DRAFT else Steps(way, plan.chooser(scorer))
         )
+        started = time.perf_counter()
         outcome = strategy.period(part, plan, torch.tensor(sizes, device=device), self._clock)
         read = outcome.packed.tolist()  # the one read of device values
+        if guard is not None:
+            rows = [(drafted, advance - 1) for *_, advance, drafted in read]
+            took = time.perf_counter() - started
+            guard.observe(way, max(sizes), outcome.levels, rows, took)
         told = scorer.logprobs() if scorer is not None and _tells(answers[0]) else None
         if refresh:
             self._pool.keep_statistic(begin, part)
@@ -356,6 +365,21 @@ class Engine:
                 answer.accepted += advance - 1
                 self._metrics.draft(drafted, advance - 1)
             self._commit(answer, tokens[:advance], told[index] if told else [])
+
+    def _guard_of(self, answers: list[Answer]) -> Guard | None:
+        """The guard of a batch, kept while the batch has answers; it knows what periods of so many
+        rows cost. None where a request says how to draft, or draws its tokens.
+        """
+        first = answers[0]
+        if not first.request.guarded:
+            return None
+        costs = self.model.costs(len(answers))
+        guard = self._guards.get(first.batch)
+        if guard is None:
+            guard = guard_of(first.request, costs, self.model.program.acceptance)
+            self._guards[first.batch] = guard
+        guard.costs = costs
+        return guard
 
     def _scorer_of(self, answers: list[Answer]) -> Scorer | None:
         """The scorer of a batch, kept while the batch is the same."""
@@ -416,6 +440,8 @@ class Engine:
             if answer.first is None:
                 self._prompts.remove(answer)
             self._order.remove(_PROMPTS if answer.first is None else answer.batch, answer)
+            if answer.batch not in self._order.groups:
+                self._guards.pop(answer.batch, None)
             if news is not None and news.reason is not None:
                 took = time.monotonic() - answer.admitted
                 self._seconds += 0.1 * (took - self._seconds)
