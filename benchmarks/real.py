@@ -9,6 +9,9 @@ after one answer that is not counted. Printed are, for each kind and for all, th
 per second (prompts not counted) and of the ratios to the dense path on the same prompt, the worst
 ratio, and what drafting did. `exact` answers must be the dense ones, or the benchmark stops.
 
+With `--llama-cpp FILE.gguf` (once for each file) llama.cpp answers the same token ids, greedily, on
+as many threads.
+
 With `--out` each answer is a line of a file, and what is there already is not run again.
 """
 
@@ -18,10 +21,13 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+from benchmarks import llama_cpp
 from benchmarks.kernels import cpu_name
 from sirius_runtime import SiriusModel, load
 from sirius_runtime.command_line import finish, positive_number, threads_argument
@@ -74,6 +80,8 @@ PROMPTS = {
     ),
 }
 DENSE, BASELINE = "dense", "baseline, dense"
+CONTEXT = 1024
+"""Tokens of prompt and answer that llama.cpp has room for."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +99,8 @@ class Answer:
     """Why the run decoded densely, where it did."""
 
 
-def answer(model: SiriusModel, prompt: str, way: str, mode: str, most: int) -> Answer:
-    done = model.generate(
-        messages=[{"role": "user", "content": prompt}], mode=mode, max_new_tokens=most
-    )
+def answer(model: SiriusModel, mode: str, prompt: str, way: str, most: int) -> Answer:
+    done = model.generate(messages=_chat(prompt), mode=mode, max_new_tokens=most)
     stats = done.stats
     return Answer(
         prompt,
@@ -107,6 +113,24 @@ def answer(model: SiriusModel, prompt: str, way: str, mode: str, most: int) -> A
     )
 
 
+def peer_answer(
+    peer: llama_cpp.LlamaCpp, model: SiriusModel, prompt: str, way: str, most: int
+) -> Answer:
+    """llama.cpp's, to the tokens of the model's chat template."""
+    (ids,) = model.encode(messages=_chat(prompt))
+    peer.clear()
+    tokens = [peer.step(ids)]
+    begin = time.perf_counter()
+    while len(tokens) < most and tokens[-1] not in model.program.eos_token_ids:
+        tokens.append(peer.step(tokens[-1:]))
+    rate = (len(tokens) - 1) / max(time.perf_counter() - begin, 1e-9)
+    return Answer(prompt, way, tuple(tokens), rate, None, None, None)
+
+
+def _chat(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
 def answers(args: argparse.Namespace) -> Iterator[Answer]:
     """All of them; what the file has first."""
     known: dict[tuple[str, str], Answer] = {}
@@ -115,19 +139,26 @@ def answers(args: argparse.Namespace) -> Iterator[Answer]:
             record = Answer(**json.loads(line))
             known[record.prompt, record.way] = record
     model = load(args.artifact, threads=args.threads)
-    ways = [(model, DENSE, "full"), (model, "sirius", "sirius"), (model, "exact", "exact")]
+    ways: dict[str, Callable[[str, str, int], Answer]] = {
+        DENSE: partial(answer, model, "full"),
+        "sirius": partial(answer, model, "sirius"),
+        "exact": partial(answer, model, "exact"),
+    }
     if args.baseline is not None:
-        ways.append((load(args.baseline, threads=args.threads), BASELINE, "full"))
+        ways[BASELINE] = partial(answer, load(args.baseline, threads=args.threads), "full")
+    for path in args.llama_cpp:
+        peer = llama_cpp.LlamaCpp(path, CONTEXT, model.backend.threads)
+        ways[f"llama.cpp, {path.stem}"] = partial(peer_answer, peer, model)
     warm = False
     for prompts in PROMPTS.values():
         for prompt in prompts[: args.prompts]:
-            for own, way, mode in ways:
+            for way, own in ways.items():
                 if (prompt, way) not in known:
                     if not warm:
-                        for each, _, other in ways:
-                            answer(each, prompt, "", other, 16)
+                        for each in ways.values():
+                            each(prompt, "", 16)
                     warm = True
-                    done = known[prompt, way] = answer(own, prompt, way, mode, args.max_new_tokens)
+                    done = known[prompt, way] = own(prompt, way, args.max_new_tokens)
                     if args.out is not None:
                         with args.out.open("a") as file:
                             file.write(json.dumps(asdict(done)) + "\n")
@@ -167,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--baseline", type=Path, help="another artifact, decoded densely beside it")
+    parser.add_argument("--llama-cpp", type=Path, action="append", default=[], metavar="FILE.gguf")
     parser.add_argument("--prompts", type=positive_number, default=4, help="of each kind")
     parser.add_argument("--max-new-tokens", type=positive_number, default=128)
     parser.add_argument("--out", type=Path, help="answers, a line each; those there are kept")
