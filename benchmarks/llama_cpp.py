@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Iterator, Sequence
+import multiprocessing
+import os
+import time
+from collections.abc import Collection, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +169,47 @@ class LlamaCpp:
     def close(self) -> None:
         self._api.llama_free(self._context)
         self._api.llama_model_free(self._model)
+
+
+class OwnProcess:
+    """A GGUF model in llama.cpp, in a process of its own, with its threads as it likes them: asleep
+    between operators (OMP_WAIT_POLICY=passive, which is right for ours) they cost it up to 17%.
+    """
+
+    def __init__(self, path: Path, context: int, threads: int) -> None:
+        policy = os.environ.pop("OMP_WAIT_POLICY", None)
+        methods = multiprocessing.get_context("spawn")
+        self._ours, theirs = methods.Pipe()
+        try:
+            methods.Process(
+                target=_serve, args=(theirs, path, context, threads), daemon=True
+            ).start()
+        finally:
+            if policy is not None:
+                os.environ["OMP_WAIT_POLICY"] = policy
+
+    def generate(
+        self, prompt: Sequence[int], new_tokens: int, eos: Collection[int]
+    ) -> tuple[list[int], float]:
+        """Greedy tokens after a prompt, and the seconds that all but the first one took."""
+        self._ours.send((list(prompt), new_tokens, set(eos)))
+        tokens, seconds = self._ours.recv()
+        return tokens, seconds
+
+
+def _serve(pipe: Connection, path: Path, context: int, threads: int) -> None:
+    peer = LlamaCpp(path, context, threads)
+    while True:
+        try:
+            prompt, new_tokens, eos = pipe.recv()
+        except EOFError:
+            return
+        peer.clear()
+        tokens = [peer.step(prompt)]
+        begin = time.perf_counter()
+        while len(tokens) < new_tokens and tokens[-1] not in eos:
+            tokens.append(peer.step(tokens[-1:]))
+        pipe.send((tokens, time.perf_counter() - begin))
 
 
 def _quiet(api: object) -> None:

@@ -10,7 +10,7 @@ per second (prompts not counted) and of the ratios to the dense path on the same
 ratio, and what drafting did. `exact` answers must be the dense ones, or the benchmark stops.
 
 With `--llama-cpp FILE.gguf` (once for each file) llama.cpp answers the same token ids, greedily, on
-as many threads.
+as many threads, in a process of its own.
 
 With `--out` each answer is a line of a file, and what is there already is not run again.
 """
@@ -21,7 +21,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -114,17 +113,12 @@ def answer(model: SiriusModel, mode: str, prompt: str, way: str, most: int) -> A
 
 
 def peer_answer(
-    peer: llama_cpp.LlamaCpp, model: SiriusModel, prompt: str, way: str, most: int
+    peer: llama_cpp.OwnProcess, model: SiriusModel, prompt: str, way: str, most: int
 ) -> Answer:
     """llama.cpp's, to the tokens of the model's chat template."""
     (ids,) = model.encode(messages=_chat(prompt))
-    peer.clear()
-    tokens = [peer.step(ids)]
-    begin = time.perf_counter()
-    while len(tokens) < most and tokens[-1] not in model.program.eos_token_ids:
-        tokens.append(peer.step(tokens[-1:]))
-    rate = (len(tokens) - 1) / max(time.perf_counter() - begin, 1e-9)
-    return Answer(prompt, way, tuple(tokens), rate, None, None, None)
+    tokens, seconds = peer.generate(ids, most, model.program.eos_token_ids)
+    return Answer(prompt, way, tuple(tokens), (len(tokens) - 1) / seconds, None, None, None)
 
 
 def _chat(prompt: str) -> list[dict[str, str]]:
@@ -147,7 +141,7 @@ def answers(args: argparse.Namespace) -> Iterator[Answer]:
     if args.baseline is not None:
         ways[BASELINE] = partial(answer, load(args.baseline, threads=args.threads), "full")
     for path in args.llama_cpp:
-        peer = llama_cpp.LlamaCpp(path, CONTEXT, model.backend.threads)
+        peer = llama_cpp.OwnProcess(path, CONTEXT, model.backend.threads)
         ways[f"llama.cpp, {path.stem}"] = partial(peer_answer, peer, model)
     warm = False
     for prompts in PROMPTS.values():
