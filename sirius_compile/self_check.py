@@ -31,6 +31,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -102,6 +103,7 @@ class _Check:
             name: from_document(document(name), dtype, torch.device("cpu")) for name in names
         }
         self._fast = {name: with_kernels(module) for name, module in self._plain.items()}
+        self._unnested: set[tuple[int, torch.Size]] = set()
         self._prompt = max(1, min(PROMPT_TOKENS, spec.model.max_seq_len - 1))
         self._period = min(spec.period.period, BFLOAT16_TOKENS)
         self._ids = torch.randint(
@@ -114,57 +116,61 @@ class _Check:
     def run(self) -> None:
         caches = self._caches(), self._caches()
         prompt = self._after(0, PREFILL, self._prompt)
-        (result,) = self._compared([prompt], caches)
+        walk = self._walk(self._fast, prompt, caches[0])
+        together([walk])
+        result = self._named(prompt.entry, walk.outputs)
         extra: dict[str, Tensor] = {}
         if "statistic" in result:
             extra["neurons"] = select_neurons(result["statistic"], self._spec.sparsity.kept_neurons)
-        counts = {1, self._period}
-        runs = [self._after(self._prompt, SPARSE, 1, **extra)]
-        runs += [self._after(self._prompt, FULL, count) for count in sorted(counts)]
+        sparse = self._after(self._prompt, SPARSE, 1, **extra)
+        blocks = [self._after(self._prompt, FULL, count) for count in sorted({1, self._period})]
         if OBSERVE in self._plain:
-            runs.append(self._after(self._prompt, OBSERVE, self._period))
-        self._compared(runs, caches)
-
-    def _compared(
-        self, runs: Sequence[_Run], caches: tuple[dict[str, Tensor], dict[str, Tensor]]
-    ) -> list[dict[str, Tensor]]:
-        """Runs them with kernels and with references; returns the references' outputs."""
+            blocks.append(self._after(self._prompt, OBSERVE, self._period))
+        # One reference of the full path: a token's logits don't depend on those after it. Walks go
+        # on in this order, so it writes a layer's K/V of the prompt before `sparse` reads them.
+        whole = self._after(0, FULL, self._prompt + self._period)
+        runs = [sparse, *blocks]
         fast = [self._walk(self._fast, run, caches[0], look=self._look(run)) for run in runs]
-        plain = [self._walk(self._plain, run, caches[1], self._references) for run in runs]
+        plain = [
+            self._walk(self._plain, run, caches[1], self._references) for run in (whole, sparse)
+        ]
         together([*fast, *plain])
-        results = []
-        for run, one, other in zip(runs, fast, plain, strict=True):
-            found, wanted = (self._named(run.entry, walk.outputs) for walk in (one, other))
-            if not agree(found["logits"][0], wanted["logits"][0], self._cosine):
-                self._find(run, caches[0])
-            results.append(wanted)
-        return results
+        full, other = (
+            self._logits(run.entry, own) for run, own in zip((whole, sparse), plain, strict=True)
+        )
+        self._compare(prompt, result["logits"][0], full[self._prompt - 1 : self._prompt], caches[0])
+        for run, own in zip(runs, fast, strict=True):
+            wanted = other if run is sparse else full[self._prompt :][: run.tokens]
+            self._compare(run, self._logits(run.entry, own), wanted, caches[0])
+
+    def _logits(self, entry: str, walk: Walk) -> Tensor:
+        """[T, V]."""
+        return self._named(entry, walk.outputs)["logits"][0]
+
+    def _compare(self, run: _Run, found: Tensor, wanted: Tensor, caches: dict[str, Tensor]) -> None:
+        if not agree(found, wanted, self._cosine):
+            self._find(run, caches)
 
     @contextmanager
     def _references(self) -> Iterator[None]:
         """References, whose nested weights become numbers by the kernel: torch would take most of
-        the time. The first and the last rows of each block are compared with torch's.
+        the time. Of each weight, the first and the last rows of the first block, and of the last
+        where that has another size, are compared with torch's.
         """
 
         def numbers(weight: Tensor) -> Tensor:
             plain = unnest(weight, torch.float32, library=library)
             if plain is None:
                 return nested.unnest(weight)
-            outputs = len(plain)
-            for own in (
-                slice(0, min(GROUP, outputs)),
-                slice((outputs - 1) // GROUP * GROUP, outputs),
-            ):
-                if not torch.equal(plain[own], nested.unnest(nested.cut(weight, own))):
-                    raise KernelError(
-                        "the CPU kernel that makes numbers of nested weights is wrong. No artifact "
-                        "is written. Set SIRIUS_KERNELS=0 to compile and to run without the "
-                        "kernels, and report this with the model's config.json"
-                    )
+            block = weight.untyped_storage().data_ptr(), weight.shape
+            if block not in self._unnested:
+                self._unnested.add(block)
+                _check_numbers(weight, plain)
             return plain
 
         library = kernels()
-        with references(), nested.unnesting(numbers):
+        by = partial(nested.by_numbers, unnest=numbers)
+        with references(), nested.multiplying(by):
             yield
 
     def _look(self, run: _Run) -> Look | None:
@@ -245,6 +251,18 @@ class _Check:
                 **extra,
             },
         )
+
+
+def _check_numbers(weight: Tensor, plain: Tensor) -> None:
+    """Raises KernelError unless the ends of `plain` are the numbers that a nested weight holds."""
+    outputs = len(plain)
+    for own in (slice(0, min(GROUP, outputs)), slice((outputs - 1) // GROUP * GROUP, outputs)):
+        if not torch.equal(plain[own], nested.unnest(nested.cut(weight, own))):
+            raise KernelError(
+                "the CPU kernel that makes numbers of nested weights is wrong. No artifact is "
+                "written. Set SIRIUS_KERNELS=0 to compile and to run without the kernels, and "
+                "report this with the model's config.json"
+            )
 
 
 def agree(found: Tensor, wanted: Tensor, cosine: float) -> bool:

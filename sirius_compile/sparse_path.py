@@ -25,7 +25,7 @@ from sirius_passes.program import FULL, PREFILL, SPARSE, Program, copy_program
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.graph import to_document
-from sirius_runtime.spec import AcceptanceSpec, Method, WeightSpec
+from sirius_runtime.spec import AcceptanceSpec, Layout, Method, WeightSpec
 
 LEAST_KEEP = 0.01  # the smallest share that `--density` tries
 CLOSE = 5e-4  # in density
@@ -51,7 +51,7 @@ class Chooser:
         self._text, self._device, self._watch = text, device, watch
         bits = config.nested_bits
         self._nest = None if bits is None else NestWeights(bits)
-        self._loaded: dict[str, tuple[bool, Tensor]] = {}
+        self._loaded: dict[tuple[str, Layout | None], tuple[bool, Tensor]] = {}
 
     def choose(self) -> SparsePath:
         """The chosen sparse path. Raises ConfigError, CalibrationError or UnsupportedModelError."""
@@ -66,10 +66,11 @@ class Chooser:
         if not (calibrated or dense.auto or measured):
             return SparsePath(keep, fixed, None, ())
         chosen = SparsePath(keep, fixed, None, ())
+        # Nested weights write the text and are what thresholds are chosen on, as they are what the
+        # sparse path will read; and their products of many tokens take less time.
+        path = self._path(self._try(keep, fixed, None), nest=self._nest)
         if not (calibrated or dense.auto):  # the path that writes the text is the one measured
-            path = self._path(self._try(keep, fixed, None), nest=self._nest)
             return replace(chosen, acceptance=self._measure(path, self._text(path, True)[1]))
-        path = self._path(self._try(keep, fixed, None))
         used, held = self._text(path, False)
         if calibrated:
             chosen = replace(chosen, calibration=calibrate(path, used, held, keep, self._watch))
@@ -77,10 +78,6 @@ class Chooser:
             chosen = self._leave_dense(dense.auto, chosen, used, held)
         if not measured:
             return chosen
-        if self._nest is not None:
-            # The text stays. Its logits and K/V are to be those of nested weights.
-            held = Text(held.samples)
-            self._loaded.clear()
         path = self._path(
             self._try(chosen.keep, chosen.dense_layers, chosen.thresholds), nest=self._nest
         )
@@ -94,7 +91,7 @@ class Chooser:
         keep = self._keep(costly)
         if calibration is not None:
             if keep != chosen.keep:
-                path = self._path(self._try(keep, costly, None))
+                path = self._path(self._try(keep, costly, None), nest=self._nest)
                 calibration = calibrate(path, used, held, keep, self._watch)
             else:
                 calibration = calibration.only(self._others(costly))
@@ -168,15 +165,12 @@ class Chooser:
         )
 
     def _weight(self, spec: WeightSpec) -> Tensor:
-        """All programs share one copy; a program with the other layout reads it transposed. A
-        nested weight is not kept.
-        """
-        if spec.nested is not None:
-            return self._dense.weights(spec)
-        if spec.name not in self._loaded:
-            self._loaded[spec.name] = (spec.transposed, self._dense.weights(spec))
-        transposed, weight = self._loaded[spec.name]
-        return weight if transposed == spec.transposed else weight.mT
+        """All programs share one copy; a program with the other layout reads it transposed."""
+        key = spec.name, spec.nested
+        if key not in self._loaded:
+            self._loaded[key] = (spec.transposed, self._dense.weights(spec))
+        transposed, weight = self._loaded[key]
+        return weight if spec.nested or transposed == spec.transposed else weight.mT
 
 
 def keep_for_density(density: float, density_of: Callable[[float], float], method: Method) -> float:

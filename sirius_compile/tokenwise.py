@@ -8,7 +8,6 @@ So here each token becomes its own row in the operators that select, and only in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,8 @@ from sirius_passes.program import FULL, SPARSE
 from sirius_runtime.backends.eager import EagerBackend
 from sirius_runtime.errors import CalibrationError
 from sirius_runtime.kernels.arguments import MOST_TOKENS
-from sirius_runtime.kernels.linear import fast_references
+from sirius_runtime.kernels.linear import nested_product
+from sirius_runtime.nested import multiplying
 from sirius_runtime.operators import OPERATORS, Operator
 from sirius_runtime.spec import JSON, ProgramSpec
 from sirius_runtime.tensor_state import TensorState
@@ -263,8 +263,12 @@ def tokenwise(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         elif isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (rows, tokens):
             value = value.reshape(rows * tokens, 1, -1)
         parts.append(value)
-    # The kernels are made for the few rows of a step; with many rows, torch takes half the time.
-    with fast_references() if rows * tokens > MOST_TOKENS else nullcontext():
+    if rows * tokens > MOST_TOKENS:
+        # The kernels are made for the few rows of a step. With many rows, dense products of what is
+        # left of them take less time.
+        with multiplying(nested_product):
+            result = OPERATORS[target._opname].reference(*parts, **kwargs)
+    else:
         result = target(*parts, **kwargs)
     if isinstance(result, Tensor):
         return result.reshape(rows, tokens, -1)

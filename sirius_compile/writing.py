@@ -25,6 +25,7 @@ LARGE = 1_000_000_000
 """Parameters above which a model writes less text: a token of each prompt takes half a second."""
 SHORT = 32  # of such a model, new tokens after each prompt
 FEW, FEW_HELD = 12, 8  # prompts that it continues; if nothing is calibrated
+ALIKE = 4  # prompts that are read in one call
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def write(
     logits, tokens = list[Tensor](), list[Tensor]()
     with watch.count("write text", new_tokens) as done:
         for step in range(new_tokens):
-            new = state.step(FULL)["logits"][:, 0] if step else state.prefill(given)[0]
+            new = state.step(FULL)["logits"][:, 0] if step else _prefill(state, given)
             logits.append(new[len(used) :].clone())
             tokens.append(likeliest(new))
             state.commit(int(step > 0), tokens[-1])
@@ -145,6 +146,24 @@ def write(
         return Text(tuple(samples[first:end]), caches.rows(first, end), logits, own)
 
     return part(0, len(used), None), part(len(used), len(given), torch.stack(logits, 1))
+
+
+def _prefill(state: TensorState, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """The logits after each prompt [R, V]. Prompts of similar length run together: each is padded
+    to the longest.
+    """
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    parts, logits = list[TensorState](), list[Tensor]()
+    for first in range(0, len(order), ALIKE):
+        rows = order[first : first + ALIKE]
+        parts.append(state.part(first, first + len(rows)))
+        logits.append(parts[-1].prefill([prompts[row] for row in rows])[0])
+    state.length = torch.cat([part.length for part in parts])
+    statistics = [part.statistic for part in parts if part.statistic is not None]
+    state.statistic = torch.cat(statistics, 1) if statistics else None
+    back = [order.index(row) for row in range(len(order))]
+    state.select(back)
+    return torch.cat(logits)[back]
 
 
 def _shortest(prompts: Sequence[Sequence[int]], most: int) -> list[Sequence[int]]:

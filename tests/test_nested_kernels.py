@@ -13,7 +13,7 @@ from sirius_runtime.errors import OperandError, OperandIndexError
 from sirius_runtime.kernels import linear, mlp
 from sirius_runtime.kernels.build import InstructionSet
 from sirius_runtime.kernels.native import references, using
-from sirius_runtime.nested import Layout, nest
+from sirius_runtime.nested import Layout, by_numbers, multiplying, nest
 from tests.support.kernels import SETS, forbid_references, require
 from tests.support.operators import randn, sirius
 
@@ -155,13 +155,35 @@ def test_rows_of_a_weight_that_is_part_of_another(best: None, nested: dict[str, 
     assert error(sirius.linear(x, columns), whole) <= 1e-6
 
 
-def test_many_tokens(best: None, nested: dict[str, Tensor]) -> None:
-    """More than a kernel takes: torch multiplies what the weights stand for."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tokens(best: None, dtype: torch.dtype, nested: dict[str, Tensor]) -> None:
+    """More than a call of a kernel takes: some at a time, to the bit as those alone."""
+    x, bias = randn(2, 75, C, seed=3).to(dtype), randn(O, seed=4).to(dtype)
+    for planes in PLANES:
+        for name in ("gate", "by_inputs"):
+            weight = nested[name][:planes]
+            with references():
+                wanted = sirius.linear(x, weight, bias)
+            found = sirius.linear(x, weight, bias)
+            assert error(found, wanted) <= EXACT[dtype]
+            assert torch.equal(linear.nested_product(x, weight, bias), found)
+            alone = [sirius.linear(part, weight, bias) for part in x.flatten(0, 1).split(5)]
+            if linear.emulated(dtype) or dtype is torch.float32:
+                assert torch.equal(torch.cat(alone).view_as(found), found)
+
+
+def test_products_without_kernels(nested: dict[str, Tensor]) -> None:
+    """Nor do they look for one where a weight is asked for that none serves."""
+    x = randn(2, 75, C, seed=3)
+    wanted = by_numbers(x, nested["gate"])
+    with references(), multiplying(linear.nested_product):
+        assert torch.equal(sirius.linear(x, nested["gate"]), wanted)
+    double = linear.nested_product(x.double(), nested["gate"])
+    assert error(double, wanted) <= EXACT[torch.float32]
+
+
+def test_mlps_of_many_tokens(best: None, nested: dict[str, Tensor]) -> None:
     x = randn(2, 50, C, seed=3)
-    for name in ("gate", "by_inputs"):
-        with references():
-            wanted = sirius.linear(x, nested[name])
-        assert error(sirius.linear(x, nested[name]), wanted) <= 1e-5
     args = (x, *mlp_args(nested, 2))
     valid = torch.ones(2, 50, dtype=torch.bool)
     with references():

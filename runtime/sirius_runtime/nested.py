@@ -227,31 +227,39 @@ def in_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 Unnest = Callable[[Tensor], Tensor]
-_unnest: Unnest = unnest
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def by_numbers(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, unnest: Unnest = unnest
+) -> Tensor:
+    """`product`, of the weight's numbers, which `unnest` gives."""
+    given = in_steps(x)
+    parts = [
+        torch.nn.functional.linear(
+            given, unnest(part), None if bias is None else bias[own].float()
+        ).to(x.dtype)
+        for own, part in in_blocks(weight)
+    ]
+    return torch.cat(parts, -1)
+
+
+_product: Product = by_numbers
 
 
 @contextmanager
-def unnesting(by: Unnest) -> Iterator[None]:
-    """Within it, `product` has its numbers from another function, which must give those of `unnest`
-    bit for bit, on all threads.
-    """
-    global _unnest
-    before, _unnest = _unnest, by
+def multiplying(by: Product) -> Iterator[None]:
+    """Within it, `product` is another function, on all threads."""
+    global _product
+    before, _product = _product, by
     try:
         yield
     finally:
-        _unnest = before
+        _product = before
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x […, C] through a nested weight, and its bias [O]: […, O], of x's dtype, added up in
     float32.
     """
-    given = in_steps(x)
-    parts = [
-        torch.nn.functional.linear(
-            given, _unnest(part), None if bias is None else bias[own].float()
-        ).to(x.dtype)
-        for own, part in in_blocks(weight)
-    ]
-    return torch.cat(parts, -1)
+    return _product(x, weight, bias)
