@@ -21,6 +21,7 @@ from sirius_runtime.graph import INPUT
 aten, sirius = torch.ops.aten, torch.ops.sirius
 
 _ATTENTION = (sirius.attention.default, sirius.cached_attention.default)
+_EMBEDDINGS = (aten.embedding.default, sirius.embedding.default)
 
 
 def layer_inputs(graph: fx.Graph) -> list[fx.Node]:
@@ -92,7 +93,7 @@ def _stream(graph: fx.Graph) -> dict[fx.Node, None]:
     for node in graph.nodes:
         if node not in leads:  # feeds another output: counts, statistics
             continue
-        if node.target is aten.embedding.default and _is_of_tokens(node.args[1]):
+        if node.target in _EMBEDDINGS and _is_of_tokens(node.args[1]):
             stream[node] = None
             continue
         # A size read from the stream is not itself part of the stream.
