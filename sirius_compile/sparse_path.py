@@ -51,6 +51,7 @@ class Chooser:
         self._text, self._device, self._watch = text, device, watch
         bits = config.nested_bits
         self._nest = None if bits is None else NestWeights(bits)
+        self._whole = None if bits is None else NestWeights(8)  # the sparse path reads both planes
         self._loaded: dict[tuple[str, Layout | None], tuple[bool, Tensor]] = {}
 
     def choose(self) -> SparsePath:
@@ -66,11 +67,13 @@ class Chooser:
         if not (calibrated or dense.auto or measured):
             return SparsePath(keep, fixed, None, ())
         chosen = SparsePath(keep, fixed, None, ())
-        # Nested weights write the text and are what thresholds are chosen on, as they are what the
-        # sparse path will read; and their products of many tokens take less time.
-        path = self._path(self._try(keep, fixed, None), nest=self._nest)
         if not (calibrated or dense.auto):  # the path that writes the text is the one measured
+            path = self._path(self._try(keep, fixed, None), nest=self._nest)
             return replace(chosen, acceptance=self._measure(path, self._text(path, True)[1]))
+        # Nested weights write the text, and thresholds are chosen on it with both planes: products
+        # of many tokens take less time so. With one plane the error of a long text adds up, more
+        # than that of a draft.
+        path = self._path(self._try(keep, fixed, None), nest=self._whole)
         used, held = self._text(path, False)
         if calibrated:
             chosen = replace(chosen, calibration=calibrate(path, used, held, keep, self._watch))
@@ -91,7 +94,7 @@ class Chooser:
         keep = self._keep(costly)
         if calibration is not None:
             if keep != chosen.keep:
-                path = self._path(self._try(keep, costly, None), nest=self._nest)
+                path = self._path(self._try(keep, costly, None), nest=self._whole)
                 calibration = calibrate(path, used, held, keep, self._watch)
             else:
                 calibration = calibration.only(self._others(costly))
