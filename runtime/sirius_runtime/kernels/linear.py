@@ -208,7 +208,7 @@ def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     where torch has instructions for products of x's type.
 
     Of 256 tokens through a weight [8960, 1536], a core of a Sapphire Rapids guest with avx512_vnni
-    takes 31 ms so, and 77 by float32 numbers of the weight.
+    takes 32 ms so; by numbers of the weight 67 in float32, and 250 in bfloat16, which it emulates.
     """
     by_inputs = is_nested_by(weight, Layout.BY_INPUTS)
     C = x.shape[-1] if x.ndim else 0

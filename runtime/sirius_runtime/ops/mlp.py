@@ -197,7 +197,8 @@ def need_mlp(x: Array, mlp: Mlp[Array], *, experts: bool = False) -> Size:
     need_model(x=x, gate_bias=mlp.gate_bias, up_bias=mlp.up_bias, down_bias=mlp.down_bias)
     I, C = need_matrix("gate", mlp.gate, Layout.BY_OUTPUTS, x.dtype, experts=experts)  # noqa: E741
     nested = mlp.gate.dtype is torch.uint8
-    E = (experts_in(mlp.gate),) if experts else ()
+    count = experts_in(mlp.gate) if experts else None
+    E = () if count is None else (count,)
     need_some(x=x, gate=mlp.gate)
     need(bool(x.shape) and x.shape[-1] == C, f"x {x} does not go through gate {mlp.gate}")
     for name, weight in weights.items():
@@ -211,7 +212,7 @@ def need_mlp(x: Array, mlp: Mlp[Array], *, experts: bool = False) -> Size:
         wanted = (C, I) if name == "down" else (I, C)
         need(own == wanted, f"{name} {weight} is of {own[0]} outputs and {own[1]} inputs")
         if experts:
-            need(experts_in(weight) == E[0], f"{name} {weight} is not of {E[0]} experts")
+            need(experts_in(weight) == count, f"{name} {weight} is not of {count} experts")
     need_shape("gate_bias", mlp.gate_bias, *E, I)
     need_shape("up_bias", mlp.up_bias, *E, I)
     need_shape("down_bias", mlp.down_bias, *E, C)
