@@ -25,10 +25,11 @@ from sirius_runtime.errors import GenerationError
 from sirius_runtime.model import FinishReason, GenerationOutput, Mode, SiriusModel
 from sirius_runtime.policy import Draft, Verdict
 from tests.support.batch import Batch
+from tests.support.fast import slow_but
 from tests.support.models import (
     EOS,
+    EVERY_METHOD,
     MAX_SEQ_LEN,
-    METHODS,
     VOCABULARY,
     Tiny,
     TinyModels,
@@ -44,7 +45,7 @@ token_ids = st.integers(6, VOCABULARY - 1)
 prompts = st.lists(token_ids, min_size=1, max_size=20)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=EVERY_METHOD)
 def subject(request: pytest.FixtureRequest, tiny: TinyModels) -> Tiny:
     return tiny(method=request.param)
 
@@ -236,7 +237,7 @@ def test_stop_string_in_the_prompt_stops_nothing(model: SiriusModel) -> None:
 # prompts longer than a chunk
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5])
+@pytest.mark.parametrize("chunk", slow_but((1, 4, 5), {4}))
 def test_chunks_of_a_prompt_change_nothing(
     subject: Tiny, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from sirius_runtime.decoder import Decoder
 from sirius_runtime.generation import Generation
 from sirius_runtime.model import FinishReason, GenerationOutput, Mode, SiriusModel
 from tests.support.fast import slow_but
-from tests.support.models import MAX_SEQ_LEN, METHODS, VOCABULARY, Rows, Tiny, TinyModels
+from tests.support.models import EVERY_METHOD, MAX_SEQ_LEN, VOCABULARY, Rows, Tiny, TinyModels
 
 BATCH = [[7, 8, 9], [50, 30, 11, 22, 60, 71, 13, 98, 44], [33], [12, 80, 64, 25, 41]]
 SEEDS = [11, 3, 200, 7]
@@ -33,12 +33,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "sparse drawn": {"mode": Mode.SPARSE, "top_k": 9},
 }
 DRAWN = {"sample", "full drawn", "sparse drawn"}
+DRAFTING = ("sirius", "exact", "sample")
+FAST = {("sirius", 3), ("exact", 1), ("sample", 3), ("full", 1), ("sparse drawn", 1)}
+runs = pytest.mark.parametrize(("run", "width"), slow_but(product(RUNS, (1, 3)), FAST))
+drafting = pytest.mark.parametrize(
+    ("run", "width"), slow_but(product(DRAFTING, (1, 3)), {("sirius", 3), ("sample", 1)})
+)
 
 token_ids = st.integers(6, VOCABULARY - 1)
 prompts = st.lists(token_ids, min_size=1, max_size=20)
 
 
-@pytest.fixture(scope="module", params=slow_but(METHODS, {"griffin", "cats", "griffin+teal"}))
+@pytest.fixture(scope="module", params=EVERY_METHOD)
 def subject(request: pytest.FixtureRequest, tiny: TinyModels) -> Tiny:
     return tiny(method=request.param)
 
@@ -87,21 +93,18 @@ def assert_ragged_runs(model: SiriusModel, run: str, **options: Any) -> None:
     assert len(set(map(len, output.tokens))) > 1
 
 
-@pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("run", RUNS)
+@runs
 def test_rows_that_end_one_by_one_are_their_own_runs(subject: Tiny, run: str, width: int) -> None:
     assert_ragged_runs(subject.model, run, period=5, tree_width=width)
 
 
-@pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("run", ["sirius", "exact", "sample"])
+@drafting
 def test_rows_that_stop_drafting_are_their_own_runs(subject: Tiny, run: str, width: int) -> None:
     """Where a row is no longer confident the others draft on, and some of it is for nothing."""
     assert_ragged_runs(subject.model, run, period=7, tree_width=width, confidence=0.6)
 
 
-@pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("run", ["sirius", "exact", "sample"])
+@drafting
 def test_rows_that_choose_neurons_anew_are_their_own_runs(
     model: SiriusModel, run: str, width: int
 ) -> None:
@@ -140,8 +143,7 @@ def test_rows_of_a_batch_are_their_own_runs_with_neurons_chosen_anew(
     assert_own_runs(model, **request_, refresh=refresh)
 
 
-@pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("run", RUNS)
+@runs
 def test_rows_near_the_length_limit_are_their_own_runs(
     model: SiriusModel, run: str, width: int
 ) -> None:
@@ -156,7 +158,7 @@ def test_rows_near_the_length_limit_are_their_own_runs(
     assert set(map(len, output.tokens)) == {20}
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", slow_but(RUNS, {"exact", "sample", "sparse"}))
 def test_a_longer_neighbour_changes_nothing(
     model: SiriusModel, monkeypatch: pytest.MonkeyPatch, run: str
 ) -> None:
@@ -195,8 +197,9 @@ def padded(rows: Rows, side: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("run", "width"), slow_but(product(RUNS, (1, 3)), {("exact", 3), ("full drawn", 1)})
+)
 def test_padded_tensors(model: SiriusModel, run: str, width: int, side: str) -> None:
     ids, mask = padded(BATCH, side)
     options = {"tree_width": width, "max_new_tokens": 10, **RUNS[run]}
@@ -243,8 +246,7 @@ class Watch:
         monkeypatch.setattr(Decoder, "select", spy_select)
 
 
-@pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("run", RUNS)
+@runs
 def test_finished_rows_leave_the_session(
     model: SiriusModel, monkeypatch: pytest.MonkeyPatch, run: str, width: int
 ) -> None:

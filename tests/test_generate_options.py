@@ -15,7 +15,7 @@ from sirius_runtime.errors import ConfigError, GenerationError, UserError
 from sirius_runtime.model import Mode, SiriusModel
 from sirius_runtime.plan import Limits
 from sirius_runtime.request import Options, Request, check_ranges, check_tree, read_options
-from tests.support.models import MAX_SEQ_LEN, METHODS, VOCABULARY, Tiny, TinyModels
+from tests.support.models import EVERY_METHOD, MAX_SEQ_LEN, VOCABULARY, Tiny, TinyModels
 
 PROMPT = [7, 8, 9]
 ROOM = MAX_SEQ_LEN - len(PROMPT)
@@ -244,7 +244,7 @@ def test_auto_in_exact_mode_gives_the_dense_tokens(
     assert output.tokens == tuple(subject.greedy(prompt, 30) for prompt in batch)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_auto_reaches_the_length_limit(tiny: TinyModels, method: str) -> None:
     subject = tiny(method=method)
     output = subject.model.generate(

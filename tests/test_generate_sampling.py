@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sirius_runtime.model import Mode, SiriusModel
 from tests.support.fast import slow_but
-from tests.support.models import METHODS, Tiny, TinyModels
+from tests.support.models import EVERY_METHOD, Tiny, TinyModels
 from tests.support.statistics import LEVEL, p_value
 
 PROMPT = [7, 8, 9]
@@ -100,7 +100,7 @@ def test_torch_s_own_generator_has_no_part(model: SiriusModel) -> None:
     [{"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-9}],
     ids=lambda sure: next(iter(sure)),
 )
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_one_choice_is_greedy(tiny: TinyModels, method: str, sure: dict[str, Any]) -> None:
     model = tiny(method=method).model
     for draws, greedy in ((Mode.SAMPLE, Mode.EXACT), (Mode.FULL, Mode.FULL), (Mode.SPARSE,) * 2):

@@ -23,7 +23,7 @@ from sirius_runtime.plan import Plan
 from sirius_runtime.policy import Draft, Verdict
 from sirius_runtime.rules import RULES
 from sirius_runtime.stats import GenerationStats, Phase, PhaseClock
-from tests.support.models import METHODS, VOCABULARY, Rows, TinyModels, open_session
+from tests.support.models import EVERY_METHOD, VOCABULARY, Rows, TinyModels, open_session
 
 PROMPT = [7, 8, 9]
 
@@ -310,7 +310,7 @@ def test_reads_are_seen(read: str) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_one_read_a_period(tiny: TinyModels, method: str, width: int) -> None:
     def reads(periods: int) -> int:
         return HostReads().measure(
@@ -345,7 +345,7 @@ def test_one_read_a_step(model: SiriusModel, mode: Mode) -> None:
     assert many - few == 8
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_a_period_needs_no_values(
     tiny: TinyModels, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

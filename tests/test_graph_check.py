@@ -28,7 +28,7 @@ from sirius_runtime.graph_sizes import (
     symbol,
 )
 from sirius_runtime.spec import JSON, EntrySpec, ProgramSpec, TensorSpec
-from tests.support.models import METHODS, TinyModels
+from tests.support.models import EVERY_METHOD, TinyModels
 
 CPU = torch.device("cpu")
 CACHED = "sirius.cached_attention.default"
@@ -91,7 +91,7 @@ def placed(nodes: list[Any], bound: str) -> JSON:
 # what our passes make
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_compiled_is_accepted(tiny: TinyModels, method: str, dtype: torch.dtype) -> None:
     accepted(graphs_of(tiny("llama", method).compiled), dtype)

@@ -27,7 +27,7 @@ from sirius_runtime.nested import Layout, nest
 from sirius_runtime.ops.mlp import ACTIVATIONS
 from sirius_runtime.ops.moe import EXPERT_ACTIVATIONS
 from sirius_runtime.spec import JSON
-from tests.support.models import METHODS, TinyModels
+from tests.support.models import EVERY_METHOD, TinyModels
 from tests.support.operators import (
     CHAIN,
     EXPERTS,
@@ -382,7 +382,7 @@ ENUMERATED = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_every_string_of_an_artifact_is_one_of_an_enumeration(
     tiny: TinyModels, method: str
 ) -> None:

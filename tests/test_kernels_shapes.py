@@ -21,6 +21,7 @@ from sirius_runtime.kernels.native import references, using
 from sirius_runtime.ops.moe import largest
 from tests.support import naive, shapes
 from tests.support.exact import by_inputs, by_outputs, calls, integers, shared
+from tests.support.fast import slow_but
 from tests.support.kernels import forbid_references, require
 from tests.support.operators import randn, sirius
 from tests.support.shapes import MODELS, THREADS, TOKENS, Model
@@ -37,6 +38,8 @@ repeats the blocks and tasks of one of this size.
 """
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+mostly_bfloat16 = pytest.mark.parametrize("dtype", slow_but(DTYPES, {torch.bfloat16}), ids=str)
+"""Borders are the same for all types; `test_kernels` runs all of them at smaller shapes."""
 every_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 slow = pytest.mark.slow
 
@@ -109,7 +112,7 @@ def check_linears(C: int, O: int, dtype: torch.dtype, tokens: tuple[int, ...] = 
         assert counts.tolist() == [int(live[own][0].sum())]
 
 
-@every_dtype
+@mostly_bfloat16
 @pytest.mark.parametrize("shape", shapes.LINEARS, ids=str)
 def test_linears_across_borders(shape: tuple[int, int], dtype: torch.dtype) -> None:
     check_linears(*shape, dtype)
@@ -195,7 +198,7 @@ def check_mlps(C: int, I: int, dtype: torch.dtype, tokens: tuple[int, ...] = TOK
                 assert result[1].tolist() == [int(kept[own][0].sum())], f"{which}, {name}"
 
 
-@every_dtype
+@mostly_bfloat16
 @pytest.mark.parametrize("shape", shapes.MLPS, ids=str)
 def test_mlps_across_borders(shape: tuple[int, int], dtype: torch.dtype) -> None:
     check_mlps(*shape, dtype, (1, 3, 33) if shape is shapes.MLPS[0] else (1, 2, 3))
@@ -307,7 +310,7 @@ def check_attention(
             turn += 1
 
 
-@every_dtype
+@mostly_bfloat16
 @pytest.mark.parametrize(("H", "G", "D"), [(9, 1, 33), (4, 2, 80)])
 def test_attention_across_borders(H: int, G: int, D: int, dtype: torch.dtype) -> None:
     check_attention(H, G, D, dtype, (1, 3, 17), shapes.HISTORIES)

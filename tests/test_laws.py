@@ -18,7 +18,7 @@ from sirius_runtime.model import Mode
 from sirius_runtime.plan import Plan
 from sirius_runtime.text import TextStream
 from tests.support.models import (
-    METHODS,
+    EVERY_METHOD,
     VOCABULARY,
     Rows,
     Tiny,
@@ -40,7 +40,7 @@ confidences = st.sampled_from([0.0, 0.2, 0.8])
 lengths = st.integers(1, 20)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=EVERY_METHOD)
 def subject(request: pytest.FixtureRequest, tiny: TinyModels) -> Tiny:
     return tiny(method=request.param)
 

@@ -20,7 +20,7 @@ from sirius_runtime.rules import RULES
 from sirius_runtime.tensor_state import TensorState
 from tests.support.batch import Batch
 from tests.support.models import (
-    METHODS,
+    EVERY_METHOD,
     VOCABULARY,
     Rows,
     Tiny,
@@ -42,7 +42,7 @@ sizes = st.integers(1, 9)
 widths = st.integers(1, 8)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=EVERY_METHOD)
 def subject(request: pytest.FixtureRequest, tiny: TinyModels) -> Tiny:
     return tiny(method=request.param)
 

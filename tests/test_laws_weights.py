@@ -18,7 +18,7 @@ import sirius_runtime
 from sirius_runtime.model import Mode, SiriusModel
 from sirius_runtime.plan import Plan
 from tests.support.models import (
-    METHODS,
+    EVERY_METHOD,
     VOCABULARY,
     Rows,
     TinyModels,
@@ -38,7 +38,7 @@ widths = st.integers(1, 8)
 # 5: nothing skipped
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 @given(batch=batches, parents=trees(), seed=st.integers(0, 2**32))
 def test_sparse_logits_of_all_neurons_are_the_full_ones(
     tiny: TinyModels, method: str, batch: Rows, parents: list[int], seed: int
@@ -53,7 +53,7 @@ def test_sparse_logits_of_all_neurons_are_the_full_ones(
     assert torch.equal(sparse, full)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 @given(batch=batches, size=sizes, width=widths, temperature=st.floats(0.3, 3.0))
 def test_scores_of_all_neurons_are_the_full_path_s(
     tiny: TinyModels, method: str, batch: Rows, size: int, width: int, temperature: float
@@ -70,7 +70,7 @@ def test_scores_of_all_neurons_are_the_full_path_s(
     torch.testing.assert_close(tree.scores, expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 @given(batch=batches, period=sizes, mode=st.sampled_from([Mode.EXACT, Mode.SIRIUS]))
 def test_all_neurons_advance_by_the_period(
     tiny: TinyModels, method: str, batch: Rows, period: int, mode: Mode
@@ -88,7 +88,7 @@ def test_all_neurons_advance_by_the_period(
     assert output.stats.corrections == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 @given(batch=batches, period=sizes, width=widths)
 def test_all_neurons_advance_by_the_period_in_trees(
     tiny: TinyModels, method: str, batch: Rows, period: int, width: int
@@ -126,12 +126,12 @@ def assert_one_copy(model: SiriusModel) -> None:
     assert elements - constants == model.program.model.parameters
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_paths_share_every_weight(tiny: TinyModels, method: str) -> None:
     assert_one_copy(tiny(method=method).model)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_paths_share_every_weight_of_a_loaded_artifact(
     tiny: TinyModels, method: str, tmp_path: Path
 ) -> None:

@@ -253,6 +253,7 @@ def test_drafts_that_do_not_pay_are_left_out(
     assert min(answers[name].drafted for name in ("period", "drawn")) > 0
 
 
+@pytest.mark.slow
 def test_griffin_s_neurons_are_refreshed_by_a_row_s_own_periods(tiny: TinyModels) -> None:
     """Rows that begin at different times, so that they are due at different times."""
     made, chance = tiny("llama", "griffin", 0.3).model, random.Random(1)

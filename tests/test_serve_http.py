@@ -297,6 +297,7 @@ def test_an_address_that_is_taken(model: SiriusModel, server: Server) -> None:
         serve(make_served(model, "tiny", CAPACITY), port=port, progress=lambda line: None)
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(server: Server, client: openai.OpenAI, tmp_path: Path) -> None:
     messages: Any = [{"role": "user", "content": PROMPT}]
     alone = client.chat.completions.create(

@@ -22,12 +22,17 @@ from sirius_compile.product import Compiled
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.spec import Method
 from tests.support.batch import Batch
+from tests.support.fast import slow_but
 from tests.support.naive import tree_mask
 
 VOCABULARY = 101
 MAX_SEQ_LEN = 128
 EOS = (2, 5)
 METHODS = ("griffin", "topk", "cats", "teal", "griffin+teal", "none")
+EVERY_METHOD = slow_but(METHODS, {"topk", "griffin+teal"})
+"""As a test's cases. The fast suite takes one that ranks, and one that has all else: a choice for
+the prompt, and thresholds of neurons and of channels.
+"""
 SMALL: dict[str, object] = {
     "hidden_size": 64,
     "intermediate_size": 96,
