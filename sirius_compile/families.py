@@ -46,8 +46,8 @@ class Refused:
     behind: str
 
 
-_NEURONS = (Method.GRIFFIN, Method.TOPK, Method.CATS, Method.TEAL, Method.GRIFFIN_TEAL)
-_EXPERTS = (Method.TOPK, Method.EXPERTS)
+_NEURONS = tuple(method for method in Method if method.for_dense_models)
+_EXPERTS = tuple(method for method in Method if method.for_mixtures)
 _GATED, _PLAIN, _MIXED, _BOTH = Mlp.GATED, Mlp.PLAIN, Mlp.EXPERTS, Mlp.BOTH
 
 FAMILIES: tuple[Family, ...] = (

@@ -36,8 +36,8 @@ def front(method: Method) -> list[Pass]:
     return [
         # one form for what models spell in many ways
         Canonicalize(),
-        # MLP operators instead of matrices, if the method skips neurons
-        *([] if method in (Method.NONE, Method.TEAL) else [RecogniseMlps()]),
+        # MLP operators instead of matrices, if the method skips neurons or experts
+        *([RecogniseMlps()] if method.rewrites_mlps else []),
         # one graph for prefill, chain and tree
         InsertKvCache(),
         # prefill, full and sparse over one weight table

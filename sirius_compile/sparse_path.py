@@ -154,10 +154,10 @@ class Chooser:
         return program
 
     def _path(self, program: Program, nest: NestWeights | None = None) -> Tokenwise:
-        """The program over whole texts. Weights are laid out for the kernels, except for teal: its
-        linears read them as stored, which saves a copy. `nest`: nests the weights.
+        """The program over whole texts. Weights are laid out for the kernels, unless only linears
+        are sparse: those read them as stored, which saves a copy. `nest`: nests the weights.
         """
-        if self._method is not Method.TEAL or nest is not None:
+        if not self._method.skips_channels or self._method.rewrites_mlps or nest is not None:
             run_passes(program, lay_out(nest))
         return Tokenwise(
             self._dense.spec_of(program),
@@ -182,7 +182,7 @@ def keep_for_density(density: float, density_of: Callable[[float], float], metho
 
     Raises ConfigError if the method's lowest density is above the one asked for.
     """
-    low, high = LEAST_KEPT if Method.TEAL in method else LEAST_KEEP, 1.0
+    low, high = LEAST_KEPT if method.skips_channels else LEAST_KEEP, 1.0
     least = low
     at_low, at_high = density_of(low), density_of(high)
     if density < at_low - CLOSE:

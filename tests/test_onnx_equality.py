@@ -34,14 +34,10 @@ FAMILIES: dict[str, dict[str, object]] = {
     "olmo2": {},
     "granite": {},
 }
-FAST = {
-    ("griffin", 1): "llama",
-    ("topk", 4): "phi3",
-    ("cats", 4): "llama",
-    ("teal", 1): "llama",
-    ("griffin+teal", 4): "gemma2",
-}
-"""Every method once, both widths, weights fused and apart, a window; the rest is slow."""
+FAST = {("griffin", 1): "llama", ("topk", 4): "phi3", ("griffin+teal", 4): "gemma2"}
+"""Neurons of a prompt, ranks, and thresholds of neurons and channels; both widths, weights fused
+and apart, a window. The rest is slow: a model with a period's graphs takes 6 s to make.
+"""
 THRESHOLDS = {"qwen3": 0.12}
 """Other than the usual 0.1: there qwen3 gives a token of griffin's tree 0.099999994, which is as
 good as equal, and decided by how sums are rounded."""
@@ -53,7 +49,7 @@ ENDLESS: dict[str, Any] = {"eos_token_id": []}
 
 
 def test_the_fast_cases_cover() -> None:
-    assert {method for method, _ in FAST} == set(METHODS)
+    assert {method for method, _ in FAST} < set(METHODS)
     assert {width for _, width in FAST} == set(WIDTHS)
     assert {"llama", "phi3", "gemma2"} == set(FAST.values()) < FAMILIES.keys()
 
@@ -81,11 +77,20 @@ def test_families(pairs: Pairs, family: str, method: str, width: int) -> None:
             pair.agree(prompts, mode=mode, threshold=threshold, **ENDLESS)
 
 
+every_shape = pytest.mark.parametrize(
+    ("method", "width"), slow_but([*FAST, ("teal", 1), ("cats", 4)], FAST)
+)
+
+
+def fast_pair(pairs: Pairs, method: str, width: int) -> Pair:
+    family = FAST.get((method, width), "llama")
+    return pairs(method, width, 4, family, **FAMILIES[family])
+
+
 @pytest.mark.parametrize("mode", ["full", "sparse"])
-@pytest.mark.parametrize(("method", "width"), FAST)
+@every_shape
 def test_modes_without_periods(pairs: Pairs, method: str, width: int, mode: str) -> None:
-    family = FAST[method, width]
-    pair = pairs(method, width, 4, family, **FAMILIES[family])
+    pair = fast_pair(pairs, method, width)
     pair.agree(RAGGED, mode=mode, **ENDLESS)
     pair.agree(RAGGED, mode=mode, seed=3, temperature=0.8, top_k=20, top_p=0.9, **ENDLESS)
 
@@ -111,26 +116,26 @@ def test_every_family_of_the_table(family: str, tmp_path: Path) -> None:
         pair.agree(RAGGED, mode=mode, **ENDLESS)
 
 
-@pytest.mark.parametrize(("method", "width"), [("teal", 1), ("cats", 4)])
+@every_shape
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"top_k": 9, "top_p": 0.9}])
 def test_sampling(pairs: Pairs, method: str, width: int, sampling: dict[str, Any]) -> None:
-    pair = pairs(method, width)
+    pair = fast_pair(pairs, method, width)
     drawn = pair.agree(RAGGED, mode="sample", seed=3, **sampling, **ENDLESS).tokens
     again = pair.agree(RAGGED, mode="sample", seed=40, **sampling, **ENDLESS)
     assert again.tokens != drawn
 
 
-@pytest.mark.parametrize(("method", "width"), [("teal", 1), ("cats", 4)])
+@every_shape
 def test_drafts_that_stop_early_and_short_periods(pairs: Pairs, method: str, width: int) -> None:
-    pair = pairs(method, width)
+    pair = fast_pair(pairs, method, width)
     whole = pair.agree(RAGGED, **ENDLESS).stats
     assert pair.agree(RAGGED, confidence=1.0, **ENDLESS).stats.periods > whole.periods
     assert max(pair.agree(RAGGED, period=2, **ENDLESS).stats.advances) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "family"),
-    slow_but(product(("topk", "cats", "teal"), ("llama", "phi3")), {("cats", "llama")}),
+    ("method", "family"), list(product(("topk", "cats", "teal"), ("llama", "phi3")))
 )
 def test_few_neurons_or_channels_are_gathered(tmp_path: Path, method: str, family: str) -> None:
     """The product of all of `up` is not there; tokens are PyTorch's all the same."""
@@ -173,6 +178,7 @@ def test_rows_that_end_leave_the_batch(pairs: Pairs) -> None:
     assert len({len(row) for row in output.tokens}) == 3
 
 
+@pytest.mark.slow
 def test_a_period_of_one_token(pairs: Pairs) -> None:
     pair = pairs("topk", 1, 1)
     output = pair.agree(RAGGED, mode="exact", **ENDLESS)
@@ -181,7 +187,7 @@ def test_a_period_of_one_token(pairs: Pairs) -> None:
 
 def test_a_prompt_of_all_but_one_token_of_the_length(pairs: Pairs) -> None:
     prompt = [7 + i % 90 for i in range(MAX_SEQ_LEN - 2)]
-    pairs("cats", 4).agree([prompt, prompt[:9]], mode="exact", max_new_tokens=2, **ENDLESS)
+    pairs("griffin").agree([prompt, prompt[:9]], mode="exact", max_new_tokens=2, **ENDLESS)
 
 
 def test_a_prompt_of_several_chunks(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +199,7 @@ def test_a_prompt_of_several_chunks(pairs: Pairs, monkeypatch: pytest.MonkeyPatc
     assert pair.onnx.generate(RAGGED, max_new_tokens=24, **ENDLESS).tokens == whole
 
 
+@pytest.mark.slow
 def test_float16_stays_near_pytorch(pairs: Pairs) -> None:
     """Logits of a prompt, in float16: within 0.02 of their spread."""
     pair = pairs("griffin", dtype="float16")

@@ -81,13 +81,16 @@ def check_method(program: Program, method: Method) -> None:
     needs mixtures where there are none.
     """
     found = [m for module in program.graphs.values() for m in mixtures(module.graph)]
-    if found and method not in (Method.NONE, Method.TOPK, Method.EXPERTS):
+    if method is Method.NONE:
+        return
+    if found and not method.for_mixtures:
         layers = ", ".join(str(mixture.layer) for mixture in found)
+        others = " or ".join(other for other in Method if other.for_mixtures)
         raise UnsupportedModelError(
             f"--sparsity {method} does not support mixtures of experts, and layers {layers} are "
-            "mixtures. Use --sparsity topk or experts"
+            f"mixtures. Use --sparsity {others}"
         )
-    if method is Method.EXPERTS and not found:
+    if not found and not method.for_dense_models:
         raise UnsupportedModelError(
             "--sparsity experts skips experts, and this model has none. Use --sparsity topk, cats "
             "or griffin"

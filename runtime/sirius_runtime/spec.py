@@ -35,11 +35,13 @@ _SHOWN = 80  # characters of a wrong value, in a message
 
 
 class Method(StrEnum):
-    """How the sparse path chooses its neurons (see docs of the `sparsify_*` passes)."""
+    """How the sparse path chooses what it reads (see the `sparsify_*` passes). All that other code
+    has to know of a method is a property here.
+    """
 
-    CATS = "cats"
-    TOPK = "topk"
     GRIFFIN = "griffin"
+    TOPK = "topk"
+    CATS = "cats"
     TEAL = "teal"
     GRIFFIN_TEAL = "griffin+teal"
     EXPERTS = "experts"
@@ -54,6 +56,26 @@ class Method(StrEnum):
     def has_thresholds(self) -> bool:
         """Whether calibration chooses what a token keeps; how much that is varies."""
         return self in (Method.CATS, Method.TEAL, Method.GRIFFIN_TEAL)
+
+    @property
+    def skips_channels(self) -> bool:
+        """Whether linears skip input channels."""
+        return self in (Method.TEAL, Method.GRIFFIN_TEAL)
+
+    @property
+    def rewrites_mlps(self) -> bool:
+        """Whether it skips neurons or experts: MLPs are then recognised first."""
+        return self not in (Method.TEAL, Method.NONE)
+
+    @property
+    def for_dense_models(self) -> bool:
+        """Whether it makes models without mixtures of experts sparse."""
+        return self not in (Method.EXPERTS, Method.NONE)
+
+    @property
+    def for_mixtures(self) -> bool:
+        """Whether it makes models with mixtures of experts sparse."""
+        return self in (Method.TOPK, Method.EXPERTS)
 
 
 class DType(StrEnum):

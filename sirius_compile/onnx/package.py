@@ -58,17 +58,16 @@ def onnx_summary(program: ProgramSpec) -> str:
     method, sites = program.sparsity.method, program.sparsity.sites
     if method is Method.NONE:
         return text
-    if method is Method.EXPERTS:
+    if not method.for_dense_models:
         return f"{text}; a sparse step reads only the experts that it keeps"
     if any(len(weight.shape) == 3 for weight in program.weights):  # of experts
         return f"{text}; a step reads all neurons of its tokens' experts: {method} saves no time"
-    teal = method is Method.TEAL
-    below = CHANNELS_GATHERED_BELOW if teal else NEURONS_GATHERED_BELOW
-    topk = method is Method.TOPK
-    few = sum((s.kept / s.units if topk else kept_share(sites, s.weight)) <= below for s in sites)
+    channels, varies = method.skips_channels, method.has_thresholds
+    below = CHANNELS_GATHERED_BELOW if channels else NEURONS_GATHERED_BELOW
+    few = sum((kept_share(sites, s.weight) if varies else s.kept / s.units) <= below for s in sites)
     if not few:
         return f"{text}; {method} computes everything and masks: sparse steps save no time"
-    what = "input channels" if teal else "neurons (their rows of up and down)"
+    what = "input channels" if channels else "neurons (their rows of up and down)"
     return (
         f"{text}; at {few} of {len(sites)} sites a sparse step gathers the {what} that it keeps, "
         "which saves time; at the others it computes everything and masks"
