@@ -43,6 +43,12 @@ def fast(*cases: tuple[Any, ...]) -> list[Any]:
     return slow_but(cases, [case for case in cases if case[:3] in FAST])
 
 
+SAMPLINGS: list[dict[str, Any]] = [
+    *({}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}),
+    {"top_k": 9, "top_p": 0.9},
+]
+
+
 @dataclass(frozen=True)
 class Pair:
     """One compiled model behind both back ends, and what it was compiled from."""
@@ -114,7 +120,7 @@ def test_tokens_advances_and_densities(pairs: Pairs, method: str, width: int, si
 )
 @pytest.mark.parametrize(
     "sampling",
-    [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.9}],
+    slow_but(SAMPLINGS, [SAMPLINGS[0], SAMPLINGS[-1]]),
     ids=str,
 )
 def test_sampling(
@@ -151,7 +157,7 @@ def test_neurons_chosen_anew(pairs: Pairs, width: int, mode: str) -> None:
 @pytest.mark.parametrize(
     ("method", "width", "size"), fast(("griffin", 1, 4), ("griffin", 2, 4), ("topk", 2, 16))
 )
-@pytest.mark.parametrize("period", [1, 2, 3])
+@pytest.mark.parametrize("period", slow_but((1, 2, 3), {1, 3}))
 def test_periods_shorter_than_compiled(
     pairs: Pairs, method: str, width: int, size: int, period: int
 ) -> None:
@@ -162,7 +168,7 @@ def test_periods_shorter_than_compiled(
 
 
 @pytest.mark.parametrize("width", [1, 2])
-@pytest.mark.parametrize("mode", ["sirius", "exact"])
+@pytest.mark.parametrize("mode", slow_but(("sirius", "exact"), {"exact"}))
 def test_rows_that_end_at_different_times(pairs: Pairs, width: int, mode: str) -> None:
     pair = pairs("griffin", width, 4)
     endless = pair.agree(RAGGED, mode=mode).tokens

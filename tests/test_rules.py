@@ -56,6 +56,7 @@ def test_every_back_end_runs_the_page_s_rule(ratio: None, tmp_path: Path) -> Non
 BACKENDS = ((None, "eager"), (None, "period"), (None, "onnxruntime"))
 
 
+@pytest.mark.slow
 def test_an_artifact_of_before_runs_it_by_its_entries(
     request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

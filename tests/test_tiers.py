@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from sirius_runtime.tiers.placement import PAGE, Block, Needs, least_room, place
 from sirius_runtime.tiers.stream import Load, Stream, scheduled
 from tests.support.cli import Cli
 from tests.support.families import CONFIGS
+from tests.support.fast import slow_but
 from tests.support.golden_artifacts import answers, kept, unpack
 from tests.support.models import random_decoder, word_tokenizer, write_calibration
 from tests.support.tiered import streamed, tiered
@@ -60,8 +62,10 @@ def tokens(model: SiriusModel, mode: str) -> Sequence[Sequence[int]]:
 # the same tokens
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4])
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize(
+    ("name", "share"),
+    slow_but(product(GOLDEN, (0.0, 0.4)), {*zip(GOLDEN, cycle((0.0, 0.4)))}),
+)
 def test_every_kind_of_artifact(name: str, share: float, tmp_path: Path) -> None:
     path = unpack(name, tmp_path)
     model, _ = tiered(path, share)
