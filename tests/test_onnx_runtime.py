@@ -43,10 +43,6 @@ ROOT = Path(__file__).parent.parent
 STANDARD = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain}
 
 
-TALLY: dict[str, Any] = {"sparsity": "griffin", "tree_width": 2, "period": 8}
-"""One graph of a period serves all that are compiled so."""
-
-
 @pytest.fixture(scope="module")
 def tally(pairs: Pairs) -> Path:
     return pairs("griffin", 2, 8, "tally-3m").path
