@@ -1,57 +1,22 @@
-"""Fixtures of all tests. Nothing here reaches a network, and every run draws the same examples."""
+"""How all tests are run. Nothing here reaches a network, and every run draws the same examples."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import pytest
-import torch
 from hypothesis import settings
 
-from sirius_compile import CompileConfig, compile_model
-from sirius_compile.product import Compiled
-from tests.support.models import TinyModels, random_decoder, word_tokenizer, write_calibration
-from tests.support.once import compiling_once
-from tests.support.onnx import Pairs
-
-torch.set_num_threads(1)
 settings.register_profile("fast", derandomize=True, deadline=None, max_examples=6)
 settings.register_profile("thorough", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("fast")  # `make test-all` asks for the other
 
 
-@pytest.fixture(scope="session", autouse=True)
-def once() -> Iterator[None]:
-    """Compilations alike capture once: see `tests.support.once`."""
-    with compiling_once():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _drafts_whatever_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random models draft badly, and what the guard chooses depends on the clock: tests of what
-    periods do ask for all of them. Those of the guard say `fallback=True`.
+def pytest_configure(config: pytest.Config) -> None:
+    """Fixtures, and the seconds of imports that they need, where tests are run: with ``-n`` that is
+    in the workers alone.
     """
-    monkeypatch.setattr("sirius_runtime.request.FALLBACK", False)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
-    """Tiny random decoders by family, sparsity and config: see `tests.support.models`."""
-    return TinyModels(write_calibration(tmp_path_factory.mktemp("calibration") / "words.txt"))
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
-    """Artifacts behind PyTorch and behind ONNX Runtime."""
-    return Pairs(tmp_path_factory.mktemp("onnx"))
-
-
-@pytest.fixture(scope="session")
-def whole() -> Compiled:
-    """A tiny Llama compiled for griffin, with the graph of a whole period."""
-    options = CompileConfig(sparsity="griffin", period=4)
-    return compile_model(random_decoder("llama"), options, tokenizer=word_tokenizer())
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        config.pluginmanager.import_plugin("tests.support.fixtures")
