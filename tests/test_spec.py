@@ -142,7 +142,7 @@ FAULTS: list[tuple[str, JSON, str]] = [
     ("program.model.dtype", "float8", "dtype: 'float8' is not one of float32, bfloat16, float16"),
     ("program.model.dtype", [], "dtype: [] is not one of float32, bfloat16, float16"),
     ("program.model.revision", 1, "revision: 1 is not one of str | None"),
-    ("program.sparsity.method", "relu", "method: 'relu' is not one of cats, topk, griffin, teal,"),
+    ("program.sparsity.method", "relu", "method: 'relu' is not one of griffin, topk, cats, teal,"),
     ("program.sparsity.keep", "half", "keep: float is expected, found 'half'"),
     ("program.sparsity.keep", 10**400, "keep: an integer of this size is no float"),
     ("program.sparsity.sites.1.units", "6", "sites[1].units: int is expected, found '6'"),
