@@ -85,10 +85,10 @@ def test_sirius_mends_what_the_sparse_path_breaks(cli: Cli, folder: Path) -> Non
 def test_the_numbers_are_those_of_generate(cli: Cli, folder: Path) -> None:
     import sirius_runtime
 
-    summary = run(cli, folder, "--modes", "sirius")["sirius"]
+    summary = run(cli, folder, "--modes", "sirius", "--max-new-tokens", 40)["sirius"]
     model = sirius_runtime.load(folder / "tally.sirius", dtype="float32")
     prompts = [str(p.prompt) for p in own_task(folder / "task.jsonl").problems]
-    stats = model.generate(prompts, max_new_tokens=110, fallback=False).stats
+    stats = model.generate(prompts, max_new_tokens=40, fallback=False).stats
     assert summary["tokens"] == stats.tokens
     assert summary["aal"] == pytest.approx(stats.aal)
     assert summary["effective_density"] == pytest.approx(stats.effective_density)
@@ -116,7 +116,8 @@ def test_prints_one_table(cli: Cli, folder: Path) -> None:
 
 def test_a_run_goes_on_where_it_ended(cli: Cli, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
-    flags = ("--modes", "full,sirius", "--out", out)
+    short = ("--max-new-tokens", 24, "--out", out)
+    flags = ("--modes", "full,sirius", *short)
     whole = run(cli, folder, *flags)
     lines = out.read_bytes().splitlines(keepends=True)
     assert len(lines) == 1 + 2 * COUNT
@@ -130,7 +131,7 @@ def test_a_run_goes_on_where_it_ended(cli: Cli, folder: Path, tmp_path: Path) ->
     before = out.read_bytes()
     assert run(cli, folder, *flags) == again  # seconds too: nothing is computed anew
     assert out.read_bytes() == before
-    more = run(cli, folder, "--modes", "full,sirius,exact", "--out", out)
+    more = run(cli, folder, "--modes", "full,sirius,exact", *short)
     assert out.read_bytes().startswith(before)
     assert more["exact"]["tokens"] == more["full"]["tokens"]
 

@@ -230,6 +230,7 @@ def drawn_reads(graph: Graph) -> list[list[str]]:
     return found
 
 
+@pytest.mark.slow  # it starts a browser
 @pytest.mark.parametrize("bad", [False, True])
 def test_a_browser_shows_it(cli: Cli, path: Path, tmp_path: Path, bad: bool) -> None:
     seen = look(written(cli, path, tmp_path, bad), tmp_path)

@@ -211,6 +211,7 @@ def test_a_page_without_a_tokenizer_has_numbers(model: SiriusModel) -> None:
     assert f"#{output.tokens[0][3]}" in page(output, None)
 
 
+@pytest.mark.slow  # it starts a browser
 @pytest.mark.parametrize("bad", [False, True])
 def test_a_browser_shows_it(model: SiriusModel, tmp_path: Path, bad: bool) -> None:
     output = traced(model)
