@@ -224,7 +224,10 @@ LOSSLESS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("run", LOSSLESS)
+# Every loop in the fast suite, of a toy: `test_lossless`, and enumerated, `test_lossless_exactly`.
+@pytest.mark.parametrize(
+    "run", slow_but(LOSSLESS, {"full", "chain", "wide tree", "tree that stops", "tree, top_p"})
+)
 def test_tokens_have_the_full_model_s_distribution(
     small: Tiny, full_model: Tensor, run: str
 ) -> None:
@@ -233,7 +236,9 @@ def test_tokens_have_the_full_model_s_distribution(
     assert least_p_value(sampled(small.model, **options), joint(full_model, **cuts)) > LEVEL
 
 
-@pytest.mark.parametrize("run", ["chain", "tree", "chain that stops", "tree that stops"])
+@pytest.mark.parametrize(
+    "run", slow_but(("chain", "tree", "chain that stops", "tree that stops"), {"tree"})
+)
 def test_tokens_are_distributed_as_those_of_the_full_path_alone(small: Tiny, run: str) -> None:
     """One path of this program against the other: no reference has a part."""
     # Of other seeds: in both modes one seed draws one first token, and samples must not agree so.

@@ -55,7 +55,11 @@ SAMPLINGS = {
     "all": Sampling(0.8, 4, 0.9),
 }
 every_loop = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS.keys())
-every_sampling = pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
+every_sampling = pytest.mark.parametrize(
+    "sampling",
+    slow_but(SAMPLINGS.values(), [SAMPLINGS[name] for name in ("plain", "hot", "all")]),
+    ids=SAMPLINGS.keys(),
+)
 
 
 @every_loop
