@@ -199,7 +199,7 @@ def test_a_period_of_one_token_drafts_nothing(pairs: Pairs, width: int) -> None:
     pair.agree(RAGGED, mode="sample", seed=2)
 
 
-@pytest.mark.slow  # in the fast suite, ONNX Runtime runs a period of gemma2
+@pytest.mark.slow  # in the fast suite, ONNX Runtime runs a period with windows
 @pytest.mark.parametrize(("method", "width"), [("griffin", 1), ("topk", 2)])
 def test_windows_and_soft_caps(pairs: Pairs, method: str, width: int) -> None:
     pair = pairs(method, width, 4, "gemma2", sliding_window=3)
