@@ -21,6 +21,7 @@ from sirius_runtime.evaluation.problems import humaneval, own_task
 from sirius_runtime.evaluation.results import Result, Results
 from sirius_runtime.evaluation.summary import Summary, bootstrap, summarise
 from sirius_runtime.model import SiriusModel
+from sirius_runtime.stats import PeriodSteps
 from tests.support.cli import Cli
 from tests.support.models import TinyModels, random_decoder, word_tokenizer
 
@@ -244,6 +245,7 @@ def test_a_chat_without_a_template_is_refused(tiny: TinyModels, tmp_path: Path) 
 def result(problem: int, mode: str, correct: bool, **more: object) -> Result:
     values: dict[str, object] = {"strict": None, "answer": "x", "text": "x", "finish": "eos"}
     values |= {"tokens": 11, "periods": (), "dense": 0, "density": 0.5, "seconds": 1.0, **more}
+    values["periods"] = tuple(PeriodSteps(*p) for p in values["periods"])  # type: ignore[attr-defined]
     return Result(problem=str(problem), mode=mode, correct=correct, **values)  # type: ignore[arg-type]
 
 
@@ -268,7 +270,7 @@ def test_intervals_are_as_wide_as_those_of_the_binomial() -> None:
 
 
 def test_a_sequences_last_period_counts_where_it_has_no_other() -> None:
-    def of(*periods: tuple[tuple[int, int], ...]) -> Summary:
+    def of(*periods: tuple[tuple[int, ...], ...]) -> Summary:
         rows = [result(i, "sirius", True, periods=p) for i, p in enumerate(periods)]
         return summarise({"sirius": rows})[0]
 
@@ -276,15 +278,17 @@ def test_a_sequences_last_period_counts_where_it_has_no_other() -> None:
     assert summary.aal == 12
     assert summary.effective_density == (2 * (15 * 0.5 + 1)) / 24
     assert of(((16, 4),)).aal == 4
+    assert of(((16, 4), (5, 4, True), (9, 1))).effective_density == (8.5 + 1) / 8  # one looked up
     assert summary.tokens_per_second == 20 / 2
 
 
 def test_a_file_of_results_is_held_by_its_settings(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     with Results({"a": 1}, path) as results:
-        results.add([result(0, "full", True, periods=((4, 2),))])
+        results.add([result(0, "full", True, periods=((4, 2), (5, 5, True)))])
     with Results({"a": 1}, path) as results:
-        assert results.done == {("0", "full"): result(0, "full", True, periods=((4, 2),))}
+        known = result(0, "full", True, periods=((4, 2), (5, 5, True)))
+        assert results.done == {("0", "full"): known}
     with pytest.raises(ConfigError, match="a 1 there and 2 now; b None there and 'x' now"):
         Results({"a": 2, "b": "x"}, path)
     path.write_text(path.read_text() + '{"problem": 1}\n')

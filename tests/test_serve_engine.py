@@ -109,6 +109,8 @@ ASKED: list[dict[str, object]] = [
     {"mode": "full", "temperature": 1.2, "seed": 3},
     {"mode": "sparse"},
     {"mode": "exact", "logprobs": 2},
+    {"mode": "exact", "lookup": 1},
+    {"mode": "sample", "seed": 10, "lookup": 1, "period": 6},
 ]
 
 

@@ -59,8 +59,8 @@ def test_a_completion_is_generate_s(client: openai.OpenAI, model: SiriusModel) -
     assert told.usage.prompt_tokens == 3
     assert told.usage.completion_tokens == len(alone.tokens[0])
     extra: Any = told.usage
-    drafted = sum(size - 1 for size, _ in alone.steps[0].periods)
-    accepted = sum(advance - 1 for _, advance in alone.steps[0].periods)
+    drafted = sum(period.size - 1 for period in alone.steps[0].periods)
+    accepted = sum(period.advance - 1 for period in alone.steps[0].periods)
     assert (extra.drafted_tokens, extra.accepted_tokens) == (drafted, accepted)
 
 

@@ -91,7 +91,7 @@ def test_it_adds_up_to_the_answer_and_changes_nothing(subject: Tiny, name: str) 
             assert last == step.emitted.token
             assert kept == [one.token for one in step.kept]
         assert step.advance == len(step.kept) + 1
-    assert [step.advance for step in trace.steps] == [a for _, a in output.steps[0].periods]
+    assert [step.advance for step in trace.steps] == [p.advance for p in output.steps[0].periods]
     records = [json.loads(json.dumps(record, allow_nan=False)) for record in trace.records()]
     assert [token for record in records[1:-1] for token in record["tokens"]] == [*trace.tokens]
     assert records[0]["type"] == "header"

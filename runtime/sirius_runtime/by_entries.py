@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.decoder import Choose, Evidence, Outcome
-from sirius_runtime.drafting import begin, extend, first_levels
+from sirius_runtime.drafting import begin, extend, first_levels, with_given
 from sirius_runtime.entries import FULL, OBSERVE, SPARSE
 from sirius_runtime.plan import Plan
 from sirius_runtime.policy import Draft, Verdict, draw, judge, likeliest, observed
@@ -57,7 +57,8 @@ class TreeState(Protocol):
 
 @dataclass(frozen=True)
 class ByEntries:
-    """Nothing here reads a device value, but whether any row drafts on where drafts may stop early.
+    """Nothing here reads a device value, but whether any row drafts on where drafts may stop early,
+    or some were looked up.
 
     scorer: what processes logits before anything is chosen by them. The full path's after each
     verified node are processed with that node's own history, the committed tokens and its path:
@@ -88,25 +89,32 @@ class ByEntries:
         return Outcome(packed, levels, evidence=Evidence(draft, logits_BNV, verdict))
 
     def draft(self, state: TreeState, plan: Plan, most_B: Tensor) -> tuple[Draft, int]:
-        """Sparse steps from the root, a level of the tree each; leaves out levels never drafted."""
+        """Sparse steps from the root, a level of the tree each, for the rows that look nothing up;
+        leaves out levels never drafted.
+        """
         vocabulary = state.program.model.vocab_size if plan.draws else None
-        period, width = plan.period, plan.width
+        period, width, given = plan.period, plan.width, plan.given
         grown = begin(
             state.root, state.active, most_B, period=period, width=width, sampled_from=vocabulary
         )
+        if given is not None:
+            grown = grown._replace(live=grown.live & (given[:, 0] < 0))
+        asks = (plan.confidence > 0.0 or given is not None) and not self.all_levels
         # Made on the device: a graph of its work could not hold a copy from the host.
         confidence = torch.full((), plan.confidence, dtype=torch.float32, device=most_B.device)
         levels = 0
-        for levels in range(1, period):
+        while levels < period - 1 and not (asks and not grown.live.any()):
+            levels += 1
             level = torch.full((), levels, dtype=torch.int64, device=most_B.device)
             nodes = beams(level - 1, width, 1 if levels == 1 else width)
             result = state.nodes(SPARSE, grown.tree, nodes)
             state.count_kept(result, grown.live)
             logits = self._processed(result["logits"], state, grown.tree, nodes)
             grown = extend(grown, logits, level, plan.propose, most_B, confidence)
-            if plan.confidence and not self.all_levels and not grown.live.any():
-                break
-        return first_levels(grown.draft, levels, width), levels
+        if given is None:
+            return first_levels(grown.draft, levels, width), levels
+        draft = first_levels(grown.draft, max(levels, given.shape[1]), width)
+        return with_given(draft, given), levels
 
     def verify(self, state: TreeState, plan: Plan, tree: Tree) -> dict[str, Tensor]:
         """One full forward over the tree: logits [B, N, V]. Overwrites the draft's K/V."""

@@ -35,6 +35,7 @@ def compare(
     confidence: float | None = None,
     refresh: int | None = None,
     fallback: bool | None = None,
+    lookup: int | None = None,
     stop: tuple[str, ...] = (),
     **more: Unpack[MoreOptions],
 ) -> list[Comparison]:
@@ -55,6 +56,7 @@ def compare(
             confidence=confidence,
             refresh=refresh,
             fallback=bool(fallback),
+            lookup=lookup,
             stop=stop,
             **more,
         )

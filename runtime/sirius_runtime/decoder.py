@@ -18,6 +18,7 @@ import numpy as np
 from sirius_runtime.entries import FULL, OBSERVE, SPARSE
 from sirius_runtime.plan import Limits, Plan
 from sirius_runtime.prefix import Prefix
+from sirius_runtime.sampling import NO_TOKEN
 from sirius_runtime.spec import ProgramSpec
 from sirius_runtime.state import State
 from sirius_runtime.stats import Phase, PhaseClock
@@ -57,7 +58,7 @@ class Outcome:
 
     packed [B, K + 2] int64: K tokens, of which the first `advance` are committed, `advance`, and
     the drafted levels that count for the row; the host reads it at once. levels, full_passes: the
-    sparse steps and the full forwards that ran.
+    sparse steps and the full forwards that ran; what was looked up took no step.
     """
 
     packed: Any
@@ -137,6 +138,8 @@ class Backend(Protocol):
     dtype: Any
     explains: bool
     """Whether its periods bring their evidence."""
+    looks_up: bool
+    """Whether its periods take drafts that were looked up."""
 
     @property
     def stream_seconds(self) -> float:
@@ -218,11 +221,17 @@ class Decoder:
             return first
 
     def period(
-        self, way: Way, plan: Plan, sizes: Sequence[int], noise: np.ndarray | None
+        self,
+        way: Way,
+        plan: Plan,
+        sizes: Sequence[int],
+        noise: np.ndarray | None,
+        given: Sequence[Sequence[int]] = (),
     ) -> Period:
         """Goes on with every row; row i commits at most `sizes[i]` tokens.
 
-        noise [rows, 2, K] float64: where tokens are drawn; of a step its first number alone.
+        noise [rows, 2, K] float64: where tokens are drawn; of a step its first number alone. given:
+        of each row the chain that was looked up; none for rows whose draft the sparse path makes.
         """
         state, rows = self.state, len(sizes)
         self._periods += 1
@@ -230,6 +239,8 @@ class Decoder:
         with state.computing():
             if noise is not None:
                 noise = state.array(self._filled(noise, 0))
+            if any(given):
+                plan = replace(plan, given=state.array(self._filled(padded(given), NO_TOKEN)))
             plan = replace(plan, noise=noise, observes=self._refresh > 0, refreshes=due)
             most = state.array(self._filled(np.array(sizes), 1))
             outcome = self._ways[way].period(state, plan, most, self._clock)
@@ -274,3 +285,11 @@ class Decoder:
             return values
         more = np.full((spare, *values.shape[1:]), value, values.dtype)
         return np.concatenate([values, more])
+
+
+def padded(given: Sequence[Sequence[int]]) -> np.ndarray:
+    """The chains that were looked up, as `Plan.given` [rows, longest] int64."""
+    array = np.full((len(given), max(map(len, given))), NO_TOKEN, np.int64)
+    for row, tokens in enumerate(given):
+        array[row, : len(tokens)] = tokens
+    return array

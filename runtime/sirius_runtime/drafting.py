@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.policy import Draft
+from sirius_runtime.sampling import NO_TOKEN
 from sirius_runtime.sizes import node_count
 from sirius_runtime.tree import Level, Tree, attach, plant
 
@@ -90,3 +91,31 @@ def first_levels(draft: Draft, levels: int, width: int) -> Draft:
     tree = Tree(tree.tokens[:, :N], tree.parents[:, :N], tree.scores[:, :N], tree.mask[:, :N, :N])
     q = None if draft.distributions is None else draft.distributions[:, :levels]
     return Draft(tree, draft.depth, q)
+
+
+def with_given(draft: Draft, given_BG: Tensor) -> Draft:
+    """A chain's draft, in which rows that have one take the chain that was looked up for them
+    (`Plan.given`): proposals of probability 1, where tokens are drawn.
+    """
+    tree, q = draft.tree, draft.distributions
+    B, N = tree.tokens.shape
+    given = torch.full_like(tree.tokens, NO_TOKEN)
+    given[:, 1 : given_BG.shape[1] + 1] = given_BG
+    there, has = given >= 0, given_BG[:, :1] >= 0
+    index = torch.arange(N, device=given.device)
+    return Draft(
+        Tree(
+            tokens=torch.where(there, given, tree.tokens),
+            parents=(index - 1).clamp(min=0).expand(B, N),
+            scores=tree.scores.masked_fill(has, 0.0),
+            mask=(index[:, None] - index).clamp(min=-1).expand(B, N, N),
+        ),
+        torch.where(has[:, 0], there.sum(1), draft.depth),
+        None if q is None else _surely(q, given[:, 1:], has),
+    )
+
+
+def _surely(q_BLV: Tensor, tokens_BL: Tensor, has_B1: Tensor) -> Tensor:
+    """`q`, with probability 1 for the tokens of the rows that have some."""
+    sure = torch.zeros_like(q_BLV).scatter(2, tokens_BL.clamp(min=0)[:, :, None], 1.0)
+    return torch.where(has_B1[:, :, None], sure, q_BLV)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -15,8 +15,9 @@ from sirius_runtime.decoder import Backend, Period, Way
 from sirius_runtime.errors import GenerationError
 from sirius_runtime.guard import Costs, Guard
 from sirius_runtime.logits_options import TokenLogprobs
+from sirius_runtime.lookup import Lookup
 from sirius_runtime.prefix import Prefix
-from sirius_runtime.request import FinishReason, Mode, Request
+from sirius_runtime.request import MAX_PERIOD, FinishReason, Mode, Request
 from sirius_runtime.rules import RULES
 from sirius_runtime.sampling import NO_TOKEN
 from sirius_runtime.sizes import node_count
@@ -53,6 +54,7 @@ class Row:
         if tokenizer is not None and request.stop:
             self._scanner = StopScanner(tokenizer, request.stop, prompt)
         self._random = None if seed is None else np.random.default_rng(seed)
+        self._lookup = Lookup(request.lookup, prompt) if request.lookup else None
 
     def take(self, tokens: Sequence[int]) -> list[int]:
         """Takes committed tokens up to the row's end; returns those taken."""
@@ -70,6 +72,8 @@ class Row:
             elif len(self.tokens) + len(taken) == self._request.max_new_tokens:
                 self.reason = FinishReason.LENGTH
         self.tokens += taken
+        if self._lookup is not None:
+            self._lookup.take(taken)
         return taken
 
     def uniform(self, *shape: int) -> np.ndarray:
@@ -83,6 +87,37 @@ class Row:
         What is wanted fits into the model's length: `generate` has seen to that.
         """
         return min(period, self._request.max_new_tokens - len(self.tokens))
+
+    def looked_up(self, period: int) -> Sequence[int]:
+        """The draft of the row's next period, of at most so many tokens (K), that its text has
+        already; empty where it has none.
+        """
+        if self._lookup is None or self.reason is not None:
+            return ()
+        return self._lookup.continuation(self.may_commit(min(period, self._request.period)) - 1)
+
+
+class Choice(NamedTuple):
+    """How rows go on: a step, or a period of at most `period` tokens (K) in trees of `width`."""
+
+    way: Way
+    period: int
+    width: int
+
+
+def next_drafts(
+    rows: Sequence[Row], choose: Callable[[], Choice]
+) -> tuple[Choice, list[Sequence[int]]]:
+    """How rows go on, and the draft that each of them has looked up. `choose`: by the sparse path.
+
+    A row by itself looks up as far as its request's period, whatever drafts of the sparse path pay:
+    then nothing is chosen. Those of a batch go no farther than these drafts: what one row verifies,
+    all of them do.
+    """
+    if len(rows) == 1 and (own := rows[0].looked_up(MAX_PERIOD)):
+        return Choice(Way.DRAFT, len(own) + 1, 1), [own]
+    choice = choose()
+    return choice, [row.looked_up(choice.period) if choice.way is Way.DRAFT else () for row in rows]
 
 
 class Generation:
@@ -170,55 +205,67 @@ class Generation:
         shape = (2, self._request.period) if way is Way.DRAFT else (1, 1)
         return np.stack([row.uniform(*shape) for row in self._live])
 
-    def _choice(self) -> tuple[Way, int, int]:
-        """How to go on, and the next period's K and width."""
+    def _choice(self) -> Choice:
+        """How to go on by the sparse path."""
         request = self._request
         if request.mode not in RULES:
-            return (Way.DENSE if request.mode == Mode.FULL else Way.SPARSE), 1, 1
+            return Choice(Way.DENSE if request.mode == Mode.FULL else Way.SPARSE, 1, 1)
         if self._controller is not None:
-            return Way.DRAFT, *self._controller.choose()
+            return Choice(Way.DRAFT, *self._controller.choose())
         if self._guard is not None:
-            return *self._guard.choose(), request.widths[0]
-        return Way.DRAFT, request.period, request.widths[0]
+            return Choice(*self._guard.choose(), request.widths[0])
+        return Choice(Way.DRAFT, request.period, request.widths[0])
 
     def _period(self) -> None:
-        way, period, width = self._choice()
-        reason = self._guard.reason if self._guard is not None and way is Way.DENSE else None
         rows, sizes, plan = self._live, [1] * len(self._held), self._request.plan
+        (way, period, width), given = next_drafts(rows, self._choice)
+        reason = self._guard.reason if self._guard is not None and way is Way.DENSE else None
         if way is Way.DRAFT:
             # Each row's draft is as long as in a run of its own: a batch changes no row's tokens.
             # Of a row that has ended one token is judged, and not taken.
-            sizes = [1 if row.reason is not None else row.may_commit(period) for row in rows]
+            sizes = [
+                1 if row.reason is not None else len(own) + 1 if own else row.may_commit(period)
+                for row, own in zip(rows, given, strict=True)
+            ]
             plan = replace(plan, period=max(sizes), width=width)
         # On a GPU the clock waits for the device: it is asked only where somebody listens.
         before = {} if self._controller is None else self._recorder.clock.seconds()
         begin = time.perf_counter()
-        done = self._decoder.period(way, plan, sizes, self._noise(way))
+        done = self._decoder.period(way, plan, sizes, self._noise(way), given)
         seconds = time.perf_counter() - begin  # the tokens are on the host
         self._recorder.draft_steps += done.levels
         self._recorder.full_passes += done.full_passes
-        live = self._count(way, done)
-        if self._controller is not None:
+        live = self._count(way, done, given)
+        if self._controller is not None and live:
             self._controller.observe(
                 self._observation(before, plan.period, plan.width, done.levels, live)
             )
-        if self._guard is not None:
+        if self._guard is not None and live:
             self._guard.observe(way, max(sizes), done.levels, live, seconds)
         before_commit = len(rows[0].tokens)
         self._commit([row.tokens for row in done.rows])
         if self._tracer is not None:
-            self._tracer.step(way, plan, done, rows[0].tokens[before_commit:], seconds, reason)
+            taken = rows[0].tokens[before_commit:]
+            self._tracer.step(way, plan, done, taken, seconds, reason, any(given))
 
-    def _count(self, way: Way, done: Period) -> list[tuple[int, int]]:
-        """Counts what was done to live rows; returns their drafted and accepted levels."""
+    def _count(
+        self, way: Way, done: Period, given: Sequence[Sequence[int]]
+    ) -> list[tuple[int, int]]:
+        """Counts what was done to live rows; returns the drafted and accepted levels of those
+        whose drafts the sparse path made.
+        """
         live = []
-        for index, row, did in zip(self._held, self._live, done.rows, strict=True):
-            if row.reason is None:
+        for index, row, did, own in zip(self._held, self._live, done.rows, given, strict=True):
+            if row.reason is not None:
+                continue
+            looked_up = len(own) > 0
+            if not looked_up:
                 live.append((did.drafted, len(did.tokens) - 1))
-                if way is Way.DRAFT:
-                    self._recorder.period(index, did.drafted + 1, len(did.tokens))
-                elif way is Way.DENSE:
-                    self._recorder.dense_step(index)
+            if way is Way.DRAFT:
+                size, advance = did.drafted + 1, len(did.tokens)
+                self._recorder.period(index, size, advance, looked_up=looked_up)
+            elif way is Way.DENSE:
+                self._recorder.dense_step(index)
         return live
 
     def _observation(

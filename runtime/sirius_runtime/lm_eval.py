@@ -33,7 +33,7 @@ from sirius_runtime.tokenizer_guard import guarded
 _LOADING = ("device", "dtype", "backend", "threads")
 _GENERATION = (
     *("threshold", "period", "tree_width", "verify_temperature"),
-    *("confidence", "refresh", "fallback"),
+    *("confidence", "refresh", "fallback", "lookup"),
 )
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

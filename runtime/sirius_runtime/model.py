@@ -199,6 +199,7 @@ class SiriusModel:
         confidence: float | None = None,
         refresh: int | None = None,
         fallback: bool | None = None,
+        lookup: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -272,6 +273,10 @@ class SiriusModel:
         and so do the tokens of modes ``sirius`` and ``sample``; those of ``exact`` do not.
         `GenerationStats.fallback` reports them.
 
+        lookup: n of the n-grams by which drafts are looked up: where a row's last n tokens stand
+        earlier in its text, what followed them there is drafted, without a sparse step (0: never).
+        Default: as for fallback. Of chains, and of back ends that run the entries.
+
         Raises GenerationError for a request that can't be served and ConfigError for an option out
         of range, each naming the limit; the model serves the next call all the same. ArtifactError
         where the mapped file was written to: load the model again.
@@ -295,6 +300,7 @@ class SiriusModel:
             confidence=confidence,
             refresh=refresh,
             fallback=fallback,
+            lookup=lookup,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -374,6 +380,7 @@ class SiriusModel:
             eos=self._eos(eos_token_id),
             stop=self._stop(stop),
             streams=streams,
+            looks_up=self.backend.looks_up,
         )
 
     def check(self) -> None:

@@ -21,7 +21,8 @@ class Plan(Asked):
 
     `confidence` in [0, 1]: the probability below which a row's draft stops (0: never). `observes`:
     verification adds to the statistic of griffin's neurons; `refreshes`: they are selected again at
-    the end.
+    the end. `given` [B, <= K - 1] int64: chains that were looked up, with `NO_TOKEN` after the end
+    of each; a row that has one drafts nothing else. None: no row has.
 
     Raises ConfigError for a value out of its range.
     """
@@ -32,6 +33,7 @@ class Plan(Asked):
     confidence: float = 0.0
     observes: bool = False
     refreshes: bool = False
+    given: Any = None
 
     def __post_init__(self) -> None:
         check_options(self)

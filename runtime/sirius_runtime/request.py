@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sirius_runtime.errors import ConfigError, GenerationError, shown
 from sirius_runtime.logits_options import LogitsOptions, Scoring, check_processors, merged
+from sirius_runtime.lookup import LONGEST
 from sirius_runtime.plan import Limits, Plan
 from sirius_runtime.rules import OPTIONS, RULES, RuleNumbers
 from sirius_runtime.sampling import Sampling
@@ -25,6 +26,8 @@ MAX_NODES = 1024
 AUTO: Literal["auto"] = "auto"
 AUTO_PERIOD = 32  # the longest period that `auto` tries
 AUTO_WIDTHS = (1, 2, 4, 8)
+LOOKUP = 3
+"""The n-gram that a run looks up which says neither period nor width."""
 FALLBACK = True
 """Whether a run that says neither period nor width decodes densely where drafts do not pay."""
 
@@ -71,6 +74,7 @@ class Options:
     confidence: float | None = None
     refresh: int | None = None
     fallback: bool | None = None
+    lookup: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -90,7 +94,8 @@ class Request:
     longest. `seeds` [rows]: None where nothing is drawn. `scoring`: None where logits are not
     processed, and no log-probabilities are asked for. `graphs_serve`: whether the graphs `period`
     and `pick` can serve it: they know the rule, process no logits and give no log-probabilities.
-    `guarded`: whether to decode densely where drafts do not pay.
+    `guarded`: whether to decode densely where drafts do not pay. `lookup`: the n-gram by which
+    drafts are looked up; 0: none are.
     """
 
     mode: str
@@ -106,6 +111,7 @@ class Request:
     scoring: Scoring | None
     graphs_serve: bool
     guarded: bool
+    lookup: int
 
     @property
     def whole_periods(self) -> bool:
@@ -146,9 +152,11 @@ def read_options(
     eos: frozenset[int],
     stop: tuple[str, ...],
     streams: bool = False,
+    looks_up: bool = True,
 ) -> Request:
     """Checks `options` against the program and the back end's limits. streams: whether a
     verification streams weights: then periods are chosen by what it costs, unless said otherwise.
+    looks_up: whether the back end takes drafts that were looked up.
 
     Raises ConfigError, or GenerationError for prompts that have no room, naming the limit.
     """
@@ -173,6 +181,7 @@ def read_options(
     confidence = default.confidence if options.confidence is None else options.confidence
     refresh = _refresh(options, program)
     check_ranges(confidence, refresh)
+    lookup = _lookup(options, mode, widths, looks_up)
     refresh = refresh if mode in RULES else 0  # steps of one path learn nothing of the neurons
     plan = Plan(
         period=period,
@@ -196,7 +205,31 @@ def read_options(
         scoring,
         serve,
         mode in RULES and not adaptive and _first(options.fallback, _guarded(options)),
+        lookup,
     )
+
+
+def _lookup(options: Options, mode: str, widths: tuple[int, ...], looks_up: bool) -> int:
+    """The n-gram by which drafts are looked up."""
+    if mode not in RULES:
+        return 0
+    given = options.lookup
+    if given is None:
+        alone = looks_up and widths == (1,) and options.fallback is not False
+        return LOOKUP if alone and _guarded(options) else 0
+    if not 0 <= given <= LONGEST:
+        raise ConfigError(f"lookup must be in 0..{LONGEST} tokens (0: none), got {given}")
+    if given and max(widths) > 1:
+        raise ConfigError(
+            f"lookup drafts chains, and tree_width is up to {max(widths)}: pass tree_width=1, or "
+            "leave lookup out"
+        )
+    if given and not looks_up:
+        raise ConfigError(
+            "lookup: this back end runs a whole period as one graph or from a recording, which "
+            "drafts by the sparse path alone; use backend eager or inductor, or leave lookup out"
+        )
+    return given
 
 
 def _check_least(options: Options, new_tokens: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from sirius_runtime.spec import SparsitySpec
 
@@ -51,7 +51,9 @@ class GenerationStats:
     `effective_density`: that share per committed token over the periods that `aal` counts and over
     dense steps, dense = 1. `weight_bytes`: bytes of the model's weights, as one dense step reads
     them. `dense_tokens`: made by dense steps;
-    `fallback`: those made because drafts did not pay. None stands for a number that was not
+    `fallback`: those made because drafts did not pay. `looked_up`: drafted tokens that prompt
+    look-up copied, which read no weight, and `looked_up_kept`: those that were accepted; both are
+    among the drafted and accepted tokens of the other counts. None stands for a number that was not
     measured: a generation that ends with its first token, which prefill makes, has no decoding.
     """
 
@@ -71,6 +73,8 @@ class GenerationStats:
     bytes_read: dict[Phase, float]
     dense_tokens: int = 0
     fallback: Fallback | None = None
+    looked_up: int = 0
+    looked_up_kept: int = 0
 
     @property
     def total_seconds(self) -> float:
@@ -99,13 +103,25 @@ class GenerationStats:
         return {phase: value / max(self.tokens, 1) for phase, value in self.seconds.items()}
 
 
-@dataclass(frozen=True)
-class RowSteps:
-    """How a row's tokens were made. `periods`: for each, the tokens that it could have committed,
-    drafted ones and one of the full path, and those that it did. `dense`: tokens of dense steps.
+class PeriodSteps(NamedTuple):
+    """A period of a row: the tokens that it could have committed, drafted ones and one of the full
+    path, and those that it did. `looked_up`: its draft was copied, without a sparse step.
     """
 
-    periods: tuple[tuple[int, int], ...]
+    size: int
+    advance: int
+    looked_up: bool = False
+
+    def reads(self, density: float) -> float:
+        """Of the weights, how often they were read."""
+        return 1.0 if self.looked_up else (self.size - 1) * density + 1.0
+
+
+@dataclass(frozen=True)
+class RowSteps:
+    """How a row's tokens were made. `dense`: tokens of dense steps."""
+
+    periods: tuple[PeriodSteps, ...]
     dense: int
 
 
@@ -188,7 +204,7 @@ class StatsRecorder:
     full_passes: int = 0
     tokens: int = 0
     fallback: Fallback | None = None
-    _periods: list[list[tuple[int, int]]] = field(default_factory=list)
+    _periods: list[list[PeriodSteps]] = field(default_factory=list)
     _dense: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -199,9 +215,9 @@ class StatsRecorder:
         """Notes that a dense step made a token of `row`."""
         self._dense[row] += 1
 
-    def period(self, row: int, size: int, advance: int) -> None:
+    def period(self, row: int, size: int, advance: int, *, looked_up: bool = False) -> None:
         """Notes that a period of `size` - 1 drafted levels committed `advance` tokens of `row`."""
-        self._periods[row].append((size, advance))
+        self._periods[row].append(PeriodSteps(size, advance, looked_up))
 
     @property
     def by_row(self) -> tuple[RowSteps, ...]:
@@ -216,9 +232,10 @@ class StatsRecorder:
         counted = [p for row in self._periods for p in row[:-1]]
         # A generation of one period a row has no other to average over.
         reads = counted or every
-        advance = sum(a for _, a in reads)
-        drafted = sum(size - 1 for size, _ in every)
-        weight_reads = sum((size - 1) * density + 1 for size, _ in reads)
+        advance = sum(p.advance for p in reads)
+        drafted = sum(p.size - 1 for p in every)
+        weight_reads = sum(p.reads(density) for p in reads)
+        copied = [p for p in every if p.looked_up]
         dense = sum(self._dense)
         steps = self.draft_steps + self.full_passes
         effective = None
@@ -231,10 +248,10 @@ class StatsRecorder:
             prompt_tokens=self.prompt_tokens,
             tokens=self.tokens,
             periods=len(every),
-            advances=dict(sorted(Counter(a for _, a in every).items())),
-            aal=sum(a for _, a in counted) / len(counted) if counted else None,
-            corrections=sum(a < size for size, a in every),
-            acceptance_rate=sum(a - 1 for _, a in every) / drafted if drafted else None,
+            advances=dict(sorted(Counter(p.advance for p in every).items())),
+            aal=sum(p.advance for p in counted) / len(counted) if counted else None,
+            corrections=sum(p.advance < p.size for p in every),
+            acceptance_rate=sum(p.advance - 1 for p in every) / drafted if drafted else None,
             density=density,
             effective_density=effective,
             weight_bytes=self.weight_bytes,
@@ -248,4 +265,6 @@ class StatsRecorder:
             },
             dense_tokens=dense,
             fallback=self.fallback,
+            looked_up=sum(p.size - 1 for p in copied),
+            looked_up_kept=sum(p.advance - 1 for p in copied),
         )

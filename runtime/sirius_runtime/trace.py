@@ -110,6 +110,7 @@ class Step:
     nodes, level by level. emitted: what follows the kept tokens; corrects: whether in place of a
     refused one (a tree may hold none after its kept path). advance: tokens committed; tokens: those
     of them that the answer takes, fewer where it ends among them. reason: why a step is dense.
+    looked_up: whether the draft was copied from the text so far, and not the sparse path's.
     """
 
     number: int
@@ -125,6 +126,7 @@ class Step:
     seconds: float
     reason: str | None
     findings: tuple[Finding, ...]
+    looked_up: bool = False
 
     @property
     def kept(self) -> tuple[Drafted, ...]:
@@ -258,11 +260,12 @@ class Tracer:
         taken: Sequence[int],
         seconds: float,
         reason: str | None,
+        looked_up: bool,
     ) -> None:
         """Takes what a period did; `taken`: the answer's tokens of it."""
         assert done.evidence is not None
         if way is Way.DRAFT:
-            draft, emitted, corrects, findings = self._drafted(plan, done, len(taken))
+            draft, emitted, corrects, findings = self._drafted(plan, done, len(taken), looked_up)
         else:
             draft, emitted, corrects, findings = (), self._stepped(plan, done), False, ()
         committed = done.rows[0].tokens
@@ -280,6 +283,7 @@ class Tracer:
             seconds=seconds,
             reason=reason,
             findings=findings,
+            looked_up=looked_up,
         )
         self._steps.append(step)
         self._history += committed
@@ -305,7 +309,7 @@ class Tracer:
         return Emitted(token, self._text(self._history, token), full)
 
     def _drafted(
-        self, plan: Plan, done: Period, taken: int
+        self, plan: Plan, done: Period, taken: int, looked_up: bool
     ) -> tuple[tuple[Drafted, ...], Emitted, bool, tuple[Finding, ...]]:
         evidence, [row] = done.evidence, done.rows
         assert evidence is not None
@@ -314,7 +318,8 @@ class Tracer:
         tree = evidence.draft.tree
         tokens, parents, depths = (t[0].tolist() for t in (tree.tokens, tree.parents, tree.depth))
         path = evidence.verdict.nodes[0].tolist()[: len(row.tokens)]
-        full, sparse = _Full(plan, evidence.logits[0]), _sparse(plan, evidence)
+        full = _Full(plan, evidence.logits[0])
+        sparse = [None] * len(tokens) if looked_up else _sparse(plan, evidence)
 
         def after(node: int, token: int) -> Emitted:
             """A token of the full path after a node."""
@@ -454,6 +459,7 @@ def _settings(request: Request) -> dict[str, Any]:
         "confidence": plan.confidence,
         "refresh": request.refresh,
         "fallback": request.guarded,
+        "lookup": request.lookup,
         "sampling": sampling,
         "seed": None if request.seeds is None else request.seeds[0],
         "processing": None if scoring is None else scoring.processing or None,

@@ -127,6 +127,8 @@ class CudaGraphBackend(InductorBackend):
     the user's code.
     """
 
+    looks_up = False
+
     def __init__(
         self,
         program: ProgramSpec,

@@ -34,6 +34,7 @@ class EagerBackend:
 
     limits: Limits | None = None
     explains = True
+    looks_up = True
     stream_seconds = 0.0
 
     def __init__(

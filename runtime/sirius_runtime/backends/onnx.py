@@ -26,6 +26,7 @@ class OnnxBackend(OnnxGraphs):
     """See `sirius_runtime.decoder.Backend`."""
 
     explains = False
+    looks_up = False
     stream_seconds = 0.0
 
     def open(self, request: Request, rows: int, tokens: int, clock: PhaseClock) -> Decoder:

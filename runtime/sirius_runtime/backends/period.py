@@ -33,6 +33,7 @@ class PeriodBackend(EagerBackend):
     """As `EagerBackend`, but a period is one call of the graph `period`, run node by node."""
 
     explains = False
+    looks_up = False
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from sirius_runtime.cli.command import Command
-from sirius_runtime.cli.options import add_loading, loading_options
+from sirius_runtime.cli.options import add_loading, add_lookup, loading_options
 from sirius_runtime.cli.results import figure
 from sirius_runtime.command_line import (
     new_file_argument,
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from sirius_runtime.evaluation.summary import Interval, Summary
 
 GSM8K, HUMANEVAL, LM_EVAL = "gsm8k", "humaneval", "lm-eval:"
-_GENERATION = ("period", "tree_width", "verify_temperature", "confidence", "refresh", "fallback")
+_GENERATION = (
+    *("period", "tree_width", "verify_temperature", "confidence", "refresh", "fallback", "lookup"),
+)
 _WIDTH = 120  # of a table, at the most
 T = TypeVar("T")
 
@@ -88,6 +90,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decode densely while drafts do not pay, as `sirius run` does (default: measure the "
         "method itself; then no token depends on the clock)",
     )
+    add_lookup(parser)
     parser.add_argument(
         "--no-share-prefix",
         dest="share_prefix",

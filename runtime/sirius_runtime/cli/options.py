@@ -129,6 +129,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
         help="decode densely while drafts do not pay (default: unless --period or --tree-width is "
         "given)",
     )
+    add_lookup(parser)
     parser.add_argument(
         "--temperature", type=real_number, metavar="T", help="of sampling (mode sample)"
     )
@@ -153,7 +154,17 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     )
 
 
-_DRAFTING = ("period", "tree_width", *OPTIONS, "confidence", "refresh", "fallback")
+def add_lookup(parser: argparse.ArgumentParser) -> None:
+    """Whether drafts are looked up."""
+    parser.add_argument(
+        "--lookup",
+        type=whole_number,
+        metavar="N",
+        help="draft what followed the last N tokens where they stood before (0: never)",
+    )
+
+
+_DRAFTING = ("period", "tree_width", *OPTIONS, "confidence", "refresh", "fallback", "lookup")
 """Options that a mode of one path has no use for."""
 
 

@@ -61,6 +61,8 @@ def summary(output: Any) -> str:
             f"AAL {figure(stats.aal, 2)}",
             f"{stats.corrections} corrections",
         ]
+    if stats.looked_up:
+        parts.append(f"{stats.looked_up_kept} of {stats.looked_up} looked-up tokens kept")
     if output.seeds:
         parts.append(f"seed {output.seeds[0]}")
     parts.append(

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from sirius_runtime.cli.command import Command
-from sirius_runtime.cli.options import add_model, model_options
+from sirius_runtime.cli.options import add_lookup, add_model, model_options
 from sirius_runtime.command_line import positive_number, real_number, whole_number
 from sirius_runtime.errors import BackendError, ConfigError
 
@@ -56,6 +56,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode", default="sirius", help="of greedy requests that name none (%(default)s)"
     )
+    add_lookup(parser)
     parser.add_argument(
         "--timeout",
         type=real_number,
@@ -105,6 +106,7 @@ def _run(args: argparse.Namespace) -> None:
         capacity,
         mode=args.mode,
         timeout=args.timeout,
+        lookup=args.lookup,
         api_key=args.api_key or os.environ.get(_KEY) or None,
     )
     serve(served, args.host, args.port)

@@ -128,7 +128,8 @@ class View:
         """A step's lines."""
         what = "dense step"
         if step.way is Way.DRAFT:
-            what = f"drafted {len(step.draft)}, kept {len(step.kept)}, advance {step.advance}"
+            how = "looked up" if step.looked_up else "drafted"
+            what = f"{how} {len(step.draft)}, kept {len(step.kept)}, advance {step.advance}"
         if step.width > 1:
             what = f"{what}, width {step.width}"
         lines = [self._styled(f"{step.number:>4}  {what}  {step.seconds * 1e3:.1f} ms", _DIM)]

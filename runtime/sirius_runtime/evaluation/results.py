@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Self
 
 from sirius_runtime.errors import ConfigError, shown
 from sirius_runtime.new_file import check_target
+from sirius_runtime.stats import PeriodSteps
 
 FORMAT = 1
 Key = tuple[str, str]  # problem, mode
@@ -22,8 +23,7 @@ Key = tuple[str, str]  # problem, mode
 
 @dataclass(frozen=True)
 class Result:
-    """One problem in one mode. `periods`: tokens that each period could have committed, and did;
-    `dense`: tokens that dense steps made.
+    """One problem in one mode. `dense`: tokens that dense steps made.
 
     density: of the sparse path in this batch. seconds: the row's share of its batch's time after
     prefill, by tokens, so that they add up to it.
@@ -37,7 +37,7 @@ class Result:
     text: str
     tokens: int
     finish: str
-    periods: tuple[tuple[int, int], ...]
+    periods: tuple[PeriodSteps, ...]
     dense: int
     density: float
     seconds: float
@@ -126,7 +126,8 @@ def _result(line: Mapping[str, Any]) -> Result:
     known = {field.name for field in fields(Result)}
     if line.keys() != known:
         raise ValueError(f"its fields are not {', '.join(sorted(known))}")
-    return Result(**{**line, "periods": tuple((int(k), int(a)) for k, a in line["periods"])})
+    periods = (PeriodSteps(int(k), int(a), *map(bool, copied)) for k, a, *copied in line["periods"])
+    return Result(**{**line, "periods": tuple(periods)})
 
 
 def _compare(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

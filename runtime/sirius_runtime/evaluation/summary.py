@@ -114,8 +114,8 @@ def _advance(mode: str, results: Sequence[Result], density: float) -> tuple[floa
     counted = [(period, r.density) for r in results for period in r.periods[:-1]] or every
     if not counted:
         return None, 1.0 if mode == Mode.FULL else density
-    advance = sum(advance for (_, advance), _ in counted)
-    reads = sum((size - 1) * d + 1 for (size, _), d in counted)
+    advance = sum(period.advance for period, _ in counted)
+    reads = sum(period.reads(density) for period, density in counted)
     dense = sum(result.dense for result in results)
     return advance / len(counted), (reads + dense) / (advance + dense)
 

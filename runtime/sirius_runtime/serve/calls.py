@@ -37,10 +37,13 @@ _REASONS = {FinishReason.EOS: "stop", FinishReason.STOP: "stop", FinishReason.LE
 
 @dataclass(frozen=True)
 class Defaults:
-    """What requests get unasked: the mode of greedy ones; the longest time of any, in seconds."""
+    """What requests get unasked: the mode of greedy ones; the longest time of any, in seconds; the
+    n-grams by which drafts are looked up.
+    """
 
     mode: str
     timeout: float
+    lookup: int | None = None
 
 
 @dataclass
@@ -239,7 +242,7 @@ def make_call(
             )
         try:
             request = model.request(
-                options_of(asked, defaults.mode, most_logprobs, streams),
+                options_of(asked, defaults, most_logprobs, streams),
                 [len(prompt)] * n,
                 wanted,
                 stop=asked.stop,
@@ -253,7 +256,7 @@ def make_call(
 
 
 def options_of(
-    asked: ChatRequest | CompletionRequest, default_mode: str, most_logprobs: int, streams: bool
+    asked: ChatRequest | CompletionRequest, defaults: Defaults, most_logprobs: int, streams: bool
 ) -> Options:
     """What a request asks of choosing tokens, as options of `generate`.
 
@@ -265,7 +268,7 @@ def options_of(
     temperature = asked.temperature
     mode = asked.mode
     if mode is None:
-        mode = Mode.SAMPLE if temperature else default_mode
+        mode = Mode.SAMPLE if temperature else defaults.mode
     draws = mode in RULES and RULES[mode].draws
     if temperature == 0.0:
         if draws:
@@ -283,6 +286,7 @@ def options_of(
         rule=rule,
         period=asked.period,
         fallback=False if streams else None,
+        lookup=defaults.lookup if asked.lookup is None else asked.lookup,
         temperature=temperature,
         top_p=None if greedy and asked.top_p == 1.0 else asked.top_p,
         top_k=asked.top_k,

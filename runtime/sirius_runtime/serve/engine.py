@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.by_entries import ByEntries
-from sirius_runtime.decoder import Steps, Strategy, Way
+from sirius_runtime.decoder import Steps, Strategy, Way, padded
 from sirius_runtime.entries import PREFILL
 from sirius_runtime.forking import ran_on
-from sirius_runtime.generation import guard_of
+from sirius_runtime.generation import Choice, guard_of, next_drafts
 from sirius_runtime.guard import Guard
 from sirius_runtime.logits_options import TokenLogprobs
 from sirius_runtime.model import SiriusModel
@@ -325,10 +325,21 @@ class Engine:
     def _period(self, answers: list[Answer], asked: list[Asking]) -> None:
         """Goes on with answers in neighbouring rows. On an error nothing has changed."""
         begin, guard = self._order.place[answers[0]], self._guard_of(answers)
-        way, longest = (answers[0].way, self.capacity.period) if guard is None else guard.choose()
-        sizes = [answer.most(longest) for answer in answers]
+
+        def choose() -> Choice:
+            if guard is None:
+                return Choice(answers[0].way, self.capacity.period, 1)
+            return Choice(*guard.choose(), 1)
+
+        (way, longest, _), given = next_drafts([answer.row for answer in answers], choose)
+        sizes = [
+            len(own) + 1 if own else answer.most(longest)
+            for answer, own in zip(answers, given, strict=True)
+        ]
         device = self._pool.state.root.device
         plan = MixedPlan.of(asked, max(sizes), device)
+        if any(given):
+            plan = replace(plan, given=torch.as_tensor(padded(given), device=device))
         refresh = self._refresh if way is Way.DRAFT else 0
         if refresh:
             plan = replace(plan, observes=True)
@@ -343,9 +354,11 @@ class Engine:
         outcome = strategy.period(part, plan, torch.tensor(sizes, device=device), self._clock)
         read = outcome.packed.tolist()  # the one read of device values
         if guard is not None:
-            rows = [(drafted, advance - 1) for *_, advance, drafted in read]
             took = time.perf_counter() - started
-            guard.observe(way, max(sizes), outcome.levels, rows, took)
+            own = zip(read, given, strict=True)
+            rows = [(drafted, advance - 1) for (*_, advance, drafted), copied in own if not copied]
+            if rows:
+                guard.observe(way, max(sizes), outcome.levels, rows, took)
         told = scorer.logprobs() if scorer is not None and _tells(answers[0]) else None
         if refresh:
             self._pool.keep_statistic(begin, part)

@@ -76,8 +76,8 @@ class ResponseFormat(Strict):
 class Asked(Strict):
     """What both kinds of request may ask.
 
-    mode, threshold, period, top_k, min_p: as those of `SiriusModel.generate`. timeout: seconds
-    after which the answer is given up, at the most the server's own.
+    mode, threshold, period, lookup, top_k, min_p: as those of `SiriusModel.generate`. timeout:
+    seconds after which the answer is given up, at the most the server's own.
     """
 
     model: str
@@ -97,6 +97,7 @@ class Asked(Strict):
     mode: str | None = None
     threshold: float | None = None
     period: int | None = Field(None, ge=1)
+    lookup: int | None = Field(None, ge=0)
     top_k: int | None = None
     min_p: float | None = None
     timeout: float | None = Field(None, gt=0)

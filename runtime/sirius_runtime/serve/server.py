@@ -14,7 +14,7 @@ from sirius_runtime.chat import NO_TEMPLATE
 from sirius_runtime.command_line import tell
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.model import SiriusModel
-from sirius_runtime.request import modes
+from sirius_runtime.request import Mode, Options, modes
 from sirius_runtime.serve.app import Served, make_app
 from sirius_runtime.serve.calls import Defaults
 from sirius_runtime.serve.engine import Capacity, Engine
@@ -74,9 +74,11 @@ def make_served(
     mode: str = "sirius",
     timeout: float = 600.0,
     api_key: str | None = None,
+    lookup: int | None = None,
 ) -> Served:
-    """A model, ready to be served. name: what requests call it. mode: of greedy requests that name
-    none. timeout: seconds that a request may take. Raises ConfigError for what can't be served.
+    """A model, ready to be served. name: what requests call it. mode, lookup: of (greedy) requests
+    that name none. timeout: seconds that a request may take. Raises ConfigError for what can't be
+    served.
     """
     longest = model.program.model.max_seq_len
     if model.tokenizer is None:
@@ -100,6 +102,7 @@ def make_served(
     for option in ("rows", "block"):
         if getattr(capacity, option) < 1:
             raise ConfigError(f"{option} must be >= 1, got {getattr(capacity, option)}")
+    model.request(Options(mode=Mode.EXACT, lookup=lookup), [1], 1)  # refuses what none can have
     metrics = Metrics(name)
     try:
         engine = Engine(model, capacity, metrics)
@@ -108,7 +111,7 @@ def make_served(
             f"there is no memory for the K/V of {capacity.rows} rows of {capacity.context} tokens "
             f"({error!s:.200}): lower --max-rows or --context"
         ) from error
-    return Served(model, name, engine, metrics, Defaults(mode, timeout), api_key)
+    return Served(model, name, engine, metrics, Defaults(mode, timeout, lookup), api_key)
 
 
 def serve(
