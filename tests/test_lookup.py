@@ -160,19 +160,18 @@ def test_a_proposal_is_kept_with_its_probability_and_else_left_out() -> None:
 
 
 def test_sampled_tokens_have_the_distribution_of_the_full_path(model: SiriusModel) -> None:
-    """Of whole answers: the token after the first one, which is in the prompt and looked up."""
-    rows, options = 300, {"temperature": 0.15, "max_new_tokens": 2, "period": 2}
+    """Of whole answers: what follows the first token, which is in the prompt and looked up."""
+    rows, options = 300, {"temperature": 0.15, "max_new_tokens": 3, "period": 2}
     batch = [list(range(6, 101))] * rows
     drawn = [
         run(model, batch, seed=list(range(offset, offset + rows)), **options, **more)
         for offset, more in ((0, {"mode": "sample", "lookup": 1}), (9999, {"mode": "full"}))
     ]
-    assert copies(drawn[0]) > 0.9 * rows
-    counts = [
-        torch.tensor([hash(pair) % 7 for pair in output.tokens]).bincount(minlength=7)
-        for output in drawn
-    ]
-    assert p_value(counts[0], counts[1]) > LEVEL
+    assert copies(drawn[0]) > 0.5 * rows
+    cells = torch.tensor([[sum(row[:2]) % 8 for row in output.tokens] for output in drawn])
+    counts = torch.stack([own.bincount(minlength=8) for own in cells])
+    alike = counts.sum(1, keepdim=True) * counts.sum(0)
+    assert p_value(counts, alike) > LEVEL
 
 
 # what it costs
@@ -239,7 +238,7 @@ def test_the_guard_sees_what_the_sparse_path_drafted(
     assert copies(output) > 0
     own = [period for period in output.steps[0].periods if not period.looked_up]
     assert len(seen) == len(own) + output.steps[0].dense
-    assert all(levels > 0 or way is Way.DENSE or size == 1 for way, levels in seen for size in [1])
+    assert [levels for way, levels in seen if way is Way.DRAFT] == [one.size - 1 for one in own]
 
 
 def test_a_trace_knows_what_was_looked_up(model: SiriusModel) -> None:
