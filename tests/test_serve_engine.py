@@ -241,7 +241,11 @@ def test_drafts_that_do_not_pay_are_left_out(
     monkeypatch.setattr("sirius_runtime.request.FALLBACK", True)
     monkeypatch.setattr(Guard, "choose", lambda self: (Way.DENSE, 1))
     model = tiny("llama", "topk").model
-    told = {"guarded": {}, "period": {"period": 4}, "drawn": {"mode": "sample", "seed": 1}}
+    told = {
+        "guarded": {"lookup": 0},
+        "period": {"period": 4},
+        "drawn": {"mode": "sample", "seed": 1},
+    }
     answers = {
         name: answer_of(model, [7, 8, 9], Listener(), fallback=None, **options)
         for name, options in told.items()

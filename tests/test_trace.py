@@ -16,7 +16,7 @@ from sirius_compile.product import Compiled
 from sirius_runtime.by_entries import ByEntries
 from sirius_runtime.decoder import Way
 from sirius_runtime.errors import ConfigError, GenerationError
-from sirius_runtime.guard import Guard
+from sirius_runtime.guard import Costs, Guard
 from sirius_runtime.kv_check import TOLERANCES, CacheCheck
 from sirius_runtime.model import GenerationOutput, SiriusModel, Trace, Tracing
 from sirius_runtime.tensor_state import TensorState
@@ -197,8 +197,8 @@ def test_dense_steps_have_their_reason(tiny: TinyModels, monkeypatch: pytest.Mon
 
 
 def test_the_guard_says_why() -> None:
-    assert Guard(1, 0.5).reason.startswith("the period is 1")
-    guard = Guard(16, 0.5)
+    assert Guard(1, Costs(0.5)).reason.startswith("the period is 1")
+    guard = Guard(16, Costs(0.5))
     while guard.choose()[0] is Way.DRAFT:
         _, size = guard.choose()
         guard.observe(Way.DRAFT, size, size - 1, [(size - 1, 0)], 1.0)
