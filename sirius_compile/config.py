@@ -175,10 +175,12 @@ class CompileConfig(RuleOptions):
             )
         if bits not in (None, 4, 8):
             raise ConfigError(f"--draft-bits must be 4 or 8, got {bits}")
-        if self.weights == Weights.INT8 and Graphs(self.graphs).for_onnx:
+        method = Method(self.sparsity)
+        if self.weights == Weights.INT8 and Graphs(self.graphs).for_onnx and method.per_prompt:
             raise ConfigError(
-                f"--weights int8 has no ONNX form yet, got --graphs {self.graphs}: use --graphs "
-                "torch or entries, or leave --weights out"
+                f"--weights int8 with --sparsity {method} has no ONNX form, got --graphs "
+                f"{self.graphs}: use --graphs torch or entries, another --sparsity, or leave "
+                "--weights out"
             )
 
     @property

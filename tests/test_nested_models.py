@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from sirius_compile import CompileConfig, compile_model
-from sirius_compile.onnx.add import add_onnx
 from sirius_compile.product import Compiled
 from sirius_runtime.artifact import Artifact
-from sirius_runtime.errors import ArtifactError, BackendError, ConfigError, UnsupportedModelError
+from sirius_runtime.errors import ArtifactError, BackendError, ConfigError
 from sirius_runtime.loading import load, make_backend
 from sirius_runtime.manifest_check import check_program
 from sirius_runtime.model import SiriusModel
@@ -274,8 +273,6 @@ def test_a_density_counts_the_bits(nested: Callable[..., Nested]) -> None:
         ({"draft_bits": 4}, "--draft-bits 4 is of nested weights: add --weights int8"),
         ({"weights": "int8", "draft_bits": 5}, "--draft-bits must be 4 or 8, got 5"),
         ({"weights": "int4"}, "--weights must be one of dtype, int8, got 'int4'"),
-        ({"weights": "int8", "graphs": "onnx"}, "has no ONNX form yet, got --graphs onnx"),
-        ({"weights": "int8", "graphs": "both"}, "has no ONNX form yet, got --graphs both"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, object], says: str) -> None:
@@ -301,14 +298,6 @@ def test_devices_that_read_no_nested_weights_say_so(nested: Callable[..., Nested
             dtype=torch.float32,
             device=torch.device("meta"),
         )
-
-
-def test_onnx_says_so_whoever_asks(nested: Callable[..., Nested], tmp_path: Path) -> None:
-    path = nested("llama", "topk").compiled.save(tmp_path / "nested.sirius")
-    with pytest.raises(UnsupportedModelError, match=r"nested weights .* have no ONNX form yet"):
-        add_onnx(path, tmp_path / "with-onnx.sirius", dtype="float32")
-    with pytest.raises(BackendError, match=r"nested weights .* have no ONNX form yet"):
-        load(path, backend="onnxruntime")
 
 
 def test_the_manifest_of_a_nested_weight_that_is_none_is_refused(

@@ -233,7 +233,10 @@ def compile_lines() -> Iterator[Line]:
         (("--sparsity", "none", "--dense-layers", "0"), "--dense-layers applies to a sparse path"),
         (("--sparsity", "none", "--calibration", "x.txt"), "--calibration sets thresholds"),
         (("--draft-bits", "4"), "--draft-bits 4 is of nested weights: add --weights int8"),
-        (("--weights", "int8", "--graphs", "onnx"), "--weights int8 has no ONNX form yet"),
+        (
+            ("--weights", "int8", "--graphs", "onnx", "--sparsity", "griffin"),
+            "--weights int8 with --sparsity griffin has no ONNX form",
+        ),
         (("--nope",), "--nope"),
         (("more",), "more"),
         (("--force=yes",), "--force"),

@@ -10,13 +10,19 @@ from any language, maps the weights from there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sirius_runtime.artifact import Artifact
+import numpy as np
+from numpy.typing import NDArray
+
+from sirius_runtime.artifact import Artifact, Slot
 from sirius_runtime.errors import ArtifactError, BackendError, ConfigError
 from sirius_runtime.new_file import NewFile, write_file
+from sirius_runtime.onnx_nested import part_of, parts
 from sirius_runtime.safetensors_file import header_of, in_order, size_of
 from sirius_runtime.spec import (
     DType,
@@ -92,18 +98,47 @@ def expert_name(weight: str, index: int) -> str:
     return f"{weight}[{index}]"
 
 
-def places(specs: Sequence[WeightSpec]) -> dict[str, Place]:
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of `WEIGHTS_FILE`: a weight, or a part of a nested one (see `onnx_nested`)."""
+
+    spec: WeightSpec
+    weight: WeightSpec
+    part: str | None
+
+    def names(self) -> Iterator[str]:
+        """Of what graphs read of it: all, and each expert's."""
+        yield self.spec.name
+        if self.weight.of_experts:
+            for index in range(self.spec.shape[0]):
+                yield expert_name(self.spec.name, index)
+
+
+def stored(program: ProgramSpec) -> list[Stored]:
+    """What the weights' file holds, in its order."""
+    found = {}
+    for weight in program.weights:
+        if weight.nested is None:
+            found[weight.name] = Stored(weight, weight, None)
+            continue
+        for part, spec in parts(program, weight):
+            found[spec.name] = Stored(spec, weight, part)
+    return [found[spec.name] for spec in in_order([own.spec for own in found.values()])]
+
+
+def places(program: ProgramSpec) -> dict[str, Place]:
     """The place of each weight, and of each expert's matrix of one, in the weights' file: the same
     whenever that is written."""
-    ordered = in_order(specs)
-    found, offset = {}, len(header_of(ordered))
-    for spec in ordered:
-        found[spec.name] = Place(offset, size_of(spec))
-        if len(spec.shape) == 3:
-            part = size_of(spec) // spec.shape[0]
-            for index in range(spec.shape[0]):
-                found[expert_name(spec.name, index)] = Place(offset + index * part, part)
-        offset += size_of(spec)
+    ordered = stored(program)
+    found, offset = {}, len(header_of([own.spec for own in ordered]))
+    for own in ordered:
+        size = size_of(own.spec)
+        whole, *experts = own.names()
+        found[whole] = Place(offset, size)
+        for index, name in enumerate(experts):
+            each = size // len(experts)
+            found[name] = Place(offset + index * each, each)
+        offset += size
     return found
 
 
@@ -119,11 +154,6 @@ def gathered_bytes(program: ProgramSpec) -> int:
 
 def read_program(artifact: Artifact) -> OnnxProgram:
     """Raises BackendError, naming what adds them, where the artifact has no ONNX graphs."""
-    if artifact.program.nested:
-        raise BackendError(
-            f"{artifact.path} holds nested weights (--weights int8), which have no ONNX form yet: "
-            "use backend eager or period, or compile without --weights int8"
-        )
     if not artifact.names(PROGRAM):
         # ONNX Runtime has no bfloat16 on CPUs: graphs are added in another dtype.
         other = artifact.program.model.dtype is DType.BFLOAT16
@@ -157,7 +187,7 @@ def _check_program(found: OnnxProgram, artifact: Artifact) -> None:
     if missing := sorted(needed - found.graphs.keys()):
         raise ArtifactError(f"{PROGRAM}: there is no graph {', '.join(missing)}")
     names = set(artifact.names(FOLDER))
-    weights = places(program.weights).keys()
+    weights = places(program).keys()
     for name, graph in found.graphs.items():
         if graph_file(name) not in names:
             raise ArtifactError(f"{PROGRAM}: there is no entry {graph_file(name)!r}")
@@ -195,15 +225,25 @@ def export_onnx(path: str | Path, folder: str | Path, *, force: bool = False) ->
 def _write_weights(artifact: Artifact, path: Path) -> None:
     """The artifact's weights as one safetensors file, in the order of `places`."""
     buffer, slots = artifact.weight_slots()
-    ordered = in_order(artifact.program.weights)
+    ordered = stored(artifact.program)
     with NewFile(path) as new:
-        new.file.write(header_of(ordered))
+        new.file.write(header_of([own.spec for own in ordered]))
         view = memoryview(buffer)
-        for spec in ordered:
-            slot = slots[spec.name]
+        for own in ordered:
+            slot = slots[own.weight.name]
+            if own.part is not None:
+                new.file.write(part_of(own.weight, array_of(buffer, slot), own.part).tobytes())
+                continue
             for start in range(slot.start, slot.end, _CHUNK_BYTES):
                 new.file.write(view[start : min(start + _CHUNK_BYTES, slot.end)])
         new.finish()
+
+
+def array_of(buffer: mmap.mmap, slot: Slot) -> NDArray[np.generic]:
+    """A weight where it is mapped; bfloat16, which NumPy lacks, as its bits."""
+    kind = slot.dtype.name
+    dtype = np.int16 if kind == "bfloat16" else np.dtype(kind)
+    return np.frombuffer(buffer, dtype, math.prod(slot.shape), slot.start).reshape(slot.shape)
 
 
 @contextlib.contextmanager

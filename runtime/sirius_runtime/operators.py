@@ -138,6 +138,7 @@ _ROWS = (
         dense=None,
         cpu=cpu_linear.linear,
         cuda="linear",
+        onnx="nested",
         rule=linear.linear_rule,
     ),
     Operator(
@@ -156,6 +157,7 @@ _ROWS = (
         shares_choice=False,
         dense=None,
         cpu=cpu_linear.embedding,
+        onnx="nested",
         rule=linear.embedding_rule,
     ),
     Operator(

@@ -18,6 +18,7 @@ from onnx import helper
 
 from sirius_compile.onnx import emit as e
 from sirius_compile.onnx.aten import ATEN
+from sirius_compile.onnx.nested import DOMAIN, Nested, function
 from sirius_compile.onnx.scope import Kept, Scope, Value, value_info
 from sirius_runtime.errors import UnsupportedModelError
 from sirius_runtime.operators import OPERATORS
@@ -68,13 +69,15 @@ class Lowering:
         inputs = {i.name: i for i in spec.inputs}
         weights = {w.name: w for w in self.program.weights}
 
-        def bound(record: JSON) -> Value:
+        def bound(record: JSON) -> Value | Nested:
             name = record["bound"]
             if record["op"] == "input":
                 i = inputs[name]
                 shape = [extents.get(str(letter), letter) for letter in i.shape]
                 return root.input(name, self._dtype(i.dtype), shape)
             w = weights[name]
+            if w.nested is not None:
+                return Nested.of(w)
             return root.weight(name, self.dtype if w.retype else w.dtype, w.shape)
 
         values = self._run(root, document, bound)
@@ -156,6 +159,8 @@ class Lowering:
         if namespace == "sirius":
             return _sirius(scope, rest.partition(".")[0], args, kwargs)
         kwargs = {k: v for k, v in kwargs.items() if not (k == "device" and v is None)}
+        if rest == "slice.Tensor" and isinstance(args[0], Nested):
+            return _applied(lambda _, *a: args[0].sliced(*a[1:]), target, scope, args, kwargs)
         if rest not in ATEN:
             raise UnsupportedModelError(_no_translation(target))
         return _applied(ATEN[rest], target, scope, args, kwargs)
@@ -218,13 +223,24 @@ class Lowering:
 
 
 def make_model(graph: onnx.GraphProto) -> onnx.ModelProto:
-    """A model of one graph, of the opset that all lowered graphs have."""
+    """A model of one graph, of the opset that all lowered graphs have; with the function that
+    products with nested weights call, if there are any.
+    """
+    functions = [function()] if any(n.domain == DOMAIN for n in every_node(graph)) else []
+    opsets = [("", OPSET), *((own.domain, 1) for own in functions)]
     return helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", OPSET)],
+        opset_imports=[helper.make_opsetid(*opset) for opset in opsets],
         ir_version=IR_VERSION,
         producer_name="sirius-compile",
+        functions=functions,
     )
+
+
+def every_node(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The nodes of a graph and of its subgraphs."""
+    inner = [a.g for node in graph.node for a in node.attribute if a.type == a.GRAPH]
+    return [*graph.node, *(node for g in inner for node in every_node(g))]
 
 
 def _sirius(scope: Scope, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:

@@ -2,9 +2,9 @@
 
 `griffin` reads only the kept neurons: their weights are inputs of the graph, gathered once a prompt
 by the graph `select`. `topk`, `cats` and `teal` gather each token's rows if few are kept; otherwise
-they compute all and mask, as the references do. Gathering reads and writes the rows that the
-product then reads again, so at a kept share of 0.5 it costs more than the full product (measured by
-`benchmarks/onnx_formulations.py`).
+they compute all and mask, as the references do, and so they do with nested weights. Gathering reads
+and writes the rows that the product then reads again, so at a kept share of 0.5 it costs more than
+the full product (measured by `benchmarks/onnx_formulations.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 
 from sirius_compile.onnx import emit as e
+from sirius_compile.onnx import nested
+from sirius_compile.onnx.nested import Nested
 from sirius_compile.onnx.scope import Extent, Kept, Scope, Value, View
 from sirius_runtime.errors import UnsupportedModelError
 from sirius_runtime.ops.operands import Mlp, grouped
@@ -83,9 +85,8 @@ def topk_mlp(s: Scope, x: Value, mlp: Mlp[Value], keep: int) -> Value:
     g = _gate(s, x, mlp)
     score = e.reduced(s, "ReduceSum", s.op("Abs", g, shape=g.shape), [1], True)
     _, index = topk(s, score, keep)
-    if keep <= NEURONS_GATHERED_BELOW * (
-        score.shape[-1] if isinstance(score.shape[-1], int) else 0
-    ):
+    neurons = score.shape[-1] if isinstance(score.shape[-1], int) else 0
+    if keep <= NEURONS_GATHERED_BELOW * neurons and isinstance(mlp.down, Value):
         z = _times_rows(s, e.take(s, g, _for_each_token(s, index, g), -1), x, mlp, index)
         y = e.matmul(s, z, _rows_of(s, mlp.down, index))
         return _plus(s, y, mlp.down_bias)
@@ -211,7 +212,7 @@ def _input(s: Scope, kept: Kept) -> Value:
 def sparse_linear(
     s: Scope,
     x: Value,
-    weight: Value,
+    weight: Value | Nested,
     bias: Value | None,
     threshold: float,
 ) -> tuple[Value, Value]:
@@ -219,6 +220,8 @@ def sparse_linear(
     score = e.reduced(s, "ReduceMean", size, [1], True)
     kept = e.elementwise(s, "Greater", score, threshold, result="bool")
     x = e.elementwise(s, "Mul", x, kept)
+    if isinstance(weight, Nested):
+        return nested.product(s, x, weight, bias), _count(s, kept)
     if _is_rows(weight) and _gathers(s, weight, CHANNELS_GATHERED_BELOW):
         index = _used(s, kept)
         y = e.matmul(s, e.gather(s, x, index, -1), _rows_of(s, weight, index))
@@ -243,16 +246,22 @@ def topk(s: Scope, x: Value, count: int, *, largest: bool = True) -> tuple[Value
 
 
 def _gate(s: Scope, x: Value, mlp: Mlp[Value]) -> Value:
-    return activation(s, e.linear(s, x, mlp.gate, mlp.gate_bias), mlp.act)
+    return activation(s, _linear(s, x, mlp.gate, mlp.gate_bias), mlp.act)
 
 
 def _times_up(s: Scope, g: Value, x: Value, mlp: Mlp[Value]) -> Value:
     if mlp.up is None:
         return g
-    return e.elementwise(s, "Mul", g, e.linear(s, x, mlp.up, mlp.up_bias))
+    return e.elementwise(s, "Mul", g, _linear(s, x, mlp.up, mlp.up_bias))
+
+
+def _linear(s: Scope, x: Value, weight: Value | Nested, bias: Value | None) -> Value:
+    return (nested.product if isinstance(weight, Nested) else e.linear)(s, x, weight, bias)
 
 
 def _down(s: Scope, z: Value, mlp: Mlp[Value]) -> Value:
+    if isinstance(mlp.down, Nested):
+        return nested.product(s, z, mlp.down, mlp.down_bias)
     return _plus(s, e.flat_matmul(s, z, mlp.down), mlp.down_bias)
 
 
@@ -262,7 +271,7 @@ def _plus(s: Scope, y: Value, bias: Value | None) -> Value:
 
 def _gathers(s: Scope, weight: Value, below: float) -> bool:
     """Whether a threshold keeps so little of a weight that it is gathered."""
-    view = weight.view
+    view = None if isinstance(weight, Nested) else weight.view
     return view is not None and kept_share(s.root.sites, view.weight.name) <= below
 
 

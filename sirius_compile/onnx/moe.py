@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from sirius_compile.onnx import emit as e
 from sirius_compile.onnx.mlp import activation, topk
+from sirius_compile.onnx.nested import Nested, expert_product
 from sirius_compile.onnx.scope import Scope, Value
 from sirius_runtime.ops.moe import CLAMPED_SWIGLU
 from sirius_runtime.ops.operands import Mlp, grouped
@@ -77,7 +78,8 @@ class Routes:
 
     def __init__(self, s: Scope, experts: Value, weights: Value, gate: Value) -> None:
         """experts, weights [N, k]; `gate` [E, I, C] gives the number of experts."""
-        count, k = gate.shape[0], experts.shape[1]
+        count = gate.experts if isinstance(gate, Nested) else gate.shape[0]
+        k = experts.shape[1]
         assert isinstance(count, int)
         assert isinstance(k, int)
         self.s, self.k, self.count = s, k, count
@@ -113,7 +115,10 @@ class Routes:
         def product(part: Value, own: Value) -> Value:
             return s.op("Gemm", part, own, shape=(None, own.shape[0]), transB=1)
 
-        y = _part_of(s, self._products(x, _whole(weight), product), weight)
+        if isinstance(weight, Nested):
+            y = self._nested(x, weight)
+        else:
+            y = _part_of(s, self._products(x, _whole(weight), product), weight)
         if bias is None:
             return y
         own = e.gather(s, _whole(bias), self._experts, 0)
@@ -121,18 +126,35 @@ class Routes:
 
     def down(self, z: Value, weight: Value, bias: Value | None) -> Value:
         """Each pair's z [P, I] by its expert's weight [E, I, C], with bias [E, C]: [P, C]."""
-        s, whole = self.s, _whole(weight)
+        s = self.s
+        if isinstance(weight, Nested):
+            y = self._nested(z, weight)
+            return y if bias is None else self._plus_bias(y, bias)
+        whole = _whole(weight)
         if whole.name != weight.name:
             raise NotImplementedError(f"{weight.name} is only a part of a stored tensor")
         y = self._products(z, whole, lambda part, own: e.matmul(s, part, own))
-        if bias is None:
-            return y
-        return e.elementwise(s, "Add", y, e.gather(s, bias, self._experts, 0))
+        return y if bias is None else self._plus_bias(y, bias)
+
+    def _plus_bias(self, y: Value, bias: Value) -> Value:
+        """Adds each pair's row of the bias [E, C] of its expert."""
+        return e.elementwise(self.s, "Add", y, e.gather(self.s, bias, self._experts, 0))
+
+    def _nested(self, x: Value, weight: Nested) -> Value:
+        """Each pair's x [P, C] by its expert's nested matrix: [P, O]."""
+        s = self.s
+        parts = self._parts(e.cast(s, x, "float32"))
+        products = [expert_product(s, part, weight, i) for i, part in enumerate(parts)]
+        y = e.cast(s, e.concat(s, products, 0), x.dtype)
+        return e.cut(s, y, -1, weight.start, weight.end, weight.step)
+
+    def _parts(self, x: Value) -> tuple[Value, ...]:
+        """The rows [P, …] of each expert."""
+        outputs = [(x.dtype, (None, x.shape[1]))] * self.count
+        return self.s.ops("Split", x, self._rows, outputs=outputs, axis=0)
 
     def _products(self, x: Value, weight: Value, product: Callable[[Value, Value], Value]) -> Value:
-        s = self.s
-        outputs = [(x.dtype, (None, x.shape[1]))] * self.count
-        parts = s.ops("Split", x, self._rows, outputs=outputs, axis=0)
+        s, parts = self.s, self._parts(x)
         own = [s.root.expert(weight, index) for index in range(self.count)]
         return e.concat(s, [product(p, w) for p, w in zip(parts, own, strict=True)], 0)
 

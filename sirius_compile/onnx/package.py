@@ -13,8 +13,9 @@ from collections.abc import Callable
 import onnx
 
 from sirius_compile.onnx.helpers import PICK, WRITE, pick, select, write
-from sirius_compile.onnx.lower import IR_VERSION, OPSET, Lowering
+from sirius_compile.onnx.lower import IR_VERSION, OPSET, Lowering, every_node
 from sirius_compile.onnx.mlp import CHANNELS_GATHERED_BELOW, NEURONS_GATHERED_BELOW, kept_share
+from sirius_compile.onnx.nested import OPERATOR
 from sirius_runtime.errors import ConfigError, UnsupportedModelError
 from sirius_runtime.onnx_files import (
     PROGRAM,
@@ -30,7 +31,7 @@ from sirius_runtime.spec import JSON, DType, Method, ProgramSpec, to_json
 
 DTYPES = (DType.FLOAT32, DType.FLOAT16)
 """Dtypes that ONNX Runtime supports everywhere; its CPU kernels have no bfloat16."""
-_STREAMING = {"Gemm", "MatMul", "Gather"}
+_STREAMING = {"Gemm", "MatMul", "Gather", OPERATOR}
 """Operators that read a stored weight in place; weights of others are folded into constants."""
 
 
@@ -56,11 +57,17 @@ def onnx_summary(program: ProgramSpec) -> str:
             "sparse steps read only those"
         )
     method, sites = program.sparsity.method, program.sparsity.sites
+    if program.nested:
+        bits = program.sparsity.draft_bits
+        text = f"{text}; nested weights by {OPERATOR}, of which drafts read {bits} bits"
+        if method in (Method.NONE, Method.EXPERTS):
+            return text
+        return f"{text}; {method} masks what it skips, which saves no time"
     if method is Method.NONE:
         return text
     if not method.for_dense_models:
         return f"{text}; a sparse step reads only the experts that it keeps"
-    if any(len(weight.shape) == 3 for weight in program.weights):  # of experts
+    if any(weight.of_experts for weight in program.weights):
         return f"{text}; a step reads all neurons of its tokens' experts: {method} saves no time"
     channels, varies = method.skips_channels, method.has_thresholds
     below = CHANNELS_GATHERED_BELOW if channels else NEURONS_GATHERED_BELOW
@@ -72,6 +79,17 @@ def onnx_summary(program: ProgramSpec) -> str:
         f"{text}; at {few} of {len(sites)} sites a sparse step gathers the {what} that it keeps, "
         "which saves time; at the others it computes everything and masks"
     )
+
+
+def check_nested(nested: bool, method: Method) -> None:
+    """Raises UnsupportedModelError for nested weights of which a prompt's neurons would have to be
+    gathered: the rows of down are cut into groups of 32 neurons, which share scales.
+    """
+    if nested and method.per_prompt:
+        raise UnsupportedModelError(
+            f"--sparsity {method} has no ONNX form with nested weights (--weights int8): use "
+            "--sparsity topk, cats, teal, experts or none, or compile without --weights int8"
+        )
 
 
 def _check_dtype(dtype: DType | str) -> None:
@@ -89,10 +107,7 @@ def onnx_files(program: ProgramSpec, document: Callable[[str], JSON]) -> dict[st
     translation and for nested weights.
     """
     _check_dtype(program.model.dtype)
-    if program.nested:
-        raise UnsupportedModelError(
-            "nested weights (--weights int8) have no ONNX form yet: compile without --weights int8"
-        )
+    check_nested(program.nested, program.sparsity.method)
     dtype = str(program.model.dtype)
     lowered = {e.name: Lowering(program, dtype).entry(e, document(e.name)) for e in program.entries}
     models = {name: entry.model for name, entry in lowered.items()}
@@ -102,7 +117,7 @@ def onnx_files(program: ProgramSpec, document: Callable[[str], JSON]) -> dict[st
     if kept:
         models[SELECT] = select(program, kept, dtype)
     models |= {PICK: pick(program, dtype), WRITE: write(program, dtype)}
-    where = places(program.weights)
+    where = places(program)
     graphs = {name: _bind(model, where) for name, model in models.items()}
     summary = OnnxProgram(
         opset=OPSET,
@@ -136,9 +151,3 @@ def _bind(model: onnx.ModelProto, where: dict[str, Place]) -> GraphSpec:
             streams = len(tensor.dims) > 1 and readers[tensor.name] <= _STREAMING
             (in_place if streams else folded).append(tensor.name)
     return GraphSpec(tuple(in_place), tuple(folded))
-
-
-def every_node(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes of a graph and of its subgraphs."""
-    inner = [a.g for node in graph.node for a in node.attribute if a.type == a.GRAPH]
-    return [*graph.node, *(node for g in inner for node in every_node(g))]

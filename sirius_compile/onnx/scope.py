@@ -2,7 +2,8 @@
 
 A node is put in the outermost scope that has its inputs, so that loop-invariant values are computed
 once, before the Loop. Nodes are not moved out of a branch of If, which may never run. Equal nodes
-of a scope are merged.
+of a scope are merged. What is `within` a scope is not shared with others, as for a kernel that
+packs its weights: ONNX Runtime tells it what is constant in its own graph alone.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ TYPES: dict[str, int] = {
     "float64": TensorProto.DOUBLE,
     "int64": TensorProto.INT64,
     "int32": TensorProto.INT32,
+    "uint8": TensorProto.UINT8,
     "bool": TensorProto.BOOL,
 }
 """ONNX's numbers for the dtypes of lowered graphs."""
@@ -185,13 +187,17 @@ class Scope:
         *inputs: Value | None,
         shape: Sequence[Extent],
         dtype: str | None = None,
+        within: bool = False,
         **attributes: Any,
     ) -> Value:
-        """Adds a node of one output. `dtype`: by default its first input's."""
+        """Adds a node of one output. `dtype`: by default its first input's. `within`: in this scope
+        itself.
+        """
         if dtype is None:
             assert inputs[0] is not None
             dtype = inputs[0].dtype
-        (value,) = self.ops(kind, *inputs, outputs=[(dtype, tuple(shape))], **attributes)
+        outputs = [(dtype, tuple(shape))]
+        (value,) = self.ops(kind, *inputs, outputs=outputs, within=within, **attributes)
         return value
 
     def ops(
@@ -199,11 +205,12 @@ class Scope:
         kind: str,
         *inputs: Value | None,
         outputs: Sequence[tuple[str, Shape]],
+        within: bool = False,
         **attributes: Any,
     ) -> tuple[Value, ...]:
         """Adds a node of several `outputs` (dtype, shape), or returns those of an equal node."""
         home = self
-        while home.parent is not None and home._repeats:
+        while home.parent is not None and home._repeats and not within:
             if any(v is not None and v.scope.depth >= home.depth for v in inputs):
                 break
             home = home.parent
@@ -217,7 +224,7 @@ class Scope:
         while found is not None:
             if key in found._made:
                 return found._made[key]
-            found = found.parent
+            found = None if within else found.parent
         names = [self.new_name(kind) for _ in outputs]
         while inputs and inputs[-1] is None:  # trailing optional inputs are left out
             inputs = inputs[:-1]

@@ -49,8 +49,9 @@ class Pair:
 class Pairs:
     """Makes a `Pair`, once for each set of arguments."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, **options: Any) -> None:
+        """options: of every CompileConfig."""
+        self._folder, self._options = folder, options
         self._words = write_calibration(folder / "words.txt")
         self._problems = folder / "problems.txt"
         solved = islice(problems(Task.REASONING, "train", seed=1), 12)
@@ -79,6 +80,7 @@ class Pairs:
                 dtype=dtype,
                 graphs="both",
                 calibration=self._problems if model_type == "tally-3m" else self._words,
+                **self._options,
             )
             tokenizer = None if isinstance(model, str) else word_tokenizer()
             compiled = compile_model(model, options, tokenizer=tokenizer)

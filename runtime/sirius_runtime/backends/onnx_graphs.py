@@ -9,7 +9,6 @@ graph holds its own copy of the weights that it reads, as every ONNX Runtime ses
 from __future__ import annotations
 
 import ctypes
-import math
 import mmap
 import os
 import tempfile
@@ -22,8 +21,17 @@ import numpy as np
 
 from sirius_runtime.artifact import Artifact, Slot
 from sirius_runtime.errors import ArtifactError, BackendError
-from sirius_runtime.onnx_files import SELECT, WEIGHTS_FILE, expert_name, graph_file, read_program
+from sirius_runtime.onnx_files import (
+    SELECT,
+    WEIGHTS_FILE,
+    array_of,
+    graph_file,
+    read_program,
+    stored,
+)
+from sirius_runtime.onnx_nested import part_of
 from sirius_runtime.plan import Limits
+from sirius_runtime.spec import ProgramSpec
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _BFLOAT16 = 16  # ONNX's number of the one stored dtype that NumPy lacks
@@ -76,7 +84,7 @@ class OnnxGraphs:
         self.itemsize = self.dtype.itemsize
         self.kept = self._onnx.kept
         self._graphs = {name: artifact.read_bytes(graph_file(name)) for name in self._onnx.graphs}
-        self._weights = _values(self._ort, *artifact.weight_slots())
+        self._weights = _values(self._ort, self.program, *artifact.weight_slots())
         self.threads = threads or os.cpu_count() or 1  # at the most
         self._threads = threads or 0  # 0: as many as ONNX Runtime thinks best
         self._opened: dict[str, Graph] = {}
@@ -130,8 +138,10 @@ class OnnxGraphs:
     def _session(self, graph: str, providers: Sequence[str], *, quiet: bool = False) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
-        # A packed weight is a second copy, and every graph would have its own.
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        # A packed weight is a second copy, and every graph would have its own. But of nested ones
+        # the kernels take no others.
+        if not self.program.nested:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         # A user can't act on any warning of its optimiser.
         options.log_severity_level = 4 if quiet else 3
         # Runs once a prompt: an arena would keep its temporary memory allocated.
@@ -229,22 +239,25 @@ def _remedy(provider: str) -> str:
     return "install the build of onnxruntime that has it"
 
 
-def _values(ort: Any, buffer: mmap.mmap, slots: Mapping[str, Slot]) -> dict[str, Any]:
+def _values(
+    ort: Any, program: ProgramSpec, buffer: mmap.mmap, slots: Mapping[str, Slot]
+) -> dict[str, Any]:
     """Each weight, and each expert's matrix of one, as an `OrtValue` over the mapped file: no byte
-    is read or copied here."""
+    is read or copied here, but of nested weights, whose bytes have another order.
+    """
 
-    def value(array: np.ndarray, slot: Slot) -> Any:
-        if slot.dtype.name == "bfloat16":
+    def value(array: np.ndarray, dtype: str) -> Any:
+        if dtype == "bfloat16":
             return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
         return ort.OrtValue.ortvalue_from_numpy(array)
 
     values = {}
-    for name, slot in slots.items():
-        count, kind = math.prod(slot.shape), slot.dtype.name
-        stored = np.int16 if kind == "bfloat16" else np.dtype(kind)
-        array = np.frombuffer(buffer, stored, count, slot.start).reshape(slot.shape)
-        values[name] = value(array, slot)
-        if array.ndim == 3:
-            for index, matrix in enumerate(array):
-                values[expert_name(name, index)] = value(matrix, slot)
+    for own in stored(program):
+        array: Any = array_of(buffer, slots[own.weight.name])
+        if own.part is not None:
+            array = part_of(own.weight, array, own.part)
+        whole, *experts = own.names()
+        values[whole] = value(array, own.spec.dtype)
+        for name, matrix in zip(experts, array, strict=bool(experts)):
+            values[name] = value(matrix, own.spec.dtype)
     return values
