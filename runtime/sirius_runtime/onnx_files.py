@@ -232,7 +232,8 @@ def _write_weights(artifact: Artifact, path: Path) -> None:
         for own in ordered:
             slot = slots[own.weight.name]
             if own.part is not None:
-                new.file.write(part_of(own.weight, array_of(buffer, slot), own.part).tobytes())
+                planes = array_of(buffer, slot).view(np.uint8)
+                new.file.write(part_of(own.weight, planes, own.part).tobytes())
                 continue
             for start in range(slot.start, slot.end, _CHUNK_BYTES):
                 new.file.write(view[start : min(start + _CHUNK_BYTES, slot.end)])

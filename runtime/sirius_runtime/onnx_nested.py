@@ -5,8 +5,8 @@ Of a weight of O outputs and C inputs, stored once (docs/onnx.md):
     NAME.high, NAME.low            uint8 [O, C / 32, 16]   nibbles, an even input's in the low half
     NAME.scale, NAME.draft_scale   float16 [O, C / 32]     s, and s' where drafts read 4 bits
 
-Of the experts of a mixture, [E, …]. The bytes of `sirius_runtime.nested` are these in another order;
-artifacts hold those, and what is exported or loaded for ONNX Runtime is made from them.
+Of the experts of a mixture, [E, …]. The bytes of `sirius_runtime.nested` are these in another
+order; artifacts hold those, and what is exported or loaded for ONNX Runtime is made from them.
 """
 
 from __future__ import annotations

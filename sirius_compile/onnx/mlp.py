@@ -256,7 +256,9 @@ def _times_up(s: Scope, g: Value, x: Value, mlp: Mlp[Value]) -> Value:
 
 
 def _linear(s: Scope, x: Value, weight: Value | Nested, bias: Value | None) -> Value:
-    return (nested.product if isinstance(weight, Nested) else e.linear)(s, x, weight, bias)
+    if isinstance(weight, Nested):
+        return nested.product(s, x, weight, bias)
+    return e.linear(s, x, weight, bias)
 
 
 def _down(s: Scope, z: Value, mlp: Mlp[Value]) -> Value:

@@ -8,11 +8,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from sirius_runtime.kernels.cuda import tiles
+from sirius_runtime.kernels.cuda import nested, tiles
 from sirius_runtime.kernels.cuda.arguments import TYPES, given, is_matrix, is_vector
 from sirius_runtime.kernels.cuda.device import channels, products
 from sirius_runtime.kernels.cuda.launch import launch
 from sirius_runtime.kernels.cuda.sums import add_up, sum_of_rows
+from sirius_runtime.nested import is_nested
 
 MOST_LINEARS = 4
 """Weights that one launch takes."""
@@ -23,6 +24,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | No
     """As the reference `sirius_runtime.ops.linear.linear`. A weight that is the transpose of a
     matrix is read as that matrix.
     """
+    if is_nested(weight):
+        return nested.linear(x, weight, bias)
     if x.dtype not in TYPES or weight.ndim != 2 or x.ndim == 0 or x.numel() == 0:
         return None
     O, C = weight.shape  # noqa: E741
@@ -49,6 +52,10 @@ def linears(
     """As the reference `sirius_runtime.ops.linear.linears`: one launch, and a second one that adds
     up the parts where sums are split.
     """
+    if any(map(is_nested, weights)):
+        done = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        found = tuple(y for y in done if y is not None)
+        return found if len(found) == len(done) else None
     if x.dtype not in TYPES or x.ndim == 0 or x.numel() == 0:
         return None
     C = x.shape[-1]
@@ -113,6 +120,10 @@ def sparse_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor] | None:
     """As the reference `sirius_runtime.ops.linear.sparse_linear`."""
+    if is_nested(weight):
+        kept = x.float().abs().mean(1, keepdim=True) > threshold
+        y = nested.linear(x * kept, weight, bias)
+        return None if y is None else (y, kept.sum((1, 2)))
     if x.dtype not in TYPES or x.ndim != 3 or weight.ndim != 2 or x.numel() == 0:
         return None
     B, T, C = x.shape

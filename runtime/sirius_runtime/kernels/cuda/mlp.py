@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sirius_runtime.kernels.cuda import tiles
+from sirius_runtime.kernels.cuda import nested, tiles
 from sirius_runtime.kernels.cuda.arguments import ACTIVATIONS, TYPES, given, is_matrix, is_vector
 from sirius_runtime.kernels.cuda.device import products
 from sirius_runtime.kernels.cuda.launch import launch
 from sirius_runtime.kernels.cuda.selection import Live, above, largest
 from sirius_runtime.kernels.cuda.sums import sum_of_rows
+from sirius_runtime.nested import is_nested
 from sirius_runtime.ops.operands import Mlp, grouped
 
 
@@ -118,6 +119,8 @@ def _is_list(neurons: Tensor, x: Tensor) -> bool:
 
 def _dense(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor] | None:
     """y [B, T, C] and z [B, T, I]."""
+    if is_nested(mlp.gate):
+        return nested.mlp(x, mlp, None)
     tokens = x.shape[0] * x.shape[1] if x.ndim == 3 else 0  # nothing tells rows from tokens
     if not _serves(x, mlp, tokens):
         return None
@@ -155,6 +158,9 @@ def _activity(z: Tensor) -> Tensor:
 @grouped
 def topk_mlp(x: Tensor, mlp: Mlp[Tensor], keep: int) -> Tensor | None:
     """As the reference."""
+    if is_nested(mlp.gate):
+        done = nested.mlp(x, mlp, lambda g: nested.largest(g, keep))
+        return None if done is None else done[0]
     if not _serves(x, mlp, x.shape[-2]) or not 1 <= keep <= mlp.gate.shape[0] <= tiles.MOST_NEURONS:
         return None
     x = x.contiguous()
@@ -165,6 +171,8 @@ def topk_mlp(x: Tensor, mlp: Mlp[Tensor], keep: int) -> Tensor | None:
 @grouped
 def cats_mlp(x: Tensor, mlp: Mlp[Tensor], threshold: float) -> tuple[Tensor, Tensor] | None:
     """As the reference."""
+    if is_nested(mlp.gate):
+        return nested.counted_mlp(x, mlp, lambda g: nested.above(g, threshold))
     if not _serves(x, mlp, x.shape[-2]):
         return None
     return _above(mlp, x.contiguous(), None, threshold)
@@ -173,6 +181,9 @@ def cats_mlp(x: Tensor, mlp: Mlp[Tensor], threshold: float) -> tuple[Tensor, Ten
 @grouped
 def griffin_mlp(x: Tensor, mlp: Mlp[Tensor], neurons: Tensor) -> Tensor | None:
     """As the reference."""
+    if is_nested(mlp.gate):
+        done = nested.mlp(x, mlp, lambda g: nested.listed(g, neurons[mlp.layer]))
+        return None if done is None else done[0]
     if not _serves(x, mlp, x.shape[-2]) or not _is_list(own := neurons[mlp.layer], x):
         return None
     own = own.contiguous()
@@ -185,6 +196,12 @@ def griffin_cats_mlp(
     x: Tensor, mlp: Mlp[Tensor], neurons: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor] | None:
     """As the reference."""
+    if is_nested(mlp.gate):
+        return nested.counted_mlp(
+            x,
+            mlp,
+            lambda g: nested.above(g, threshold) & nested.listed(g, neurons[mlp.layer]),
+        )
     if not _serves(x, mlp, x.shape[-2]) or not _is_list(own := neurons[mlp.layer], x):
         return None
     return _above(mlp, x.contiguous(), own.contiguous(), threshold)

@@ -84,6 +84,16 @@ def products(
     return replace(tile, rows=least) if few else tile
 
 
+def nested_rows(tokens: int) -> Tile:
+    """For rows of a nested weight by outputs, of which a program takes 256 bytes at a time."""
+    return Tile(4, 256) if tokens == 1 else Tile(16, 256, warps=8)
+
+
+def nested_bytes(tokens: int, O: int) -> Tile:  # noqa: E741
+    """For the bytes of 32 inputs of a nested weight by inputs."""
+    return Tile(32, _within(O // 2, 128 if tokens == 1 else 64))
+
+
 def sums(tokens: int, C: int, dtype: torch.dtype) -> Tile:
     """For rows that are weighted and added up, C wide."""
     if tokens == 1:

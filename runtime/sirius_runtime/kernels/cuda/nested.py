@@ -1,0 +1,146 @@
+"""Linears and MLPs of nested weights at few tokens. Each function returns None where its kernels do
+not serve.
+
+Activations are rounded and neurons chosen by PyTorch, as in the references; the kernels read bytes,
+and none of the rows that are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sirius_runtime.kernels.cuda import tiles
+from sirius_runtime.kernels.cuda.arguments import TYPES
+from sirius_runtime.kernels.cuda.device import nested
+from sirius_runtime.kernels.cuda.launch import launch
+from sirius_runtime.kernels.cuda.sums import add_up
+from sirius_runtime.nested import GROUP, in_steps, is_nested, matrix_shape
+from sirius_runtime.ops.mlp import ACTIVATIONS
+from sirius_runtime.ops.operands import Mlp
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor | None = None
+) -> Tensor | None:
+    """As the reference `sirius_runtime.ops.linear.linear`. live [O], bool: the outputs of a weight
+    by outputs that are wanted; others are their bias.
+    """
+    outputs, inputs = matrix_shape(tuple(weight.shape))
+    tokens = x.numel() // inputs
+    if not (
+        x.dtype in TYPES
+        and x.ndim > 0
+        and x.shape[-1] == inputs
+        and 1 <= tokens <= tiles.MOST_TOKENS
+        and weight.device == x.device
+        and weight.stride(-1) == 1
+    ):
+        return None
+    given = in_steps(x.reshape(tokens, inputs)).contiguous()
+    product = _by_outputs if weight.ndim == 3 else _by_inputs
+    y = product(given, weight, outputs, live)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], outputs)
+
+
+def _by_outputs(x: Tensor, weight: Tensor, outputs: int, live: Tensor | None) -> Tensor:
+    tokens, inputs = x.shape
+    y = x.new_empty(tokens, outputs)
+    tile = tiles.nested_rows(tokens)
+    launch(
+        nested.by_outputs,
+        (-(-outputs // tile.rows),),
+        x.device,
+        (
+            *(x, weight, weight if live is None else live.to(torch.uint8), y),
+            *(tokens, inputs, outputs, weight.stride(0), weight.stride(1)),
+        ),
+        tile,
+        HAS_LIVE=live is not None,
+        BOTH=len(weight) == 2,
+        TOKENS=tiles.padded(tokens),
+        ROWS=tile.rows,
+    )
+    return y
+
+
+def _by_inputs(x: Tensor, weight: Tensor, outputs: int, live: Tensor | None) -> Tensor:
+    assert live is None
+    tokens, inputs = x.shape
+    tile, groups = tiles.nested_bytes(tokens, outputs), inputs // GROUP
+    blocks = -(-outputs // 2 // tile.channels)
+    each = -(-groups // tiles.splits(groups, blocks, x.device))
+    splits = -(-groups // each)
+    partials = x.new_empty(splits, tokens, outputs)
+    launch(
+        nested.by_inputs,
+        (blocks, splits),
+        x.device,
+        (x, weight, partials, tokens, inputs, outputs, *weight.stride()[:3], each),
+        tile,
+        BOTH=len(weight) == 2,
+        TOKENS=tiles.padded(tokens),
+        BYTES=tile.channels,
+    )
+    return add_up(partials, None, x.new_empty(tokens, outputs))
+
+
+Choice = Callable[[Tensor], Tensor]
+"""From act(gate x) [B, T, I] to the neurons that a row keeps, bool [B, 1, I]."""
+
+
+def largest(g: Tensor, keep: int) -> Tensor:
+    """As `topk_mlp` chooses."""
+    score = g.abs().sum(1, keepdim=True)
+    kept = torch.zeros_like(score, dtype=torch.bool)
+    return kept.scatter(-1, score.topk(keep, -1, sorted=False).indices, True)
+
+
+def above(g: Tensor, threshold: float) -> Tensor:
+    """As `cats_mlp` chooses."""
+    return g.abs().mean(1, keepdim=True) > threshold
+
+
+def listed(g: Tensor, neurons: Tensor) -> Tensor:
+    """A row's own neurons [B, K]."""
+    kept = torch.zeros(len(g), g.shape[2], dtype=torch.bool, device=g.device)
+    return kept.scatter(1, neurons, True)[:, None]
+
+
+def mlp(x: Tensor, own: Mlp[Tensor], choice: Choice | None) -> tuple[Tensor, Tensor] | None:
+    """y [B, T, C], and z = act(gate x) · up x [B, T, I], of the neurons that are kept."""
+    done = _of_kept(x, own, choice)
+    return None if done is None else done[:2]
+
+
+def counted_mlp(x: Tensor, own: Mlp[Tensor], choice: Choice) -> tuple[Tensor, Tensor] | None:
+    """y [B, T, C], and the number of neurons kept, int64 [B]."""
+    done = _of_kept(x, own, choice)
+    return None if done is None or done[2] is None else (done[0], done[2].sum((1, 2)))
+
+
+def _of_kept(
+    x: Tensor, own: Mlp[Tensor], choice: Choice | None
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    weights = [weight for weight in (own.gate, own.up, own.down) if weight is not None]
+    if x.ndim != 3 or own.act not in ACTIVATIONS or not all(map(is_nested, weights)):
+        return None
+    g = linear(x, own.gate, own.gate_bias)
+    if g is None:
+        return None
+    z = ACTIVATIONS[own.act](g)
+    kept = live = None
+    if choice is not None:
+        kept = choice(z)
+        z, live = z * kept, kept.flatten(0, 1).any(0)
+    if own.up is not None:
+        u = linear(x, own.up, own.up_bias, live)
+        if u is None:
+            return None
+        z = z * u
+    y = linear(z, own.down, own.down_bias)
+    return None if y is None else (y, z, kept)
