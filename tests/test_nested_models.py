@@ -289,7 +289,7 @@ def test_back_ends_that_read_no_nested_weights_say_so(
 
 
 def test_devices_that_read_no_nested_weights_say_so(nested: Callable[..., Nested]) -> None:
-    with pytest.raises(BackendError, match="read on the CPU alone, not on device meta"):
+    with pytest.raises(BackendError, match="on the CPU and on CUDA GPUs, not on device meta"):
         make_backend(
             "eager",
             nested("llama", "topk").compiled.spec,

@@ -23,6 +23,8 @@ from tests.support.triton_compiling import (  # noqa: E402
     Sizes,
     all_launches,
     compile_launch,
+    nested_calls,
+    recorded,
     resources,
 )
 
@@ -83,3 +85,18 @@ def test_every_form_compiles_and_fits(
 def test_every_size_compiles(dtype: torch.dtype, sizes: Sizes, rows: int, tokens: int) -> None:
     for launch in all_launches(sizes, dtype, rows, tokens):
         assert "cubin" in compile_launch(launch, 90).asm, launch.key()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_nested_weights_compile_and_fit(tokens: int, capability: int) -> None:
+    calls = nested_calls(LLAMA_8B, torch.bfloat16, 1, tokens)
+    launches = {launch.key(): launch for call in calls for launch in recorded(call)}
+    assert {launch.kernel.__name__ for launch in launches.values()} == {
+        *("by_outputs", "by_inputs", "add_up")
+    }
+    for launch in launches.values():
+        found = resources(compile_launch(launch, capability), capability)
+        assert found.spilled <= SPILLED, (launch.key(), found)
+        assert found.shared <= SHARED[capability], launch.key()

@@ -274,10 +274,10 @@ def make_backend(
 
 def _check_nested(backend: str, device: torch.device) -> None:
     """Raises BackendError where nested weights can't be read."""
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         raise BackendError(
-            f"nested weights (--weights int8) are read on the CPU alone, not on device {device}: "
-            "pass device cpu, or compile without --weights int8"
+            "nested weights (--weights int8) are read on the CPU and on CUDA GPUs, not on device "
+            f"{device}: pass device cpu, or compile without --weights int8"
         )
     if backend not in (BackendName.EAGER, BackendName.PERIOD):
         raise BackendError(

@@ -7,6 +7,7 @@ comes with it.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -24,6 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from sirius_runtime.kernels.cuda import attention, linear, mlp
+from sirius_runtime.nested import Layout, nested_shape
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,26 @@ def calls(sizes: Sizes, dtype: torch.dtype, B: int, T: int) -> list[Callable[[],
             *(q, k, v, *caches, *blocks, at, index(T), length, mask, 0, 0.1, None, None),
         ),
     ]
+
+
+def nested_calls(sizes: Sizes, dtype: torch.dtype, B: int, T: int) -> list[Callable[[], object]]:
+    """Linears and MLPs of nested weights, of both planes and of one."""
+    x = torch.empty(B, T, sizes.hidden, dtype=dtype, device="meta")
+
+    def planes(outputs: int, inputs: int, layout: Layout, count: int) -> Tensor:
+        shape = nested_shape(outputs, inputs, layout)
+        return torch.empty(shape, dtype=torch.uint8, device="meta")[:count]
+
+    found: list[Callable[[], object]] = []
+    for count in (1, 2):
+        wide = planes(sizes.neurons, sizes.hidden, Layout.BY_OUTPUTS, count)
+        back = planes(sizes.hidden, sizes.neurons, Layout.BY_INPUTS, count)
+        args = x, wide, wide, back, None, None, None, "silu", 0
+        found += [
+            functools.partial(mlp.dense_mlp, *args),
+            functools.partial(mlp.topk_mlp, *args, sizes.kept),
+        ]
+    return found
 
 
 def all_launches(sizes: Sizes, dtype: torch.dtype, B: int, T: int) -> list[Launch]:
