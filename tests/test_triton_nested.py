@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from sirius_runtime.kernels.native import references
 from sirius_runtime.nested import Layout, nest
+from tests.support.fast import slow_but
 from tests.support.operators import randn, sirius
 from tests.support.triton_interpreter import interpreting, require_triton, small_tiles
 
@@ -43,9 +45,10 @@ def near(found: Tensor | None, wanted: Tensor, most: float) -> None:
     assert float(error.max()) <= most
 
 
-@pytest.mark.parametrize("dtype", NEAR, ids=str)
-@pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize(
+    ("layout", "planes", "dtype"),
+    slow_but(product(Layout, (1, 2), NEAR), {(layout, 2, torch.float32) for layout in Layout}),
+)
 def test_linears(layout: Layout, planes: int, dtype: torch.dtype) -> None:
     weight, bias = nest(randn(O, C, seed=1) / 25, layout)[:planes], randn(O, seed=2, dtype=dtype)
     for tokens in (1, 5):
@@ -79,10 +82,10 @@ CASES: list[tuple[str, tuple[Any, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize(("name", "extra"), CASES, ids=lambda value: str(value)[:16])
-def test_mlps(name: str, extra: tuple[Any, ...], planes: int) -> None:
+@pytest.mark.parametrize(("case", "planes"), slow_but(product(range(len(CASES)), (1, 2)), {(2, 1)}))
+def test_mlps(case: int, planes: int) -> None:
     """Two rows, which keep neurons of their own."""
+    name, extra = CASES[case]
     gate, up = (nest(randn(I, C, seed=i) / 25, Layout.BY_OUTPUTS)[:planes] for i in (1, 2))
     down = nest(randn(C, I, seed=3) / 12, Layout.BY_INPUTS)[:planes]
     biases = [randn(n, seed=4 + i) for i, n in enumerate((I, I, C))]
