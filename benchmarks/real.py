@@ -12,6 +12,8 @@ ratio, and what drafting did. `exact` answers must be the dense ones, or the ben
 With `--llama-cpp FILE.gguf` (once for each file) llama.cpp answers the same token ids, greedily, on
 as many threads, in a process of its own.
 
+With `--lookup N` (once for each N) the default and the `exact` run look up N-grams; 0: nothing.
+
 With `--out` each answer is a line of a file, and what is there already is not run again.
 """
 
@@ -29,7 +31,7 @@ from pathlib import Path
 from benchmarks import llama_cpp
 from benchmarks.kernels import cpu_name
 from sirius_runtime import SiriusModel, load
-from sirius_runtime.command_line import finish, positive_number, threads_argument
+from sirius_runtime.command_line import finish, positive_number, threads_argument, whole_number
 
 STORY = (
     "The lighthouse at Carrow Point was built in 1871 after three ships were lost in one "
@@ -98,8 +100,10 @@ class Answer:
     """Why the run decoded densely, where it did."""
 
 
-def answer(model: SiriusModel, mode: str, prompt: str, way: str, most: int) -> Answer:
-    done = model.generate(messages=_chat(prompt), mode=mode, max_new_tokens=most)
+def answer(
+    model: SiriusModel, mode: str, lookup: int | None, prompt: str, way: str, most: int
+) -> Answer:
+    done = model.generate(messages=_chat(prompt), mode=mode, max_new_tokens=most, lookup=lookup)
     stats = done.stats
     return Answer(
         prompt,
@@ -134,12 +138,14 @@ def answers(args: argparse.Namespace) -> Iterator[Answer]:
             known[record.prompt, record.way] = record
     model = load(args.artifact, threads=args.threads)
     ways: dict[str, Callable[[str, str, int], Answer]] = {
-        DENSE: partial(answer, model, "full"),
-        "sirius": partial(answer, model, "sirius"),
-        "exact": partial(answer, model, "exact"),
+        DENSE: partial(answer, model, "full", None)
     }
+    for lookup in args.lookup or [None]:
+        for mode in ("sirius", "exact"):
+            name = mode if lookup is None else f"{mode}, lookup {lookup}"
+            ways[name] = partial(answer, model, mode, lookup)
     if args.baseline is not None:
-        ways[BASELINE] = partial(answer, load(args.baseline, threads=args.threads), "full")
+        ways[BASELINE] = partial(answer, load(args.baseline, threads=args.threads), "full", None)
     for path in args.llama_cpp:
         peer = llama_cpp.OwnProcess(path, CONTEXT, model.backend.threads)
         ways[f"llama.cpp, {path.stem}"] = partial(peer_answer, peer, model)
@@ -157,9 +163,11 @@ def answers(args: argparse.Namespace) -> Iterator[Answer]:
                         with args.out.open("a") as file:
                             file.write(json.dumps(asdict(done)) + "\n")
                 yield known[prompt, way]
-            dense, exact = known[prompt, DENSE], known[prompt, "exact"]
-            if tuple(dense.tokens) != tuple(exact.tokens):
-                raise SystemExit(f"exact mode does not give the dense tokens of {prompt!r}")
+            dense = known[prompt, DENSE]
+            for way in ways:
+                exact = way.startswith("exact")
+                if exact and tuple(dense.tokens) != tuple(known[prompt, way].tokens):
+                    raise SystemExit(f"{way}: not the dense tokens of {prompt!r}")
 
 
 def table(all_answers: Sequence[Answer]) -> Iterator[str]:
@@ -193,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--baseline", type=Path, help="another artifact, decoded densely beside it")
     parser.add_argument("--llama-cpp", type=Path, action="append", default=[], metavar="FILE.gguf")
+    parser.add_argument("--lookup", type=whole_number, action="append", default=[], metavar="N")
     parser.add_argument("--prompts", type=positive_number, default=4, help="of each kind")
     parser.add_argument("--max-new-tokens", type=positive_number, default=128)
     parser.add_argument("--out", type=Path, help="answers, a line each; those there are kept")
