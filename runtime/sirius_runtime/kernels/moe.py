@@ -100,8 +100,9 @@ def _hit(operator: str, x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Te
         reason = f"weights has the shape {list(weights.shape)}, not {list(experts.shape)}"
         raise refuse(operator, reason)
     hit: list[int] = experts.unique().tolist()  # sorted
+    count = reference.experts_of(mlp.gate)
     for expert in hit[:1] + hit[-1:]:
-        if not 0 <= expert < (count := reference.experts_of(mlp.gate)):
+        if not 0 <= expert < count:
             reason = f"experts holds {expert}, an index out of range: there are {count}"
             raise refuse(operator, reason, index=True)
     return hit
