@@ -98,7 +98,7 @@ def test_the_command_writes_what_happened(cli: Cli, artifact: Path, tmp_path: Pa
     assert header["prompt_text"].endswith(PROMPT)
     assert set(steps[0]) == {
         *("type", "number", "position", "period", "width", "draft", "emitted", "corrects"),
-        *("advance", "tokens", "seconds", "reason", "findings"),
+        *("advance", "tokens", "seconds", "reason", "looked_up", "findings"),
     }
     assert set(steps[0]["draft"][0]) == {
         *("node", "parent", "depth", "token", "text", "full", "sparse", "likeliest", "fate")
