@@ -20,6 +20,7 @@ from sirius_compile.writing import Text, run, write
 from sirius_passes.sparsify import Threshold
 from sirius_runtime.spec import Method
 from sirius_runtime.tensor_state import TensorState
+from tests.support.fast import slow_but
 from tests.support.paths import tokenwise
 
 R, T_V = 0.1, 0.6
@@ -102,7 +103,7 @@ def states_draft(path: Tokenwise, sample: Sample, root: int, size: int) -> tuple
     return torch.stack(logits["sparse"]), torch.stack(logits["full"])
 
 
-@pytest.mark.parametrize("method", THRESHOLDS)
+@pytest.mark.parametrize("method", slow_but(THRESHOLDS, {Method.GRIFFIN, Method.TEAL}))
 def test_drafts_are_those_of_steps_that_are_fed_the_text(method: Method) -> None:
     path = tokenwise(method, thresholds=THRESHOLDS[method])
     generator = torch.Generator().manual_seed(1)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sirius_compile import CompileConfig, adapters, compile_model
 from sirius_runtime.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from tests.support.fast import slow_but
 from tests.support.models import random_decoder, word_tokenizer
 
 peft = pytest.importorskip("peft", reason="merges adapters with peft")
@@ -68,7 +69,7 @@ def greedy(model: Any, count: int = 16) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, {"LoRA", "whole modules"}))
 def test_it_answers_as_peft_does(tmp_path: Path, base: Path, kind: str) -> None:
     adapted = write_adapter(tmp_path / "tuned", base, KINDS[kind]())
     expected = greedy(adapted)

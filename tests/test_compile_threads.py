@@ -28,6 +28,7 @@ def content(made: Compiled) -> dict[str, str]:
     return graphs | {"sites": str(made.spec.sparsity), "weights": str(made.spec.weights)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graphs", ["entries", pytest.param("torch", marks=pytest.mark.slow)])
 def test_each_thread_gets_what_it_gets_alone(graphs: str) -> None:
     asked = [

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from sirius_runtime.graph_operators import FUNCTIONS, OPERATORS
 from sirius_runtime.spec import FORMAT_VERSION, NESTED_FORMAT_VERSION
 from tests.support.artifacts import sample, write
@@ -14,6 +16,7 @@ from tests.support.artifacts import sample, write
 DOCS = Path(__file__).parents[1] / "docs"
 
 
+@pytest.mark.slow
 def test_the_worked_example_of_a_new_method(tmp_path: Path) -> None:
     """In a process of its own: it registers an operator."""
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "ADD_A_METHOD.md").read_text(), re.DOTALL)

@@ -17,6 +17,7 @@ from sirius_compile.compile import Compiled
 from sirius_compile.workspace import Workspace
 from sirius_runtime.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from sirius_runtime.nested import unnest
+from tests.support.fast import slow_but
 from tests.support.models import MAX_SEQ_LEN, SMALL, VOCABULARY, random_decoder
 
 gguf = pytest.importorskip("gguf", reason="writes GGUF files with the package gguf")
@@ -108,7 +109,7 @@ def weights_of(compiled: Compiled) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", slow_but(TYPES, {"F16", "Q8_0"}))
 def test_what_is_compiled_is_what_the_file_holds(tmp_path: Path, kind: str) -> None:
     model = random_decoder("qwen2", tie_word_embeddings=False)
     stored = write_gguf(tmp_path / "tiny.gguf", model, kind)
@@ -219,7 +220,7 @@ def test_flags_that_do_not_go_with_it(tmp_path: Path) -> None:
         compile_model("x.gguf", ALONE, tokenizer=object())
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+@pytest.mark.parametrize("architecture", slow_but(("qwen2", "llama"), {"llama"}))
 def test_q8_0_is_nested_without_a_change(tmp_path: Path, architecture: str) -> None:
     """Every number, in either layout, and of rows that transformers permutes. Not all groups have a
     127 among their integers.

@@ -17,6 +17,7 @@ from tests.support.kernels import require_compiler
 SMALL = ("--shape", "tiny", "--context", "16", "--rounds", "2")
 
 
+@pytest.mark.slow
 def test_operators_and_tokens_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         gpu_check.main(["--device", "cpu", "--smoke"])
@@ -47,6 +48,7 @@ def test_a_wrong_operator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert case.error(device) > gpu_check.BOUNDS[torch.float32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "methods", [["topk", "griffin+teal"], pytest.param(METHODS, marks=pytest.mark.slow)]
 )

@@ -27,6 +27,7 @@ def interpreter() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_its_calls_are_served_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_kernels, "launchers", lambda name, _: MODULES[name])
     monkeypatch.setattr(gpu_kernels, "ROTATED", 1)

@@ -67,9 +67,7 @@ def assert_same(output: GenerationOutput, expected: Written) -> None:
 
 @pytest.mark.parametrize(
     ("method", "keep"),
-    slow_but(
-        [("griffin", 0.4), ("topk", 0.05), ("cats", 0.05)], {("griffin", 0.4), ("topk", 0.05)}
-    ),
+    slow_but([("griffin", 0.4), ("topk", 0.05), ("cats", 0.05)], {("griffin", 0.4)}),
 )
 @pytest.mark.parametrize("stride", slow_but((3, 5), {5}))
 def test_same_tokens_as_the_naive_decoder(

@@ -34,7 +34,7 @@ CASES = [
     pytest.param("llama", "griffin+teal", marks=pytest.mark.slow),
     pytest.param("gpt2", "cats", marks=pytest.mark.slow),
     pytest.param("gemma3_text", "griffin", marks=pytest.mark.slow),
-    ("qwen2", "none"),
+    pytest.param("qwen2", "none", marks=pytest.mark.slow),
     ("mixtral", "topk"),
     pytest.param("qwen2_moe", "experts", marks=pytest.mark.slow),
     pytest.param("gpt_oss", "none", marks=pytest.mark.slow),

@@ -202,6 +202,7 @@ def test_run_again_it_makes_no_rewrite(program: Program, width: int) -> None:
     assert snapshot(period) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", slow_but((1, 2), {1}))
 def test_two_builds_print_the_same(width: int) -> None:
     period = shared(width).graphs[PERIOD]

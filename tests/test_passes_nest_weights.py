@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from sirius_runtime.nested import in_steps, nest, unnest
 from sirius_runtime.ops import mlp
 from sirius_runtime.safetensors_file import size_of
 from sirius_runtime.spec import Layout, WeightSpec
+from tests.support.fast import slow_but
 from tests.support.graphs import assert_prints, one_mlp, paired, plainly_paired, run_replacing
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
@@ -473,8 +475,10 @@ def reference(layouts: Mapping[str, Layout], bits: int, monkeypatch: pytest.Monk
     return run
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("method", SPARSIFY)
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    slow_but(product(SPARSIFY, (4, 8)), {("topk", 4), ("cats", 8), ("teal", 4), ("griffin", 4)}),
+)
 def test_both_paths_compute_with_what_they_read(
     method: str, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,7 @@ def one_by_one(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     slow_but(
         product(KINDS, ("llama", "gemma3_text")),
         {
-            *(("llama3", "llama"), ("dynamic", "llama"), ("longrope", "llama")),
+            ("longrope", "llama"),
             ("yarn", "gemma3_text"),
         },
     ),

@@ -10,6 +10,7 @@ import torch
 
 from sirius_runtime import scores
 from sirius_runtime.errors import GenerationError
+from tests.support.fast import slow_but
 from tests.support.models import MAX_SEQ_LEN, VOCABULARY, Tiny, TinyModels
 
 
@@ -27,7 +28,9 @@ def expected(tiny: Tiny, row: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor
     return own, logits.argmax(-1) == after
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize(
+    "model_type", slow_but(("llama", "gemma3_text", "gpt_neox"), {"gemma3_text"})
+)
 def test_scores_are_those_of_the_dense_model(
     tiny: TinyModels, model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def h100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_each_kernel_compiles() -> None:
     """For one token and for several; the slow test has the rest."""
     launches = {
