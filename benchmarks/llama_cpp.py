@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from sirius_runtime.errors import ConfigError
+
 BATCH = 512
 """Tokens of a prompt that llama.cpp takes at once, as its own default."""
 
@@ -177,6 +179,11 @@ class OwnProcess:
     """
 
     def __init__(self, path: Path, context: int, threads: int) -> None:
+        """Raises ConfigError without the package, or the file."""
+        if not available():
+            raise ConfigError("llama.cpp is not installed: pip install --group bench")
+        if not path.is_file():
+            raise ConfigError(f"{path}: there is no such file; give the path of a GGUF model")
         policy = os.environ.pop("OMP_WAIT_POLICY", None)
         methods = multiprocessing.get_context("spawn")
         self._ours, theirs = methods.Pipe()
