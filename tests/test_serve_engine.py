@@ -118,9 +118,12 @@ Case = tuple[list[int], int, dict[str, object]]
 
 
 def arrivals(model: SiriusModel, cases: Sequence[Case], chance: random.Random) -> list[Listener]:
-    """Submits answers one after another, at random times; some others are given up on the way."""
+    """Submits answers one after another, at random times; some others are given up on the way.
+
+    However slow the machine is, the queue holds all of them: overload is another test's.
+    """
     listeners = [Listener() for _ in cases]
-    with running(model) as engine:
+    with running(model, replace(CAPACITY, queue=2 * len(cases))) as engine:
         for number, ((prompt, new, options), listener) in enumerate(
             zip(cases, listeners, strict=True)
         ):
