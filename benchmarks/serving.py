@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving --model model.sirius --clients 1 2 4 8 16
     python -m benchmarks.serving --model model.sirius --gguf model.gguf   # and llama-server
+    python -m benchmarks.serving --model model.sirius --llama-server http://127.0.0.1:8080
 
 `sirius serve` runs as a process of its own on loopback. So many clients ask it at a time, each for
 one answer after another, by streaming; every number of clients asks for the same answers, greedily,
@@ -12,8 +13,10 @@ one request at a time, by the same server.
 
 `--replicas R` starts as many servers, which the clients ask in turn; `--threads` is of each.
 
-With `--gguf`, the same clients ask llama.cpp's `llama-server` for answers of the same length, with
-as many slots as there are clients; it has to be on PATH.
+With `--gguf`, the same clients ask llama.cpp's `llama-server` for answers to the same prompts, of
+the same length at most: as many slots as our server has rows, as many threads, as much context of
+each, and no prefix of a prompt kept, as of ours. `--llama-server` names the program where it is not
+on PATH, or the address of one that runs already, with options of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shlex
 import shutil
 import socket
 import statistics
@@ -35,9 +39,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks.kernels import cpu_name
 from sirius_compile.shipped.problems import Task, problems
 from sirius_runtime.command_line import finish, path_argument, positive_number
+from sirius_runtime.errors import ConfigError
 
 _START_SECONDS = 300
 
@@ -76,7 +83,8 @@ def server(command: Sequence[str | Path], port: int) -> Iterator[None]:
             end = time.monotonic() + _START_SECONDS
             while not _is_there(f"{_url(port)}/health"):
                 if process.poll() is not None or time.monotonic() > end:
-                    raise RuntimeError(f"{command[0]} did not start: run {command}")
+                    told = shlex.join(str(part) for part in command)
+                    raise ConfigError(f"{command[0]} did not start; see what it says: {told}")
                 time.sleep(0.2)
             yield
         finally:
@@ -101,6 +109,23 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+def llama_server(
+    program: str, gguf: Path, slots: int, context: int, threads: int
+) -> list[str | Path]:
+    """llama-server's command, but for the port; `context`: tokens of a slot.
+
+    Raises ConfigError where it is not installed.
+    """
+    found = shutil.which(program)
+    if found is None:
+        raise ConfigError(
+            f"there is no program {program}; install llama.cpp's llama-server, and name it by "
+            "--llama-server"
+        )
+    sizes = ["-np", str(slots), "-c", str(slots * context), "-t", str(threads)]
+    return [found, "-m", gguf, *sizes, "--no-cache-prompt", "--cache-ram", "0", "--offline"]
 
 
 def ask(url: str, body: dict[str, object]) -> Answer:
@@ -174,11 +199,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Continuous batching, by the number of clients.")
     parser.add_argument("--model", type=path_argument, required=True, metavar="MODEL.sirius")
     parser.add_argument("--gguf", type=path_argument, metavar="FILE", help="for llama-server")
+    parser.add_argument(
+        "--llama-server", metavar="PROGRAM|URL", help="default: llama-server on PATH, with --gguf"
+    )
     parser.add_argument("--clients", type=positive_number, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--answers", type=positive_number, default=32, help="of each round")
     parser.add_argument("--tokens", type=positive_number, default=64, help="of an answer, at most")
     parser.add_argument("--modes", nargs="+", default=["full", "exact", "sirius"])
     parser.add_argument("--period", type=positive_number, help="default: the artifact's")
+    parser.add_argument(
+        "--context", type=positive_number, default=512, help="tokens of a prompt and its answer"
+    )
     parser.add_argument("--replicas", type=positive_number, default=1, help="servers")
     parser.add_argument("--threads", type=positive_number, help="of each server")
     parsed = parser.parse_args(arguments)
@@ -187,11 +218,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked = itertools.islice(problems(Task.REASONING, "test", seed=1), parsed.answers)
         prompts = [problem.prompt for problem in asked]
         most, ports = max(parsed.clients), [free_port() for _ in range(parsed.replicas)]
+        there = (parsed.llama_server or "").startswith(("http://", "https://"))
+        if parsed.llama_server is not None and not there and parsed.gguf is None:
+            raise ConfigError("--llama-server names a program; give it a model by --gguf")
+        theirs: list[str | Path] = []
+        if parsed.gguf is not None and not there:
+            threads = parsed.threads or torch.get_num_threads()
+            program = parsed.llama_server or "llama-server"
+            theirs = llama_server(program, parsed.gguf, most, parsed.context, threads)
         rounds: list[Round] = []
 
-        def measure(name: str, ports: Sequence[int], **options: object) -> None:
+        def measure(name: str, urls: Sequence[str], **options: object) -> None:
             given = {"max_tokens": parsed.tokens, "temperature": 0, **options}
-            urls = [_url(port) for port in ports]
             run_round(name, urls, most, prompts, given)  # not counted
             for count in parsed.clients:
                 rounds.append(run_round(name, urls, count, prompts, given))
@@ -200,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ours = [sys.executable, "-m", "sirius_runtime.cli", "serve", parsed.model]
         # Without prefixes: every round runs all of its prompts.
         ours += ["--served-model-name", "model", "--max-rows", str(most), "--prefix-cache", "0"]
+        ours += ["--context", str(parsed.context)]
         ours += [] if parsed.threads is None else ["--threads", str(parsed.threads)]
         with ExitStack() as servers:
             for port in ports:
@@ -208,15 +247,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 period = (
                     {} if parsed.period is None or mode == "full" else {"period": parsed.period}
                 )
-                measure(f"sirius, {mode}", ports, model="model", mode=mode, **period)
-        llama = shutil.which("llama-server")
-        if parsed.gguf is not None and llama is None:
-            print("llama-server is not on PATH: left out", file=sys.stderr)
-        if parsed.gguf is not None and llama is not None:
-            theirs: list[str | Path] = [llama, "-m", parsed.gguf, "--port", str(ports[0])]
-            slots = ["-np", str(most), "-c", str(most * 1024)]
-            with server([*theirs, *slots], ports[0]):
-                measure("llama-server", ports[:1], cache_prompt=False)
+                urls = [_url(port) for port in ports]
+                measure(f"sirius, {mode}", urls, model="model", mode=mode, **period)
+        if there:
+            measure("llama-server", [parsed.llama_server.rstrip("/")], cache_prompt=False)
+        elif theirs:
+            with server([*theirs, "--port", str(ports[0])], ports[0]):
+                measure(f"llama-server, {parsed.gguf.name}", [_url(ports[0])], cache_prompt=False)
         print(
             f"{cpu_name()}; {parsed.replicas} x {parsed.threads or 'all'} threads; "
             f"{parsed.answers} answers of at most {parsed.tokens} tokens\n"
