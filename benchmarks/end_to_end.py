@@ -132,8 +132,8 @@ def rows(
         path = scratch / "model.gguf"
         llama_cpp.write_gguf(reference, path)
         peer = llama_cpp.LlamaCpp(path, CONTEXT, torch.get_num_threads())
-        eos = reference.config.eos_token_id
-        found += [Row("llama.cpp", lambda ids: peer.generate(ids, MAX_NEW_TOKENS, eos))]
+        eos = {reference.config.eos_token_id}
+        found += [Row("llama.cpp", lambda ids: llama_cpp.greedy(peer, ids, MAX_NEW_TOKENS, eos)[0])]
     return found
 
 

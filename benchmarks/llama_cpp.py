@@ -25,6 +25,8 @@ from sirius_runtime.errors import ConfigError
 
 BATCH = 512
 """Tokens of a prompt that llama.cpp takes at once, as its own default."""
+DRAFT_MOST, DRAFT_LEAST = 16, 0.75
+"""llama.cpp's defaults of a draft: its tokens at most, and the least probability of each."""
 
 
 def available() -> bool:
@@ -138,39 +140,98 @@ class LlamaCpp:
         if not self._context:
             raise RuntimeError(f"llama.cpp can't load {path}")
         self._size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
-
-    def generate(self, prompt: Sequence[int], new_tokens: int, eos: int | None) -> list[int]:
-        """Greedy tokens after a prompt, up to `eos`."""
-        self.clear()
-        tokens = [self.step(prompt)]
-        while len(tokens) < new_tokens and tokens[-1] != eos:
-            tokens.append(self.step(tokens[-1:]))
-        return tokens
+        self.length = 0
+        """Tokens in the KV cache."""
 
     def step(self, tokens: Sequence[int]) -> int:
         """Appends tokens; returns the likeliest next one."""
+        return int(self.logits(tokens)[-1].argmax())
+
+    def logits(self, tokens: Sequence[int], *, of_each: bool = False) -> np.ndarray:
+        """Appends tokens; returns the logits [1, V] after the last, or [tokens, V] `of_each`."""
         for start in range(0, len(tokens), BATCH):
             part = tokens[start : start + BATCH]
             array = (self._api.llama_token * len(part))(*part)
-            if self._api.llama_decode(
-                self._context, self._api.llama_batch_get_one(array, len(part))
-            ):
+            batch = self._api.llama_batch_get_one(array, len(part))
+            if of_each:
+                batch.logits = (ctypes.c_int8 * len(part))(*[1] * len(part))
+            if self._api.llama_decode(self._context, batch):
                 raise RuntimeError("llama.cpp could not decode")
-        logits = self._api.llama_get_logits_ith(self._context, -1)
-        return int(np.ctypeslib.as_array(logits, (self._size,)).argmax())
+            self.length += len(part)
+        rows = range(len(tokens)) if of_each else (-1,)
+        return np.stack(
+            [
+                np.ctypeslib.as_array(
+                    self._api.llama_get_logits_ith(self._context, row), (self._size,)
+                )
+                for row in rows
+            ]
+        )
 
-    def clear(self) -> None:
-        """Clears the cache."""
-        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
-
-    def forget(self, count: int, length: int) -> None:
-        """Drops the last `count` of `length` tokens from the cache."""
+    def keep(self, length: int) -> None:
+        """Keeps the first `length` tokens of the KV cache."""
         memory = self._api.llama_get_memory(self._context)
-        self._api.llama_memory_seq_rm(memory, 0, length - count, length)
+        self._api.llama_memory_seq_rm(memory, 0, length, -1)
+        self.length = length
 
     def close(self) -> None:
         self._api.llama_free(self._context)
         self._api.llama_model_free(self._model)
+
+
+def greedy(
+    target: LlamaCpp, prompt: Sequence[int], new_tokens: int, eos: Collection[int]
+) -> tuple[list[int], float]:
+    """Greedy tokens after a prompt, and the seconds that all but the first one took."""
+    target.keep(0)
+    tokens = [target.step(prompt)]
+    begin = time.perf_counter()
+    while len(tokens) < new_tokens and tokens[-1] not in eos:
+        tokens.append(target.step(tokens[-1:]))
+    return tokens, time.perf_counter() - begin
+
+
+def speculative(
+    target: LlamaCpp,
+    draft: LlamaCpp,
+    prompt: Sequence[int],
+    new_tokens: int,
+    eos: Collection[int],
+) -> tuple[list[int], float]:
+    """As `greedy`, by llama.cpp's speculative decoding: the model `draft` proposes up to
+    `DRAFT_MOST` tokens and stops before one below `DRAFT_LEAST`; `target` scores them in one batch.
+    """
+    for model in (target, draft):
+        model.keep(0)
+    text = [*prompt, target.step(prompt)]
+    draft.step(prompt)
+    begin, end = time.perf_counter(), len(prompt) + new_tokens
+    while len(text) < end and text[-1] not in eos:
+        guesses, pending = list[int](), text[draft.length :]
+        while len(guesses) < min(DRAFT_MOST, end - len(text) - 1):
+            token, chance = _likeliest(draft.logits(pending)[-1])
+            if chance < DRAFT_LEAST:
+                break
+            guesses.append(token)
+            pending = [token]
+        choices = target.logits([text[-1], *guesses], of_each=True).argmax(-1).tolist()
+        accepted = 0
+        while accepted < len(guesses) and choices[accepted] == guesses[accepted]:
+            accepted += 1
+        known = len(text) + accepted
+        for model in (target, draft):
+            model.keep(min(model.length, known))
+        for token in choices[: accepted + 1]:
+            text.append(token)
+            if token in eos:
+                break
+    return text[len(prompt) :], time.perf_counter() - begin
+
+
+def _likeliest(logits: np.ndarray) -> tuple[int, float]:
+    """The likeliest token, and its probability among the ten likeliest, as llama.cpp drafts."""
+    first = np.partition(logits, -10)[-10:]
+    return int(logits.argmax()), float(1 / np.exp(first - first.max()).sum())
 
 
 class OwnProcess:
@@ -178,18 +239,24 @@ class OwnProcess:
     between operators (OMP_WAIT_POLICY=passive, which is right for ours) they cost it up to 17%.
     """
 
-    def __init__(self, path: Path, context: int, threads: int) -> None:
-        """Raises ConfigError without the package, or the file."""
+    def __init__(
+        self, path: Path, context: int, threads: int, *, draft: Path | None = None
+    ) -> None:
+        """`draft`: a model of the same tokens that drafts for it (`speculative`).
+
+        Raises ConfigError without the package, or a file.
+        """
         if not available():
             raise ConfigError("llama.cpp is not installed: pip install --group bench")
-        if not path.is_file():
-            raise ConfigError(f"{path}: there is no such file; give the path of a GGUF model")
+        for file in (path, draft):
+            if file is not None and not file.is_file():
+                raise ConfigError(f"{file}: there is no such file; give the path of a GGUF model")
         policy = os.environ.pop("OMP_WAIT_POLICY", None)
         methods = multiprocessing.get_context("spawn")
         self._ours, theirs = methods.Pipe()
         try:
             methods.Process(
-                target=_serve, args=(theirs, path, context, threads), daemon=True
+                target=_serve, args=(theirs, path, draft, context, threads), daemon=True
             ).start()
         finally:
             if policy is not None:
@@ -204,19 +271,18 @@ class OwnProcess:
         return tokens, seconds
 
 
-def _serve(pipe: Connection, path: Path, context: int, threads: int) -> None:
-    peer = LlamaCpp(path, context, threads)
+def _serve(pipe: Connection, path: Path, draft: Path | None, context: int, threads: int) -> None:
+    target = LlamaCpp(path, context, threads)
+    small = None if draft is None else LlamaCpp(draft, context, threads)
     while True:
         try:
             prompt, new_tokens, eos = pipe.recv()
         except EOFError:
             return
-        peer.clear()
-        tokens = [peer.step(prompt)]
-        begin = time.perf_counter()
-        while len(tokens) < new_tokens and tokens[-1] not in eos:
-            tokens.append(peer.step(tokens[-1:]))
-        pipe.send((tokens, time.perf_counter() - begin))
+        if small is None:
+            pipe.send(greedy(target, prompt, new_tokens, eos))
+        else:
+            pipe.send(speculative(target, small, prompt, new_tokens, eos))
 
 
 def _quiet(api: object) -> None:

@@ -10,7 +10,8 @@ per second (prompts not counted) and of the ratios to the dense path on the same
 ratio, and what drafting did. `exact` answers must be the dense ones, or the benchmark stops.
 
 With `--llama-cpp FILE.gguf` (once for each file) llama.cpp answers the same token ids, greedily, on
-as many threads, in a process of its own.
+as many threads, in a process of its own. With `--llama-cpp-draft FILE.gguf` it also does so by
+speculative decoding, for which the model of that file drafts.
 
 With `--lookup N` (once for each N) the default and the `exact` run look up N-grams; 0: nothing.
 
@@ -149,6 +150,12 @@ def answers(args: argparse.Namespace) -> Iterator[Answer]:
     for path in args.llama_cpp:
         peer = llama_cpp.OwnProcess(path, CONTEXT, model.backend.threads)
         ways[f"llama.cpp, {path.stem}"] = partial(peer_answer, peer, model)
+        if args.llama_cpp_draft is not None:
+            peer = llama_cpp.OwnProcess(
+                path, CONTEXT, model.backend.threads, draft=args.llama_cpp_draft
+            )
+            name = f"llama.cpp, {path.stem} drafted by {args.llama_cpp_draft.stem}"
+            ways[name] = partial(peer_answer, peer, model)
     warm = False
     for prompts in PROMPTS.values():
         for prompt in prompts[: args.prompts]:
@@ -201,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--baseline", type=Path, help="another artifact, decoded densely beside it")
     parser.add_argument("--llama-cpp", type=Path, action="append", default=[], metavar="FILE.gguf")
+    parser.add_argument("--llama-cpp-draft", type=Path, metavar="FILE.gguf")
     parser.add_argument("--lookup", type=whole_number, action="append", default=[], metavar="N")
     parser.add_argument("--prompts", type=positive_number, default=4, help="of each kind")
     parser.add_argument("--max-new-tokens", type=positive_number, default=128)

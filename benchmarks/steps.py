@@ -194,7 +194,7 @@ def llama_cpp_step(
 
     def step() -> None:
         peer.step([7])
-        peer.forget(1, context + 1)
+        peer.keep(context)
 
     return step
 
