@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from sirius_runtime.backends.rewrite import with_kernels
+from sirius_runtime.backends.tape import Tapes
 from sirius_runtime.by_entries import ByEntries, chooser
 from sirius_runtime.decoder import Decoder, Way, steps
 from sirius_runtime.errors import ArtifactError, SiriusError
@@ -36,6 +37,8 @@ class EagerBackend:
     explains = True
     looks_up = True
     stream_seconds = 0.0
+    repeats = True
+    """Whether equal calls do equal work, which tapes may replay."""
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class EagerBackend:
         self.weights = self._own(weights)
         self._entries = {name: Entry(module, self.weights) for name, module in modules.items()}
         self._outputs = {e.name: [o.name for o in e.outputs] for e in program.entries}
+        self._tapes = Tapes()
 
     def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights as graphs take them: the stored ones where dtype and device are theirs."""
@@ -106,7 +110,9 @@ class EagerBackend:
         with blaming_the_graph(entry):
             if bound.runs is None:
                 bound.runs = with_kernels(bound.module) if on_cpu else write_code(bound.module)
-            return self._named(entry, bound.runs(*bound.arguments(inputs)))
+            if on_cpu and self.repeats:
+                return self._named(entry, self._tapes.run(entry, bound.run, inputs))
+            return self._named(entry, bound.run(inputs))
 
     def _named(self, entry: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self._outputs[entry], values, strict=True))
@@ -184,6 +190,12 @@ class Entry:
             self.bound.append(value)
             node.replace_all_uses_with(last)
             graph.erase_node(node)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """The graph's outputs."""
+        assert self.runs is not None
+        outputs: Sequence[Tensor] = self.runs(*self.arguments(inputs))
+        return outputs
 
     def arguments(self, inputs: Mapping[str, Tensor]) -> list[Tensor | None]:
         """The graph's positional arguments: weights, and `inputs` by name."""

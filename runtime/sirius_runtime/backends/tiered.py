@@ -52,6 +52,8 @@ _SPEED = 1e9
 class TieredBackend(EagerBackend):
     """Runs the graphs node by node; of the weights, it holds what `settle` says."""
 
+    repeats = False  # each run waits for the stream
+
     def __init__(
         self,
         program: ProgramSpec,

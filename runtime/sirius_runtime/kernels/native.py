@@ -6,9 +6,10 @@ import ctypes
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from sirius_runtime.cache import cache_folder
 from sirius_runtime.errors import BackendError
@@ -46,12 +47,52 @@ _lock = threading.Lock()
 _loaded: dict[InstructionSet | None, ctypes.CDLL | None] = {}
 _chosen: InstructionSet | None = None  # by `using`, before the environment variable
 _off = 0  # contexts of `references` entered
+_listener = threading.local()
+
+Heard = Callable[[Callable[..., int], tuple[Any, ...]], None]
+"""Is told of a call of the library: the function and its arguments."""
 
 
 def kernels() -> ctypes.CDLL | None:
     """The library, built and loaded at the first call; None where the references are to be used."""
     if switched_off():
         return None
+    heard: Heard | None = getattr(_listener, "heard", None)
+    if heard is None:
+        return _library()
+    library = _library()
+    return None if library is None else cast(ctypes.CDLL, _Listening(library, heard))
+
+
+@contextmanager
+def listening(heard: Heard) -> Iterator[None]:
+    """Within it, `heard` is told of each call of the library by this thread."""
+    _listener.heard = heard
+    try:
+        yield
+    finally:
+        _listener.heard = None
+
+
+class _Listening:
+    """The library, whose listener hears each call."""
+
+    def __init__(self, library: ctypes.CDLL, heard: Heard) -> None:
+        self._own, self._heard = library, heard
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._own, name)
+        if name not in _SIGNATURES:
+            return function
+
+        def call(*arguments: Any) -> int:
+            self._heard(function, arguments)
+            return int(function(*arguments))
+
+        return call
+
+
+def _library() -> ctypes.CDLL | None:
     try:
         return _loaded[_chosen]
     except KeyError:
