@@ -44,7 +44,7 @@ class Tape:
     """The calls of one run."""
 
     def __init__(self, run: Run, inputs: Mapping[str, Tensor]) -> None:
-        """Runs it, which gives the same results as without a tape: `outputs`."""
+        """Runs it: `outputs` are the results."""
         self.repeats = True
         """Whether a replay computes what a run would."""
         self._calls: list[Callable[[], int | None]] = []
@@ -54,7 +54,12 @@ class Tape:
             for name, value in inputs.items()
         }
         with listening(self._hear), _Recorder(self._note):
-            self.outputs = list(run(self._inputs))
+            self._own = run(self._inputs)
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """Copies of what the run, or the last replay, gave."""
+        return [output.clone() for output in self._own]
 
     def replay(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """The outputs of a run on these inputs."""
@@ -64,7 +69,7 @@ class Tape:
         for call in self._calls:
             if status := call():
                 _raise(call, status)
-        return [output.clone() for output in self.outputs]
+        return self.outputs
 
     def _hear(self, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
         self._calls.append(functools.partial(function, *arguments))

@@ -1,4 +1,4 @@
-"""Norms and rotary embeddings on the CPU as one call each, for graphs that spell them out.
+"""Norms, rotary embeddings and gates on the CPU as one call each, for graphs that spell them out.
 
 These are not operators: graphs on disk keep the several calls of torch that each of these replaces.
 At one token, the time between a decoder's matrix products depends on the number of calls.
@@ -11,8 +11,9 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from sirius_runtime.kernels.arguments import TYPES, address, check, is_vector
+from sirius_runtime.kernels.arguments import ACTIVATIONS, TYPES, address, check, is_vector
 from sirius_runtime.kernels.native import kernels
+from sirius_runtime.ops import mlp as reference
 
 _ROTATE = Struct("=18q")  # x and its strides, cosine, sine: see ``csrc/cpu.cpp``
 
@@ -100,3 +101,24 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, half: int) -> Tensor:
         check(library, status, "rotate")
         return y
     return x * cosine + torch.cat([-x[..., half:], x[..., :half]], -1) * sine
+
+
+def gate_(g: Tensor, u: Tensor, act: str) -> Tensor:
+    """act(g) · u, written over g. `act`: a name in the table of activations."""
+    if not (
+        g.dtype in TYPES
+        and g.dtype is u.dtype
+        and g.shape == u.shape
+        and g.is_contiguous()
+        and u.is_contiguous()
+        and g.is_cpu
+        and g.numel() > 0
+        and (library := kernels()) is not None
+    ):
+        return reference.ACTIVATIONS[act](g) * u
+    status = library.sirius_gated(
+        TYPES[g.dtype], ACTIVATIONS[act], g.data_ptr(), g.numel(), u.data_ptr(), u.numel(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    check(library, status, "gate")
+    return g
