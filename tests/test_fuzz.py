@@ -33,6 +33,18 @@ def test_twenty_thousand_hostile_artifacts(first: int) -> None:
     check(hunt(first, 2_500, Hunt(every=4)), 2_500)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        8378,  # an arange of more than 2^63 numbers
+    ],
+)
+def test_what_was_found_once(case: int) -> None:
+    """Cases of the twenty thousand that were faults."""
+    report = hunt(case, 1, Hunt(every=4))
+    assert (report.faults, sum(report.outcomes.values())) == ([], 1)
+
+
 def test_there_is_something_of_each() -> None:
     assert len(corpus()) >= 5
     assert len(corpus(SMALLEST)) == 2

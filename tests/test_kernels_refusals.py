@@ -305,7 +305,7 @@ def test_the_C_side_compares_by_itself() -> None:  # noqa: N802
         (lambda: norm(0, at, 12, at, 11, out, at, 6, 1e-6, out, 1), "addend has 11"),
         (lambda: rotate(0, turned, out, 1), "cosine has 5 numbers a head, not 6"),
         (lambda: rotate(0, odd, out, 1), "x has 5 numbers a head"),
-        (lambda: library.sirius_gated(0, 0, out, 12, at, 11, 1), "up has 11 products, not 12"),
+        (lambda: library.sirius_gated(0, 0, out, 12, at, 11, out, 1), "up has 11 products, not 12"),
         (lambda: library.sirius_activity(0, at, out, 2, 0, 1), "z has 0 neurons"),
         (lambda: linears(0, at, 65, 6, b"", 0, 1), "x has 65 tokens, not 1 to 64"),
         (lambda: linears(0, at, 1, 6, b"", 9, 1), "the call has 9 weights, not 0 to 8"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -46,6 +48,19 @@ def answer(state: TensorState, entry: str, steps: int = 9) -> list[Tensor]:
     return found
 
 
+@contextmanager
+def counting_replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    found, replay = list[int](), Tape.replay
+
+    def counted(own: Tape, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        found.append(1)
+        return replay(own, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tape, "replay", counted)
+        yield found
+
+
 @pytest.mark.parametrize("entry", ["full", "sparse"])
 @pytest.mark.parametrize("method", ["none", "topk", "griffin", "teal", "griffin+teal"])
 def test_steps_by_tape_are_steps(
@@ -57,11 +72,8 @@ def test_steps_by_tape_are_steps(
         monkeypatch.setattr(tape, "MOST_TOKENS", 0)
         wanted = answer(state_of(backend, rows), entry)
         monkeypatch.setattr(tape, "MOST_TOKENS", 4)
-        state, replays = state_of(backend, rows), []
-        with monkeypatch.context() as patch:
-            replay = Tape.replay
-            patch.setattr(Tape, "replay", lambda *own: (replays.append(1), replay(*own))[1])
-            found = answer(state, entry)
+        with counting_replays(monkeypatch) as replays:
+            found = answer(state_of(backend, rows), entry)
         assert len(replays) == len(wanted) - 2  # one to see, one to record
         for one, other in zip(found, wanted, strict=True):
             assert torch.equal(one, other)
@@ -145,10 +157,24 @@ def test_operators_of_torch_are_replayed_and_views_are_not_copied() -> None:
     assert torch.equal(total, sums)  # written in place, once a run
 
 
-def test_a_run_that_reads_a_number_is_not_replayed() -> None:
+READS: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x[0, 0].item() > 0,
+    "tolist": lambda x: x.tolist()[0][0] > 0,
+    "numpy": lambda x: x.numpy()[0, 0] > 0,
+    "array": lambda x: np.asarray(x)[0, 0] > 0,
+    "bool": lambda x: (x > 0).all(),
+    "int": lambda x: int(x[0, 0]) > 0,
+    "float": lambda x: float(x[0, 0]) > 0,
+    "shape": lambda x: len((x > 0).nonzero()),
+    "equal": lambda x: torch.equal(x, x.abs()),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_run_that_reads_numbers_is_not_replayed(read: str) -> None:
     def run(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         x = inputs["x"]
-        return [x * 2 if x[0, 0].item() > 0 else x * 3]
+        return [x * 2 if READS[read](x) else x * 3]
 
     inputs = [torch.full((1, 1), value) for value in (1.0, 2.0, 3.0, -1.0, 4.0)]
     assert [float(y) for y in runs(run, inputs)] == [2.0, 4.0, 6.0, -3.0, 8.0]

@@ -708,7 +708,8 @@ def arange_by(start: Number, end: Number, step: Number, dtype: torch.dtype | Non
     need(len(numbers) == 3 and numbers[2] != 0, "only whole numbers are counted here")
     need((numbers[1] - numbers[0]) * numbers[2] >= 0, "its step leads away from its end")
     need(dtype is not torch.bool, "bools can't be counted")
-    return created(dtype or torch.int64, (len(range(*numbers)),))
+    first, last, by = numbers  # len(range(…)) holds no number beyond 2^63
+    return created(dtype or torch.int64, (-((first - last) // by),))
 
 
 def arange_from(start: Number, end: Number, dtype: torch.dtype | None = None) -> Array:

@@ -6,7 +6,7 @@
     w * (x32 * rsqrt(mean(x32²) + ε)).to(dtype)     rms_norm(x, w, ε, dtype)
     z = x + y, rms_norm(z, w, …)                    add_norm(x, y, w, …)
     x * cos + cat([-x[h:], x[:h]]) * sin            rotate(x, cos, sin, h)
-    silu(linear(x, w)) * u                          gate_(linear(x, w), u, "silu")
+    silu(g) * u                                     gate(g, u, "silu")
     sirius.cached_attention(q, …)                   cached_attention_by_tokens(q, …)
     sirius.dense_mlp(x, …) and the like             dense_mlp(x, …)
 
@@ -29,7 +29,7 @@ from sirius_runtime.control_flow import as_python
 from sirius_runtime.graph import write_code
 from sirius_runtime.kernels.attention import cached_attention_by_tokens
 from sirius_runtime.kernels.linear import MOST_LINEARS, linear, linears
-from sirius_runtime.kernels.pointwise import add_norm, gate_, rms_norm, rotate
+from sirius_runtime.kernels.pointwise import add_norm, gate, rms_norm, rotate
 from sirius_runtime.kernels.reinplace import write_in_place
 from sirius_runtime.operators import OPERATORS
 
@@ -82,7 +82,7 @@ def _rewrite(node: fx.Node) -> None:
     if node.op == "call_function" and node.target in _functions():
         node.target = _functions()[node.target]
         return
-    patterns = ((rms_norm, _norm(node)), (rotate, _rotation(node)), (gate_, _gate(node)))
+    patterns = ((rms_norm, _norm(node)), (rotate, _rotation(node)), (gate, _gate(node)))
     for function, arguments in patterns:
         if arguments is not None:
             with node.graph.inserting_before(node):
@@ -199,17 +199,12 @@ def _rotation(node: Any) -> tuple[Any, ...] | None:
 
 
 def _gate(node: Any) -> tuple[Any, ...] | None:
-    """A linear's result that nothing else reads, what it gates and the activation's name, where
-    `node` is the product.
-    """
+    """g, u and the activation's name, where `node` is the product of an activation and u."""
     if not (_calls(node, aten.mul.Tensor) and len(node.all_input_nodes) == 2):
         return None
-    for active, other in (node.args, node.args[::-1]):
-        if not (_calls(active, aten.silu.default) and len(active.users) == 1):
-            continue
-        (g,) = active.args
-        if _calls(g, linear) and len(g.users) == 1:
-            return g, other, "silu"
+    for active, u in (node.args, node.args[::-1]):
+        if _is(active, aten.silu.default) and len(active.users) == 1:
+            return active.args[0], u, "silu"
     return None
 
 

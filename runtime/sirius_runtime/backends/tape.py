@@ -1,13 +1,14 @@
 """Tapes: what a run of a graph computed, to be computed again without Python in between.
 
-At one token a step makes some hundreds of calls, each of which checks its operands, allocates its
-result and hands addresses over, in all a fifth of the step. A run with the same shapes over the same
-KV cache makes the same calls on the same addresses. So one such run is recorded: the calls of our
-kernels with their arguments, and torch's operators, but for views and allocations. Its tensors are
-kept, and a replay overwrites them.
+At one token a step makes some hundreds of calls. Each checks its operands, allocates its result and
+hands over addresses: a fifth of the step's time. A run of the same shapes over the same KV cache
+makes the same calls on the same addresses. So one such run is recorded: the calls of our kernels
+with their arguments, and torch's operators except views and allocations. Its tensors are kept, and
+a replay overwrites them.
 
 Recorded are runs of few tokens on the CPU (`MOST_TOKENS`), once a run with the same key has been
-seen. A run in which Python read a number from a tensor is never recorded.
+seen. Where Python reads a number from a tensor, as mixtures do to find their experts, or a result's
+shape depends on numbers, the next run may make other calls: it is not replayed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -36,6 +38,15 @@ _BOUND = frozenset({"k_cache", "v_cache", "neurons"})
 
 _ALLOCATES = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 
+_READS = frozenset(
+    {
+        *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__),
+        *(Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__contains__),
+    }
+)
+"""Methods that give Python a tensor's numbers; not all of them pass through the dispatcher."""
+_DEPENDS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+
 Run = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
 """Runs a graph on its named inputs."""
 
@@ -53,7 +64,7 @@ class Tape:
             name: value.detach() if name in _BOUND else value.clone()
             for name, value in inputs.items()
         }
-        with listening(self._hear), _Recorder(self._note):
+        with listening(self._hear), _Operators(self._note), _Reads(self._give_up):
             self._own = run(self._inputs)
 
     @property
@@ -74,10 +85,13 @@ class Tape:
     def _hear(self, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
         self._calls.append(functools.partial(function, *arguments))
 
+    def _give_up(self) -> None:
+        self.repeats = False
+
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """An operator of torch has run."""
-        if torch.Tag.data_dependent_output in func.tags:
-            self.repeats = False
+        if not _DEPENDS.isdisjoint(func.tags):
+            self._give_up()
         results = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
         self._held += results
         if func.overloadpacket.__name__ in _ALLOCATES:
@@ -115,7 +129,7 @@ def _raise(call: Any, status: int) -> None:
     check(library, status, call.func.__name__.removeprefix("sirius_"))
 
 
-class _Recorder(TorchDispatchMode):
+class _Operators(TorchDispatchMode):
     """Tells `note` of each operator of torch that has run."""
 
     def __init__(self, note: Callable[[Any, Any, Any, Any], None]) -> None:
@@ -129,6 +143,19 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
+class _Reads(TorchFunctionMode):
+    """Tells `read` where Python reads a tensor's numbers."""
+
+    def __init__(self, read: Callable[[], None]) -> None:
+        super().__init__()
+        self._read = read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS:
+            self._read()
+        return func(*args, **(kwargs or {}))
+
+
 class Tapes:
     """The tapes of a back end: of each KV cache as long as it lives."""
 
@@ -140,20 +167,20 @@ class Tapes:
         library, cache, ids = kernels(), inputs.get("k_cache"), inputs.get("input_ids")
         if library is None or cache is None or ids is None or ids.numel() > MOST_TOKENS:
             return run(inputs)
-        tapes: dict[Any, Tape | None] = self._of.setdefault(cache, {})
+        tapes: dict[Any, Tape | bool] = self._of.setdefault(cache, {})
         key = (entry, id(library), torch.get_num_threads(), *_key(inputs))
-        if key not in tapes:
-            if len(tapes) >= MOST_TAPES:
-                tapes.clear()
-            tapes[key] = None
-            return run(inputs)
-        tape = tapes[key]
+        tape = tapes.get(key)
+        if isinstance(tape, Tape):
+            return tape.replay(inputs)
+        if tape is None and len(tapes) >= MOST_TAPES:
+            tapes.clear()
         if tape is None:
-            tape = Tape(run, inputs)
-            if tape.repeats:
-                tapes[key] = tape
-            return tape.outputs
-        return tape.replay(inputs)
+            tapes[key] = True  # the next run is recorded
+        if not tape:
+            return run(inputs)
+        made = Tape(run, inputs)
+        tapes[key] = made if made.repeats else False
+        return made.outputs
 
 
 def _key(inputs: Mapping[str, Tensor]) -> Sequence[Any]:

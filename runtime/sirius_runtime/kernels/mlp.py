@@ -158,7 +158,7 @@ def _by_torch(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor] | None:
     u = None if mlp.up is None else product(x, mlp.up, mlp.up_bias)
     status = library.sirius_gated(
         TYPES[z.dtype], code, z.data_ptr(), z.numel(), address(u), 0 if u is None else u.numel(),
-        torch.get_num_threads(),
+        z.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     check(library, status, "dense_mlp")
     down = mlp.down if is_nested(mlp.down) else mlp.down.t()

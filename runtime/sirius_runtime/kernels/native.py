@@ -31,7 +31,7 @@ _SIGNATURES = {
     "sirius_unnest": [_I, _P, _P, _I],
     "sirius_nest": [_I, _P, _I],
     "sirius_activity": [_I, _P, _P, _N, _N, _I],
-    "sirius_gated": [_I, _I, _P, _N, _P, _N, _I],
+    "sirius_gated": [_I, _I, _P, _N, _P, _N, _P, _I],
     "sirius_statistic": [_I, _P, _P, _I],
     "sirius_rms_norm": [_I, _P, _N, _P, _N, _P, _P, _N, _F, _P, _I],
     "sirius_rotate": [_I, _P, _P, _I],

@@ -103,22 +103,22 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, half: int) -> Tensor:
     return x * cosine + torch.cat([-x[..., half:], x[..., :half]], -1) * sine
 
 
-def gate_(g: Tensor, u: Tensor, act: str) -> Tensor:
-    """act(g) · u, written over g. `act`: a name in the table of activations."""
+def gate(g: Tensor, u: Tensor, act: str) -> Tensor:
+    """act(g) · u. `act`: a name in the table of activations."""
     if not (
         g.dtype in TYPES
         and g.dtype is u.dtype
         and g.shape == u.shape
-        and g.is_contiguous()
-        and u.is_contiguous()
         and g.is_cpu
         and g.numel() > 0
         and (library := kernels()) is not None
     ):
         return reference.ACTIVATIONS[act](g) * u
+    g, u = g.contiguous(), u.contiguous()
+    y = torch.empty_like(g)
     status = library.sirius_gated(
         TYPES[g.dtype], ACTIVATIONS[act], g.data_ptr(), g.numel(), u.data_ptr(), u.numel(),
-        torch.get_num_threads(),
+        y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     check(library, status, "gate")
-    return g
+    return y

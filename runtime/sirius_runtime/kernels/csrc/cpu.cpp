@@ -382,13 +382,14 @@ int sirius_activity(int type, const void* z, void* y, int64_t N, int64_t I, int 
   });
 }
 
-// u may be null.
-int sirius_gated(int type, int act, void* g, int64_t n, const void* u, int64_t u_size, int threads) {
+// u may be null, and y, of n numbers, may be g.
+int sirius_gated(int type, int act, const void* g, int64_t n, const void* u, int64_t u_size, void* y,
+                 int threads) {
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
-    if (n) present("gate's products", g);
+    if (n) present("gate's products", g), present("the result", y);
     if (u) same("up", "products", u_size, n);
-    gated<T>(Activation(act), (T*)g, (const T*)u, size_t(n), bounded(threads));
+    gated<T>(Activation(act), (const T*)g, (const T*)u, (T*)y, size_t(n), bounded(threads));
   });
 }
 

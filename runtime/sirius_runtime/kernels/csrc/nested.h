@@ -251,43 +251,62 @@ struct NestedRow {
   const uint8_t* next;  // a row that is read soon
 };
 
-// Adds steps [begin, end) of row · x_n to the sums of N tokens, whose steps are `steps` apart.
+// Adds step s of row · x_n to the sums of N tokens, whose steps are `steps` apart. WHOLE: it has W
+// groups, of ABREAST that lie abreast.
+template <bool BOTH, size_t N, bool WHOLE>
+inline __attribute__((always_inline)) void nested_step(const NestedRow& row, const Step* x, size_t groups,
+                                                       size_t steps, size_t s, Floats* own) {
+  const size_t first = s * W, here = WHOLE ? W : std::min<size_t>(W, groups - first);
+  const size_t block = first / ABREAST * ABREAST, apart = (WHOLE ? ABREAST : std::min(ABREAST, groups - block)) * 4;
+  const size_t at = block * 16 + (first - block) * 4;
+  const First bytes = first_bytes(here * 4);
+  Pair codes[4];
+#pragma GCC unroll 4
+  for (size_t w = 0; w < 4; w++) {
+    const uint8_t* p = row.own + at + w * apart;
+    __builtin_prefetch(row.next + at + w * apart);
+    if (BOTH) __builtin_prefetch(row.next + row.to_low + at + w * apart);
+    codes[w] = codes_of<BOTH>(load_codes(p, bytes), BOTH ? load_codes(p + row.to_low, bytes) : Codes{});
+  }
+  const uint8_t* upper = row.own + groups * 16 + first;
+  const Floats scales = scales_of(bytes_as_words(upper, here),
+                                  BOTH ? bytes_as_words(upper + row.to_low, here) : Words{} + 0x80);
+  // Tokens side by side: a dot4 waits for the one before it, but not for another token's.
+  constexpr size_t SIDE = N < 4 ? N : 4;
+#pragma GCC unroll 4
+  for (size_t n = 0; n < N; n += SIDE) {
+    const Step* token[SIDE];
+    Ints sum[SIDE];
+#pragma GCC unroll 4
+    for (size_t i = 0; i < SIDE; i++) {
+      token[i] = x + (n + i) * steps + s;
+      memcpy(&sum[i], token[i]->excess, sizeof sum[i]);
+    }
+#pragma GCC unroll 4
+    for (size_t w = 0; w < 4; w++) {
+#pragma GCC unroll 4
+      for (size_t i = 0; i < SIDE; i++)
+        sum[i] = dot4(sum[i], codes[w].first, load_codes((const uint8_t*)token[i]->q[w][0]));
+#pragma GCC unroll 4
+      for (size_t i = 0; i < SIDE; i++)
+        sum[i] = dot4(sum[i], codes[w].second, load_codes((const uint8_t*)token[i]->q[w][1]));
+    }
+#pragma GCC unroll 4
+    for (size_t i = 0; i < SIDE; i++) own[n + i] += to_floats(sum[i]) * (scales * load(token[i]->scale));
+  }
+}
+
+// Adds steps [begin, end) of row · x_n to the sums of N tokens.
 template <bool BOTH, size_t N>
 void nested_tile(const NestedRow& row, const Step* x, size_t C, size_t steps, size_t begin, size_t end,
                  Floats* sums) {
-  const size_t groups = C / NEST;
+  const size_t groups = C / NEST, whole = std::min(end, groups / ABREAST * (ABREAST / W));
   Floats own[N];
 #pragma GCC unroll 16
   for (size_t n = 0; n < N; n++) own[n] = begin ? sums[n] : Floats{};
-  for (size_t s = begin; s < end; s++) {
-    const size_t first = s * W, here = std::min<size_t>(W, groups - first);
-    const size_t block = first / ABREAST * ABREAST, apart = std::min(ABREAST, groups - block) * 4;
-    const size_t at = block * 16 + (first - block) * 4;
-    const First bytes = first_bytes(here * 4);
-    Pair codes[4];
-#pragma GCC unroll 4
-    for (size_t w = 0; w < 4; w++) {
-      const uint8_t* p = row.own + at + w * apart;
-      __builtin_prefetch(row.next + at + w * apart);
-      if (BOTH) __builtin_prefetch(row.next + row.to_low + at + w * apart);
-      codes[w] = codes_of<BOTH>(load_codes(p, bytes), BOTH ? load_codes(p + row.to_low, bytes) : Codes{});
-    }
-    const uint8_t* upper = row.own + C / 2 + first;
-    const Floats scales = scales_of(bytes_as_words(upper, here),
-                                    BOTH ? bytes_as_words(upper + row.to_low, here) : Words{} + 0x80);
-#pragma GCC unroll 16
-    for (size_t n = 0; n < N; n++) {
-      const Step& token = x[n * steps + s];
-      Ints sum;
-      memcpy(&sum, token.excess, sizeof sum);
-#pragma GCC unroll 4
-      for (size_t w = 0; w < 4; w++) {
-        sum = dot4(sum, codes[w].first, load_codes((const uint8_t*)token.q[w][0]));
-        sum = dot4(sum, codes[w].second, load_codes((const uint8_t*)token.q[w][1]));
-      }
-      own[n] += to_floats(sum) * (scales * load(token.scale));
-    }
-  }
+  size_t s = begin;
+  for (; s < whole; s++) nested_step<BOTH, N, true>(row, x, groups, steps, s, own);
+  for (; s < end; s++) nested_step<BOTH, N, false>(row, x, groups, steps, s, own);
 #pragma GCC unroll 16
   for (size_t n = 0; n < N; n++) sums[n] = own[n];
 }

@@ -52,9 +52,10 @@ void rms_norm(const T* x, const T* addend, T* total, const T* weight, float epsi
   });
 }
 
-// g = act(g) * u, of n numbers; u may be null. Rounded between the two, as torch stores it.
+// y = act(g) * u, of n numbers; u may be null, and y may be g. Rounded between the two, as torch
+// stores it.
 template <class T>
-void gated(Activation act, T* g, const T* u, size_t n, int threads) {
+void gated(Activation act, const T* g, const T* u, T* y, size_t n, int threads) {
   const size_t slab = 1024 * W, slabs = (n + slab - 1) / slab;
   parallel(slabs, n < ALONE ? 1 : threads, [&](size_t task) {
     const size_t begin = task * slab, end = std::min(n, begin + slab);
@@ -63,7 +64,7 @@ void gated(Activation act, T* g, const T* u, size_t n, int threads) {
       const auto get = [&](const T* p) { return here == size_t(W) ? load(p) : load_part(p, here); };
       Floats v = rounded<T>(activation<T>(act, get(g + i)));
       if (u) v *= get(u + i);
-      here == size_t(W) ? store(g + i, v) : store_part(g + i, v, here);
+      here == size_t(W) ? store(y + i, v) : store_part(y + i, v, here);
     }
   });
 }
