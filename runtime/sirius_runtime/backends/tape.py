@@ -30,8 +30,8 @@ from sirius_runtime.kernels.native import kernels, listening
 MOST_TOKENS = 4
 """Of all rows together. With more, what Python takes is little beside the products, and a tape
 holds all activations of all layers."""
-MOST_TAPES = 16
-"""Of one KV cache; another one drops them all."""
+MOST_TAPES = 32
+"""Of one KV cache, because periods of different lengths need their own; another one drops all."""
 
 _BOUND = frozenset({"k_cache", "v_cache", "neurons"})
 """Inputs that a tape reads where they are; it copies the others."""
