@@ -226,7 +226,7 @@ class OwnWeights(Mixture):
 
 def test_weights_that_do_not_come_from_the_choice_are_refused() -> None:
     program = paired(lambda: Decoder(Attention(0), OwnWeights()))
-    with pytest.raises(UnsupportedModelError, match=r"router's also read linear_\d \(aten.linear"):
+    with pytest.raises(UnsupportedModelError, match=r"router also reads linear_\d \(aten.linear"):
         SparsifyExperts(0.5).run(program)
 
 

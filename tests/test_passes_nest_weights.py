@@ -254,11 +254,11 @@ def test_an_mlp_stays_whole() -> None:
     found = left(lambda: Decoder(Mlp(48), Mlp()))
     assert found == {
         "layers.0.down.weight": "its 48 inputs are no multiple of 32",
-        "layers.0.gate.weight": "another weight of its MLP stays",
-        "layers.0.up.weight": "another weight of its MLP stays",
+        "layers.0.gate.weight": "another weight of its MLP can't be nested",
+        "layers.0.up.weight": "another weight of its MLP can't be nested",
     }
     assert said(found) == (
-        "2 (layers.0.gate.weight: another weight of its MLP stays), "
+        "2 (layers.0.gate.weight: another weight of its MLP can't be nested), "
         "1 (layers.0.down.weight: its 48 inputs are no multiple of 32)"
     )
 
@@ -276,7 +276,7 @@ def test_parts_that_cut_through_bytes_stay() -> None:
     def build() -> nn.Module:
         return Decoder(Attention(0), Parts(), Mlp())
 
-    reason = "it is read in parts that are no multiples of 32"
+    reason = "it is sliced at indices that are no multiples of 32"
     assert left(build, "teal")["layers.1.fused.weight"] == reason
     assert "layers.1.fused.weight" not in left(build, "topk")  # rows can be cut anywhere
 
@@ -294,7 +294,9 @@ def reading_part_of_the_head(*limits: int) -> Program:
 def test_columns_of_nested_rows_stay() -> None:
     program, step = reading_part_of_the_head(1, 0, WIDTH), NestWeights(4)
     step.run(program)
-    assert step.left == {"head.weight": "a part of it is read that nested rows can't be cut into"}
+    assert step.left == {
+        "head.weight": "it is sliced in a way that the nested layout does not support"
+    }
 
 
 def test_rows_that_alternate_are_rows_of_the_planes() -> None:
@@ -372,7 +374,7 @@ def test_experts_are_nested_and_their_router_is_not(step: int) -> None:
 def test_a_mixture_stays_whole() -> None:
     found = left(lambda: Decoder(Experts(neurons=48), Mlp()))
     assert found["layers.0.down"] == "its 48 inputs are no multiple of 32"
-    assert found["layers.0.gate_up"] == "another weight of its MLP stays"
+    assert found["layers.0.gate_up"] == "another weight of its MLP can't be nested"
     assert "layers.0.bias" not in found
 
 

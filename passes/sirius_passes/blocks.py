@@ -29,20 +29,21 @@ def layer_inputs(graph: fx.Graph) -> list[fx.Node]:
 
     Raises UnsupportedModelError if no single value separates a layer from the one before it.
     """
-    every = cuts(graph)
+    found = cuts(graph)
     order = {node: index for index, node in enumerate(graph.nodes)}
-    places = [order[cut] for cut in every]
+    cut_indices = [order[cut] for cut in found]
     # The head's linear belongs to no layer.
     ends = [*calls(graph, *_ATTENTION), head_linear(graph)]
     starts: list[fx.Node] = []
     for layer, end in enumerate(ends):
-        before = bisect_left(places, order[end])
-        if not before or (starts and places[before - 1] <= order[starts[-1]]):
+        before = bisect_left(cut_indices, order[end])
+        if not before or (starts and cut_indices[before - 1] <= order[starts[-1]]):
             raise UnsupportedModelError(
                 f"no single value leads into layer {layer}: the layers share more than a residual "
-                "stream, so the layer of a weight is unknown. Use --sparsity topk, cats or griffin"
+                "stream, so the layer of each weight is unknown. Use --sparsity topk, cats or "
+                "griffin"
             )
-        starts.append(every[before - 1])
+        starts.append(found[before - 1])
     return starts
 
 
@@ -75,7 +76,10 @@ def cuts(graph: fx.Graph) -> list[fx.Node]:
 
 
 def head_linear(graph: fx.Graph) -> fx.Node:
-    """The linear that makes the logits: the last of the graph."""
+    """The linear that makes the logits, which is the last of the graph.
+
+    Raises UnsupportedModelError if the graph has no linear.
+    """
     linears = calls(graph, aten.linear.default, sirius.linear.default)
     if not linears:
         raise UnsupportedModelError("the graph has no linear that could make logits")

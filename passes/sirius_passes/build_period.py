@@ -1,4 +1,4 @@
-"""Builds a graph of one whole period: draft, verify, accept, compact and roll back.
+"""Builds one graph of a whole period: draft, verify, accept, compact the KV cache and roll back.
 
     Before                  After
     prefill, sparse, full   prefill, sparse, full, and period:
@@ -14,13 +14,13 @@
 
 State is passed in and returned; nothing is mutated. The caches are only read
 (`sirius.block_attention` replaces `sirius.cached_attention`), and the loop carries the K/V of the
-draft block. The graph returns the accepted path's K/V [layers, B, G, K, D], in order; once a
-period, the runtime writes it to the slots after `length`. Returning the caches instead would copy
-them whole for these few slots.
+draft block. The graph returns the accepted path's K/V [layers, B, G, K, D], in path order; once a
+period, the runtime writes them to the slots after `length`. Returning the whole caches would copy
+them for these few slots.
 
 Drafting and acceptance are traced from the functions that `by_entries` calls
-(`sirius_runtime.drafting`, `.policy`, `.tree`); shapes as there. K and w are static, rows B and
-cache slots S are symbolic.
+(`sirius_runtime.drafting`, `.policy`, `.tree`), with the same shapes. K and w are static, rows B
+and cache slots S are symbolic.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ higher_order = torch.ops.higher_order
 
 
 class BuildPeriod(Pass):
-    """`period`: K tokens, the root included. `width`: w. `max_seq_len`: tokens of a sequence."""
+    """`period`: K, the levels of a tree with its root. `width`: w, the nodes of a level.
+    `max_seq_len`: the most tokens of a sequence.
+    """
 
     name: ClassVar[str] = "build_period"
     takes: ClassVar[Stage] = Stage.LAID_OUT
@@ -107,7 +109,7 @@ class _Builder:
             *("neurons", "statistic", "refresh") * self.refreshes,
         ]
 
-    @one_at_a_time  # for `_CALLED`
+    @one_at_a_time  # `_CALLED` is global
     def build(self) -> fx.GraphModule:
         order = self.inputs + self.weights
         names: tuple[str, ...] = ()
@@ -169,12 +171,12 @@ class _Builder:
         return torch.zeros(sites, k_cache.shape[1], dtype=torch.int64, device=k_cache.device)
 
     def _draft(self, carry: _Carry, given: dict[str, Tensor]) -> _Carry:
-        """Drafts level after level, to the last or until no row is live."""
+        """Drafts one level after another, until the last level or until no row is live."""
         flat, names = carry.flatten(), list(given)
 
         def goes_on(*values: Tensor) -> Tensor:
             now = carry.unflatten(values[: len(flat)])
-            # Level 1 is always drafted: an empty draft would have another shape.
+            # Level 1 is always drafted: without it, verification would have a different shape.
             return (now.level < self.period) & (now.state.live.any() | (now.level == 1))
 
         def step(*values: Tensor) -> tuple[Tensor, ...]:
@@ -236,7 +238,7 @@ class _Builder:
             aten.sym_constrain_range.default(levels, min=1, max=period - 1)
         nodes = torch.arange(levels * self.width + 1, device=carry.level.device)
         result = self._run(self.full, given, carry, draft.tree, nodes)
-        # Zeros for the nodes that were not drafted: a static size; nothing reads them.
+        # Padded to a static size with zeros for the nodes not drafted, which nothing reads.
         logits = result["logits"]
         B, _, V = logits.shape
         padded = logits.new_zeros(B, draft.tree.tokens.shape[1], V).index_copy(1, nodes, logits)
@@ -261,8 +263,10 @@ class _Builder:
 
 
 class _Carry(NamedTuple):
-    """What the draft loop carries. `level`: the next to draft; `kept`: counts [sites, B], None if
-    every token keeps the same number of units.
+    """The values that the draft loop carries.
+
+    `level`: the next level to draft. `kept` [sites, B]: units kept so far at each counted site;
+    None if there are no counted sites, as every token keeps the same number.
     """
 
     level: Tensor
@@ -276,8 +280,8 @@ class _Carry(NamedTuple):
 
     def unflatten(self, values: Sequence[Tensor]) -> _Carry:
         """`values` in the form of this carry."""
-        left = iter(values)
-        return pytree.tree_map(lambda leaf: None if leaf is None else next(left), self)
+        remaining = iter(values)
+        return pytree.tree_map(lambda leaf: None if leaf is None else next(remaining), self)
 
 
 class _Functional:
@@ -294,8 +298,8 @@ class _Functional:
             with graph.inserting_before(node):
                 args: tuple[Any, ...] = (q, k, v, k_cache, v_cache, k_block, v_block)
                 args += (positions, nodes, length, tree_mask, *kind)
-                every = _call(graph, sirius.block_attention.default, args)
-                out, *new = (_call(graph, operator.getitem, (every, i)) for i in range(3))
+                result = _call(graph, sirius.block_attention.default, args)
+                out, *new = (_call(graph, operator.getitem, (result, i)) for i in range(3))
             node.replace_all_uses_with(out)
             graph.erase_node(node)
             for block, value in zip(blocks, new, strict=True):
@@ -323,7 +327,7 @@ class _Functional:
         return dict(zip(self.outputs, results, strict=True))
 
     def empty_outputs(self, arguments: Sequence[Tensor]) -> list[Tensor]:
-        """Uninitialised tensors in the shapes and dtypes of the outputs for these arguments."""
+        """Uninitialised tensors with the shapes and dtypes of the entry's outputs."""
         given = dict(zip(self._arguments, arguments, strict=True))
         extents: dict[str, Any] = {"V": self.vocabulary}
         for name, value in given.items():
@@ -331,10 +335,10 @@ class _Functional:
                 extents |= zip(map(str, INPUTS[name].shape), value.shape, strict=True)
         values = []
         for name, node in outputs(self.graph).items():
-            own, spec = node.meta["val"], RESULTS[name]
-            pairs = zip(map(str, spec.shape), own.shape, strict=True)
+            value, spec = node.meta["val"], RESULTS[name]
+            pairs = zip(map(str, spec.shape), value.shape, strict=True)
             shape = [extents.get(letter, extent) for letter, extent in pairs]
-            values.append(arguments[0].new_empty(shape, dtype=own.dtype))
+            values.append(arguments[0].new_empty(shape, dtype=value.dtype))
         return values
 
 
@@ -344,7 +348,7 @@ _CALLED: dict[int, _Functional] = {}
 
 @torch.library.custom_op("sirius_passes::entry", mutates_args=())
 def _entry(arguments: list[Tensor], called: int) -> list[Tensor]:
-    raise NotImplementedError("stands for an entry while a period is traced")
+    raise NotImplementedError("a placeholder for an entry while a period is traced; never run")
 
 
 @_entry.register_fake
@@ -386,7 +390,7 @@ def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
 
 
 def _kept(block: Tensor, nodes_BK: Tensor) -> Tensor:
-    """The block's K/V of a path's nodes [layers, B, G, K, D], in order."""
+    """The K/V of a path's nodes in a block [layers, B, G, K, D], in path order."""
     shape = (*block.shape[:3], nodes_BK.shape[1], block.shape[4])
     return block.gather(3, nodes_BK[None, :, None, :, None].expand(shape))
 
@@ -394,7 +398,7 @@ def _kept(block: Tensor, nodes_BK: Tensor) -> Tensor:
 def _refreshed(
     given: Mapping[str, Tensor], activity: Tensor, verdict: Verdict
 ) -> dict[str, Tensor]:
-    """The statistic updated by the verified tokens, and the neurons, selected again if asked."""
+    """The statistic including the accepted tokens, and the neurons, selected again if `refresh`."""
     statistic = given["statistic"] + observed(activity, verdict.nodes, verdict.advance)
     count = given["neurons"].shape[-1]
     (neurons,) = higher_order.cond(
@@ -428,7 +432,7 @@ def _fake_inputs(names: Sequence[str], program: Program, period: int) -> dict[st
 
 
 def _symbols(*hints: int) -> torch.Size:
-    """New symbolic sizes in the current fake mode, with these hints."""
+    """New symbolic sizes in the current fake mode; `hints` are their example values."""
     mode = detect_fake_mode()
     assert mode is not None
     dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(hints))

@@ -20,8 +20,8 @@
 
 A fused projection (gate_up, qkv) that is only sliced along its features becomes one linear a slice,
 over views of the one weight. Later passes then see separate gate, up, q, k and v in every model. A
-product with a weight [in, out] over flattened tokens (transformers' Conv1D) becomes a linear over
-the weight's transpose.
+matrix product of flattened tokens with a weight [in, out] (transformers' Conv1D) becomes a linear
+over the weight's transpose.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Canonicalize(Pass):
 
 
 def _refuse_unknown(graph: fx.Graph) -> None:
-    """Refuses operators that an artifact can't hold, now rather than after calibration."""
+    """Refuses operators that an artifact can't hold, before time is spent on calibration."""
     for node in graph.nodes:
         if node.op == "call_function" and not storable(node.target):
             raise UnsupportedModelError(
@@ -82,7 +82,7 @@ def canonicalize(module: fx.GraphModule) -> int:
     """Canonicalizes one graph in place; returns the number of rewrites."""
     graph = module.graph
     rewrites = sum(_remove_if_noise(node) for node in list(graph.nodes))
-    rewrites += sum(_write_apart(node) for node in list(graph.nodes))
+    rewrites += sum(_make_functional(node) for node in list(graph.nodes))
     rewrites += sum(_linear_from_addmm(node) for node in calls(graph, aten.addmm.default))
     rewrites += sum(_split_linear(node) for node in calls(graph, aten.linear.default))
     before = len(graph.nodes)
@@ -118,22 +118,23 @@ def _remove_if_noise(node: fx.Node) -> bool:
     return False
 
 
-def _write_apart(node: fx.Node) -> bool:
-    """Makes an in-place operator functional, as the graph of a period mutates nothing. Returns
-    whether `node` was in place; raises UnsupportedModelError where it can't be rewritten.
+def _make_functional(node: fx.Node) -> bool:
+    """Replaces an in-place operator by its functional form: the graph of a period must not mutate.
+
+    Returns whether `node` was in place. Raises UnsupportedModelError if it can't be rewritten.
     """
     if node.op != "call_function" or not mutates(node):
         return False
-    if not (_compute_apart(node) or _copy_apart(node)):
+    if not (_functional_arithmetic(node) or _functional_copy(node)):
         raise UnsupportedModelError(
             f"node {node.name} ({node.target}) of the model's graph writes in place into "
-            f"{node.args[0]}, and it can't be rewritten without the write. Please open an issue "
-            "with the model's config.json"
+            f"{node.args[0]}, and no functional form of it is known. Please open an issue with "
+            "the model's config.json"
         )
     return True
 
 
-def _compute_apart(node: fx.Node) -> bool:
+def _functional_arithmetic(node: fx.Node) -> bool:
     """`y.add_(1)` to `y.add(1)`."""
     if node.target not in _IN_PLACE or _is_view(node.args[0]):
         return False
@@ -144,7 +145,7 @@ def _compute_apart(node: fx.Node) -> bool:
     return True
 
 
-def _copy_apart(node: fx.Node) -> bool:
+def _functional_copy(node: fx.Node) -> bool:
     """`y[..., :8] = x` to `y = slice_scatter(y, x, …)`."""
     part, source = node.args[:2]
     if node.target is not aten.copy_.default or node.users or not isinstance(part, fx.Node):
@@ -197,8 +198,8 @@ def _linear_from_addmm(product: fx.Node) -> bool:
         restored = [u for u in product.users if u.target in _VIEWS and _same(rows, _sizes(u)[:-1])]
     whole = x.args[0] if restored and len(restored) == len(product.users) else x
     with graph.inserting_before(product):
-        turned = call(graph, aten.t.default, (weight,), origin="canonicalize")
-        linear = call(graph, aten.linear.default, (whole, turned, bias), origin="canonicalize")
+        transposed = call(graph, aten.t.default, (weight,), origin="canonicalize")
+        linear = call(graph, aten.linear.default, (whole, transposed, bias), origin="canonicalize")
     for node in (product,) if whole is x else restored:
         node.replace_all_uses_with(linear)
         graph.erase_node(node)
@@ -256,7 +257,10 @@ def _is_weight(node: fx.Node) -> bool:
 
 
 def _feature_ranges(user: fx.Node, linear: fx.Node) -> dict[fx.Node, tuple[int, int]] | None:
-    """The feature range that `user` (or each item taken from it) reads of `linear`, or None."""
+    """The range of `linear`'s output features that `user`, or each item of `user`, reads.
+
+    None if `user` is not a plain slice, chunk or split of the features.
+    """
     value = linear.meta["val"]
     last, features = value.ndim - 1, int(value.shape[-1])
     if user.target is aten.slice.Tensor:

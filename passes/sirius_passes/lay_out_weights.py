@@ -13,11 +13,12 @@
     %1 = aten.t(%up)
     %2 = sirius.sparse_linear(%x, %1, …)             %1 = sirius.sparse_linear(%x, %up, …)
 
-Each reader of a weight needs its own unit stored as a row: a neuron for the MLP operators, an input
-channel for `sirius::sparse_linear`, a token for an embedding. A dense linear is as fast over a
-transposed view, so it accepts either layout. A weight that only linears read, all of them
-transposed, is stored transposed. Readers that need different rows of one weight are refused, as it
-is stored once. Slices of a weight (fused projections) follow its layout: see `weight_views`.
+A reader of a weight needs contiguous rows: a neuron a row for the MLP operators, an input channel a
+row for `sirius::sparse_linear`, a token a row for an embedding. A dense linear is as fast over a
+transposed view, so it accepts either layout. If only dense linears read a weight, and all of them
+read its transpose, it is stored transposed. A weight is stored once, so the pass refuses readers
+that need different layouts of it. Slices of a weight (fused projections) follow its layout: see
+`weight_views`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _wants_transposed(name: str, found: list[Reader]) -> bool:
     if len(strict) == 2:
         one, other = (f"{r.node.name} ({r.node.target})" for _, r in sorted(strict.items()))
         raise UnsupportedModelError(
-            f"weight {name} is read as stored by {one} and transposed by {other}; one copy can't "
-            "serve both. Please open an issue with the model's config.json"
+            f"weight {name} is read as stored by {one} and transposed by {other}; it is stored "
+            "once, so it can't serve both. Please open an issue with the model's config.json"
         )
     return bool(found) and all(reader.transposed for reader in list(strict.values()) or found)

@@ -1,4 +1,6 @@
-"""Runs a list of passes: checks the stage before each, verifies its output, times it and dumps."""
+"""Runs a list of passes: checks the stage before each, verifies its output, times it, and dumps the
+graphs on request.
+"""
 
 from __future__ import annotations
 

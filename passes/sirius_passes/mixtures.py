@@ -1,4 +1,4 @@
-"""Mixtures of experts in a program: a node's sizes, and the methods that apply to it."""
+"""Mixtures of experts (MoE) in a program: their sizes, and the sparsity methods that apply."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ class Mixture:
 
     @property
     def experts(self) -> int:
-        """E."""
+        """E, the number of experts."""
         return int(self._gate[-3])
 
     @property
     def per_token(self) -> int:
-        """k."""
+        """k, the number of experts that the router chooses for a token."""
         return int(self._argument(1).meta["val"].shape[-1])
 
     @property
     def neurons(self) -> int:
-        """I, of one expert."""
+        """I, the number of neurons of one expert."""
         return int(self._gate[-2])
 
     @property
     def neuron_parameters(self) -> int:
-        """Parameters of a neuron's rows of up (if there is one) and down, without the gate's."""
+        """Parameters that a skipped neuron saves: its rows of up (if there is one) and of down."""
         width = int(self._argument(0).meta["val"].shape[-1])
         return width * (1 if self._argument(4) is None else 2)
 
     @property
     def weight(self) -> str:
-        """The name of the gates' weight."""
+        """The name of the weight that holds the experts' gates."""
         return weight_name(self._argument(3))
 
     def expert_parameters(self, program: Program) -> int:
@@ -71,7 +71,7 @@ class Mixture:
 
 
 def mixtures(graph: fx.Graph, dense_layers: Collection[int] = ()) -> list[Mixture]:
-    """The dense mixtures of experts of a graph, without those of `dense_layers`."""
+    """The dense mixtures of experts of a graph, except those in `dense_layers`."""
     found = map(Mixture, calls(graph, DENSE_MOE))
     return [mixture for mixture in found if mixture.layer not in dense_layers]
 

@@ -1,4 +1,4 @@
-"""Stores weights nested: 8 bits in two planes of nibbles, of which a draft reads one.
+"""Stores weights nested: 8 bits in two planes of 4 bits, of which drafts read only the high one.
 
     Before                                           After
     weight %w: model[192, 768]                       weight %w: uint8[2, 192, 408]
@@ -16,13 +16,13 @@
     %1 = sirius.sparse_linear(%x, %w, %b, 0.07)      %1 = aten.slice.Tensor(%w, 0, 0, 1)
                                                      %2 = sirius.sparse_linear(%x, %1, %b, 0.07)
 
-`sirius_runtime.nested` has the format. A weight's rows are outputs where a linear, an embedding, or
-an MLP's gate or up reads them so, and inputs where an MLP's down, `sirius::sparse_linear` or a
-linear of its transpose does: that is the layout, and both paths read the one copy. Slices of fused
-projections become slices of the planes. Rows of embeddings are read in full, and with 8 bits a
-draft reads both planes of all. The experts of a mixture are nested as any MLP, its router is not: a
-draft at 4 bits would go to other experts. What can't be nested stays as it is, an MLP's weights all
-or none; `left` says why.
+`sirius_runtime.nested` describes the format. The readers of a weight decide its layout: by outputs
+for linears, embeddings, and the gate and up of MLPs; by inputs for the down of MLPs,
+`sirius::sparse_linear`, and linears that read the transpose. Both paths read the one copy. Slices
+of fused projections become slices of the planes. Embeddings always read both planes, and so do all
+drafts when `draft_bits` is 8. The experts of a mixture are nested like any MLP. Its router is not:
+rounded to 4 bits, it would send a draft to other experts. A weight that can't be nested stays as it
+is, and with it the other weights of its MLP; `left` has the reasons.
 """
 
 from __future__ import annotations
@@ -62,15 +62,16 @@ _NESTED_SIBLING: dict[Any, Any] = {
 }
 _MLPS = {row.overload for row in OPERATORS.values() if f"({MLP_SCHEMA}" in row.schema}
 _MIXTURES = {row.overload for row in OPERATORS.values() if row.name.endswith("_moe")}
-_EXPERTS, _ROUTING = 1, 2  # of a mixture's arguments
+_EXPERTS, _ROUTING = 1, 2  # indices of a mixture's arguments: chosen experts, routing weights
 _LINEARS = (aten.linear.default, sirius.linear.default)
 _ROUTES = "it routes tokens to experts"
 
 
 class NestWeights(Pass):
-    """`draft_bits`: 4 or 8, of the weights as the sparse path reads them.
+    """`draft_bits`: the bits of a nested weight that the sparse path reads, 4 or 8.
 
-    After a run, `left` holds those of the `matrices` that stayed as they were, and why.
+    After a run, `matrices` is the number of matrices found, and `left` maps each one that was not
+    nested to the reason. Raises UnsupportedModelError if no weight can be nested.
     """
 
     name: ClassVar[str] = "nest_weights"
@@ -108,7 +109,7 @@ class NestWeights(Pass):
         return len(found)
 
     def _count(self, program: Program, old: WeightSpec) -> None:
-        """Counts what skipping in a weight that is nested now saves a draft."""
+        """Updates the bytes that a skipped unit of the weight saves, now that it is nested."""
         new = size_of(program.weights[old.name]) * self.draft_bits // 8
         program.sparsity = replace(
             program.sparsity,
@@ -122,18 +123,20 @@ class NestWeights(Pass):
 
 
 def said(left: dict[str, str]) -> str:
-    """How many matrices stayed as they were, and why, with an example of each reason."""
+    """How many matrices were not nested, and why: the three most frequent reasons, each with an
+    example.
+    """
     reasons = Counter(left.values())
     parts = []
     for reason, count in reasons.most_common(3):
-        example = next(name for name, own in left.items() if own == reason)
+        example = next(name for name, why in left.items() if why == reason)
         parts.append(f"{count} ({example}: {reason})")
     rest = sum(reasons.values()) - sum(count for _, count in reasons.most_common(3))
     return ", ".join(parts) + (f" and {rest} more" if rest else "") or "it has no matrices"
 
 
 def _choose(program: Program) -> tuple[dict[str, Layout], dict[str, str]]:
-    """The layouts of the weights that can be nested, and why others can't."""
+    """The layouts of the weights that can be nested, and the reasons why others can't be."""
     found: dict[str, Layout] = {}
     left: dict[str, str] = {}
     mlps: list[list[str]] = []
@@ -141,9 +144,9 @@ def _choose(program: Program) -> tuple[dict[str, Layout], dict[str, str]]:
     for module in program.graphs.values():
         for node in module.graph.nodes:
             if first := _first_weight(node):
-                own = [value and weight_name(value) for value in node.args[first : first + 6]]
-                mlps.append([name for name in own[:3] if name])
-                biases.update(name for name in own[3:] if name)
+                tensors = [value and weight_name(value) for value in node.args[first : first + 6]]
+                mlps.append([name for name in tensors[:3] if name])
+                biases.update(name for name in tensors[3:] if name)
     bound = [placeholders(module.graph, WEIGHT) for module in program.graphs.values()]
     routers = {name for module in program.graphs.values() for name in _routers(module.graph)}
     for name, spec in program.weights.items():
@@ -164,20 +167,21 @@ def _choose(program: Program) -> tuple[dict[str, Layout], dict[str, str]]:
             staying = next((name for name in names if name in left), None)
             for name in names:
                 if staying is not None and found.pop(name, None) is not None:
-                    left[name] = "another weight of its MLP stays"
+                    left[name] = "another weight of its MLP can't be nested"
                     changed = True
     return found, left
 
 
 def _first_weight(node: fx.Node) -> int:
-    """The place of the gate among the arguments of an MLP or of a mixture, before up and down; 0 of
-    other nodes.
+    """The index of the gate among the arguments of an MLP or a mixture; 0 for other nodes.
+
+    Up and down follow the gate, and then the three biases.
     """
     return 1 if node.target in _MLPS else 3 if node.target in _MIXTURES else 0
 
 
 def _routers(graph: fx.Graph) -> Iterator[str]:
-    """The weights of the linears from which mixtures have their experts and their weights."""
+    """The weights of routers: linears that compute a mixture's experts and routing weights."""
     seen: set[fx.Node] = set()
     ahead = [
         argument
@@ -198,7 +202,7 @@ def _routers(graph: fx.Graph) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Use:
-    """A reader, and the views on the way to it, from the placeholder."""
+    """A reader of a weight, and the views between the placeholder and the reader, in order."""
 
     reader: Reader
     views: tuple[fx.Node, ...]
@@ -215,15 +219,15 @@ def _uses(weight: fx.Node) -> Iterator[_Use]:
 
 
 def _layout(spec: WeightSpec, uses: Sequence[_Use]) -> tuple[Layout | None, str]:
-    """The layout that all readers want; else None, and why there is none."""
+    """The layout that all readers need, and ""; or None and the reason if there is none."""
     if not spec.retype or not dtype_of(spec.dtype).is_floating_point:
         return None, f"it is kept in {spec.dtype} whatever the model's dtype"
     wanted = set()
     for use in uses:
-        own, reason = _wanted(use.reader)
-        if own is None:
+        layout, reason = _wanted(use.reader)
+        if layout is None:
             return None, reason
-        wanted.add(own)
+        wanted.add(layout)
     if len(wanted) != 1:
         return None, "its rows are read both as outputs and as inputs"
     (layout,) = wanted
@@ -236,14 +240,14 @@ def _layout(spec: WeightSpec, uses: Sequence[_Use]) -> tuple[Layout | None, str]
         for dim, start, end, step in _cuts(use):
             rows = layout is Layout.BY_OUTPUTS and dim == 0
             if dim < 0 or not (rows or (layout is Layout.BY_INPUTS and step == 1)):
-                return None, "a part of it is read that nested rows can't be cut into"
+                return None, "it is sliced in a way that the nested layout does not support"
             if not rows and (start % GROUP or end % GROUP):
-                return None, f"it is read in parts that are no multiples of {GROUP}"
+                return None, f"it is sliced at indices that are no multiples of {GROUP}"
     return layout, ""
 
 
 def _wanted(reader: Reader) -> tuple[Layout | None, str]:
-    """The layout of a weight, as it is stored, that a reader takes."""
+    """The layout of the stored weight that a reader needs, and ""; or None and the reason."""
     node, view = reader.node, reader.view
     places = [index for index, value in enumerate(node.args) if value is view]
     straight = not reader.transposed
@@ -262,14 +266,15 @@ def _wanted(reader: Reader) -> tuple[Layout | None, str]:
 
 
 def _matrix(shape: Sequence[int], layout: Layout) -> tuple[int, int]:
-    """Outputs and inputs of a matrix that is stored in this shape."""
+    """The outputs and inputs of a matrix that is stored in this shape, before nesting."""
     rows, columns = shape[-2:]
     return (rows, columns) if layout is Layout.BY_OUTPUTS else (columns, rows)
 
 
 def _cuts(use: _Use) -> Iterator[tuple[int, int, int, int]]:
-    """The slices on the way to a reader: the stored dimension, of a matrix, start, end and step of
-    each.
+    """The slices between a weight and a reader, as (dim, start, end, step).
+
+    `dim` is of the stored matrix: 0 rows, 1 columns; negative for a dimension before the matrix.
     """
     transposed = False
     for view in use.views:
@@ -284,7 +289,7 @@ def _cuts(use: _Use) -> Iterator[tuple[int, int, int, int]]:
 
 
 class _Rewrite:
-    """One weight of one graph."""
+    """Makes one graph read one weight nested, in the nested `shape` and `layout`."""
 
     def __init__(
         self, weight: fx.Node, shape: tuple[int, ...], layout: Layout, origin: str
@@ -294,16 +299,16 @@ class _Rewrite:
 
     def run(self, *, high: bool) -> None:
         uses = list(_uses(self._weight))
-        cuts = [list(_cuts(use)) for use in uses]  # by the shapes that views have now
+        cuts = [list(_cuts(use)) for use in uses]  # before the placeholder's shape changes
         with fake_mode(self._graph):
             self._weight.meta["val"] = torch.empty(self._shape, dtype=torch.uint8)
-        for use, own in zip(uses, cuts, strict=True):
+        for use, slices in zip(uses, cuts, strict=True):
             node = use.reader.node
             with self._graph.inserting_before(node):
-                # Of an embedding a token reads one row: no less for being read in full.
+                # A token reads one row of an embedding, so reading both planes costs little.
                 whole = not high or node.target is aten.embedding.default
                 planes = self._weight if whole else self._slice(self._weight, *HIGH_PLANE)
-                for dim, start, end, step in own:
+                for dim, start, end, step in slices:
                     planes = self._cut(planes, dim, start, end, step)
                 self._read(use.reader, planes)
         for view in reversed(dict.fromkeys(view for use in uses for view in use.views)):

@@ -29,8 +29,8 @@ from sirius_runtime.spec import EntrySpec, Method, SparsitySpec, StateSpec, Weig
 __all__ = ["FULL", "INPUTS", "OBSERVE", "PERIOD", "PREFILL", "RESULTS", "SPARSE"]
 
 OUTPUTS = "outputs"  # key of the output node's meta: the names of its values
-ORIGIN = "origin"  # key of a node's meta: the pass that made it, and from what
-CALIBRATED = "calibrated"  # key of a node's meta: positions of arguments that calibration chose
+ORIGIN = "origin"  # key of a node's meta: the pass that made the node, and the node it replaced
+CALIBRATED = "calibrated"  # key of a node's meta: indices of the arguments set by calibration
 
 DENSE = "dense"
 """The one graph of a captured model; the others are the runtime's entries."""
@@ -55,7 +55,10 @@ class Stage(IntEnum):
 
 @dataclass
 class Program:
-    """What the passes rewrite, in place. `weights` keeps the order of the checkpoint's names."""
+    """A model under compilation; passes rewrite it in place.
+
+    `weights`: the weight table, in the order of the checkpoint's names.
+    """
 
     stage: Stage
     graphs: dict[str, fx.GraphModule]
@@ -96,7 +99,7 @@ class Program:
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
-    """The fake mode of the graph's values: all share one."""
+    """The fake mode that all values of the graph share; raises ValueError if there is none."""
     for node in graph.nodes:
         if (mode := detect_fake_mode(node.meta.get("val"))) is not None:
             return mode
@@ -111,7 +114,7 @@ def call(
     *,
     origin: str,
 ) -> fx.Node:
-    """Inserts a call at the graph's insertion point. Passes make all their nodes by this.
+    """Inserts a call at the graph's insertion point. Passes make all their call nodes with it.
 
     Sets `meta["val"]` by running `target` on the arguments' fake values, and `meta["origin"]`.
     """
@@ -125,8 +128,8 @@ def call(
 
 
 def add_input(graph: fx.Graph, name: str) -> fx.Node:
-    """The placeholder bound to the input `name`; if there is none, one is added after the last
-    input.
+    """Returns the placeholder bound to the input `name`, and adds it after the last input if the
+    graph has none.
     """
     inputs = placeholders(graph, INPUT)
     if name in inputs:

@@ -15,7 +15,7 @@ Shapes: x [B, T, C]; gate, up [I, C]; down [C, I] in the checkpoint, neuron-majo
 operator takes it (`lay_out_weights` later stores it so and drops the transpose). Biases are
 optional, and an activation may be any chain that `activations` recognises. Where the model flattens
 its tokens, x [B*T, C], views restore [B, T, C] around the operator. An MLP's layer is that of the
-attention before it. Mixtures of experts are one operator a layer already in the captured graph.
+attention before it. Mixtures of experts are already one operator a layer in the captured graph.
 """
 
 from __future__ import annotations
@@ -97,7 +97,10 @@ def _linears(graph: fx.Graph) -> Iterator[tuple[int, fx.Node]]:
 
 
 def match_mlp(down: fx.Node) -> Mlp | str | None:
-    """The MLP that ends in the linear `down`; a near miss gives the reason, anything else None."""
+    """The MLP that ends in the linear `down`.
+
+    Returns the reason as a string if `down` almost ends an MLP, and None if it ends no MLP.
+    """
     product = down.args[0]
     plain = chain_to(product)
     if plain is not None and _is(plain.source, aten.linear.default):

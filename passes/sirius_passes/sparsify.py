@@ -27,16 +27,16 @@ KEEP_ALL = -1.0
 
 @dataclass(frozen=True)
 class Threshold:
-    """The threshold of one counted site, and the share of its units that it should keep."""
+    """The threshold of one counted site, and the share of the site's units expected above it."""
 
     value: float
     keep: float
 
 
 def mlps(graph: fx.Graph, dense_layers: Collection[int] = ()) -> list[fx.Node]:
-    """The dense MLP operators of a graph, without those of `dense_layers`.
+    """The dense MLP operators of a graph, except those in `dense_layers`.
 
-    Raises UnsupportedModelError if the graph has none at all.
+    Raises UnsupportedModelError if the graph has no MLP operator at all.
     """
     found = calls(graph, DENSE_MLP)
     if not found:
@@ -62,7 +62,10 @@ def kept_neurons(neurons: int, keep: float) -> int:
 
 
 def replace_mlp(mlp: fx.Node, target: Callable[..., Any], *extra: Any, origin: str) -> fx.Node:
-    """Inserts a call of `target` with the MLP's arguments and `extra` before `mlp`, which stays."""
+    """Inserts a call of `target` with the MLP's arguments and `extra` before `mlp`.
+
+    `mlp` itself stays in the graph: see `take_over`.
+    """
     with mlp.graph.inserting_before(mlp):
         return call(mlp.graph, target, (*mlp.args, *extra), origin=f"{origin}({mlp.name})")
 
@@ -86,7 +89,7 @@ def one_per_site(
 ) -> Sequence[Threshold]:
     """One threshold for each of `count` sites; None gives thresholds that keep every unit.
 
-    Raises CalibrationError if `thresholds` has another length than `count`.
+    Raises CalibrationError if `thresholds` does not have `count` items.
     """
     if thresholds is None:
         return (Threshold(KEEP_ALL, keep),) * count
@@ -106,9 +109,9 @@ def mlp_site(
     threshold: float | None = None,
     counted: bool = False,
 ) -> SiteSpec:
-    """The site of an MLP's neurons, which keeps `kept` of `units`.
+    """The site of an MLP's neurons, of whose `units` a sparse step keeps `kept`.
 
-    `gate`: whether a skipped neuron saves its row of gate as well as those of up and down.
+    `gate`: whether a skipped neuron saves its row of gate too, besides its rows of up and down.
     """
     x, up, layer = mlp.args[0], mlp.args[2], mlp.args[LAYER]
     assert isinstance(x, fx.Node)
@@ -125,20 +128,22 @@ def add_sites(
     sites: Iterable[SiteSpec],
     dense_layers: Collection[int] = (),
 ) -> None:
-    """Adds `sites`, whose `params` are still parameters, to the sparse path's spec, and recomputes
-    its density.
+    """Adds `sites` to the sparse path's spec, and recomputes its density.
+
+    The `params` of `sites` count parameters; they are converted to bytes here.
     """
-    every = program.sparsity.sites
+    all_sites = program.sparsity.sites
     for site in sites:
-        own = program.weights[site.weight]
-        every += (replace(site, params=site.params * size_of(own) // own.numbers),)
-    program.sparsity = SparsitySpec(method, keep, every, tuple(sorted(dense_layers)))
+        weight = program.weights[site.weight]
+        size = site.params * size_of(weight) // weight.numbers
+        all_sites += (replace(site, params=size),)
+    program.sparsity = SparsitySpec(method, keep, all_sites, tuple(sorted(dense_layers)))
     set_density(program)
 
 
 def set_density(program: Program) -> None:
-    """Counts the bytes that a full step and a sparse step read, of the weights as they are stored
-    now.
+    """Recomputes `step` and `density`: the bytes of stored weights that a full step reads, and the
+    share of these that a sparse step reads.
     """
     sizes = step_sizes(program)
     step = read = sum(sizes.values())
@@ -163,7 +168,7 @@ def add_counts(module: fx.GraphModule, counts: Sequence[fx.Node], origin: str) -
 
 
 def parameters(program: Program) -> int:
-    """The number of parameters. Each stored tensor counts once, constants don't count."""
+    """The number of parameters. A tied weight counts once; constants don't count."""
     return sum(spec.numbers for spec in program.weights.values() if spec.parameter)
 
 
@@ -173,8 +178,9 @@ def step_bytes(program: Program) -> int:
 
 
 def step_sizes(program: Program) -> dict[str, int]:
-    """The bytes of each weight that a full step over one token reads: all, without the experts that
-    the token is not routed to.
+    """The bytes of each weight that a full step over one token reads, by name.
+
+    These are all bytes, except those of experts that the token is not routed to.
     """
     module = program.graphs.get(FULL) or program.graphs[DENSE]
     sizes = {name: size_of(spec) for name, spec in program.weights.items() if spec.parameter}

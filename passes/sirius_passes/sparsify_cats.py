@@ -57,15 +57,15 @@ class SparsifyCats(Pass):
         found = mlps(graph, self.dense_layers)
         sites, counts = [], []
         thresholds = one_per_site(self.thresholds, len(found), self.keep, "MLPs")
-        for mlp, own in zip(found, thresholds, strict=True):
+        for mlp, threshold in zip(found, thresholds, strict=True):
             target = torch.ops.sirius.cats_mlp.default
-            both = replace_mlp(mlp, target, own.value, origin=self.name)
+            both = replace_mlp(mlp, target, threshold.value, origin=self.name)
             both.meta[CALIBRATED] = (len(both.args) - 1,)
             y, count = both_values(mlp, both, self.name)
             neurons = neurons_of(mlp)
-            kept = kept_neurons(neurons, own.keep)
+            kept = kept_neurons(neurons, threshold.keep)
             sites.append(
-                mlp_site(mlp, neurons, kept, gate=False, threshold=own.value, counted=True)
+                mlp_site(mlp, neurons, kept, gate=False, threshold=threshold.value, counted=True)
             )
             take_over(mlp, y)
             counts.append(count)

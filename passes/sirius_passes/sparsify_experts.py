@@ -1,4 +1,4 @@
-"""A sparse path for mixtures of experts: per token, fewer experts, those of the largest weights.
+"""A sparse path for mixtures of experts: a token keeps the experts with the largest weights.
 
     Before (sparse)                              After (sparse)
     %1 = sirius.dense_moe(%x, %e, %w, …, 0)      %1 = sirius.experts_moe(%x, %e, %w, …, 0, 4, True)
@@ -50,8 +50,8 @@ class SparsifyExperts(Pass):
                     f"--keep {self.keep:g} of a token's {kept} experts rounds up to all of them. "
                     "Give a smaller share, or use --sparsity topk"
                 )
-            each = mixture.expert_parameters(program)
-            sites.append(SiteSpec(mixture.layer, mixture.weight, mixture.per_token, kept, each))
+            size = mixture.expert_parameters(program)
+            sites.append(SiteSpec(mixture.layer, mixture.weight, mixture.per_token, kept, size))
             target = torch.ops.sirius.experts_moe.default
             extra = kept, normalises(mixture)
             take_over(mixture.node, replace_mlp(mixture.node, target, *extra, origin=self.name))
@@ -74,11 +74,14 @@ def normalises(mixture: Mixture) -> bool:
 
 
 def _run(node: fx.Node, scores: Tensor, env: dict[fx.Node, Any]) -> Any:
-    """The value of a node, given the `scores` [N, k] of the experts that `topk` chose."""
+    """The value of a node, given the `scores` [N, k] of the experts that `topk` chose.
+
+    Raises UnsupportedModelError if the node depends on anything else.
+    """
     if node.op != "call_function" or node.target is aten.linear.default:
         raise UnsupportedModelError(
-            "--sparsity experts needs weights that depend on the scores of the chosen experts "
-            f"alone, but this router's also read {node.name} ({node.target}). Use --sparsity topk"
+            "--sparsity experts needs routing weights that depend only on the chosen experts' "
+            f"scores, but this router also reads {node.name} ({node.target}). Use --sparsity topk"
         )
     if node in env:
         return env[node]

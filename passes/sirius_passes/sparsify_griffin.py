@@ -11,9 +11,9 @@
                                                  return logits=%8, activity=%9  # [layers, B, T, I]
 
 The runtime sums the statistic over prompt chunks and keeps each layer's highest-scoring neurons
-(`sirius_runtime.policy.select_neurons`). `observe` verifies like `full` and also returns what its
-tokens add to the statistic, so that neurons can be selected again while generating. Reads the kept
-rows of gate, up and down.
+(`sirius_runtime.policy.select_neurons`). `observe` verifies like `full`, and also returns its
+tokens' contribution to the statistic, so that neurons can be selected again during generation. The
+sparse path reads the kept rows of gate, up and down.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class SparsifyGriffin(Pass):
             )
         if not found:
             raise ConfigError(
-                f"--dense-layers keeps all {len(every)} layers dense, which leaves griffin nothing "
-                "to skip. Leave some layers sparse, or use --sparsity none"
+                f"--dense-layers keeps all {len(every)} layers dense, so griffin has nothing to "
+                "skip. Leave some layers sparse, or use --sparsity none"
             )
         self._rewrite_sparse(program, found)
         valid = add_input(program.graphs[PREFILL].graph, "valid")
@@ -107,13 +107,15 @@ class SparsifyGriffin(Pass):
 
 
 def prompt_site(mlp: fx.Node, keep: float) -> SiteSpec:
-    """The site of an MLP of which a prompt keeps the share `keep` of the neurons."""
+    """The site of an MLP's neurons, of which each prompt keeps the share `keep`."""
     neurons = neurons_of(mlp)
     return mlp_site(mlp, neurons, kept_neurons(neurons, keep), gate=True)
 
 
 def _emit(module: fx.GraphModule, target: Callable[..., Any], output: str, *extra: fx.Node) -> None:
-    """Replaces the graph's MLPs by `target` and makes its stacked second values an output."""
+    """Replaces the graph's MLPs by `target`, stacks the second value that each call returns, and
+    makes the stack the output named `output`.
+    """
     graph, origin = module.graph, SparsifyGriffin.name
     values = []
     for mlp in mlps(graph):

@@ -1,4 +1,4 @@
-"""The MLP part of `griffin+teal`: a token's neurons above a threshold, among the prompt's neurons.
+"""The MLP part of `griffin+teal`: of the prompt's neurons, a token keeps those above a threshold.
 
     Before (sparse)                            After (sparse), with input neurons [layers, B, K]
     %1 = sirius.dense_mlp(%x, …, 'silu', 0)    %1 = sirius.griffin_cats_mlp(%x, …, %neurons, 0.07)
@@ -6,10 +6,10 @@
                                                %9 = aten.stack([%3, …])
                                                return logits=%8, kept=%9
 
-Everything else as `sparsify_griffin`. A prompt's neurons are whole rows of gate, so input channels
-can't be skipped there without a second copy of the weights. Instead, a neuron below the threshold
-skips its rows of up and down. `kept` [sites, B] counts the token's neurons. Reads the prompt's rows
-of gate, and the token's rows of up and down.
+Everything else is as in `sparsify_griffin`. The prompt's neurons are rows of gate, so gate is
+stored by rows, and skipping its input channels would take a second copy of it. Instead, a neuron
+below the threshold skips its rows of up and down. `kept` [sites, B] counts the neurons that each
+token keeps. The sparse path reads the prompt's rows of gate, and the token's rows of up and down.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ class SparsifyGriffinCats(SparsifyGriffin):
         neurons = add_input(module.graph, "neurons")
         fixed, counted, counts = [], [], []
         thresholds = one_per_site(self.thresholds, len(found), self.keep, "MLPs")
-        for mlp, own in zip(found, thresholds, strict=True):
-            both = replace_mlp(mlp, griffin_cats_mlp, neurons, own.value, origin=self.name)
+        for mlp, threshold in zip(found, thresholds, strict=True):
+            both = replace_mlp(mlp, griffin_cats_mlp, neurons, threshold.value, origin=self.name)
             both.meta[CALIBRATED] = (len(both.args) - 1,)
             site = prompt_site(mlp, self.keep)
             of_prompt = int(site.kept)
-            kept = kept_neurons(of_prompt, own.keep)
+            kept = kept_neurons(of_prompt, threshold.keep)
             fixed.append(site)
             counted.append(
-                mlp_site(mlp, of_prompt, kept, gate=False, threshold=own.value, counted=True)
+                mlp_site(mlp, of_prompt, kept, gate=False, threshold=threshold.value, counted=True)
             )
             y, count = both_values(mlp, both, self.name)
             counts.append(count)

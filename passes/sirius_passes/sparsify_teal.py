@@ -7,9 +7,9 @@
                                              %9 = aten.stack([…, %4, …])
                                              return logits=%8, kept=%9
 
-Applies to every linear of attention and MLPs, but not to the head. One threshold a linear, on |x|;
-`kept` [sites, B] counts the kept channels. Reads the kept channels of each weight, which
-`lay_out_weights` stores input-major. Source: TEAL, arXiv 2408.14690.
+Applies to every linear of attention and MLPs, but not to the head. Each linear has one threshold,
+on |x|; `kept` [sites, B] counts the kept channels. The sparse path reads the kept channels of each
+weight, which `lay_out_weights` stores input-major. Source: TEAL, arXiv 2408.14690.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SparsifyTeal(Pass):
         found = projections(graph, self.dense_layers)
         thresholds = one_per_site(self.thresholds, len(found), self.keep, "linears")
         sites, counts = [], []
-        for (linear, layer), own in zip(found.items(), thresholds, strict=True):
+        for (linear, layer), threshold in zip(found.items(), thresholds, strict=True):
             x, weight, *bias = linear.args
             assert isinstance(x, fx.Node)
             assert isinstance(weight, fx.Node)
@@ -82,7 +82,7 @@ class SparsifyTeal(Pass):
             with graph.inserting_before(linear):
                 x, restore = _by_rows(graph, x, features, origin)
                 rows = call(graph, aten.t.default, (weight,), origin=origin)
-                arguments = (x, rows, bias[0] if bias else None, own.value)
+                arguments = (x, rows, bias[0] if bias else None, threshold.value)
                 both = call(graph, sparse_linear, arguments, origin=origin)
                 both.meta[CALIBRATED] = (len(both.args) - 1,)
             y, count = both_values(linear, both, self.name)
@@ -90,8 +90,8 @@ class SparsifyTeal(Pass):
                 y = restore(y)
             take_over(linear, y)
             counts.append(count)
-            kept = units * own.keep
-            sites.append(SiteSpec(layer, source, units, kept, features, own.value, True))
+            kept = units * threshold.keep
+            sites.append(SiteSpec(layer, source, units, kept, features, threshold.value, True))
         add_sites(program, self.method, self.keep, sites, self.dense_layers)
         add_counts(module, counts, self.name)
         module.recompile()
@@ -99,7 +99,7 @@ class SparsifyTeal(Pass):
 
 
 def projections(graph: fx.Graph, dense_layers: Collection[int] = ()) -> dict[fx.Node, int]:
-    """Every linear but the head and those of `dense_layers`, with its layer, in order.
+    """Every linear except the head and those in `dense_layers`, with its layer, in graph order.
 
     Raises UnsupportedModelError if there are none, or if their layers can't be told apart.
     """
@@ -117,10 +117,10 @@ def projections(graph: fx.Graph, dense_layers: Collection[int] = ()) -> dict[fx.
 def _by_rows(
     graph: fx.Graph, x: fx.Node, features: int, origin: str
 ) -> tuple[fx.Node, Callable[[fx.Node], fx.Node]]:
-    """A linear's input as [B, T, C], and a function that reshapes the output as the input was.
+    """A linear's input as [B, T, C], and a function that gives the output the input's rank again.
 
     Some models flatten rows and tokens ([B*T, C]: OPT), or add a head dimension of 1 ([B, 1, T, C]:
-    latent attention). Raises UnsupportedModelError for any other form.
+    latent attention). Raises UnsupportedModelError for any other shape.
     """
 
     def make(target: Callable[..., Any], *args: Any) -> fx.Node:
@@ -142,9 +142,9 @@ def _by_rows(
 
 
 def _source(weight: fx.Node) -> str:
-    """The stored tensor of a linear's weight [O, C], found through slices and transposes.
+    """The name of the stored tensor that a linear's weight [O, C] is a view of.
 
-    Raises UnsupportedModelError if the weight is computed in another way.
+    Raises UnsupportedModelError if the weight is not a chain of row slices and transposes.
     """
     transposed = False
     node = weight

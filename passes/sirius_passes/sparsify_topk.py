@@ -5,7 +5,7 @@
     %2 = sirius.dense_moe(%x, %e, %w, …, 1)      %2 = sirius.topk_moe(%x, %e, %w, …, 1, 768)
 
 Reads all of gate, and the kept rows of up and down. In a mixture, the neurons of all of a token's
-experts compete as one set, so an expert of large weight keeps more of its neurons.
+experts compete as one set, so an expert with a large routing weight keeps more of its neurons.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a checkpoint's tensor to what is stored of it: its dtype, its layout, nested or not."""
+"""Converts a checkpoint's tensor to its stored form: dtype, layout, and nesting."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from sirius_runtime.nested import (
 )
 from sirius_runtime.spec import Layout, WeightSpec
 
-_BLOCK = 2**19  # numbers that are nested at once: 30 bytes each, which caches hold
-_TRIED = 64  # groups
-_MOST = LARGEST * torch.finfo(torch.float16).max
+_BLOCK = 2**19  # numbers nested at once; at 30 bytes of work space each, they fit in the caches
+_TRIED = 64  # groups sampled by `_are_integers`
+_MOST = LARGEST * torch.finfo(torch.float16).max  # the largest number that a nested weight can hold
 
 
 def stored_form(spec: WeightSpec, tensor: Tensor) -> Tensor:
-    """The stored form of the checkpoint's tensor of that name.
+    """The stored form of the checkpoint's `tensor`, in the dtype and shape of `spec`.
 
-    Raises UnsupportedModelError, naming the weight, for one that is to be nested and whose numbers
-    are beyond what a scale in float16 reaches.
+    Raises UnsupportedModelError if the weight is to be nested and holds numbers too large for a
+    float16 scale.
     """
     if spec.nested is None:
         tensor = tensor.to(dtype_of(spec.dtype))
@@ -39,8 +39,8 @@ def stored_form(spec: WeightSpec, tensor: Tensor) -> Tensor:
     if spec.of_experts:
         stored = torch.empty(spec.shape, dtype=torch.uint8)
         for index, expert in enumerate(tensor):
-            own = replace(spec, shape=(spec.shape[0], *spec.shape[2:]))
-            stored[:, index] = stored_form(own, expert)
+            of_expert = replace(spec, shape=(spec.shape[0], *spec.shape[2:]))
+            stored[:, index] = stored_form(of_expert, expert)
         return stored
     rows_are_inputs = spec.nested is Layout.BY_INPUTS
     matrix = tensor if spec.transposed is rows_are_inputs else tensor.mT
@@ -48,8 +48,8 @@ def stored_form(spec: WeightSpec, tensor: Tensor) -> Tensor:
     largest = float(max(-matrix.min(), matrix.max())) if done is None else done.largest
     if largest > _MOST:
         raise UnsupportedModelError(
-            f"weight {spec.name} holds {largest:g}, which is beyond the scales of nested weights "
-            f"({_MOST:g}); leave --weights int8 out"
+            f"weight {spec.name} holds a number of magnitude {largest:g}, and nested weights hold "
+            f"at most {_MOST:g}; leave --weights int8 out"
         )
     if done is None or (done.rounded and _are_integers(matrix[: _rows(matrix)])):
         return _in_blocks(matrix, spec.nested)
@@ -57,7 +57,7 @@ def stored_form(spec: WeightSpec, tensor: Tensor) -> Tensor:
 
 
 def is_stored_form(spec: WeightSpec, tensor: Tensor) -> bool:
-    """Whether the checkpoint's tensor is stored as it is."""
+    """Whether the stored form has the same bytes as the checkpoint's tensor."""
     return (
         spec.nested is None
         and not spec.transposed
@@ -67,12 +67,12 @@ def is_stored_form(spec: WeightSpec, tensor: Tensor) -> bool:
 
 
 def _rows(matrix: Tensor) -> int:
-    """Of a block, a multiple of 32."""
+    """Rows of `matrix` that `_in_blocks` nests at once: a multiple of 32."""
     return max(1, _BLOCK // matrix.shape[1] // GROUP) * GROUP
 
 
 def _in_blocks(matrix: Tensor, layout: Layout) -> Tensor:
-    """`matrix` [O, C], nested by torch."""
+    """Nests `matrix` [O, C] with torch operators, block by block; returns both planes, uint8."""
     (outputs, inputs), block = matrix.shape, _rows(matrix)
     stored = torch.empty(nested_shape(outputs, inputs, layout), dtype=torch.uint8)
     for start in range(0, outputs, block):
@@ -86,12 +86,13 @@ def _in_blocks(matrix: Tensor, layout: Layout) -> Tensor:
 
 
 def integers_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """q [O, C], int8, and scales [O, C / 32], float16, of a matrix: those that it was multiplied
-    out from, where it was, as a Q8_0 tensor in float32.
+    """Quantizes `matrix` [O, C] to q [O, C], int8, and scales [O, C / 32], float16.
 
-    A scale is a group's largest magnitude over 127. That gives back the integers of a group whose
-    largest is 127, as llama.cpp chooses them. Where it does not, other integers are tried, if they
-    are what some of the groups were made of.
+    A float32 matrix that was dequantized from GGUF's Q8_0 gets its original q and scales back. A
+    group's scale is its largest magnitude over 127, as llama.cpp chooses it; the group's largest
+    integer is then 127. For groups that this scale does not reproduce exactly, other largest
+    integers are tried, provided that the first such groups of the matrix turn out to be integers
+    times a scale.
     """
     groups, scale = _groups(matrix)
     if _are_integers(matrix):
@@ -102,7 +103,11 @@ def integers_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _are_integers(matrix: Tensor) -> bool:
-    """Whether the numbers of the first groups that their largest rounds are integers of a scale."""
+    """Whether `matrix` looks dequantized although some of its groups have no integer of 127.
+
+    Looks at the first `_TRIED` groups that a scale of largest / 127 does not reproduce: each of
+    them must consist of integer multiples of some other scale.
+    """
     if matrix.dtype is not torch.float32:
         return False
     groups, scale = _groups(matrix)
@@ -111,19 +116,20 @@ def _are_integers(matrix: Tensor) -> bool:
 
 
 def _groups(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """[O, C / 32, 32], and a 127th of each group's largest magnitude."""
+    """The groups of a matrix [O, C / 32, 32], and each one's largest magnitude over 127."""
     groups = matrix.float().unflatten(-1, (-1, GROUP))
     return groups, groups.abs().amax(-1) / LARGEST
 
 
 def _rounded(groups: Tensor, scale: Tensor) -> Tensor:
-    """Whether a group's numbers are rounded with these scales."""
+    """Whether quantizing a group with its scale rounds any of its numbers: bool [O, C / 32]."""
     return ~_exact(groups, *in_integers(groups, scale))
 
 
 def _scales(groups: Tensor) -> Tensor:
-    """The scale [N] of which all numbers of a group [N, 32] are multiples; NaN where there is
-    none.
+    """For each group [N, 32], a scale [N] that all its numbers are integer multiples of, else NaN.
+
+    Tries each integer of 1 to 128 as the quotient of the group's largest magnitude and the scale.
     """
     largest = groups.abs().amax(-1)
     found = torch.full_like(largest, torch.nan)
@@ -134,13 +140,13 @@ def _scales(groups: Tensor) -> Tensor:
 
 
 def _exact(groups: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    """Whether integers and scales stand for the very numbers of a group [O, C / 32]."""
+    """Whether q times the scale equals every number of a group exactly: bool [O, C / 32]."""
     values = q.unflatten(-1, (-1, GROUP)) * scale.float().unsqueeze(-1)
     return (values == groups).all(-1)
 
 
 def checkpoint_shape(spec: WeightSpec) -> tuple[int, ...]:
-    """The shape of the checkpoint's tensor."""
+    """The shape in the checkpoint of the tensor that `spec` stores."""
     shape = spec.shape
     if spec.nested is not None:
         experts = experts_in(shape, spec.nested)

@@ -1,4 +1,4 @@
-"""Checks one pass over one program: what every pass must keep to, and its numbers.
+"""Checks one pass over one program: the rules that every pass must keep, and the numerics.
 
     def test_my_pass() -> None:
         program = ...  # for instance sirius_compile.capture.capture(config).program
@@ -85,10 +85,10 @@ def check_pass(
       graph is compared with the old `dense`. For a pass that changes what is computed, `reference`
       gives the expected outputs of every graph instead.
     * Re-run: run again on its own output, the pass changes nothing, and returns 0 or raises
-      UnsupportedModelError. `run` is called directly, so that this also checks a pass whose output
-      is at a later stage than it takes.
+      UnsupportedModelError. This calls `run` directly, because the manager refuses a program that
+      is already past the stage that the pass takes.
 
-    A UserError of the first run is not caught.
+    A UserError of the first run propagates.
     """
     old = copy_program(program)
     old.drop_unused_weights()
@@ -116,7 +116,7 @@ def snapshot(module: fx.GraphModule) -> str:
 
 
 def _text(program: Program) -> tuple[object, ...]:
-    """Everything that a pass may change, in a form that can be compared."""
+    """Everything that a pass may change, in a comparable form."""
     graphs = {name: print_graph(module) for name, module in program.graphs.items()}
     return graphs, program.weights, program.state, program.sparsity
 
@@ -170,7 +170,7 @@ def _check_metadata(program: Program) -> None:
 
 
 def _alike(recorded: Any, value: Any) -> bool:
-    """Whether two fake values have one structure, with equal shapes and dtypes."""
+    """Whether two fake values have the same structure, shapes and dtypes."""
     if isinstance(recorded, Tensor):
         return (
             isinstance(value, Tensor)

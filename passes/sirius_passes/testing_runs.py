@@ -1,8 +1,9 @@
 """Runs the graphs of a program on random weights and on calls as the runtime makes them.
 
-A graph with a cache is called three times, each row with its own length: prompts of different
-lengths, a chain of tokens after them, then a tree. A graph without a cache computes the same tokens
-by running the path to each of them alone. Shape letters as in `sirius_runtime.ops`.
+A graph with a KV cache is called three times, and each row has its own length: prompts of different
+lengths, then a chain of tokens, then a tree. A graph without a cache computes the logits of the
+same tokens by running the path to each token separately. Shape letters are those of
+`sirius_runtime.ops`.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def run_graph(
 ) -> dict[str, Tensor]:
     """Runs one graph of a program on the CPU, computing in `dtype`; returns its outputs by name.
 
-    `inputs` and `weights` hold at least what the graph reads; those of the program's dtype are in
-    `dtype`. Caches among the inputs are written in place.
+    `inputs` and `weights` hold at least the tensors that the graph reads. Tensors of the program's
+    dtype are given in `dtype`. The graph writes the caches in place.
     """
     return runnable(module, dtype)(inputs, weights)
 
@@ -55,7 +56,7 @@ def run_graph(
 def runnable(
     module: fx.GraphModule, dtype: torch.dtype
 ) -> Callable[[Tensors, Tensors], dict[str, Tensor]]:
-    """`run_graph` for many calls of one graph."""
+    """A function that does `run_graph` on `module`; prepared once, for many calls."""
     graph = _in_dtype(module, dtype)
     bound = [node.meta for node in graph.graph.nodes if node.op == "placeholder"]
     names = module.graph.output_node().meta[OUTPUTS]
@@ -71,8 +72,8 @@ def runnable(
 def _in_dtype(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
     """A copy that computes in `dtype`.
 
-    A graph document can be read in any dtype, but a captured graph calls operators that documents
-    may not contain.
+    Reading the graph back from its document would also set the dtype, but a captured graph calls
+    operators that documents may not contain.
     """
     root, graph = torch.nn.Module(), fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -83,9 +84,9 @@ def _in_dtype(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
     for node in module.graph.nodes:
         if node.op == "get_attr":
             root.add_module(str(node.target), _in_dtype(subgraph(node), dtype))
-        own = env[node] = graph.node_copy(node, env.__getitem__)
-        own.args = fx.node.map_aggregate(own.args, constant)
-        own.kwargs = fx.node.map_aggregate(own.kwargs, constant)
+        copy = env[node] = graph.node_copy(node, env.__getitem__)
+        copy.args = fx.node.map_aggregate(copy.args, constant)
+        copy.kwargs = fx.node.map_aggregate(copy.kwargs, constant)
     return fx.GraphModule(root, graph)
 
 
@@ -94,9 +95,9 @@ def random_weights(
 ) -> dict[str, Tensor]:
     """Random values for the weight table; weights of the program's dtype are in `dtype`.
 
-    They depend on the weight's name, its shape in the checkpoint and the seed alone, so the layout
-    that a pass chooses does not change them. Matrices keep the scale of their input, vectors are in
-    [0.5, 1.5), integers are 0.
+    They depend only on the weight's name, its shape in the checkpoint and the seed, so a change of
+    layout does not change the values. Matrices are scaled to preserve the variance of their input,
+    vectors are in [0.5, 1.5), integers are 0.
     """
     weights = {}
     for name, spec in program.weights.items():
@@ -115,8 +116,8 @@ def random_weights(
 class Call:
     """A block of tokens [B, T] after the committed `history` of each row.
 
-    `distance` [T, T]: a token's depth minus that of each token it sees, -1 for those it does not.
-    `valid` [B, T]: False for padding.
+    `what`: the call's name in messages. `distance` [T, T]: a token's depth minus the depth of each
+    token that it attends to; -1 for the other tokens. `valid` [B, T]: False for padding.
     """
 
     what: str
@@ -127,7 +128,7 @@ class Call:
 
     @property
     def rows(self) -> int:
-        """B."""
+        """B, the number of rows."""
         return self.tokens.shape[0]
 
     @property
@@ -149,7 +150,7 @@ class Call:
         }
 
     def path(self, row: int, token: int) -> Tensor:
-        """The tokens that one token of the block sees, from the row's first to itself."""
+        """The tokens that one token of the block attends to, from the row's first to itself."""
         seen = [i for i, distance in enumerate(self.distance[token].tolist()) if distance >= 0]
         seen.sort(key=lambda i: -int(self.distance[token, i]))
         return torch.cat([self.history[row], self.tokens[row, seen]])
@@ -189,7 +190,7 @@ def _vocabulary(module: fx.GraphModule) -> int:
 
 
 class Subject:
-    """A graph with random weights and its own state; a call is computed by `run`."""
+    """A graph with random weights and its own state. `run` computes each call."""
 
     def __init__(self, program: Program, module: fx.GraphModule, run: Run, seed: int) -> None:
         self._run = run
@@ -218,7 +219,9 @@ class Subject:
 
 
 def _state(program: Program, generator: torch.Generator) -> dict[str, Tensor]:
-    """Caches filled with large noise, which no query may read, and griffin's neurons at random."""
+    """Caches filled with large noise, so that a read of an unwritten slot shows, and random neurons
+    for griffin.
+    """
     state, rows = program.state, len(_LENGTHS)
     cache = (state.layers, rows, state.kv_heads, _CACHE_SLOTS)
     values = {

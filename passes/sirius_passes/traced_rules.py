@@ -1,6 +1,6 @@
-"""Drafting and acceptance by a rule that is an input of the graph.
+"""Drafting and acceptance in the graph of a period, where the rule is an input of the graph.
 
-`higher_order.cond` chooses between the traced functions of `sirius_runtime.rules`.
+`higher_order.cond` selects among the traced functions of `sirius_runtime.rules`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Branch = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class TracedRules:
-    """`Plan.propose` and `Plan.decide` for a plan whose fields are tensors.
+    """`Plan.propose` and `Plan.decide` for a plan whose fields are tensors of the graph.
 
-    `given`: the graph's inputs of `plan_inputs`, by name.
+    `given`: the graph's inputs by name, at least those of `plan_inputs`. `period`: K; `width`: w.
     """
 
     given: Mapping[str, Tensor]
@@ -65,22 +65,25 @@ class TracedRules:
             # Only a sampled chain has draft distributions.
             q = flat[6] if has_q and RULES[rule].draws else None
             decision = self._plan(rule, flat[6 + has_q :]).decide(Draft(tree, depth, q), logits)
-            # Greedy rules return one tensor as both, and a branch may not return a value twice.
+            # Greedy rules return one tensor as corrections and bonuses, and a branch of `cond` may
+            # not return the same tensor twice.
             return decision.passes, torch.stack([decision.corrections, decision.bonuses])
 
         def greedy(*flat: Tensor) -> tuple[Tensor, ...]:
-            """Every rule that draws nothing, in one branch: cheaper than a branch each."""
-            first, *others = still
+            """All greedy rules in one branch, which is cheaper than one branch each."""
+            first, *others = greedy_rules
             passes, tokens = decided(first, *flat)
             for name in others:
-                own, chosen = decided(name, *flat), flat[6 + has_q] == _number(name)
-                passes = torch.where(chosen, own[0], passes)
-                tokens = torch.where(chosen, own[1], tokens)
+                other, chosen = decided(name, *flat), flat[6 + has_q] == _number(name)
+                passes = torch.where(chosen, other[0], passes)
+                tokens = torch.where(chosen, other[1], tokens)
             return passes, tokens
 
-        still = tuple(name for name, rule in RULES.items() if not rule.draws)
-        drawing = [name for name in RULES if name not in still]
-        branches = {still: greedy} | {(name,): partial(decided, name) for name in drawing}
+        greedy_rules = tuple(name for name, rule in RULES.items() if not rule.draws)
+        sampling_rules = [name for name, rule in RULES.items() if rule.draws]
+        branches = {greedy_rules: greedy} | {
+            (name,): partial(decided, name) for name in sampling_rules
+        }
         operands: tuple[Tensor, ...] = (*draft.tree, draft.depth, logits_BNV)
         if draft.distributions is not None:
             operands += (draft.distributions,)
@@ -93,21 +96,24 @@ class TracedRules:
         return tuple(self.given[name] for name in plan_inputs(tuple(RULES)))
 
     def _plan(self, rule: str, flat: Sequence[Tensor]) -> Plan:
-        """The plan of a rule, with its inputs from `flat`."""
-        own: dict[str, Any] = dict(zip(plan_inputs(tuple(RULES)), flat, strict=True))
+        """A plan for `rule`, with its other fields from `flat`."""
+        fields: dict[str, Any] = dict(zip(plan_inputs(tuple(RULES)), flat, strict=True))
         return Plan(
             self.period,
             self.width,
             rule,
-            sampling=Sampling(own["temperature"], own["top_k"], own["top_p"]),
-            noise=own["noise"],
-            **{name: own[name] for name in OPTIONS if name in own},
+            sampling=Sampling(fields["temperature"], fields["top_k"], fields["top_p"]),
+            noise=fields["noise"],
+            **{name: fields[name] for name in OPTIONS if name in fields},
         )
 
     def _by_rule(
         self, branches: Mapping[tuple[str, ...], Branch], operands: Sequence[Tensor]
     ) -> tuple[Any, ...]:
-        """Runs the branch of the rule that the graph's input names."""
+        """Runs the branch of the rule that the graph's input `rule` selects.
+
+        `operands` end with `_flat`, whose first tensor is that input.
+        """
         (_, branch), *others = branches.items()
         at = len(operands) - len(self._flat)
         for names, other in others:
@@ -118,7 +124,7 @@ class TracedRules:
 def _one_of(
     at: int, names: Sequence[str], yes: Branch, no: Branch, *operands: Tensor
 ) -> tuple[Any, ...]:
-    """Runs `yes` if the rule, the operand at index `at`, is one of `names`, else `no`."""
+    """Runs `yes` if the rule `operands[at]` is one of `names`, else `no`."""
     rule = operands[at]
     which = rule == _number(names[0])
     for name in names[1:]:

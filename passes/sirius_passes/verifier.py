@@ -140,7 +140,7 @@ def _graph_findings(program: Program, module: fx.GraphModule) -> Iterator[str]:
                 if reader.transposed and not reader.takes_views:
                     yield (
                         f"weight {name} is read transposed by {reader.node.name} "
-                        f"({reader.node.target}); it should be stored so"
+                        f"({reader.node.target}); it should be stored transposed"
                     )
 
 

@@ -1,10 +1,10 @@
 """How graphs read weights: through chains of transposes and slices, which are views.
 
     %1 = aten.slice.Tensor(%gate_up, 0, 0, 96)
-    %2 = aten.t(%1)                                 a reader of gate_up, transposed:
-    %3 = sirius.sparse_linear(%x, %2, …)            %3, by %2
+    %2 = aten.t(%1)
+    %3 = sirius.sparse_linear(%x, %2, …)        # reads gate_up, transposed, through the view %2
 
-A weight that is stored transposed is read through the same slices, along the other dimension.
+If the weight is stored transposed, its readers slice along the other dimension instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sirius_runtime.graph import WEIGHT
 aten = torch.ops.aten
 
 HIGH_PLANE = (0, 0, 1)
-"""Arguments of the slice that gives the high plane of a nested weight."""
+"""Arguments (dim, start, end) of the slice that gives the high plane of a nested weight."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Reader:
 
     @property
     def takes_views(self) -> bool:
-        """Whether it reads either layout equally fast, as a linear does."""
+        """Whether the node reads either layout equally fast, as a dense linear does."""
         return self.node.target is aten.linear.default and self.node.args[1] is self.view
 
 
 def weight_name(node: Any) -> str:
-    """The name of the weight that a node is, or is a view of."""
+    """The name of the weight that `node` is a placeholder or a view of."""
     while WEIGHT not in node.meta:
         node = node.args[0]
     return str(node.meta[WEIGHT])
@@ -62,7 +62,7 @@ def _readers(view: fx.Node, transposed: bool) -> Iterator[Reader]:
 
 
 def reads_high_plane(weight: fx.Node) -> bool:
-    """Whether something reads the high plane alone of a nested weight's placeholder."""
+    """Whether some node reads only the high plane of a nested weight, given its placeholder."""
     return weight.meta["val"].dtype is torch.uint8 and any(
         user.target is aten.slice.Tensor and user.args[1:] == HIGH_PLANE for user in weight.users
     )
@@ -77,7 +77,9 @@ def store_transposed(weight: fx.Node, origin: str) -> None:
 
 
 def _reread(old: fx.Node, new: fx.Node, transposed: bool, origin: str) -> None:
-    """Makes readers of the view `old` read `new`, which is its transpose if `transposed`."""
+    """Makes the readers of the view `old` read `new`, which is the transpose of `old` if
+    `transposed`.
+    """
     graph = old.graph
     for user in list(old.users):
         if is_transpose(user):
@@ -119,7 +121,7 @@ def _is_slice(node: fx.Node, of: fx.Node) -> bool:
 
 
 def slice_args(node: fx.Node) -> tuple[Any, ...]:
-    """A slice's dim, counted from the front, then those of start, end and step that are given."""
+    """A slice's dim, counted from the front, then its start, end and step as far as given."""
     dim, *limits = node.args[1:] or (0,)
     return (int(dim) % node.meta["val"].ndim, *limits)  # type: ignore[arg-type]
 
