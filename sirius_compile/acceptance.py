@@ -1,12 +1,12 @@
 """Measures how many drafted tokens the full path accepts, by teacher forcing on held-out text.
 
-A draft starts every `STRIDE` tokens. Its prefix has the full path's K/V, its own tokens the sparse
-path's, and its inputs are the text's tokens. At each position the sparse path proposes its
-likeliest token, and the full path's logits decide whether it is accepted (arXiv 2409.03856,
-section 4).
+A draft starts every `STRIDE` tokens. The KV cache holds the full path's K/V for the draft's prefix,
+and the sparse path's for its own tokens. The inputs are the text's tokens. At each position the
+sparse path proposes its likeliest token, and the full path's logits decide whether the proposal is
+accepted (arXiv 2409.03856, section 4).
 
-The AAL of a generation differs somewhat: there, periods start after corrections, which are harder
-positions, and continue from accepted tokens rather than from a text.
+The average advance length (AAL) of a generation differs somewhat: there, periods start after
+corrections, which are harder positions, and continue from accepted tokens rather than from a text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LONGEST = 16
 """Tokens of the longest period that is measured; the paper's period."""
 STRIDE = 8  # tokens from one root to the next
 LEAST_DRAFTS = 8  # fewer are not reported
-MOST_DRAFTS = 48  # of a compilation: 700 tokens through the sparse path
+MOST_DRAFTS = 48  # that a compilation measures: 700 tokens through the sparse path
 BLOCKS = 24  # drafts in one call
 CONFIDENCES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 PAYS = 0.97
@@ -39,9 +39,10 @@ PAYS = 0.97
 class Drafts:
     """The measured drafts, [N, K - 1] proposals.
 
-    `accepted`: whether the full path accepts the proposal. `exact`: whether it is the full path's
-    likeliest token. `confidence`: the sparse path's joint probability of the draft's proposals up
-    to this one. `texts` [N]: the index of each draft's text. `density`: of the sparse steps.
+    `accepted`: whether the full path accepts the proposal. `exact`: whether the proposal is the
+    full path's likeliest token. `confidence`: the sparse path's joint probability of the draft's
+    proposals up to this one. `texts` [N]: the index of each draft's text. `density`: the density of
+    the sparse steps.
     """
 
     accepted: Tensor
@@ -56,7 +57,7 @@ class Drafts:
         return self.accepted.shape[1] + 1
 
     def only(self, rows: Tensor) -> Drafts:
-        """These drafts only."""
+        """The drafts with the indices `rows`."""
         return replace(
             self,
             accepted=self.accepted[rows],
@@ -66,17 +67,19 @@ class Drafts:
         )
 
     def period(self, period: int, confidence: float = 0.0) -> Drafting:
-        """Periods of `period` tokens that stop drafting below `confidence`."""
-        accepted, sure = self.accepted[:, : period - 1], self.confidence[:, : period - 1]
-        # The first level below it still counts, as in `sirius_runtime.drafting.extend`.
-        steps = ((sure >= confidence).long().cumprod(1).sum(1) + 1).clamp(max=period - 1)
+        """The drafts as periods of `period` tokens that stop drafting below `confidence`."""
+        accepted, joint = self.accepted[:, : period - 1], self.confidence[:, : period - 1]
+        # The first token below `confidence` still counts, as in `sirius_runtime.drafting.extend`.
+        steps = ((joint >= confidence).long().cumprod(1).sum(1) + 1).clamp(max=period - 1)
         kept = accepted.long().cumprod(1).sum(1).minimum(steps)
         return Drafting(period, confidence, kept.double() + 1, steps.double(), self.density)
 
 
 @dataclass(frozen=True)
 class Drafting:
-    """Periods with one setting: the tokens that each advances by, and its sparse steps."""
+    """Periods of one setting. `advances` [N]: the tokens that each commits; `steps` [N]: its sparse
+    steps.
+    """
 
     period: int
     confidence: float
@@ -86,11 +89,12 @@ class Drafting:
 
     @property
     def aal(self) -> float:
+        """Average advance length: committed tokens per period."""
         return float(self.advances.mean())
 
     @property
     def effective(self) -> float:
-        """Weight reads per committed token, relative to the dense model's."""
+        """Effective density: weight bytes read per committed token, over the dense model's."""
         reads = float(self.steps.sum()) * self.density + len(self.steps)
         return reads / float(self.advances.sum())
 
@@ -109,8 +113,10 @@ def measure_drafts(
     most: int | None = None,
     watch: Watch = unwatched,
 ) -> Drafts | None:
-    """Measures drafts as the module's docstring says. If there are more than `most`, only every
-    second or third and so on is measured. None if no sample has two tokens after its prompt.
+    """Measures drafts of `path` on `text`, as described in the module's docstring.
+
+    If the text has more than `most` drafts, only every second (or third, …) is measured. Returns
+    None if no sample has two tokens after its prompt.
     """
     size = min(LONGEST - 1, max((len(s) - s.prompt for s in text.samples), default=0))
     if size < 2:
@@ -140,9 +146,7 @@ def measure_drafts(
 
 
 def _roots(samples: Sequence[Sample], size: int, step: int = 1) -> Iterator[list[tuple[int, int]]]:
-    """The row of each draft and the index of its first logits, `BLOCKS` drafts at a time; of all
-    drafts, every `step`-th.
-    """
+    """Every `step`-th draft, `BLOCKS` at a time: its row, and the index of its first logits."""
     every = [
         (row, first)
         for row, sample in enumerate(samples)
@@ -160,8 +164,8 @@ def _judged(
     best, proposed = sparse.max(-1)
     chosen = full.gather(-1, proposed[..., None])[..., 0] / temperature
     probability = (chosen - (full / temperature).logsumexp(-1)).exp()
-    sure = best / temperature - (sparse / temperature).logsumexp(-1)
-    return probability >= threshold, proposed == full.argmax(-1), sure.cumsum(-1).exp()
+    log_proposed = best / temperature - (sparse / temperature).logsumexp(-1)
+    return probability >= threshold, proposed == full.argmax(-1), log_proposed.cumsum(-1).exp()
 
 
 class _Counts:
@@ -184,8 +188,10 @@ class _Counts:
 def best_drafting(
     drafts: Drafts, periods: Sequence[int] | None = None, confidences: Sequence[float] | None = None
 ) -> Drafting:
-    """The setting with the fewest weight reads per token, among those given or else among all. A
-    period longer than the drafts counts as their length.
+    """The setting with the lowest effective density.
+
+    `periods` and `confidences`: the settings to compare, by default all. A period longer than the
+    measured drafts is cut to their length.
     """
     sizes = periods or range(2, drafts.longest + 1)
     every = [
@@ -197,7 +203,7 @@ def best_drafting(
 
 
 def joined(parts: Sequence[Drafts]) -> Drafts:
-    """The drafts of all parts. Each part has its own texts."""
+    """The drafts of all parts together. No text may be in two parts."""
     first, texts = 0, list[Tensor]()
     for part in parts:
         texts.append(part.texts + first)
@@ -216,14 +222,14 @@ def joined(parts: Sequence[Drafts]) -> Drafts:
 def interval(
     drafts: Drafts, of: Callable[[Drafts], float], draws: int = 500
 ) -> tuple[float, float]:
-    """The 95% interval of a figure, by bootstrap over texts."""
+    """The 95% confidence interval (low, high) of the figure `of`, by bootstrap over texts."""
     generator = torch.Generator().manual_seed(0)
-    names, index = drafts.texts.unique(return_inverse=True)
-    rows = [(index == name).nonzero()[:, 0] for name in range(len(names))]
+    texts, index = drafts.texts.unique(return_inverse=True)
+    rows = [(index == text).nonzero()[:, 0] for text in range(len(texts))]
     found = []
     for _ in range(draws):
         drawn = torch.randint(len(rows), (len(rows),), generator=generator).tolist()
-        found.append(of(drafts.only(torch.cat([rows[name] for name in drawn]))))
+        found.append(of(drafts.only(torch.cat([rows[text] for text in drawn]))))
     low, high = (
         torch.tensor(found).double().quantile(torch.tensor([0.025, 0.975]).double()).tolist()
     )
@@ -238,7 +244,7 @@ def acceptance_spec(
     periods: Sequence[int] | None = None,
     confidences: Sequence[float] | None = None,
 ) -> AcceptanceSpec:
-    """The artifact's record of the drafts; the best setting is one of those given."""
+    """The artifact's record of the drafts. `periods` and `confidences`: as for `best_drafting`."""
     passed = drafts.accepted.long().cumprod(1).double().mean(0)
     return AcceptanceSpec(
         texts=len(drafts.texts.unique()),

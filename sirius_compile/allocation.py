@@ -2,8 +2,8 @@
 arXiv 2408.14690, algorithm 1).
 
 All linears start dense. Each step makes one linear sparser: the one that changes the layer's output
-least. A step skips the same number of weights in any linear. It ends once the layer skips the share
-of weights that was asked for.
+least. A step skips the same number of weights in any linear. The steps end once the layer skips the
+share of weights that was asked for.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from sirius_passes.sparsify import KEEP_ALL
 from sirius_runtime.ops.products import converted_once
 from sirius_runtime.spec import SiteSpec
 
-STEP = 0.05  # of a layer's weights, as in TEAL
-LEAST_KEPT = 0.05  # of a linear's channels
-ROWS, TOKENS = 3, 48  # at most, of the text that errors are measured on
-ENDS = 4, 20  # the same, if the K/V of the text before is known
+STEP = 0.05  # share of a layer's weights, as in TEAL
+LEAST_KEPT = 0.05  # share of a linear's channels
+ROWS, TOKENS = 3, 48  # at most so many rows and tokens measure the error
+ENDS = 4, 20  # rows and tokens, if the K/V of the tokens before them is known
 
 
 def allocate(
@@ -51,8 +51,11 @@ def allocate(
 
 @dataclass(frozen=True)
 class _Move:
-    """One step for one linear. `error`: of the layer's output after it, of which the step adds
-    `added`. `after`: the number of steps taken before it was measured.
+    """A possible next step, which makes one linear sparser.
+
+    `sparsity`: the linear's sparsity after the step. `error`: the squared error of the layer's
+    output after the step, of which the step adds `added`. `after`: the number of steps that had
+    been made when this one was measured.
     """
 
     sparsity: float
@@ -79,12 +82,15 @@ def _allocate_layer(
         step = min(STEP * total, left)
         if step < STEP * total:
             moves.clear()  # they were measured for a larger step
-        able = [site for site in block.sites if sparsity[site] < 1.0 - LEAST_KEPT]
-        if not able:
+        candidates = [site for site in block.sites if sparsity[site] < 1.0 - LEAST_KEPT]
+        if not candidates:
             break
-        # A step's error hardly depends on the others, so only the next one is measured again.
+        # The error that a step adds hardly depends on the other steps. So only the best step is
+        # measured again, until the best one is up to date.
         while True:
-            best = min(able, key=lambda site: moves[site].added if site in moves else -math.inf)
+            best = min(
+                candidates, key=lambda site: moves[site].added if site in moves else -math.inf
+            )
             if best in moves and moves[best].after == made:
                 break
             moves[best] = measure(best, step)
@@ -100,17 +106,17 @@ def _threshold(sketch: QuantileSketch, site: int, sparsity: float) -> float:
 
 
 def _ends(text: Text) -> tuple[Tensor, list[tuple[int, ...]], History | None]:
-    """The last tokens of the longest samples as rows [R, T] of one length, their prompts, and the
-    K/V before them if the full path has run the text.
+    """The last tokens [R, T] of the longest samples, their prompts, and the K/V of the tokens
+    before them if the full path has run the text.
     """
 
     def new(row: int) -> int:
         sample = text.samples[row]
         return len(sample) - (0 if text.caches is None else sample.prompt)
 
-    most, each = (ROWS, TOKENS) if text.caches is None else ENDS
-    rows = sorted(range(len(text.samples)), key=new, reverse=True)[:most]
-    tokens = min(each, min(map(new, rows)))
+    most_rows, most_tokens = (ROWS, TOKENS) if text.caches is None else ENDS
+    rows = sorted(range(len(text.samples)), key=new, reverse=True)[:most_rows]
+    tokens = min(most_tokens, min(map(new, rows)))
     if text.caches is None:
         ends = [text.samples[row].tokens[-tokens:] for row in rows]
         return padded(ends), [end[: max(1, tokens // 2)] for end in ends], None

@@ -1,7 +1,7 @@
 """Calibration: the thresholds of the sparse path, as quantiles of activations over text.
 
-The report gives the share that the thresholds keep on held-out text. On the text that they were
-chosen on, they keep what was asked by construction.
+The report gives the share that the thresholds keep on held-out text. On the calibration text itself
+they keep the share asked for by construction.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ FAR = 0.1  # a threshold whose share is further than this from the one asked for
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site: the share of its units asked for, its threshold, and the share that it keeps on the
-    held-out text. `linear`: whether the units are a linear's input channels.
+    """The threshold of one site.
+
+    `linear`: whether the site's units are a linear's input channels; else they are neurons.
+    `target`: the share of units asked for; `reached`: the share kept on the held-out text.
     """
 
     layer: int
@@ -41,7 +43,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration read and chose. `tokens`: calibrated on; `held_out`: tokens held out."""
+    """The result of calibration. `tokens`: in the calibration text; `held_out`: held-out tokens."""
 
     tokens: int
     held_out: int
@@ -56,15 +58,15 @@ class Calibration:
         )
 
     def only(self, layers: Collection[int]) -> Calibration:
-        """The same for these layers only."""
+        """This calibration, without the sites of other layers."""
         return replace(self, sites=tuple(s for s in self.sites if s.layer in layers))
 
 
 def calibrate(
     path: Tokenwise, used: Text, held: Text, keep: float, watch: Watch = unwatched
 ) -> Calibration:
-    """Thresholds for the counted sites of `path`, which itself keeps all units. MLPs keep the share
-    `keep` of their neurons; a layer's linears divide its sparsity by their error (`allocation`).
+    """Thresholds for the counted sites of `path`, which must keep all units. MLPs keep the share
+    `keep` of their neurons. A layer's sparsity is divided among its linears (`allocation`).
 
     Raises CalibrationError if there is too little text, or if no threshold of a site keeps about
     the share asked for.

@@ -89,11 +89,13 @@ def compile_model(
     """Compiles a shipped model's name, a directory, a hub id or short name, or a model in memory.
 
     `tokenizer`: a transformers tokenizer for a model in memory (others have their own).
-    `dump_graphs`: a folder for the graphs before and after each pass. `watch`: shows the progress
-    of calibration. `workspace`: keeps weights that are cast, transposed or nested on disk instead
-    of in memory; the result reads them there, as long as the workspace is entered. One thread
-    traces at a time. Raises subclasses of UserError, each naming the
-    thing, the reason and the remedy, for what can't be compiled.
+    `dump_graphs`: a folder for the graphs before and after each pass. `progress`: called after each
+    stage. `watch`: shows the progress of calibration. `workspace`: keeps weights that are cast,
+    transposed or nested on disk instead of in memory; the result maps them from there, so use it
+    before leaving the workspace. Calls from several threads run one after the other.
+
+    Raises a subclass of UserError if the model can't be compiled or an option is invalid. Its
+    message has the reason and the remedy.
     """
     if dump_graphs is not None:
         _make_folder(dump_graphs)
@@ -204,7 +206,8 @@ class _Compilation:
         tensor = weights.get(spec.name) if constant is None else constant
         if self._workspace is None or constant is not None or is_stored_form(spec, tensor):
             return stored_form(spec, tensor)
-        # Calibration holds its weights for long. A transpose that is read twice is made twice.
+        # Calibration holds weights for a long time, and nesting is slow: both are kept on disk.
+        # Transposing for the artifact is cheap, so it is repeated instead.
         keep = self._choosing or spec.nested is not None
         return self._workspace.weight(spec, lambda: stored_form(spec, tensor), keep=keep)
 
@@ -230,8 +233,8 @@ class _Compilation:
             )
 
     def _choose(self, dense: Compiled) -> SparsePath:
-        """Chooses what the sparse path keeps. If that takes text, `dense` writes it or a file holds
-        it, and trial programs of the same model read it.
+        """Chooses what the sparse path keeps. If this needs text, the text comes from a file or is
+        written by `dense`; trial programs of the same model are run on it.
         """
         config, device = self._config, find_device(self._config.device)
         if config.measure and dense.tokenizer() is None:
@@ -257,7 +260,7 @@ class _Compilation:
             return chosen
 
     def _identity(self) -> JSON:
-        """What the choices and the stored weights depend on."""
+        """Everything that the choices and the stored weights depend on, to compare for --resume."""
         config, source = self._config, self._source
         calibration = config.calibration
         return {
@@ -269,23 +272,23 @@ class _Compilation:
         }
 
     def _set_drafting(self, acceptance: AcceptanceSpec | None) -> None:
-        """Sets the period and the confidence that are not given to the best measured ones. Warns if
-        drafting does not pay.
+        """Sets the period and the confidence to the best measured ones, unless they are given.
+        Warns if drafting does not pay.
         """
         config, self._acceptance = self._config, acceptance
         if acceptance is None:
             return
         best = acceptance.best
-        if config.tree_width == 1:  # a chain was measured; more of a tree is accepted
+        if config.tree_width == 1:  # only chains are measured; a tree accepts more
             self._period = config.period or best.period
             self._confidence = best.confidence
         if best.effective_density > PAYS:
             self._warnings.append(
                 f"drafting does not pay: on held-out text, a period of {best.period} tokens "
                 f"advances by {best.aal:.1f} (--sparsity {self._method}, density "
-                f"{acceptance.density:.2f}), and a committed token reads "
-                f"{best.effective_density:.2f} of what the dense model reads. Keep more with "
-                "--keep, or try another --sparsity"
+                f"{acceptance.density:.2f}), so the weight bytes read per committed token are "
+                f"{best.effective_density:.2f} of the dense model's. Keep more with --keep, or try "
+                "another --sparsity"
             )
 
     def _text(self, path: Tokenwise, dense: Compiled, held_only: bool) -> tuple[Text, Text]:
@@ -392,7 +395,7 @@ def _make_folder(path: Path) -> None:
 
 
 def _bytes(program: Program, dtype: torch.dtype) -> int:
-    """Of the weights, in the program's dtype."""
+    """The bytes of all weights, in the program's dtype."""
     return sum(
         (dtype if spec.retype else dtype_of(spec.dtype)).itemsize * spec.numbers
         for spec in program.weights.values()

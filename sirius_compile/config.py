@@ -55,14 +55,14 @@ class Weights(StrEnum):
 
 @dataclass(frozen=True)
 class DenseLayers:
-    """Layers to keep dense: those numbered in `fixed`, or the `auto` layers that cost most."""
+    """Layers to keep dense: the layer numbers `fixed`, or the `auto` costliest layers."""
 
     fixed: tuple[int, ...] = ()
     auto: int = 0
 
     @classmethod
     def read(cls, value: DenseLayers | str | Sequence[int]) -> DenseLayers:
-        """From ``0,31``, ``auto:2``, or numbers; raises ConfigError."""
+        """Reads ``0,31``, ``auto:2`` or a sequence of numbers; else raises ConfigError."""
         if isinstance(value, DenseLayers):
             return value
         if not isinstance(value, str):
@@ -78,7 +78,9 @@ class DenseLayers:
             ) from None
 
     def check(self, layers: int) -> None:
-        """Raises ConfigError if a model of `layers` layers lacks one of these, or has no others."""
+        """Raises ConfigError if a number is not one of the model's `layers` layers, or if no layer
+        would be left sparse.
+        """
         if unknown := [layer for layer in self.fixed if not 0 <= layer < layers]:
             raise ConfigError(
                 f"--dense-layers: the model has layers 0..{layers - 1}, got {unknown[0]}"
@@ -94,26 +96,31 @@ class DenseLayers:
 class CompileConfig(RuleOptions):
     """Options of `compile_model`; the command line's flags have the same names.
 
-    * sparsity, keep: the sparse path and the share of neurons or channels that it keeps (0.5).
+    * sparsity: the method of the sparse path.
+    * keep: the share of neurons or channels that the sparse path keeps, by default 0.5.
     * density: instead of `keep`, the share of the weights that a sparse step should read; the kept
       share is found by search.
     * dense_layers: layers to keep dense: their numbers, or ``auto:N`` for the N layers whose
       sparsity costs most agreement with the full path.
-    * measure: measure drafts on held-out text, record the result in the artifact, and set the
-      period and the confidence by it unless they are given. The command line's default.
-    * period, tree_width: the static shapes of the graph `period`; a period is 16 if neither given
-      nor measured. They, threshold, verify_temperature, confidence and refresh are the artifact's
-      defaults, which a run can change.
+    * measure: measure the acceptance of drafts on held-out text, record it in the artifact, and set
+      the period and the confidence to the best ones unless they are given. The command line does
+      this by default.
+    * period, tree_width: the static shapes of the graph `period`. The period is 16 if it is neither
+      given nor measured.
+    * threshold, verify_temperature, confidence, refresh: with period and tree_width, the artifact's
+      defaults for drafting and acceptance. A run can change them.
     * max_seq_len: the longest sequence, in tokens; by default the model's own.
-    * dtype: of the stored weights and of what is computed, by default the checkpoint's.
-    * weights: ``int8`` stores nested weights, of 8 bits, for linears, MLPs and embeddings.
-    * draft_bits: what the sparse path reads of nested weights, 4 (the default) or 8.
+    * dtype: the dtype of stored weights and of the computation; by default the checkpoint's.
+    * weights: ``int8`` stores the weights of linears, MLPs and embeddings nested, in 8 bits.
+    * draft_bits: the bits of a nested weight that the sparse path reads, 4 (the default) or 8.
     * graphs: see `Graphs`. With ``onnx`` or ``both``, weights are float32 or float16; the default
       is float32 if the checkpoint's dtype is neither.
     * adapter: the folder of an adapter (LoRA, …) to merge into the model.
-    * base: if the model is an adapter itself, the model to merge it into; by default the one that
-      it names.
-    * device: where calibration runs. calibration: a text or JSONL file, or ``builtin``.
+    * base: if the model is an adapter itself, the model to merge it into; by default the model that
+      the adapter names.
+    * device: the device that calibration runs on.
+    * calibration: a text or JSONL file, or ``builtin``.
+    * revision, cache_dir, trust_remote_code: as for transformers' ``from_pretrained``.
 
     Raises ConfigError for a value out of its range, with the range.
     """
@@ -159,7 +166,7 @@ class CompileConfig(RuleOptions):
         if self.refresh and not Method(self.sparsity).per_prompt:
             raise ConfigError(
                 f"--refresh applies to griffin; --sparsity {self.sparsity} has no neurons that are "
-                "selected once per prompt. Leave it out"
+                "selected once per prompt. Leave --refresh out"
             )
         if not 0.0 <= self.threshold <= 1.0:
             raise ConfigError(f"--threshold must be in [0, 1], got {self.threshold}")
@@ -171,34 +178,35 @@ class CompileConfig(RuleOptions):
         bits = self.draft_bits
         if bits is not None and self.weights != Weights.INT8:
             raise ConfigError(
-                f"--draft-bits {bits} is of nested weights: add --weights int8, or leave it out"
+                f"--draft-bits {bits} applies to nested weights only: add --weights int8, or leave "
+                "--draft-bits out"
             )
         if bits not in (None, 4, 8):
             raise ConfigError(f"--draft-bits must be 4 or 8, got {bits}")
         method = Method(self.sparsity)
         if self.weights == Weights.INT8 and Graphs(self.graphs).for_onnx and method.per_prompt:
             raise ConfigError(
-                f"--weights int8 with --sparsity {method} has no ONNX form, got --graphs "
-                f"{self.graphs}: use --graphs torch or entries, another --sparsity, or leave "
-                "--weights out"
+                f"--graphs {self.graphs}: the operators of --weights int8 with --sparsity {method} "
+                "have no ONNX translation. Use --graphs torch or entries, another --sparsity, or "
+                "leave --weights out"
             )
 
     @property
     def nested_bits(self) -> int | None:
-        """Bits of nested weights that a draft reads; None where none is nested."""
+        """Bits of a nested weight that a draft reads; None if weights are not nested."""
         if self.weights != Weights.INT8:
             return None
         return DEFAULT_DRAFT_BITS if self.draft_bits is None else self.draft_bits
 
     @property
     def drafts(self) -> bool:
-        """Whether the sparse path reads less than the full one."""
+        """Whether the sparse path reads fewer bytes than the full path."""
         bits = self.nested_bits
         return self.sparsity != Method.NONE or (bits is not None and bits < 8)
 
     @property
     def given_period(self) -> int:
-        """The period given, or the default; used unless one is measured."""
+        """The period given, or the default, which a measured period replaces."""
         return DEFAULT_PERIOD if self.period is None else self.period
 
 

@@ -46,7 +46,8 @@ def open_source(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -
     """
     if not is_name(model) and (config.adapter is not None or config.base is not None):
         raise ConfigError(
-            "--adapter and --base apply to models in files; merge a model in memory by peft"
+            "--adapter and --base apply to models in files; merge the adapter into a model in "
+            "memory with peft"
         )
     for opener in OPENERS:
         if (source := opener(model, config, tokenizer, warn)) is not None:
@@ -155,35 +156,35 @@ def _base_of(adapter: Adapter, source: ModelSource, config: CompileConfig) -> Mo
         return _resolve(base, config, trusted=config.base is not None)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
-            f"the base model of {source.name}: {error}; --base gives its place"
+            f"the base model of {source.name}: {error}; pass another with --base"
         ) from error
 
 
 def _open_adapted(base: ModelSource, adapter: Adapter, config: CompileConfig, warn: Warn) -> Source:
     """A base model with an adapter merged into it, and the adapter's tokenizer if it has one."""
     hf_config = load_config(base)
-    checkpoint_dtype(base, hf_config)  # refuses what is quantised
+    checkpoint_dtype(base, hf_config)  # raises if the base is quantised
     if text_config(whole_config(base)) is not None:
         raise UnsupportedModelError(
             f"{base.name} is multimodal, and adapters can be merged into text models only; merge "
-            "it by peft, and save the whole model"
+            "the adapter with peft, save the whole model, and compile that"
         )
-    own = adapter.folder / "tokenizer.json"
-    words = replace(base, directory=adapter.folder) if own.is_file() else base
+    has_tokenizer = (adapter.folder / "tokenizer.json").is_file()
+    tokenizer_source = replace(base, directory=adapter.folder) if has_tokenizer else base
     source = open_live(merged(base, adapter), config, None, warn)
     return replace(
         source,
         name=f"{base.name} + {adapter.folder.name}",
         revision=base.revision,
         generation=read_generation_config(base.directory, hf_config, base.name),
-        tokenizer_files=tokenizer_files(words),
+        tokenizer_files=tokenizer_files(tokenizer_source),
         prompts=_prompts(base),
         files=(base.directory, adapter.folder),
     )
 
 
 def open_live(model: Any, config: CompileConfig, tokenizer: Any, warn: Warn) -> Source:
-    """A model in memory, with the tokenizer given with it."""
+    """A model in memory, and its tokenizer if one is given."""
     model = check_model(model)
     name = model.config.name_or_path or type(model).__name__
     check_config(model.config, name)

@@ -34,7 +34,7 @@ class Thresholds:
 def front(method: Method) -> list[Pass]:
     """The passes from the captured graph to the paired paths, still dense."""
     return [
-        # one form for what models spell in many ways
+        # one spelling of each operation, whatever the model's code
         Canonicalize(),
         # MLP operators instead of matrices, if the method skips neurons or experts
         *([RecogniseMlps()] if method.rewrites_mlps else []),
@@ -51,8 +51,9 @@ def sparsify(
     thresholds: Thresholds | None,
     dense_layers: Collection[int] = (),
 ) -> list[Pass]:
-    """The passes that make the sparse path sparse. thresholds: None keeps all units that thresholds
-    select, as calibration needs.
+    """The passes that make the sparse path sparse.
+
+    `thresholds`: None keeps all units at the sites that have thresholds, as calibration needs.
     """
     dense = frozenset(dense_layers)
     neurons = None if thresholds is None else thresholds.neurons
@@ -80,11 +81,11 @@ def sparsify(
 
 
 def lay_out(nest: NestWeights | None) -> list[Pass]:
-    """The passes that store the weights; `nest`: the one that nests them, if any."""
+    """The passes that lay out the weights; `nest`: the pass that nests them, if any."""
     return [
         # one stored copy of each weight, in the layout that the kernels read
         LayOutWeights(),
-        # its bits in two planes, of which a draft reads one
+        # 8-bit weights in two planes of 4 bits, of which a draft may read one
         *([] if nest is None else [nest]),
     ]
 

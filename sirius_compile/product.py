@@ -42,8 +42,12 @@ from sirius_runtime.text import read_tokenizer
 
 @dataclass(frozen=True)
 class SparsePath:
-    """The choices for the sparse path. `ranking`: of the layers, for `--dense-layers auto:N`.
-    `acceptance`: how its drafts were accepted, if measured.
+    """The choices for the sparse path.
+
+    `keep`: the kept share of neurons, channels or experts. `dense_layers`: the layers left dense.
+    `calibration`: the thresholds, None if the method has none. `ranking`: the layers by the
+    agreement that their sparsity costs, for `--dense-layers auto:N`. `acceptance`: the measured
+    acceptance of drafts, None if not measured.
     """
 
     keep: float
@@ -63,10 +67,10 @@ class SparsePath:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled program in memory: its spec and graphs, and where its weights come from.
+    """A compiled program in memory: its spec, its graphs, and a function that gives its weights.
 
-    `weights`: gives the stored form of a weight. `sparse`: the choices for the sparse path and
-    calibration's measurements; None while the program is dense. `warnings`: for the user.
+    `weights`: gives the stored form of a weight. `sparse`: the choices for the sparse path; None
+    while the program is dense. `warnings`: messages for the user.
     """
 
     spec: ProgramSpec
@@ -79,8 +83,9 @@ class Compiled:
     warnings: tuple[str, ...] = ()
 
     def save(self, path: str | Path, *, force: bool = False, watch: Watch = unwatched) -> Path:
-        """Writes the artifact to `path` (to a temporary name, then renamed), a weight at a time.
-        `force`: replace an existing file.
+        """Writes the artifact to a temporary name, one weight at a time, and renames it to `path`.
+
+        `force`: replace an existing file. `watch`: shows the progress.
         """
         path = Path(path)
         with ArtifactWriter(path, force=force) as writer:
@@ -106,8 +111,9 @@ class Compiled:
         return path
 
     def _read_back(self, path: Path) -> SelfTestSpec | None:
-        """Loads the written file as a user would, and runs the self-test. For an artifact without
-        PyTorch's graphs, only its tokenizer is read.
+        """Loads the written file as a user would, and records the self-test's expected results.
+
+        An artifact without PyTorch graphs has no self-test; only its tokenizer is read.
         """
         if self.graphs is Graphs.ONNX:
             self.tokenizer()

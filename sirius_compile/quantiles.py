@@ -12,7 +12,8 @@ class QuantileSketch:
     """Quantiles of non-negative values per site, from a histogram of their float32 bit patterns.
 
     Bit patterns of non-negative floats are ordered like the values. The 17 bits after the sign are
-    the bin, which has a relative width of 2^-9. One pass over the values and 1 MB a site suffice.
+    the bin number; a bin has a relative width of 2^-9. This takes one pass over the values and 1 MB
+    a site.
     """
 
     _DROPPED_BITS = 14
@@ -51,7 +52,7 @@ class QuantileSketch:
         return float(torch.tensor(edge, dtype=torch.int32).view(torch.float32))
 
     def share_above(self, site: int, threshold: float) -> float:
-        """Share of the site's values in the bins above `threshold`'s."""
+        """The share of the site's values in bins above the bin of `threshold`."""
         if threshold < 0.0:
             return 1.0
         index = int(torch.tensor(threshold, dtype=torch.float32).view(torch.int32))

@@ -1,9 +1,9 @@
 """Ranks layers by the agreement with the full path that their sparsity costs.
 
 Each layer is tried as the only sparse one. All trials use the graph of the sparse path and run the
-operators of other layers as their dense counterparts. A text runs through the graph once, all
-layers dense. Each trial then starts at its layer, as the values before it are the same. That is
-half a run of the model a layer, so deep models are ranked on fewer texts.
+operators of other layers as their dense counterparts. A text first runs through the graph with all
+layers dense. Each trial then starts at its layer, because the values before that layer are the
+same. A trial costs half a run of the model on average, so deep models are ranked on fewer texts.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from sirius_compile.texts import Sample
 from sirius_compile.tokenwise import Tokenwise, row_of, run_node
 from sirius_passes.program import SPARSE
 
-MOST_TEXTS, LEAST_TEXTS = 8, 2  # that agreement is measured on
-TEXTS_BY_LAYERS = 256  # the number of texts times that of layers, at most
+MOST_TEXTS, LEAST_TEXTS = 8, 2  # bounds of the number of texts
+TEXTS_BY_LAYERS = 256  # largest product of the numbers of texts and layers
 
 
 @dataclass(frozen=True)
 class LayerAgreement:
     """Agreement with the full path if only this layer is sparse, in [0, 1]; 1 is full agreement.
 
-    It is the overlap of both paths' next-token distributions, the mean over tokens: the probability
-    that lossless sampling accepts a drafted token (arXiv 2211.17192, theorem 3.5).
+    The agreement is the overlap of the two paths' next-token distributions, averaged over tokens.
+    It is the probability that lossless sampling accepts a drafted token (arXiv 2211.17192, theorem
+    3.5).
     """
 
     layer: int
@@ -36,7 +37,7 @@ class LayerAgreement:
 
 
 def rank_layers(path: Tokenwise, samples: Sequence[Sample]) -> tuple[LayerAgreement, ...]:
-    """All layers, the costliest first. `path` is sparse in all of them."""
+    """Ranks all layers, the costliest first. `path` must be sparse in all layers."""
     walk = _LayerByLayer(path)
     layers = path.spec.state.layers
     found: list[list[Tensor]] = [[] for _ in range(layers)]
@@ -52,7 +53,7 @@ def rank_layers(path: Tokenwise, samples: Sequence[Sample]) -> tuple[LayerAgreem
 
 
 def texts_of(layers: int) -> int:
-    """How many texts rank so many layers."""
+    """The number of texts that a model of `layers` layers is ranked on."""
     return max(LEAST_TEXTS, min(MOST_TEXTS, TEXTS_BY_LAYERS // layers))
 
 
@@ -61,7 +62,7 @@ def _distribution(logits: Tensor, first: int) -> Tensor:
 
 
 class _LayerByLayer:
-    """Runs the sparse path's graph with all layers dense, then once for each layer as sparse."""
+    """Runs the sparse path's graph with all layers dense, then with each layer alone sparse."""
 
     def __init__(self, path: Tokenwise) -> None:
         self._path = path
@@ -87,7 +88,7 @@ class _LayerByLayer:
 
     @torch.inference_mode()
     def run(self, sample: Sample) -> Iterator[Tensor]:
-        """Logits [1, T, V]: all layers dense, then layer 0 alone sparse, layer 1 alone, …"""
+        """Logits [1, T, V] with all layers dense, then with only layer 0 sparse, layer 1, …"""
         ids = torch.tensor([sample.tokens])
         neurons = self._path.neurons([sample.tokens[: sample.prompt]])
         arguments = self._entry.arguments(self._path._inputs(ids, neurons))
@@ -103,8 +104,8 @@ class _LayerByLayer:
             if layer not in before:  # nothing in this layer is sparse
                 yield env[self._logits]
             else:
-                own = before.pop(layer)
-                yield self._run(self._starts[layer], len(self._nodes), given, own, layer)
+                values = before.pop(layer)
+                yield self._run(self._starts[layer], len(self._nodes), given, values, layer)
 
     def _run(
         self,
@@ -114,8 +115,8 @@ class _LayerByLayer:
         env: dict[fx.Node, Any],
         sparse: int | None = None,
     ) -> Any:
-        """Runs nodes `start` to `end`, with layer `sparse` sparse. `env` keeps the values that
-        later nodes read. Returns the logits if they were reached.
+        """Runs nodes [start, end), with only layer `sparse` sparse. `env` keeps the values that
+        later nodes read. Returns the logits, or None if their node was not reached.
         """
         for index in range(start, end):
             node = self._nodes[index]
@@ -136,7 +137,7 @@ class _LayerByLayer:
 
 
 def _densely(node: fx.Node, args: Sequence[Any]) -> Any:
-    """A sparse operator's result on the same operands if nothing is skipped."""
+    """The result of a sparse operator's dense counterpart on the same operands."""
     row = row_of(node)
     assert row is not None
     assert row.dense is not None

@@ -24,7 +24,11 @@ SHOWN = (2, 4, 8, 12, 16)
 
 @dataclass(frozen=True)
 class Summary:
-    """The summary of a compilation. Sizes in bytes; `seconds`: of the whole compilation."""
+    """The summary of a compilation.
+
+    `artifact_bytes`: the file's size. `dense_bytes`: the size of the dense weights in the model's
+    dtype. `seconds`: the time of the whole compilation.
+    """
 
     artifact: Path
     compiled: Compiled
@@ -119,8 +123,8 @@ def _reads(one: DraftingSpec) -> str:
 
 
 def _calibration_rows(calibration: Calibration) -> Iterator[tuple[str, str]]:
-    """The tokens read, and for each layer the share that its thresholds keep and the share asked
-    for, as means over its sites.
+    """The tokens read; then for each layer the share that its thresholds keep and the share asked
+    for, both averaged over the layer's sites.
     """
     yield (
         "calibration",

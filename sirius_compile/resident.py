@@ -1,9 +1,9 @@
-"""Bounds the pages of mapped files that a process holds.
+"""Bounds the resident memory of a process that maps large files.
 
-Weights are mapped from files: the checkpoint's, the workspace's, the artifact's. What was read
-stays resident until the system needs the memory, so a process that reads all weights seems to need
-all of them. Here a thread looks every few milliseconds, and where the pages of these files are more
-than a limit, it gives them back to the system. They stay in its page cache, from which the next
+Weights are memory-mapped from the checkpoint, the workspace and the artifact. Pages that were read
+stay resident until the system needs the memory, so a process that reads all weights counts all of
+them as its own. A thread checks the resident pages every few milliseconds, and releases those of
+the mapped files once they exceed a limit. They stay in the system's page cache, from which the next
 read maps them again.
 """
 
@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LARGE = 4 << 30
-"""Bytes of weights from which on a compilation bounds its pages."""
+"""A compilation bounds its resident pages if the weights have more bytes than this."""
 SHARE = 0.2
-"""Of the weights' bytes, that may be resident."""
+"""The share of the weights' bytes that may be resident."""
 
 _SECONDS = 0.01
 _DONTNEED = 4  # Linux's MADV_DONTNEED
@@ -30,9 +30,11 @@ _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r\S+ \S+ \S+ \S+ +(/.*)")
 
 @contextmanager
 def bounded(files: Sequence[str], limit: int) -> Iterator[None]:
-    """Within it, at most about `limit` bytes of mapped files are resident, if those whose paths
-    begin with one of `files` are most of them. Nothing may be written to these through a mapping:
-    it would be lost. Does nothing but on Linux.
+    """A context in which at most about `limit` bytes of mapped files are resident.
+
+    Only pages of files whose paths begin with one of `files` are released, so other files must be
+    small. These files must not be written through a private mapping: the changes would be lost.
+    Does nothing on systems other than Linux.
     """
     if sys.platform != "linux":
         yield
@@ -60,7 +62,7 @@ def resident_files() -> int:
 
 
 def release(files: tuple[str, ...]) -> None:
-    """Gives back the pages of the mapped files whose paths begin with one of `files`."""
+    """Releases the resident pages of the mapped files whose paths begin with one of `files`."""
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for line in Path("/proc/self/maps").read_text().splitlines():

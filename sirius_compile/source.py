@@ -17,10 +17,10 @@ from sirius_compile.checkpoint import WeightSource
 class Source:
     """A model's config, its tokenizer, and a function that opens its weights.
 
-    `prompts`: the file of its calibration prompts. `open_weights`: opens the weights that a
-    captured graph reads. `live`: the model itself, if it is in memory. `files`: the folders and
-    files that it was read from, none of a model in memory. `slow`: whether it takes long to give a
-    weight.
+    `prompts`: the file of its calibration prompts. `dtype`: the checkpoint's. `open_weights`: opens
+    the weights that a captured graph reads. `live`: the model itself, if it is in memory. `files`:
+    the folders and files that it was read from; empty for a model in memory. `slow`: whether
+    reading a weight takes long, as dequantizing it does.
     """
 
     name: str

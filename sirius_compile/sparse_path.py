@@ -28,11 +28,11 @@ from sirius_runtime.graph import to_document
 from sirius_runtime.spec import AcceptanceSpec, Layout, Method, WeightSpec
 
 LEAST_KEEP = 0.01  # the smallest share that `--density` tries
-CLOSE = 5e-4  # in density
+CLOSE = 5e-4  # difference in density that the search for `--density` accepts
 
 
 class Chooser:
-    """Applies passes to copies of a dense product, and runs the results on text."""
+    """Applies passes to copies of a dense product, and runs the copies on text."""
 
     def __init__(
         self,
@@ -42,9 +42,9 @@ class Chooser:
         device: torch.device,
         watch: Watch = unwatched,
     ) -> None:
-        """`text` gives the calibration text and the held-out text. It is called if text is needed,
-        with a program that keeps all units, to write it, and whether only the held-out text is
-        needed. `device`: where text is read.
+        """`text(path, held_only)` gives the calibration text and the held-out text. It is called
+        only if text is needed. `path` is a program that keeps all units and can write the text;
+        `held_only`: only the held-out text is needed. `device`: the device that programs run on.
         """
         self._config, self._dense, self._program = config, dense, dense.program
         self._method = Method(config.sparsity)
@@ -70,9 +70,9 @@ class Chooser:
         if not (calibrated or dense.auto):  # the path that writes the text is the one measured
             path = self._path(self._try(keep, fixed, None), nest=self._nest)
             return replace(chosen, acceptance=self._measure(path, self._text(path, True)[1]))
-        # Nested weights write the text, and thresholds are chosen on it with both planes: products
-        # of many tokens take less time so. With one plane the error of a long text adds up, more
-        # than that of a draft.
+        # With nested weights, both planes are read to write the text and to choose thresholds on
+        # it. Products of many tokens are faster so. And with the high plane alone, errors would
+        # accumulate over a long text, as they do not over a short draft.
         path = self._path(self._try(keep, fixed, None), nest=self._whole)
         used, held = self._text(path, False)
         if calibrated:
@@ -87,7 +87,7 @@ class Chooser:
         return replace(chosen, acceptance=self._measure(path, held))
 
     def _leave_dense(self, layers: int, chosen: SparsePath, used: Text, held: Text) -> SparsePath:
-        """The same choice with the `layers` costliest layers dense."""
+        """The choice, with the `layers` costliest layers dense, and calibrated for the others."""
         calibration = chosen.calibration
         ranking = self._rank(chosen.keep, calibration, [*used.samples, *held.samples])
         costly = tuple(sorted(one.layer for one in ranking[:layers]))
@@ -101,7 +101,7 @@ class Chooser:
         return SparsePath(keep, costly, calibration, ranking)
 
     def _measure(self, path: Tokenwise, held: Text) -> AcceptanceSpec | None:
-        """The measured drafts of the path. None if there are too few texts."""
+        """The measured acceptance of the path's drafts. None if there are too few drafts."""
         config = self._config
         drafts = measure_drafts(
             path,
@@ -154,8 +154,10 @@ class Chooser:
         return program
 
     def _path(self, program: Program, nest: NestWeights | None = None) -> Tokenwise:
-        """The program over whole texts. Weights are laid out for the kernels, unless only linears
-        are sparse: those read them as stored, which saves a copy. `nest`: nests the weights.
+        """The program, ready to run over whole texts. Its weights are laid out for the kernels.
+
+        If only linears are sparse, weights stay as in the checkpoint: linears read either layout,
+        and this saves a copy. `nest`: the pass that nests the weights, if any.
         """
         if not self._method.skips_channels or self._method.rewrites_mlps or nest is not None:
             run_passes(program, lay_out(nest))
@@ -168,7 +170,9 @@ class Chooser:
         )
 
     def _weight(self, spec: WeightSpec) -> Tensor:
-        """All programs share one copy; a program with the other layout reads it transposed."""
+        """A weight of which all programs share one copy; programs with the other layout get its
+        transpose.
+        """
         key = spec.name, spec.nested
         if key not in self._loaded:
             self._loaded[key] = (spec.transposed, self._dense.weights(spec))
@@ -177,10 +181,10 @@ class Chooser:
 
 
 def keep_for_density(density: float, density_of: Callable[[float], float], method: Method) -> float:
-    """The kept share whose density is nearest to the one asked for, found by interpolation, as
-    density is almost linear in the share.
+    """The kept share whose density is nearest to `density`.
 
-    Raises ConfigError if the method's lowest density is above the one asked for.
+    Searches by interpolation, because density is almost linear in the kept share. Raises
+    ConfigError if even the method's lowest density is above `density`.
     """
     low, high = LEAST_KEPT if method.skips_channels else LEAST_KEEP, 1.0
     least = low
@@ -203,5 +207,5 @@ def keep_for_density(density: float, density_of: Callable[[float], float], metho
             low, at_low = middle, at_middle
         else:
             high, at_high = middle, at_middle
-    # Kept neurons are whole, so no share may hit the density: take the nearer of the two.
+    # The number of kept neurons is an integer, so some densities are never hit: take the nearer.
     return low if density - at_low <= at_high - density else high

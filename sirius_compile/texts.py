@@ -34,10 +34,10 @@ class Sample:
 
 
 def read_windows(path: Path, tokenizer: Tokenizer, longest: int) -> list[Sample]:
-    """Windows of a calibration file: JSONL with a ``text`` field a line, or one plain text. It is
-    read up to `MAX_TOKENS` tokens.
+    """Windows of a calibration file, which is JSONL with a ``text`` field on each line, or plain
+    text. Reads at most `MAX_TOKENS` tokens.
 
-    Raises CalibrationError for a file that can't be read as either.
+    Raises CalibrationError if the file is neither.
     """
     if path.suffix == ".jsonl":
         return windows(_field(_lines(path), "text", path), tokenizer, longest)
@@ -108,8 +108,8 @@ def _field(lines: Iterable[str], field: str, path: Path) -> Iterator[str]:
 
 
 def windows(texts: Iterable[str], tokenizer: Tokenizer, longest: int) -> list[Sample]:
-    """Windows of the texts' token ids, at most `MAX_TOKENS` in all. The first half of each counts
-    as its prompt. No window is longer than `longest`, the model's longest sequence.
+    """Windows of the texts' token ids, at most `MAX_TOKENS` tokens in all. The first half of each
+    window counts as its prompt. `longest`: the model's longest sequence, which bounds a window.
     """
     return _windows((tokenizer.encode(text).ids for text in texts), longest)
 
@@ -128,8 +128,9 @@ def _windows(texts: Iterable[list[int]], longest: int) -> list[Sample]:
 
 
 def batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Groups texts of these lengths into calls, by index: texts of similar length, together at most
-    `TOGETHER` tokens with padding, or a single longer text.
+    """Groups texts of these lengths into calls; returns the indices of each call's texts.
+
+    A call has texts of similar length, at most `TOGETHER` tokens with padding, or one longer text.
     """
     found: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -157,8 +158,8 @@ def check_amount(tokens: int) -> None:
 
 
 def hold_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Splits samples into calibration text and held-out text, a quarter: every fourth sample, or
-    the end of each if there are fewer than four.
+    """Splits samples into calibration text and held-out text, which is a quarter of all: every
+    fourth sample, or the last quarter of each if there are fewer than four.
     """
     if len(samples) >= 4:
         return [s for i, s in enumerate(samples) if i % 4 < 3], list(samples[3::4])

@@ -1,8 +1,8 @@
 """Runs the sparse path over whole texts, with each token's own selection of neurons and channels.
 
-In a call of many tokens, the sparse operators make one selection for all tokens of a row, as for
-the beams of a tree. Generation drafts one token a step, but calibration reads thousands of tokens.
-So here each token becomes its own row in the operators that select, and only in these.
+In a call of many tokens, the sparse operators make one selection for all tokens of a row, as is
+right for the beams of a tree. Generation drafts one token a step, but calibration reads thousands
+of tokens in a call. So here each token becomes its own row in the operators that select.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Tokenwise:
         self.counted = sorted(counted, key=lambda node: rows[node] is _SPARSE_LINEAR)
 
     def _use_our_linears(self) -> None:
-        """Of many tokens in 16 bits they take a fraction of torch's time (`ops.products`)."""
+        """Replaces torch's linears by `sirius::linear`, which takes a fraction of the time for many
+        tokens in a 16-bit dtype (`ops.products`).
+        """
         for entry in self.backend._entries.values():
             for node in entry.module.graph.find_nodes(
                 op="call_function", target=torch.ops.aten.linear.default
@@ -84,7 +86,7 @@ class Tokenwise:
 
     @torch.inference_mode()
     def read(self, ids_RT: Tensor) -> tuple[Tensor, Caches]:
-        """The full path's logits [R, T, V], and its K/V of the tokens."""
+        """The full path's logits [R, T, V], and its K/V for these tokens."""
         entry = self.backend._entries[FULL]
         inputs = self._inputs(ids_RT, None, None)
         logits = entry.module(*entry.arguments(inputs))[0]
@@ -98,8 +100,8 @@ class Tokenwise:
         look: Look = lambda site, scores: None,
         history: History | None = None,
     ) -> Tensor:
-        """The sparse path's logits [R, T, V] for tokens after `history`, by default none. `look` is
-        called with the scores.
+        """The sparse path's logits [R, T, V] for tokens after `history` (by default, none). `look`
+        is called with the scores at each counted site.
         """
         return _Walk(self, look).run(*self._arguments(ids_RT, neurons, history))[0]
 
@@ -107,7 +109,7 @@ class Tokenwise:
     def observe(
         self, ids_RT: Tensor, neurons: Tensor | None, look: Look, history: History | None = None
     ) -> None:
-        """As `sparse`, for `look` only: nothing after the last counted site is computed."""
+        """Like `sparse`, but returns nothing, and stops after the last counted site."""
         _Walk(self, look, ends=True).run(*self._arguments(ids_RT, neurons, history))
 
     @torch.inference_mode()
@@ -165,20 +167,20 @@ class Caches(NamedTuple):
         return Caches(self.k[:, first:end], self.v[:, first:end])
 
     def after(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> History:
-        """A copy of rows [N], each cut to its length in `lengths`, with space for `room` tokens
-        more. K/V after that length is overwritten before it is read.
+        """A copy of rows [N], each committed up to its length in `lengths`, with slots for `room`
+        more tokens. K/V after that length is overwritten before it is read.
         """
         slots, index = max(lengths) + room, torch.tensor(rows, device=self.k.device)
         found = []
         for cache in self:
-            own = cache[:, :, :, :slots].index_select(1, index)
-            found.append(F.pad(own, (0, 0, 0, slots - own.shape[3])))
+            kept = cache[:, :, :, :slots].index_select(1, index)
+            found.append(F.pad(kept, (0, 0, 0, slots - kept.shape[3])))
         return History(Caches(*found), torch.tensor(lengths, device=self.k.device))
 
 
 class History(NamedTuple):
-    """What precedes a text: caches, and each row's committed length [R]. The text's K/V is written
-    after it.
+    """The tokens before a text: their KV caches, and each row's committed length [R]. The text's
+    K/V is written to the slots after that length.
     """
 
     caches: Caches
@@ -188,7 +190,7 @@ class History(NamedTuple):
 class Block:
     """A layer that has just run, and can be run again with other thresholds.
 
-    Only the values that depend on a changed threshold are computed again.
+    A new run computes only the values that depend on the changed threshold.
     """
 
     def __init__(
@@ -208,11 +210,11 @@ class Block:
         return self._env[self._end]
 
     def run(self, site: int, threshold: float) -> Tensor:
-        """`output` if the site had this threshold."""
+        """The layer's output [R, T, C] with this threshold at the site. Changes nothing."""
         return self._run(site, threshold)[self._end]
 
     def set(self, site: int, threshold: float) -> None:
-        """Gives the site this threshold."""
+        """Sets the site's threshold."""
         self._env |= self._run(site, threshold)
         self._runs.clear()
         self._thresholds[self._after[site][0]] = threshold
@@ -250,22 +252,25 @@ def _after(node: fx.Node, nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def tokenwise(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """A sparse operator's results with each token as a row: y [R, T, O], and any count [R, T]."""
+    """Runs a sparse operator with each token as a row. Returns y [R, T, O], and the counts [R, T]
+    if the operator counts.
+    """
     rows, tokens = args[0].shape[:2]
     schema = target._schema.arguments
     layer = next((v for a, v in zip(schema, args, strict=False) if a.name == "layer"), 0)
     parts = []
     for argument, value in zip(schema, args, strict=False):
         if argument.name == "neurons":
-            # Only this layer's neurons are read; repeating all layers' would need much memory.
-            own = value[layer][None].repeat_interleave(tokens, 1)
-            value = own.expand(value.shape[0], -1, -1)
+            # Only this layer's neurons are read; repeating those of all layers would need much
+            # memory.
+            repeated = value[layer][None].repeat_interleave(tokens, 1)
+            value = repeated.expand(value.shape[0], -1, -1)
         elif isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (rows, tokens):
             value = value.reshape(rows * tokens, 1, -1)
         parts.append(value)
     if rows * tokens > MOST_TOKENS:
-        # The kernels are made for the few rows of a step. With many rows, dense products of what is
-        # left of them take less time.
+        # The kernels are made for the few rows of a decoding step. With many rows, the reference is
+        # faster, as it multiplies masked dense matrices.
         with multiplying(nested_product):
             result = OPERATORS[target._opname].reference(*parts, **kwargs)
     else:
@@ -327,7 +332,7 @@ class _Walk(fx.Interpreter):
 
 
 class _BlockWalk(_Walk):
-    """Keeps a layer's values until it has been visited."""
+    """Keeps the values of a layer's nodes until the layer has been visited."""
 
     def __init__(self, path: Tokenwise, visit: Callable[[Block], None]) -> None:
         super().__init__(path, lambda site, scores: None)

@@ -1,11 +1,12 @@
-"""What a compilation keeps on disk while it runs: weights in their stored form, and its choices.
+"""The files that a compilation keeps on disk while it runs: weights in their stored form, and the
+choices for the sparse path.
 
-A folder `.NAME.<16 hex digits>.work` beside the artifact NAME. Weights that are cast, transposed or
-nested are written there once, and mapped by all that read them later: no copy is held in memory. A
-process locks its folder while it runs. The folders of killed processes are removed by the next
-compilation of the same artifact; with `--resume` it takes one over, if that was begun with the same
-options, files and versions. A file has its name once all of it is written, so what is there is
-whole.
+They are in a folder `.NAME.<16 hex digits>.work` beside the artifact NAME. Weights that are cast,
+transposed or nested are written there once and memory-mapped afterwards, so no copy of them is held
+in memory. A process locks its folder while it runs. The next compilation of the same artifact
+removes the folders of killed processes; with `--resume` it takes one over, if the killed
+compilation had the same options, files and versions. A file is renamed to its final name once it is
+complete, so every file found under such a name is complete.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from sirius_runtime.new_file import check_target, lock
 from sirius_runtime.safetensors_file import size_of
 from sirius_runtime.spec import JSON, WeightSpec
 
-_NAME_KEPT = 50  # characters of the artifact's name in the folder's, which has a limit too
+_NAME_KEPT = 50  # characters of the artifact's name in the folder's name, as names have a limit
 _LOCK, _IDENTITY = "lock", "identity.json"
 
 
 class Workspace:
-    """The folder of one compilation. Leaving the block removes it, unless the compilation was
-    interrupted or a disk was full: then `--resume` goes on from it.
+    """The folder of one compilation. Leaving the `with` block removes it, unless the compilation
+    was interrupted or the disk was full: then `--resume` continues from it.
     """
 
     folder: Path
@@ -49,9 +50,10 @@ class Workspace:
         resume: bool = False,
         tell: Callable[[str], None] = lambda message: None,
     ) -> None:
-        """`target`: the artifact's path. `tell`: is told what was found and what is done with it.
+        """`target`: the artifact's path. `resume`: take over the folder of a killed compilation.
+        `tell`: called with messages for the user.
 
-        Raises ConfigError if `target` is no place for a file.
+        Raises ConfigError if no file can be written at `target`.
         """
         check_target(target)
         self._target, self._resume, self._tell = target, resume, tell
@@ -75,14 +77,15 @@ class Workspace:
         if error is None or (isinstance(error, SiriusError) and not full):
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
-            self._tell(f"what is done is kept in {self.folder}; --resume goes on from it")
+            self._tell(f"the finished work is kept in {self.folder}; continue it with --resume")
         self._lock.close()
         self._lock = None
 
     def begin(self, identity: JSON) -> None:
-        """Takes over a folder of a killed compilation with this identity, or makes a new one.
+        """Takes over the folder of a killed compilation, or makes a new one.
 
-        Raises ConfigError if the folder to resume from is of another compilation.
+        `identity`: everything that the stored files depend on. Raises ConfigError if the folder to
+        resume from has another identity, and WorkspaceError if no folder can be made.
         """
         text = json.dumps(identity, sort_keys=True)
         for folder, opened in self._left_over():
@@ -92,12 +95,12 @@ class Workspace:
             size = sum(path.stat().st_size for path in folder.iterdir())
             shutil.rmtree(folder, ignore_errors=True)
             opened.close()
-            hint = "" if self._resume else "; --resume goes on from such files"
-            self._tell(f"removed {size / 1e6:,.0f} MB that a killed compilation left{hint}")
+            hint = "" if self._resume else "; with --resume, they would have been used"
+            self._tell(f"removed {size / 1e6:,.0f} MB of files of a killed compilation{hint}")
         if self._lock is not None:
             return
         if self._resume:
-            self._tell("--resume: no killed compilation of this artifact left anything; beginning")
+            self._tell("--resume: no files of a killed compilation of this artifact; starting anew")
         with self._disk_faults():
             self.folder = self._target.parent / f"{self._stem}{secrets.token_hex(8)}.work"
             self.folder.mkdir()
@@ -122,7 +125,7 @@ class Workspace:
         self._tell(f"--resume: {done} weights are stored already")
 
     def _left_over(self) -> Iterator[tuple[Path, BinaryIO]]:
-        """The folders that no living process has locked, each with its lock, now ours."""
+        """The folders that no running process has locked, each with its lock file, locked now."""
         name = re.compile(re.escape(self._stem) + r"[0-9a-f]{16}\.work")
         for folder in sorted(self._target.parent.iterdir()):
             if not name.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
@@ -135,8 +138,10 @@ class Workspace:
                     opened.close()
 
     def bound(self, weights: int, files: Sequence[Path]) -> None:
-        """From here on, if there are many bytes of `weights`, bounds the pages that are resident
-        of the mapped `files`, of this folder's and of the artifact's.
+        """Bounds the resident pages of mapped files until the `with` block ends.
+
+        `weights`: the bytes of the model's weights; if they are few, nothing is done. `files`: the
+        checkpoint's. The files of this folder and the artifact are bounded with them.
         """
         if weights > LARGE:
             own = f"{self._target.parent.resolve()}/{self._stem}"
@@ -148,15 +153,17 @@ class Workspace:
         self._write(name, text.encode())
 
     def recall(self, name: str) -> str | None:
-        """What was kept under this name, if it was."""
+        """The text that `keep` wrote under this name, or None."""
         try:
             return (self.folder / name).read_text()
         except FileNotFoundError:
             return None
 
     def weight(self, spec: WeightSpec, make: Callable[[], Tensor], *, keep: bool = True) -> Tensor:
-        """The stored form of a weight, mapped from its file. `make` gives it the first time; the
-        file is then written if it is to be kept.
+        """The stored form of a weight, mapped from its file.
+
+        If there is no file yet, `make` computes the stored form, and the file is written; without
+        `keep`, no file is written and the result is in memory.
         """
         size = size_of(spec)
         key = repr((spec.name, spec.dtype, spec.shape, spec.transposed, spec.nested))
@@ -184,9 +191,10 @@ class Workspace:
             yield
         except OSError as error:
             raise WorkspaceError(
-                f"{self._target.parent} can't hold what compiling {self._target.name} keeps there "
-                f"({error.strerror or error}). Up to the artifact's size is needed twice. Free "
-                "some space and go on with --resume, or write to a folder where you may"
+                f"the working files for {self._target.name} can't be written to "
+                f"{self._target.parent} ({error.strerror or error}). They need up to the "
+                "artifact's size, and the artifact as much again. Free some space and continue "
+                "with --resume, or write the artifact to another folder"
             ) from error
 
 
@@ -195,15 +203,15 @@ class WorkspaceError(UserError):
 
 
 def _differences(one: str, other: str) -> str:
-    """The names of what differs between two identities."""
+    """The names of the fields in which two identities differ."""
     found, wanted = json.loads(one), json.loads(other)
     names = [name for name in wanted if found.get(name) != wanted[name]]
     return ", ".join(names) or "others"
 
 
 def fingerprint(path: Path) -> JSON:
-    """Names, sizes and times of change of a folder's files, or of one file; None if it is not
-    there, of which others complain.
+    """The names, sizes and modification times of a folder's files, or of one file. None if `path`
+    can't be read; opening the model reports that.
     """
     try:
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]

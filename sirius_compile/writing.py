@@ -1,8 +1,8 @@
-"""Text that the model writes for calibration, with the full path's K/V and logits of it.
+"""Calibration text that the model writes, with the full path's K/V and logits for it.
 
 When decoding, a model reads its own text. So the built-in calibration text is on-policy: the
-model's greedy continuations of prompts. It is decoded as in the runtime, and its K/V and logits are
-kept, so that later measurements need not compute them again.
+model's greedy continuations of prompts. The text is decoded as in the runtime. Its K/V and logits
+are kept, so that later measurements need not compute them again.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from sirius_runtime.tensor_state import TensorState
 CONTINUATION = 48  # new tokens after each prompt
 LARGE = 1_000_000_000
 """Parameters above which a model writes less text: a token of each prompt takes half a second."""
-SHORT = 32  # of such a model, new tokens after each prompt
-FEW, FEW_HELD = 12, 8  # prompts that it continues; if nothing is calibrated
+SHORT = 32  # new tokens after each prompt, for such a model
+FEW, FEW_HELD = 12, 8  # prompts that such a model continues: to calibrate, or only to measure
 ALIKE = 4  # prompts that are read in one call
 
 
 @dataclass(frozen=True)
 class Text:
-    """Samples, and if the full path has run them, its results, one row a sample.
+    """Samples, and the full path's results for them if it has run them; row r is sample r.
 
-    `caches`: the K/V. `logits` [R, T, V]: the first are those after the prompt. `neurons`
-    [layers, R, K]: those selected for the prompts.
+    `caches`: the K/V. `logits` [R, T, V]: from the end of each prompt on. `neurons` [layers, R, K]:
+    the neurons selected for the prompts.
     """
 
     samples: tuple[Sample, ...]
@@ -42,13 +42,13 @@ class Text:
     neurons: Tensor | None = None
 
     def __len__(self) -> int:
-        """Tokens."""
+        """The number of tokens."""
         return sum(map(len, self.samples))
 
     def after(
         self, rows: Sequence[int], starts: Sequence[int], tokens: int
     ) -> tuple[Tensor, History]:
-        """`tokens` tokens of each row, [N, tokens], from the row's start on, and their history."""
+        """The `tokens` tokens [N, tokens] from each row's start on, and the history before them."""
         assert self.caches is not None
         ids = padded(
             [
@@ -75,8 +75,10 @@ class Text:
 
 
 def observe(path: Tokenwise, text: Text, rows: Sequence[int], look: Look) -> None:
-    """Calls `look` with each site's scores [tokens, units] of the rows' tokens: the tokens after
-    the prompt if the K/V is known or the prompt selected the neurons, else all tokens.
+    """Calls `look` with each site's scores [tokens, units] for tokens of these rows.
+
+    Only tokens after the prompt count if the K/V is known, or if the prompt selects the neurons;
+    else all tokens count.
     """
     samples = [text.samples[row] for row in rows]
     neurons = text.neurons_for(path, rows)
@@ -105,15 +107,18 @@ def write(
     new_tokens: int | None = None,
 ) -> tuple[Text, Text]:
     """Greedy continuations of the prompts by the full path: the calibration text, and the held-out
-    text with its logits: of every fourth prompt, for a large model of every third. `held_only`:
-    hold out all prompts, if nothing is calibrated. A large model continues the shortest prompts.
+    text with its logits.
+
+    Every fourth prompt is held out, or every third for a large model. `held_only`: hold out all
+    prompts, because nothing is calibrated. `new_tokens`: after each prompt, by default
+    `CONTINUATION`. A large model continues only the shortest prompts, by `SHORT` tokens.
     """
     model = path.spec.model
-    every, own_tokens = 4, CONTINUATION
+    every, default = 4, CONTINUATION
     if model.parameters > LARGE:
-        every, own_tokens = 3, SHORT
+        every, default = 3, SHORT
         prompts = _shortest(prompts, FEW_HELD if held_only else FEW)
-    new_tokens = own_tokens if new_tokens is None else new_tokens
+    new_tokens = default if new_tokens is None else new_tokens
     held = list(prompts[every - 1 :: every])
     used = [p for i, p in enumerate(prompts) if i % every < every - 1]
     if held_only:
@@ -135,22 +140,22 @@ def write(
         for prompt, new in zip(given, torch.stack(tokens, 1).tolist(), strict=True)
     ]
     decoded = sum(len(sample) - sample.prompt for sample in samples[: len(used)])
-    if not held_only and (not held or decoded < LEAST_TOKENS):  # use the prompts' tokens, too
+    if not held_only and (not held or decoded < LEAST_TOKENS):  # calibrate on the prompts, too
         first, rest = hold_out(samples)
         return Text(tuple(first)), Text(tuple(rest))
     state.choose_neurons()
     caches, neurons = Caches(state.k_cache, state.v_cache), state.neurons
 
     def part(first: int, end: int, logits: Tensor | None) -> Text:
-        own = None if neurons is None else neurons[:, first:end]
-        return Text(tuple(samples[first:end]), caches.rows(first, end), logits, own)
+        selected = None if neurons is None else neurons[:, first:end]
+        return Text(tuple(samples[first:end]), caches.rows(first, end), logits, selected)
 
     return part(0, len(used), None), part(len(used), len(given), torch.stack(logits, 1))
 
 
 def _prefill(state: TensorState, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """The logits after each prompt [R, V]. Prompts of similar length run together: each is padded
-    to the longest.
+    """The logits after each prompt [R, V]. Prompts of similar length run together, because each is
+    padded to the longest of its call.
     """
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     parts, logits = list[TensorState](), list[Tensor]()
@@ -167,7 +172,7 @@ def _prefill(state: TensorState, prompts: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _shortest(prompts: Sequence[Sequence[int]], most: int) -> list[Sequence[int]]:
-    """The `most` shortest of the prompts, in their order: all are padded to the longest."""
+    """The `most` shortest prompts, in their order. (A batch is padded to its longest prompt.)"""
     chosen = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))[:most]
     return [prompts[i] for i in sorted(chosen)]
 

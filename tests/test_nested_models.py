@@ -270,7 +270,7 @@ def test_a_density_counts_the_bits(nested: Callable[..., Nested]) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"draft_bits": 4}, "--draft-bits 4 is of nested weights: add --weights int8"),
+        ({"draft_bits": 4}, "--draft-bits 4 applies to nested weights only: add --weights int8"),
         ({"weights": "int8", "draft_bits": 5}, "--draft-bits must be 4 or 8, got 5"),
         ({"weights": "int4"}, "--weights must be one of dtype, int8, got 'int4'"),
     ],

@@ -175,7 +175,7 @@ def test_what_a_killed_process_left_is_removed(
     writes["at"] = -1
     done = cli.compile(*quick(folder, out))
     assert done.code == 0
-    assert "that a killed compilation left; --resume goes on" in done.err
+    assert "of files of a killed compilation; with --resume" in done.err
     assert names(tmp_path) == []
     assert left not in names(tmp_path)
 
@@ -208,7 +208,7 @@ def test_with_nothing_to_resume_it_begins(tmp_path: Path) -> None:
     told: list[str] = []
     with Workspace(tmp_path / "m.sirius", resume=True, tell=told.append) as own:
         own.begin({})
-    assert told == ["--resume: no killed compilation of this artifact left anything; beginning"]
+    assert told == ["--resume: no files of a killed compilation of this artifact; starting anew"]
 
 
 def test_a_full_disk_is_named_and_what_was_done_is_kept(
@@ -240,7 +240,7 @@ def test_a_full_disk_as_the_artifact_is_written(
         patched.setattr(ArtifactWriter, "add_weights", full)
         stopped = cli.compile(*quick(folder, out), "--force")
     assert stopped.code == 2
-    assert "--resume goes on from it" in " ".join(stopped.err.split())
+    assert "continue it with --resume" in " ".join(stopped.err.split())
     assert out.read_bytes() == b"precious"
     resumed = cli.compile(*quick(folder, out), "--force", "--resume")
     assert resumed.code == 0

@@ -232,10 +232,10 @@ def compile_lines() -> Iterator[Line]:
         (("--sparsity", "none", "--density", "0.5"), "--density applies to a sparse path"),
         (("--sparsity", "none", "--dense-layers", "0"), "--dense-layers applies to a sparse path"),
         (("--sparsity", "none", "--calibration", "x.txt"), "--calibration sets thresholds"),
-        (("--draft-bits", "4"), "--draft-bits 4 is of nested weights: add --weights int8"),
+        (("--draft-bits", "4"), "--draft-bits 4 applies to nested weights only: add --weights"),
         (
             ("--weights", "int8", "--graphs", "onnx", "--sparsity", "griffin"),
-            "--weights int8 with --sparsity griffin has no ONNX form",
+            "the operators of --weights int8 with --sparsity griffin have no ONNX translation",
         ),
         (("--nope",), "--nope"),
         (("more",), "more"),

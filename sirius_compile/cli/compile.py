@@ -48,24 +48,34 @@ def compile_artifact(
     ] = None,
     sparsity: Annotated[Method, typer.Option(help="The sparse path.")] = Method.CATS,
     keep: Annotated[
-        float | None, typer.Option(help="Share of neurons or channels kept, in (0, 1]; 0.5.")
+        float | None,
+        typer.Option(help="Share of neurons or channels kept, in (0, 1]. Default: 0.5."),
     ] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of weights a sparse step reads; replaces --keep.")
     ] = None,
     dense_layers: Annotated[
-        str, typer.Option(help="Layers to keep dense: 0,31, or auto:N for the N costliest.")
+        str,
+        typer.Option(
+            help="Layers to keep dense: 0,31, or auto:N for the N whose sparsity costs most."
+        ),
     ] = "",
     measure: Annotated[
         bool,
-        typer.Option(help="Measure drafts on held-out text, and take the best period from it."),
+        typer.Option(help="Measure draft acceptance on held-out text, and set the best period."),
     ] = True,
     period: Annotated[
         int | None, typer.Option(help="Tokens per verification. Default: as measured, or 16.")
     ] = None,
-    tree_width: Annotated[int, typer.Option(help="Paths drafted side by side.")] = 1,
-    threshold: Annotated[float, typer.Option(help="Probability a drafted token needs.")] = 0.1,
-    verify_temperature: Annotated[float, typer.Option(help="Softmax temperature of it.")] = 0.6,
+    tree_width: Annotated[
+        int, typer.Option(help="Nodes at each level of the draft tree; 1: a chain.")
+    ] = 1,
+    threshold: Annotated[
+        float, typer.Option(help="Least probability of an accepted drafted token.")
+    ] = 0.1,
+    verify_temperature: Annotated[
+        float, typer.Option(help="Softmax temperature of that probability.")
+    ] = 0.6,
     confidence: Annotated[
         float | None,
         typer.Option(help="Stop drafting below this probability. Default: as measured, or 0."),
@@ -80,7 +90,8 @@ def compile_artifact(
         typer.Option(help="int8: 8 bits a weight, of which a draft may read 4; dtype: as --dtype."),
     ] = Weights.DTYPE,
     draft_bits: Annotated[
-        int | None, typer.Option(help="Bits of int8 weights that a draft reads: 8, or 4.")
+        int | None,
+        typer.Option(help="Bits of an int8 weight that a draft reads: 4 (default) or 8."),
     ] = None,
     device: Annotated[str, typer.Option(help="Where calibration runs.")] = "cpu",
     calibration: Annotated[
@@ -109,7 +120,7 @@ def compile_artifact(
         bool, typer.Option("--trust-remote-code", help="Run code of the model's repository.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from what a killed compilation left.")
+        bool, typer.Option("--resume", help="Continue a killed compilation of this artifact.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Summary as JSON on stdout.")] = False,
@@ -172,7 +183,7 @@ def compile_artifact(
         graphs=graphs,
     )
     _check_use(config)
-    # Check everything that can be refused before the minutes of work.
+    # Refuse what can be refused now, before minutes of work.
     ArtifactWriter(out, force=force)
     find_device(device)
     start = time.perf_counter()
@@ -199,7 +210,7 @@ def _compiled(
     watch: Watch,
     workspace: Workspace,
 ) -> Compiled:
-    """Compiles. `dump`: a folder to write the graphs to; `expect`: one of the graphs expected."""
+    """Compiles. `dump`: the folder to write graphs to; `expect`: a folder of expected graphs."""
     from sirius_compile.compile import compile_model
     from sirius_compile.guard import compare_graphs, read_graphs
 
@@ -230,12 +241,13 @@ def _compiled(
 
 
 def _check_use(config: CompileConfig) -> None:
-    """Raises ConfigError for flags that this sparse path does not use."""
+    """Raises ConfigError for options that have no effect on this sparse path."""
     method, dense = Method(config.sparsity), DenseLayers.read(config.dense_layers)
     measured = config.measure and config.drafts
     if config.calibration != BUILTIN and not (method.has_thresholds or dense.auto or measured):
         raise ConfigError(
-            f"--calibration sets thresholds, and --sparsity {method} has none. Leave it out"
+            f"--calibration sets thresholds, and --sparsity {method} has none. Leave --calibration "
+            "out"
         )
     given = [
         flag
@@ -248,7 +260,8 @@ def _check_use(config: CompileConfig) -> None:
     ]
     if method is Method.NONE and given:
         raise ConfigError(
-            f"{given[0]} applies to a sparse path, and --sparsity none has none. Leave it out"
+            f"{given[0]} applies to a sparse path, and --sparsity none has none. Leave {given[0]} "
+            "out"
         )
 
 
