@@ -14,12 +14,14 @@ from sirius_compile.models import ModelSource
 from sirius_runtime.errors import ModelNotFoundError, UnsupportedModelError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_AGAIN = "save the adapter again by peft's save_pretrained"
+_AGAIN = "save the adapter again with peft's save_pretrained"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's folder. `base`: the model that it was trained on, as its config names it."""
+    """An adapter's folder. `kind`: its type in peft. `base`: the model that it was trained on, by
+    the name in its config; None if the config has none.
+    """
 
     folder: Path
     kind: str
@@ -28,17 +30,17 @@ class Adapter:
 
 def read_adapter(folder: Path) -> Adapter:
     """Reads an adapter's config. Raises ModelNotFoundError if the folder holds no adapter in
-    safetensors, and UnsupportedModelError if it is not one of a causal language model.
+    safetensors, and UnsupportedModelError if it is not for a causal language model.
     """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise ModelNotFoundError(f"{folder} holds no {ADAPTER_CONFIG}; give an adapter's folder")
-    said = read_object(path, _AGAIN)
+    config = read_object(path, _AGAIN)
     kind, task, base = (
-        said.get(key) for key in ("peft_type", "task_type", "base_model_name_or_path")
+        config.get(key) for key in ("peft_type", "task_type", "base_model_name_or_path")
     )
     if not isinstance(kind, str):
-        raise ModelNotFoundError(f"{path} names no peft_type; {_AGAIN}")
+        raise ModelNotFoundError(f"{path} has no peft_type; {_AGAIN}")
     if task not in (None, "CAUSAL_LM"):
         raise UnsupportedModelError(
             f"{folder} is an adapter for {task}; only adapters of causal language models can be "
@@ -71,7 +73,7 @@ def merged(base: ModelSource, adapter: Adapter) -> PreTrainedModel:
     model = _load(base)
     try:
         adapted: Any = PeftModel.from_pretrained(model, adapter.folder, use_safetensors=True)
-        # Layers that peft can't merge and weights that become NaN are errors.
+        # safe_merge: layers that peft can't merge, and weights that become NaN, raise an error.
         whole: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # bad files may raise any exception in peft
         reason = " ".join(f"{type(error).__name__}: {error}".split())

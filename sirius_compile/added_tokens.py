@@ -28,13 +28,13 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 class _Declared:
     """A token, the file that declares it, and its id if the file gives one.
 
-    `counts`: whether it overrides the flags that `tokenizer.json` gives the token.
+    `overrides`: whether its flags override the flags that `tokenizer.json` gives the token.
     """
 
     token: AddedToken
     file: str
     id: int | None = None
-    counts: bool = False
+    overrides: bool = False
 
 
 def complete(files: Mapping[str, bytes]) -> bytes:
@@ -55,8 +55,8 @@ def complete(files: Mapping[str, bytes]) -> bytes:
     missing = []
     for declared in _declared(files):
         token = declared.token
-        own = known.get(token.content)
-        if token.content and (own is None or (declared.counts and repr(own) != repr(token))):
+        old = known.get(token.content)
+        if token.content and (old is None or (declared.overrides and repr(old) != repr(token))):
             known[token.content] = token
             missing.append(declared)
     if not missing:
@@ -76,7 +76,7 @@ def complete(files: Mapping[str, bytes]) -> bytes:
 
 
 def _declared(files: Mapping[str, bytes]) -> Iterator[_Declared]:
-    """The tokens that other files declare; those with all of their flags come first."""
+    """The tokens that other files declare; declarations that list all flags come first."""
     documents = {name: read_file(files, name) for name in (CONFIG, SPECIAL, ADDED)}
     named = [
         _Declared(_token(value, file, special=True), file)
@@ -86,7 +86,7 @@ def _declared(files: Mapping[str, bytes]) -> Iterator[_Declared]:
     special = {declared.token.content for declared in named}
     for id, fields in _items(documents[CONFIG].get("added_tokens_decoder"), CONFIG):
         token = _token(fields, CONFIG, special=content_of(fields, CONFIG) in special)
-        yield _Declared(token, CONFIG, _id(id, CONFIG), counts=True)
+        yield _Declared(token, CONFIG, _id(id, CONFIG), overrides=True)
     for content, id in _items(documents[ADDED], ADDED):
         yield _Declared(_token(content, ADDED, special=content in special), ADDED, _id(id, ADDED))
     yield from named
@@ -120,6 +120,7 @@ def _items(value: JSON, name: str) -> Iterator[tuple[str, JSON]]:
 
 
 def content_of(value: JSON, name: str) -> str:
+    """The text of a token that the file `name` declares, as text or as an object."""
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str):
         raise _fault(name, f"declares a token without content ({shown(str(value))})")
@@ -127,11 +128,11 @@ def content_of(value: JSON, name: str) -> str:
 
 
 def _token(value: JSON, name: str, *, special: bool) -> AddedToken:
-    """A token from its content, or from an object with its flags. A token that is not special
-    matches normalised text by default.
+    """A token from its content, or from an object with its content and flags. By default, a token
+    that is not special matches normalised text.
     """
-    said = value if isinstance(value, dict) else {}
-    flags = {flag: said[flag] for flag in _FLAGS if isinstance(said.get(flag), bool)}
+    fields = value if isinstance(value, dict) else {}
+    flags = {flag: fields[flag] for flag in _FLAGS if isinstance(fields.get(flag), bool)}
     special = special or flags.get("special", False)
     flags = {"normalized": not special, **flags, "special": special}
     return AddedToken(content_of(value, name), **flags)

@@ -46,7 +46,9 @@ _MAX_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class MaskRule:
-    """A query sees its own position and those before it; with `window`, the last `window` only."""
+    """A query attends to its own position and the positions before it; with `window`, only to the
+    last `window` of these.
+    """
 
     window: int | None
 
@@ -55,9 +57,9 @@ class MaskRule:
 class Wanted:
     """The weights that a captured graph reads from a checkpoint.
 
-    `shapes`: by weight name. `aliases`: by weight name, the other names of a tied weight. `names`:
-    every name in the model's state dict. `ignored`: patterns of other names that its checkpoints
-    may hold. `base`: the prefix of all names but the head's.
+    `shapes`: weight name → shape. `aliases`: weight name → the other names of a tied weight.
+    `names`: every name in the model's state dict. `ignored`: patterns of further names that the
+    model's checkpoints may hold. `base`: the prefix of all names except the head's.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -90,11 +92,11 @@ def capture(
 ) -> Capture:
     """Captures the decoder that `config` describes. One thread captures at a time.
 
-    dtype: the program's. live: the model in memory to capture. If it is in `dtype`, its weights
-    keep their dtypes; otherwise the weights that transformers loads in float32 stay in float32.
+    `dtype`: the program's dtype. `live`: the model, if it is in memory. If it is in `dtype`, its
+    weights keep their dtypes; otherwise the weights that transformers loads in float32 stay in
+    float32.
 
-    Raises UnsupportedModelError, naming the module or the reason, for a model that can't be
-    captured.
+    Raises UnsupportedModelError, with the module or the reason, for a model that can't be captured.
     """
     experts, masks = Experts(), _MaskRecorder()
     AttentionInterface.register(_NAME, _Attention(masks, experts))
@@ -218,7 +220,7 @@ class _Attention:
         s_aux: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """Emits the operator. `s_aux`: sinks."""
+        """Emits the operator. `s_aux` [H]: attention sinks."""
         where = type(module).__name__
         if getattr(module, "is_causal", True) is False:
             raise UnsupportedModelError(f"{where}: attention that is not causal is not supported")
@@ -297,7 +299,7 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def _program(
     exported: ExportedProgram, model: nn.Module, aliases: Mapping[str, tuple[str, ...]]
 ) -> Program:
-    """The exported graph with every placeholder bound by name and tied weights bound once."""
+    """The exported graph, with every placeholder bound by name, and tied weights bound once."""
     canonical = {alias: name for name, others in aliases.items() for alias in (name, *others)}
     persistent = set(model.state_dict())
     graph = exported.graph_module.graph
@@ -348,7 +350,7 @@ def _program(
             )
     inputs = {n.meta[INPUT] for n in graph.nodes if INPUT in n.meta}
     if "positions" not in inputs:
-        # A model whose attention is position-free still gets the positions as an input.
+        # Every program takes positions, also that of a model that does not read them.
         _bind_missing_positions(graph)
     output = graph.output_node()
     output.args = ((output.args[0][0],),)
@@ -358,7 +360,7 @@ def _program(
 
 
 def _read_sizes_of_input_ids(graph: fx.Graph) -> None:
-    """Reads the sizes B and T from input_ids. They may have been read from any input."""
+    """Reads the sizes B and T from input_ids, where the export read them from another input."""
     inputs = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     for node in calls(graph, torch.ops.aten.sym_size.int):
         if node.args[0] is inputs.get("attention_mask"):
@@ -373,8 +375,8 @@ def _bind_missing_positions(graph: fx.Graph) -> None:
 
 
 def _state(graph: fx.Graph) -> StateSpec:
-    """The cache that the graph's attention nodes need. Raises UnsupportedModelError for layers of
-    different shapes.
+    """The KV cache that the graph's attention nodes need. Raises UnsupportedModelError if layers
+    differ in heads or head size, or are missing.
     """
     nodes = [n for n in graph.nodes if n.target is torch.ops.sirius.attention.default]
     shapes = {(n.args[1].meta["val"].shape[1::2], n.args[2].meta["val"].shape[-1]) for n in nodes}

@@ -1,7 +1,7 @@
 """Collects a tokenizer's chat templates into the one file that the runtime reads.
 
-transformers looks for them in a file, in a folder of files, and in the tokenizer's config. The
-runtime's form is `sirius_runtime.chat.ChatSpec`.
+transformers looks for templates in a file, in a folder of files, and in the tokenizer's config. The
+runtime's format is `sirius_runtime.chat.ChatSpec`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from sirius_runtime.spec import JSON, to_json
 
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 CHAT_FILE = PurePosixPath(CHAT).name
-_OF_PROCESSOR = "chat_template.json"  # of a multimodal checkpoint
+_OF_PROCESSOR = "chat_template.json"  # the processor's file, in a multimodal checkpoint
 _NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 
 
 def chat_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The runtime's file of a tokenizer's chat templates; empty if it has none.
+    """The runtime's file of a tokenizer's chat templates; empty if the tokenizer has none.
 
-    files: those of `folder` that are read already. Raises UnsupportedModelError for templates that
-    can't be read.
+    `files`: the files of `folder` that have been read. Raises UnsupportedModelError for templates
+    that can't be read.
     """
     config = read_file(files, CONFIG)
     spec = ChatSpec(_templates(folder, config), _special_tokens(files, config))
@@ -43,31 +43,32 @@ def chat_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def _templates(folder: Path, config: Mapping[str, JSON]) -> dict[str, str]:
-    """Template files take precedence over the config, as in transformers."""
+    """The templates by name. Template files take precedence over the config, as in transformers."""
     paths = {DEFAULT: folder / TEMPLATE}
     paths |= {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
     found = {name: _text(path) for name, path in paths.items() if path.is_file()}
     if found:
         return found
-    said = config.get("chat_template")
-    if said is None and (folder / _OF_PROCESSOR).is_file():
-        said = read_file({_OF_PROCESSOR: (folder / _OF_PROCESSOR).read_bytes()}, _OF_PROCESSOR).get(
-            "chat_template"
-        )
-    if isinstance(said, list):
-        said = {
+    declared = config.get("chat_template")
+    if declared is None and (folder / _OF_PROCESSOR).is_file():
+        content = (folder / _OF_PROCESSOR).read_bytes()
+        declared = read_file({_OF_PROCESSOR: content}, _OF_PROCESSOR).get("chat_template")
+    if isinstance(declared, list):
+        declared = {
             one.get("name"): one.get("template")
-            for one in said
+            for one in declared
             if isinstance(one, dict) and isinstance(one.get("name"), str)
         }
-    return {} if said is None else said if isinstance(said, dict) else {DEFAULT: said}
+    if declared is None:
+        return {}
+    return declared if isinstance(declared, dict) else {DEFAULT: declared}
 
 
 def _special_tokens(files: Mapping[str, bytes], config: Mapping[str, JSON]) -> dict[str, str]:
-    said = dict(config)
+    declared = dict(config)
     if "added_tokens_decoder" not in config:  # the older form
-        said |= read_file(files, SPECIAL)
-    given = {name: said[name] for name in _NAMED if said.get(name) is not None}
+        declared |= read_file(files, SPECIAL)
+    given = {name: declared[name] for name in _NAMED if declared.get(name) is not None}
     return {name: content_of(value, CONFIG) for name, value in given.items()}
 
 

@@ -40,7 +40,7 @@ class WeightSource(Protocol):
 
 
 class Store(WeightSource, Protocol):
-    """Named tensors whose names and shapes are known before they are read."""
+    """A weight source whose names and shapes are known before tensors are read."""
 
     def names(self) -> list[str]: ...
 
@@ -50,8 +50,8 @@ class Store(WeightSource, Protocol):
 class Checkpoint:
     """The safetensors files of a directory, opened but not read: a tensor is mapped on request.
 
-    Raises ModelNotFoundError, naming the file, if one is missing, truncated or not as the index
-    says.
+    Raises ModelNotFoundError, with the file's name, if a file is missing, is truncated, or lacks a
+    tensor that the index lists.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -63,7 +63,7 @@ class Checkpoint:
             lacking = sorted(set(expected) - set(stored))
             if lacking:
                 raise ModelNotFoundError(
-                    f"{directory / file} lacks {lacking[0]}, which {INDEX_FILE} says it holds; "
+                    f"{directory / file} lacks {lacking[0]}, which {INDEX_FILE} lists for it; "
                     f"{_AGAIN}"
                 )
             self._files[file] = opened
@@ -88,8 +88,8 @@ class Checkpoint:
 
 
 class Kept:
-    """The weights of a source that takes long to give one: each is asked for once. They are kept on
-    disk, in a workspace, or else in memory.
+    """A cache for a slow weight source: each weight is read from the source once, and kept in the
+    workspace on disk, or in memory without a workspace.
     """
 
     def __init__(self, source: WeightSource, wanted: Wanted, workspace: Workspace | None) -> None:
@@ -157,13 +157,14 @@ def open_weights(
     wanted: Wanted,
     warn: Callable[[str], None] = lambda warning: None,
 ) -> WeightSource:
-    """The weights of a captured graph, mapped from the files if they have the model's names and
+    """The weights of a captured graph, mapped from the files if these have the model's names and
     shapes.
 
     A tied weight may be stored under any of its names. If names or shapes differ (transformers
-    renames and converts at load), the model is loaded and its state dict used. `warn` is called
-    with the tensors of the checkpoint that are left out. Raises UnsupportedModelError if a weight
-    is missing, if tied weights differ, and if an adapter or whole layers would be left out.
+    renames and converts at load), transformers loads the model, and its state dict is used. `warn`
+    is called with a message about tensors of the checkpoint that are left out. Raises
+    UnsupportedModelError if a weight is missing, if tied weights differ, or if an adapter or whole
+    layers would be left out.
     """
     names, aliases = wanted.shapes, wanted.aliases
     files = Checkpoint(source.directory)
@@ -178,23 +179,23 @@ def open_weights(
 
 
 def open_store(source: str, store: Store, wanted: Wanted) -> WeightSource:
-    """The weights of a captured graph from a store that has the model's names. Raises
-    UnsupportedModelError if it lacks one.
+    """The weights of a captured graph, from a store with the model's names. `source`: the model's
+    name in messages. Raises UnsupportedModelError if a weight is missing.
     """
     names = wanted.shapes
     homes = _homes(source, store, names, wanted.aliases)
     missing = [name for name in names if name not in homes]
     if missing:
         raise UnsupportedModelError(
-            f"{source}: its checkpoint holds no {_some(missing)} of the shape that "
-            f"config.json gives the model ({list(names[missing[0]])} for the first); use a "
-            "complete checkpoint of a causal language model and its own config.json"
+            f"{source}: its checkpoint lacks {_some(missing)}, or holds another shape than "
+            f"config.json describes ({list(names[missing[0]])} for the first); use a complete "
+            "checkpoint of a causal language model and its own config.json"
         )
     return _Renamed(store, homes)
 
 
 def checkpoint_dtype(source: ModelSource, config: PretrainedConfig) -> torch.dtype:
-    """The dtype of the model's floating point weights: the config's, or else that of most weights.
+    """The dtype of the model's floating point weights: the config's, or else the commonest one.
 
     Raises UnsupportedModelError for a quantised checkpoint and for unsupported dtypes.
     """
@@ -247,7 +248,7 @@ def _files(directory: Path) -> dict[str, list[str]]:
     absent = [file for file in files if not (directory / file).is_file()]
     if absent:
         raise ModelNotFoundError(
-            f"{directory} lacks {_some(absent)}, which {INDEX_FILE} names; {_AGAIN}"
+            f"{directory} lacks {_some(absent)}, which {INDEX_FILE} lists; {_AGAIN}"
         )
     return files
 
@@ -273,7 +274,10 @@ def _homes(
     names: Mapping[str, tuple[int, ...]],
     aliases: Mapping[str, tuple[str, ...]],
 ) -> dict[str, str]:
-    """The stored name of each weight that the store holds in the wanted shape."""
+    """The stored name of each weight that the store holds in the wanted shape.
+
+    Raises UnsupportedModelError if tied weights are stored with different values.
+    """
     stored = set(store.names())
     homes = {}
     for name, shape in names.items():
@@ -297,9 +301,9 @@ def _text_part(
     wanted: Wanted,
     warn: Callable[[str], None],
 ) -> tuple[Store, dict[str, str]]:
-    """The tensors of a multimodal checkpoint's text model under the text model's names, and the
-    renaming (pattern → replacement) that transformers needs to load them. For a model of text: all
-    tensors, and no renaming.
+    """The tensors of a multimodal checkpoint's text model, under the text model's names, and the
+    renaming (pattern → replacement) that transformers needs to load them. For a text-only model,
+    all tensors and no renaming.
     """
     if text_config(whole_config(source)) is None:
         return files, {}
@@ -308,12 +312,12 @@ def _text_part(
     if prefix is None:
         return files, {}
     # Includes tensors with the prefix that the text model does not use, for `_check_left_over`.
-    own = {
+    of_text = {
         name: f"{wanted.base}.{name.removeprefix(prefix)}"
         for name in stored
         if name.startswith(prefix)
     } | found
-    others = [name for name in stored if name not in own]
+    others = [name for name in stored if name not in of_text]
     if others:
         parts = sorted({name.removeprefix("model.").split(".")[0] for name in others})
         warn(
@@ -324,7 +328,7 @@ def _text_part(
     heads = {there: name for there, name in found.items() if not there.startswith(prefix)}
     patterns = {rf"^{re.escape(there)}$": name for there, name in heads.items()}
     patterns[rf"^{re.escape(prefix)}"] = f"{wanted.base}."
-    return _Renamed(files, {name: there for there, name in own.items()}), patterns
+    return _Renamed(files, {name: there for there, name in of_text.items()}), patterns
 
 
 def _check_left_over(
@@ -334,9 +338,9 @@ def _check_left_over(
     stored: Iterable[str],
     warn: Callable[[str], None],
 ) -> None:
-    """Warns of stored tensors that the model does not use, which transformers would drop.
+    """Warns about stored tensors that the model does not use, which transformers would drop.
 
-    Raises UnsupportedModelError if they are an adapter's or whole layers.
+    Raises UnsupportedModelError if they belong to an adapter or to whole layers.
     """
     ignored = (*wanted.ignored, *_HARMLESS)
     left = [
@@ -347,8 +351,8 @@ def _check_left_over(
     for name in left:
         if _ADAPTER.search(name):
             raise UnsupportedModelError(
-                f"{source.name}: its checkpoint holds {name} of an adapter, which would be left "
-                f"out; {MERGE}"
+                f"{source.name}: its checkpoint holds {name}, which belongs to an adapter and "
+                f"would be left out; {MERGE}"
             )
     layers = _layers(wanted.names)
     more = int(getattr(config, "num_nextn_predict_layers", None) or 0)
@@ -366,7 +370,7 @@ def _check_left_over(
 
 
 def _layers(names: Iterable[str]) -> dict[str, int]:
-    """The number of layers in each module list, by the names' prefix before the layer number."""
+    """The number of layers in each module list, by the name's prefix before the layer number."""
     found: dict[str, int] = {}
     for name in names:
         for match in _LAYER.finditer(name):
@@ -378,7 +382,7 @@ def _layers(names: Iterable[str]) -> dict[str, int]:
 def _load(
     source: ModelSource, config: PretrainedConfig, prefixes: Mapping[str, str]
 ) -> tuple[StateDict, list[str]]:
-    """The model's weights as transformers loads them, without those that it had to initialise, and
+    """The model's weights as transformers loads them, except weights that it had to initialise; and
     the stored names that it did not use. `prefixes`: the renaming of `_text_part`.
     """
     try:
@@ -396,8 +400,8 @@ def _load(
         raise UnsupportedModelError(
             f"{source.name}: transformers can't load its weights ({error}); {_AGAIN}"
         ) from error
-    made_up = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    weights = StateDict({n: t for n, t in model.state_dict().items() if n not in made_up})
+    initialised = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    weights = StateDict({n: t for n, t in model.state_dict().items() if n not in initialised})
     return weights, [] if prefixes else sorted(info["unexpected_keys"])
 
 

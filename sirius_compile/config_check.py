@@ -29,13 +29,15 @@ _COUNTS = (
     "head_dim",
 )
 _LEAST_POSITIONS = 2
-# Keys with this word are bounds, which may be infinite (those of state space layers are).
+# Keys with this word are bounds, which may be infinite, as those of state space layers are.
 _MAY_BE_INFINITE = "limit"
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 
 
 def read_object(path: Path, remedy: str) -> dict[str, JSON]:
-    """The JSON object in one of the model's files. Raises ModelNotFoundError, with the remedy."""
+    """The JSON object in one of the model's files. Raises ModelNotFoundError if it can't be read;
+    `remedy` ends the message.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -49,7 +51,7 @@ def read_object(path: Path, remedy: str) -> dict[str, JSON]:
 
 
 def check_config(config: PretrainedConfig, name: str) -> None:
-    """Raises UnsupportedModelError, naming the key of config.json, for a value out of its range."""
+    """Raises UnsupportedModelError, with the key of config.json, for a value out of its range."""
 
     def refuse(key: str, value: Any, wanted: str) -> None:
         raise UnsupportedModelError(
@@ -112,8 +114,8 @@ def check_weights(
 ) -> None:
     """Reads every weight once, without a copy. `names`: each weight with its dtype in the artifact.
 
-    Raises UnsupportedModelError, naming the weight, if one holds NaN, infinity, or numbers beyond
-    the range of its dtype in the artifact.
+    Raises UnsupportedModelError, with the weight's name, if one holds NaN, infinity, or a number
+    beyond the range of its dtype in the artifact.
     """
     for name, dtype in names:
         tensor = get(name)
@@ -123,7 +125,7 @@ def check_weights(
         if not (math.isfinite(low) and math.isfinite(high)):
             what = "NaN" if math.isnan(low) else "infinity"
             raise UnsupportedModelError(
-                f"{source}: its weight {name} holds {what}, so its answers would be garbage; "
+                f"{source}: its weight {name} holds {what}, so its output would be meaningless; "
                 "download or save the model again"
             )
         if max(-low, high) > torch.finfo(dtype).max:

@@ -2,7 +2,7 @@
 
 transformers lets a function replace the loop over experts, as it does for attention. Ours emits the
 operator over views of the module's weights, in the operator's layout: gate, up and down [E, I, C].
-A module's gating is found by running it on numbers.
+A module's gating (how it combines gate and up) is found by running it on a grid of numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NEAR = 1e-6
 
 
 class Experts:
-    """transformers' experts function. `layer`: that of the last attention traced."""
+    """transformers' experts function. `layer`: the layer of the last attention traced."""
 
     def __init__(self) -> None:
         self.layer = 0
@@ -80,7 +80,10 @@ def _rows(module: Any, stride: int) -> Iterator[tuple[Tensor, Tensor | None]]:
 
 
 def _gating(module: Any) -> tuple[str, int]:
-    """A module's function of gate and up (a name in EXPERT_ACTIVATIONS), and `_rows`' stride."""
+    """A module's function of gate and up (a name in EXPERT_ACTIVATIONS), and `_rows`' stride.
+
+    Raises UnsupportedModelError if no known function and stride match.
+    """
     where = type(module).__name__
     names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
     if missing := [name for name in names if not isinstance(getattr(module, name, None), Tensor)]:

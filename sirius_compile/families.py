@@ -1,8 +1,8 @@
 """The tested model types and the refused ones, as two literal tables.
 
-`tests/test_families.py` compares every row of the first with transformers' own model, and checks
-the reason of every row of the second; `sirius-compile --list-models` prints both. The compiler does
-not read them: a type in neither table compiles if the passes can handle its graph.
+`tests/test_families.py` compares every row of the first table with transformers' own model, and
+checks the reason in every row of the second. `sirius-compile --list-models` prints both. The
+compiler does not read them: a type in neither table compiles if the passes can handle its graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sirius_runtime.spec import JSON, Method, to_json
 
 
 class Mlp(StrEnum):
-    """What kind of MLPs a family has."""
+    """The kind of a family's MLPs."""
 
     GATED = "gated"
     PLAIN = "plain"
@@ -38,7 +38,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Refused:
-    """A refused model type, the reason as in the error message, and its cause in the model."""
+    """A refused model type. `reason`: from the error message; `behind`: the cause in the model."""
 
     model_type: str
     models: str
@@ -164,7 +164,7 @@ def families_json() -> JSON:
 
 
 def families_tables() -> Iterator[Table]:
-    """Both tables for a reader."""
+    """Both tables as text tables, for a terminal."""
     supported = _table("model type", "models", "MLPs", "notable", "--sparsity")
     for family in FAMILIES:
         methods = ", ".join(family.methods)
@@ -178,7 +178,7 @@ def families_tables() -> Iterator[Table]:
 
 def _table(first: str, *others: str) -> Table:
     table = Table(box=None)
-    table.add_column(first, no_wrap=True)  # so that it can be searched for
+    table.add_column(first, no_wrap=True)  # so that a model type can be searched for
     for header in others:
         table.add_column(header)
     return table

@@ -1,7 +1,7 @@
 """Models in GGUF files: weights, config and tokenizer, read by transformers.
 
-Quantised weights are dequantised to the artifact's dtype. If weights are to be nested, that is
-float32, from which the integers of a Q8_0 tensor are found again.
+Quantised weights are dequantised to the artifact's dtype. If weights are to be nested, they are
+dequantised to float32, from which the integers of a Q8_0 tensor can be recovered exactly.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A GGUF file's config, tokenizer, and a generation config with its end tokens. `dtype`: the
-    program's. `weights`: those of the file, each dequantised when it is asked for; None for an
-    architecture whose tensors transformers merges or splits, whose `model` is loaded instead.
-    Weights may be in a wider dtype than the program's.
+    """A model read from a GGUF file.
+
+    `dtype`: the program's dtype; the weights may be in a wider one. `generation`: has the file's
+    end tokens. `weights`: the file's weights, each dequantised on request; None for an architecture
+    whose tensors transformers merges or splits. Then `model` is the model as transformers loads it.
     """
 
     config: PretrainedConfig
@@ -54,13 +55,13 @@ class GgufModel:
 
 
 class GgufWeights:
-    """Tensors of a GGUF file under transformers' names. `get` dequantises a block of rows at a
-    time, on as many threads as torch uses.
+    """The tensors of a GGUF file under transformers' names. `get` dequantises blocks of rows on as
+    many threads as torch uses.
     """
 
     def __init__(self, tensors: Mapping[str, Any], processor: Any, dtype: torch.dtype) -> None:
-        """`tensors`: the reader's, by transformers' names. `processor`: transformers' own, which
-        undoes what the converter did to the rows of some.
+        """`tensors`: GGUFReader's tensors, by transformers' names. `processor`: transformers'
+        tensor processor, which undoes the converter's changes to some tensors.
         """
         self._tensors, self._processor, self._dtype = tensors, processor, dtype
 
@@ -78,7 +79,9 @@ class GgufWeights:
 
         tensor = self._tensors[name]
         if len(tensor.shape) == 1:
-            return self._undone(dequantize(tensor.data, tensor.tensor_type), tensor).to(self._dtype)
+            return self._restored(dequantize(tensor.data, tensor.tensor_type), tensor).to(
+                self._dtype
+            )
         values = torch.empty(self.shape(name), dtype=self._dtype)
         rows = max(1, _BLOCK // max(1, values[0].numel()))
 
@@ -90,11 +93,13 @@ class GgufWeights:
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(fill, range(0, len(values), rows)))
-        # NumPy has no bfloat16, and what is undone of a matrix is the order of its rows.
+        # NumPy has no bfloat16. Integers of the same size do, because the converter only permuted
+        # the rows of matrices.
         bits = values.view(torch.int16 if self._dtype.itemsize == 2 else torch.int32)
-        return self._undone(bits.numpy(), tensor).view(self._dtype)
+        return self._restored(bits.numpy(), tensor).view(self._dtype)
 
-    def _undone(self, values: Any, tensor: Any) -> Tensor:
+    def _restored(self, values: Any, tensor: Any) -> Tensor:
+        """`values` without the converter's changes."""
         done = self._processor.process(weights=values, name=tensor.name).weights
         return torch.from_numpy(np.require(done, requirements=["C", "W"]))
 
@@ -105,11 +110,12 @@ def is_gguf(model: str | Path) -> bool:
 
 
 def load_gguf(path: Path, dtype: DType | None, *, exactly: bool = False) -> GgufModel:
-    """Loads a GGUF file in `dtype`; by default that of most of its weights, or bfloat16 if those
-    are quantised. `exactly`: the model is in float32, whatever the program's dtype.
+    """Loads a GGUF file for a program in `dtype`, by default the dtype of most of its weights, or
+    bfloat16 if those are quantised. `exactly`: weights are dequantised to float32, whatever the
+    program's dtype.
 
     Raises ModelNotFoundError if there is no such file, and UnsupportedModelError, with
-    transformers' reason, for an architecture or a type of weights that it can't read.
+    transformers' reason, for an architecture or a type of weights that transformers can't read.
     """
     if not path.is_file():
         raise ModelNotFoundError(f"{path} does not exist; give a GGUF file on this machine")
@@ -136,11 +142,11 @@ def _load(path: Path, dtype: DType | None, exactly: bool) -> GgufModel:
     parts = reader.get_field("split.count")
     if parts is not None and parts.contents() > 1:
         raise ValueError(
-            f"it is one of {parts.contents()} parts; join them by llama-gguf-split --merge"
+            f"it is one of {parts.contents()} parts; join them with llama-gguf-split --merge"
         )
     given = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    own = dtype_of(dtype) if dtype else _dtype(reader)
-    stored = torch.float32 if exactly else own
+    program_dtype = dtype_of(dtype) if dtype else _dtype(reader)
+    stored = torch.float32 if exactly else program_dtype
     config, model = AutoConfig.from_pretrained(**given), None
     weights = _weights(reader, config, stored)
     if weights is None:
@@ -152,11 +158,11 @@ def _load(path: Path, dtype: DType | None, exactly: bool) -> GgufModel:
     if fields:
         generation.eos_token_id = list(dict.fromkeys(int(field.contents()) for field in fields))
     tokenizer = AutoTokenizer.from_pretrained(**given)
-    return GgufModel(config, own, tokenizer, generation, weights, model)
+    return GgufModel(config, program_dtype, tokenizer, generation, weights, model)
 
 
 def _weights(reader: Any, config: PretrainedConfig, dtype: torch.dtype) -> GgufWeights | None:
-    """The file's tensors, if each is one of the model's weights."""
+    """The file's tensors, if each is one whole weight of the model; else None."""
     try:
         from transformers import modeling_gguf_pytorch_utils as theirs
 

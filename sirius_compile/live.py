@@ -1,7 +1,7 @@
-"""Checks models in memory: refuses what can't be captured, and compares logits after capture.
+"""Checks models in memory: refuses models that can't be captured, and compares logits afterwards.
 
-Capture builds its own model from the config. Anything else that changes what the model in memory
-computes (adapters, replaced modules, hooks, patched methods) would be lost silently.
+Capture builds its own model from the config. Anything else that changes the computation of the
+model in memory (adapters, replaced modules, hooks, patched methods) would be lost silently.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from sirius_runtime.errors import ConfigError, UnsupportedModelError
 from sirius_runtime.spec import DType
 
 MERGE = (
-    "merge the adapter into the weights by peft's merge_and_unload(), and compile (or save by "
+    "merge the adapter into the weights with peft's merge_and_unload(), and compile (or save with "
     "save_pretrained) the model that it returns"
 )
-_TOKENS = 12  # of the prompt that is compared
+_TOKENS = 12  # length of the prompt on which logits are compared
 _SEED = 0
 _FLOATS = tuple(dtype_of(name) for name in DType)
-# A layer's products: q, k, v, the scores, o, gate and up, down.
+# Products of a layer that round: q, k, v, the scores, o, gate and up, down.
 _ROUNDINGS_OF_A_LAYER = 7
 _LEAST_TOLERANCE = 1e-4  # sums of thousands of float32 numbers in another order
 
 
 def check_model(model: Any) -> PreTrainedModel:
     """Returns `model` if it can be captured. Raises ConfigError if it is not a transformers model,
-    and UnsupportedModelError, naming the cause, if it can't be captured.
+    and UnsupportedModelError, with the reason, if it can't be captured.
     """
     name = type(model).__name__
     if _is_adapted(model):
@@ -56,7 +56,7 @@ def check_model(model: Any) -> PreTrainedModel:
             hook = next(iter((hooks[0] or hooks[1]).values()))
             what = getattr(hook, "__qualname__", type(hook).__name__)
             raise UnsupportedModelError(
-                f"{path or name} has a forward hook ({what}), which would be lost; remove it (by "
+                f"{path or name} has a forward hook ({what}), which would be lost; remove it (with "
                 "its handle's remove()), and put its effect into the weights"
             )
     main = main_dtype(model)
@@ -120,9 +120,9 @@ def compare(
 ) -> None:
     """Compares the captured graph, run in `dtype` on the CPU, with the model, over a short prompt.
 
-    weight: gives a weight's values by name. Raises UnsupportedModelError if the logits [T, V]
+    `weight`: gives a weight's values by name. Raises UnsupportedModelError if the logits [T, V]
     differ by more than rounding explains: each product of a layer adds an independent error of the
-    coarser dtype's last bit to the hidden state. The distance is that of the median token, because
+    coarser dtype's last bit to the hidden state. The median token's distance counts, because
     rounding may route single tokens to another expert. Does nothing if a weight has no storage.
     """
     if any(t.is_meta or isinstance(t, FakeTensor) for _, t in stored(model)):
@@ -151,8 +151,8 @@ def compare(
     cause = f"{patched[0]} has a patched forward" if patched else "something changes its forward"
     raise UnsupportedModelError(
         f"{type(model).__name__} does not compute what its config and weights describe: over "
-        f"{_TOKENS} tokens, its logits have a relative error of {distance:.2g} to the captured "
-        f"graph's ({cause}); compile the model as transformers builds it"
+        f"{_TOKENS} tokens, its logits differ from the captured graph's by a relative error of "
+        f"{distance:.2g} ({cause}); compile the model as transformers builds it"
     )
 
 

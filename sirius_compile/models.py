@@ -161,11 +161,11 @@ def resolve_model(
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """The model's configuration; of a multimodal model, that of its text model. Runs code of the
-    model's repository only if it was trusted.
+    """The model's config; for a multimodal model, the config of its text model.
 
-    Raises UnsupportedModelError, with the model's type, if it is not a text decoder, needs such
-    code, is unknown to this transformers, or has a value out of its range; ModelNotFoundError if
+    Runs code of the model's repository only if the source is trusted. Raises UnsupportedModelError,
+    with the model type, if the model is not a text decoder, needs such code, is unknown to the
+    installed transformers, or has a value out of its range. Raises ModelNotFoundError if
     config.json can't be read.
     """
     config = whole_config(source)
@@ -180,7 +180,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 
 def whole_config(source: ModelSource) -> PretrainedConfig:
-    """As `load_config`, but for any kind of model, and a multimodal model's whole config."""
+    """Like `load_config`, but for any kind of model, and with a multimodal model's whole config."""
     raw = _read_config(source.directory / "config.json")
     _check_known(source, raw)
     try:
@@ -215,7 +215,7 @@ def _check_no_revision(name: str, revision: str | None) -> None:
     if revision is not None:
         raise ConfigError(
             f"--revision {revision} applies to models from the hub, but {name} is on this machine; "
-            "leave it out"
+            "leave --revision out"
         )
 
 
@@ -267,7 +267,7 @@ def _check_no_adapter(directory: Path, name: str) -> None:
         )
     raise UnsupportedModelError(
         f"{name} holds an adapter ({found[0].name}) beside its weights; move the adapter to its "
-        "own folder, and give that folder by --adapter to merge it"
+        "own folder, and give that folder with --adapter to merge it"
     )
 
 
@@ -302,8 +302,8 @@ def _hub_fault(error: Exception, hub_id: str, revision: str | None) -> str:
     cause = error.__cause__ or error
     if isinstance(error, GatedRepoError):
         return (
-            f"{hub_id} is gated: accept its licence on its page there, then set "
-            "HF_TOKEN to a token of that account"
+            f"{hub_id} is gated: accept its licence on its page on the hub, then set HF_TOKEN to a "
+            "token of that account"
         )
     if isinstance(error, RevisionNotFoundError):
         return f"{hub_id} has no revision {revision!r}; give one of its branches, tags or commits"
@@ -336,8 +336,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     raw = read_object(path, "download the model again")
     if not isinstance(raw.get("model_type"), str):
         raise ModelNotFoundError(
-            f"{path} names no model_type, so it is not a transformers model's; give the directory "
-            "that save_pretrained wrote"
+            f"{path} has no model_type, so it is not the config of a transformers model; give the "
+            "directory that save_pretrained wrote"
         )
     return raw
 
@@ -353,16 +353,17 @@ def _check_known(source: ModelSource, raw: Mapping[str, Any]) -> None:
         return
     if auto_map:
         raise UnsupportedModelError(
-            f"{source.name} (model type {model_type!r}) brings its own code, which is not run "
-            f"unasked; {_REMOTE_CODE}"
+            f"{source.name} (model type {model_type!r}) needs code of its repository, which is not "
+            f"run by default; {_REMOTE_CODE}"
         )
     raise UnsupportedModelError(
-        f"{source.name}: this transformers knows no model type {model_type!r}; a newer one may"
+        f"{source.name}: the installed transformers does not know model type {model_type!r}; a "
+        "newer version may"
     )
 
 
 def _text_refusal(text: PretrainedConfig) -> str | None:
-    """Why the text model of a multimodal one can't be compiled."""
+    """Why the text model of a multimodal model can't be compiled; None if it may be."""
     what = f"is multimodal, and its text model (model type {text.model_type!r})"
     if text.is_encoder_decoder:
         return f"{what} is an encoder-decoder; only decoders are supported"
@@ -372,7 +373,7 @@ def _text_refusal(text: PretrainedConfig) -> str | None:
 
 
 def _refusal(config: PretrainedConfig, trusted: bool) -> str | None:
-    """Why a model is not a decoder that can be compiled; None for one that may be."""
+    """Why a model is not a decoder that can be compiled; None if it may be one."""
     own_code = _CAUSAL_LM in (getattr(config, "auto_map", None) or {})
     if config.is_encoder_decoder:
         return "is an encoder-decoder; only decoders are supported"
@@ -381,7 +382,7 @@ def _refusal(config: PretrainedConfig, trusted: bool) -> str | None:
     if own_code and trusted:
         return None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        remedy = f" but in its own code; {_REMOTE_CODE}" if own_code else ""
+        remedy = f", only in its own code; {_REMOTE_CODE}" if own_code else ""
         return f"has no causal language model in transformers{remedy}"
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
         return "is an encoder (is_decoder is false in its config.json); only decoders are supported"

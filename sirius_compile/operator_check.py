@@ -1,23 +1,24 @@
 """Compares an operator's kernel with its reference on the same values.
 
 The error is relative and per token: ‖found − wanted‖ / ‖wanted‖ over the last dimension; the
-largest of all tokens counts. If a share s of a result's columns is zero instead, it is √s; if they
-have other columns' values, √(2s). Rounding may cause an error of at most:
+largest error of all tokens counts. If a kernel sets a share s of the columns to zero, the error is
+√s; if it fills them with other columns' values, √(2s). Rounding may cause an error of at most the
+sum of:
 
 - Both sides round intermediate values (products, activation, their product, result) to the tensors'
-  dtype, ROUNDINGS times together, each by at most half its epsilon.
+  dtype, ROUNDINGS times together, each time by at most half its epsilon.
 - Both sides sum products in float32, in different orders: a few times √TERMS epsilons of float32.
 
-That is 3.1e-2 in bfloat16, 3.9e-3 in float16 and 3.1e-5 in float32. Attention is allowed SCORES
-times as much, because its sums are exponents: an error relative to a large score becomes larger
-relative to its exponential. `sirius_compile.self_check` has the errors measured on
+That is 3.1e-2 in bfloat16, 3.9e-3 in float16 and 3.1e-5 in float32. For attention, the second term
+counts SCORES times, because its sums are exponents: the exponential of a large score has a larger
+relative error than the score. `sirius_compile.self_check` has the errors measured on
 Qwen2.5-Coder-0.5B.
 
 If an operator selects units by a threshold or a count, rounding may move scores at the border to
-either side. The reference is therefore also run with the border moved down and up: past scores that
-are equal there, or by an epsilon. The kernel may differ by as much more as these results differ. If
-a reference itself rounds more than this (attention scores rounded to bfloat16 before tanh), a
-result close to the reference in float32 is accepted, too.
+either side. So the reference also runs with the border moved down and up: past scores that are
+equal there, or by an epsilon. The allowed error grows by the error between these results and the
+reference. If a reference itself rounds more than this (attention scores rounded to bfloat16 before
+tanh), a result close to the reference in float32 is accepted, too.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ TERMS = 1 << 14
 """Terms of a sum: about as many as the widest layers of today's models have."""
 
 SCORES = 5
-"""Factor on the error allowed in attention, which was 2.1e-5 for real keys in float32."""
+"""Factor on attention's summation error, which was 2.1e-5 for a real model's keys in float32."""
 
 STEP = 1 / LARGEST
-"""What else products with nested weights may differ by. Activations meet them as integers, and one
-that lies between two of these may be rounded to either: an MLP's differ before it, by little."""
+"""Error allowed in addition for products with nested weights. They round activations to integers,
+so a tiny difference before the product may move an activation to the neighbouring integer."""
 
 Operator = Callable[..., Any]
 
@@ -70,8 +71,8 @@ def tolerance(dtype: torch.dtype, name: str = "") -> float:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """The largest over the tokens. Infinite if shapes differ, or if `found` is not finite where
-    `wanted` is. Tokens for which `wanted` is not finite are not compared.
+    """The largest relative error of a token. Infinite if shapes differ, or if `found` is not finite
+    where `wanted` is. Tokens for which `wanted` is not finite are not compared.
     """
     if found.shape != wanted.shape:
         return float("inf")
@@ -97,13 +98,13 @@ def name_of(target: Any) -> str:
 
 
 def compare(operator: Operator, arguments: Sequence[Any], found: Any = None) -> Difference:
-    """Compares a kernel with its reference on these arguments. `found`: the kernel's result, if it
-    has run already. Caches among the arguments are written twice, with the same values.
+    """Compares a kernel with its reference on these arguments. `found`: the kernel's result, if the
+    kernel has run already. Both write the same values to caches among the arguments.
     """
     if found is None:
         found = operator(*arguments)
     name = name_of(operator)
-    given = _tensors([*arguments, found])  # an embedding gets its dtype by name
+    given = _tensors([*arguments, found])  # an embedding's only floating point tensor is its result
     dtype = next(t.dtype for t in given if t.dtype.is_floating_point)
     nested = any(is_nested(t) for t in given)
     with references():
@@ -121,8 +122,8 @@ def compare(operator: Operator, arguments: Sequence[Any], found: Any = None) -> 
 
 
 class OperatorCheck(fx.Interpreter):
-    """Runs a graph with its kernels, and compares each with its reference as it runs. `found` is
-    called with each node and its difference.
+    """Runs a graph with its kernels, and compares each with its reference. `found` is called with
+    each compared node and its difference.
     """
 
     def __init__(self, module: fx.GraphModule, found: Callable[[fx.Node, Difference], None]):
@@ -139,7 +140,7 @@ class OperatorCheck(fx.Interpreter):
 
 
 def _error(found: Any, wanted: Any, between: int = 0) -> float:
-    """The largest relative error of the results; counts may differ by `between`."""
+    """The largest relative error; infinite if counts differ by more than `between`."""
     worst = 0.0
     for one, other in zip(_tensors([found]), _tensors([wanted]), strict=True):
         if other.dtype.is_floating_point:

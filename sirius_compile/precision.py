@@ -1,9 +1,9 @@
 """Keeps the same weights of a 16-bit model in float32 as transformers does.
 
 Some modules create a weight in float32 whatever the model's dtype (routers of mixtures). Some model
-classes name weights that `from_pretrained` converts (`_keep_in_fp32_modules_strict`, and
-`_keep_in_fp32_modules` for float16). Their forward casts accordingly, so a captured graph is valid
-for these dtypes only; the model gets them before it is traced.
+classes list weights that `from_pretrained` converts (`_keep_in_fp32_modules_strict`, and
+`_keep_in_fp32_modules` for float16). The forward casts accordingly, so a captured graph is valid
+for these dtypes only. The model gets them before it is traced.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from sirius_runtime.graph import CAPTURE_DTYPE
 
 
 def keep_as_loaded(model: Any, dtype: torch.dtype) -> None:
-    """Converts the weights to float32 that `from_pretrained(dtype=dtype)` would, in a model built
-    in `CAPTURE_DTYPE`. A float32 model is treated as bfloat16, because it may run in that.
+    """In a model built in `CAPTURE_DTYPE`, converts to float32 the same weights that
+    `from_pretrained(dtype=dtype)` keeps in float32. float32 is treated like bfloat16, because the
+    program may later run in bfloat16.
     """
     plan = model._get_dtype_plan(torch.bfloat16 if dtype is torch.float32 else dtype)
     if not plan:
@@ -31,11 +32,11 @@ def keep_as_loaded(model: Any, dtype: torch.dtype) -> None:
 
 
 def keep_as_found(model: nn.Module, live: nn.Module, dtype: torch.dtype) -> None:
-    """Gives a model built in `CAPTURE_DTYPE` the dtypes of the model `live`. `dtype`: that of most
-    of its weights, which `CAPTURE_DTYPE` stands for.
+    """Gives a model built in `CAPTURE_DTYPE` the dtypes of the model `live`. `dtype`: the main
+    dtype of `live`, for which `CAPTURE_DTYPE` stands.
     """
     found = {name: tensor.dtype for name, tensor in stored(live)}
-    _convert(model, {n: CAPTURE_DTYPE if own is dtype else own for n, own in found.items()})
+    _convert(model, {name: CAPTURE_DTYPE if d is dtype else d for name, d in found.items()})
 
 
 def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -60,7 +61,7 @@ def _convert(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
             converted[id(tensor)] = new
-        path, _, own = name.rpartition(".")
+        path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        table = module._parameters if own in module._parameters else module._buffers
-        table[own] = new  # type: ignore[assignment]
+        table = module._parameters if leaf in module._parameters else module._buffers
+        table[leaf] = new  # type: ignore[assignment]

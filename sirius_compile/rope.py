@@ -1,12 +1,12 @@
-"""Rotary embeddings whose frequencies depend on the text's length, as functions of one token.
+"""Rotary embeddings whose frequencies depend on the text's length, made functions of the position.
 
-Most variants (linear, llama3, yarn) only change constants. Two use the longest position of a call,
-which a graph for rows of different lengths, chunks and trees can't do:
+Most variants (linear, llama3, yarn) only change constants. Two use the longest position of a call.
+A graph for rows of different lengths, prompt chunks and trees can't do that:
 
 * ``dynamic`` (NTK): here a token at position p uses the frequencies for a text of p + 1 tokens, or
   of the original length if that is longer. In transformers, tokens decoded one by one do the same.
 * ``longrope``: once a text is longer than the original length, the frequencies of all its tokens
-  change, also of those in the cache. So only texts up to the original length are supported.
+  change, including tokens in the KV cache. So only texts up to the original length are supported.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 @dataclass(frozen=True)
 class Longest:
-    """The longest supported text in tokens; None if the config names no limit. `why`: what sets the
-    limit, and how to raise it.
+    """The longest supported text in tokens; None if the config has no limit. `why`: the reason for
+    the limit, and how to raise it.
     """
 
     tokens: int | None
@@ -56,8 +56,8 @@ def longest_sequence(config: PretrainedConfig) -> Longest:
         elif kind == "longrope":
             limit = parameters.get(_ORIGINAL, limit)
             why = (
-                f"{_ORIGINAL} of config.json: past it, rope_type longrope changes the frequencies "
-                "of all tokens, also in the cache, so longer texts are not supported"
+                f"{_ORIGINAL} of config.json: beyond it, rope_type longrope changes the "
+                "frequencies of all tokens, also in the cache, so longer texts are not supported"
             )
         elif limit is not None and factor and kind in _CONSTANT:
             why = f"max_position_embeddings of config.json; {_longer_by(kind, parameters, limit)}"
@@ -65,8 +65,8 @@ def longest_sequence(config: PretrainedConfig) -> Longest:
 
 
 def max_seq_len(config: PretrainedConfig, wanted: int | None) -> int:
-    """The longest sequence in tokens: `wanted`, or the model's limit. Raises ConfigError, naming
-    what sets the limit, if `wanted` is beyond it.
+    """The longest sequence in tokens: `wanted`, or else the model's limit. Raises ConfigError, with
+    the reason for the limit, if `wanted` is above it.
     """
     longest = longest_sequence(config)
     limit = longest.tokens or wanted or 2048
@@ -83,10 +83,10 @@ def rope_warnings(config: PretrainedConfig) -> Iterator[str]:
         original = parameters.get(_ORIGINAL)
         if "dynamic" in kind:
             yield (
-                f"rope_type {kind}: past {limit} tokens, each token's frequencies follow from its "
-                "own position, as in transformers' decoding of single tokens. In a prompt, "
-                "transformers takes them from the prompt's length, so it answers prompts of more "
-                f"than {limit} tokens differently"
+                f"rope_type {kind}: beyond {limit} tokens, each token's frequencies depend on its "
+                "own position, as when transformers decodes token by token. For a prompt, "
+                "transformers uses the prompt's length instead, so it answers prompts of more than "
+                f"{limit} tokens differently"
             )
         elif kind in _CONSTANT and limit and factor and original and factor * original > limit:
             yield f"texts are limited to {limit} tokens; {_longer_by(kind, parameters, limit)}"
@@ -140,8 +140,8 @@ class _Rotary:
     ) -> tuple[Tensor, Tensor]:
         if layer_type in self._dynamic:
             return self._dynamic[layer_type](x, position_ids)
-        own = {} if layer_type is None else {"layer_type": layer_type}
-        return self._forward(self._module, x, position_ids, **own)
+        options = {} if layer_type is None else {"layer_type": layer_type}
+        return self._forward(self._module, x, position_ids, **options)
 
 
 class _Dynamic:
@@ -161,17 +161,17 @@ class _Dynamic:
         self._theta = float(parameters["rope_theta"])
         self._factor = float(parameters["factor"])
         self._original = int(config.max_position_embeddings)
-        own: dict[str, Any] = {} if layer_type is None else {"layer_type": layer_type}
+        options: dict[str, Any] = {} if layer_type is None else {"layer_type": layer_type}
         where = type(module).__name__
         for position in (0, self._original, 3 * self._original):
             wanted, _ = ROPE_INIT_FUNCTIONS["dynamic"](
-                config, torch.device("cpu"), seq_len=position + 1, **own
+                config, torch.device("cpu"), seq_len=position + 1, **options
             )
             if not torch.allclose(self._frequencies(torch.tensor(position)), wanted, rtol=1e-4):
                 raise UnsupportedModelError(
                     f"{where}: its dynamic scaling of rotary frequencies has an unknown form"
                 )
-        self._layout, self._scale = self._probe(module, forward, own, where)
+        self._layout, self._scale = self._probe(module, forward, options, where)
 
     def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, T, D] of position_ids [B, T], in the dtype of `x`."""
@@ -188,14 +188,14 @@ class _Dynamic:
         return 1.0 / theta**exponent
 
     def _probe(
-        self, module: Any, forward: Callable[..., Any], own: dict[str, Any], where: str
+        self, module: Any, forward: Callable[..., Any], options: dict[str, Any], where: str
     ) -> tuple[Callable[[Tensor], Tensor], float]:
         """The layout of angles in the module's own forward, and its scale of cos and sin."""
         known = module._buffers[self._name]
         module._buffers[self._name] = inverse = torch.linspace(0.1, 0.7, self._size // 2)
         position = torch.tensor([[2]])
         try:
-            result = forward(module, torch.zeros(1, 1, 1), position, **own)
+            result = forward(module, torch.zeros(1, 1, 1), position, **options)
         finally:
             module._buffers[self._name] = known
         scale = float(module.attention_scaling) if hasattr(module, "attention_scaling") else 1.0

@@ -1,12 +1,12 @@
 """Compares a compiled program on the CPU kernels with the same program on reference operators.
 
 A prompt runs through the entry `prefill`. Then tokens run through `sparse`, `full` and `observe`:
-one token, as in a draft step, and as many as a verification has. Each run is computed twice: by the
-kernels, in the graphs of the eager back end, and by the reference operators.
+one token, as in a draft step, and as many tokens as a verification has. Each run is computed twice:
+by the kernels, in the graphs of the eager back end, and by the reference operators.
 
-The logits are compared token by token, by their cosine and by the likeliest token (the latter if
-the reference's margin is larger than rounding explains). If they differ, the run is repeated with
-each kernel compared with its reference on the same inputs (`sirius_compile.operator_check`); the
+The logits are compared token by token, by their cosine, and by the likeliest token if the
+reference's margin is larger than rounding explains. If they differ, the run is repeated, and each
+kernel is compared with its reference on the same inputs (`sirius_compile.operator_check`); the
 first wrong kernel is an error. If none is wrong, rounding made the difference, for instance by
 routing a token to another expert, and the check passes. The entry `period` has the same operators
 except `block_attention`, which is compared on the inputs of `full`'s attention.
@@ -56,8 +56,8 @@ PROMPT_TOKENS = 40
 COSINE = {torch.float32: 0.99999, torch.float16: 0.998, torch.bfloat16: 0.995}
 """The lowest cosine of a token's logits that passes without comparing operators."""
 NESTED_COSINE = 0.998
-"""As COSINE, of nested weights, where it is less: what rounding changes by a bit may change an
-activation's integer. Measured on tally-3m in float32: 7.0e-5."""
+"""The same for nested weights, if lower than COSINE: rounding may move an activation to the
+neighbouring integer. Measured 1 minus the cosine on tally-3m in float32: 7.0e-5."""
 
 Fetch = Callable[[WeightSpec], Tensor]
 """Gives the stored form of a weight."""
@@ -68,9 +68,10 @@ Look = Callable[[fx.Node, Any, Sequence[Any], Any], None]
 def check_kernels(
     spec: ProgramSpec, document: Callable[[str], JSON], weights: Fetch, dtype: torch.dtype
 ) -> None:
-    """Raises KernelError, naming the kernel, if one differs from its reference.
+    """Raises KernelError, with the kernel's name, if a kernel differs from its reference.
 
-    `document`: gives an entry's graph document. Computes in `dtype` on the CPU.
+    `document`: gives an entry's graph document. `weights`: gives a weight's stored form. Computes
+    in `dtype` on the CPU.
     """
     _Check(spec, document, weights, dtype).run()
 
@@ -126,8 +127,9 @@ class _Check:
         blocks = [self._after(self._prompt, FULL, count) for count in sorted({1, self._period})]
         if OBSERVE in self._plain:
             blocks.append(self._after(self._prompt, OBSERVE, self._period))
-        # One reference of the full path: a token's logits don't depend on those after it. Walks go
-        # on in this order, so it writes a layer's K/V of the prompt before `sparse` reads them.
+        # One reference run of the full path serves all runs, as a token's logits don't depend on
+        # later tokens. It comes first in `plain`, so it writes a layer's K/V for the prompt before
+        # `sparse` reads them.
         whole = self._after(0, FULL, self._prompt + self._period)
         runs = [sparse, *blocks]
         fast = [self._walk(self._fast, run, caches[0], look=self._look(run)) for run in runs]
@@ -136,15 +138,15 @@ class _Check:
         ]
         together([*fast, *plain])
         full, other = (
-            self._logits(run.entry, own) for run, own in zip((whole, sparse), plain, strict=True)
+            self._logits(run.entry, walk) for run, walk in zip((whole, sparse), plain, strict=True)
         )
         self._compare(prompt, result["logits"][0], full[self._prompt - 1 : self._prompt], caches[0])
-        for run, own in zip(runs, fast, strict=True):
+        for run, walk in zip(runs, fast, strict=True):
             wanted = other if run is sparse else full[self._prompt :][: run.tokens]
-            self._compare(run, self._logits(run.entry, own), wanted, caches[0])
+            self._compare(run, self._logits(run.entry, walk), wanted, caches[0])
 
     def _logits(self, entry: str, walk: Walk) -> Tensor:
-        """[T, V]."""
+        """The logits [T, V] of a finished walk."""
         return self._named(entry, walk.outputs)["logits"][0]
 
     def _compare(self, run: _Run, found: Tensor, wanted: Tensor, caches: dict[str, Tensor]) -> None:
@@ -153,9 +155,11 @@ class _Check:
 
     @contextmanager
     def _references(self) -> Iterator[None]:
-        """References, whose nested weights become numbers by the kernel: torch would take most of
-        the time. Of each weight, the first and the last rows of the first block, and of the last
-        where that has another size, are compared with torch's.
+        """A context in which operators run as references.
+
+        A kernel converts nested weights to numbers, because the conversion in torch would take most
+        of the time. For each weight and each block size, the first and the last rows of one block
+        are compared with torch's conversion.
         """
 
         def numbers(weight: Tensor) -> Tensor:
@@ -187,7 +191,7 @@ class _Check:
             nodes = torch.arange(q.shape[2])
             block = (q, k, v, *caches, *blocks, positions, nodes, length, mask, *rest)
             if not (found := compare(block_attention, block)).right:
-                raise KernelError(self._said(run, node, block_attention, found))
+                raise KernelError(self._message(run, node, block_attention, found))
 
         return look
 
@@ -196,11 +200,11 @@ class _Check:
 
         def look(node: fx.Node, target: Any, arguments: Sequence[Any], value: Any) -> None:
             if name_of(target) and not (found := compare(target, arguments, value)).right:
-                raise KernelError(self._said(run, node, target, found))
+                raise KernelError(self._message(run, node, target, found))
 
         together([self._walk(self._fast, run, caches, look=look)])
 
-    def _said(self, run: _Run, node: fx.Node, target: Any, found: Difference) -> str:
+    def _message(self, run: _Run, node: fx.Node, target: Any, found: Difference) -> str:
         weights = [n.meta[WEIGHT] for n in _leaves(node) if WEIGHT in n.meta]
         of = f" of {', '.join(weights[:3])}" if weights else ""
         dtype = str(self._dtype).removeprefix("torch.")
@@ -254,12 +258,12 @@ class _Check:
 
 
 def _check_numbers(weight: Tensor, plain: Tensor) -> None:
-    """Raises KernelError unless the ends of `plain` are the numbers that a nested weight holds."""
+    """Raises KernelError unless the first and last rows of `plain` equal the nested `weight`."""
     outputs = len(plain)
-    for own in (slice(0, min(GROUP, outputs)), slice((outputs - 1) // GROUP * GROUP, outputs)):
-        if not torch.equal(plain[own], nested.unnest(nested.cut(weight, own))):
+    for rows in (slice(0, min(GROUP, outputs)), slice((outputs - 1) // GROUP * GROUP, outputs)):
+        if not torch.equal(plain[rows], nested.unnest(nested.cut(weight, rows))):
             raise KernelError(
-                "the CPU kernel that makes numbers of nested weights is wrong. No artifact is "
+                "the CPU kernel that converts nested weights to numbers is wrong. No artifact is "
                 "written. Set SIRIUS_KERNELS=0 to compile and to run without the kernels, and "
                 "report this with the model's config.json"
             )
@@ -268,9 +272,9 @@ def _check_numbers(weight: Tensor, plain: Tensor) -> None:
 def agree(found: Tensor, wanted: Tensor, cosine: float) -> bool:
     """Whether logits [T, V] agree up to rounding, token by token.
 
-    A cosine of c corresponds to a relative error of about √(2 (1 - c)), so the gap between two
-    logits may shrink by that share of their root mean square. Tokens for which `wanted` is not
-    finite are not compared.
+    `cosine`: the lowest cosine that passes. A cosine of c corresponds to a relative error of about
+    √(2 (1 - c)), so the gap between two logits may shrink by that share of their root mean square.
+    Tokens for which `wanted` is not finite are not compared.
     """
     found, wanted = found.double(), wanted.double()
     known = wanted.isfinite().all(-1)
@@ -300,9 +304,10 @@ class _Weights:
 
 
 class Walk:
-    """One run of a graph without control flow, which loads weights as it reaches them.
+    """One run of a graph without control flow, which loads each weight when a call first reads it.
 
-    `within`: the context of its calls. After the last step, `outputs` are the graph's outputs.
+    `within`: makes the context in which calls run. After the last step, `outputs` holds the graph's
+    outputs.
     """
 
     def __init__(
@@ -318,8 +323,8 @@ class Walk:
         self.outputs: Sequence[Any] = ()
 
     def steps(self) -> Iterator[int]:
-        """Runs the graph. Yields the number of weights loaded so far, after loading some and before
-        reading them.
+        """Runs the graph. Yields the number of weights loaded so far after loading each weight,
+        before a call reads it.
         """
         env: dict[fx.Node, Any] = {}
         dead, taken = _last_readers(self._graph), 0
@@ -348,7 +353,7 @@ class Walk:
 
 
 def together(walks: Sequence[Walk]) -> None:
-    """Runs them side by side: the one that has loaded the fewest weights goes on."""
+    """Runs `walks` side by side: the walk that has loaded the fewest weights always runs next."""
     steps = [walk.steps() for walk in walks]
     taken = dict.fromkeys(range(len(walks)), 0)
     while taken:
@@ -360,9 +365,7 @@ def together(walks: Sequence[Walk]) -> None:
 
 
 def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """By node, the values that it is the last to read. A value without readers is listed under
-    itself.
-    """
+    """Node → the values of which it is the last reader. A value without readers is under itself."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:

@@ -16,18 +16,18 @@ _OF_THE_WHOLE = ("dtype", "quantization_config", "bos_token_id", "eos_token_id",
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig | None:
-    """The config of a multimodal model's text model, with the values that only the whole config
-    has; None for a model of text.
+    """The config of a multimodal model's text model, completed with values that only the whole
+    model's config has; None for a text-only model.
     """
-    own = getattr(config, "text_config", None)
-    if not isinstance(own, PretrainedConfig):
+    inner = getattr(config, "text_config", None)
+    if not isinstance(inner, PretrainedConfig):
         return None
-    text = copy.deepcopy(own)
+    text = copy.deepcopy(inner)
     for key in _OF_THE_WHOLE:
         value = getattr(config, key, None)
         if value is not None and getattr(text, key, None) is None:
             setattr(text, key, value)
-    # The head belongs to the whole model, whose config says whether it is tied.
+    # The head belongs to the whole model, so the whole model's config decides whether it is tied.
     text.tie_word_embeddings = config.tie_word_embeddings
     return text
 
@@ -42,8 +42,8 @@ def text_names(
 ) -> tuple[dict[str, str], str | None]:
     """The text model's tensors among the stored ones: stored name → name in the text model.
 
-    wanted: names of the text model. base: the prefix of all of them but the head's. Also returns
-    the prefix that the checkpoint has instead of `base`; None if there is none.
+    `wanted`: the names of the text model's weights. `base`: the prefix of all of these except the
+    head's. Also returns the checkpoint's prefix in place of `base`; None if there is none.
     """
     by_end = _by_end(stored)
     inner = {name: name.removeprefix(f"{base}.") for name in wanted}
@@ -66,7 +66,7 @@ def text_names(
 
 
 def _by_end(names: Iterable[str]) -> Mapping[str, list[str]]:
-    """Names by each of their suffixes that begins after a dot, and by the whole name."""
+    """Names by each suffix that begins after a dot, and by the whole name."""
     found: dict[str, list[str]] = {}
     for name in names:
         parts = name.split(".")

@@ -21,9 +21,9 @@ def tokenizer_files(source: ModelSource | Any) -> Mapping[str, bytes]:
     """The files of a model directory's tokenizer, or of a transformers tokenizer; empty for None.
 
     If a directory has no `tokenizer.json`, transformers converts its tokenizer. Tokens that only
-    other files declare are added to it. The chat templates are in one more file, in the runtime's
-    form. Raises UnsupportedModelError for a tokenizer that has no fast form or can't be read, and
-    for tokens that can't get their declared ids.
+    other files declare are added to `tokenizer.json`. The chat templates are one more file, in the
+    runtime's format. Raises UnsupportedModelError for a tokenizer that has no fast form or can't be
+    read, and for tokens that can't get their declared ids.
     """
     if source is None:
         return {}
@@ -40,7 +40,8 @@ def tokenizer_files(source: ModelSource | Any) -> Mapping[str, bytes]:
     if not getattr(source, "is_fast", False):
         raise UnsupportedModelError(
             f"tokenizer {type(source).__name__} has no fast form (tokenizer.json), which the "
-            "runtime needs. Convert it with transformers and save it to the model's directory"
+            "runtime needs. Convert the tokenizer with transformers and save it to the model's "
+            "directory"
         )
     with tempfile.TemporaryDirectory() as folder:
         source.save_pretrained(folder)
@@ -49,7 +50,7 @@ def tokenizer_files(source: ModelSource | Any) -> Mapping[str, bytes]:
 
 
 def _converted(source: ModelSource) -> Any:
-    """The tokenizer that transformers converts from files of another form."""
+    """The tokenizer that transformers converts from files in another format."""
     try:
         return AutoTokenizer.from_pretrained(
             source.directory, trust_remote_code=source.trust_remote_code

@@ -220,7 +220,7 @@ def test_a_full_disk_is_named_and_what_was_done_is_kept(
     assert full.code == 2
     said = " ".join(full.err.split())
     assert "No space left on device" in said
-    assert "go on with --resume" in said
+    assert "continue with --resume" in said
     assert len(names(tmp_path)) == 1
     writes["at"] = -1
     assert cli.compile(*quick(folder, out), "--resume").code == 0

@@ -21,8 +21,9 @@ def add_onnx(
 ) -> Path:
     """Writes the artifact at `path`, with ONNX graphs, to `out`.
 
-    dtype: of the weights, which are converted; by default the stored one. Raises ConfigError if the
-    dtype is neither float32 nor float16, and if `out` exists.
+    `dtype`: the dtype to convert weights to, by default the stored one. `force`: replace an
+    existing file. Raises ConfigError if the dtype is neither float32 nor float16, or if `out`
+    exists.
     """
     if dtype is not None and dtype not in list(DType):
         raise ConfigError(f"--dtype must be one of {', '.join(DType)}, got {dtype!r}")

@@ -1,7 +1,7 @@
 """The translation of PyTorch's operators to ONNX: a closed table, one function an operator.
 
-Each function takes the scope and the operator's arguments, tensors as `Value`s. An operator that is
-not in the table, and an argument that its function does not take, are refused by name.
+Each function takes the scope and the operator's arguments, with tensors as `Value`s. An operator
+that is not in the table, or an argument that its function does not take, is refused by name.
 """
 
 from __future__ import annotations
@@ -99,13 +99,13 @@ def _reduce(op: str) -> Builder:
 def _sum(
     s: Scope, x: Value, dim: Sequence[int] = (), keepdim: bool = False, dtype: str | None = None
 ) -> Value:
-    own = x.dtype if e.kind(x.dtype) == 2 else "int64"
-    return e.reduced(s, "ReduceSum", e.cast(s, x, dtype or own), dim, keepdim)
+    default = x.dtype if e.kind(x.dtype) == 2 else "int64"
+    return e.reduced(s, "ReduceSum", e.cast(s, x, dtype or default), dim, keepdim)
 
 
 def _cumsum(s: Scope, x: Value, dim: int, dtype: str | None = None) -> Value:
-    own = x.dtype if e.kind(x.dtype) == 2 else "int64"
-    x = e.cast(s, x, dtype or own)
+    default = x.dtype if e.kind(x.dtype) == 2 else "int64"
+    x = e.cast(s, x, dtype or default)
     return s.op("CumSum", x, s.constant(e.axis_of(x, dim), "int64"), shape=x.shape)
 
 
@@ -298,7 +298,7 @@ def _squeeze(s: Scope, x: Value) -> Value:
 def _split(s: Scope, x: Value, size: int, dim: int = 0) -> tuple[Value, ...]:
     extent = x.shape[e.axis_of(x, dim)]
     if not isinstance(extent, int):
-        raise NotImplementedError("the size of what is split must be known")
+        raise NotImplementedError("the size of the split dimension must be known")
     return tuple(e.cut(s, x, dim, i, min(i + size, extent)) for i in range(0, extent, size))
 
 
@@ -310,18 +310,18 @@ def _split_with_sizes(s: Scope, x: Value, sizes: Sequence[int], dim: int = 0) ->
 def _chunk(s: Scope, x: Value, chunks: int, dim: int = 0) -> tuple[Value, ...]:
     extent = x.shape[e.axis_of(x, dim)]
     if not isinstance(extent, int):
-        raise NotImplementedError("the size of what is split must be known")
+        raise NotImplementedError("the size of the split dimension must be known")
     return _split(s, x, -(-extent // chunks), dim)
 
 
 def _repeat_interleave(s: Scope, x: Value, repeats: int, dim: int) -> Value:
     axis = e.axis_of(x, dim)
     extents = e.shape_of(s, x)
-    each = e.unsqueeze(s, x, axis + 1)
-    each = e.expand(s, each, [*extents[: axis + 1], repeats, *extents[axis + 1 :]])
+    y = e.unsqueeze(s, x, axis + 1)
+    y = e.expand(s, y, [*extents[: axis + 1], repeats, *extents[axis + 1 :]])
     known = extents[axis]
     long = known * repeats if isinstance(known, int) else -1
-    return e.reshape(s, each, [*extents[:axis], long, *extents[axis + 1 :]])
+    return e.reshape(s, y, [*extents[:axis], long, *extents[axis + 1 :]])
 
 
 def _gelu(s: Scope, x: Value, approximate: str = "none") -> Value:

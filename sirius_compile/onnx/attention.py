@@ -1,11 +1,11 @@
 """Cached tree attention in standard operators.
 
-The committed cache and the block are multiplied separately, under one softmax. Concatenating them
-would copy the cache for every layer of every step. Values that depend on the committed cache alone
-(its slots in use, its transposed keys) are the same for all steps of a period, so they are computed
-before the Loop.
+The products with the committed cache and with the block are separate, under one softmax.
+Concatenating the two would copy the cache for every layer of every step. Values that depend only on
+the committed cache (its slots in use, its transposed keys) are the same for all steps of a period,
+so they are computed before the Loop.
 
-Shape letters as in `sirius_runtime.ops.attention`, and `E`: the cache slots in use.
+Shape letters are those of `sirius_runtime.ops.attention`, and `E`: the cache slots in use.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def _attend(
     places: Places[Value],
     kind: Attention[Value],
 ) -> Value:
-    """q [B, H, T, D] over the committed history, and over the block's k, v [B, G, M, D].
+    """Attention of q [B, H, T, D] to the committed history and to the block's k, v [B, G, M, D].
 
-    sinks [H]: the score of an extra key that each head sees, with a value of zero.
+    `kind.sinks` [H]: each head's score for an extra key whose value is zero.
     """
     q, k, v = heads
     _, scale, window, softcap, sinks = kind
@@ -149,9 +149,9 @@ def _hidden(s: Scope, extent: Value, places: Places[Value], window: int | None) 
 
 
 def index_copy(s: Scope, x: Value, dim: int, index: Value, source: Value) -> Value:
-    """`x` with the slices of `source` at the indices `index` [n] of a dimension.
+    """`x` with its slices at the indices `index` [n] of a dimension replaced by those of `source`.
 
-    Gathers from both, concatenated, which copies whole slices. ScatterElements would need an index
+    Concatenates both and gathers, which copies whole slices. ScatterElements would need an index
     for every element.
     """
     extent, count = e.size(s, x, dim), e.size(s, source, dim)

@@ -1,4 +1,4 @@
-"""Building blocks of lowerings: casts, shapes, and PyTorch's arithmetic on mixed dtypes."""
+"""Building blocks of translations: casts, shapes, and PyTorch's arithmetic on mixed dtypes."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def cast(s: Scope, x: Value, dtype: str) -> Value:
 def promoted(*values: Any) -> str:
     """PyTorch's result dtype for tensors and Python numbers.
 
-    A tensor with dimensions takes precedence over one without, and both over a number, unless the
-    latter is of a higher kind (floating point above integers above bool).
+    Tensors with dimensions take precedence over tensors without, and these over numbers, unless the
+    latter have a higher kind (floating point above integers above bool).
     """
     ranked = [v.dtype for v in values if isinstance(v, Value) and v.rank]
     scalars = [v.dtype for v in values if isinstance(v, Value) and not v.rank]
@@ -76,7 +76,9 @@ def broadcast(*shapes: Shape) -> Shape:
 
 
 def elementwise(s: Scope, op: str, *values: Any, result: str | None = None) -> Value:
-    """`op` on tensors and numbers, cast to their common dtype; `result`: of a comparison."""
+    """`op` on tensors and numbers, cast to their common dtype. `result`: the result's dtype, if it
+    differs, as for a comparison.
+    """
     dtype = promoted(*values)
     operands = [scalar(s, value, dtype) for value in values]
     shape = broadcast(*(o.shape for o in operands))
@@ -123,15 +125,15 @@ def sizes(s: Scope, extents: Sequence[Size]) -> Value:
 
 
 def known(extents: Sequence[Size]) -> Shape:
-    """Sizes as a shape, with None for -1 and for sizes that are not known."""
+    """Sizes as a shape, with None for -1 and for unknown sizes."""
     return tuple(e.letter if isinstance(e, Value) else e if e >= 0 else None for e in extents)
 
 
 def reshape(s: Scope, x: Value, extents: Sequence[Size]) -> Value:
     shape = known(extents)
     if -1 in extents and shape.count(None) == 1 and None not in x.shape:
-        left = _left(x.shape, shape)
-        shape = tuple(left if e is None else e for e in shape)
+        missing = _missing(x.shape, shape)
+        shape = tuple(missing if e is None else e for e in shape)
     if shape == x.shape and None not in shape:
         return x
     source = s.root.reshaped.get(x.name, x)  # of two reshapes in a row, keep the second
@@ -140,10 +142,10 @@ def reshape(s: Scope, x: Value, extents: Sequence[Size]) -> Value:
     return value
 
 
-def _left(whole: Shape, rest: Shape) -> Extent:
+def _missing(whole: Shape, rest: Shape) -> Extent:
     """The one size of `whole` that `rest` lacks; None if there is no single one."""
-    letters = [[e for e in own if isinstance(e, str)] for own in (whole, rest)]
-    numbers = [math.prod(e for e in own if isinstance(e, int)) for own in (whole, rest)]
+    letters = [[e for e in shape if isinstance(e, str)] for shape in (whole, rest)]
+    numbers = [math.prod(e for e in shape if isinstance(e, int)) for shape in (whole, rest)]
     for letter in letters[1]:
         if letter not in letters[0]:
             return None
@@ -156,8 +158,8 @@ def _left(whole: Shape, rest: Shape) -> Extent:
 def expand(s: Scope, x: Value, extents: Sequence[Size]) -> Value:
     """PyTorch's `expand`: -1 leaves a size as it is."""
     wanted: list[Size] = [1 if isinstance(e, int) and e == -1 else e for e in extents]
-    own = (1,) * (len(wanted) - x.rank) + x.shape
-    shape = broadcast(known(wanted), own)
+    padded = (1,) * (len(wanted) - x.rank) + x.shape
+    shape = broadcast(known(wanted), padded)
     if shape == x.shape and None not in shape:
         return x
     if len(wanted) == x.rank and all(isinstance(e, int) and e == 1 for e in wanted):
@@ -174,8 +176,8 @@ def unsqueeze(s: Scope, x: Value, *dims: int) -> Value:
     """Inserts dimensions of size 1, at these indices of the result."""
     rank = x.rank + len(dims)
     places = sorted(d % rank for d in dims)
-    left = iter(x.shape)
-    shape = tuple(1 if axis in places else next(left) for axis in range(rank))
+    extents = iter(x.shape)
+    shape = tuple(1 if axis in places else next(extents) for axis in range(rank))
     return s.op("Unsqueeze", x, s.constant(places, "int64"), shape=shape)
 
 
@@ -233,14 +235,14 @@ def _part(x: Value, axis: int, start: Size, count: int, step: int) -> View | Non
 
 
 def gather(s: Scope, x: Value, index: Value, dim: int) -> Value:
-    """The slices of `x` along a dimension at an index of any shape."""
+    """The slices of `x` along a dimension at the indices `index`, a tensor of any shape."""
     axis = axis_of(x, dim)
     shape = x.shape[:axis] + index.shape + x.shape[axis + 1 :]
     return s.op("Gather", x, index, shape=shape, axis=axis)
 
 
 def take(s: Scope, x: Value, index: Value, dim: int) -> Value:
-    """PyTorch's `gather`: element by element."""
+    """PyTorch's `gather`, which has an index for each element."""
     return s.op("GatherElements", x, index, shape=index.shape, axis=axis_of(x, dim))
 
 
@@ -291,7 +293,7 @@ def reduced(
 
 
 def linear(s: Scope, x: Value, weight: Value, bias: Value | None) -> Value:
-    """x [..., C] by weight [O, C]: [..., O]."""
+    """x [..., C] times weight [O, C] transposed: [..., O]."""
     y = flat_matmul(s, x, swap(s, weight, 0, 1))
     return y if bias is None else elementwise(s, "Add", y, bias)
 
@@ -302,10 +304,10 @@ def matmul(s: Scope, a: Value, b: Value) -> Value:
 
 
 def flat_matmul(s: Scope, x: Value, weight: Value) -> Value:
-    """x [..., C] by weight [C, O]: [..., O].
+    """x [..., C] times weight [C, O]: [..., O].
 
     A weight is read as stored, because a transposed copy would double its memory. For a part of a
-    fused weight, the whole product is computed and sliced; the other parts share it.
+    fused weight, the product with the whole weight is computed and sliced; the parts share it.
     """
     view = weight.view
     if view is not None and view.axis == (0 if view.transposed else 1):

@@ -1,7 +1,7 @@
-"""Helper graphs for a program that drives the ONNX entries; the PyTorch runtime has code for these.
+"""Helper graphs for a program that runs the ONNX entries. The PyTorch runtime has code for these.
 
-select   griffin's choice: the neurons with the largest statistic, and their rows of the MLPs'
-         weights. Gathered once a prompt, they are the MLP weights that a sparse step reads
+select   griffin's selection: the neurons with the largest statistic, and their rows of the MLPs'
+         weights. Run once a prompt; sparse steps read these rows as their MLP weights
 pick     the next token of each row, sampled from the full path's distribution
 write    writes the K/V of a call's tokens to the slots after `length`; in place, if input and
          output are bound to one buffer
@@ -57,7 +57,7 @@ def select(program: ProgramSpec, kept: Mapping[str, Kept], dtype: str) -> onnx.M
 
 
 def _rows(s: Scope, part: Kept, neurons: Value) -> Value:
-    """A prompt's rows of a weight, in the layout of `Kept`."""
+    """The rows of a weight for the prompt's neurons, in the layout of `Kept`."""
     whole, start = part.weight.weight, part.weight.start
     weight = s.weight(whole.name, whole.dtype, [n for n in whole.shape if isinstance(n, int)])
     if start:
@@ -69,7 +69,7 @@ def _rows(s: Scope, part: Kept, neurons: Value) -> Value:
 
 
 def pick(program: ProgramSpec, dtype: str) -> onnx.ModelProto:
-    """The graph `pick`: the functions that PyTorch's back ends call, traced."""
+    """The graph `pick`, traced from the functions that PyTorch's back ends call."""
     vocabulary = program.model.vocab_size
 
     def drawn(

@@ -1,6 +1,6 @@
 """Translates an entry's graph document to an ONNX graph.
 
-PyTorch's back ends run the same document. Control flow becomes Loop and If, whose bodies read
+PyTorch's back ends run the same document. Control flow becomes Loop and If; their bodies read
 values of the outer graph by name.
 """
 
@@ -25,8 +25,9 @@ from sirius_runtime.operators import OPERATORS
 from sirius_runtime.spec import JSON, EntrySpec, ProgramSpec, TensorSpec
 
 OPSET = 18
-"""The lowest opset with `ScatterElements`' reduction and axes as inputs: old runtimes read it."""
-IR_VERSION = 8  # of opset 18's release
+"""The lowest opset with a reduction in `ScatterElements` and with axes as inputs, so that old
+versions of ONNX Runtime can read the graphs."""
+IR_VERSION = 8  # the version of opset 18's release
 
 NEW_K, NEW_V = "k_new", "v_new"
 """Outputs with the K/V of the call's tokens, [layers, B, G, T, D], in place of writes to caches."""
@@ -45,7 +46,7 @@ _ONNX_ON_SIZES = {"add": "Add", "sub": "Sub", "mul": "Mul"}
 
 @dataclass
 class Lowered:
-    """An entry as an ONNX graph. `kept`: the inputs that the graph `select` makes, in order."""
+    """An entry as an ONNX graph. `kept`: the inputs that the graph `select` computes, in order."""
 
     model: onnx.ModelProto
     kept: dict[str, Kept]
@@ -62,7 +63,8 @@ class Lowering:
     def entry(self, spec: EntrySpec, document: JSON) -> Lowered:
         """The graph of `spec` from its document, without the outputs that `select` computes.
 
-        Raises UnsupportedModelError, naming an operator or argument that has no translation.
+        Raises UnsupportedModelError, with its name, for an operator or argument without a
+        translation.
         """
         root = Scope(sites=self.program.sparsity.sites)
         extents = self._extents()
@@ -83,7 +85,7 @@ class Lowering:
         values = self._run(root, document, bound)
         named = {o.name: (o, v) for o, v in zip(spec.outputs, values, strict=True)}
         if root.kept:
-            named.pop("neurons", None)  # `select` selects them, and gathers their weights
+            named.pop("neurons", None)  # `select` selects the neurons, and gathers their weights
         if root.new_kv[0]:
             for name, block, D in zip((NEW_K, NEW_V), root.new_kv, ("D", "Dv"), strict=True):
                 new = TensorSpec(name, "model", ("layers", "B", "G", "T", D))
@@ -218,13 +220,13 @@ class Lowering:
         )
 
     def _inline(self, scope: Scope, document: JSON, arguments: Sequence[Any]) -> list[Any]:
-        left = iter(arguments)
-        return self._run(scope, document, lambda record: next(left))
+        remaining = iter(arguments)
+        return self._run(scope, document, lambda record: next(remaining))
 
 
 def make_model(graph: onnx.GraphProto) -> onnx.ModelProto:
-    """A model of one graph, of the opset that all lowered graphs have; with the function that
-    products with nested weights call, if there are any.
+    """A model of one graph, in opset `OPSET`. If the graph has products with nested weights, the
+    model includes the function that they call.
     """
     functions = [function()] if any(n.domain == DOMAIN for n in every_node(graph)) else []
     opsets = [("", OPSET), *((own.domain, 1) for own in functions)]
@@ -252,8 +254,8 @@ def _sirius(scope: Scope, name: str, args: list[Any], kwargs: dict[str, Any]) ->
     extra = args[known:]
     if any(a is not None for a in extra):
         raise UnsupportedModelError(
-            f"onnx: {target} has {len(extra)} arguments more than its translation takes "
-            f"({known}); use --graphs torch for this model"
+            f"onnx: {target} is called with {len(args)} arguments, but its translation takes "
+            f"{known}; use --graphs torch for this model"
         )
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     return _applied(build, target, scope, args[:known], kwargs)

@@ -1,10 +1,10 @@
 """MLPs and linears in standard operators.
 
 `griffin` reads only the kept neurons: their weights are inputs of the graph, gathered once a prompt
-by the graph `select`. `topk`, `cats` and `teal` gather each token's rows if few are kept; otherwise
-they compute all and mask, as the references do, and so they do with nested weights. Gathering reads
-and writes the rows that the product then reads again, so at a kept share of 0.5 it costs more than
-the full product (measured by `benchmarks/onnx_formulations.py`).
+by the graph `select`. `topk`, `cats` and `teal` gather each token's rows if few are kept.
+Otherwise, and with nested weights, they compute all neurons and mask, as the references do.
+Gathering reads and writes the rows that the product then reads again, so at a kept share of 0.5 it
+costs more than the full product (measured by `benchmarks/onnx_formulations.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sirius_runtime.spec import SiteSpec
 
 NEURONS_GATHERED_BELOW = 0.2
 """The kept share up to which `topk` and `cats` gather. In the benchmark, one token's MLP takes 0.6
-to 0.7 of the time of all neurons at a share of 0.1, the same time at 0.3, and more at 0.5."""
+to 0.7 of the dense MLP's time at a share of 0.1, the same time at 0.3, and more at 0.5."""
 CHANNELS_GATHERED_BELOW = 0.3
 """The same for `teal`, whose MLP takes 0.8 of the time at a share of 0.3."""
 
@@ -109,8 +109,8 @@ def _is_rows(weight: Value) -> bool:
 
 
 def _rows_of(s: Scope, weight: Value, index: Value) -> Value:
-    """A weight's rows at the neurons: [B, K, C] for each row's neurons [B, 1, K], or [U, C] for the
-    neurons [U] of all rows.
+    """A weight's rows for the neurons `index`: [B, K, C] if each row has its own neurons [B, 1, K],
+    or [U, C] if all rows share the neurons [U].
     """
     index = index if index.rank == 1 else e.squeeze(s, index, 1)
     if _is_rows(weight):
@@ -133,7 +133,7 @@ def _times_rows(s: Scope, g: Value, x: Value, mlp: Mlp[Value], index: Value) -> 
 
 
 def _by_rows(s: Scope, x: Value, rows: Value) -> Value:
-    """x [B, T, C] by rows [U, C]: [B, T, U]."""
+    """x [B, T, C] times rows [U, C] transposed: [B, T, U]."""
     B, T, width = e.size(s, x, 0), e.size(s, x, 1), x.shape[2]
     assert isinstance(width, int)
     flat = e.reshape(s, x, [-1, width])
@@ -169,7 +169,9 @@ def griffin_cats_mlp(
 def _of_kept(
     s: Scope, x: Value, mlp: Mlp[Value], threshold: float | None
 ) -> tuple[Value, Value | None]:
-    """Computes the prompt's neurons: y [B, T, C], and the count above a `threshold`."""
+    """The MLP with the prompt's neurons only: y [B, T, C], and the count above `threshold` if there
+    is one.
+    """
     parts = {
         name: _input(s, Kept(f"{name}_kept.{mlp.layer}", name, mlp.layer, _stored_rows(weight)))
         for name, weight in zip(Mlp._fields[:5], mlp[:5], strict=True)
@@ -189,7 +191,9 @@ def _of_kept(
 
 
 def _stored_rows(weight: Value) -> View:
-    """`weight` as consecutive rows of a stored weight."""
+    """The consecutive rows of a stored weight that `weight` is. Raises NotImplementedError if it is
+    something else.
+    """
     if weight.view is None or not _is_rows(weight):
         raise NotImplementedError(
             f"it reads {weight.name}, whose neurons are not rows of a stored weight"
@@ -272,20 +276,20 @@ def _plus(s: Scope, y: Value, bias: Value | None) -> Value:
 
 
 def _gathers(s: Scope, weight: Value, below: float) -> bool:
-    """Whether a threshold keeps so little of a weight that it is gathered."""
+    """Whether a threshold keeps so few of a weight's rows that they are gathered."""
     view = None if isinstance(weight, Nested) else weight.view
     return view is not None and kept_share(s.root.sites, view.weight.name) <= below
 
 
 def _above(s: Scope, g: Value, threshold: float) -> Value:
-    """Where [B, 1, I] a row's mean |g| is above `threshold`."""
+    """Whether the mean |g| of a row's tokens is above `threshold`: bool [B, 1, I]."""
     score = e.reduced(s, "ReduceMean", s.op("Abs", g, shape=g.shape), [1], True)
     return e.elementwise(s, "Greater", score, threshold, result="bool")
 
 
 def _used(s: Scope, kept: Value) -> Value:
-    """The indices [U] of the units that any row keeps, from `kept` [B, 1, I]. Unit 0 is always
-    included (it is masked if not kept), because not every runtime multiplies empty matrices.
+    """The indices [U] of the units that some row keeps, from `kept` [B, 1, I]. Unit 0 is always
+    included (and masked if not kept), because not every runtime multiplies empty matrices.
     """
     some = e.reduced(s, "ReduceMax", e.cast(s, kept, "int32"), [0, 1], False)
     some = e.concat(s, [s.constant([1], "int32"), e.cut(s, some, 0, 1, e.MAX)], 0)

@@ -2,10 +2,10 @@
 
 Pairs of a token and one of its experts are sorted by expert and split, so that each expert's
 product has the rows routed to it. In a step of one token, most experts get no rows, and a product
-of no rows reads no weight. Weights are not gathered, which would copy them: each expert's matrix is
-its own initializer, at its offset in the tensor of all experts.
+of no rows reads no weight. Gathering the weights would copy them, so each expert's matrix is its
+own initializer, at its offset in the tensor of all experts.
 
-Shape letters as in `sirius_runtime.ops.moe`, and `P` = N · k pairs, in the order of experts.
+Shape letters are those of `sirius_runtime.ops.moe`, and `P` = N · k pairs, in the order of experts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sirius_runtime.ops.operands import Mlp, grouped
 _LIMIT = 7.0  # of clamped_swiglu, in gate and up
 
 Choice = Callable[["Routes", Value], Value]
-"""From act(gate x) [P, I] to the same with skipped neurons set to zero."""
+"""Sets the skipped neurons of act(gate x) [P, I] to zero."""
 
 
 @grouped
@@ -106,14 +106,14 @@ class Routes:
         return e.gather(self.s, value, self._back, 0)
 
     def linear(self, x: Value, weight: Value, bias: Value | None) -> Value:
-        """Each pair's x [P, C] by its expert's rows of weight [E, O, C], with bias [E, O]: [P, O].
+        """Each pair's x [P, C] through its expert's weight [E, O, C] and bias [E, O]: [P, O].
 
         Parts of a fused weight share one product.
         """
         s = self.s
 
-        def product(part: Value, own: Value) -> Value:
-            return s.op("Gemm", part, own, shape=(None, own.shape[0]), transB=1)
+        def product(part: Value, matrix: Value) -> Value:
+            return s.op("Gemm", part, matrix, shape=(None, matrix.shape[0]), transB=1)
 
         if isinstance(weight, Nested):
             y = self._nested(x, weight)
@@ -121,11 +121,11 @@ class Routes:
             y = _part_of(s, self._products(x, _whole(weight), product), weight)
         if bias is None:
             return y
-        own = e.gather(s, _whole(bias), self._experts, 0)
-        return e.elementwise(s, "Add", y, _part_of(s, own, bias))
+        biases = e.gather(s, _whole(bias), self._experts, 0)
+        return e.elementwise(s, "Add", y, _part_of(s, biases, bias))
 
     def down(self, z: Value, weight: Value, bias: Value | None) -> Value:
-        """Each pair's z [P, I] by its expert's weight [E, I, C], with bias [E, C]: [P, C]."""
+        """Each pair's z [P, I] through its expert's weight [E, I, C] and bias [E, C]: [P, C]."""
         s = self.s
         if isinstance(weight, Nested):
             y = self._nested(z, weight)
@@ -133,15 +133,15 @@ class Routes:
         whole = _whole(weight)
         if whole.name != weight.name:
             raise NotImplementedError(f"{weight.name} is only a part of a stored tensor")
-        y = self._products(z, whole, lambda part, own: e.matmul(s, part, own))
+        y = self._products(z, whole, lambda part, matrix: e.matmul(s, part, matrix))
         return y if bias is None else self._plus_bias(y, bias)
 
     def _plus_bias(self, y: Value, bias: Value) -> Value:
-        """Adds each pair's row of the bias [E, C] of its expert."""
+        """Adds to each pair its expert's row of the bias [E, C]."""
         return e.elementwise(self.s, "Add", y, e.gather(self.s, bias, self._experts, 0))
 
     def _nested(self, x: Value, weight: Nested) -> Value:
-        """Each pair's x [P, C] by its expert's nested matrix: [P, O]."""
+        """Each pair's x [P, C] through its expert's nested matrix: [P, O]."""
         s = self.s
         parts = self._parts(e.cast(s, x, "float32"))
         products = [expert_product(s, part, weight, i) for i, part in enumerate(parts)]
@@ -155,8 +155,8 @@ class Routes:
 
     def _products(self, x: Value, weight: Value, product: Callable[[Value, Value], Value]) -> Value:
         s, parts = self.s, self._parts(x)
-        own = [s.root.expert(weight, index) for index in range(self.count)]
-        return e.concat(s, [product(p, w) for p, w in zip(parts, own, strict=True)], 0)
+        matrices = [s.root.expert(weight, index) for index in range(self.count)]
+        return e.concat(s, [product(p, m) for p, m in zip(parts, matrices, strict=True)], 0)
 
 
 def _moe(routes: Routes, x: Value, mlp: Mlp[Value], choice: Choice = lambda routes, g: g) -> Value:
@@ -188,7 +188,7 @@ def _bounded(s: Scope, u: Value, act: str) -> Value:
 
 
 def _ascending(s: Scope, x: Value) -> tuple[Value, Value]:
-    """x [P], sorted, and the indices that its elements had."""
+    """x [P] in ascending order, and the index that each element had."""
     count = e.sizes(s, [e.size(s, x, 0)])
     outputs = [(x.dtype, x.shape), ("int64", x.shape)]
     values, index = s.ops("TopK", x, count, outputs=outputs, axis=0, largest=0, sorted=1)
@@ -196,7 +196,10 @@ def _ascending(s: Scope, x: Value) -> tuple[Value, Value]:
 
 
 def _whole(part: Value) -> Value:
-    """The stored tensor of a slice along its second dimension."""
+    """The stored tensor that `part` is, or is a slice of along the second dimension.
+
+    Raises NotImplementedError if `part` is something else.
+    """
     view = part.view
     if view is None or view.transposed or (view.axis == 0 and view.weight.name != part.name):
         raise NotImplementedError(f"{part.name} does not consist of stored rows of each expert")

@@ -1,16 +1,16 @@
 """Nested weights in ONNX graphs: products by `MatMulNBits` of ONNX Runtime's domain.
 
-A code of 8 bits is q + 128 = 16 h + l, of two nibbles, and x are activations in whole steps of
-their groups of 32, to which the operator rounds them itself (`accuracy_level` 4), so that
+An 8-bit code is q + 128 = 16 h + l, two nibbles h and l. Activations x are rounded to int8 in
+groups of 32 by the operator itself (`accuracy_level` 4). Then
 
     full     s  q · x              = 16 MatMulNBits(x, high, s, 8) + MatMulNBits(x, low, s, 0)
     draft    s' (16 h + 8 - 128) x = 16 MatMulNBits(x, high, s', 8) + 8 s' · (sums of x by group)
 
-where the numbers are zero points. The sums are `MatMulNBits` of ones, over each group as a row, so
-that they are those of the rounded x. All graphs read the same planes.
+where the last arguments are zero points. The sums must be of the rounded x, so they are computed by
+`MatMulNBits` with ones, each group as a row. All graphs read the same planes.
 
-`FUNCTION` is the operator in ONNX's own operators. A model holds it as a local function, which
-ONNX Runtime passes over for its kernel; a runtime without one takes it.
+`FUNCTION` defines the operator in standard ONNX operators. A model holds it as a local function:
+ONNX Runtime uses its own kernel instead, and a runtime without such a kernel uses the function.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from sirius_runtime.spec import Layout, WeightSpec
 
 DOMAIN = "com.microsoft"
 OPERATOR = "MatMulNBits"
-_ROUNDS_ACTIVATIONS = 4  # of accuracy_level
-_HIGH_PLANE = (0, 0, 1)  # arguments of the slice that gives it
+_ROUNDS_ACTIVATIONS = 4  # accuracy_level that rounds activations to int8
+_HIGH_PLANE = (0, 0, 1)  # arguments (dim, start, end) of the slice that gives the high plane
 
 FUNCTION = f"""
 <domain: "{DOMAIN}", opset_import: ["" : 18]>
@@ -93,8 +93,8 @@ def function() -> onnx.FunctionProto:
 class Nested:
     """A nested weight, or a part of it, as graphs pass it to products.
 
-    `experts`: E, where it holds a matrix an expert. `high`: whether it is the high plane alone.
-    `start`, `end`, `step`: of its outputs.
+    `experts`: E, if the weight holds a matrix for each expert. `high`: whether only the high plane
+    is read. `start`, `end`, `step`: the slice of its outputs.
     """
 
     name: str
@@ -117,20 +117,24 @@ class Nested:
     def sliced(
         self, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
     ) -> Nested:
-        """What `aten.slice.Tensor` makes of the planes."""
+        """The result of `aten.slice.Tensor` on the planes: the high plane, or some outputs.
+
+        Raises NotImplementedError for any other slice.
+        """
         if (dim, start, end) == _HIGH_PLANE:
             return replace(self, high=True)
-        matrix = dim - 1 - (self.experts is not None)
-        outputs, each = (0, 1) if self.layout is Layout.BY_OUTPUTS else (2, 2)
+        matrix_dim = dim - 1 - (self.experts is not None)
+        # By inputs, a byte holds two outputs.
+        outputs_dim, per_byte = (0, 1) if self.layout is Layout.BY_OUTPUTS else (2, 2)
         whole = (self.start, self.end, self.step) == (0, self.outputs, 1)
-        if matrix != outputs or not whole:
-            raise NotImplementedError(f"{self.name} is read in parts that are not of its outputs")
-        first, last, step = slice(start, end, step).indices(self.outputs // each)
-        return replace(self, start=first * each, end=last * each, step=step)
+        if matrix_dim != outputs_dim or not whole:
+            raise NotImplementedError(f"{self.name} is sliced along other dimensions than outputs")
+        first, last, step = slice(start, end, step).indices(self.outputs // per_byte)
+        return replace(self, start=first * per_byte, end=last * per_byte, step=step)
 
 
 def product(s: Scope, x: Value, weight: Nested, bias: Value | None = None) -> Value:
-    """x […, C] through a nested weight, and its bias [O]: […, O], of x's dtype."""
+    """x […, C] through a nested weight and its bias [O]: […, O], in the dtype of x."""
     dtype, lead = x.dtype, [e.size(s, x, axis) for axis in range(x.rank - 1)]
     flat = e.cast(s, e.reshape(s, x, [-1, weight.inputs]), "float32")
     y = _whole(s, flat, weight)
@@ -148,7 +152,7 @@ def expert_product(s: Scope, x: Value, weight: Nested, expert: int) -> Value:
 
 
 def _whole(s: Scope, x: Value, weight: Nested, expert: int | None = None) -> Value:
-    """x [T, C] through all outputs: those of fused projections share one product."""
+    """x [T, C] through all outputs, so that the parts of a fused projection share the product."""
     scale = _part(s, weight, DRAFT_SCALE if weight.high else SCALE, expert)
     wide = TYPES["float32"]
     scale = s.op("Cast", scale, shape=scale.shape, dtype="float32", within=True, to=wide)
@@ -161,7 +165,7 @@ def _whole(s: Scope, x: Value, weight: Nested, expert: int | None = None) -> Val
 
 
 def _sums(s: Scope, x: Value) -> Value:
-    """Of the rounded x [T, C] by groups: [T, C / 32]."""
+    """The sums of the rounded x [T, C] over each group: [T, C / 32]."""
     inputs = x.shape[1]
     assert isinstance(inputs, int)
     rows = e.reshape(s, x, [-1, GROUP])
@@ -171,7 +175,10 @@ def _sums(s: Scope, x: Value) -> Value:
 
 
 def _matmul(s: Scope, x: Value, planes: Value, scale: Value, zero_points: int) -> Value:
-    """`zero_points`: of two groups, a nibble each."""
+    """x [T, C] times `planes` [O, C / 32, 16] with scales [O, C / 32]: [T, O].
+
+    `zero_points`: a byte with the zero point in both nibbles.
+    """
     outputs, groups, _ = planes.shape
     assert isinstance(groups, int)
     assert isinstance(outputs, int)
@@ -215,12 +222,12 @@ def _part(s: Scope, weight: Nested, part: str, expert: int | None = None) -> Val
 
 
 def linear(s: Scope, x: Value, weight: Nested, bias: Value | None = None) -> Value:
-    """`sirius::linear`, of which graphs have only nested ones."""
+    """`sirius::linear`. In graph documents its weight is always nested."""
     return product(s, x, weight, bias)
 
 
 def embedding(s: Scope, weight: Nested, ids: Value, dtype: str) -> Value:
-    """`sirius::embedding`: rows [B, T] are read in full, and become numbers."""
+    """`sirius::embedding`: both planes of the rows at ids [B, T], converted to numbers."""
     codes = [_codes(s, e.gather(s, _part(s, weight, part), ids, 0)) for part in (HIGH, LOW)]
     high, low = (e.cast(s, value, "float32") for value in codes)
     q = e.elementwise(s, "Add", e.elementwise(s, "Mul", high, 16.0), low)
@@ -232,7 +239,7 @@ def embedding(s: Scope, weight: Nested, ids: Value, dtype: str) -> Value:
 
 
 def _codes(s: Scope, packed: Value) -> Value:
-    """The nibbles of bytes […, 16]: […, 32]."""
+    """The 32 nibbles of 16 bytes: uint8 […, 16] to […, 32]."""
     even = s.op("BitwiseAnd", packed, s.constant(15, "uint8"), shape=packed.shape)
     odd = s.op("BitShift", packed, s.constant(4, "uint8"), shape=packed.shape, direction="RIGHT")
     pairs = s.op(

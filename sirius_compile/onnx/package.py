@@ -1,8 +1,8 @@
-"""All graphs of a program as the files of an artifact's `onnx/`, their weights bound by offset.
+"""The files of an artifact's `onnx/`: all graphs of a program, with weights bound by offset.
 
-The files hold no weights. An initializer names its offset in `weights.safetensors`, which `sirius
-export-onnx` writes beside the graphs. A runtime that loads the artifact itself binds the artifact's
-own bytes by name instead.
+The files hold no weights. An initializer gives its offset in `weights.safetensors`, which `sirius
+export-onnx` writes beside the graphs. A runtime that loads the artifact binds the artifact's own
+bytes by name instead.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ from sirius_runtime.spec import JSON, DType, Method, ProgramSpec, to_json
 DTYPES = (DType.FLOAT32, DType.FLOAT16)
 """Dtypes that ONNX Runtime supports everywhere; its CPU kernels have no bfloat16."""
 _STREAMING = {"Gemm", "MatMul", "Gather", OPERATOR}
-"""Operators that read a stored weight in place; weights of others are folded into constants."""
+"""Operators that read a stored weight in place. Weights of other operators may be folded into
+constants, which copies them."""
 
 
 def onnx_dtype(asked: DType | str | None, stored: DType) -> DType:
-    """The dtype of an artifact with ONNX graphs: the one asked for, else the checkpoint's if it is
-    in `DTYPES`, else float32.
+    """The dtype of an artifact with ONNX graphs: `asked`, or else `stored` if it is in `DTYPES`, or
+    else float32.
 
-    Raises ConfigError if the one asked for is not in `DTYPES`.
+    Raises ConfigError if `asked` is not in `DTYPES`.
     """
     if asked is not None:
         _check_dtype(asked)
@@ -53,16 +54,16 @@ def onnx_summary(program: ProgramSpec) -> str:
     if program.sparsity.method.per_prompt:
         extra = gathered_bytes(program)
         return (
-            f"{text}; a prompt's neurons are gathered once, a copy of {extra:,} bytes a row, and "
-            "sparse steps read only those"
+            f"{text}; a prompt's neurons are gathered once, which takes {extra:,} bytes a row, and "
+            "sparse steps read only these"
         )
     method, sites = program.sparsity.method, program.sparsity.sites
     if program.nested:
         bits = program.sparsity.draft_bits
-        text = f"{text}; nested weights by {OPERATOR}, of which drafts read {bits} bits"
+        text = f"{text}; nested weights by {OPERATOR}, drafts read {bits} bits of them"
         if method in (Method.NONE, Method.EXPERTS):
             return text
-        return f"{text}; {method} masks what it skips, which saves no time"
+        return f"{text}; {method} masks skipped units, which saves no time"
     if method is Method.NONE:
         return text
     if not method.for_dense_models:
@@ -82,13 +83,13 @@ def onnx_summary(program: ProgramSpec) -> str:
 
 
 def check_nested(nested: bool, method: Method) -> None:
-    """Raises UnsupportedModelError for nested weights of which a prompt's neurons would have to be
-    gathered: the rows of down are cut into groups of 32 neurons, which share scales.
+    """Raises UnsupportedModelError for nested weights with a method that selects neurons once per
+    prompt: single rows of down can't be gathered, because 32 neurons share scales.
     """
     if nested and method.per_prompt:
         raise UnsupportedModelError(
-            f"--sparsity {method} has no ONNX form with nested weights (--weights int8): use "
-            "--sparsity topk, cats, teal, experts or none, or compile without --weights int8"
+            f"--sparsity {method} with nested weights (--weights int8) has no translation to ONNX: "
+            "use --sparsity topk, cats, teal, experts or none, or compile without --weights int8"
         )
 
 
@@ -104,7 +105,7 @@ def onnx_files(program: ProgramSpec, document: Callable[[str], JSON]) -> dict[st
     """Each file of `onnx/` by its name in the artifact. `document` gives an entry's graph.
 
     Raises ConfigError for an unsupported dtype, and UnsupportedModelError for an operator without a
-    translation and for nested weights.
+    translation and for nested weights that `check_nested` refuses.
     """
     _check_dtype(program.model.dtype)
     check_nested(program.nested, program.sparsity.method)
@@ -136,7 +137,7 @@ def onnx_files(program: ProgramSpec, document: Callable[[str], JSON]) -> dict[st
 
 
 def _bind(model: onnx.ModelProto, where: dict[str, Place]) -> GraphSpec:
-    """Sets each initializer's offset in the weights' file."""
+    """Sets each initializer's offset in the weights file; returns which are read in place."""
     readers: dict[str, set[str]] = {}
     for node in every_node(model.graph):
         for name in node.input:

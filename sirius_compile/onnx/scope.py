@@ -1,9 +1,10 @@
-"""Builds ONNX graphs: one scope a graph, also for the bodies of Loop and the branches of If.
+"""Builds ONNX graphs. Each graph has a scope, also the body of a Loop and the branches of an If.
 
 A node is put in the outermost scope that has its inputs, so that loop-invariant values are computed
-once, before the Loop. Nodes are not moved out of a branch of If, which may never run. Equal nodes
-of a scope are merged. What is `within` a scope is not shared with others, as for a kernel that
-packs its weights: ONNX Runtime tells it what is constant in its own graph alone.
+once, before the Loop. Nodes are not moved out of a branch of If, because the branch may not run.
+Equal nodes of a scope are merged. A node added with `within` stays in its scope and is not shared
+with inner scopes. Weights of kernels that pack them need this: ONNX Runtime tells a kernel only
+about constants of its own graph.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ _BLOCK_BYTES = 1024  # the largest constant; larger tensors are computed, or are
 
 
 class View(NamedTuple):
-    """A value as a part of a weight: every `step`th element of [start, end) along an axis, or their
-    transpose."""
+    """A part of a weight that a value equals: every `step`th element of [start, end) along an axis
+    of the weight, and then its transpose if `transposed`.
+    """
 
     weight: Value
     axis: int
@@ -55,8 +57,8 @@ class View(NamedTuple):
 class Value:
     """A tensor of an ONNX graph.
 
-    `letter`: of a scalar, the symbolic size that it holds. `view`: of a part of a weight, which
-    products read in place.
+    `letter`: the symbolic size that a scalar holds. `view`: the part of a weight that the value
+    equals, if it is one; products read that part in place.
     """
 
     name: str
@@ -75,9 +77,9 @@ class Value:
 class Kept:
     """A weight of which a prompt keeps some neurons, and the graph's input with their rows.
 
-    `weight`: the neurons' rows of a weight, [I, C], or a bias [I]. The input is [B, C, K] for
-    `gate` and `up`, so that the product reads it in order, [B, K, C] for `down`, and [B, 1, K] for
-    a bias.
+    `name`: the input's name. `part`: a field of `Mlp` (`gate`, `up_bias`, …). `weight`: the rows
+    [I, C] of all neurons in a weight, or a bias [I]. The input is [B, C, K] for `gate` and `up`, so
+    that the product reads it in order, [B, K, C] for `down`, and [B, 1, K] for a bias.
     """
 
     name: str
@@ -96,8 +98,8 @@ class Scope:
         repeats: bool = False,
         sites: Sequence[SiteSpec] = (),
     ) -> None:
-        """repeats: whether this is a Loop's body, whose invariant nodes go to `parent`. sites: for
-        the outermost graph, those of the program.
+        """`repeats`: whether this is a Loop's body, whose invariant nodes go to `parent`. `sites`:
+        the program's sparse sites, given to the outermost graph.
         """
         self.parent, self._repeats = parent, repeats
         self.root: Scope = self if parent is None else parent.root
@@ -190,8 +192,8 @@ class Scope:
         within: bool = False,
         **attributes: Any,
     ) -> Value:
-        """Adds a node of one output. `dtype`: by default its first input's. `within`: in this scope
-        itself.
+        """Adds a node with one output. `dtype`: by default that of the first input. `within`: keep
+        the node in this scope.
         """
         if dtype is None:
             assert inputs[0] is not None
@@ -208,7 +210,7 @@ class Scope:
         within: bool = False,
         **attributes: Any,
     ) -> tuple[Value, ...]:
-        """Adds a node of several `outputs` (dtype, shape), or returns those of an equal node."""
+        """Adds a node with several `outputs` (dtype, shape), or returns an equal node's outputs."""
         home = self
         while home.parent is not None and home._repeats and not within:
             if any(v is not None and v.scope.depth >= home.depth for v in inputs):
@@ -233,7 +235,7 @@ class Scope:
                 kind,
                 [v.name if v else "" for v in inputs],
                 names,
-                # ONNX Runtime up to 1.20 names fused nodes after their parts, so names must differ.
+                # ONNX Runtime up to 1.20 names a fused node after its parts, so names must differ.
                 name=names[0],
                 **attributes,
             )
@@ -252,7 +254,7 @@ class Scope:
         return replace(value, name=name, scope=self, view=None)
 
     def graph(self, name: str, outputs: Sequence[onnx.ValueInfoProto]) -> onnx.GraphProto:
-        """The graph with the nodes that the outputs need."""
+        """The finished graph, with only the nodes that the outputs need."""
         nodes = _needed(self.nodes, [o.name for o in outputs])
         used = {name for node in nodes for name in reads(node)}
         inputs = [v for n, v in self.inputs.items() if n in used or self.parent is not None]
@@ -263,7 +265,7 @@ class Scope:
 
 
 def value_info(value: Value, shape: Sequence[Extent] | None = None) -> onnx.ValueInfoProto:
-    """The type of a graph's input or output; `shape` if more is known than `value.shape`."""
+    """The type of a graph's input or output. `shape`: replaces `value.shape`, if more is known."""
     shape = value.shape if shape is None else shape
     return helper.make_tensor_value_info(value.name, TYPES[value.dtype], list(shape))
 
@@ -278,7 +280,7 @@ def reads(node: onnx.NodeProto) -> set[str]:
 
 
 def _needed(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> list[onnx.NodeProto]:
-    """The nodes that any output needs, in order."""
+    """The nodes that the outputs need, in order."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
         if wanted & set(node.output):
