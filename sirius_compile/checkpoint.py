@@ -187,9 +187,9 @@ def open_store(source: str, store: Store, wanted: Wanted) -> WeightSource:
     missing = [name for name in names if name not in homes]
     if missing:
         raise UnsupportedModelError(
-            f"{source}: its checkpoint lacks {_some(missing)}, or holds another shape than "
-            f"config.json describes ({list(names[missing[0]])} for the first); use a complete "
-            "checkpoint of a causal language model and its own config.json"
+            f"{source}: its checkpoint holds no {_some(missing)} in the shape that config.json "
+            f"describes ({list(names[missing[0]])} for the first); use a complete checkpoint of a "
+            "causal language model and its own config.json"
         )
     return _Renamed(store, homes)
 

@@ -90,7 +90,7 @@ def test_an_adapter_alone_finds_its_base(tmp_path: Path, base: Path) -> None:
     assert model.generate("w7", max_new_tokens=1).prompts == ((7,),)  # the base's tokenizer
     moved["base_model_name_or_path"] = "/nowhere"
     (folder / "adapter_config.json").write_text(json.dumps(moved))
-    with pytest.raises(ModelNotFoundError, match=r"the base model of .*/nowhere.*--base gives"):
+    with pytest.raises(ModelNotFoundError, match=r"the base model of .*/nowhere.*with --base"):
         compile_model(folder, config())
     there = compile_model(folder, config(base=str(base))).to_runtime()
     assert list(there.generate(PROMPT, mode="exact", max_new_tokens=16).tokens[0]) == expected
@@ -132,7 +132,7 @@ def test_folders_that_are_no_adapter(tmp_path: Path, base: Path) -> None:
             compile_model(base, config(adapter=tmp_path / "tuned"))
 
     refused(UnsupportedModelError, "an adapter for SEQ_CLS", task_type="SEQ_CLS")
-    refused(ModelNotFoundError, "names no peft_type", peft_type=None)
+    refused(ModelNotFoundError, "has no peft_type", peft_type=None)
     refused(UnsupportedModelError, "of type NOPE", peft_type="NOPE")
     weights = tmp_path / "tuned/adapter_model.safetensors"
     weights.rename(tmp_path / "tuned/adapter_model.bin")

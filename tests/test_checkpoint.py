@@ -157,8 +157,8 @@ def lose_the_index(directory: Path) -> None:
     [
         (cut_short, r"model-00001-of-\d+\.safetensors is cut short or damaged"),
         (emptied, r"model-00001-of-\d+\.safetensors is cut short or damaged"),
-        (lose_a_shard, r"lacks model-00001-of-\d+\.safetensors, which .*index\.json names"),
-        (lose_a_tensor, r"model-00001-of-\d+\.safetensors lacks \S+, which .*index\.json says"),
+        (lose_a_shard, r"lacks model-00001-of-\d+\.safetensors, which .*index\.json lists"),
+        (lose_a_tensor, r"model-00001-of-\d+\.safetensors lacks \S+, which .*index\.json lists"),
         (index_is_no_json, r"index\.json can't be read \(Expecting property"),
         (index_is_a_list, r"index\.json holds a JSON list instead of an object"),
         (index_maps_nothing, r"index\.json is not an index of safetensors \(KeyError"),

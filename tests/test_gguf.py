@@ -200,7 +200,9 @@ def test_a_part_of_several_is_refused(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFWriter", Writer)
         write_gguf(tmp_path / "part.gguf", model)
-    with pytest.raises(UnsupportedModelError, match="one of 2 parts; join them by llama-gguf-spl"):
+    with pytest.raises(
+        UnsupportedModelError, match="one of 2 parts; join them with llama-gguf-spl"
+    ):
         compile_model(tmp_path / "part.gguf", ALONE)
 
 

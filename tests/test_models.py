@@ -375,12 +375,12 @@ def test_decoders_are_taken(config: dict[str, Any], tmp_path: Path) -> None:
         ),
         (
             {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "own.Model"}},
-            r"but in its own code; pass --trust-remote-code",
+            r"only in its own code; pass --trust-remote-code",
         ),
-        ({"model_type": "llamba"}, r"transformers knows no model type 'llamba'"),
+        ({"model_type": "llamba"}, r"transformers does not know model type 'llamba'"),
         (
             {"model_type": "llamba", "auto_map": {"AutoConfig": "own.Config"}},
-            r"model type 'llamba'\) brings its own code.*--trust-remote-code",
+            r"model type 'llamba'\) needs code of its repository.*--trust-remote-code",
         ),
         ({**LLAMA, "hidden_size": "wide"}, r"can't read its config\.json \(.*hidden_size"),
         ({**LLAMA, "dtype": "float17"}, r"can't read its config\.json \(.*float17"),
@@ -400,7 +400,7 @@ def test_a_config_that_is_none(text: str, tmp_path: Path) -> None:
     source = source_of(LLAMA, tmp_path)
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(
-        ModelNotFoundError, match=r"config\.json (can't be read|holds a JSON|names no model_type)"
+        ModelNotFoundError, match=r"config\.json (can't be read|holds a JSON|has no model_type)"
     ):
         load_config(source)
 

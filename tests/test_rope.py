@@ -135,7 +135,7 @@ def test_the_limit_says_what_sets_it(kind: str, why: str) -> None:
             32,
             "texts are limited to 32 tokens; for up to 64 tokens (rope_type",
         ),
-        ("dynamic", ORIGINAL, "rope_type dynamic: past 16 tokens, each token"),
+        ("dynamic", ORIGINAL, "rope_type dynamic: beyond 16 tokens, each token"),
     ],
 )
 def test_what_a_user_should_know(kind: str, length: int, said: str) -> None:

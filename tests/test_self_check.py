@@ -172,7 +172,7 @@ def test_wrong_numbers_of_nested_weights_stop_the_compile(
     options = {"sparsity": "topk", "weights": "int8"}
     assert "check kernels" in stages(text, **options)
     monkeypatch.setattr(self_check, "unnest", wrong)
-    with pytest.raises(KernelError, match="numbers of nested weights is wrong"):
+    with pytest.raises(KernelError, match="nested weights to numbers is wrong"):
         stages(text, **options)
 
 
