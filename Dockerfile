@@ -26,9 +26,10 @@ COPY pyproject.toml README.md LICENSE ./
 COPY sirius_compile sirius_compile
 COPY passes passes
 COPY runtime runtime
+# The user's home is the cache, so that what others keep there (Triton's kernels) has a place too.
 RUN python3 -m venv /opt/sirius \
     && pip install --no-cache-dir ".[serve]" \
-    && useradd --system sirius \
+    && useradd --system --home-dir /var/cache/sirius sirius \
     && install -d -o sirius -m 700 /var/cache/sirius
 
 USER sirius
