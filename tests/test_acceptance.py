@@ -1,4 +1,4 @@
-"""What drafts would come to: periods of hand-made drafts, and drafts beside steps one by one."""
+"""Measured acceptance: periods of hand-made drafts, and drafts compared with single steps."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_what_is_written_is_the_full_path_s_greedy_continuation() -> None:
 
 
 def test_what_was_written_is_not_computed_again_and_is_the_same() -> None:
-    """K/V and logits of decoding, and those of a run over the whole text."""
+    """K/V and logits of decoding equal those of one run over the whole text."""
     path = tokenwise(Method.CATS)
     _, held = write(path, [[7 + row, 8, 9, 10 + row] for row in range(8)])
     assert held.caches is not None

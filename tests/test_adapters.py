@@ -1,4 +1,4 @@
-"""Adapters: what is compiled is the model with the adapter's change in its weights."""
+"""Adapters: the compiled model has the adapter merged into its weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def config(**options: Any) -> CompileConfig:
 
 
 def write_adapter(folder: Path, base: Path, settings: Any) -> Any:
-    """An adapter of random weights on the base, and the two of them as peft runs them."""
+    """An adapter with random weights for the base, and both as peft runs them."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapted = peft.get_peft_model(model, settings)

@@ -1,4 +1,4 @@
-"""Layers told apart by the residual stream alone."""
+"""Layers found from the residual stream alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration: thresholds as quantiles, checked on text held out; the layers' shares and ranks."""
+"""Calibration: thresholds as quantiles, checked on held-out text; shares and ranking of layers."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_text_at_once_equals_token_by_token(method: Method) -> None:
 
 
 def stepwise(path: Tokenwise, ids: Tensor, neurons: Tensor | None) -> Tensor:
-    """The sparse entry, a token a call."""
+    """The sparse entry's logits, with one token in each call."""
     rows, tokens = ids.shape
     inputs = path._inputs(ids, neurons)
     logits = []
@@ -89,14 +89,14 @@ def stepwise(path: Tokenwise, ids: Tensor, neurons: Tensor | None) -> Tensor:
 def test_an_operator_without_a_row_is_an_error_that_names_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whether its tokens share a choice is not known: a guess would change results in silence."""
+    """Whether its tokens share a selection is unknown; a guess could silently change results."""
     monkeypatch.delitem(OPERATORS, "topk_mlp")
     with pytest.raises(CalibrationError, match=r"does not know sirius\.topk_mlp, which \w+ calls"):
         tokenwise(Method.TOPK)
 
 
 def test_scores_are_what_a_threshold_is_compared_with() -> None:
-    """Counted from the scores, and by the operators themselves."""
+    """The counts from the scores equal the operators' counts."""
     for method in (Method.CATS, Method.TEAL, Method.GRIFFIN_TEAL):
         path = tokenwise(method, thresholds=OF[method])
         (sample,) = samples(1, 20)
@@ -147,7 +147,7 @@ def test_what_is_asked_for_is_kept_of_text_held_out(method: Method, keep: float)
 
 
 def kept_of(found: Calibration, path: Tokenwise, layer: int) -> float:
-    """The share of a layer's weights that its sites are to keep."""
+    """The share of a layer's weights that its sites should keep."""
     sites = path.spec.sparsity.counted
     pairs = [(s, f) for s, f in zip(sites, found.sites, strict=True) if s.layer == layer]
     weights = [site.units * site.params for site, _ in pairs]
@@ -213,7 +213,7 @@ def test_a_quarter_of_the_text_is_held_out() -> None:
 
 
 class Layer:
-    """A layer whose output is off by each site's `cost` times its sparsity."""
+    """A layer in which each site adds an error of its `cost` times its sparsity."""
 
     def __init__(self, costs: list[float]) -> None:
         self.costs, self.sites = costs, list(range(len(costs)))
@@ -261,7 +261,7 @@ def test_equals_share_alike() -> None:
 
 
 def test_a_step_is_the_same_number_of_weights() -> None:
-    """Of a step the small linear loses a larger share of its channels, and more harm is done."""
+    """One step takes a larger share of the small linear's channels, so it costs more there."""
     found = allocate([1.0, 1.0], [30, 10], keep=0.8)
     assert found[1] == pytest.approx(1.0)
     assert found[0] == pytest.approx(1 - 0.2 * 40 / 30)
@@ -291,7 +291,7 @@ def test_the_layer_that_costs_nothing_ranks_last(method: Method) -> None:
 
 @pytest.mark.parametrize("method", slow_but((*METHODS[:-1], "experts"), {"griffin+teal"}))
 def test_a_ranking_is_that_of_programs_with_one_sparse_layer(method: str) -> None:
-    """As it was before one graph served all layers: a program a layer, both paths run whole."""
+    """The reference: one program for each layer, and both paths run in full."""
     family = "mixtral" if method == "experts" else "llama"
     text = samples()
     own = chooser(method, model=random_decoder(family, num_hidden_layers=3), text=text)
@@ -333,7 +333,7 @@ def test_a_density_with_layers_chosen() -> None:
 
 
 def test_no_text_is_longer_than_the_model_s_longest_sequence() -> None:
-    """GPT-2 has a table of positions: beyond its end there is nothing to look up."""
+    """GPT-2 has a table of positions, which has no entry beyond its end."""
     tokenizer = word_tokenizer().backend_tokenizer
     text = " ".join(f"w{6 + i % 90}" for i in range(300))
     assert {len(sample) for sample in windows([text], tokenizer, MAX_SEQ_LEN)} == {128, 44}

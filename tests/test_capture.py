@@ -1,4 +1,4 @@
-"""What capture makes of a model's own choices; what it refuses by name is in test_families."""
+"""Capture of models' special features; `test_families` has the refusals."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_experts_activations(act: str, name: str) -> None:
 
 
 def test_the_config_of_the_caller_s_model_stays_as_it_was() -> None:
-    """A model in memory goes on as it was: with its own attention, saved as of its own dtype."""
+    """Capture leaves a model in memory unchanged: its attention function and its dtype."""
     config = small_config("llama")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     before = model.config.to_dict()

@@ -62,7 +62,7 @@ def chat_of(tokenizer: PreTrainedTokenizerFast | ModelSource) -> Chat:
 
 
 def outcome(render: Any) -> str:
-    """The text, or that there is none."""
+    """The rendered text, or a marker for a refusal."""
     try:
         return str(render())
     except Exception as error:
@@ -99,7 +99,7 @@ def test_families_render_as_by_transformers(family: str, chat: str) -> None:
 
 
 def test_the_families_do_what_they_are_here_for() -> None:
-    """Not each other's refusals alone are compared."""
+    """Not only refusals are compared."""
     assert same(CHATML, CHATS["system"]).endswith("<|im_start|>assistant\n")
     assert same(LLAMA_2, CHATS["one"]).startswith("<s>[INST] How much")
     assert "<|eot_id|>" in same(LLAMA_3, CHATS["parts"])

@@ -1,4 +1,4 @@
-"""Checkpoints: mapped where they can be, loaded by transformers where not, never guessed."""
+"""Checkpoints: mapped if possible, otherwise loaded by transformers; no weight is made up."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def saved(model: LlamaForCausalLM, directory: Path, *, shard: str = "1GB") -> Mo
 
 
 def needed(model: LlamaForCausalLM) -> dict[str, tuple[int, ...]]:
-    """What a graph of the model asks for: each parameter once, tied ones by their first name."""
+    """The weights that a graph reads: each parameter once, tied ones under their first name."""
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def rewrite(source: ModelSource, change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Changes the tensors of a checkpoint of one file."""
+    """Changes the tensors of a single-file checkpoint."""
     tensors = load_file(source.directory / SINGLE_FILE)
     change(tensors)
     save_file(tensors, source.directory / SINGLE_FILE, metadata={"format": "pt"})
@@ -226,7 +226,7 @@ def test_tied_weights_that_differ_are_refused(tmp_path: Path) -> None:
 
 
 def test_names_that_only_transformers_resolves(tmp_path: Path) -> None:
-    """A base model's weights lack the `model.` before their names."""
+    """The names of a base model's weights lack the prefix `model.`."""
     model = llama(tied=True, dtype=torch.bfloat16)
     model.model.save_pretrained(tmp_path)
     source = ModelSource(tmp_path, "a-model", None, False)
@@ -236,7 +236,7 @@ def test_names_that_only_transformers_resolves(tmp_path: Path) -> None:
 
 
 def test_a_missing_weight_is_never_made_up(tmp_path: Path) -> None:
-    """transformers fills in what a checkpoint lacks with random numbers."""
+    """transformers fills weights that a checkpoint lacks with random numbers."""
     model = llama()
     model.model.save_pretrained(tmp_path)
     source = ModelSource(tmp_path, "a-model", None, False)

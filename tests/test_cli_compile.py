@@ -1,4 +1,4 @@
-"""`sirius-compile`: what it writes, what it says, and how it refuses."""
+"""`sirius-compile`: its files, its messages and its refusals."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_what_is_given_is_not_measured(
 def test_drafts_that_do_not_pay_are_warned_of(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shipped model's drafts always pay: here they are to pay ten times as much."""
+    """The shipped model's drafts always pay, so the test demands ten times as much of them."""
     monkeypatch.setattr("sirius_compile.compile.PAYS", 0.1)
     done = cli.compile("tally-3m", *FAST, "--measure", "--out", tmp_path / "m.sirius")
     assert done.code == 0, done.err

@@ -1,4 +1,4 @@
-"""Threads that compile at once: each gets what it would have got alone."""
+"""Threads that compile at the same time: each result is the same as alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_each_thread_gets_what_it_gets_alone(graphs: str) -> None:
 
 
 def test_functions_that_trace_wait_for_each_other() -> None:
-    """Of any two of them, and one may call the other."""
+    """Holds for any two decorated functions, and one may call the other."""
     within: list[str] = []
 
     @one_at_a_time

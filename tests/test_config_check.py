@@ -1,4 +1,4 @@
-"""What stands in a model's files and makes no model: refused by name, before anything is built."""
+"""Impossible values in a model's files are refused by name, before anything is built."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_calibration_lines_that_are_none(tmp_path: Path, line: str) -> None:
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_a_calibration_file_is_read_no_further_than_it_is_used(tmp_path: Path, suffix: str) -> None:
-    """Its end is no text, which who reads it all refuses."""
+    """Its end is not text, so a reader of the whole file would refuse it."""
     tokenizer = word_tokenizer().backend_tokenizer
     line = " ".join(f"w{6 + i % 90}" for i in range(50)) + " "
     given = json.dumps({"text": line}) + "\n" if suffix == ".jsonl" else line

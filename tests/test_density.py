@@ -1,4 +1,4 @@
-"""Density, from a real model's config alone: the paper's own numbers, and no weights needed."""
+"""Density from a real model's config, without weights, against the paper's numbers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def captured(layers: int) -> Program:
 
 @pytest.fixture(scope="module")
 def neurons(captured: Program) -> Program:
-    """Paired, its MLPs raised to operators."""
+    """A paired program whose MLPs are operators."""
     program = copy_program(captured)
     run_passes(program, front(Method.TOPK))
     return program

@@ -1,4 +1,4 @@
-"""Equal inputs and versions give equal bytes: in this process, and in others."""
+"""Equal inputs and versions give equal bytes, in one process and across processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_compiled_twice(calibration: Path, tmp_path: Path) -> None:
-    """From one capture, as all tests of this process."""
+    """All from one capture in this process."""
     first, second = (
         RECIPES["gemma3-cats"].compile(calibration).save(tmp_path / f"{index}.sirius")
         for index in range(2)
@@ -30,7 +30,7 @@ def test_compiled_twice(calibration: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_compiled_by_two_processes(name: str, calibration: Path, tmp_path: Path) -> None:
-    """Whose sets and dictionaries have other orders."""
+    """In processes with other hash seeds, so sets and dictionaries have other orders."""
     code = (
         "import sys, torch; from pathlib import Path; torch.set_num_threads(1)\n"
         "from tests.support.golden_recipes import RECIPES\n"

@@ -42,7 +42,7 @@ COUNTS = torch.tensor(LENGTHS)
 
 
 def method_of(family: Family) -> Method:
-    """One of the family's methods, another one from family to family."""
+    """One of the family's methods; families take turns."""
     alike = [other for other in FAMILIES if other.methods == family.methods]
     return family.methods[alike.index(family) % len(family.methods)]
 
@@ -57,7 +57,7 @@ FAST = (
     *("gpt2", "opt", "gpt_neox"),
     *("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"),
 )
-"""One of each class of MLP, mask, rotary embedding and fusion; the others are slow."""
+"""One family for each kind of MLP, mask, rotary embedding and fusion; the others are slow tests."""
 
 
 @pytest.fixture(
@@ -163,7 +163,7 @@ def test_the_table_names_each_type_once_and_has_every_config() -> None:
     slow_but(("gpt2", "opt", "mixtral", "gpt_oss", "granitemoe"), {"gpt2", "mixtral", "gpt_oss"}),
 )
 def test_a_checkpoint_holds_the_weights(model_type: str, tmp_path: Path) -> None:
-    """Some families' are stored under other names than the model's, or expert by expert."""
+    """Some families store weights under other names than the model's, or expert by expert."""
     model = random_model(model_type)
     model.save_pretrained(tmp_path)
     source = ModelSource(tmp_path, model_type, None, False)
@@ -181,17 +181,17 @@ def test_a_checkpoint_holds_the_weights(model_type: str, tmp_path: Path) -> None
 
 
 def refuse(model_type: str, directory: Path) -> None:
-    """Takes a model of a type, without weights, through all that comes before they are opened."""
+    """Runs the compiler on a model without weights, up to the opening of weights."""
     small_config(model_type).save_pretrained(directory)
     config = load_config(ModelSource(directory, model_type, None, False))
     run_passes(capture(config).program, front(Method.TOPK))
 
 
 REASONS = {refused.reason: refused for refused in reversed(REFUSED)}
-"""One of each: another type of the same reason is slow."""
+"""One type for each reason; further types are slow tests."""
 
 SLOW_REASONS = {"jamba", "recurrent_gemma", "lfm2", "diffllama", "deepseek_v2"}
-"""Types that are built and traced whole, or nearly, before they are refused."""
+"""Types that are refused only after (almost) the whole model is built and traced."""
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ NEW_TOKENS = 6
 
 @dataclass(frozen=True)
 class Case:
-    """One checkpoint: transformers' model in its dtype and in float32, and the artifact."""
+    """A checkpoint: transformers' model in its dtype and in float32, and the artifact."""
 
     dtype: torch.dtype
     live: PreTrainedModel

@@ -1,4 +1,4 @@
-"""What the compiler takes from a generation config, and what it says it does not take."""
+"""The values that the compiler reads from a generation config, and its notes on the others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QWEN: dict[str, Any] = {
     "top_k": 20,
     "top_p": 0.8,
 }
-"""As Qwen2.5's instruction models ship it, but for the ids."""
+"""The config of Qwen2.5's instruction models, with other ids."""
 
 
 def test_defaults_of_an_instruction_model_are_taken() -> None:

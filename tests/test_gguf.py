@@ -1,4 +1,4 @@
-"""GGUF files: what is compiled of one is the model that it was written from."""
+"""GGUF files: compiling one gives the model that it was written from."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_what_is_compiled_is_what_the_file_holds(tmp_path: Path, kind: str) -> N
 def test_tensors_are_read_one_at_a_time_and_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In blocks of rows, the last of them short; what is read is kept in a workspace."""
+    """Reads blocks of rows, the last one shorter, and keeps the result in a workspace."""
     stored = write_gguf(tmp_path / "m.gguf", random_decoder("qwen2"), "Q8_0")
     monkeypatch.setattr(gguf_file, "_BLOCK", 7 * SMALL["hidden_size"])
     read: list[str] = []

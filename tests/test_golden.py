@@ -1,4 +1,4 @@
-"""Every method, mode and back end answers what it answered when the golden file was written."""
+"""Every method, mode and back end gives the output in the golden file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Golden artifacts: what any version of the format wrote loads, and answers as it did."""
+"""Golden artifacts: artifacts of every format version load, and give the recorded output."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_it_is_sound_and_reproduced(name: str, tmp_path: Path) -> None:
 
 
 def test_these_versions_have_one_of_each() -> None:
-    """After a new version: python -m tests.support.golden_recipes."""
+    """To add a new format version, run python -m tests.support.golden_recipes."""
     current = (VERSION, NESTED_VERSION)
     assert {name for name in kept() if name.partition("/")[0] in current} == {
         f"{recipe.version}/{name}" for name, recipe in RECIPES.items()

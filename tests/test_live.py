@@ -134,7 +134,7 @@ def test_models_that_are_not_what_their_config_describes(
 
 
 def test_a_patched_forward_is_found_by_what_it_computes() -> None:
-    """Of what is captured, nothing shows it; a wrapper that computes the same is no fault."""
+    """The captured graph does not show the patch; a wrapper that computes the same is allowed."""
     model = random_model("llama")
     captured = capture(model.config, live=model)
     weights = dict(model.named_parameters()) | dict(captured.constants)

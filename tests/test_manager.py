@@ -1,4 +1,4 @@
-"""The manager runs passes in order, verifies what comes out, and says what each did."""
+"""The manager runs passes in order, verifies their output, and records what each did."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_weights_that_a_pass_leaves_unread_go(tmp_path: Path) -> None:
 
 
 class Broken(Pass):
-    """Stays at its stage and does to a program what no pass may do."""
+    """A pass that breaks an invariant of the program at its stage."""
 
     name = "broken"
 
@@ -177,7 +177,7 @@ class Broken(Pass):
 
 @dataclass
 class Finding:
-    """A fault, the stage at which it is one, and what the verifier says."""
+    """A fault, the stage at which it is one, and the verifier's message."""
 
     stage: Stage
     do: Callable[[Program], None]
@@ -197,12 +197,12 @@ def _program_at(stage: Stage, build: Callable[[], Decoder]) -> Program:
 
 
 def last_call(program: Program, graph: str = DENSE) -> torch.fx.Node:
-    """The node of the logits; what is inserted before it comes after all else."""
+    """The logits' node; nodes inserted before it follow all others."""
     return program.graphs[graph].graph.output_node().args[0][0]
 
 
 def insert(program: Program, target: Callable[..., object], graph: str = DENSE) -> torch.fx.Node:
-    """A call of `target` on the logits, which the logits of the graph now are."""
+    """Makes a call of `target` on the logits the new logits; returns the call's node."""
     logits = last_call(program, graph)
     with logits.graph.inserting_after(logits):
         node = call(logits.graph, target, (logits,), origin="test")
@@ -413,7 +413,7 @@ def test_the_verifier_finds_nothing_in_a_sound_program(stage: Stage) -> None:
 
 
 def test_size_arithmetic_is_no_stray_python() -> None:
-    """Functions on sizes, which export writes, are allowed where other Python is not."""
+    """Functions on sizes, which export emits, are allowed; other Python functions are not."""
     program = after(one_layer, Canonicalize())
     graph = program.graphs[DENSE].graph
     logits = last_call(program)

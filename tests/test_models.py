@@ -1,4 +1,4 @@
-"""Where models come from: names, directories and the hub, and what is refused before any weight."""
+"""Finding models by name, directory and hub id, and refusals before any weight is read."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Hub:
         return str(write_model(self._cache / "snapshots" / COMMIT, LLAMA, *self.weights))
 
     def fetched(self) -> set[str]:
-        """What the patterns asked for would take of `REPOSITORY`."""
+        """The files of `REPOSITORY` that the requested patterns match."""
         allowed, ignored = self.asked["allow_patterns"], self.asked["ignore_patterns"]
         return set(filter_repo_objects(REPOSITORY, allow_patterns=allowed, ignore_patterns=ignored))
 
@@ -432,7 +432,7 @@ def test_a_models_own_code_runs_only_when_trusted(
 def test_transformers_is_told_not_to_run_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The refusal above is ours; this is the line behind it."""
+    """The refusal above is our own check. In addition, transformers is told not to run code."""
     asked: dict[str, Any] = {}
     real = AutoConfig.from_pretrained
 

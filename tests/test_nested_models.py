@@ -49,7 +49,7 @@ class Nested:
 
 @pytest.fixture(scope="module")
 def nested(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Nested]:
-    """Tiny models of nested weights, each made once."""
+    """Tiny models with nested weights, each compiled once."""
     text = write_calibration(tmp_path_factory.mktemp("nested") / "words.txt")
     made: dict[object, Nested] = {}
 
@@ -112,7 +112,7 @@ def test_a_draft_that_reads_all_is_the_full_path(nested: Callable[..., Nested]) 
 
 
 def test_the_draft_is_another_model_and_a_good_one(nested: Callable[..., Nested]) -> None:
-    """Half of the bits: most of the tokens, and not all logits."""
+    """With half of the bits, most tokens agree, and some logits differ."""
     model = nested("qwen2", "none").model
     ids = torch.tensor([PROMPTS[1]])
     inputs = {
@@ -215,7 +215,7 @@ def test_weights_that_stay_are_told(nested: Callable[..., Nested]) -> None:
 
 
 def test_experts_count_as_bytes(nested: Callable[..., Nested]) -> None:
-    """Of what a token reads: three of six experts, whose share of bfloat16 is that of all."""
+    """A token reads three of six experts; its share of bfloat16's bytes is that of all weights."""
     spec = nested("mixtral", "topk").compiled.spec
     experts = sum(w.numbers for w in spec.weights if w.of_experts)
     others = sum(size_of(w) for w in spec.weights if w.parameter and not w.of_experts)
@@ -229,7 +229,7 @@ def test_experts_count_as_bytes(nested: Callable[..., Nested]) -> None:
 
 
 def measured(method: str, **options: object) -> AcceptanceSpec:
-    """What drafts of a tiny model of nested weights came to."""
+    """The measured drafts of a tiny model with nested weights."""
     own = chooser(method, text=samples(20, 48), measure=True, weights="int8", **options)
     found = own.choose().acceptance
     assert found is not None
@@ -237,7 +237,7 @@ def measured(method: str, **options: object) -> AcceptanceSpec:
 
 
 def test_drafts_of_half_of_the_bits_are_measured() -> None:
-    """Of a model whose sparse path skips nothing, too."""
+    """Also for a model whose sparse path skips nothing."""
     found = measured("none")
     assert found.density == pytest.approx(0.55, abs=0.05)  # embeddings are read in full
     assert 0.5 < found.agreement < 1.0
@@ -245,7 +245,7 @@ def test_drafts_of_half_of_the_bits_are_measured() -> None:
 
 
 def test_drafts_are_judged_by_the_nested_full_path() -> None:
-    """Of all bits and all neurons, each of them is the full path's own."""
+    """With all bits and all neurons, each draft token is the full path's."""
     found = measured("topk", keep=1.0, draft_bits=8)
     assert (found.density, found.agreement) == (1.0, 1.0)
     assert set(found.accepted) == {1.0}

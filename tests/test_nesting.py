@@ -1,4 +1,4 @@
-"""The kernel that nests weights: what torch makes of them, bit for bit."""
+"""The kernel that nests weights equals torch bit for bit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[InstructionSet]:
 
 
 def numbers(dtype: torch.dtype) -> Tensor:
-    """[O, C] of every size that a scale may have: noughts, subnormal scales, ties, the largest."""
+    """A matrix [O, C] with every kind of scale: zero, subnormal, ties, the largest."""
     generator = torch.Generator().manual_seed(0)
     size = torch.logspace(-9, 4, O, dtype=torch.float64)[:, None]
     matrix = (torch.randn(O, C, generator=generator, dtype=torch.float64) * size).to(dtype)
@@ -77,7 +77,7 @@ def test_groups_that_were_rounded_are_counted() -> None:
 @pytest.mark.parametrize("largest", [127, 100])
 @pytest.mark.parametrize("layout", Layout)
 def test_a_stored_weight_is_the_same_without_kernels(layout: Layout, largest: int) -> None:
-    """Of integers that were multiplied out, too, which torch finds again if no 127 is there."""
+    """Also for dequantized integers, which torch recovers if no integer of a group is 127."""
     require(InstructionSet.PORTABLE)
     q = torch.randint(-99, 100, (O, C // GROUP, GROUP), generator=torch.Generator().manual_seed(1))
     q[..., 0] = largest

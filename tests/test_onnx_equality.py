@@ -22,7 +22,7 @@ from tests.support.models import MAX_SEQ_LEN, random_decoder, word_tokenizer, wr
 from tests.support.onnx import Pair, Pairs, load_onnx
 
 METHODS = ("griffin", "topk", "cats", "teal", "griffin+teal")
-"""Every method with neurons to skip; a new one is one name here."""
+"""Every method that skips neurons; add a new method here."""
 WIDTHS, MODES = (1, 4), ("sirius", "exact")
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
@@ -35,15 +35,16 @@ FAMILIES: dict[str, dict[str, object]] = {
     "granite": {},
 }
 FAST = {("griffin", 1): "llama", ("topk", 4): "phi3", ("griffin+teal", 4): "mistral"}
-"""Neurons of a prompt, ranks, and thresholds of neurons and channels; both widths, weights fused
-and apart, a window. The rest is slow: a model with a period's graphs takes 6 s to make.
+"""These cover per-prompt neurons, top-k neurons, thresholds of neurons and channels, both widths,
+fused and separate weights, and a window. Other cases are slow tests, because compiling a model with
+all graphs takes 6 s.
 """
 THRESHOLDS = {"qwen3": 0.12}
-"""Other than the usual 0.1: there qwen3 gives a token of griffin's tree 0.099999994, which is as
-good as equal, and decided by how sums are rounded."""
+"""Instead of the usual 0.1, at which qwen3 gives a token of griffin's tree 0.099999994: rounding
+of sums would decide whether it is accepted."""
 ROUNDED = {("mistral", "teal", 4): [9, 8, 7]}
-"""First prompts other than [7, 8, 9]: there a channel's score is its threshold but for the last bit
-(1.1757811 and 1.1757812), and sums of another order decide otherwise."""
+"""First prompts instead of [7, 8, 9], for which a channel's score equals its threshold except for
+the last bit (1.1757811 and 1.1757812): the order of a sum would decide whether it is kept."""
 RAGGED = [[7, 8, 9], [50, 30, 11, 22, 60], [4 * i + 7 for i in range(15)]]
 ENDLESS: dict[str, Any] = {"eos_token_id": []}
 
@@ -98,7 +99,7 @@ def test_modes_without_periods(pairs: Pairs, method: str, width: int, mode: str)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [f.model_type for f in supported.FAMILIES])
 def test_every_family_of_the_table(family: str, tmp_path: Path) -> None:
-    """Mixtures have a file of their own, `test_onnx_moe`."""
+    """Mixtures are tested in `test_onnx_moe`."""
     row = next(f for f in supported.FAMILIES if f.model_type == family)
     place = supported.FAMILIES.index(row)
     config = CompileConfig(
@@ -138,7 +139,7 @@ def test_drafts_that_stop_early_and_short_periods(pairs: Pairs, method: str, wid
     ("method", "family"), list(product(("topk", "cats", "teal"), ("llama", "phi3")))
 )
 def test_few_neurons_or_channels_are_gathered(tmp_path: Path, method: str, family: str) -> None:
-    """The product of all of `up` is not there; tokens are PyTorch's all the same."""
+    """The graph has no full product with `up`; the tokens equal PyTorch's."""
     config = CompileConfig(
         sparsity=method,
         keep=0.1,

@@ -1,4 +1,4 @@
-"""Each lowered operator computes what PyTorch computes; what is not known is refused by name."""
+"""Each translated operator computes what PyTorch computes; an unknown one is refused by name."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_operators(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_operators_on_rows_known_when_it_runs(name: str) -> None:
-    """As above, but the graph is made for a number of rows that it does not know."""
+    """Like the test above, with a symbolic number of rows."""
     function, inputs = CASES[name]
     if name == "view.default":
         pytest.skip("its sizes are its own")
@@ -246,7 +246,7 @@ def test_operators_on_rows_known_when_it_runs(name: str) -> None:
 
 @pytest.mark.parametrize("descending", [False, True])
 def test_sorting(descending: bool) -> None:
-    """Equal values keep their order."""
+    """The sort is stable."""
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
         return x.sort(dim=-1, descending=descending, stable=True)
@@ -284,7 +284,7 @@ def test_block_attention(
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("lengths", [[0, 0, 0], [4, 0, 9]])
 def test_cached_attention_of_a_whole_block(window: int | None, lengths: list[int]) -> None:
-    """Attention is the same; what PyTorch writes to the caches, ONNX gives back."""
+    """Attention is the same; ONNX returns the K/V that PyTorch writes to the caches."""
     block = Block(lengths, [CHAIN])
     names = ("q", "k", "v", "k_cache", "v_cache", "positions", "slots", "length", "mask")
     inputs = [getattr(block, name).clone() for name in names]
@@ -356,7 +356,7 @@ def test_sparse_linear(bias: bool) -> None:
 @pytest.mark.parametrize("threshold", [-1.0, 0.2, 99.0])
 @pytest.mark.parametrize("form", ["apart", "fused", "plain"])
 def test_cats_gathers_where_few_are_kept(form: str, threshold: float, kept: float) -> None:
-    """Whatever the site expects, and the threshold keeps of it: all neurons, some or none."""
+    """For any expected share, and thresholds that keep all neurons, some or none."""
     stored = {"down": DOWN, "gate_bias": BIASES[0], "up_bias": BIASES[1], "down_bias": BIASES[2]}
     gate = {"fused": torch.cat([GATE, UP])}.get(form, GATE)
     stored |= {"gate": gate} | ({"up": UP} if form == "apart" else {})
@@ -379,7 +379,7 @@ def test_cats_gathers_where_few_are_kept(form: str, threshold: float, kept: floa
 @pytest.mark.parametrize("threshold", [-1.0, 0.6, 99.0])
 @pytest.mark.parametrize("columns", [False, True])
 def test_teal_gathers_where_few_are_kept(columns: bool, threshold: float, kept: float) -> None:
-    """Channels are rows of the weight; those of some of its columns are not gathered."""
+    """Channels are rows of the weight; a slice of its columns is not gathered."""
     stored = {"weight": floats(C, 7, seed=1)}
 
     def function(x: Tensor, weight: Tensor) -> Any:
@@ -401,7 +401,7 @@ def readers(model: onnx.ModelProto, weight: str) -> set[str]:
 @pytest.mark.parametrize("threshold", [None, 0.3])
 @pytest.mark.parametrize("form", ["gated", "biased", "plain"])
 def test_griffin_reads_the_weights_that_select_kept(form: str, threshold: float | None) -> None:
-    """The kept rows are inputs; with them the operator is as over all weights with `neurons`."""
+    """Given the kept rows as inputs, the result equals that with all weights and `neurons`."""
     x, neurons = floats(2, 3, C, seed=9), torch.tensor([[[1, 4, 5, 11], [0, 2, 3, 7]]])
     up = None if form == "plain" else UP
     biases = BIASES if form == "biased" else (None, None, None)
@@ -487,7 +487,7 @@ def test_loops_and_branches() -> None:
 
 
 def test_a_fused_weight_is_read_where_it_lies() -> None:
-    """Parts of a weight are parts of one product; a transposed weight is not transposed."""
+    """Slices of a weight share one product, and no Transpose of a weight is added."""
     fused, square = floats(8, C), floats(C, C, seed=1)
     nodes: list[JSON] = [
         {"name": "fused", "op": "weight", "bound": "fused"},
@@ -521,7 +521,7 @@ def test_a_fused_weight_is_read_where_it_lies() -> None:
 
 
 def call(name: str, target: str, *args: Any) -> JSON:
-    """A record of a document; strings name nodes."""
+    """A call's record in a graph document; strings refer to nodes."""
     return {
         "name": name,
         "op": "call",

@@ -1,4 +1,4 @@
-"""Mixtures of experts on ONNX Runtime: what PyTorch computes, from weights where they lie."""
+"""Mixtures of experts on ONNX Runtime: equal to PyTorch, with weights read in place."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ROWS = random_rows(3, 17, 8)
 def check(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], weights: dict[str, Tensor]
 ) -> onnx.ModelProto:
-    """ONNX Runtime gives what `function` of inputs and weights gives; returns the graph."""
+    """Checks that ONNX Runtime equals `function` of inputs and weights; returns the graph."""
     model = over_weights(function, inputs, weights)
     (found,) = run(model, inputs)
     torch.testing.assert_close(found, function(*inputs, **weights), atol=1e-5, rtol=1e-4)
@@ -50,7 +50,7 @@ def check(
 
 
 def stored(args: Sequence[Any], form: str) -> tuple[dict[str, Tensor], Callable[..., list[Any]]]:
-    """The weights of `moe_args` as they are stored, and the operator's arguments of them."""
+    """The stored weights for `moe_args`, and the operator's arguments made from them."""
     gate, up, down, gate_bias, up_bias, down_bias = args[3:9]
     plain = {"gate": gate, "up": up, "down": down}
     plain |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
@@ -117,7 +117,7 @@ def test_plain_experts_have_no_up(operator: str) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_experts_that_no_token_goes_to(tokens: int) -> None:
-    """One graph for any number of tokens; all of them to the same experts, or to one twice."""
+    """One graph serves any number of tokens, also if all go to the same experts or to one twice."""
     args = moe_args(bias=True)
     weights, arguments = stored(args, "fused")
     model = over_weights(

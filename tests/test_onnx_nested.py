@@ -1,4 +1,4 @@
-"""Nested weights behind ONNX Runtime: its bytes, its numbers, its tokens, and one copy of them."""
+"""Nested weights with ONNX Runtime: their bytes, products and tokens, and one copy of them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def spec_of(outputs: int, layout: Layout, experts: tuple[int, ...] = ()) -> Weig
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("planes", [1, 2])
 def test_parts_are_the_planes_in_another_order(layout: Layout, planes: int) -> None:
-    """By the words of ONNX Runtime: an even input in the low half of a byte; of experts too."""
+    """As ONNX Runtime documents it: an even input is in a byte's low half, for experts too."""
     matrices = [nest(randn(O, C, seed=seed) / 9, layout) for seed in (0, 1)]
     spec, bytes_of = spec_of(O, layout, (2,)), torch.stack(matrices, 1).numpy()
     high, low, scale, draft = (part_of(spec, bytes_of, part) for part in PARTS)
@@ -78,7 +78,7 @@ def by_onnxruntime(model: onnx.ModelProto, **inputs: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("high", [False, True])
 def test_products(layout: Layout, high: bool) -> None:
-    """By ONNX Runtime's kernel, and by the function that stands in where there is none."""
+    """With ONNX Runtime's kernel, and with the function for runtimes without the kernel."""
     planes, bias = nest(randn(O, C, seed=0) / 9, layout), randn(O, seed=2)
     s, spec = Scope(), spec_of(O, layout)
     weight = Nested.of(spec)

@@ -1,4 +1,4 @@
-"""build_period: one more graph, whose loop drafts and which verifies, accepts and rolls back."""
+"""build_period: adds a graph that drafts in a loop, verifies, accepts and rolls back."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def built(
 
 
 shared = functools.cache(built)
-"""As `built`, but made once, and not to be changed."""
+"""Like `built`, but built once; tests must not change it."""
 
 
 WIDTHS = {f"{method}, w={width}": (method, width) for method in SPARSIFY for width in (1, 2)}
 FAST = {"cats, w=1", "griffin, w=2"}
-"""Each is a build: counts or a statistic beside the tokens, a chain or a tree."""
+"""Each needs a build of its own: with counts or a statistic, as a chain or as a tree."""
 
 
 @pytest.fixture(scope="module", params=slow_but(WIDTHS, FAST))
@@ -101,7 +101,7 @@ def width(case: tuple[str, int]) -> int:
 
 @pytest.fixture(scope="module")
 def program(case: tuple[str, int]) -> Program:
-    """Two layers, for each sparse path and width; not to be changed."""
+    """Two layers, for each sparse path and width; tests must not change them."""
     method, width = case
     return shared(width, sparsify=SPARSIFY[method], build=two_layers)
 
@@ -112,7 +112,7 @@ def loops(module: fx.GraphModule) -> list[fx.Node]:
 
 
 def inner(node: fx.Node) -> fx.GraphModule:
-    """The graph that an argument of control flow stands for."""
+    """The graph that an argument of a control flow operator refers to."""
     assert node.op == "get_attr"
     found = getattr(node.graph.owning_module, str(node.target))
     assert isinstance(found, fx.GraphModule)
@@ -131,7 +131,7 @@ SHOWN = ("sirius.", "aten.linear", "aten.embedding", "aten.item", "while_loop", 
 
 
 def outline(module: fx.GraphModule, name: str = PERIOD) -> Iterator[str]:
-    """Calls of what does the work, of a graph and those within it."""
+    """Calls of the main operators, in a graph and in its subgraphs."""
     found = Counter(target_name(n) for n in module.graph.nodes if n.op == "call_function")
     kept = [f"{t} {n}" for t, n in sorted(found.items()) if t.startswith(SHOWN)]
     yield f"{name}: {', '.join(kept) or '-'}"
@@ -263,7 +263,7 @@ def test_each_node_s_value_is_that_of_its_call(program: Program) -> None:
 
 
 def alike(recorded: Any, value: Any) -> bool:
-    """Whether two fake values have one structure, with equal shapes and dtypes."""
+    """Whether two fake values have the same structure, shapes and dtypes."""
     if isinstance(recorded, Tensor):
         return recorded.dtype is value.dtype and alike(tuple(recorded.shape), tuple(value.shape))
     if isinstance(recorded, tuple | list):
@@ -338,7 +338,7 @@ def test_a_draft_of_one_step_needs_no_loop(width: int, size: int, count: int) ->
 
 
 def insert_in(graph: fx.Graph, target: Callable[..., Any]) -> None:
-    """Has a value of the graph go through `target`."""
+    """Passes a value of the graph through `target`."""
     node = next(
         n
         for n in graph.nodes
@@ -400,7 +400,7 @@ def test_the_verifier_refuses(damage: str) -> None:
 
 
 def test_the_verifier_refuses_a_draft_without_attention() -> None:
-    """Of a model of one layer: no other layer's attention says how often it should stand."""
+    """With one layer, no other layer shows how many attention nodes are expected."""
     program = copied(shared(1))
     drop_attention(0, program)
     with pytest.raises(PassError, match="block_attention has layers"):

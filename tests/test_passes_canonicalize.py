@@ -1,4 +1,4 @@
-"""canonicalize: export noise goes, a fused linear becomes one linear a slice."""
+"""canonicalize: removes export noise, and splits a fused linear into one linear a slice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Split = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Noisy(nn.Module):
-    """A fused MLP amid what does nothing at inference."""
+    """A fused MLP between operators that have no effect at inference."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def test_a_linear_that_is_not_only_sliced_stays(split: str) -> None:
 
 
 class ComputedWeight(FusedMlp):
-    """The fused weight is none of the weight table: it is computed."""
+    """The fused weight is computed, so it is not in the weight table."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.gate_up.weight * 2).chunk(2, -1)
@@ -160,7 +160,7 @@ def test_contiguous_goes_only_where_it_copies_nothing() -> None:
 
 
 class Columns(nn.Module):
-    """x @ weight + bias over flattened tokens, as transformers' Conv1D."""
+    """x @ weight + bias over flattened tokens, like transformers' Conv1D."""
 
     def __init__(self, features: int = HIDDEN) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ def test_a_product_with_columns_before_and_after() -> None:
 
 
 class ColumnsInThree(Columns):
-    """Fused, and split by features."""
+    """Three fused products, split along their features."""
 
     def forward(self, x: Tensor) -> Tensor:
         a, b, c = super().forward(x).chunk(3, -1)
@@ -209,7 +209,7 @@ def test_fused_columns_are_split() -> None:
 
 
 class ColumnsStayFlat(Columns):
-    """The product is also read as it is, over [B*T, C]."""
+    """The flat product [B*T, C] has another reader."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x)

@@ -1,4 +1,4 @@
-"""insert_kv_cache: attention reads and writes a cache; logits of chains and trees stay the same."""
+"""insert_kv_cache: attention reads and writes a KV cache; the logits of chains and trees stay."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_windows_and_softcaps_are_kept(window: int | None, softcap: float | None
 
 
 class Positionless(nn.Module):
-    """Reads no positions: the graph gets them for its cache alone."""
+    """Reads no positions; only the cache needs them as an input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def test_inputs_are_added_once() -> None:
 
 
 class OwnAttention(nn.Module):
-    """Attention that the model computes by itself over one token's heads, not over tokens."""
+    """The model's own attention over the heads of one token, not over tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
         heads = x.unflatten(-1, (3, 2))

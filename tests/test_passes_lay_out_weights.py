@@ -1,4 +1,4 @@
-"""lay_out_weights: a weight is stored as its strictest readers want it, once, for every path."""
+"""lay_out_weights: a weight is stored once, in the layout that its readers need."""
 
 from __future__ import annotations
 
@@ -102,12 +102,12 @@ def test_random_weights_are_the_same_matrix_in_any_layout() -> None:
 
 
 def dense(build: type[Decoder], layer: Callable[[], nn.Module] = Mlp) -> Program:
-    """At stage PAIRED with its MLPs as they were traced."""
+    """A program at stage PAIRED whose MLPs are still traced operators."""
     return after(lambda: build(layer()), Canonicalize(), InsertKvCache(), PairPaths())
 
 
 def skip_channels(program: Program) -> None:
-    """Makes every linear of the sparse path one that may skip input channels, as TEAL does."""
+    """Replaces every linear of the sparse path by one that may skip input channels, like TEAL."""
     graph = program.graphs[SPARSE].graph
     for linear in calls(graph, torch.ops.aten.linear.default):
         x, weight, *bias = linear.args
@@ -121,7 +121,7 @@ def skip_channels(program: Program) -> None:
 
 
 def printed(program: Program, name: str, *operators: str) -> list[str]:
-    """The lines of a graph that call one of the operators."""
+    """The printed lines of a graph that call one of the operators."""
     lines = snapshot(program.graphs[name]).splitlines()
     return [line for line in lines if any(f"= {o}(" in line for o in operators)]
 
@@ -167,7 +167,7 @@ def test_slices_of_a_weight_follow_it() -> None:
 
 
 def test_neurons_and_input_channels_may_agree() -> None:
-    """`down` is read by neurons in one path, and as a linear's input channels in another."""
+    """One path reads `down` by neurons, another by a linear's input channels."""
     program = paired(one_mlp)
     graph = program.graphs[SPARSE].graph
     (mlp,) = calls(graph, torch.ops.sirius.dense_mlp.default)
@@ -187,7 +187,7 @@ def test_neurons_and_input_channels_may_agree() -> None:
 
 
 def test_neurons_and_input_channels_may_disagree() -> None:
-    """The rows of `gate` are neurons in one path, its columns input channels in another."""
+    """One path reads rows of `gate` as neurons, another its columns as input channels."""
     program = paired(one_mlp)
     graph = program.graphs[SPARSE].graph
     (mlp,) = calls(graph, torch.ops.sirius.dense_mlp.default)
@@ -209,7 +209,7 @@ def test_neurons_and_input_channels_may_disagree() -> None:
 
 
 class Columns(nn.Module):
-    """x @ weight + bias over flattened tokens, as transformers' Conv1D; in three parts."""
+    """x @ weight + bias over flattened tokens, like transformers' Conv1D, in three parts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ def test_where_nothing_is_read_transposed_nothing_is_done() -> None:
 
 
 class EmbedIsTransposed(Decoder):
-    """Tied: the embedding is read by rows, and transposed as the head."""
+    """Tied: the embedding reads the weight by rows, and the head reads its transpose."""
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         return self.head(self.embed(input_ids) @ self.embed.weight.t() @ self.embed.weight)

@@ -1,4 +1,4 @@
-"""Passes over mixtures of experts: what each makes of `sirius.dense_moe`, and who refuses it."""
+"""Passes over mixtures of experts: their rewrites of `sirius.dense_moe`, and their refusals."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def mixture() -> Decoder:
 
 
 def on_sparse(replacements: Mapping[Any, Callable[..., Any]]) -> Reference:
-    """What is expected of each graph: the sparse one with operators computed by loops."""
+    """Each graph's expected outputs; the sparse path's operators are computed by loops."""
 
     def reference(
         name: str,
@@ -73,7 +73,7 @@ def test_weights_are_normalised_apart_not_in_place() -> None:
 
 
 def in_two_parts(x: Tensor) -> Tensor:
-    """As the keys of latent attention are put together."""
+    """Concatenated like the keys of latent attention."""
     y = x.new_empty(x.shape)
     y[..., :2] = x[..., 1:3]
     y[..., 2:] = x.tanh()[..., 2:]
@@ -213,7 +213,7 @@ def test_a_share_that_keeps_all_experts_is_refused() -> None:
 
 
 class OwnWeights(Mixture):
-    """The weights are computed anew, by another matrix."""
+    """The routing weights are computed by another matrix."""
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, HIDDEN)
@@ -234,7 +234,7 @@ def test_weights_that_do_not_come_from_the_choice_are_refused() -> None:
 
 
 def test_a_step_reads_the_experts_of_one_token() -> None:
-    """One of three experts is not read, in each of two layers."""
+    """Each of two layers skips one of three experts."""
     for stage in (paired(two_mixtures), after(two_mixtures, Canonicalize())):
         every = sum(2 * spec.numbers for spec in stage.weights.values())
         assert every - step_bytes(stage) == 2 * 2 * 3 * 10 * HIDDEN
@@ -286,7 +286,7 @@ def test_down_is_stored_neuron_major(step: Pass) -> None:
 
 
 class Alternating(Mixture):
-    """Gate and up are every other column of [E, C, 2I], as in gpt-oss."""
+    """Gate and up alternate as columns of [E, C, 2I], as in gpt-oss."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""nest_weights: what linears, MLPs and embeddings read becomes two planes; a draft reads one."""
+"""nest_weights: weights of linears, MLPs and embeddings become two planes; a draft reads one."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class FusedMlp(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, residual layers with norms' weights, a head, which may be the embeddings."""
+    """Embeddings, residual layers with weighted norms, and a head, which may be tied."""
 
     def __init__(self, *layers: nn.Module, tied: bool = False) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ def test_a_fused_weight_is_read_in_parts_of_its_planes() -> None:
 
 
 def test_a_fused_weight_by_inputs_is_cut_by_bytes() -> None:
-    """Of linears that skip channels: their outputs are columns, of two numbers a byte."""
+    """For linears that skip channels, outputs are columns, and a byte holds two of them."""
     program = nested(one_layer, "teal")
     assert program.weights["layers.0.qkv.weight"].shape == (2, 1, 34, 48)
     reads = calls(program.graphs[SPARSE].graph, sirius.sparse_linear.default)
@@ -227,7 +227,7 @@ def test_a_fused_weight_by_inputs_is_cut_by_bytes() -> None:
 
 
 class Odd(nn.Module):
-    """A linear whose inputs are no multiple of 32, and one whose outputs are none."""
+    """One linear's inputs, and another's outputs, are not a multiple of 32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ def test_odd_widths_stay_and_say_why() -> None:
 
 
 def test_an_mlp_stays_whole() -> None:
-    """Its down has 48 inputs, so that gate and up stay as well."""
+    """Its down has 48 inputs and can't be nested, so gate and up are not nested either."""
     found = left(lambda: Decoder(Mlp(48), Mlp()))
     assert found == {
         "layers.0.down.weight": "its 48 inputs are no multiple of 32",
@@ -379,7 +379,7 @@ def test_a_mixture_stays_whole() -> None:
 
 
 def test_a_step_reads_the_nested_experts_of_one_token() -> None:
-    """By hand, of three experts two; a draft keeps half of the neurons of topk."""
+    """Computed by hand, for two of three experts; a topk draft keeps half of their neurons."""
     program = nested(lambda: Decoder(Experts()))
     experts = 2 * 3 * NEURONS * WIDTH * 17 // 16  # of two
     others = (
@@ -439,7 +439,7 @@ class AsNested:
         return values if layout is Layout.BY_OUTPUTS else values.mT
 
     def replacements(self) -> dict[Any, Callable[..., Any]]:
-        """Activations meet weights in steps."""
+        """A product whose activations are rounded to integer steps."""
 
         def through(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return F.linear(in_steps(x), weight, bias)
@@ -459,7 +459,7 @@ class AsNested:
 
 
 def reference(layouts: Mapping[str, Layout], bits: int, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What every graph should give once the weights are nested so."""
+    """Each graph's expected outputs with weights nested in these layouts."""
 
     def run(
         name: str,
@@ -498,6 +498,6 @@ def test_both_paths_compute_with_what_they_read(
 
 
 def check(program: Program, bits: int, wanted: Any) -> PassCheck:
-    """By the operators' references: kernels have tests of their own."""
+    """With reference operators, because kernels have tests of their own."""
     with references():
         return check_pass(program, NestWeights(bits), reference=wanted, rtol=1e-3, atol=1e-3)

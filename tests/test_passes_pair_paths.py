@@ -115,7 +115,7 @@ def test_the_paths_share_no_nodes() -> None:
 
 
 class Capped(Decoder):
-    """Logits that are bounded after the head, as Gemma 2's are."""
+    """Logits with a softcap after the head, like Gemma 2's."""
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         return (super().forward(input_ids, positions) / 3.0).tanh() * 3.0
@@ -129,7 +129,7 @@ def test_what_follows_the_head_is_kept_and_done_for_one_token() -> None:
 
 
 class TwoHeads(Decoder):
-    """Logits that are the sum of two heads'."""
+    """Logits that are the sum of two heads."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""recognise_mlps: an MLP becomes one operator; what is none is refused with the reason."""
+"""recognise_mlps: an MLP becomes one operator; anything else is refused with the reason."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_a_fused_gate_up_is_recognised_once_it_is_split() -> None:
 
 
 class ReadsInside(Mlp):
-    """A gated MLP of which one inner value is read outside of it."""
+    """A gated MLP with an inner value that has a reader outside of it."""
 
     def __init__(self, which: str) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class UpIsNoLinear(Mlp):
 
 
 class OneLinear(Mlp):
-    """x · silu(x) of one linear: gate and up are the same."""
+    """x · silu(x) of one linear, so gate and up are the same node."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate(x)
@@ -243,7 +243,7 @@ class OneLinear(Mlp):
 
 
 class Router(nn.Module):
-    """Weights of three experts, by two matrices."""
+    """Routing weights of three experts, computed by two matrices."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -192,7 +192,7 @@ def test_only_the_paths_that_use_them_have_the_new_inputs() -> None:
 
 
 def test_to_observe_is_to_verify() -> None:
-    """Whoever refreshes commits by these logits: they are bit for bit the full path's."""
+    """A refreshing period commits by these logits, so they must be the full path's bit for bit."""
     program = paired(two_layers)
     check_pass(program, SparsifyGriffin(0.35), reference=reference)
     weights = random_weights(program, seed=0)

@@ -1,4 +1,4 @@
-"""Pages of mapped files that are given back while they are read."""
+"""Resident pages of mapped files are released while they are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary embeddings past the length that a model was first trained on, against transformers."""
+"""Rotary embeddings beyond the original training length, against transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the compiler says of wrong kernels, and that it finds nothing wrong with the right ones."""
+"""The compiler reports wrong kernels, and accepts correct ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stages(text: Path, family: str = "llama", **options: Any) -> list[str]:
-    """Compiles a tiny model; the stages that it went through."""
+    """Compiles a tiny model; returns the names of its stages."""
     told: list[str] = []
     compile_model(
         random_decoder(family, **CONFIGS.get(family, {})),
@@ -89,7 +89,7 @@ def test_no_operator_of_a_sound_compile_is_found_wrong(
 def wrong_in(
     monkeypatch: pytest.MonkeyPatch, name: str, when: Callable[..., bool] = lambda *_: True
 ) -> None:
-    """From here on, the kernel of that operator leaves the last quarter of its columns zero."""
+    """Makes the operator's kernel leave the last quarter of its columns zero."""
     own = dict(rewrite._functions())
 
     def broken(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +109,7 @@ def wrong_in(
 
 
 def transposed_of_one(x: Tensor, weight: Tensor, *_: Any) -> bool:
-    """What once was wrong at real sizes."""
+    """A regression found at a real model's sizes."""
     return weight.stride(1) != 1 and x.shape[1] == 1
 
 
@@ -160,7 +160,7 @@ def test_a_wrong_kernel_stops_the_compile_and_is_named(
 def test_wrong_numbers_of_nested_weights_stop_the_compile(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The references have them from a kernel."""
+    """The references get the numbers of nested weights from a kernel."""
     right = self_check.unnest
 
     def wrong(weight: Tensor, *args: Any, **options: Any) -> Tensor | None:
@@ -264,7 +264,7 @@ def test_a_wrong_block_is_more_than_rounding(dtype: torch.dtype) -> None:
 
 
 def tied() -> list[Any]:
-    """x, weights and so on of an MLP whose gates are all the same: every score is at the border."""
+    """Arguments of an MLP with equal gates, so every score is at the selection's border."""
     x, gate, *rest = mlp_args(dtype=torch.bfloat16, tokens=1)
     return [x[:1], gate[:1].expand_as(gate).contiguous(), *rest]
 

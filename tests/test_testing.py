@@ -1,4 +1,4 @@
-"""The pass checker: a pass that breaks a promise is found out, each by its own message."""
+"""The pass checker: each broken rule of a pass is found, with its own message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ aten, sirius = torch.ops.aten, torch.ops.sirius
 
 
 class Rewrite(Pass):
-    """Replaces each silu by what `replace` makes of it, and says it made `reported` rewrites."""
+    """Applies `replace` to each silu, and reports `reported` rewrites."""
 
     name = "rewrite"
     takes = gives = Stage.CANONICAL
@@ -161,7 +161,7 @@ def test_a_refusal_passes_through() -> None:
 
 
 class Rewire(Pass):
-    """insert_kv_cache, with one argument of the operator exchanged afterwards."""
+    """insert_kv_cache with a bug: one argument of the operator is replaced afterwards."""
 
     name = "rewire"
     takes, gives = Stage.CANONICAL, Stage.CACHED

@@ -1,4 +1,4 @@
-"""Multimodal checkpoints: the text model is taken out of them, and the rest is named."""
+"""Multimodal checkpoints: the text model is compiled, and the rest is reported."""
 
 from __future__ import annotations
 

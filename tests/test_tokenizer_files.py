@@ -1,4 +1,4 @@
-"""The tokenizer of an artifact has every added token of the model's, wherever that is declared."""
+"""An artifact's tokenizer has every added token of the model, whichever file declares it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ DECLARED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("files", DECLARED, ids=lambda files: json.dumps(files)[:70])
 def test_tokens_are_those_of_transformers(tmp_path: Path, files: dict[str, Any]) -> None:
-    """The runtime reads tokenizer.json alone: others' tokens were split into characters."""
+    """The runtime reads only tokenizer.json, so tokens of other files would be split."""
     found = stored(source(tmp_path, files))
     wanted = AutoTokenizer.from_pretrained(tmp_path)
     ids = found.encode(TEXT).ids

@@ -1,4 +1,4 @@
-"""Progress: parts are counted once they are done, and a bar is drawn on terminals alone."""
+"""Progress: parts are counted when they are done, and a bar is drawn on terminals only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sirius_compile.watch import each, unwatched
 
 
 class Log:
-    """A `Watch` that notes what it is told."""
+    """A `Watch` that records its calls."""
 
     def __init__(self) -> None:
         self.told: list[object] = []

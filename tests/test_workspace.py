@@ -1,4 +1,4 @@
-"""Compilations that are killed, run out of disk, or lack a file; and those that go on from them."""
+"""Compilations that are killed, run out of disk or lack a file, and those that resume them."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ def quick(folder: Path, out: Path) -> list[Any]:
 
 
 def names(folder: Path) -> list[str]:
-    """What lies beside the artifacts."""
+    """The names of the files and folders beside the artifacts."""
     return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
 
 
 class Killed(BaseException):
-    """What a test kills a compilation by, where a signal would come too late or too early."""
+    """Raised to kill a compilation at an exact point, which a signal can't hit."""
 
 
 @pytest.fixture
 def writes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Counts what is written, and raises `error` at write number `at`, when half of it is there."""
+    """Counts writes, and raises `error` halfway through write number `at`."""
     state: dict[str, Any] = {"count": 0, "at": -1, "error": Killed}
     whole = Workspace._write
 
@@ -92,7 +92,7 @@ def wanted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[byte
 
 
 def run_alone(arguments: list[Any], *flags: Any, seconds: float | None = None) -> float:
-    """Compiles in a process of its own, and kills it after `seconds`; the seconds it took."""
+    """Compiles in another process, kills it after `seconds`, and returns the seconds it ran."""
     begin, child = time.perf_counter(), os.fork()
     if child == 0:
         status = 70
@@ -115,7 +115,7 @@ def run_alone(arguments: list[Any], *flags: Any, seconds: float | None = None) -
 
 
 def test_killed_at_random_points(folder: Path, tmp_path: Path, wanted: tuple[bytes, float]) -> None:
-    """Again and again; at last it is left to finish."""
+    """Kills it several times, then lets it finish."""
     out, (content, seconds) = tmp_path / "m.sirius", wanted
     given = quick(folder, out)
     chosen = random.Random(0)
@@ -128,7 +128,7 @@ def test_killed_at_random_points(folder: Path, tmp_path: Path, wanted: tuple[byt
 
 @pytest.mark.slow
 def test_killed_at_many_random_points(folder: Path, tmp_path: Path) -> None:
-    """Of a compilation that calibrates."""
+    """The same for a compilation that calibrates."""
     seconds = run_alone(options(folder, tmp_path / "whole.sirius"))
     content = (tmp_path / "whole.sirius").read_bytes()
     chosen = random.Random(1)
@@ -144,7 +144,7 @@ def test_killed_at_many_random_points(folder: Path, tmp_path: Path) -> None:
 def test_killed_at_every_other_write(
     folder: Path, tmp_path: Path, cli: Cli, writes: dict[str, Any]
 ) -> None:
-    """What is stored is not made again, and a choice is not made again; the bytes are the same."""
+    """Stored weights and choices are not computed again, and the artifact's bytes are the same."""
     first, out = tmp_path / "first.sirius", tmp_path / "m.sirius"
     assert cli.compile(*options(folder, first)).code == 0
     total, runs = writes["count"], 0

@@ -22,7 +22,7 @@ from tests.support.models import TinyModels
 
 ROOT = Path(__file__).parents[1]
 ARTIFACT, FOLDER = "{artifact}", "{folder}"
-"""What stands for the path of a sound artifact, and of an empty folder that stays so."""
+"""Placeholders for the path of a valid artifact, and of a folder that must stay empty."""
 
 NO_NUMBER = ("", "x", "²", "--5", "0x10", "9" * 5000)
 NO_INTEGER = (*NO_NUMBER, "1.5", "1e3", "nan")
@@ -36,7 +36,7 @@ NOT_HERE = (f"{FOLDER}/nothing", f"{FOLDER}", "/dev/null", f"{ARTIFACT}/below")
 
 @dataclass(frozen=True)
 class Line:
-    """A wrong command line. `says`: what its message must hold."""
+    """A wrong command line. `says`: text that its message must contain."""
 
     command: str
     arguments: tuple[str, ...]
@@ -266,7 +266,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "benchmarks.steps": ("--layers", "--context", "--verify", "--rounds", "--threads"),
     "examples/tally/demo.py": ("--problems", "--period"),
 }
-"""The whole numbers of a script that works for minutes."""
+"""The integer options of scripts that run for minutes."""
 
 
 def script_lines() -> Iterator[Line]:
@@ -367,7 +367,7 @@ def test_it_is_refused(line: Line, cli: Cli, artifact: Path, tmp_path: Path) -> 
 
 
 def option(flag: str) -> str:
-    """The flag's name in Python, by which options of `generate` are told."""
+    """The flag's name in Python, as messages about options of `generate` use it."""
     return flag.removeprefix("--").replace("-", "_")
 
 
