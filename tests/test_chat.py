@@ -465,7 +465,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
     chat._at_terminal(conversation)
     said = capsys.readouterr().err
     assert "sirius: stopped" in said
-    assert "the answer is cut; --max-new-tokens" in said
+    assert "the answer was cut at its greatest length; --max-new-tokens" in said
     stopped = conversation.messages[1]["content"]
     assert stopped == "".join(written[:2])
     assert len(conversation.messages) == 4

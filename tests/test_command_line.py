@@ -102,7 +102,7 @@ def test_prompt_and_stop_follow_it(
 def test_help_tells_the_rule(cli: Cli) -> None:
     told = " ".join(cli.run("run", "--help").out.split())
     assert command_line.ESCAPES in told
-    assert "less one line break at its end" in told
+    assert "except that one line break at its end is removed" in told
 
 
 # the text of files and of stdin

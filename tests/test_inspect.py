@@ -164,7 +164,7 @@ def test_a_file_for_onnx_runtime_has_no_graphs(cli: Cli, tmp_path: Path) -> None
     path = unpack("1.1/llama-none-onnx", tmp_path)
     done = cli.run("inspect", path, "--graph", "full")
     assert (done.code, done.out) == (2, "")
-    assert "it is for ONNX Runtime alone" in done.err
+    assert "it was compiled for ONNX Runtime only" in done.err
     assert cli.run("inspect", path, "--html", tmp_path / "page.html").code == 0
     assert "<h2>Graphs</h2>" not in (tmp_path / "page.html").read_text()
 
@@ -207,7 +207,7 @@ def test_the_page_needs_nothing_and_runs_nothing(
     if not bad:
         for entry in ("prefill", "sparse", "full", "observe", "period"):
             assert f"<summary>{entry} " in text
-        assert "<h2>sparse beside full</h2>" in text
+        assert "<h2>sparse compared with full</h2>" in text
         assert '<span class="added">+%griffin_mlp' in text
 
 

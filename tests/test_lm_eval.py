@@ -184,7 +184,7 @@ def test_the_command_line_prints_the_harness_s_numbers(
     assert last.split()[:5] == ["full", "words", "exact_match,words", "0.7500", "0.2500"]
     done = cli.run("eval", path, *flags, "--data", "x")
     assert done.code == 2
-    assert "--data: not of lm-eval" in done.err
+    assert "lm-eval:… tasks do not take --data" in done.err
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_the_command_writes_what_happened(cli: Cli, artifact: Path, tmp_path: Pa
     # The terminal's view: all of the answer, and each refusal.
     assert "\x1b" not in done.out
     assert done.out.count("\n      refused ") == sum(step["corrects"] for step in steps) > 0
-    assert f"K/V cache: {cache['slots']} slots of 5 layers are those of a dense run" in done.out
+    assert f"K/V cache: {cache['slots']} slots of 5 layers match a dense run" in done.out
     assert "AAL" in done.err
     assert "<title>tally-3m traced</title>" in page_file.read_text()
 
@@ -178,7 +178,7 @@ def test_a_broken_cache_ends_the_command_as_a_bug(
     done = cli.run("trace", artifact, "-p", PROMPT, *flags)
     assert done.code == 70
     assert "cache inconsistency: v of layer 3, slot 60, differs by " in done.out
-    assert "the K/V cache is not that of a dense run" in done.err
+    assert "the K/V cache differs from that of a dense run" in done.err
     cache = json.loads(out.read_text().splitlines()[-2])
     assert cache["inconsistent"] >= 1
     found = [(one["tensor"], one["layer"], one["slot"]) for one in cache["differences"]]

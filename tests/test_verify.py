@@ -54,7 +54,7 @@ def test_a_compiled_artifact_is_reproduced_bit_by_bit(cli: Cli, sound: Path) -> 
     size = sum(record.size for record in files.values())
     assert done.out == (
         f"{sound}: sound ({len(files)} files, {size:,} bytes); this machine reproduces the "
-        "compiling one: the logits of prefill, sparse and full are bit-equal\n"
+        "compiling machine's results: the logits of prefill, sparse and full are bit-equal\n"
     )
     found = json.loads(cli.run("verify", sound, "--json").out)
     assert found["self_test"]["outcome"] == "bit-equal"
@@ -97,15 +97,15 @@ def test_rounding_is_told_apart_from_another_result(cli: Cli, path: Path) -> Non
     done = cli.run("verify", path)
     assert done.code == 0
     assert done.out.endswith(
-        "this machine reproduces the compiling one: the logits are bit-equal of prefill, equal "
-        "within rounding of sparse and bit-equal of full (largest difference 0.001 of their root "
-        "mean square)\n"
+        "this machine reproduces the compiling machine's results: the logits are bit-equal in "
+        "prefill, equal within rounding in sparse and bit-equal in full (largest difference 0.001 "
+        "of the logits' RMS)\n"
     )
     change(0.1, 2)
     done = cli.run("verify", path)
     assert done.code == 1
-    assert "does not reproduce the compiling one" in done.out
-    assert "different of full" in done.out
+    assert "does not reproduce the compiling machine's results" in done.out
+    assert "different in full" in done.out
     assert "SIRIUS_KERNELS=0" in done.err
     done = cli.run("verify", path, "--json")
     assert done.code == 1
@@ -133,7 +133,7 @@ def test_an_artifact_without_a_self_test_says_so(cli: Cli, path: Path) -> None:
     done = cli.run("verify", path)
     assert done.code == 0
     assert done.out.endswith(
-        "holds no self-test: whether this machine reproduces it is not known\n"
+        "it has no self-test, so reproduction on this machine is not checked\n"
     )
     assert json.loads(cli.run("verify", path, "--json").out)["self_test"] is None
 

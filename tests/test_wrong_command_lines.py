@@ -79,8 +79,8 @@ def run_lines() -> Iterator[Line]:
     for given, says in (
         (("--stop", ""), "a stop string is empty"),
         (("--stop", "\udcff"), "--stop holds bytes that are not UTF-8"),
-        (("--context", "64"), "--context goes with --memory-budget"),
-        (("--context", "64", "--backend", "eager"), "--context goes with --memory-budget"),
+        (("--context", "64"), "--context needs --memory-budget"),
+        (("--context", "64", "--backend", "eager"), "--context needs --memory-budget"),
         (("--backend", "aoti", "--context", "64"), "the artifact holds none"),
         (("--compare", "--mode", "foo"), "--compare runs modes full, sparse and sirius"),
         (("--compare", "--mode", "exact"), "leave out --mode"),
@@ -107,7 +107,7 @@ def run_lines() -> Iterator[Line]:
         (("--chat",), "brings no chat template"),
         (("--system", "x"), "brings no chat template"),
         (("--chat", "--raw"), "not allowed with argument"),
-        (("--raw", "--system", "x"), "--system and --chat-template are of a chat"),
+        (("--raw", "--system", "x"), "--system and --chat-template are options of a chat"),
     ):
         yield Line("sirius", (*run, *given), says)
     yield Line("sirius", ("run", ARTIFACT, "-p", "\udcff"), "--prompt holds bytes that are not")
@@ -126,13 +126,13 @@ def trace_lines() -> Iterator[Line]:
         (("--mode", "full"), "mode full makes none"),
         (("--mode", "sparse"), "mode sparse makes none"),
         (("--mode", "foo"), "mode must be one of"),
-        (("--backend", "cudagraph"), "--backend cudagraph: a trace is of backend eager"),
-        (("--backend", "period"), "--backend period: a trace is of backend eager"),
-        (("--backend", "onnxruntime"), "--backend onnxruntime: a trace is of backend eager"),
-        (("--backend", ""), "a trace is of backend eager"),
+        (("--backend", "cudagraph"), "--backend cudagraph: only backend eager can be traced"),
+        (("--backend", "period"), "--backend period: only backend eager can be traced"),
+        (("--backend", "onnxruntime"), "--backend onnxruntime: only backend eager can be traced"),
+        (("--backend", ""), "only backend eager can be traced"),
         (("--check-kv=yes",), "--check-kv"),
         (("--chat",), "brings no chat template"),
-        (("--raw", "--system", "x"), "--system and --chat-template are of a chat"),
+        (("--raw", "--system", "x"), "--system and --chat-template are options of a chat"),
         (("--compare",), "--compare"),
         (("--top-p", "0.5"), "top_p: mode sirius is greedy"),
         (("--period", "0"), "--period"),

@@ -238,7 +238,7 @@ def _look_at(path: Path) -> None:
     from sirius_runtime.artifact import Artifact
     from sirius_runtime.cli.inspect import describe, read_entry
     from sirius_runtime.cli.inspect_page import page
-    from sirius_runtime.cli.verify import to_json, told
+    from sirius_runtime.cli.verify import to_json, to_text
     from sirius_runtime.verification import verify
 
     with Artifact.open(path) as artifact:
@@ -247,7 +247,7 @@ def _look_at(path: Path) -> None:
         graphs = {name: read_entry(artifact, name) for name in entries}
         page(artifact.manifest, lines, graphs).encode()
     found = verify(path)
-    json.dumps([told(found), to_json(found)])
+    json.dumps([to_text(found), to_json(found)])
 
 
 def _generate(path: Path, name: str) -> list[int]:

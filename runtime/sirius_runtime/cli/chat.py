@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 _HELP = """\
 /reset         forget what was said
-/system TEXT   have TEXT as the system's message, and forget what was said
-/system        tell the system's message
+/system TEXT   set the system message to TEXT, and forget what was said
+/system        show the system message
 /quit          end (so does Ctrl-D)
-//TEXT         say /TEXT to the model
+//TEXT         send /TEXT to the model
 Ctrl-C         stop an answer"""
 _PROMPT = ">>> "
 _HISTORY_LINES = 1000
@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace) -> None:
         **options,
     )
     if sys.stdin is None:
-        raise ConfigError("stdin is closed; give messages there, one a line")
+        raise ConfigError("stdin is closed; write messages to it, one per line")
     if sys.stdin.isatty():
         with _history():
             _at_terminal(conversation)
@@ -71,11 +71,11 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _at_terminal(conversation: Conversation) -> None:
-    tell("a message, or /help; Ctrl-D ends")
+    tell("type a message, or /help; Ctrl-D ends")
     interrupted = False
     while True:
         try:
-            if interrupted:  # said in here, where one more Ctrl-C does not end the program
+            if interrupted:  # printed inside `try`: another Ctrl-C does not end the program
                 tell("\n/quit or Ctrl-D ends")
                 interrupted = False
             line = _read_line()
@@ -111,7 +111,7 @@ def _piped_lines() -> Iterator[str]:
 
 
 def _take(conversation: Conversation, line: str) -> bool:
-    """Does what a line says; whether the conversation goes on."""
+    """Runs a command or answers a message; returns whether the conversation goes on."""
     command, _, rest = line.strip().partition(" ")
     if command in ("/quit", "/exit"):
         return False
@@ -146,14 +146,14 @@ def _answer(conversation: Conversation, text: str) -> None:
         return
     tell(f"sirius: {summary(answer.output)}")
     if answer.full:
-        tell("sirius: the model's length is reached; /reset starts over")
+        tell("sirius: the conversation fills the model's context; /reset starts over")
     elif answer.output.finish_reasons[0] == "length":
-        tell("sirius: the answer is cut; --max-new-tokens sets its length")
+        tell("sirius: the answer was cut at its greatest length; --max-new-tokens sets it")
 
 
 @contextlib.contextmanager
 def _history() -> Iterator[None]:
-    """What was typed, from one conversation to the next, where the terminal can edit lines."""
+    """Keeps the typed lines for the next conversation, where Python has `readline`."""
     try:
         import readline
     except ImportError:  # Windows
@@ -167,7 +167,7 @@ def _history() -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # a conversation needs no history
+        with contextlib.suppress(OSError):  # a history that can't be written is no error
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 path.touch(mode=0o600)
@@ -176,14 +176,14 @@ def _history() -> Iterator[None]:
 
 
 def history_file() -> Path:
-    """Where the lines of earlier conversations are, in the user's state folder."""
+    """The file with the lines of earlier conversations, in the user's state folder."""
     state = os.environ.get("XDG_STATE_HOME", "")
     folder = Path(state) if Path(state).is_absolute() else Path.home() / ".local" / "state"
     return folder / "sirius" / "chat_history"
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a regular file, and no link to one: nothing else is replaced."""
+    """Whether `path` is a regular file and not a symbolic link: nothing else is overwritten."""
     return stat.S_ISREG(path.lstat().st_mode)
 
 
@@ -191,6 +191,6 @@ COMMAND = Command(
     "talk to a model that has a chat template",
     _add_arguments,
     _run,
-    epilog="A line is a message; /help tells the commands. From a pipe each line is a message, and "
-    "the answers go to stdout.",
+    epilog="Each line is a message, typed or from a pipe; /help lists the commands. Answers go to "
+    "stdout.",
 )

@@ -1,4 +1,4 @@
-"""What a command of `sirius` is."""
+"""The type of a `sirius` command."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """A command: `help` is its line in ``sirius --help``, `epilog` stands below its options.
+    """A command: `help` is its line in ``sirius --help``, `epilog` is printed below its options.
 
-    `add_arguments` declares what it takes. `run` does it: it parses no further, calls a function
-    that a Python user can call too, and prints.
+    `add_arguments` declares its arguments. `run` takes the parsed arguments, calls a function that
+    a Python user can call too, and prints the result.
     """
 
     help: str

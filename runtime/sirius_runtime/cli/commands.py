@@ -28,7 +28,7 @@ COMMANDS: Mapping[str, Command] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script; returns the exit code."""
+    """The entry point of the console script `sirius`; returns the exit code."""
 
     def command() -> None:
         parsed = _parser().parse_args(arguments)
@@ -55,5 +55,5 @@ def _tell_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning as a line on stderr, without the place in the code that Python adds."""
+    """Prints a warning as one line on stderr, without the source location that Python adds."""
     tell(f"sirius: warning: {plain(str(message))}")

@@ -1,4 +1,4 @@
-"""`sirius run --compare`: the full path, the sparse path and Sirius side by side."""
+"""`sirius run --compare`: modes full, sparse and sirius side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sirius_runtime.terminal import without_controls
 
 
 def print_comparison(model: Any, prompt: str, options: dict[str, Any], as_json: bool) -> None:
-    """Answers the prompt in the three modes; prints the texts, and a table of what each took."""
+    """Answers the prompt in the three modes; prints the texts and a table of their statistics."""
     from sirius_runtime.compare import compare
 
     runs = compare(model, prompt, **options)

@@ -1,4 +1,4 @@
-"""`sirius eval`: a task's problems in several modes, graded, as one table."""
+"""`sirius eval`: answers a task's problems in several modes, and grades them in one table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GSM8K, HUMANEVAL, LM_EVAL = "gsm8k", "humaneval", "lm-eval:"
 _GENERATION = (
     *("period", "tree_width", "verify_temperature", "confidence", "refresh", "fallback", "lookup"),
 )
-_WIDTH = 120  # of a table, at the most
+_WIDTH = 120  # greatest width of a table, in columns
 T = TypeVar("T")
 
 
@@ -63,7 +63,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-shots", type=whole_number, metavar="N", help="worked examples (gsm8k: 8)"
     )
     parser.add_argument(
-        "--chat", action="store_true", help="as a chat, by the model's template, without examples"
+        "--chat",
+        action="store_true",
+        help="ask each problem as a chat message in the model's template, without examples",
     )
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     parser.add_argument(
@@ -75,7 +77,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive_number, default=8, metavar="N")
     parser.add_argument("--limit", type=positive_number, metavar="N", help="the first N problems")
     parser.add_argument(
-        "--seed", type=whole_number, help="draw the problems' order, and so those of --limit"
+        "--seed", type=whole_number, help="shuffle the problems, before --limit takes the first N"
     )
     parser.add_argument("--max-new-tokens", type=positive_number, metavar="N")
     parser.add_argument("--period", type=whole_number, metavar="K", help="tokens per verification")
@@ -87,21 +89,21 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fallback",
         action="store_const",
         const=True,
-        help="decode densely while drafts do not pay, as `sirius run` does (default: measure the "
-        "method itself; then no token depends on the clock)",
+        help="decode densely while drafts do not pay, as `sirius run` does (default: always draft, "
+        "so that no token depends on measured time)",
     )
     add_lookup(parser)
     parser.add_argument(
         "--no-share-prefix",
         dest="share_prefix",
         action="store_false",
-        help="run what all prompts begin with again for each",
+        help="prefill the common prefix of all prompts again for each prompt",
     )
     parser.add_argument(
         "--out",
         type=new_file_argument,
         metavar="FILE",
-        help="write each result to this JSONL file; a run that was cut short goes on from there",
+        help="write each result to this JSONL file; an interrupted run continues from it",
     )
     parser.add_argument(
         "--allow-code-execution",
@@ -109,10 +111,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="humaneval: run the code of answers, in a child process with limits",
     )
     parser.add_argument(
-        "--code-seconds", type=positive_number, default=10, metavar="S", help="of one answer's run"
+        "--code-seconds",
+        type=positive_number,
+        default=10,
+        metavar="S",
+        help="time limit for the code of one answer, in seconds (10)",
     )
     add_loading(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    parser.add_argument("--json", action="store_true", help="print one JSON list, no table")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -146,7 +152,7 @@ def _run(args: argparse.Namespace) -> None:
     else:
         title = f"{task.name}: {summaries[0].problems} problems"
         _print_table(title, _columns(summaries), summaries)
-        say("none: texts without an answer. cut: texts that --max-new-tokens ended.")
+        say("none: texts without an answer. cut: texts that reached --max-new-tokens.")
 
 
 def _run_harness(args: argparse.Namespace, options: EvaluationOptions) -> None:
@@ -156,8 +162,8 @@ def _run_harness(args: argparse.Namespace, options: EvaluationOptions) -> None:
     unused = ("data", "shots", "out", "seed")
     if given := [f"--{name}" for name in unused if getattr(args, name) is not None]:
         raise ConfigError(
-            f"{', '.join(given)}: not of lm-eval:… tasks, whose data and order are the harness's "
-            "own; leave it out"
+            f"lm-eval:… tasks do not take {', '.join(given)}, because the harness chooses their "
+            "data and order; leave it out"
         )
     model = load(**loading_options(args))
     with _progress("modes") as progress:
@@ -206,8 +212,9 @@ def _task(args: argparse.Namespace) -> Task:
     if any(unused.values()):
         flags = ", ".join(flag for flag, given in unused.items() if given)
         raise ConfigError(
-            f"{flags}: of no use here (--data is of gsm8k and humaneval, --shots and --num-shots "
-            "of gsm8k without --chat, --system of --chat, --include of lm-eval:…); leave it out"
+            f"{flags} would have no effect here (--data is for gsm8k and humaneval, --shots and "
+            "--num-shots are for gsm8k without --chat, --system is for --chat, --include is for "
+            "lm-eval:…); leave it out"
         )
     chat = {"chat": args.chat, "system": args.system}
     if args.task == GSM8K:
@@ -219,7 +226,7 @@ def _task(args: argparse.Namespace) -> Task:
 
 
 def _identity(artifact: Path) -> str:
-    """The hash of the manifest, which holds those of all other files."""
+    """The SHA-256 of the manifest, which contains the hashes of all other files."""
     from sirius_runtime.artifact import MANIFEST, Artifact
 
     with Artifact.open(artifact, verify=False) as opened:
@@ -228,7 +235,7 @@ def _identity(artifact: Path) -> str:
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with the time that is left."""
+    """A progress bar on stderr with the remaining time; yields the function that updates it."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -250,18 +257,18 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     bar = Progress(*columns, console=Console(file=sys.stderr))
     job = bar.add_task(what, total=None)
 
-    def told(done: int, total: int) -> None:
-        bar.start()  # not before there is something to do
+    def update(done: int, total: int) -> None:
+        bar.start()  # not earlier: loading the model may print messages
         bar.update(job, completed=done, total=total)
 
     try:
-        yield told
+        yield update
     finally:
         bar.stop()
 
 
 def _columns(summaries: Sequence[Summary]) -> list[tuple[str, Callable[[Summary], str]]]:
-    """What the table of a task shows of a mode."""
+    """The columns of a task's table, one row per mode."""
     stricts = any(summary.strict is not None for summary in summaries)
     strict: list[tuple[str, Callable[[Summary], str]]] = [("strict", lambda s: _percent(s.strict))]
     return [
@@ -285,7 +292,7 @@ def _print_table(
     items: Sequence[T],
     left: int = 1,
 ) -> None:
-    """A row an item; the first `left` columns are words."""
+    """Prints one row per item; the first `left` columns are aligned to the left."""
     from rich.console import Console
     from rich.table import Table
 

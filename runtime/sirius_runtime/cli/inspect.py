@@ -1,4 +1,4 @@
-"""`sirius inspect`: what an artifact holds."""
+"""`sirius inspect`: shows the contents of an artifact."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sirius_runtime.graph_view import Graph
     from sirius_runtime.spec import Manifest, SiteSpec
 
-_INDENT = 11  # of what follows a line's first word
+_INDENT = 11  # columns: where the text after a line's label starts
 _COLUMNS = 100
 
 
@@ -27,7 +27,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=path_argument, metavar="MODEL.sirius")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--json", action="store_true", help="print the whole manifest")
-    what.add_argument("--graph", metavar="ENTRY", help="print an entry's graph, a call a line")
+    what.add_argument("--graph", metavar="ENTRY", help="print an entry's graph, one call per line")
     what.add_argument(
         "--diff",
         nargs=2,
@@ -38,17 +38,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--html",
         type=new_file_argument,
         metavar="FILE",
-        help="write all of it to this file, as a page for a browser that needs nothing else",
+        help="write the manifest and all graphs to this file, as one self-contained HTML page",
     )
     what.add_argument(
         "--placement",
         action="store_true",
-        help="with --memory-budget: print which weights would stay in memory, and what is read "
+        help="with --memory-budget: print which weights would stay in memory, and which are read "
         "from the file at every step",
     )
-    parser.add_argument("--memory-budget", metavar="SIZE", help="as of sirius run")
+    parser.add_argument("--memory-budget", metavar="SIZE", help="as in sirius run")
     parser.add_argument(
-        "--context", type=whole_number, metavar="N", help="as of sirius run, with --placement"
+        "--context", type=whole_number, metavar="N", help="with --placement: as in sirius run"
     )
 
 
@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> None:
     from sirius_runtime.spec import to_json
 
     if args.placement != (args.memory_budget is not None):
-        raise ConfigError("--placement goes with --memory-budget SIZE: give both, or none")
+        raise ConfigError("--placement and --memory-budget SIZE go together: give both, or neither")
     with Artifact.open(args.artifact, verify=not args.placement) as artifact:
         if args.placement:
             _say_placement(artifact, args.memory_budget, args.context)
@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> None:
             _write_page(artifact, args.html)
         else:
             for line in describe(artifact.manifest):
-                say(plain(line))  # names and versions are whatever the file says
+                say(plain(line))  # names and versions come from the file: they are not trusted
 
 
 def _say_graph(artifact: Artifact, entry: str) -> None:
@@ -113,11 +113,13 @@ def _say_placement(artifact: Artifact, budget: str, context: int | None) -> None
 
 
 def read_entry(artifact: Artifact, entry: str) -> Graph:
-    """An entry's graph, for a reader. Raises ConfigError for an entry without a graph."""
+    """The graph of an entry. Raises ConfigError for an entry without a graph, and ArtifactError
+    for a damaged one.
+    """
     from sirius_runtime.graph_view import read_graph
 
     if entry not in (known := _entries(artifact)):
-        has = ", ".join(known) or "none: it is for ONNX Runtime alone"
+        has = ", ".join(known) or "none, because it was compiled for ONNX Runtime only"
         raise ConfigError(f"{artifact.path} has no graph {shown(entry)}; graphs: {has}")
     try:
         return read_graph(artifact.read_json(f"graphs/{entry}.json"))
@@ -133,7 +135,7 @@ def _entries(artifact: Artifact) -> list[str]:
 
 
 def describe(manifest: Manifest) -> list[str]:
-    """A manifest as lines for a reader: a screen of them, however many layers there are."""
+    """A manifest as lines for a reader; their number does not grow with that of the layers."""
     from sirius_runtime.onnx_files import gathered_bytes
     from sirius_runtime.rules import values
     from sirius_runtime.safetensors_file import share_of_bfloat16
@@ -167,7 +169,7 @@ def describe(manifest: Manifest) -> list[str]:
         f"period     {program.period.period} tokens, tree width {program.period.tree_width}, "
         f"{numbers}, confidence {program.period.confidence}, refresh "
         f"{program.period.refresh or 'never'}",
-        f"choosing   {_said(program.generation)}",
+        f"decoding   {_decoding(program.generation)}",
         "entries    " + ", ".join(entry.name for entry in program.entries),
         "passes     " + ", ".join(f"{one.name} {one.rewrites}" for one in program.passes),
         f"files      {len(manifest.files)}, {size:,} bytes, {weights:,} of them "
@@ -177,13 +179,15 @@ def describe(manifest: Manifest) -> list[str]:
         nested = sum(1 for weight in program.weights if weight.nested)
         full = share_of_bfloat16(program)
         lines.append(
-            f"weights    {nested} matrices nested in 8 bits, of which drafts read "
-            f"{sparsity.draft_bits}; a full step reads {full:.3f} of bfloat16's bytes, a sparse "
-            f"step {sparsity.density * full:.3f}"
+            f"weights    {nested} matrices of 8 bits in two planes; drafts read the high "
+            f"{sparsity.draft_bits} bits; a full step reads {full:.3f} of bfloat16's bytes, a "
+            f"sparse step {sparsity.density * full:.3f}"
         )
     if graphs := [name for name in manifest.files if name.endswith(".onnx")]:
         extra = gathered_bytes(program)
-        copies = f"; a row's kept neurons, gathered: {extra:,} bytes more" if extra else ""
+        copies = (
+            f"; each row's copy of the kept neurons takes {extra:,} bytes more" if extra else ""
+        )
         lines.append(f"onnx       {len(graphs)} graphs{copies}")
     test = manifest.self_test
     lines += [
@@ -198,7 +202,7 @@ def describe(manifest: Manifest) -> list[str]:
 
 
 def _wrapped(line: str) -> list[str]:
-    """A line in as many as it takes; a word that is too long stays whole."""
+    """A line wrapped at `_COLUMNS`; a longer word stays whole."""
     return textwrap.wrap(
         line,
         _COLUMNS,
@@ -212,7 +216,7 @@ def _wrapped(line: str) -> list[str]:
 
 
 def _sites(sites: Sequence[SiteSpec]) -> Iterator[str]:
-    """Where a sparse step skips: a line for the sites of all layers that have the same name."""
+    """How much a sparse step keeps: one line for all layers' sites of the same name and size."""
     groups: dict[tuple[str, int], list[SiteSpec]] = {}
     for site in sites:
         name = re.sub(rf"\.{site.layer}\.", ".*.", site.weight, count=1)
@@ -231,15 +235,15 @@ def _range(values: Sequence[float], form: str) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-def _said(generation: Any) -> str:
-    """What an artifact says of choosing tokens."""
+def _decoding(generation: Any) -> str:
+    """The artifact's settings for processing logits and sampling."""
     given = generation.logits.said() | generation.sampling.said()
     names = [f"{name} {_short(value)}" for name, value in given.items()]
-    return ", ".join(names) or "the likeliest token, as it is"
+    return ", ".join(names) or "the likeliest token, without penalties"
 
 
 def _short(value: Any) -> str:
     return f"({len(value)})" if isinstance(value, tuple) and len(value) > 4 else str(value)
 
 
-COMMAND = Command("show what an artifact holds", _add_arguments, _run)
+COMMAND = Command("show the contents of an artifact", _add_arguments, _run)

@@ -1,7 +1,7 @@
-"""`sirius inspect --html`: an artifact as one page for a browser.
+"""`sirius inspect --html`: an artifact as one HTML page.
 
-A graph is drawn as its calls in the order of evaluation, a line each, with wires on the left from
-the calls whose values they read. Layers that are alike are drawn once.
+A graph is drawn as its calls in the order of evaluation, one per line. Wires on the left connect a
+call with the calls whose values it reads. Identical layers are drawn once.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from sirius_runtime.spec import Manifest, PassRecord
 
 _STYLE = Path(__file__).with_name("inspect_page.css")
 _BASE = "full"  # the entry that the others are compared with
-_LINE = 20  # pixels from a call to the next
-_LEFT, _WIDTH = 150, 1600  # of the wires, and of a drawing
-_SHOWN = 150  # characters of a call's arguments
-_DRAWN = 3000  # calls of a section; the rest is in `sirius inspect --graph`
+_LINE = 20  # height of a call's line, in pixels
+_LEFT, _WIDTH = 150, 1600  # width of the wires and of a drawing, in pixels
+_SHOWN = 150  # characters of a call's arguments that are shown
+_DRAWN = 3000  # calls of a section that are drawn; `sirius inspect --graph` prints all
 _PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "einsum", "embedding")
 
 
 def page(manifest: Manifest, lines: Sequence[str], graphs: Mapping[str, Graph]) -> str:
-    """The page of an artifact. `lines`: what `sirius inspect` prints; `graphs`: by entry."""
+    """The HTML page of an artifact. `lines`: the output of `sirius inspect`; `graphs`: by entry."""
     program = manifest.program
     body = [f"<h1>{escaped(program.model.source)}</h1>"]
-    body += ["<h2>What it holds</h2>", _preformatted(lines)]
-    body += ["<h2>What the passes did</h2>", *_passes(program.passes)]
+    body += ["<h2>Contents</h2>", _preformatted(lines)]
+    body += ["<h2>Passes</h2>", *_passes(program.passes)]
     if _BASE in graphs:
         for name, graph in graphs.items():
             if name != _BASE and name != "period":
                 changes = list(difference((_BASE, graphs[_BASE]), (name, graph)))
-                body += [f"<h2>{escaped(name)} beside {_BASE}</h2>", _changes(changes)]
+                body += [f"<h2>{escaped(name)} compared with {_BASE}</h2>", _changes(changes)]
     body += ["<h2>Graphs</h2>"] if graphs else []
     for name, graph in graphs.items():
         body += _graph(name, graph)
     body.append(
-        "<footer>Made by sirius inspect. A ring marks a call that reads values from outside of its "
-        "drawing. Point at a call for its name and all of its arguments.</footer>"
+        "<footer>Made by sirius inspect. A ring marks a call that reads a value from outside its "
+        "drawing. Hover over a call for its name and all of its arguments.</footer>"
     )
     return document(f"{program.model.source} inspected", _STYLE, body)
 
@@ -48,7 +48,7 @@ def _preformatted(lines: Sequence[str]) -> str:
 
 
 def _passes(passes: Sequence[PassRecord]) -> Iterator[str]:
-    """A line a pass: its rewrites, and how the number of nodes of all graphs changed."""
+    """One line per pass: its rewrites, and the number of nodes of all graphs before and after."""
     most = max((max(p.nodes_before, p.nodes_after) for p in passes), default=0) or 1
     yield '<div class="panel"><table><tr>'
     yield "".join(f"<th>{h}</th>" for h in ("pass", "rewrites", "nodes before", "after", ""))
@@ -92,7 +92,7 @@ def _drawing(section: Section) -> Iterator[str]:
         yield from _call(index, row, place)
     yield "</svg>"
     if more := len(section.rows) - len(rows):
-        yield f'<p class="soft">and {more} calls more</p>'
+        yield f'<p class="soft">and {more} more calls</p>'
     for row in rows:
         if row.inner:
             yield f"<details><summary>{escaped(row.name)}</summary>"
@@ -100,7 +100,7 @@ def _drawing(section: Section) -> Iterator[str]:
 
 
 def _call(index: int, row: Row, place: Mapping[str, int]) -> Iterator[str]:
-    """A call's line, and wires from those of its operands that are drawn above."""
+    """A call's line, and the wires from its operands that are drawn above it."""
     y = index * _LINE + _LINE / 2
     short = row.target.removeprefix("aten.").removesuffix(".default")
     arguments = row.arguments if len(row.arguments) <= _SHOWN else f"{row.arguments[:_SHOWN]}…"

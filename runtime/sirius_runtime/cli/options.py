@@ -1,5 +1,5 @@
-"""The options that several commands take: of the prompt, of choosing tokens and of loading; and
-what they say as arguments of `SiriusModel.generate` and of `load`.
+"""The options that several commands share, for the prompt, token selection and loading, and their
+values as arguments of `SiriusModel.generate` and `load`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:
-    """The prompt: a flag, a file or stdin."""
+    """Options for the prompt: a flag, a file or stdin."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; see below")
     source.add_argument(
@@ -39,45 +39,50 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
         "--no-add-special-tokens",
         dest="add_special_tokens",
         action="store_false",
-        help="take the prompt as it is, without the BOS that the tokenizer puts before it: for one "
-        "that brings its special tokens, as a chat template's does",
+        help="do not add the tokenizer's special tokens, such as BOS, to the prompt: for a prompt "
+        "that contains them already, such as a rendered chat template",
     )
 
 
 def add_template(parser: argparse.ArgumentParser) -> None:
-    """What a chat template is given."""
-    parser.add_argument("--system", metavar="TEXT", help="the system's message of a chat")
+    """Options for the chat template."""
+    parser.add_argument("--system", metavar="TEXT", help="the system message of the chat")
     parser.add_argument(
-        "--chat-template", metavar="NAME", help="one of several chat templates of the model"
+        "--chat-template",
+        metavar="NAME",
+        help="which chat template to use, where the model has several",
     )
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
-    """Whether the prompt is a message of a chat."""
+    """Options that say whether the prompt is plain text or a chat message."""
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         "--chat",
         action="store_true",
-        help="the prompt is a user's message, for the model's chat template",
+        help="the prompt is a user message; render it with the model's chat template",
     )
     kind.add_argument(
         "--raw",
         action="store_true",
-        help="the prompt is text to go on with, whatever the model is for (default)",
+        help="the prompt is text to continue, also for a chat model (default)",
     )
     add_template(parser)
 
 
 def is_chat(args: argparse.Namespace) -> bool:
-    """Whether the prompt is a message, by what `add_chat` was given."""
+    """Whether the options of `add_chat` make the prompt a chat message."""
     chat = args.chat or args.system is not None or args.chat_template is not None
     if chat and args.raw:
-        raise ConfigError("--system and --chat-template are of a chat: leave out --raw, or them")
+        raise ConfigError(
+            "--system and --chat-template are options of a chat, which --raw rules out: leave out "
+            "--raw, or leave them out"
+        )
     return chat
 
 
 def rendered(model: SiriusModel, prompt: str, args: argparse.Namespace) -> str:
-    """The text that the model's chat template makes of the prompt."""
+    """The prompt as a user message, rendered with the model's chat template."""
     if model.chat is None:
         raise GenerationError(f"--chat: {NO_TEMPLATE}")
     messages = [{"role": "user", "content": prompt}]
@@ -87,7 +92,7 @@ def rendered(model: SiriusModel, prompt: str, args: argparse.Namespace) -> str:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt that `add_prompt` was given."""
+    """The prompt's text, from the options of `add_prompt`."""
     if args.prompt is not None:
         return unescaped(args.prompt, "--prompt")
     if args.prompt_file is not None:
@@ -96,10 +101,12 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
-    """How tokens are drafted, accepted and chosen."""
+    """Options for drafting, acceptance and token selection."""
     first, *others, last = modes()
     parser.add_argument("--mode", help=f"{first} (default), {', '.join(others)} or {last}")
-    parser.add_argument("--max-new-tokens", type=whole_number, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=whole_number, metavar="N", help="tokens to generate at most"
+    )
     parser.add_argument("--period", metavar="K", help="tokens per verification, or auto")
     parser.add_argument(
         "--tree-width", type=whole_number, metavar="W", help="paths drafted side by side"
@@ -115,13 +122,13 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
         "--confidence",
         type=real_number,
         metavar="C",
-        help="probability that a draft needs to go on",
+        help="stop drafting at a token whose probability in the sparse path is below C",
     )
     parser.add_argument(
         "--refresh",
         type=whole_number,
         metavar="N",
-        help="periods between griffin's selections of neurons",
+        help="griffin: select the neurons again every N periods (0: never)",
     )
     parser.add_argument(
         "--fallback",
@@ -131,45 +138,54 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     )
     add_lookup(parser)
     parser.add_argument(
-        "--temperature", type=real_number, metavar="T", help="of sampling (mode sample)"
+        "--temperature", type=real_number, metavar="T", help="sampling temperature (mode sample)"
     )
     parser.add_argument(
         "--top-k", type=whole_number, metavar="K", help="sample from the K likeliest tokens"
     )
     parser.add_argument(
-        "--top-p", type=real_number, metavar="P", help="sample from this much probability"
+        "--top-p",
+        type=real_number,
+        metavar="P",
+        help="sample from the likeliest tokens that together have probability P",
     )
-    parser.add_argument("--seed", type=whole_number, help="of sampling, for the same tokens again")
+    parser.add_argument(
+        "--seed", type=whole_number, help="sampling seed: the same seed gives the same tokens"
+    )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated"
     )
     parser.add_argument(
-        "--repetition-penalty", type=real_number, metavar="P", help="as transformers'; 1.0: none"
+        "--repetition-penalty", type=real_number, metavar="P", help="as in transformers; 1.0: none"
     )
     parser.add_argument(
         "--min-new-tokens",
         type=whole_number,
         metavar="N",
-        help="tokens before which none ends the answer",
+        help="do not end the answer before it has N tokens",
     )
 
 
 def add_lookup(parser: argparse.ArgumentParser) -> None:
-    """Whether drafts are looked up."""
+    """The option for prompt lookup."""
     parser.add_argument(
         "--lookup",
         type=whole_number,
         metavar="N",
-        help="draft what followed the last N tokens where they stood before (0: never)",
+        help="prompt lookup: where the last N tokens occurred before, draft the tokens that "
+        "followed them there (0: never)",
     )
 
 
 _DRAFTING = ("period", "tree_width", *OPTIONS, "confidence", "refresh", "fallback", "lookup")
-"""Options that a mode of one path has no use for."""
+"""Options that modes `full` and `sparse`, which run one path, do not take."""
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `SiriusModel.generate`, but for the mode and the options of sampling."""
+    """Arguments of `SiriusModel.generate`, except the mode and the sampling options.
+
+    Raises ConfigError for options of drafting in a mode that drafts nothing.
+    """
     given = [f"--{n.replace('_', '-')}" for n in _DRAFTING if getattr(args, n) is not None]
     if args.mode in (Mode.FULL, Mode.SPARSE) and given:
         raise ConfigError(f"--mode {args.mode} drafts nothing: leave out {', '.join(given)}")
@@ -184,54 +200,55 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `SiriusModel.generate` that mode sample alone takes."""
+    """Arguments of `SiriusModel.generate` that only mode sample takes."""
     return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """The artifact, and where it runs."""
+    """The artifact, and options for where it runs."""
     parser.add_argument("artifact", type=path_argument, metavar="MODEL.sirius")
     parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: as stored)")
     parser.add_argument(
-        "--threads", type=whole_number, metavar="N", help="of one operator on the CPU"
+        "--threads", type=whole_number, metavar="N", help="CPU threads of one operator"
     )
     parser.add_argument(
-        "--copy", action="store_true", help="read the file into memory, do not map it"
+        "--copy", action="store_true", help="read the file into memory instead of mapping it"
     )
     parser.add_argument("--no-verify", action="store_true", help="do not hash the weights at load")
     parser.add_argument(
         "--memory-budget",
         metavar="SIZE",
-        help="memory that the process may take (6GiB): weights beyond it are read from the file "
-        "as they are needed",
+        help="memory that the process may take, such as 6GiB: weights that do not fit are read "
+        "from the file when they are needed",
     )
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """The artifact, where it runs, and by which back end."""
+    """The artifact, and options for where it runs and on which back end."""
     add_model(parser)
     parser.add_argument(
         "--backend",
         default="auto",
         help="auto (default: the fastest that works here), eager, inductor (compiled by "
-        "torch.compile), cudagraph (and recorded, on a CUDA GPU), period (a period as one graph), "
-        "aoti (that graph compiled once, for embedding without Python) or onnxruntime",
+        "torch.compile), cudagraph (compiled, and recorded as CUDA graphs), period (a period as "
+        "one graph), aoti (that graph compiled ahead of time, for programs without Python) or "
+        "onnxruntime",
     )
     parser.add_argument(
         "--context",
         type=whole_number,
         metavar="N",
-        help="tokens of prompt and answer that aoti compiles for, or that --memory-budget leaves "
-        "room for",
+        help="tokens of prompt and answer together that aoti compiles for, or that --memory-budget "
+        "leaves room for",
     )
     parser.add_argument(
-        "--providers", metavar="P,Q", help="onnxruntime: execution providers, the preferred first"
+        "--providers", metavar="P,Q", help="onnxruntime: execution providers, preferred first"
     )
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `load`, but for the back end's."""
+    """Arguments of `load`, except those of the back end."""
     return {
         "path": args.artifact,
         "device": args.device,
@@ -244,13 +261,13 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `load`. Raises ConfigError for some that don't go together."""
+    """Arguments of `load`. Raises ConfigError for options that exclude each other."""
     from sirius_runtime.loading import BackendName
 
     sized = args.backend == BackendName.AOTI or args.memory_budget is not None
     if args.context is not None and not sized:
         raise ConfigError(
-            "--context goes with --memory-budget, and with backend aoti, which compiles for it; "
+            "--context needs --memory-budget or backend aoti, which compiles for it; "
             f"this is backend {args.backend}: leave it out"
         )
     providers = None if args.providers is None else args.providers.split(",")

@@ -1,5 +1,6 @@
-"""A page for a browser that needs nothing else: no script, nothing from elsewhere, and a policy
-that says so. It allows the one style sheet and no style attributes: widths are attributes of SVG.
+"""A self-contained HTML page: it has no script and loads nothing, and its Content-Security-Policy
+enforces that. The policy allows the one style sheet but no style attributes, so that widths are SVG
+attributes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from sirius_runtime.terminal import without_controls
 
 
 def document(title: str, style_file: Path, body: Iterable[str]) -> str:
-    """A page of this title and body, with the style sheet of a file."""
+    """The HTML of a page; `style_file` is its style sheet, `body` its lines of HTML."""
     style = style_file.read_text()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -36,8 +37,8 @@ def document(title: str, style_file: Path, body: Iterable[str]) -> str:
 
 
 def escaped(value: object) -> str:
-    """Any text as a part of the page, in its text or in a quoted attribute; what UTF-8 has no bytes
-    for (lone surrogates) as Python writes it in a string.
+    """`value` escaped for HTML text or a quoted attribute. Lone surrogates, which UTF-8 can't
+    encode, become backslash escapes.
     """
     text = str(value).encode(errors="backslashreplace").decode()
     return html.escape(without_controls(text))

@@ -1,4 +1,4 @@
-"""What `generate` returns, as JSON and for a reader."""
+"""The output of `generate` as JSON and as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sirius_runtime.terminal import without_controls
 
 
 def output_json(output: Any) -> dict[str, Any]:
-    """The first row's answer and its statistics."""
+    """The first row's answer, and the statistics of the whole output."""
     from sirius_runtime.spec import to_json
 
     stats = to_json(output.stats)
@@ -28,8 +28,8 @@ def output_json(output: Any) -> dict[str, Any]:
 
 
 def logprobs_json(output: Any) -> dict[str, Any]:
-    """The log-probabilities of the first row's tokens, where there are some; null for minus
-    infinity, which JSON has no number for.
+    """The log-probabilities of the first row's tokens, or {} where none were asked for. Minus
+    infinity, which JSON can't express, becomes null.
     """
     if output.logprobs is None:
         return {}
@@ -49,7 +49,7 @@ def logprobs_json(output: Any) -> dict[str, Any]:
 
 
 def summary(output: Any) -> str:
-    """What an answer took, as one line for a reader."""
+    """The statistics of an output on one line."""
     stats = output.stats
     parts = [
         f"{stats.tokens} tokens ({output.finish_reasons[0]})",
@@ -73,7 +73,7 @@ def summary(output: Any) -> str:
 
 
 def _fell_back(stats: Any) -> str:
-    """That drafts did not pay, and why; nothing where they did."""
+    """The clause that says why it decoded densely; empty where drafts paid."""
     fallback = stats.fallback
     if fallback is None:
         return ""
@@ -84,12 +84,12 @@ def _fell_back(stats: Any) -> str:
 
 
 def figure(value: float | None, places: int) -> str:
-    """A number for a reader; a dash for one that was not measured."""
+    """A number with so many decimal places; a dash for None, which was not measured."""
     return "-" if value is None else f"{value:.{places}f}"
 
 
 def write_text(text: str) -> None:
-    """Writes a model's text to stdout: as it is to a file or a pipe; a terminal would obey what
-    controls it.
+    """Writes a model's text to stdout. A terminal would obey control characters, so they are
+    replaced there; a file or a pipe gets the text unchanged.
     """
     say(without_controls(text) if sys.stdout.isatty() else text, end="")

@@ -1,4 +1,4 @@
-"""`sirius run`: the answer to one prompt, streamed as its tokens are committed."""
+"""`sirius run`: answers one prompt and streams the tokens as they are committed."""
 
 from __future__ import annotations
 
@@ -32,16 +32,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_chat(parser)
     add_generation(parser)
     parser.add_argument(
-        "--compare", action="store_true", help="full, sparse and Sirius side by side"
+        "--compare", action="store_true", help="run modes full, sparse and sirius side by side"
     )
     parser.add_argument(
         "--logprobs",
         type=whole_number,
         metavar="N",
-        help="with --json: each token's log-probability, and the N likeliest tokens'",
+        help="with --json: the log-probability of each token and of the N likeliest tokens",
     )
     add_loading(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object, no stream")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of streaming"
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -67,8 +69,8 @@ def _run(args: argparse.Namespace) -> None:
         prompt = rendered(model, prompt, args)
     elif model.chat is not None and args.add_special_tokens and not args.raw:
         tell(
-            "sirius: this model has a chat template, and the prompt is taken as it is; --chat "
-            "makes it a user's message (--raw: no such hint)"
+            "sirius: this model has a chat template, but the prompt is used as it is; --chat "
+            "makes it a user message (--raw turns off this hint)"
         )
     _warn_of_unknown_tokens(model, prompt)
     if args.compare:
@@ -119,6 +121,6 @@ COMMAND = Command(
     "generate from a prompt, streaming committed tokens",
     _add_arguments,
     _run,
-    epilog=f"In the TEXT of a flag {ESCAPES}; any other backslash is itself. A file or stdin "
-    "is taken as it is, less one line break at its end.",
+    epilog=f"In the TEXT of a flag {ESCAPES}; any other backslash stands for itself. A file or "
+    "stdin is read as it is, except that one line break at its end is removed.",
 )

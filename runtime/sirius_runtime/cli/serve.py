@@ -1,4 +1,4 @@
-"""`sirius serve`: the OpenAI API over HTTP."""
+"""`sirius serve`: serves an artifact with the OpenAI API over HTTP."""
 
 from __future__ import annotations
 
@@ -19,42 +19,56 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--port", type=whole_number, default=8000, help="port; 0: any free one (%(default)s)"
     )
     parser.add_argument(
-        "--api-key", metavar="KEY", help=f"what clients have to send (default: ${_KEY}, else none)"
+        "--api-key",
+        metavar="KEY",
+        help=f"the key that clients must send (default: ${_KEY}; none is needed if both are unset)",
     )
     parser.add_argument(
         "--served-model-name", metavar="NAME", help="the model's name (default: the file's)"
     )
     parser.add_argument(
-        "--max-rows", type=positive_number, default=8, metavar="N", help="answers at a time (8)"
+        "--max-rows",
+        type=positive_number,
+        default=8,
+        metavar="N",
+        help="answers generated at the same time (8)",
     )
     parser.add_argument(
-        "--max-queue", type=whole_number, default=64, metavar="N", help="answers that wait (64)"
+        "--max-queue",
+        type=whole_number,
+        default=64,
+        metavar="N",
+        help="answers that may wait for a free row (64)",
     )
     parser.add_argument(
         "--context",
         type=positive_number,
         metavar="N",
-        help="tokens of prompt and answer (default: the artifact's, 4096 at the most)",
+        help="tokens of prompt and answer together (default: the artifact's, at most 4096)",
     )
     parser.add_argument(
-        "--max-period", type=positive_number, default=32, metavar="K", help="longest period (32)"
+        "--max-period",
+        type=positive_number,
+        default=32,
+        metavar="K",
+        help="longest period that a request may ask for (32)",
     )
     parser.add_argument(
         "--prefill-chunk",
         type=positive_number,
         default=64,
         metavar="N",
-        help="tokens of prompts that run between two periods (64)",
+        help="prompt tokens that are prefilled between two periods (64)",
     )
     parser.add_argument(
         "--prefix-cache",
         type=real_number,
         default=256.0,
         metavar="MB",
-        help="memory for the K/V of prompts' beginnings (256; 0: none)",
+        help="memory for the K/V of prompt prefixes (256; 0: keep none)",
     )
     parser.add_argument(
-        "--mode", default="sirius", help="of greedy requests that name none (%(default)s)"
+        "--mode", default="sirius", help="mode of greedy requests that name none (%(default)s)"
     )
     add_lookup(parser)
     parser.add_argument(
@@ -113,8 +127,9 @@ def _run(args: argparse.Namespace) -> None:
 
 
 COMMAND = Command(
-    help="serve an artifact by the OpenAI API",
+    help="serve an artifact with the OpenAI API",
     add_arguments=_add_arguments,
     run=_run,
-    epilog="Runs by the back end eager. SIGTERM or Ctrl-C drains, a second one stops.",
+    epilog="Always runs on back end eager. SIGTERM or Ctrl-C completes the answers in progress and "
+    "then stops; a second one stops after the current period.",
 )

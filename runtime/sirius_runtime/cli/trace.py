@@ -1,4 +1,4 @@
-"""`sirius trace`: what every period drafted, what the full path made of it, and why."""
+"""`sirius trace`: each period's draft, the full path's verdict on it, and the reason."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=new_file_argument,
         metavar="FILE",
-        help="write the trace to this file, a JSON object a line (docs/trace.md)",
+        help="write the trace to this file, one JSON object per line (docs/trace.md)",
     )
     parser.add_argument(
         "--html",
         type=new_file_argument,
         metavar="FILE",
-        help="write the trace to this file, as a page for a browser that needs nothing else",
+        help="write the trace to this file, as one self-contained HTML page",
     )
     parser.add_argument(
         "--check-kv",
         action="store_true",
-        help="in the end, run all tokens densely and compare the caches with what that leaves",
+        help="at the end, run all tokens densely and compare that run's K/V caches with these",
     )
     add_loading(parser)
 
@@ -67,8 +67,8 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--out and --html name the same file, {args.out}: give two")
     if args.backend not in _BACKENDS:
         raise ConfigError(
-            f"--backend {args.backend}: a trace is of backend eager, which runs a period step by "
-            "step; leave --backend out"
+            f"--backend {args.backend}: only backend eager can be traced, because it runs a period "
+            "step by step; leave --backend out"
         )
     options = generation_options(args) | sampling_options(args)
     chat, loading = is_chat(args), loading_options(args)
@@ -101,16 +101,17 @@ def _check(trace: Trace) -> None:
     if cache is not None and cache.inconsistent:
         worst = cache.largest
         raise SiriusError(
-            f"the K/V cache is not that of a dense run over its tokens in {cache.inconsistent} "
-            f"of {2 * cache.layers * cache.slots} places, most in {worst.tensor} of layer "
-            f"{worst.layer}, slot {worst.slot}: please report it, with the trace"
+            f"the K/V cache differs from that of a dense run over the same tokens in "
+            f"{cache.inconsistent} of {2 * cache.layers * cache.slots} slots of all layers, most "
+            f"in {worst.tensor} of layer {worst.layer}, slot {worst.slot}: please report it, with "
+            "the trace"
         )
 
 
 COMMAND = Command(
-    "show each period's draft, what the full path made of it, and why",
+    "show each period's draft, the full path's verdict on it, and the reason",
     _add_arguments,
     _run,
-    epilog="Modes sirius, exact and sample; always by backend eager. Dense steps, taken where "
-    "drafts do not pay, are shown with their reason; --no-fallback drafts on.",
+    epilog="Modes sirius, exact and sample; always on backend eager. Where drafts do not pay, "
+    "dense steps are taken and shown with the reason; --no-fallback keeps drafting.",
 )

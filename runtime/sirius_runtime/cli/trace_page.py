@@ -1,4 +1,4 @@
-"""A trace as one page for a browser."""
+"""A trace as one HTML page."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sirius_runtime.cli.results import figure
 from sirius_runtime.cli.trace_view import (
     Piece,
     Role,
-    cache_told,
+    describe,
+    describe_cache,
     name,
     pieces,
     probability,
-    told,
 )
 from sirius_runtime.decoder import Way
 from sirius_runtime.text import IncrementalDecoder
@@ -28,25 +28,25 @@ _STYLE = Path(__file__).with_name("trace_page.css")
 _LEGEND = {
     Role.KEPT: "drafted and kept",
     Role.REFUSED: "refused",
-    Role.DROPPED: "dropped with it",
+    Role.DROPPED: "dropped after a refused one",
     Role.CORRECTION: "correction",
-    Role.BONUS: "bonus, where a draft ends",
+    Role.BONUS: "bonus, after a kept draft",
     Role.DENSE: "dense step",
 }
-_WIDTH, _HEIGHT = 1000, 96  # of the chart in pixels; it is wider where bars would be too thin
-_THIN, _THICK = 9, 36  # a bar and its gap
+_WIDTH, _HEIGHT = 1000, 96  # of the chart, in pixels; many steps make it wider
+_THIN, _THICK = 9, 36  # least and greatest width of a bar with its gap, in pixels
 
 
 def page(output: Any, tokenizer: Tokenizer | None) -> str:
-    """The page of a `GenerationOutput` that has a trace."""
+    """The HTML page of `output`, a `GenerationOutput` that has a trace."""
     trace: Trace = output.trace
     body = (
         *_head(trace),
         *_tiles(trace, output.stats),
         *_answer(trace, tokenizer),
         *((*_chart(trace), *_steps(trace)) if trace.steps else ()),
-        "<footer>Made by sirius trace. Hover over a token for its numbers. full: the full path's "
-        "probability of it; sparse: the sparse path's own.</footer>",
+        "<footer>Made by sirius trace. Hover over a token for its numbers. full and sparse: the "
+        "token's probability in the full and in the sparse path.</footer>",
     )
     return document(f"{trace.model['source']} traced", _STYLE, body)
 
@@ -105,7 +105,9 @@ def _tiles(trace: Trace, stats: Any) -> Iterator[str]:
     yield "</div>"
     if trace.cache is not None:
         sound = "" if trace.cache.inconsistent else " sound"
-        yield from (f'<p class="finding{sound}">{escaped(x)}</p>' for x in cache_told(trace.cache))
+        yield from (
+            f'<p class="finding{sound}">{escaped(line)}</p>' for line in describe_cache(trace.cache)
+        )
 
 
 def _answer(trace: Trace, tokenizer: Tokenizer | None) -> Iterator[str]:
@@ -123,8 +125,8 @@ def _answer(trace: Trace, tokenizer: Tokenizer | None) -> Iterator[str]:
 
     spans = [token(0, trace.first.token, Piece(Role.BONUS, name(trace.first), None), "")]
     for step in trace.steps:
-        own = (p for p in pieces(step) if p.role not in (Role.REFUSED, Role.DROPPED))
-        for place, (id, piece) in enumerate(zip(step.tokens, own, strict=False)):
+        committed = (p for p in pieces(step) if p.role not in (Role.REFUSED, Role.DROPPED))
+        for place, (id, piece) in enumerate(zip(step.tokens, committed, strict=False)):
             spans.append(token(step.position + place, id, piece, f"s{step.number}"))
     if decoder is not None:
         spans.append(escaped(decoder.flush()))
@@ -143,7 +145,7 @@ def _answer(trace: Trace, tokenizer: Tokenizer | None) -> Iterator[str]:
 
 
 def _numbers(piece: Piece) -> str:
-    """What a pointer over a token shows."""
+    """The tooltip of a token."""
     numbers = f"{_LEGEND[piece.role]}; full {probability(piece.full)}"
     if piece.sparse is not None:
         numbers += f", sparse {probability(piece.sparse)}"
@@ -151,7 +153,7 @@ def _numbers(piece: Piece) -> str:
 
 
 def _chart(trace: Trace) -> Iterator[str]:
-    """A bar a step: tokens that it could have committed, and those that it did."""
+    """One bar per step: the tokens that it committed, of those that it could have committed."""
     most = max((step.period for step in trace.steps), default=1)
     unit = _HEIGHT / most
     bar = max(_THIN, min(_THICK, _WIDTH // max(len(trace.steps), 1)))
@@ -180,7 +182,7 @@ def _rect(kind: str, x: int, bar: int, height: float) -> str:
 
 
 def _levels(step: Step) -> int:
-    """How deep the draft goes."""
+    """The depth of the draft."""
     return max((one.depth for one in step.draft), default=0)
 
 
@@ -212,7 +214,7 @@ def _step(step: Step) -> Iterator[str]:
         )
     yield f'<span class="time">{step.seconds * 1e3:.1f} ms</span></header>'
     yield f'<div class="chips">{"".join(map(_chip, pieces(step)))}</div>'
-    yield from (f'<p class="finding">{escaped(told(finding))}</p>' for finding in step.findings)
+    yield from (f'<p class="finding">{escaped(describe(finding))}</p>' for finding in step.findings)
     if step.width > 1 and step.draft:
         yield f"<details><summary>all {len(step.draft)} nodes of the tree</summary>"
         yield from _table(step)

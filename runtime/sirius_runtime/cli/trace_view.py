@@ -1,4 +1,4 @@
-"""A trace for a reader: its pieces, and how a terminal shows them."""
+"""The tokens of a trace in reading order, and a trace as lines for a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Role(StrEnum):
-    """What a token is to a step."""
+    """The role of a token in a step."""
 
     KEPT = "kept"
     REFUSED = "refused"
@@ -28,7 +28,10 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Piece:
-    """A token as it is shown: `sparse` is None for one that the sparse path did not draft."""
+    """A token as it is shown, with the full and the sparse path's probability of it.
+
+    `sparse` is None for a token that the sparse path did not draft.
+    """
 
     role: Role
     text: str
@@ -37,8 +40,8 @@ class Piece:
 
 
 def pieces(step: Step) -> Iterator[Piece]:
-    """The tokens of a step in the order to read them: kept ones, refused ones, what stands in their
-    place, and of a chain what was dropped with them. A tree's other paths are left out.
+    """The tokens of a step in reading order: the kept ones, the refused ones, the full path's token
+    and, in a chain, the tokens dropped after a refused one. A tree's other paths are left out.
     """
     for fate in (Fate.KEPT, Fate.REFUSED):
         for one in step.draft:
@@ -54,12 +57,12 @@ def pieces(step: Step) -> Iterator[Piece]:
 
 
 def name(token: Drafted | Emitted | Finding) -> str:
-    """A token's text, or its number where there is no tokenizer."""
+    """A token's text, or its id where there is no tokenizer."""
     return f" #{token.token}" if token.text is None else token.text
 
 
 def probability(value: float | None) -> str:
-    """As .973, 1.00 or a dash; small ones by their magnitude."""
+    """A probability as .973, 1.00, 2e-05 (below .0005) or, for None, a dash."""
     if value is None:
         return "-"
     if value >= 0.9995:
@@ -67,29 +70,29 @@ def probability(value: float | None) -> str:
     return f"{value:.3f}"[1:] if value >= 0.0005 else f"{value:.0e}"
 
 
-def told(finding: Finding) -> str:
-    """What was found, as a line; texts are as they come."""
+def describe(finding: Finding) -> str:
+    """A finding as one line. Token texts are not escaped for a terminal."""
     this, other = repr(name(finding)), repr(name(finding.instead))
     full, instead = probability(finding.full), probability(finding.instead.full)
     if finding.kind is Kind.OVER_CORRECTION:
         return (
-            f"over-correction at token {finding.position}: {this} was refused at {full}, though it "
-            "is the full path's likeliest token; the correction is the same"
+            f"over-correction at token {finding.position}: {this} was refused at {full}, although "
+            "it is the full path's likeliest token; the correction is the same token"
         )
-    where = "; here the answer departs from the dense one" if finding.departs else ""
+    where = "; from here the answer differs from the dense one" if finding.departs else ""
     return (
-        f"under-correction at token {finding.position}: {this} was kept at {full}, the full path "
-        f"would have written {other} ({instead}){where}"
+        f"under-correction at token {finding.position}: {this} was kept at {full}, while the full "
+        f"path's likeliest token is {other} ({instead}){where}"
     )
 
 
-def cache_told(cache: CacheCheck) -> Iterator[str]:
-    """What the check of the caches found, as lines."""
+def describe_cache(cache: CacheCheck) -> Iterator[str]:
+    """The result of the check of the K/V caches, as lines."""
     most = cache.largest
     if not cache.inconsistent:
         yield (
-            f"K/V cache: {cache.slots} slots of {cache.layers} layers are those of a dense run "
-            f"(largest difference {most.size:.1e}, tolerance {cache.tolerance:g})"
+            f"K/V cache: {cache.slots} slots of {cache.layers} layers match a dense run (largest "
+            f"difference {most.size:.1e}, tolerance {cache.tolerance:g})"
         )
     for one in cache.differences:
         yield (
@@ -120,12 +123,12 @@ _INDENT = "      "
 
 @dataclass(frozen=True)
 class View:
-    """Steps as lines of a terminal, in colours or with marks as wdiff's."""
+    """Steps as lines for a terminal, in colours or, without them, with marks like wdiff's."""
 
     colour: bool
 
     def step(self, step: Step) -> str:
-        """A step's lines."""
+        """The lines of a step."""
         what = "dense step"
         if step.way is Way.DRAFT:
             how = "looked up" if step.looked_up else "drafted"
@@ -148,16 +151,16 @@ class View:
                 f"{_INDENT}refused {refused}; instead {emitted} full "
                 f"{probability(step.emitted.full)}"
             )
-        lines += [_INDENT + self._styled(plain(told(f)), _WARNING) for f in step.findings]
+        lines += [_INDENT + self._styled(plain(describe(f)), _WARNING) for f in step.findings]
         return "\n".join(lines)
 
     def end(self, trace: Trace) -> str:
-        """What was found in all, and of the caches."""
+        """The number of findings, and the result of the check of the caches."""
         counts = ", ".join(f"{trace.count(kind)} {kind}s" for kind in list(Kind)[:2])
         lines = [f"found: {counts}"]
         if trace.cache is not None:
             style = _WARNING if trace.cache.inconsistent else _GOOD
-            lines += [self._styled(line, style) for line in cache_told(trace.cache)]
+            lines += [self._styled(line, style) for line in describe_cache(trace.cache)]
         return "\n".join(lines)
 
     def _pieces(self, step: Step) -> Iterator[str]:

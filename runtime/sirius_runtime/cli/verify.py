@@ -1,4 +1,4 @@
-"""`sirius verify`: whether an artifact is sound, and whether this machine reproduces it."""
+"""`sirius verify`: checks an artifact, and whether this machine reproduces its self-test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=path_argument, metavar="MODEL.sirius")
     parser.add_argument("--device", default="cpu", help="where the self-test runs (cpu)")
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -26,7 +26,7 @@ def _run(args: argparse.Namespace) -> None:
     from sirius_runtime.verification import verify
 
     found = verify(args.artifact, device=args.device)
-    say(json.dumps(to_json(found)) if args.json else plain(told(found)))
+    say(json.dumps(to_json(found)) if args.json else plain(to_text(found)))
     if found.outcome is Outcome.DIFFERENT:
         raise ReproductionError(
             "this machine's results differ from the compiling machine's. If sirius verify succeeds "
@@ -35,7 +35,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def to_json(found: Verification) -> dict[str, object]:
-    """What was found, as `--json` prints it; `self_test` is null where the artifact has none."""
+    """The findings as `--json` prints them; `self_test` is null where the artifact has none."""
     outcome = found.outcome
     entries = {
         one.entry: {"outcome": str(one.outcome), "largest": one.largest} for one in found.compared
@@ -53,20 +53,20 @@ def to_json(found: Verification) -> dict[str, object]:
     }
 
 
-def told(found: Verification) -> str:
-    """What was found, on one line."""
+def to_text(found: Verification) -> str:
+    """The findings on one line."""
     sound = f"{found.path}: sound ({found.files} files, {found.size:,} bytes)"
     outcome = found.outcome
     if outcome is None:
-        return f"{sound}; it holds no self-test: whether this machine reproduces it is not known"
+        return f"{sound}; it has no self-test, so reproduction on this machine is not checked"
     if len({one.outcome for one in found.compared}) == 1:
         logits = f"the logits of {_listed([one.entry for one in found.compared])} are {outcome}"
     else:
-        logits = "the logits are " + _listed([f"{o.outcome} of {o.entry}" for o in found.compared])
+        logits = "the logits are " + _listed([f"{o.outcome} in {o.entry}" for o in found.compared])
     largest = max(one.largest for one in found.compared)
-    apart = f" (largest difference {largest:.2g} of their root mean square)" if largest else ""
+    apart = f" (largest difference {largest:.2g} of the logits' RMS)" if largest else ""
     verb = "does not reproduce" if outcome == "different" else "reproduces"
-    return f"{sound}; this machine {verb} the compiling one: {logits}{apart}"
+    return f"{sound}; this machine {verb} the compiling machine's results: {logits}{apart}"
 
 
 def _listed(words: list[str]) -> str:
@@ -74,9 +74,9 @@ def _listed(words: list[str]) -> str:
 
 
 COMMAND = Command(
-    "check an artifact, and that this machine computes what the compiling one did",
+    "check an artifact, and that this machine computes what the compiling machine did",
     _add_arguments,
     _run,
-    epilog="Exit code: 0 if the artifact is sound and is reproduced, or has no self-test; 1 "
-    "if this machine's results differ; 2 if the artifact is not sound.",
+    epilog="Exit code: 0 if the artifact is sound and its self-test is reproduced or absent; 1 if "
+    "this machine's results differ; 2 if the artifact is not sound.",
 )

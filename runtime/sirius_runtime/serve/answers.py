@@ -1,4 +1,4 @@
-"""An answer in progress: what the engine knows of it, and what it tells of it."""
+"""An answer in progress: its state in the engine, and the events that the engine reports."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sirius_runtime.serve.mixed import Asking
 
 @dataclass(frozen=True)
 class News:
-    """What became of an answer: tokens that it has from now on, and how it ended, if it did: for a
-    reason, or by an error.
+    """An event of an answer: its new tokens with their log-probabilities and, if it has ended, the
+    finish reason or the error.
     """
 
     tokens: Sequence[int] = ()
@@ -30,22 +30,24 @@ class News:
 
     @property
     def last(self) -> bool:
-        """Whether nothing comes after it."""
+        """Whether this is the answer's last event."""
         return self.reason is not None or self.error is not None
 
 
 class DeadlineError(Exception):
-    """An answer took longer than its request allows."""
+    """The answer was not complete at its deadline."""
 
 
 class ClosingError(Exception):
-    """The engine stops before the answer is complete."""
+    """The engine stopped before the answer was complete."""
 
 
 @dataclass(eq=False)
 class Answer:
-    """One row: a prompt, a checked request and, where it draws, a seed; `listen` is told of it, in
-    the engine's thread. deadline: by `time.monotonic`.
+    """One sequence: a prompt, a checked request and, if the mode samples, a seed.
+
+    `listen` is called with each event, in the engine's thread. deadline, begun, admitted, first:
+    seconds of `time.monotonic`; `admitted` is when it got a row, `first` when its first token came.
     """
 
     prompt: Sequence[int]
@@ -55,11 +57,11 @@ class Answer:
     listen: Callable[[News], None]
     tokenizer: Tokenizer | None
     cancelled: bool = False
-    """Nobody listens any more; set by any thread, and read between periods."""
+    """The client has gone. Any thread may set this; the engine reads it between periods."""
     ran: int = 0
-    """Tokens of the prompt whose K/V is there."""
+    """Prompt tokens whose K/V is in the cache."""
     cached: int = 0
-    """Those of them that were found in the prefix cache."""
+    """How many of them came from the prefix cache."""
     digests: Sequence[bytes] = ()
     drafted: int = 0
     accepted: int = 0
@@ -68,21 +70,20 @@ class Answer:
     begun: float = field(default_factory=time.monotonic)
     admitted: float | None = None
     first: float | None = None
-    """When its first token came."""
 
     def __post_init__(self) -> None:
         self.row = Row(self.tokenizer, self.prompt, self.request, self.seed)
 
     @property
     def way(self) -> Way:
-        """How it goes on."""
+        """Which path its next step runs on."""
         if self.request.mode in RULES:
             return Way.DRAFT
         return Way.DENSE if self.request.mode == Mode.FULL else Way.SPARSE
 
     @property
     def batch(self) -> Hashable:
-        """What answers that run in one batch have in common."""
+        """The key of its batch: answers with equal keys run as one batch."""
         request, scoring = self.request, self.request.scoring
         by_length = scoring is not None and (
             scoring.logits.forced_eos_token_id or scoring.logits.exponential_decay_length_penalty
@@ -92,16 +93,18 @@ class Answer:
 
     @property
     def length(self) -> int:
-        """Tokens whose K/V is there: all but the last one, once there is a first."""
+        """Tokens whose K/V is in the cache: once the answer has begun, all but the last token."""
         return len(self.prompt) + len(self.row.tokens) - 1 if self.row.tokens else self.ran
 
     def most(self, period: int) -> int:
-        """Tokens that its next period may commit, where that drafts no further than this."""
-        own = min(self.request.period, period)
-        return self.row.may_commit(own) if self.way is Way.DRAFT else 1
+        """How many tokens its next period may commit, if the batch's period is `period`."""
+        shorter = min(self.request.period, period)
+        return self.row.may_commit(shorter) if self.way is Way.DRAFT else 1
 
     def asking(self, *, first: bool = False) -> Asking:
-        """What it asks of its next period; draws its random numbers. first: of its first token."""
+        """Its plan for the next period, with newly drawn random numbers. first: the plan for
+        choosing its first token.
+        """
         noise: np.ndarray | None = None
         if self.seed is not None:
             period = self.way is Way.DRAFT and not first

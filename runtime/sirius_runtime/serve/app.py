@@ -1,4 +1,4 @@
-"""The routes: OpenAI's, those that say how the server is, and the page."""
+"""The HTTP routes: OpenAI's API, health and metrics, and the demo page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sirius_runtime.serve.metrics import Metrics
 from sirius_runtime.serve.protocol import ApiError, ChatRequest, CompletionRequest
 
 _log = logging.getLogger("sirius.serve")
-_GONE = 499  # nginx' status of a client that has gone: nobody reads it
+_GONE = 499  # nginx's status for "client closed request"; no client reads it
 _FOLDER = Path(__file__).parent / "page"
 _PAGE = {
     "/": ("index.html", "text/html"),
@@ -42,7 +42,9 @@ _POLICY = (
 
 @dataclass
 class Served:
-    """A model being served under a name. `draining`: no new requests are taken."""
+    """A model served under a name. most_bytes: the largest request body. draining: no new requests
+    are taken.
+    """
 
     model: SiriusModel
     name: str
@@ -55,7 +57,7 @@ class Served:
 
 
 def make_app(served: Served) -> FastAPI:
-    """The application; its engine runs as long as it does."""
+    """The ASGI application; it starts the engine and stops it."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -93,7 +95,7 @@ def make_app(served: Served) -> FastAPI:
         _check_model(served, asked.model)
         if served.draining:
             raise ApiError(503, "the server is stopping", code="stopping")
-        # Long texts take a while, and others' streams go on meanwhile.
+        # In a thread, because tokenizing a long text would hold up the other streams.
         prompts = await run_in_threadpool(encode, served.model, asked)
         call = make_call(served.model, served.name, served.engine, served.defaults, asked, prompts)
         try:
@@ -125,12 +127,12 @@ def make_app(served: Served) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        """Whether it works at all: if not, it is to be started again."""
+        """Liveness: if it fails, restart the server."""
         return _state(served.engine.alive, "the engine has stopped")
 
     @app.get("/ready")
     async def ready() -> Response:
-        """Whether it takes requests."""
+        """Readiness: whether the server takes requests."""
         return _state(served.engine.alive and not served.draining, "the server is stopping")
 
     @app.get("/metrics")
@@ -145,8 +147,8 @@ def make_app(served: Served) -> FastAPI:
 
 
 class EventStream(Response):
-    """A call's objects as server-sent events. A client that has gone frees its rows, also while
-    there is nothing to send.
+    """A call's response objects as server-sent events. When the client disconnects, the call is
+    cancelled at once, also while there is nothing to send.
     """
 
     def __init__(self, call: Call) -> None:
@@ -179,7 +181,7 @@ class EventStream(Response):
 
 
 class BodyLimit:
-    """Refuses bodies of more than `most` bytes, before all of it is read."""
+    """Refuses request bodies of more than `most` bytes without reading them to their end."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app, self._most = app, most
@@ -209,7 +211,7 @@ class BodyLimit:
 
 
 async def _unless_gone(request: Request, call: Call) -> Response:
-    """The whole response of a call, unless its client goes before it is there."""
+    """The whole response of a call; if the client disconnects first, the call is cancelled."""
     whole = asyncio.ensure_future(call.whole())
     leaving = asyncio.ensure_future(_left(request.receive))
     try:
@@ -224,7 +226,7 @@ async def _unless_gone(request: Request, call: Call) -> Response:
 
 
 async def _left(receive: Callable[[], Awaitable[Message]]) -> None:
-    """Returns once the client has gone."""
+    """Returns once the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -267,7 +269,7 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_wrong_request(request: Request, error: Exception) -> Response:
-    """Bad JSON, wrong types, unknown fields: the first of them is told."""
+    """Answers a request with bad JSON, wrong types or unknown fields: it names the first fault."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = [str(part) for part in first["loc"] if part != "body"]
@@ -290,4 +292,4 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     _log.error("a request failed", exc_info=error)
-    return _respond(ApiError(500, "the server failed at this request", code="internal_error"))
+    return _respond(ApiError(500, "an internal error of the server", code="internal_error"))

@@ -1,7 +1,7 @@
-"""A request as answers of the engine, and their news as OpenAI's objects.
+"""Turns a request into answers of the engine, and the answers' events into OpenAI's objects.
 
-A `Call` is made, submitted and read in the event loop's thread; the engine tells it news from its
-own.
+A `Call` is made, submitted and read in the event loop's thread; the engine adds events from its own
+thread.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _REASONS = {FinishReason.EOS: "stop", FinishReason.STOP: "stop", FinishReason.LE
 
 @dataclass(frozen=True)
 class Defaults:
-    """What requests get unasked: the mode of greedy ones; the longest time of any, in seconds; the
-    n-grams by which drafts are looked up.
+    """The values for fields that a request leaves out: the mode of greedy requests, the time limit
+    in seconds (also the largest that a request may ask for), and the n of prompt lookup's n-grams.
     """
 
     mode: str
@@ -48,7 +48,9 @@ class Defaults:
 
 @dataclass
 class Choice:
-    """An answer as its client sees it: the text so far, and what of it is new."""
+    """An answer as its client sees it: its text and log-probabilities so far. fresh: pieces of text
+    that `stream` has written and `take` has not returned yet.
+    """
 
     index: int
     answer: Answer
@@ -59,7 +61,7 @@ class Choice:
     reason: FinishReason | None = None
 
     def take(self, news: News) -> str:
-        """Takes news; returns the new text."""
+        """Adds an event; returns the new text."""
         with panics_caught():
             self.stream.put(list(news.tokens))
             if news.last:
@@ -72,7 +74,7 @@ class Choice:
 
 
 class Call:
-    """A request on its way: answers, and a queue of what is told of them."""
+    """A request in progress: its answers, and a queue of their events."""
 
     def __init__(
         self, kind: Kind, name: str, engine: Engine, asked: ChatRequest | CompletionRequest
@@ -85,21 +87,21 @@ class Call:
         self._loop = asyncio.get_running_loop()
         self.choices: list[Choice] = []
 
-    def add(self, tokenizer: Tokenizer, prompt: Sequence[int], **of: Any) -> None:
-        """An answer more; `of`: what an `Answer` is made of."""
+    def add(self, tokenizer: Tokenizer, prompt: Sequence[int], **fields: Any) -> None:
+        """Adds an answer; `fields`: the other fields of `Answer`."""
         fresh: list[str] = []
 
         def listen(news: News) -> None:
             self._loop.call_soon_threadsafe(self._news.put_nowait, (choice, news))
 
-        answer = Answer(prompt=prompt, listen=listen, tokenizer=tokenizer, **of)
+        answer = Answer(prompt=prompt, listen=listen, tokenizer=tokenizer, **fields)
         stream = TextStream(tokenizer, fresh.append, answer.request.stop)
         stream.put(list(prompt))
         choice = Choice(len(self.choices), answer, stream, fresh)
         self.choices.append(choice)
 
     def submit(self) -> None:
-        """Hands the answers to the engine. Raises ApiError where it does not take them."""
+        """Hands the answers to the engine. Raises ApiError if it is overloaded or stopping."""
         try:
             self._engine.submit([choice.answer for choice in self.choices])
         except OverloadedError as error:
@@ -108,11 +110,13 @@ class Call:
             raise _as_api_error(error) from error
 
     def cancel(self) -> None:
-        """Gives up what is not complete."""
+        """Cancels the answers that are not complete."""
         self._engine.cancel([c.answer for c in self.choices if c.reason is None])
 
     async def _read(self) -> AsyncIterator[tuple[Choice, News, str]]:
-        """What is told, up to the last answer's end. Raises ApiError for one that failed."""
+        """The events with their new texts, until all answers have ended. Raises ApiError if an
+        answer fails.
+        """
         going = len(self.choices)
         while going:
             choice, news = await self._news.get()
@@ -122,7 +126,7 @@ class Call:
             going -= news.last
 
     async def whole(self) -> dict[str, Any]:
-        """The response of a request that does not stream."""
+        """The response to a request that does not stream."""
         async for _ in self._read():
             pass
         choices = []
@@ -136,7 +140,7 @@ class Call:
         }
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """The response of a request that streams, object by object; an error is the last one."""
+        """The objects of a streamed response; if an answer fails, the error is the last one."""
         usage = self.asked.stream_options is not None and self.asked.stream_options.include_usage
         nothing = {"usage": None} if usage else {}
         if self._kind == "chat":
@@ -177,16 +181,17 @@ class Call:
     def _choice(
         self, choice: Choice, text: str, logprobs: Sequence[TokenLogprobs]
     ) -> dict[str, Any]:
-        told = None
+        entries = None
         if self.asked.told_logprobs is not None:
-            told = _logprobs(self._kind, choice, logprobs, self.asked.told_logprobs)
+            entries = _logprobs(self._kind, choice, logprobs, self.asked.told_logprobs)
         reason = None if choice.reason is None else _REASONS[choice.reason]
-        return {"index": choice.index, "text": text, "logprobs": told, "finish_reason": reason}
+        return {"index": choice.index, "text": text, "logprobs": entries, "finish_reason": reason}
 
     def _usage(self) -> dict[str, Any]:
-        """drafted_tokens, accepted_tokens: ours."""
+        """OpenAI's `usage`, with our drafted_tokens and accepted_tokens."""
         answers = [choice.answer for choice in self.choices]
-        prompts = {id(a.prompt): a for a in reversed(answers)}.values()  # of n choices once
+        # The prompt of n choices counts once.
+        prompts = {id(a.prompt): a for a in reversed(answers)}.values()
         prompt = sum(len(answer.prompt) for answer in prompts)
         new = sum(len(answer.row.tokens) for answer in answers)
         return {
@@ -208,7 +213,7 @@ def make_call(
     asked: ChatRequest | CompletionRequest,
     prompts: Sequence[tuple[int, ...]],
 ) -> Call:
-    """A request as a call of answers. Raises ApiError for one that can't be served."""
+    """The call for a request, with `n` answers per prompt. Raises ApiError if it can't be served."""
     capacity, n = engine.capacity, asked.n or 1
     kind: Kind = "chat" if isinstance(asked, ChatRequest) else "text"
     if asked.period is not None and asked.period > capacity.period:
@@ -218,8 +223,8 @@ def make_call(
     if n * len(prompts) > capacity.rows + capacity.queue:
         raise ApiError(
             400,
-            f"{len(prompts)} prompts with n = {n} are {n * len(prompts)} answers, and the server "
-            f"holds {capacity.rows + capacity.queue} at the most: send several requests",
+            f"{len(prompts)} prompts with n = {n} make {n * len(prompts)} answers, but the server "
+            f"holds at most {capacity.rows + capacity.queue}: send several smaller requests",
             param="n",
         )
     call = Call(kind, name, engine, asked)
@@ -234,9 +239,8 @@ def make_call(
         if wanted > room:
             raise ApiError(
                 400,
-                f"this server's context is {capacity.context} tokens, and the prompt's "
-                f"{len(prompt)} and the answer's {wanted} are more: shorten the prompt, or lower "
-                "max_tokens",
+                f"the prompt's {len(prompt)} tokens and the answer's {wanted} are more than this "
+                f"server's context of {capacity.context}: shorten the prompt, or lower max_tokens",
                 code="context_length_exceeded",
                 param="messages" if kind == "chat" else "prompt",
             )
@@ -258,12 +262,13 @@ def make_call(
 def options_of(
     asked: ChatRequest | CompletionRequest, defaults: Defaults, most_logprobs: int, streams: bool
 ) -> Options:
-    """What a request asks of choosing tokens, as options of `generate`.
+    """The request's mode and sampling fields as options of `generate`.
 
-    A temperature of 0 asks for greedy decoding, and one above it for sampling, unless the mode says
-    something else. A seed is of no use to what draws nothing, and is passed over there.
-    most_logprobs: asked for where any are, so that all who ask for some share a batch. streams:
-    whether the model's weights do, so that dense steps never pay.
+    Without a mode, a temperature above 0 asks for sampling, and 0 or none for greedy decoding. The
+    seed of a greedy request is ignored. most_logprobs: how many log-probabilities the engine
+    computes if any are asked for, so that requests for different numbers share a batch. streams:
+    whether the weights are streamed from the file; a dense step is never faster then. Raises
+    ApiError for a sampling mode with temperature 0.
     """
     temperature = asked.temperature
     mode = asked.mode
@@ -274,8 +279,8 @@ def options_of(
         if draws:
             raise ApiError(
                 400,
-                f"mode {mode} draws tokens, and a temperature of 0 leaves nothing to draw: use "
-                "mode exact",
+                f"mode {mode} samples, which a temperature of 0 rules out: use mode exact, or a "
+                "temperature above 0",
                 param="temperature",
             )
         temperature = None
@@ -298,14 +303,14 @@ def options_of(
 
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, DeadlineError):
-        return ApiError(504, "the request took longer than its time", code="deadline_exceeded")
+        return ApiError(504, "the request exceeded its time limit", code="deadline_exceeded")
     if isinstance(error, ClosingError):
         return ApiError(503, str(error), code="stopping")
     return ApiError(500, f"the answer failed: {error}", code="internal_error")
 
 
 def encode(model: SiriusModel, asked: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
-    """The token ids of a request's prompts. Raises ApiError for what can't be one."""
+    """The token ids of a request's prompts. Raises ApiError for a prompt that is not valid."""
     try:
         if isinstance(asked, CompletionRequest):
             return list(model.encode(asked.prompt))
@@ -321,7 +326,7 @@ def encode(model: SiriusModel, asked: ChatRequest | CompletionRequest) -> list[t
 
 
 def _logprobs(
-    kind: Kind, choice: Choice, told: Sequence[TokenLogprobs], count: int
+    kind: Kind, choice: Choice, logprobs: Sequence[TokenLogprobs], count: int
 ) -> dict[str, Any]:
     tokenizer = choice.answer.tokenizer
     assert tokenizer is not None
@@ -331,15 +336,15 @@ def _logprobs(
 
     if kind == "text":
         return {
-            "tokens": [name(one.token) for one in told],
-            "token_logprobs": [_finite(one.logprob) for one in told],
-            "top_logprobs": [{name(t): _finite(v) for t, v in one.top[:count]} for one in told],
+            "tokens": [name(one.token) for one in logprobs],
+            "token_logprobs": [_finite(one.logprob) for one in logprobs],
+            "top_logprobs": [{name(t): _finite(v) for t, v in one.top[:count]} for one in logprobs],
             "text_offset": None,
         }
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text = name(token)
-        whole = "\ufffd" not in text  # else a part of a character, whose bytes are not known
+        whole = "\ufffd" not in text  # else the token is a part of a character of unknown bytes
         return {
             "token": text,
             "logprob": _finite(logprob),
@@ -348,11 +353,11 @@ def _logprobs(
 
     content = [
         entry(one.token, one.logprob) | {"top_logprobs": [entry(*top) for top in one.top[:count]]}
-        for one in told
+        for one in logprobs
     ]
     return {"content": content, "refusal": None}
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI's number for what is impossible."""
+    """The log-probability, at least -9999: JSON has no infinity, and OpenAI uses this number."""
     return max(logprob, -9999.0)

@@ -1,10 +1,9 @@
 """Continuous batching: answers join and leave a running batch between periods.
 
-One thread does all the work, in turns. A turn drops answers that nobody waits for, admits waiting
-ones while there are free rows, runs a block of some prompts, and then goes on with each batch by a
-period. What an answer's tokens are depends on nothing but its prompt and its request: its random
-numbers are its own, its draft is as long as in a run of its own, and its prompt runs in the same
-blocks whatever else happens.
+One thread does all the work, in turns. A turn drops cancelled answers, admits waiting ones while
+rows are free, prefills a block of prompt tokens, and then runs one period of each batch. An
+answer's tokens depend only on its prompt and its request: it has its own random numbers, its draft
+is as long as if it ran alone, and its prompt is always prefilled in the same blocks.
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ from sirius_runtime.tokenizer_guard import panics_caught
 
 _log = logging.getLogger("sirius.serve")
 
-_STEPS = 8  # of answers without drafts, in a turn that others share
-_PROMPTS = "prompts"  # the group of answers whose prompt is still running
+_STEPS = 8  # steps per turn of a batch that does not draft, while other groups have answers
+_PROMPTS = "prompts"  # the group of answers whose prompt is not prefilled yet
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What the engine holds at the most. rows: answers in progress; queue: answers that wait;
-    context: tokens of one, prompt and answer; period: the longest; block: tokens of prompts that
-    run between two periods; prefix_bytes: of the prefix cache (0: none).
+    """The limits of an engine. rows: answers in progress; queue: waiting answers; context: tokens
+    of a prompt and its answer; period: the longest period; block: prompt tokens prefilled between
+    two periods; prefix_bytes: size of the prefix cache (0: no cache).
     """
 
     rows: int = 8
@@ -61,7 +60,7 @@ class Capacity:
 
 
 class OverloadedError(Exception):
-    """No room to wait in; `seconds` until there is probably some."""
+    """All rows and the queue are full. seconds: estimated time until there is room."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__(f"all rows are taken and the queue is full; try again in {seconds} s")
@@ -69,7 +68,7 @@ class OverloadedError(Exception):
 
 
 class Engine:
-    """A model's answers in progress. Methods are for any thread."""
+    """Generates answers with a model by continuous batching. Public methods are thread-safe."""
 
     def __init__(self, model: SiriusModel, capacity: Capacity, metrics: Metrics) -> None:
         self.model, self.capacity, self._metrics = model, capacity, metrics
@@ -80,13 +79,13 @@ class Engine:
             self._pool = Pool(model.backend, capacity.rows, self._slots)
         self.prefixes = PrefixCache(capacity.prefix_bytes)
         self._order: Order[Answer] = Order()
-        self._prompts: deque[Answer] = deque()  # whose prompt still runs, the next one first
+        self._prompts: deque[Answer] = deque()  # with prompts to prefill, next one first
         self._scorers: dict[Hashable, tuple[list[Answer], Scorer]] = {}
-        self._guards: dict[Hashable, Guard] = {}  # of batches whose drafts have to pay
-        self._clock = PhaseClock(torch.device("cpu"))  # times are not asked for
+        self._guards: dict[Hashable, Guard] = {}  # by batch, for batches with fallback
+        self._clock = PhaseClock(torch.device("cpu"))  # required by `period`; nothing reads it
         self._changed = threading.Condition()
         self._waiting: deque[Answer] = deque()
-        self._held = 0  # rows that are taken
+        self._held = 0  # occupied rows
         self._stopping = False
         self._seconds = 1.0  # a running mean of an answer's time in its row
         self._thread = threading.Thread(target=self._run, name="sirius-engine", daemon=True)
@@ -94,22 +93,22 @@ class Engine:
 
     @property
     def kv_bytes(self) -> int:
-        """Of the rows' K/V, taken when the engine is made."""
+        """Size of all rows' K/V cache, allocated when the engine is made."""
         return self._pool.nbytes
 
     @property
     def running(self) -> int:
-        """Answers in a row."""
+        """Number of answers that have a row."""
         return self._held
 
     @property
     def waiting(self) -> int:
-        """Answers in the queue."""
+        """Number of answers in the queue."""
         return len(self._waiting)
 
     @property
     def kv_usage(self) -> float:
-        """Share of the K/V's slots that hold a token."""
+        """Share of the K/V slots that hold a token, from 0 to 1."""
         used = sum(answer.length for answer in list(self._order.place))
         return used / (self.capacity.rows * self._slots)
 
@@ -124,7 +123,9 @@ class Engine:
         self._thread.start()
 
     def submit(self, answers: Sequence[Answer]) -> None:
-        """Takes answers, all of them or none. Raises OverloadedError, or ClosingError."""
+        """Queues all the answers, or none. Raises OverloadedError if there is no room for them, and
+        ClosingError if the engine is stopping.
+        """
         with self._changed:
             if self._stopping:
                 raise ClosingError("the server is stopping")
@@ -137,8 +138,8 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, answers: Sequence[Answer]) -> None:
-        """Gives answers up: their rows are free after the current period, and nothing more is told
-        of them.
+        """Cancels answers: their rows are free after the current period, and they have no more
+        events.
         """
         for answer in answers:
             answer.cancelled = True
@@ -146,13 +147,13 @@ class Engine:
             self._changed.notify()
 
     def halt(self) -> None:
-        """Has all answers end by a ClosingError after the current period, and then the thread."""
+        """Ends all answers with a ClosingError after the current period, and then the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
 
     def stop(self) -> None:
-        """Halts, and waits for the thread's end."""
+        """Halts, and waits until the thread has ended."""
         self.halt()
         if self._thread.is_alive():
             self._thread.join()
@@ -167,7 +168,7 @@ class Engine:
                         break
                 try:
                     self._turn()
-                except Exception as error:  # a bug here must not leave everybody waiting
+                except Exception as error:  # a bug must not leave all clients waiting
                     _log.exception("a turn of the engine failed")
                     self._give_up(error)
             self._give_up(ClosingError("the server is stopping"))
@@ -182,7 +183,7 @@ class Engine:
         self._settle()
 
     def _drop(self) -> None:
-        """Leaves out answers that were cancelled, or whose time is over."""
+        """Ends answers that were cancelled or are past their deadline."""
         now = time.monotonic()
         with self._changed:
             waiting = list(self._waiting)
@@ -190,7 +191,7 @@ class Engine:
             if answer.cancelled:
                 self._end(answer, None)
             elif answer.deadline <= now:
-                self._end(answer, News(error=DeadlineError("the request's time is over")))
+                self._end(answer, News(error=DeadlineError("the deadline has passed")))
 
     def _admit(self) -> None:
         while self._held < self.capacity.rows:
@@ -213,7 +214,7 @@ class Engine:
     # Prompts
 
     def _run_prompts(self) -> None:
-        """Runs a block of tokens, of one prompt or of several short ones; each in its turn."""
+        """Prefills about one block of tokens, of the waiting prompts in turn."""
         room = self.capacity.block
         while room > 0 and self._prompts:
             answer = self._prompts[0]
@@ -226,15 +227,15 @@ class Engine:
                 self._prompts.rotate(-1)
 
     def _run_block(self, answer: Answer) -> int:
-        """Goes on with a prompt up to the end of the next block that has to be run; returns the
-        number of tokens that it ran.
+        """Copies a prompt's next blocks from the prefix cache, and prefills the first block that is
+        not in it. Returns the number of tokens prefilled.
         """
         size, prompt = self.capacity.block, answer.prompt
         place = self._order.place[answer]
         state = self._pool.state
         if answer.ran == 0 and state.statistic is not None:
             state.statistic[:, place] = 0
-        while answer.ran + size < len(prompt) and answer.digests:  # the last token is run always
+        while answer.ran + size < len(prompt) and answer.digests:  # the last token always runs
             block = self.prefixes.get(answer.digests[answer.ran // size])
             if block is None:
                 break
@@ -264,7 +265,7 @@ class Engine:
         return end - begin
 
     def _begin_answer(self, answer: Answer, place: int, logits_1V: Tensor) -> None:
-        """Chooses the first token, by the logits after the prompt."""
+        """Chooses the first token from the prompt's last logits [1, V]."""
         self.prefixes.used(answer.digests)
         self._metrics.prompt(answer)
         state = self._pool.state
@@ -274,7 +275,7 @@ class Engine:
         scorer = self._scorer_of([answer])
         count = torch.tensor([len(answer.prompt)], device=logits_1V.device)
         token = plan.chooser(scorer)(logits_1V, count, None)
-        logprobs = [] if scorer is None or not _tells(answer) else scorer.logprobs()[0]
+        logprobs = [] if scorer is None or not _wants_logprobs(answer) else scorer.logprobs()[0]
         answer.first = time.monotonic()
         self._prompts.remove(answer)
         self._order.remove(_PROMPTS, answer)
@@ -291,7 +292,7 @@ class Engine:
     # Batches
 
     def _go_on(self, key: Hashable) -> None:
-        """A turn of a batch: a period, or some steps."""
+        """Runs a batch for one turn: one period, or some steps if it does not draft."""
         alone = len(self._order.groups) == 1
         steps = 1 if alone or any(a.way is Way.DRAFT for a in self._order.of(key)) else _STEPS
         for _ in range(steps):
@@ -308,8 +309,8 @@ class Engine:
     def _one_by_one(
         self, answers: Sequence[Answer], asked: Sequence[Asking], error: Exception
     ) -> None:
-        """After an error in a batch: finds the answers that it is of. The others go on by the same
-        random numbers; what a failed period wrote lies beyond their lengths.
+        """After an error in a batch, runs each answer alone, so that only those that cause it fail.
+        The others keep their random numbers. The failed period wrote K/V only beyond their lengths.
         """
         if len(answers) == 1:
             self._fail(answers, error)
@@ -319,11 +320,11 @@ class Engine:
             self._settle()
             try:
                 self._period([answer], [asking])
-            except Exception as own:
-                self._fail([answer], own)
+            except Exception as cause:
+                self._fail([answer], cause)
 
     def _period(self, answers: list[Answer], asked: list[Asking]) -> None:
-        """Goes on with answers in neighbouring rows. On an error nothing has changed."""
+        """Runs one period of answers in neighbouring rows. An error leaves the answers unchanged."""
         begin, guard = self._order.place[answers[0]], self._guard_of(answers)
 
         def choose() -> Choice:
@@ -333,8 +334,8 @@ class Engine:
 
         (way, longest, _), given = next_drafts([answer.row for answer in answers], choose)
         sizes = [
-            len(own) + 1 if own else answer.most(longest)
-            for answer, own in zip(answers, given, strict=True)
+            len(copied) + 1 if copied else answer.most(longest)
+            for answer, copied in zip(answers, given, strict=True)
         ]
         device = self._pool.state.root.device
         plan = MixedPlan.of(asked, max(sizes), device)
@@ -352,14 +353,17 @@ class Engine:
         )
         started = time.perf_counter()
         outcome = strategy.period(part, plan, torch.tensor(sizes, device=device), self._clock)
-        read = outcome.packed.tolist()  # the one read of device values
+        read = outcome.packed.tolist()  # the only transfer from the device
         if guard is not None:
             took = time.perf_counter() - started
-            own = zip(read, given, strict=True)
-            rows = [(drafted, advance - 1) for (*_, advance, drafted), copied in own if not copied]
+            rows = [
+                (drafted, advance - 1)
+                for (*_, advance, drafted), copied in zip(read, given, strict=True)
+                if not copied
+            ]
             if rows:
                 guard.observe(way, max(sizes), outcome.levels, rows, took)
-        told = scorer.logprobs() if scorer is not None and _tells(answers[0]) else None
+        logprobs = scorer.logprobs() if scorer is not None and _wants_logprobs(answers[0]) else None
         if refresh:
             self._pool.keep_statistic(begin, part)
             due = []
@@ -377,11 +381,11 @@ class Engine:
                 answer.drafted += drafted
                 answer.accepted += advance - 1
                 self._metrics.draft(drafted, advance - 1)
-            self._commit(answer, tokens[:advance], told[index] if told else [])
+            self._commit(answer, tokens[:advance], logprobs[index] if logprobs else [])
 
     def _guard_of(self, answers: list[Answer]) -> Guard | None:
-        """The guard of a batch, kept while the batch has answers; it knows what periods of so many
-        rows cost. None where a request says how to draft, or draws its tokens.
+        """The guard of a batch, kept while the batch has answers, with the measured costs for this
+        number of rows. None if the requests fix how to draft, or sample.
         """
         first = answers[0]
         if not first.request.guarded:
@@ -395,7 +399,7 @@ class Engine:
         return guard
 
     def _scorer_of(self, answers: list[Answer]) -> Scorer | None:
-        """The scorer of a batch, kept while the batch is the same."""
+        """The scorer of a batch, kept while the batch has the same answers."""
         first = answers[0]
         if first.request.scoring is None:
             return None
@@ -411,7 +415,7 @@ class Engine:
             )
             scorer.begin([a.prompt for a in answers], [a.row.tokens for a in answers])
             self._scorers = {
-                key: own for key, own in self._scorers.items() if key in self._order.groups
+                key: kept for key, kept in self._scorers.items() if key in self._order.groups
             }
             self._scorers[first.batch] = (list(answers), scorer)
         return scorer
@@ -419,11 +423,11 @@ class Engine:
     # Ends
 
     def _commit(self, answer: Answer, tokens: list[int], logprobs: Sequence[TokenLogprobs]) -> None:
-        """Takes what a period committed. Errors are the answer's own: its neighbours go on."""
+        """Adds a period's committed tokens to an answer. An error ends only this answer."""
         try:
             with panics_caught():
                 taken = answer.row.take(tokens)
-        except Exception as error:  # no token can be chosen, or the tokenizer fails
+        except Exception as error:  # no finite logits, or the tokenizer failed
             self._fail([answer], error)
             return
         self._metrics.tokens(answer, len(taken))
@@ -443,7 +447,7 @@ class Engine:
             self._end(answer, News(error=error))
 
     def _end(self, answer: Answer, news: News | None) -> None:
-        """Frees what an answer holds, and tells how it ended."""
+        """Frees an answer's row or place in the queue, and reports how it ended."""
         with self._changed:
             if answer in self._waiting:
                 self._waiting.remove(answer)
@@ -463,21 +467,21 @@ class Engine:
             _tell(answer, news)
 
     def _settle(self) -> None:
-        """Has the rows lie in their order."""
+        """Moves rows of the K/V cache so that each batch's rows are neighbours."""
         order = self._order.settle(self.capacity.rows)
         if order is not None:
             self._pool.arrange(order, max((answer.length for answer in self._order), default=0))
 
 
 def _tell(answer: Answer, news: News) -> None:
-    """What becomes of news is no matter of the answer's neighbours."""
+    """Reports an event. A listener that fails must not affect other answers."""
     try:
         answer.listen(news)
     except Exception:
-        _log.exception("nobody could be told of an answer")
+        _log.exception("the listener of an answer failed")
 
 
-def _tells(answer: Answer) -> bool:
-    """Whether log-probabilities are asked for."""
+def _wants_logprobs(answer: Answer) -> bool:
+    """Whether its request asks for log-probabilities."""
     scoring = answer.request.scoring
     return scoring is not None and scoring.logprobs is not None

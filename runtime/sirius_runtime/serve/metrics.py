@@ -1,6 +1,7 @@
-"""What a server has done and does, for Prometheus: under vLLM's names where they mean the same.
+"""Metrics of a server for Prometheus.
 
-Dashboards made for vLLM show them. Names of our own begin with ``sirius:``.
+Metrics that vLLM has too use its names, so that its dashboards work. Our own begin with
+``sirius:``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _TOKENS = tuple(2**i for i in range(16))
 
 
 class Watched(Protocol):
-    """What gauges read as they are asked."""
+    """The values that gauges read when Prometheus scrapes them."""
 
     @property
     def running(self) -> int: ...
@@ -37,16 +38,20 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._label = model_name
         gauge, counter, seconds = self._gauge, self._counter, self._histogram
-        self._running = gauge("vllm:num_requests_running", "Answers in a row.")
+        self._running = gauge("vllm:num_requests_running", "Answers that have a row.")
         self._waiting = gauge("vllm:num_requests_waiting", "Answers in the queue.")
         self._kv = gauge("vllm:kv_cache_usage_perc", "Share of the K/V slots in use; 1 is all.")
-        self._prompt_tokens = counter("vllm:prompt_tokens", "Tokens of prompts, run or found.")
+        self._prompt_tokens = counter(
+            "vllm:prompt_tokens", "Prompt tokens, prefilled or from the prefix cache."
+        )
         self._tokens = counter("vllm:generation_tokens", "Tokens of answers.")
-        self._queries = counter("vllm:prefix_cache_queries", "Tokens looked up as prefixes.")
-        self._hits = counter("vllm:prefix_cache_hits", "Of those, tokens that were found.")
+        self._queries = counter(
+            "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
+        )
+        self._hits = counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self._drafts = counter("vllm:spec_decode_num_drafts", "Periods with a draft, by row.")
         self._drafted = counter("vllm:spec_decode_num_draft_tokens", "Drafted tokens.")
-        self._accepted = counter("vllm:spec_decode_num_accepted_tokens", "Accepted ones of them.")
+        self._accepted = counter("vllm:spec_decode_num_accepted_tokens", "Accepted draft tokens.")
         self._ends = Counter(
             "vllm:request_success",
             "Answers that ended, by reason.",
@@ -60,58 +65,64 @@ class Metrics:
         self._length = self._histogram(
             "vllm:request_generation_tokens", "Tokens of an answer.", _TOKENS
         )
-        self._rate = gauge("sirius:acceptance_rate", "Accepted of drafted tokens, since the start.")
-        self._mean = gauge(
-            "sirius:mean_acceptance_length", "Tokens a row commits in a period with a draft."
+        self._rate = gauge(
+            "sirius:acceptance_rate", "Share of drafted tokens accepted since the start."
         )
-        self._ratio = gauge("sirius:prefix_cache_hit_ratio", "Found of the tokens looked up.")
-        self._failed = counter("sirius:request_failures", "Answers that ended by an error.")
-        self._left = counter("sirius:request_cancellations", "Answers that nobody waited for.")
-        self._refused = counter("sirius:request_refusals", "Requests refused for want of room.")
+        self._mean = gauge(
+            "sirius:mean_acceptance_length", "Tokens that a row commits per period with a draft."
+        )
+        self._ratio = gauge(
+            "sirius:prefix_cache_hit_ratio", "Share of prompt tokens found in the prefix cache."
+        )
+        self._failed = counter("sirius:request_failures", "Answers that ended with an error.")
+        self._left = counter("sirius:request_cancellations", "Answers whose client disconnected.")
+        self._refused = counter(
+            "sirius:request_refusals", "Requests refused because the queue was full."
+        )
         self._batch = self._histogram("sirius:batch_rows", "Rows of a period.", _TOKENS[:9])
         self._rate.set_function(lambda: _share(self._accepted, self._drafted))
         self._mean.set_function(lambda: 1 + _share(self._accepted, self._drafts))
         self._ratio.set_function(lambda: _share(self._hits, self._queries))
 
     def watch(self, engine: Watched) -> None:
-        """Has gauges read this engine."""
+        """Makes the gauges read this engine."""
         self._running.set_function(lambda: engine.running)
         self._waiting.set_function(lambda: engine.waiting)
         self._kv.set_function(lambda: engine.kv_usage)
 
     def text(self) -> bytes:
-        """All of them in Prometheus' text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
     def prompt(self, answer: Answer) -> None:
-        """Notes that a prompt has run."""
+        """Records a prefilled prompt."""
         self._prompt_tokens.inc(len(answer.prompt))
         self._queries.inc(len(answer.prompt))
         self._hits.inc(answer.cached)
 
     def period(self, rows: int) -> None:
-        """Notes that a batch of so many rows has run."""
+        """Records a period of a batch of so many rows."""
         self._batch.observe(rows)
 
     def draft(self, drafted: int, accepted: int) -> None:
-        """Notes what became of a row's draft."""
+        """Records how many of a row's drafted tokens were accepted."""
         if drafted:
             self._drafts.inc()
             self._drafted.inc(drafted)
             self._accepted.inc(accepted)
 
     def tokens(self, answer: Answer, count: int) -> None:
-        """Notes that an answer has so many tokens more."""
+        """Records new tokens of an answer."""
         self._tokens.inc(count)
         if len(answer.row.tokens) == count:
             self._first.observe(time.monotonic() - answer.begun)
 
     def refused(self) -> None:
-        """Notes that a request was refused for want of room."""
+        """Records a request that was refused because the queue was full."""
         self._refused.inc()
 
     def end(self, answer: Answer, news: News | None) -> None:
-        """Notes how an answer ended; `news` is None where nobody waited for it."""
+        """Records how an answer ended; `news` is None if it was cancelled."""
         now = time.monotonic()
         if news is None:
             self._left.inc()
@@ -141,9 +152,9 @@ class Metrics:
 
 
 def _share(part: Counter, whole: Counter) -> float:
-    """Of two counters' values; 0 where there is nothing yet."""
-    of = _value(whole)
-    return _value(part) / of if of else 0.0
+    """The ratio of two counters' values; 0 while `whole` is 0."""
+    total = _value(whole)
+    return _value(part) / total if total else 0.0
 
 
 def _value(counter: Counter) -> float:

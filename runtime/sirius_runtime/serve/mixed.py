@@ -1,7 +1,7 @@
-"""Plans of rows that ask for different things, run as one period.
+"""One plan for a batch whose rows have different acceptance and sampling settings.
 
-A batch drafts and verifies as one; what proposes, accepts and chooses is each row's own. Rows of
-equal plans are a `Part`, and each part sees its own rows alone.
+The batch drafts and verifies as one. Rows with equal plans form a `Part`; each part's plan proposes
+and accepts tokens for its own rows.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asking:
-    """What a row asks of its next period: its plan, and its random numbers [2, K], or [1, 1] of a
-    step; None where it draws none.
+    """A row's plan for its next period, and its uniform random numbers: [2, K] for a period, [1, 1]
+    for a step, None if it does not sample.
     """
 
     plan: Plan
@@ -35,14 +35,16 @@ class Asking:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows [b] of equal plans; the plan's noise [b, 2, K] is theirs."""
+    """The indices `rows` [b] of rows with equal plans, and that plan with their noise [b, 2, K].
+    drawn: whether they sample.
+    """
 
     rows: Tensor
     plan: Plan
     drawn: bool
 
     def pick(self, logits_bV: Tensor) -> Tensor:
-        """The next token [b] of a step."""
+        """The next token [b] of a step, from logits [b, V]."""
         if not self.drawn:
             return likeliest(logits_bV)
         return draw(self.plan.sampling.distribution(logits_bV), self.plan.first_number)
@@ -50,15 +52,17 @@ class Part:
 
 @dataclass(frozen=True)
 class MixedPlan(Plan):
-    """A plan of the longest period of its parts. `width` and `confidence` are the same in all."""
+    """A plan for a batch, whose period is the longest of its rows. All parts have the same `width`
+    and `confidence`.
+    """
 
     parts: tuple[Part, ...] = ()
     place: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Of each row [B], where it stands when the parts' rows are put one after another."""
+    """Each row's index [B] in the concatenation of the parts' rows."""
 
     @classmethod
     def of(cls, asked: Sequence[Asking], period: int, device: torch.device) -> MixedPlan:
-        """Of the rows of a batch, for a period of at most so many tokens (K)."""
+        """The plan for the rows of a batch, for a period of at most `period` tokens (K)."""
         groups: dict[tuple[Plan, bool], list[int]] = {}
         for row, asking in enumerate(asked):
             plan = replace(asking.plan, noise=None, period=period)
@@ -69,9 +73,10 @@ class MixedPlan(Plan):
             if drawn:
                 padded = np.zeros((len(rows), 2, max(period, 1)))
                 for index, row in enumerate(rows):
-                    own = asked[row].noise
-                    assert own is not None
-                    padded[index, : own.shape[0], : own.shape[1]] = own[:, :period]
+                    drawn_2K = asked[row].noise
+                    assert drawn_2K is not None
+                    kinds, count = drawn_2K.shape
+                    padded[index, :kinds, :count] = drawn_2K[:, :period]
                 noise = torch.as_tensor(padded, device=device)
             parts.append(Part(torch.tensor(rows, device=device), replace(plan, noise=noise), drawn))
         first = asked[0].plan
@@ -99,8 +104,8 @@ class MixedPlan(Plan):
             return new, None
         none = logits_BWV.new_zeros(logits_BWV.shape[0], logits_BWV.shape[2], dtype=torch.float32)
         q = [
-            none[: len(part.rows)] if own is None else own
-            for part, (_, own) in zip(self.parts, done, strict=True)
+            none[: len(part.rows)] if part_q is None else part_q
+            for part, (_, part_q) in zip(self.parts, done, strict=True)
         ]
         return new, torch.cat(q)[self.place]
 
@@ -111,13 +116,13 @@ class MixedPlan(Plan):
         for part in self.parts:
             q = draft.distributions
             q = q[part.rows] if q is not None and part.plan.draws else None
-            own = Draft(_rows_of(draft.tree, part), draft.depth[part.rows], q)
-            decided.append(part.plan.decide(own, logits_BNV[part.rows]))
+            drafted = Draft(_rows_of(draft.tree, part), draft.depth[part.rows], q)
+            decided.append(part.plan.decide(drafted, logits_BNV[part.rows]))
         return Decision(*self._merged(decided))
 
     def chooser(self, scorer: Scorer | None) -> Choose:
-        """Chooses the tokens of a step, by logits as they come or by those that the scorer
-        leaves.
+        """The function that chooses a step's tokens, from logits that `scorer`, if there is one,
+        processes first.
         """
 
         def pick(logits_BV: Tensor) -> Tensor:
@@ -129,8 +134,8 @@ class MixedPlan(Plan):
         return choose
 
     def _merged(self, values: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
-        """Tensors of all rows, of those of the parts."""
-        return [torch.cat(own)[self.place] for own in zip(*values, strict=True)]
+        """The parts' tensors, merged in the order of the batch's rows."""
+        return [torch.cat(tensors)[self.place] for tensors in zip(*values, strict=True)]
 
 
 def _rows_of(tree: Tree, part: Part) -> Tree:

@@ -1,7 +1,7 @@
-"""Rows of K/V that are made once, and the order in which answers lie in them.
+"""The rows of the K/V cache, allocated once, and the assignment of answers to rows.
 
-A batch is a run of neighbouring rows, because operators take one tensor of caches. Answers that run
-together are kept side by side: where one comes or goes, as few rows as possible are moved.
+A batch must occupy neighbouring rows, because operators take a slice of one cache tensor. Answers
+of a batch are kept side by side; when one comes or goes, few rows are moved.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ T = TypeVar("T", bound=Hashable)
 
 
 class Pool:
-    """The state of so many rows; all its memory is taken at once."""
+    """The state of all rows; its memory is allocated when it is made."""
 
     def __init__(self, backend: Backend, rows: int, slots: int) -> None:
-        """Room for so many cache slots a row."""
+        """slots: cache slots of each row."""
         program = backend.program
         self.state = state = TensorState(backend, rows, slots)
         for cache in (state.k_cache, state.v_cache):
-            cache.fill_(0)  # a page that the system lends at first use might be missing later
+            cache.fill_(0)  # touch all pages now: there may be no memory for them later
         if program.sparsity.method.per_prompt:
             layers, sparsity = program.state.layers, program.sparsity
             device = backend.device
@@ -38,11 +38,13 @@ class Pool:
 
     @property
     def nbytes(self) -> int:
-        """Of the caches."""
+        """Size of the K/V caches."""
         return self.state.k_cache.nbytes + self.state.v_cache.nbytes
 
     def part(self, begin: int, lengths: list[int], roots: list[int]) -> TensorState:
-        """The state of neighbouring rows, whose caches hold so many tokens; the roots follow."""
+        """The state of neighbouring rows from `begin` on. lengths: tokens in each row's cache;
+        roots: each row's last token, whose K/V is not in the cache yet.
+        """
         part = self.state.part(begin, begin + len(lengths))
         device = part.root.device
         part.length = torch.tensor(lengths, device=device)
@@ -51,14 +53,14 @@ class Pool:
         return part
 
     def keep_statistic(self, begin: int, part: TensorState) -> None:
-        """Takes over what a part has observed."""
+        """Copies griffin's statistic of a part back to the pool."""
         state = self.state
         assert state.statistic is not None
         assert part.statistic is not None
         state.statistic[:, begin : begin + part.rows] = part.statistic
 
     def arrange(self, order: list[int], slots: int) -> None:
-        """Moves rows: into row i what was in row `order[i]`, of the caches the first `slots`."""
+        """Moves row `order[i]` to row i; of the caches only the first `slots` slots."""
         moved = [(old, new) for new, old in enumerate(order) if old != new]
         if not moved:
             return
@@ -66,14 +68,14 @@ class Pool:
         old, new = (torch.tensor(rows, device=device) for rows in zip(*moved, strict=True))
         for name in ROWS_OF:
             value: Tensor | None = getattr(self.state, name)
-            if value is None or ROWS_OF[name] == 0:  # lengths and roots are told to each part
+            if value is None or ROWS_OF[name] == 0:  # lengths and roots are given to `part`
                 continue
             if name.endswith("_cache"):
                 value = value[:, :, :, :slots]
             value[:, new] = value[:, old]
 
     def block(self, row: int, begin: int, end: int, statistic: Tensor | None) -> Block:
-        """A copy of a row's K/V of these tokens."""
+        """A copy of a row's K/V of tokens begin..end."""
         k, v = (
             cache[:, row : row + 1, :, begin:end].clone()
             for cache in (self.state.k_cache, self.state.v_cache)
@@ -88,7 +90,7 @@ class Pool:
 
 
 class Order(Generic[T]):
-    """Items in groups, one group after another, and each item's place at the last `settle`."""
+    """Items in groups, one group after another. place: each item's position at the last `settle`."""
 
     def __init__(self) -> None:
         self._groups: dict[Hashable, list[T]] = {}
@@ -104,7 +106,7 @@ class Order(Generic[T]):
 
     @property
     def groups(self) -> list[Hashable]:
-        """The keys of groups that have items."""
+        """The keys of the groups that have items."""
         return list(self._groups)
 
     def of(self, key: Hashable) -> list[T]:
@@ -112,15 +114,17 @@ class Order(Generic[T]):
         return list(self._groups.get(key, ()))
 
     def add(self, key: Hashable, item: T) -> None:
-        """Puts an item at the end of a group; of each later group, the first one becomes last."""
+        """Appends an item to a group. The first item of each later group moves to its end, so that
+        one item per group changes its position.
+        """
         self._changed = True
         self._groups.setdefault(key, []).append(item)
         for group in self._after(key):
             group.append(group.pop(0))
 
     def remove(self, key: Hashable, item: T) -> None:
-        """Puts the last one of the group in its place; of each later group, the last one becomes
-        first.
+        """Removes an item; the group's last item takes its position. The last item of each later
+        group moves to its front.
         """
         self._changed = True
         later, group = self._after(key), self._groups[key]
@@ -132,8 +136,8 @@ class Order(Generic[T]):
             other.insert(0, other.pop())
 
     def settle(self, places: int) -> list[int] | None:
-        """Gives each item its place among so many; returns the old place of each, None where
-        nothing has changed. A new item's is one where nobody was.
+        """Assigns each item its position, of `places`. Returns the old position of each, or None if
+        nothing has changed. A new item's old position is one that was free.
         """
         if not self._changed:
             return None

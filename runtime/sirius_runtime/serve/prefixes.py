@@ -1,9 +1,9 @@
-"""The K/V of prompts' beginnings, kept for prompts that begin alike.
+"""The prefix cache: the K/V of prompts' first blocks, for prompts with the same beginning.
 
-Prompts are run in blocks of equal size from their start. A block's K/V is kept under a digest of
-all tokens up to its end, so that it is only found behind the same tokens. Where a prompt finds it,
-it is copied, and not run; a prompt runs in the same blocks either way, and its numbers are the
-same to the bit.
+Prompts are prefilled in blocks of equal size. A block's K/V is stored under a digest of all tokens
+up to its end, so that it is only found after the same tokens. A prompt copies the blocks that it
+finds instead of running them. Block boundaries do not depend on the cache, so that the result is
+bit-equal with and without it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Block:
-    """What a block of P tokens leaves: k, v [layers, 1, G, P, D], and its terms of the statistic of
-    griffin's neurons [layers, 1, I], None for other sparse paths.
+    """The K/V of a block of P tokens: k, v [layers, 1, G, P, D], and the block's contribution to
+    griffin's neuron statistic [layers, 1, I] (None for other sparse paths).
     """
 
     k: Tensor
@@ -29,15 +29,15 @@ class Block:
 
     @property
     def nbytes(self) -> int:
-        """Of its tensors."""
+        """Size of its tensors."""
         statistic = 0 if self.statistic is None else self.statistic.nbytes
         return self.k.nbytes + self.v.nbytes + statistic
 
 
 class PrefixCache:
-    """Blocks by digest; the least recently used leave where all would take more than `bound` bytes.
+    """Blocks by digest, of at most `bound` bytes in all; the least recently used are evicted.
 
-    Not for several threads at once.
+    Not thread-safe.
     """
 
     def __init__(self, bound: int) -> None:
@@ -48,11 +48,11 @@ class PrefixCache:
         return len(self._blocks)
 
     def get(self, digest: bytes) -> Block | None:
-        """The block of that digest."""
+        """The block with that digest, if it is cached."""
         return self._blocks.get(digest)
 
     def put(self, digest: bytes, block: Block) -> None:
-        """Keeps a block, as the one that was used last. One larger than the bound is not kept."""
+        """Adds a block as the most recently used one. A block larger than the bound is not kept."""
         if block.nbytes > self.bound or digest in self._blocks:
             return
         self._blocks[digest] = block
@@ -62,8 +62,8 @@ class PrefixCache:
             self.nbytes -= oldest.nbytes
 
     def used(self, digests: Sequence[bytes]) -> None:
-        """Notes that a prompt used these blocks, its first one first. That becomes the latest: a
-        block is of no use without those before it, so the last ones leave first.
+        """Marks a prompt's blocks, given in order, as used. The first one becomes the most recent: a
+        block is useless without those before it, so that later blocks are evicted first.
         """
         for digest in reversed(digests):
             if digest in self._blocks:
@@ -71,7 +71,7 @@ class PrefixCache:
 
 
 def digests(tokens: Sequence[int], size: int) -> list[bytes]:
-    """Of each whole block of `size` tokens, one that stands for all tokens up to its end."""
+    """For each whole block of `size` tokens, the SHA-256 digest of all tokens up to its end."""
     found, running = [], hashlib.sha256()
     for end in range(size, len(tokens) + 1, size):
         running.update(np.array(tokens[end - size : end], np.int64).tobytes())

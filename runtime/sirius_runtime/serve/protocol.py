@@ -1,7 +1,6 @@
-"""What requests may hold, and the shape of errors: those of OpenAI's API.
+"""The requests and errors of OpenAI's API.
 
-Fields that are not known are refused by name: one that is passed over in silence would give an
-answer that was not asked for.
+Unknown fields are refused by name: ignoring one would return an answer that was not asked for.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST_LOGPROBS = 20
-"""Of the likeliest tokens, as OpenAI has it."""
+"""The largest `top_logprobs`, as in OpenAI's API."""
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -23,9 +22,9 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """A request that is not served, as its client is told: status, message, and what it is about.
+    """A refused request: HTTP status, message, OpenAI's error code, and the field at fault.
 
-    retry_after: seconds until it may be tried again, where that helps.
+    retry_after: seconds after which the client may try again.
     """
 
     def __init__(
@@ -50,13 +49,13 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Those that go with it."""
+        """The HTTP headers of the error response."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
 class Strict(BaseModel):
-    """Known fields of the right types, and no others."""
+    """A model that refuses unknown fields and wrong types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -68,16 +67,16 @@ class StreamOptions(Strict):
 
 
 class ResponseFormat(Strict):
-    """OpenAI's `response_format`: text alone is served."""
+    """OpenAI's `response_format`; only text is supported."""
 
     type: Literal["text"]
 
 
 class Asked(Strict):
-    """What both kinds of request may ask.
+    """The fields that both kinds of request have.
 
-    mode, threshold, period, lookup, top_k, min_p: as those of `SiriusModel.generate`. timeout:
-    seconds after which the answer is given up, at the most the server's own.
+    mode, threshold, period, lookup, top_k, min_p: as in `SiriusModel.generate`. timeout: time limit
+    in seconds, at most the server's.
     """
 
     model: str
@@ -90,10 +89,10 @@ class Asked(Strict):
     top_p: float | None = None
     max_tokens: int | None = Field(None, ge=1)
     user: str | None = None
-    # OpenAI's defaults alone: clients send them unasked.
+    # Only OpenAI's defaults are accepted, because clients send them on their own.
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
-    # Ours
+    # Not in OpenAI's API
     mode: str | None = None
     threshold: float | None = None
     period: int | None = Field(None, ge=1)
@@ -105,7 +104,7 @@ class Asked(Strict):
     @model_validator(mode="before")
     @classmethod
     def _whole_numbers(cls, given: Any) -> Any:
-        """JSON has one kind of number: a penalty of 0.0 is 0."""
+        """Accepts a penalty of 0.0 as 0: JSON does not tell them apart."""
         if isinstance(given, dict):
             for name in ("frequency_penalty", "presence_penalty"):
                 value = given.get(name)
@@ -116,12 +115,14 @@ class Asked(Strict):
     @model_validator(mode="after")
     def _options_of_streams(self) -> Asked:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream=true: leave it out")
+            raise ValueError(
+                "stream_options needs stream=true: set it, or leave stream_options out"
+            )
         return self
 
 
 class ChatRequest(Asked):
-    """A request of `/v1/chat/completions`. chat_template_kwargs: what the model's template reads
+    """A request to `/v1/chat/completions`. chat_template_kwargs: variables of the model's template
     (`enable_thinking`, …).
     """
 
@@ -135,24 +136,26 @@ class ChatRequest(Asked):
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs=true")
+            raise ValueError("top_logprobs needs logprobs=true: set that, or leave this out")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens are the same: give one of them")
+            raise ValueError("max_tokens and max_completion_tokens mean the same: give one of them")
         return self
 
     @property
     def most_tokens(self) -> int | None:
-        """Of the answer; None for all that there is room for."""
+        """The answer's greatest length in tokens; None for as many as the context allows."""
         return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
 
     @property
     def told_logprobs(self) -> int | None:
-        """How many tokens' log-probabilities are told beside each one's own; None: not even its."""
+        """How many of the likeliest tokens' log-probabilities to return with each token's own;
+        None: no log-probabilities at all.
+        """
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(Asked):
-    """A request of `/v1/completions`."""
+    """A request to `/v1/completions`."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -161,10 +164,10 @@ class CompletionRequest(Asked):
 
     @property
     def most_tokens(self) -> int | None:
-        """Of the answer; OpenAI's default is 16."""
+        """The answer's greatest length in tokens; 16 by default, as in OpenAI's API."""
         return 16 if self.max_tokens is None else self.max_tokens
 
     @property
     def told_logprobs(self) -> int | None:
-        """As a chat's."""
+        """As in `ChatRequest`."""
         return self.logprobs

@@ -1,4 +1,4 @@
-"""The HTTP server: sockets, signals, and the lines that say what it does."""
+"""The HTTP server: its socket, signals and progress messages."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from sirius_runtime.serve.metrics import Metrics
 
 
 class Server(uvicorn.Server):
-    """Serves a model. The first SIGTERM or SIGINT drains: nothing new is taken, and what is in
-    progress is completed. A second one ends that too, after the current period. A third one waits
-    for nothing.
+    """Serves a model. The first SIGTERM or SIGINT drains: new requests are refused, and running and
+    queued answers are completed. A second one ends them after the current period. A third one ends
+    the server at once.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Server(uvicorn.Server):
 
     @property
     def url(self) -> str:
-        """Where it is, once it has started."""
+        """The server's URL, once it has started."""
         address = self.servers[0].sockets[0].getsockname()
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
         return f"http://{host}:{address[1]}"
@@ -76,15 +76,15 @@ def make_served(
     api_key: str | None = None,
     lookup: int | None = None,
 ) -> Served:
-    """A model, ready to be served. name: what requests call it. mode, lookup: of (greedy) requests
-    that name none. timeout: seconds that a request may take. Raises ConfigError for what can't be
-    served.
+    """A model that is ready to be served. name: the model's name in requests. mode, lookup: the
+    defaults of greedy requests and of all requests. timeout: time limit of a request in seconds.
+    Raises ConfigError for a model or options that can't be served.
     """
     longest = model.program.model.max_seq_len
     if model.tokenizer is None:
         raise ConfigError(
-            "the artifact holds no tokenizer, and requests are text: compile the model from a "
-            "folder with its tokenizer"
+            "the artifact has no tokenizer, which requests need: compile the model from a folder "
+            "with its tokenizer"
         )
     if mode not in modes() or mode == "sample":
         greedy = ", ".join(name for name in modes() if name != "sample")
@@ -102,13 +102,13 @@ def make_served(
     for option in ("rows", "block"):
         if getattr(capacity, option) < 1:
             raise ConfigError(f"{option} must be >= 1, got {getattr(capacity, option)}")
-    model.request(Options(mode=Mode.EXACT, lookup=lookup), [1], 1)  # refuses what none can have
+    model.request(Options(mode=Mode.EXACT, lookup=lookup), [1], 1)  # raises for a bad `lookup`
     metrics = Metrics(name)
     try:
         engine = Engine(model, capacity, metrics)
     except (MemoryError, RuntimeError) as error:
         raise ConfigError(
-            f"there is no memory for the K/V of {capacity.rows} rows of {capacity.context} tokens "
+            f"not enough memory for the K/V of {capacity.rows} rows of {capacity.context} tokens "
             f"({error!s:.200}): lower --max-rows or --context"
         ) from error
     return Served(model, name, engine, metrics, Defaults(mode, timeout, lookup), api_key)
@@ -120,8 +120,8 @@ def serve(
     port: int = 8000,
     progress: Callable[[str], None] = tell,
 ) -> None:
-    """Serves until a signal ends it. Raises ConfigError where the address can't be had."""
-    # Kernels are built, and weights are read, before anybody waits for it.
+    """Serves until a signal ends it. Raises ConfigError if it can't listen on the address."""
+    # Build the kernels and read the weights before the first request.
     served.model.generate(input_ids=[0], max_new_tokens=2, fallback=False)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="sirius: %(message)s")
     engine = served.engine
@@ -129,16 +129,16 @@ def serve(
     if served.model.chat is None:
         progress(f"sirius: /v1/chat/completions is refused: {NO_TEMPLATE}")
     progress(
-        f"sirius: {capacity.rows} rows of {capacity.context} tokens take "
-        f"{engine.kv_bytes / 1e6:,.0f} MB of K/V; prefixes at most "
+        f"sirius: the K/V cache of {capacity.rows} rows of {capacity.context} tokens takes "
+        f"{engine.kv_bytes / 1e6:,.0f} MB, the prefix cache at most "
         f"{capacity.prefix_bytes / 1e6:,.0f} MB"
     )
     server = Server(served, host, port, progress)
     try:
         server.run()
-    except SystemExit as stop:  # its way to say that it could not start
+    except SystemExit as stop:  # uvicorn exits if it can't start
         raise ConfigError(
-            f"{host}:{port} can't be listened on: see above; choose another --host or --port"
+            f"can't listen on {host}:{port} (see above); choose another --host or --port"
         ) from stop
     finally:
         engine.stop()
