@@ -1,1 +1,1 @@
-"""`sirius serve`: the OpenAI API with continuous batching; requests join and leave between periods."""
+"""`sirius serve`: the OpenAI API over continuous batching."""

@@ -213,7 +213,7 @@ def make_call(
     asked: ChatRequest | CompletionRequest,
     prompts: Sequence[tuple[int, ...]],
 ) -> Call:
-    """The call for a request, with `n` answers per prompt. Raises ApiError if it can't be served."""
+    """The call for a request: `n` answers per prompt. Raises ApiError if it can't be served."""
     capacity, n = engine.capacity, asked.n or 1
     kind: Kind = "chat" if isinstance(asked, ChatRequest) else "text"
     if asked.period is not None and asked.period > capacity.period:

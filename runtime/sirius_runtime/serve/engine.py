@@ -324,7 +324,7 @@ class Engine:
                 self._fail([answer], cause)
 
     def _period(self, answers: list[Answer], asked: list[Asking]) -> None:
-        """Runs one period of answers in neighbouring rows. An error leaves the answers unchanged."""
+        """Runs one period of answers in neighbouring rows. On an error, no answer has changed."""
         begin, guard = self._order.place[answers[0]], self._guard_of(answers)
 
         def choose() -> Choice:

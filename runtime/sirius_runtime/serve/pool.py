@@ -90,7 +90,7 @@ class Pool:
 
 
 class Order(Generic[T]):
-    """Items in groups, one group after another. place: each item's position at the last `settle`."""
+    """Items in groups, one group after another. place: each item's position since `settle`."""
 
     def __init__(self) -> None:
         self._groups: dict[Hashable, list[T]] = {}

@@ -62,7 +62,7 @@ class PrefixCache:
             self.nbytes -= oldest.nbytes
 
     def used(self, digests: Sequence[bytes]) -> None:
-        """Marks a prompt's blocks, given in order, as used. The first one becomes the most recent: a
+        """Marks a prompt's blocks, given in order, as used; the first becomes the most recent. A
         block is useless without those before it, so that later blocks are evicted first.
         """
         for digest in reversed(digests):
