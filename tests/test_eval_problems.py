@@ -56,28 +56,31 @@ def test_prompts_become_chats_with_a_system_message(write: Write) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{", "not JSON"),
+        ("{", "not valid JSON"),
         ("[1]", "a JSON list"),
-        ({"prompt": "x"}, "no field 'answer'"),
+        ({"prompt": "x"}, "the field 'answer' is missing"),
         ({"answer": "x"}, "a prompt or messages"),
-        ({"prompt": "", "answer": "x"}, "prompt must be text that is not empty"),
-        ({"prompt": 3, "answer": "x"}, "prompt must be text"),
+        ({"prompt": "", "answer": "x"}, "prompt must be a non-empty text"),
+        ({"prompt": 3, "answer": "x"}, "prompt must be a non-empty text"),
         ({"prompt": "x", "answer": ""}, "answer must be"),
         ({"prompt": "x", "answer": []}, "answer must be"),
         ({"prompt": "x", "answer": None}, "answer must be"),
         ({"prompt": "x", "answer": True}, "answer must be"),
         ({"prompt": "x", "answer": "y", "scoring": "best"}, "scoring must be exact, number"),
-        ({"prompt": "x", "answer": "y", "scoring": "number"}, "holds none"),
+        ({"prompt": "x", "answer": "y", "scoring": "number"}, "contains no number"),
         ({"prompt": "x", "answer": "y", "regex": "("}, "regex '\\(' is not valid"),
-        ({"prompt": "x", "answer": "y", "regex": ""}, "regex must be text"),
+        ({"prompt": "x", "answer": "y", "regex": ""}, "regex must be a non-empty text"),
         ({"prompt": "x", "answer": "y", "stop": [""]}, "stop must be"),
-        ({"prompt": "x", "answer": "y", "anser": "y"}, "'anser': not understood"),
-        ({"prompt": "x", "messages": [], "answer": "y"}, "one of the two"),
-        ({"messages": [], "answer": "y"}, "messages must be a list"),
-        ({"messages": [{"role": "user"}], "answer": "y"}, "two texts"),
+        ({"prompt": "x", "answer": "y", "anser": "y"}, "unknown field 'anser'; a line may have"),
+        ({"prompt": "x", "messages": [], "answer": "y"}, "either a prompt or messages"),
+        ({"messages": [], "answer": "y"}, "messages must be a non-empty list"),
+        ({"messages": [{"role": "user"}], "answer": "y"}, "both of them texts"),
         ({"messages": [{"role": "boss", "content": "x"}], "answer": "y"}, "role must be"),
-        ({"messages": [{"role": "assistant", "content": "x"}], "answer": "y"}, "the user's"),
-        ({"id": "1", "prompt": "x", "answer": "y"}, "id '1' is that of line 1"),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}], "answer": "y"},
+            "the last message must have the role user",
+        ),
+        ({"id": "1", "prompt": "x", "answer": "y"}, "id '1' is also the id of line 1"),
     ],
 )
 def test_wrong_lines_are_refused_by_file_and_line(write: Write, line: object, reason: str) -> None:
@@ -88,7 +91,7 @@ def test_wrong_lines_are_refused_by_file_and_line(write: Write, line: object, re
 
 
 def test_files_that_are_none(write: Write, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has no lines"):
+    with pytest.raises(ConfigError, match="is empty; write one problem per line"):
         own_task(write(""))
     with pytest.raises(ConfigError, match="can't be read"):
         own_task(tmp_path / "missing.jsonl")
@@ -121,7 +124,7 @@ def test_gsm8k_says_what_it_lacks(write: Write) -> None:
         gsm8k(write(*GSM), shots=write(*GSM, name="shots.jsonl"))
     with pytest.raises(ConfigError, match=r"line 1: the answer must end with '#### N'"):
         gsm8k(write({"question": "x", "answer": "4"}), num_shots=0)
-    with pytest.raises(ConfigError, match=r"line 1: there is no field 'question'"):
+    with pytest.raises(ConfigError, match=r"line 1: the field 'question' is missing"):
         gsm8k(write({"prompt": "x", "answer": "#### 4"}), num_shots=0)
 
 

@@ -145,11 +145,11 @@ def test_results_of_other_settings_are_refused_by_name(
     assert cli.run(*base, *flags, "--max-new-tokens", 110).code == 0
     done = cli.run(*base, *flags, "--max-new-tokens", 111)
     assert done.code == 2
-    assert "other settings: max_new_tokens 110 there and 111 now" in done.err
+    assert "other settings: max_new_tokens was 110 and is 111 now" in done.err
     done = cli.run(*base, *flags, "--max-new-tokens", 110, "--period", 4)
-    assert "options {} there and {'period': 4} now" in done.err
+    assert "options was {} and is {'period': 4} now" in done.err
     out.write_text("{}\n")
-    assert "line 1: it is no result" in cli.run(*base, *flags, "--max-new-tokens", 110).err
+    assert "line 1: not a result" in cli.run(*base, *flags, "--max-new-tokens", 110).err
     out.write_text("precious text\n")
     assert cli.run(*base, *flags, "--max-new-tokens", 110).code == 2
     assert out.read_text() == "precious text\n"
@@ -186,7 +186,7 @@ OPTIONS = EvaluationOptions(read_modes("full,exact"), max_new_tokens=8)
 
 
 def test_a_regex_that_finds_nothing_is_told(tiny: TinyModels, task_of: Callable[..., Path]) -> None:
-    with pytest.warns(EvaluationWarning, match=r"what the regex looks for \('v\(\\\\d\+\)'\)"):
+    with pytest.warns(EvaluationWarning, match=r"the task's regex 'v\(\\\\d\+\)' matches none"):
         (full, exact) = evaluate(tiny().model, own_task(task_of(regex=r"v(\d+)")), OPTIONS)
     assert full.unanswered == exact.unanswered == 1
     assert full.tokens == exact.tokens
@@ -198,7 +198,7 @@ def test_what_a_model_cannot_serve_is_said_before_the_first_answer(
     model = tiny().model
     with pytest.raises(GenerationError, match="problem '1' has a prompt of 2 tokens: with 127"):
         evaluate(model, own_task(task_of()), replace(OPTIONS, max_new_tokens=127))
-    with pytest.raises(GenerationError, match="holds no tokenizer"):
+    with pytest.raises(GenerationError, match="has no tokenizer"):
         evaluate(SiriusModel(model.backend, None), own_task(task_of()), OPTIONS)
 
 
@@ -289,8 +289,8 @@ def test_a_file_of_results_is_held_by_its_settings(tmp_path: Path) -> None:
     with Results({"a": 1}, path) as results:
         known = result(0, "full", True, periods=((4, 2), (5, 5, True)))
         assert results.done == {("0", "full"): known}
-    with pytest.raises(ConfigError, match="a 1 there and 2 now; b None there and 'x' now"):
+    with pytest.raises(ConfigError, match="a was 1 and is 2 now; b was None and is 'x' now"):
         Results({"a": 2, "b": "x"}, path)
     path.write_text(path.read_text() + '{"problem": 1}\n')
-    with pytest.raises(ConfigError, match="line 3: it is no result"):
+    with pytest.raises(ConfigError, match="line 3: not a result"):
         Results({"a": 1}, path)

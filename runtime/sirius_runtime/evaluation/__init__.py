@@ -1,1 +1,1 @@
-"""`sirius eval`: tasks, scoring, limited execution of answers, results and their intervals."""
+"""`sirius eval`: tasks, graders, limited execution of code, results and their intervals."""

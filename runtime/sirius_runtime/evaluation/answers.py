@@ -1,8 +1,8 @@
-"""The final answer in a model's text: how it is found, and when it is right.
+"""Graders: they extract the final answer from a model's text and compare it with the right one.
 
-GSM8K's few-shot rules are those of lm-evaluation-harness, regular expressions included: `strict`
-takes the number after the first ``####``, `flexible` the last thing in the text that looks like a
-number. Both are compared as text, without commas, dollar signs and a full stop at the end.
+GSM8K's few-shot rules and regular expressions are those of lm-evaluation-harness: `strict` takes
+the number after the first ``####``, `flexible` the last number-like string of the text. Both are
+compared as text, without commas, dollar signs and a final full stop.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _LATEX = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{[^{}]*\}|\\[!,;: ]|[${
 
 @dataclass(frozen=True)
 class Grade:
-    """`answer`: what was found in the text, None where nothing was. `strict`: whether it is right
-    by the task's strict rule; None where it has one rule alone.
+    """`answer`: the answer extracted from the text, None if there is none. `strict`: whether the
+    text is right by the task's strict rule; None if the task has only one rule.
     """
 
     correct: bool
@@ -33,19 +33,21 @@ class Grade:
 
 
 class Scoring(StrEnum):
-    """When what was found is right."""
+    """How the extracted text is compared with the right answers."""
 
     EXACT = "exact"
-    """It is one of the answers, but for white space around it."""
+    """It equals one of the answers, without the white space around it."""
     NUMBER = "number"
-    """Its last number is that of the answer: commas and currency signs do not count."""
+    """Its last number equals an answer's; commas and currency signs are ignored."""
     CONTAINS = "contains"
-    """One of the answers stands in it."""
+    """It contains one of the answers."""
 
 
 @dataclass(frozen=True)
 class TextGrader:
-    """Of a line of a task's own file: any of `answers`, in what `pattern` finds last."""
+    """The grader of a user's own task: compares the last match of `pattern`, or the whole text,
+    with `answers`; one of them is enough.
+    """
 
     answers: tuple[str, ...]
     scoring: Scoring = Scoring.EXACT
@@ -69,9 +71,9 @@ class TextGrader:
 
 @dataclass(frozen=True)
 class FewShotGrader:
-    """GSM8K after worked examples: `flexible` counts, `strict` is told beside it."""
+    """GSM8K after worked examples: `correct` by the flexible rule, `strict` by the strict one."""
 
-    target: str  # the data's answer, which ends with ``#### N``
+    target: str  # the problem's answer, which ends with ``#### N``
 
     def grade(self, text: str) -> Grade:
         target = _comparable(self.target)
@@ -86,7 +88,7 @@ class FewShotGrader:
 @dataclass(frozen=True)
 class ChatGrader:
     """GSM8K in a chat: the number in the last ``\\boxed{}``, else after the last ``####``, else the
-    last one in the text; `strict` is the box alone. Compared as numbers.
+    last number of the text. `strict` accepts only the box. Compared as numbers.
     """
 
     target: str
@@ -106,7 +108,9 @@ class ChatGrader:
 
 
 def last_match(pattern: re.Pattern[str], text: str) -> str | None:
-    """The last match's first group that is not empty, or all of it where it has no groups."""
+    """The last match's first non-empty group, or the whole match if the pattern has no groups; None
+    if there is neither.
+    """
     matches = list(pattern.finditer(text))
     if not matches:
         return None
@@ -115,18 +119,20 @@ def last_match(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text, in plain or LaTeX notation; None where there is none."""
+    """The last number of a text, in plain or LaTeX notation; None if there is none."""
     numbers = _NUMBER.findall(_LATEX.sub("", text))
     if not numbers:
         return None
     try:
         return Decimal(numbers[-1].replace(",", "")).normalize() + 0
-    except InvalidOperation:  # more digits than Decimal counts exactly
+    except InvalidOperation:  # more digits than Decimal represents exactly
         return None
 
 
 def boxed(text: str) -> str | None:
-    """What the last ``\\boxed{…}`` of a text holds, braces within it paired."""
+    """The content of a text's last ``\\boxed{…}``, up to the matching brace; None if there is none
+    or it is not closed.
+    """
     start = text.rfind(_BOXED)
     if start < 0:
         return None
@@ -136,7 +142,7 @@ def boxed(text: str) -> str | None:
         depth += {"{": 1, "}": -1}.get(text[index], 0)
         if not depth:
             return text[begin:index]
-    return None  # the answer was cut short within it
+    return None  # the text ends inside the box
 
 
 def _comparable(answer: str) -> str:

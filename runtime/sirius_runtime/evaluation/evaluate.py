@@ -1,4 +1,4 @@
-"""`evaluate`: a task's problems, answered in several modes and graded."""
+"""`evaluate`: answers a task's problems in several modes, and grades the answers."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from sirius_runtime.prefix import Prefix, shared_prefix
 if TYPE_CHECKING:
     from sirius_runtime.model import GenerationOutput, SiriusModel
 
-_WARM_UP = 8  # tokens, before anything is timed
-_PREFIX = 32  # tokens, the fewest that are worth it
+_WARM_UP = 8  # prompt tokens and new tokens of the run before the timed ones
+_PREFIX = 32  # tokens: a shorter common prefix is not prefilled separately
 
 
 class EvaluationWarning(UserWarning):
-    """An evaluation that goes on, though hardly as it was meant."""
+    """The evaluation goes on, but its settings are probably wrong."""
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """`seed`: orders the problems, of which `limit` are taken, and resamples them. `generation`:
-    more arguments of `generate`. share_prefix: run what all prompts begin with once.
-    allow_code_execution: run the code of answers, in a limited child.
+    """Options of `evaluate`. limit: how many problems to answer. seed: shuffles the problems before
+    `limit` is applied, and seeds the bootstrap. generation: further arguments of `generate`.
+    share_prefix: prefill the prompts' common prefix only once. allow_code_execution: run the code
+    of answers, in a limited child process.
     """
 
     modes: tuple[ModeChoice, ...]
@@ -48,7 +49,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A problem, and its prompt in tokens."""
+    """A problem, and the token ids of its prompt."""
 
     problem: Problem
     ids: tuple[int, ...]
@@ -63,15 +64,16 @@ def evaluate(
     identity: Mapping[str, str | None] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Summary]:
-    """Answers `task` in each mode, batch by batch; returns what each mode came to.
+    """Answers `task` in each mode, batch by batch; returns one summary per mode.
 
-    out: a file of results, to which they are added line by line; those that it has already are not
-    computed again. identity: what else results depend on, by name (the artifact's hash); the file
-    must have the same. progress: is told how many answers there are, and how many there will be.
+    out: a file to which results are appended line by line; results that it already has are not
+    computed again. identity: further settings that results depend on, by name (such as the
+    artifact's hash); the file must have been written with the same. progress: called with the
+    number of answers so far and in all.
 
-    Raises ConfigError and GenerationError before the first answer: for a task that executes code
-    without leave, prompts that are too long, a model without a tokenizer, or without a chat
-    template where the prompts are chats.
+    Before the first answer, raises ConfigError for a task that executes code if that is not
+    allowed, and GenerationError for prompts that are too long, or for a model without the tokenizer
+    or chat template that the prompts need.
     """
     if task.executes:
         _check_execution(task, options)
@@ -107,7 +109,7 @@ def evaluate(
                 stop=pending[0].problem.stop,
                 prefix=prefix,
                 **mode.options,
-                # What is measured is the path, whatever it costs here.
+                # The method itself is measured, so it always drafts by default.
                 **{"fallback": False, **options.generation},
             )
             assert output.texts is not None
@@ -132,7 +134,7 @@ def _check_execution(task: Task, options: EvaluationOptions) -> None:
     if not options.allow_code_execution:
         raise ConfigError(
             f"task {task.name} executes the code that the model writes, in a child process with "
-            "limits; give --allow-code-execution where you want that"
+            "limits; give --allow-code-execution if you want that"
         )
     for problem in task.problems[:1]:
         assert isinstance(problem.grader, CodeGrader)
@@ -142,8 +144,8 @@ def _check_execution(task: Task, options: EvaluationOptions) -> None:
 def _encode(model: SiriusModel, problems: Sequence[Problem], new_tokens: int) -> list[_Asked]:
     if model.tokenizer is None:
         raise GenerationError(
-            "the artifact holds no tokenizer, and an evaluation needs its text; compile the model "
-            "with its tokenizer"
+            "the artifact has no tokenizer, which an evaluation needs; compile the model with its "
+            "tokenizer"
         )
     asked = [_Asked(problem, _ids(model, problem)) for problem in problems]
     room = model.program.model.max_seq_len
@@ -151,8 +153,8 @@ def _encode(model: SiriusModel, problems: Sequence[Problem], new_tokens: int) ->
         if len(one.ids) + new_tokens > room:
             raise GenerationError(
                 f"problem {one.problem.id!r} has a prompt of {len(one.ids)} tokens: with "
-                f"{new_tokens} new ones it is longer than the {room} that the artifact serves "
-                "(max_seq_len); lower --max-new-tokens, or --num-shots"
+                f"{new_tokens} new tokens it exceeds the artifact's max_seq_len of {room}; lower "
+                "--max-new-tokens or --num-shots"
             )
     return asked
 
@@ -164,7 +166,7 @@ def _ids(model: SiriusModel, problem: Problem) -> tuple[int, ...]:
 
 
 def _batches(asked: Sequence[_Asked], size: int) -> Iterator[list[_Asked]]:
-    """Batches of problems whose answers end alike."""
+    """Batches of at most `size` problems with the same stop strings."""
     by_stop: dict[tuple[str, ...], list[_Asked]] = {}
     for one in asked:
         by_stop.setdefault(one.problem.stop, []).append(one)
@@ -174,13 +176,13 @@ def _batches(asked: Sequence[_Asked], size: int) -> Iterator[list[_Asked]]:
 
 
 def _prefix(model: SiriusModel, asked: Sequence[_Asked]) -> Prefix | None:
-    """What all prompts begin with, where that is worth a run of its own."""
+    """The K/V of the prompts' common prefix; None if it is too short to be worth it."""
     shared = shared_prefix([one.ids for one in asked])
     return model.prefix(shared) if len(asked) > 1 and len(shared) >= _PREFIX else None
 
 
 def _warm_up(model: SiriusModel, options: EvaluationOptions, asked: _Asked) -> None:
-    """Kernels are built and graphs compiled on first use: not while the clock runs."""
+    """Runs each mode once, so that building kernels and compiling graphs is not timed."""
     ids = asked.ids[:_WARM_UP]
     for mode in options.modes:
         model.generate(
@@ -195,7 +197,7 @@ def _warm_up(model: SiriusModel, options: EvaluationOptions, asked: _Asked) -> N
 def results_of(
     mode: str, output: GenerationOutput, grades: Sequence[tuple[str, Grade]]
 ) -> Iterator[Result]:
-    """Each row of a batch, with its problem's name and its grade."""
+    """The results of a batch's rows; `grades` has each row's problem id and grade."""
     stats = output.stats
     seconds = stats.total_seconds - stats.prefill_seconds
     assert output.texts is not None
@@ -218,7 +220,7 @@ def results_of(
 
 
 def _warn_of_patterns(asked: Sequence[_Asked], results: Sequence[Result]) -> None:
-    """Says so where a task's own patterns find nothing in the first answers: they may never."""
+    """Warns if a task's own patterns match none of the first answers: they may be wrong."""
     patterns = [
         one.problem.grader.pattern
         for one in asked
@@ -226,8 +228,8 @@ def _warn_of_patterns(asked: Sequence[_Asked], results: Sequence[Result]) -> Non
     ]
     if len(patterns) == len(results) and all(result.answer is None for result in results):
         warnings.warn(
-            f"none of the first {len(results)} answers has what the regex looks for "
-            f"({patterns[0].pattern!r}); the first begins {results[0].text[:80]!r}",
+            f"the task's regex {patterns[0].pattern!r} matches none of the first {len(results)} "
+            f"answers; check it. The first answer begins {results[0].text[:80]!r}",
             EvaluationWarning,
             stacklevel=3,
         )

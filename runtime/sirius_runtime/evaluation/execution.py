@@ -1,6 +1,6 @@
-"""Runs a program of unknown origin in a limited child process: see `limited_child` for its limits.
+"""Runs an untrusted program in a child process with limits, which `limited_child` describes.
 
-Nothing else in this project executes what a model wrote.
+Nothing else in this project executes text that a model wrote.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from sirius_runtime.evaluation.limited_child import UNLIMITED
 
 TIMED_OUT = "timed out"
 _CHILD = Path(__file__).with_name("limited_child.py")
-_GRACE = 5.0  # seconds for Python to start, beyond the program's own
+_GRACE = 5.0  # seconds for Python to start, added to the program's own limit
 _ENVIRONMENT = {
     "PATH": os.defpath,
     "LC_ALL": "C.UTF-8",
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
 }
 _REMEDY = (
-    "answers are executed in a child process that can neither write, nor start processes, nor "
-    "reach a network, and this system has no such limits (seccomp); evaluate on Linux, x86-64 or "
-    "ARM, or leave out tasks that execute code"
+    "answers must be executed in a child process that can't write files, start processes or reach "
+    "a network, and this system can't enforce that (it needs seccomp); evaluate on Linux (x86-64 "
+    "or ARM), or leave out tasks that execute code"
 )
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the child may use: seconds on the clock and of CPU, bytes of memory, open files."""
+    """The child's limits. seconds: of wall-clock and of CPU time; memory: bytes of address space;
+    files: open files.
+    """
 
     seconds: float = 10.0
     memory: int = 2 * 2**30
@@ -46,38 +48,38 @@ class Limits:
 
 @dataclass(frozen=True)
 class Executed:
-    """Whether the program ran to its end; `reason`: "passed", or why not."""
+    """Whether the program ran to its end. reason: "passed", or why it failed."""
 
     passed: bool
     reason: str
 
 
 def check_can_limit(limits: Limits) -> None:
-    """Raises ConfigError where this system can't limit a child: better now than after answers."""
+    """Raises ConfigError if this system can't limit a child. Called before the first answer."""
     if not run_limited("", limits).passed:
         raise ConfigError(
-            "a program that does nothing fails in the limited child (see --code-memory and "
-            "--code-seconds)"
+            f"an empty program fails in the limited child process ({limits.seconds:g} seconds, "
+            f"{limits.memory:,} bytes of memory); raise --code-seconds"
         )
 
 
 def run_limited(program: str, limits: Limits) -> Executed:
-    """Runs a Python program, in a new folder, to its end or to its limits.
+    """Runs a Python program in a new temporary folder until it ends or reaches a limit.
 
-    It has passed where it has run to its last line: an exit before that, with whatever code, has
-    not. Raises ConfigError where this system can't limit a child; then nothing has run.
+    It passes if it runs to its last line; an earlier exit fails, also with code 0. Raises
+    ConfigError if this system can't limit a child; then the program has not run.
     """
     if sys.platform != "linux":
         raise ConfigError(_REMEDY)
-    # The child tells that the program has ended by a word that the program is not given.
+    # A secret word, which the program does not know, proves that it ran to its end.
     word = secrets.token_hex(16)
     order = json.dumps({"program": program, "word": word, "limits": asdict(limits)})
-    # What it tells goes to a file, whose size is limited, and not to a pipe that it could flood.
-    with tempfile.TemporaryDirectory(prefix="sirius-eval-") as folder, TemporaryFile() as told:
+    # stdout is a file of limited size, because a pipe could be flooded.
+    with tempfile.TemporaryDirectory(prefix="sirius-eval-") as folder, TemporaryFile() as output:
         child = subprocess.Popen(
             [sys.executable, "-I", "-B", str(_CHILD)],
             stdin=subprocess.PIPE,
-            stdout=told,
+            stdout=output,
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env=_ENVIRONMENT | {"HOME": folder, "TMPDIR": folder},
@@ -89,12 +91,12 @@ def run_limited(program: str, limits: Limits) -> Executed:
             return Executed(False, TIMED_OUT)
         finally:
             _end(child)
-        told.seek(0)
-        return _read(told.read(), word, child.returncode)
+        output.seek(0)
+        return _read(output.read(), word, child.returncode)
 
 
-def _read(told: bytes, word: str, code: int) -> Executed:
-    first, _, reason = told.decode(errors="replace").partition("\n")
+def _read(output: bytes, word: str, code: int) -> Executed:
+    first, _, reason = output.decode(errors="replace").partition("\n")
     if first == word:
         if reason == UNLIMITED:
             raise ConfigError(_REMEDY)
@@ -107,7 +109,7 @@ def _read(told: bytes, word: str, code: int) -> Executed:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Ends the child and all that it started."""
+    """Kills the child's process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

@@ -1,4 +1,4 @@
-"""`sirius eval --task lm-eval:NAME`: a task of lm-evaluation-harness in several modes."""
+"""`sirius eval --task lm-eval:NAME`: runs a task of lm-evaluation-harness in several modes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _UNGRADED = ("", Grade(False, None))  # the harness grades
 
 @dataclass(frozen=True)
 class HarnessScore:
-    """A metric of a task in one mode, with the harness's own standard error; and what the answers
-    cost, where there were any.
+    """A metric of a task in one mode, with the harness's standard error, and the speed of the
+    mode's answers. The last three are None for tasks that generate nothing.
     """
 
     mode: str
@@ -45,9 +45,9 @@ def evaluate_by_harness(
     include: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[HarnessScore]:
-    """Runs the harness once a mode. include: a folder with tasks of one's own.
+    """Runs the harness once per mode. include: a folder with the user's own tasks.
 
-    Raises ConfigError where the harness is not installed, or has no such task.
+    Raises ConfigError if the harness is not installed or has no such task.
     """
     if find_spec("lm_eval") is None:
         raise ConfigError(
@@ -89,7 +89,7 @@ def evaluate_by_harness(
 def _scores(
     mode: str, by_task: dict[str, dict[str, Any]], outputs: Sequence[GenerationOutput]
 ) -> list[HarnessScore]:
-    """The harness's numbers: ``metric,filter`` beside ``metric_stderr,filter``."""
+    """The harness's metrics, whose keys are ``metric,filter`` and ``metric_stderr,filter``."""
     cost = _cost(mode, outputs)
     return [
         HarnessScore(

@@ -1,12 +1,11 @@
-"""The child process in which an answer's program runs: limits itself, then runs the program.
+"""The child process for an answer's program: it limits itself, then runs the program.
 
-Run as a script, by `execution`, with the order on stdin; imports nothing of this package. Limits of
-resources (`setrlimit`) bound its memory, CPU seconds, files and their sizes. A filter of system
-calls (seccomp) takes the rest away: it can start no process and signal none, open no socket, and
-change nothing in the file system; files it may read. The program can undo neither.
+`execution` runs this file as a script, with the order (a JSON object) on stdin; it imports nothing
+of this package. Resource limits (`setrlimit`) bound memory, CPU seconds, open files and file sizes.
+A filter of system calls (seccomp) forbids starting or signalling processes, opening sockets, and
+changing the file system; the program may read files. It can undo neither.
 
-Writes the order's word to stdout, a file, once the program has run to its end; and after it, where
-the program failed, why.
+When the program ends, writes the order's secret word to stdout and then, if it failed, the reason.
 """
 
 import ctypes
@@ -18,8 +17,8 @@ import signal
 import struct
 import sys
 
-# System calls that are refused, by number: (linux/include/uapi/asm-generic/unistd.h and
-# arch/x86/entry/syscalls/syscall_64.tbl). Numbers never change their meaning.
+# Numbers of the refused system calls (linux/include/uapi/asm-generic/unistd.h and
+# arch/x86/entry/syscalls/syscall_64.tbl). The kernel never reuses a number.
 _REFUSED = {
     "x86_64": {
         "processes, and limits": "57 58 59 101 105 106 109 112 113 114 117 119 135 141 144 160 203 "
@@ -46,7 +45,7 @@ _REFUSED = {
         "266 273 277 280 282 294 428 429 430 431 432 433 442 443",
     },
 }
-_FIRST_UNKNOWN = 451  # calls that are newer than this table: refused as if there were none
+_FIRST_UNKNOWN = 451  # calls newer than this table fail with ENOSYS, as if they did not exist
 _OPEN, _OPENAT = {"x86_64": 2}, {"x86_64": 257, "aarch64": 56}
 _CLONE, _CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -77,11 +76,11 @@ def main() -> None:
     reason = _run(order["program"])
     told.write(f"{order['word']}\n{reason}")
     told.flush()
-    os._exit(0)  # without what the program would still have done at its exit
+    os._exit(0)  # without the program's exit handlers
 
 
 def _run(program: str) -> str:
-    """Why the program failed; nothing where it ran to its end."""
+    """Runs the program; returns why it failed, or "" if it ran to its end."""
     try:
         exec(compile(program, "answer", "exec"), {"__name__": "__main__"})
     except SystemExit:
@@ -98,18 +97,18 @@ def _limit(seconds: float, memory: int, files: int) -> None:
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, _FILE_BYTES),
         (resource.RLIMIT_NOFILE, files),
-        (resource.RLIMIT_NPROC, 0),  # root has no such limit; the filter holds for it too
+        (resource.RLIMIT_NPROC, 0),  # does not bind root; the filter does
         (resource.RLIMIT_CORE, 0),
     ):
         hard = resource.getrlimit(what)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(what, (most, most))
-    # A clock of its own, for where the parent dies meanwhile.
+    # A timer of its own, in case the parent dies.
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _filter_system_calls() -> bool:
-    """Whether the filter is in force."""
+    """Installs the filter; returns whether it is active."""
     machine = platform.machine()
     if sys.platform != "linux" or machine not in _REFUSED or sys.byteorder != "little":
         return False
@@ -125,15 +124,15 @@ def _filter_system_calls() -> bool:
 
 
 def _program(machine: str) -> list[tuple[int, int, int, int]]:
-    """The filter: (operation, lines to skip if so, and if not, operand)."""
+    """The filter as BPF instructions: (operation, jump if true, jump if false, operand)."""
     lines = [
         (_LOAD, 0, 0, _ARCH),
         (_IF_EQUAL, 1, 0, _AUDIT_ARCH[machine]),
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER),
-        (_IF_AT_LEAST, 0, 1, _FIRST_UNKNOWN),  # also those of x86's x32
+        (_IF_AT_LEAST, 0, 1, _FIRST_UNKNOWN),  # also the calls of x86's x32 ABI
         (_RETURN, 0, 0, _MISSING),
-        (_IF_EQUAL, 0, 1, _CLONE3),  # then the C library takes `clone`, whose flags can be read
+        (_IF_EQUAL, 0, 1, _CLONE3),  # the C library then uses `clone`, whose flags a filter can see
         (_RETURN, 0, 0, _MISSING),
     ]
     for group in _REFUSED[machine].values():

@@ -14,7 +14,7 @@ _NAMES = (Mode.FULL, Mode.SPARSE, Mode.SIRIUS, Mode.EXACT)
 
 @dataclass(frozen=True)
 class ModeChoice:
-    """A mode of `generate`; of `sirius` a threshold, where it is not the artifact's."""
+    """A mode of `generate`. threshold: for mode `sirius`, None for the artifact's own."""
 
     mode: Mode
     threshold: float | None = None
@@ -25,7 +25,7 @@ class ModeChoice:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As arguments of `generate`."""
+        """The arguments of `generate`."""
         return {"mode": self.mode} | (
             {} if self.threshold is None else {"threshold": self.threshold}
         )

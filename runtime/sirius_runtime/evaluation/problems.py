@@ -1,7 +1,7 @@
 """Tasks: problems with their prompts and graders, read from the user's files.
 
-A file has one JSON object a line. What is wrong with a line is refused by file and line, before a
-model has answered anything.
+A file has one JSON object per line. A faulty line raises an error that names the file and the line,
+before the model answers anything.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """`settings`: what the problems were made of, for the header of results: names, numbers, and
-    the sha256 of files. `new_tokens`: as many as its answers need.
+    """settings: everything that the problems depend on (names, numbers, SHA-256 of files), for the
+    header of the results. new_tokens: the default length limit of an answer. executes: whether
+    grading executes the answers' code.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Task:
     executes: bool = False
 
     def chosen(self, limit: int | None, seed: int | None) -> tuple[Problem, ...]:
-        """The first `limit` problems, in an order drawn by `seed` where one is given."""
+        """The first `limit` problems, shuffled by `seed` if one is given."""
         problems = list(self.problems)
         if seed is not None:
             random.Random(seed).shuffle(problems)
@@ -84,20 +85,23 @@ class Line:
         return ConfigError(f"{self.file}, line {self.number}: {reason}")
 
     def text(self, name: str) -> str:
-        """A field that must be there, as text that is not empty."""
+        """The text of a required field. Raises ConfigError if it is missing, empty or no text."""
         if name not in self.fields:
             raise self.fault(
-                f"there is no field {name!r} (its fields: {', '.join(self.fields) or 'none'}); "
+                f"the field {name!r} is missing (there are: {', '.join(self.fields) or 'none'}); "
                 "add it"
             )
         value = self.fields[name]
         if not isinstance(value, str) or not value.strip():
-            raise self.fault(f"{name} must be text that is not empty, got {shown(str(value))}")
+            raise self.fault(f"{name} must be a non-empty text, got {shown(str(value))}")
         return value
 
 
 def read_lines(file: Path) -> tuple[list[Line], str]:
-    """The objects of a file, blank lines left out, and the file's sha256."""
+    """The objects of a JSONL file, without blank lines, and the SHA-256 of its text.
+
+    Raises ConfigError for a file that can't be read, a line that is no JSON object, or no lines.
+    """
     text = read_text_file(file, str(file))
     lines = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -107,22 +111,22 @@ def read_lines(file: Path) -> tuple[list[Line], str]:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ConfigError(
-                f"{file}, line {number}: it is not JSON ({error}); each line must be one JSON "
+                f"{file}, line {number}: not valid JSON ({error}); each line must be one JSON "
                 "object"
             ) from error
         if not isinstance(fields, dict):
             raise ConfigError(
-                f"{file}, line {number}: it is a JSON {type(fields).__name__} and not an object "
-                "({…}); each line must be one"
+                f"{file}, line {number}: a JSON {type(fields).__name__} instead of an object "
+                "({…}); each line must be one JSON object"
             )
         lines.append(Line(file, number, fields))
     if not lines:
-        raise ConfigError(f"{file} has no lines; each problem is a JSON object on a line")
+        raise ConfigError(f"{file} is empty; write one problem per line, as a JSON object")
     return lines, hashlib.sha256(text.encode()).hexdigest()
 
 
 def own_task(file: Path, *, chat: bool = False, system: str | None = None) -> Task:
-    """Problems of a file in the generic form: see docs/eval.md."""
+    """The task of a user's own file, in the format of docs/eval.md."""
     lines, digest = read_lines(file)
     return Task(
         str(file),
@@ -140,8 +144,8 @@ def gsm8k(
     chat: bool = False,
     system: str | None = None,
 ) -> Task:
-    """GSM8K (question, answer): after worked examples, the first ones of `shots`; in a chat without
-    any.
+    """GSM8K, from a file with the fields question and answer. Each question follows the first
+    `num_shots` worked examples of the file `shots`; a chat has no examples.
     """
     lines, digest = read_lines(data)
     settings: Settings = {"task": "gsm8k", "data": digest, "chat": chat, "system": system}
@@ -159,15 +163,15 @@ def gsm8k(
     if num_shots:
         if shots is None:
             raise ConfigError(
-                f"--task gsm8k with {num_shots} examples needs a file of them: give --shots "
-                "FILE.jsonl (fields question and answer; those of the training set, say), "
+                f"--task gsm8k with {num_shots} worked examples needs a file of them: give --shots "
+                "FILE.jsonl (fields question and answer, for instance of the training set), "
                 "--num-shots 0, or --chat"
             )
         worked, digest = read_lines(shots)
         if len(worked) < num_shots:
             raise ConfigError(
-                f"{shots} has {len(worked)} examples, fewer than --num-shots {num_shots}; give "
-                "more, or ask for fewer"
+                f"{shots} has {len(worked)} examples, fewer than --num-shots {num_shots}; add "
+                "examples, or lower --num-shots"
             )
         settings = {**settings, "shots": digest}
         examples = "".join(
@@ -193,8 +197,8 @@ def humaneval(
     system: str | None = None,
     limits: Limits = Limits(),  # noqa: B008  (frozen)
 ) -> Task:
-    """HumanEval (task_id, prompt, test, entry_point): answers continue the prompt, or are texts of
-    a chat with the function in a fenced block.
+    """HumanEval, from a file with the fields task_id, prompt, test and entry_point. An answer
+    continues the prompt or, in a chat, has the function in a fenced block.
     """
     lines, digest = read_lines(data)
     problems = []
@@ -227,10 +231,10 @@ def _own(line: Line, chat: bool, system: str | None) -> Problem:
     unknown = [name for name in line.fields if name not in _FIELDS]
     if unknown:
         raise line.fault(
-            f"{', '.join(map(shown, unknown))}: not understood; a line has {', '.join(_FIELDS)}"
+            f"unknown field {', '.join(map(shown, unknown))}; a line may have {', '.join(_FIELDS)}"
         )
     if ("prompt" in line.fields) == ("messages" in line.fields):
-        raise line.fault("it needs a prompt or messages, one of the two")
+        raise line.fault("it needs either a prompt or messages")
     prompt: str | Messages
     if "messages" in line.fields:
         prompt = _messages(line)
@@ -243,13 +247,15 @@ def _own(line: Line, chat: bool, system: str | None) -> Problem:
     stop = line.fields.get("stop", [])
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-        raise line.fault("stop must be a text, or a list of texts, none of them empty")
+        raise line.fault("stop must be a non-empty text, or a list of non-empty texts")
     return Problem(_id(line), prompt, _grader(line), tuple(stops))
 
 
 def _grader(line: Line) -> TextGrader:
     if "answer" not in line.fields:
-        raise line.fault("there is no field 'answer', which every answer is compared with; add it")
+        raise line.fault(
+            "the field 'answer' is missing: the right answer, or a list of them; add it"
+        )
     given = line.fields["answer"]
     items = given if isinstance(given, list) else [given]
     if not items or not all(_is_answer(item) for item in items):
@@ -264,7 +270,9 @@ def _grader(line: Line) -> TextGrader:
     if grader.scoring is Scoring.NUMBER and not all(
         TextGrader((answer,), Scoring.NUMBER).grade(answer).correct for answer in answers
     ):
-        raise line.fault(f"scoring is by number, and {shown(json.dumps(given))} holds none")
+        raise line.fault(
+            f"scoring is number, but the answer {shown(json.dumps(given))} contains no number"
+        )
     return grader
 
 
@@ -287,7 +295,7 @@ def _pattern(line: Line) -> re.Pattern[str] | None:
 def _messages(line: Line) -> Messages:
     given = line.fields["messages"]
     if not isinstance(given, list) or not given:
-        raise line.fault("messages must be a list of {role, content}, not empty")
+        raise line.fault("messages must be a non-empty list of {role, content}")
     for message in given:
         if (
             not isinstance(message, dict)
@@ -295,14 +303,15 @@ def _messages(line: Line) -> Messages:
             or not all(isinstance(value, str) for value in message.values())
         ):
             raise line.fault(
-                f"a message must be {{role, content}}, two texts, got {shown(json.dumps(message))}"
+                "a message must be {role, content}, both of them texts, got "
+                f"{shown(json.dumps(message))}"
             )
         if message["role"] not in _ROLES:
             raise line.fault(
                 f"a message's role must be {', '.join(_ROLES)}, got {shown(message['role'])}"
             )
     if given[-1]["role"] != "user":
-        raise line.fault("the last message must be the user's: the model answers it")
+        raise line.fault("the last message must have the role user: the model answers it")
     return tuple(given)
 
 
@@ -312,7 +321,7 @@ def _chat(text: str, system: str | None) -> Messages:
 
 
 def _id(line: Line) -> str:
-    """The problem's own name, else its line."""
+    """The problem's id: its field `id` or `task_id`, else its line number."""
     given = line.fields.get("id", line.fields.get("task_id"))
     return str(line.number if given is None else given)
 
@@ -327,13 +336,13 @@ def _gsm8k_answer(line: Line) -> str:
 
 
 def _distinct(problems: Sequence[Problem], lines: Sequence[Line]) -> tuple[Problem, ...]:
-    """The problems, whose names tell results apart."""
+    """The problems. Raises ConfigError if two have the same id, which identifies results."""
     first: dict[str, int] = {}
     for problem, line in zip(problems, lines, strict=True):
         if problem.id in first:
             raise line.fault(
-                f"id {shown(problem.id)} is that of line {first[problem.id]}; give each line its "
-                "own"
+                f"id {shown(problem.id)} is also the id of line {first[problem.id]}; give each "
+                "line its own"
             )
         first[problem.id] = line.number
     return tuple(problems)

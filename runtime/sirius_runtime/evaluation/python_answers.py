@@ -1,4 +1,4 @@
-"""HumanEval: the function in a model's answer, and the program that tests it."""
+"""HumanEval: extracts the function from a model's answer and runs its tests."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from sirius_runtime.evaluation.answers import Grade
 from sirius_runtime.evaluation.execution import Limits, run_limited
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Where a completion ends: those of lm-evaluation-harness and of the paper that made HumanEval."""
+"""Stop strings of a completion, as in the HumanEval paper (Chen et al., 2021)."""
 
 _FENCE = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.S)
 
 
 @dataclass(frozen=True)
 class CodeGrader:
-    """Runs an answer and its tests in a limited child: see `execution`.
+    """Runs an answer and its tests in a limited child process: see `execution`.
 
-    chat: the answer is a text with the code in a fenced block; else it continues `prompt`.
+    chat: the answer is a text with the code in a fenced block; otherwise it continues `prompt`.
     """
 
     prompt: str
@@ -33,14 +33,14 @@ class CodeGrader:
         return Grade(outcome.passed, outcome.reason)
 
     def code(self, text: str) -> str:
-        """The program that an answer makes."""
+        """The program that an answer and the prompt make."""
         if not self.chat:
             return self.prompt + text
         code = fenced(text, self.entry_point)
         function = re.search(rf"^[ \t]*def\s+{re.escape(self.entry_point)}\b", code, re.M)
-        if function is None:  # the function's body alone
+        if function is None:  # the block has only the function's body
             return self.prompt + code
-        # Imports and helpers of the prompt: answers repeat the function and leave them out.
+        # The answer repeats the function but not the imports and helpers before it in the prompt.
         return self.prompt[: self.prompt.rfind(f"def {self.entry_point}")] + "\n" + code
 
 

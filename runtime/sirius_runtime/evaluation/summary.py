@@ -1,4 +1,4 @@
-"""Results of a mode, added up: accuracy with its interval, and what the answers cost."""
+"""Summaries of results by mode: accuracy with a confidence interval, AAL, density and speed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sirius_runtime.evaluation.results import Result
 from sirius_runtime.request import Mode
 
 RESAMPLES = 10_000
-_AT_ONCE = 2**22  # drawn indices in memory
+_AT_ONCE = 2**22  # indices drawn at once, to bound memory
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and where 95% of the resampled ones lie."""
+    """A mean with its 95% bootstrap interval."""
 
     mean: float
     low: float
@@ -25,11 +25,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Summary:
-    """A mode's results. `difference`: its accuracy less that of mode full, on the same problems;
-    `speed`: its tokens/s over those of full. None where it was not measured.
+    """A summary of a mode. Values that were not measured are None.
 
-    `effective_density`: weight reads per committed token, each sequence's last period left out, as
-    in `GenerationStats`. `unanswered`: texts in which no answer was found.
+    strict: accuracy by the task's strict rule. difference: accuracy minus that of mode full, on the
+    same problems. unanswered: texts without an answer. cut: texts that reached the length limit.
+    effective_density: weight reads per committed token, without each sequence's last period, as in
+    `GenerationStats`. speed: tokens/s relative to mode full.
     """
 
     mode: str
@@ -49,10 +50,9 @@ class Summary:
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
-    """The mean with its 95% interval: percentiles over resampled problems.
+    """The mean of per-problem values with its 95% percentile bootstrap interval over problems.
 
-    Equal seeds resample the same problems, so that differences of two modes are paired: resample
-    the difference of each problem.
+    For the difference of two modes pass each problem's difference, which is a paired bootstrap.
     """
     sample = np.asarray(values, np.float64)
     generator, means = np.random.default_rng(seed), []
@@ -65,7 +65,7 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
 
 
 def summarise(by_mode: Mapping[str, Sequence[Result]], seed: int = 0) -> list[Summary]:
-    """A summary of each mode that has results, in their order."""
+    """The summaries of the modes that have results, in the order of `by_mode`."""
     full = {result.problem: result for result in by_mode.get(Mode.FULL, ())}
     dense = _tokens_per_second(list(full.values()))
     return [
@@ -109,7 +109,7 @@ def _summary(
 
 
 def _advance(mode: str, results: Sequence[Result], density: float) -> tuple[float | None, float]:
-    """AAL and effective density."""
+    """AAL (None without periods) and effective density, with the last periods left out."""
     every = [(period, r.density) for r in results for period in r.periods]
     counted = [(period, r.density) for r in results for period in r.periods[:-1]] or every
     if not counted:
@@ -122,5 +122,5 @@ def _advance(mode: str, results: Sequence[Result], density: float) -> tuple[floa
 
 def _tokens_per_second(results: Sequence[Result]) -> float | None:
     seconds = sum(result.seconds for result in results)
-    decoded = sum(result.tokens - 1 for result in results)  # the first is prefill's
+    decoded = sum(result.tokens - 1 for result in results)  # prefill makes the first token
     return decoded / seconds if seconds else None

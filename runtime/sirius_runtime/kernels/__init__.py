@@ -1,1 +1,3 @@
-"""Kernels behind the `sirius::` operators: they skip weight reads that the references only mask."""
+"""Kernels of the `sirius::` operators. They do not read skipped weights; the references read them
+and mask the products.
+"""

@@ -1,4 +1,4 @@
-"""What tensors the CPU kernels take, and how they are handed over. Shape letters as in `ops`."""
+"""Which tensors the CPU kernels take, and how they are passed. Shape letters as in `ops`."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from sirius_runtime.errors import BackendError, OperandError, OperandIndexError
 from sirius_runtime.nested import Layout, matrix_shape
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Numbers of the types in ``csrc/cpu.cpp``."""
+"""The codes of the types in ``csrc/cpu.cpp``."""
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "quick_gelu": 4, "relu2": 5}
-"""Numbers of the activations in ``csrc/activations.h``; others are left to the references."""
+"""The codes of the activations in ``csrc/activations.h``; others run in the references."""
 
 MOST_TOKENS = 64
-"""Tokens that a kernel takes; its buffers in ``csrc/mlp.h`` have room for no more of a row."""
+"""The most tokens of a row that a kernel takes; the buffers in ``csrc/mlp.h`` have this size."""
 
 BFLOAT16_TOKENS = 48
-"""As MOST_TOKENS, of all rows together, in bfloat16, which torch multiplies by oneDNN: on two Zen 5
-cores at hidden size 2048 the kernels took half to 0.7 of its time at 16 tokens, as long at 48, and
-up to 1.08 times as long at 64. In float32 they take half at 64 still."""
+"""The most tokens of all rows together in bfloat16, where torch multiplies by oneDNN. On two Zen 5
+cores at hidden size 2048, the kernels took 0.5 to 0.7 of oneDNN's time at 16 tokens, the same time
+at 48, and up to 1.08 times as long at 64. In float32 they still take half the time at 64."""
 
 
 def fits(tokens: int, rows: int, dtype: torch.dtype, bfloat16: int = BFLOAT16_TOKENS) -> bool:
-    """Whether a call of `rows` rows of `tokens` is one for kernels, which in bfloat16 take
-    `bfloat16` tokens in all.
+    """Whether the kernels take `rows` rows of `tokens` tokens. bfloat16: the most tokens in all in
+    bfloat16.
 
-    The limit is the same for every kernel: so the full path and the sparse path, one token and a
-    period, are added up in the same order, and what is equal is so to the bit.
+    All kernels have the same limit. So the full and the sparse path, and one token and a period,
+    sum in the same order, and equal results are bit-equal.
     """
     most = bfloat16 if dtype is torch.bfloat16 else MOST_TOKENS
     return 1 <= tokens * rows <= most
@@ -49,11 +49,12 @@ def is_vector(bias: Tensor | None, dtype: torch.dtype) -> bool:
     )
 
 
-# Operands as ``csrc/operands.h`` has them: addresses and true sizes, which the kernels compare.
-# For None: a null pointer and zeros.
+# Operands in the form of ``csrc/operands.h``: addresses with the tensors' sizes, which the kernels
+# check. None is a null pointer with zero sizes.
 
 
 def address(tensor: Tensor | None) -> int:
+    """The tensor's address; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -68,7 +69,7 @@ def vector(bias: Tensor | None) -> tuple[int, int]:
 
 
 def is_nested_by(weight: Tensor, layout: Layout) -> bool:
-    """Whether `weight` is nested in that layout, on the CPU, its rows contiguous."""
+    """Whether `weight` is a nested weight in that layout, on the CPU, with contiguous rows."""
     rank = 3 if layout is Layout.BY_OUTPUTS else 4
     return (
         weight.dtype is torch.uint8
@@ -88,8 +89,8 @@ def nested_matrix(weight: Tensor | None) -> tuple[int, ...]:
 
 
 def of_ranks(operator: str, names: str, tensors: Sequence[Tensor], ranks: Sequence[int]) -> None:
-    """Raises OperandError for the first of the `tensors`, whose `names` these are, that has another
-    rank. The kernels compare sizes, and Python how many there are.
+    """Raises OperandError for the first tensor whose number of dimensions is not its rank in
+    `ranks`. names: the tensors' names, separated by spaces. The kernels check only sizes.
     """
     for name, tensor, rank in zip(names.split(), tensors, ranks, strict=True):
         if tensor.ndim != rank:
@@ -97,7 +98,9 @@ def of_ranks(operator: str, names: str, tensors: Sequence[Tensor], ranks: Sequen
 
 
 def refuse(operator: str, reason: str, *, index: bool = False) -> OperandError:
-    """The error for an operand, which `reason` names first; `index`: for an index that it holds."""
+    """The error for a wrong operand. reason: begins with the operand's name. index: whether the
+    fault is an index that the operand holds.
+    """
     kind = OperandIndexError if index else OperandError
     return kind(
         f"sirius::{operator}: {reason}. Compile the artifact again, or pass operands that agree"
@@ -105,10 +108,10 @@ def refuse(operator: str, reason: str, *, index: bool = False) -> OperandError:
 
 
 def check(library: ctypes.CDLL, status: int, operator: str) -> None:
-    """Raises for what a kernel returned.
+    """Raises the error for a kernel's status, if it is not 0.
 
-    OperandError for sizes that don't agree, OperandIndexError for an index of what is not there,
-    MemoryError, and BackendError where it was none of these.
+    OperandError for sizes that don't agree, OperandIndexError for an index out of range,
+    MemoryError, and BackendError for anything else.
     """
     if status:
         raise _error(status, operator, library.sirius_reason().decode(errors="replace"))
@@ -116,10 +119,10 @@ def check(library: ctypes.CDLL, status: int, operator: str) -> None:
 
 def _error(status: int, operator: str, reason: str) -> Exception:
     if status == 1:
-        return MemoryError(f"sirius::{operator}: no memory for its sums; run fewer rows at once")
+        return MemoryError(f"sirius::{operator}: not enough memory for its sums; run fewer rows")
     if status in (2, 3):
         return refuse(operator, reason, index=status == 2)
     return BackendError(
-        f"the kernel of sirius::{operator} failed ({reason or 'it did not say why'}); set "
-        "SIRIUS_KERNELS=0 to do without kernels"
+        f"the kernel of sirius::{operator} failed ({reason or 'without a reason'}); set "
+        "SIRIUS_KERNELS=0 to run without kernels"
     )

@@ -1,4 +1,4 @@
-"""Cached attention on the CPU, by the kernel where it serves: of drafts, trees and prompts."""
+"""Cached attention on the CPU for drafts, trees and prompts: by the kernel, else the reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RANKS = (4, 4, 4, 5, 5, 2, 1, 3)
 def cached_attention(
     heads: Heads[Tensor], caches: Caches[Tensor], places: Places[Tensor], kind: Attention[Tensor]
 ) -> Tensor:
-    """As `reference.cached_attention`; IndexError for a slot that is not there."""
+    """As `reference.cached_attention`. Raises IndexError for a slot out of range."""
     return _cached(heads, caches, places, kind, by_tokens=False)
 
 
@@ -30,8 +30,8 @@ def cached_attention(
 def cached_attention_by_tokens(
     heads: Heads[Tensor], caches: Caches[Tensor], places: Places[Tensor], kind: Attention[Tensor]
 ) -> Tensor:
-    """As `cached_attention`, for graphs that next read a token's heads side by side: the result has
-    that layout in memory and need not be copied.
+    """As `cached_attention`, but the result lies in memory as [B, T, H, Dv], so that a graph that
+    joins a token's heads next need not copy it.
     """
     return _cached(heads, caches, places, kind, by_tokens=True)
 
@@ -72,20 +72,20 @@ def block_attention_(
     places: Places[Tensor],
     kind: Attention[Tensor],
 ) -> Tensor:
-    """As `block_attention`, but the call's K/V are written into the block itself, and the result
-    lies as that of `cached_attention_by_tokens`.
+    """As `block_attention`, but the call's K/V are written into the block itself. The result lies
+    in memory as in `cached_attention_by_tokens`.
     """
-    own = Caches(block.k[kind.layer], block.v[kind.layer])
+    layer_block = Caches(block.k[kind.layer], block.v[kind.layer])
     if not (_serves(heads, caches, places, kind) and _is_block(block, heads)):
         out, *new = reference.block_attention(*heads, *caches, *block, *places, *kind)
-        for stored, value in zip(own, new, strict=True):
+        for stored, value in zip(layer_block, new, strict=True):
             stored.copy_(value)
         return out
-    return _run("block_attention", heads, caches, own, places, kind, by_tokens=True)
+    return _run("block_attention", heads, caches, layer_block, places, kind, by_tokens=True)
 
 
 def _is_block(block: Caches[Tensor], heads: Heads[Tensor]) -> bool:
-    """Whether these are a block's K/V for the kernel."""
+    """Whether the kernel takes the block: contiguous, of the queries' type."""
     return (
         block.k.dtype is block.v.dtype is heads.q.dtype
         and block.k.is_contiguous()
@@ -94,14 +94,14 @@ def _is_block(block: Caches[Tensor], heads: Heads[Tensor]) -> bool:
 
 
 def _layers_whole(caches: Caches[Tensor]) -> bool:
-    """Whether each layer of the caches is contiguous: those of some rows of a larger batch are."""
+    """Whether each layer of the caches is contiguous, as in a slice of a larger batch's rows."""
     return caches.k[:1].is_contiguous() and caches.v[:1].is_contiguous()
 
 
 def _serves(
     heads: Heads[Tensor], caches: Caches[Tensor], places: Places[Tensor], kind: Attention[Tensor]
 ) -> bool:
-    """Whether the kernel takes arguments of these types, and is there."""
+    """Whether the kernel is available and takes arguments of these types and layouts."""
     dtype = heads.q.dtype
     positions, slots, length, mask = places
     return (
@@ -127,10 +127,10 @@ def _run(
     *,
     by_tokens: bool = False,
 ) -> Tensor:
-    """Attention over a layer of the caches and, where it stands apart, the block [B, G, M, ·].
+    """Attention over one layer of the caches and, if given, a separate block [B, G, M, ·].
 
     K and V are written to the slots [B, T] of the caches or to the nodes [T] of the block.
-    `by_tokens`: the result, [B, H, T, Dv] still, lies in memory as [B, T, H, Dv].
+    by_tokens: the result [B, H, T, Dv] lies in memory as [B, T, H, Dv].
     """
     library = kernels()
     assert library is not None
@@ -142,14 +142,14 @@ def _run(
     positions, slots, length, tree_mask = (tensor.contiguous() for tensor in places)
     if block is None:
         of_ranks(operator, "slots", (slots,), (2,))
-        apart = _NO_BLOCK
+        block_operands = _NO_BLOCK
     else:
         of_ranks(operator, "nodes k_block v_block", (slots, *block), (1, 4, 4))
-        apart = (block.k.data_ptr(), *block.k.shape, block.v.data_ptr(), *block.v.shape)
+        block_operands = (block.k.data_ptr(), *block.k.shape, block.v.data_ptr(), *block.v.shape)
         slots = slots[None]
     k_cache, v_cache = caches
     layer = kind.layer
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):  # the layers stand apart
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):  # only each layer is
         k_cache, v_cache = (cache[layer : layer + 1] for cache in caches)
         layer = 0
     B, H, T, _ = q.shape
@@ -161,7 +161,7 @@ def _run(
         v.data_ptr(), *v.shape,
         k_cache.data_ptr(), *k_cache.shape,
         v_cache.data_ptr(), *v_cache.shape,
-        *apart,
+        *block_operands,
         positions.data_ptr(), *positions.shape,
         slots.data_ptr(), *slots.shape,
         length.data_ptr(), *length.shape,

@@ -1,8 +1,8 @@
 """The CPU kernels' shared library: compiled from ``csrc`` once, kept in the user's cache folder.
 
-The library has a C interface and knows nothing of torch, so it takes seconds to compile and serves
-every version of torch. The file's name is made of all that it depends on. Its last bytes are a hash
-of the rest, so that a damaged file is found before it is loaded, and built again.
+The library has a C interface and does not use torch, so that it compiles in seconds and works with
+every version of torch. The file's name contains a hash of everything that the library depends on.
+Its last bytes are a hash of the rest, so that a damaged file is detected and built again.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w", "-DNDEBUG"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    # Else libraries for two instruction sets would share their static variables, which differ.
+    # Otherwise libraries for two instruction sets, loaded together, would share static variables.
     "-fvisibility=hidden",
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-_SECONDS = 300  # it takes five; a compiler that hangs must not hang the program
+_SECONDS = 300  # time limit: compiling takes about five seconds, and a compiler may hang
 
 
 class InstructionSet(StrEnum):
-    """What the library is compiled for; the best comes first."""
+    """The instruction set that the library is compiled for, the best first."""
 
     AVX512_BF16 = "avx512_bf16"
     AVX512_VNNI = "avx512_vnni"
@@ -53,7 +53,7 @@ _TARGETS = {
 }
 _AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _NEEDED = {  # flags of /proc/cpuinfo
-    # Every CPU that has the first of the last two has the second, but not the other way round.
+    # CPUs with avx512_bf16 have avx512_vnni too, but not the other way round.
     InstructionSet.AVX512_BF16: {*_AVX512_FLAGS, "avx512_bf16", "avx512_vnni"},
     InstructionSet.AVX512_VNNI: {*_AVX512_FLAGS, "avx512_vnni"},
     InstructionSet.AVX512: _AVX512_FLAGS,
@@ -63,7 +63,7 @@ _NEEDED = {  # flags of /proc/cpuinfo
 
 
 def instruction_sets() -> list[InstructionSet]:
-    """What this machine's CPU can run, the best first."""
+    """The instruction sets that this machine's CPU can run, the best first."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux: the compiler's own default for the machine
@@ -74,9 +74,9 @@ def instruction_sets() -> list[InstructionSet]:
 
 def library(isa: InstructionSet, folder: Path) -> Path:
     """The library for `isa` in `folder`, built there if needed. If other users could have written
-    to `folder`, it is built in a private one.
+    to `folder`, a private folder is used instead.
 
-    A build is reported on stderr. Raises BackendError, with the reason, where it fails.
+    A build is reported on stderr. Raises BackendError if it fails.
     """
     found, version = compiler()
     try:
@@ -90,14 +90,14 @@ def library(isa: InstructionSet, folder: Path) -> Path:
 
 
 def compiler() -> tuple[str, str]:
-    """The compiler's path, and what it says of itself."""
+    """The compiler's path, and the output of its `--version`."""
     chosen = os.environ.get("CXX")
     candidates = (chosen,) if chosen else _COMPILERS
     found = next((p for c in candidates if (p := shutil.which(c)) is not None), None)
     if found is None:
         raise BackendError(
             f"no C++ compiler was found (looked for {', '.join(candidates)}); install g++ or "
-            "clang++, or name one by the environment variable CXX"
+            "clang++, or set the environment variable CXX to one"
         )
     try:
         said = subprocess.run(
@@ -127,8 +127,8 @@ def _is_sound(path: Path) -> bool:
 
 
 def _build(cxx: str, isa: InstructionSet, path: Path) -> None:
-    """Compiles to a temporary name, then renames: processes that build at once do no harm."""
-    print(  # noqa: T201  (seconds of silence are no answer)
+    """Compiles to a temporary name and renames, so that processes may build at the same time."""
+    print(  # noqa: T201  (it takes seconds)
         f"sirius: compiling the CPU kernels ({isa}) with {cxx}; once, kept in {path.parent}",
         file=sys.stderr,
     )
@@ -144,11 +144,11 @@ def _build(cxx: str, isa: InstructionSet, path: Path) -> None:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), "")
                 raise BackendError(
                     f"{cxx} can't compile the CPU kernels ({reason or done.stderr:.300}); "
-                    "name another compiler by the environment variable CXX"
+                    "set the environment variable CXX to another compiler"
                 )
             content = built.read_bytes()
             built.write_bytes(content + hashlib.sha256(content).digest())
-            built.chmod(0o700)  # whatever the umask: a file that others may write is never loaded
+            built.chmod(0o700)  # overrides the umask: a file that others may write is never loaded
             into_place(built, path)
     except subprocess.SubprocessError as error:
         raise BackendError(f"{cxx} can't compile the CPU kernels ({error})") from error
@@ -158,6 +158,6 @@ def _build(cxx: str, isa: InstructionSet, path: Path) -> None:
 
 def _not_kept(folder: Path, error: OSError | ConfigError) -> BackendError:
     return BackendError(
-        f"the CPU kernels can't be kept in {folder} ({error}); name another folder by the "
-        f"environment variable {CACHE_VARIABLE}"
+        f"the CPU kernels can't be kept in {folder} ({error}); set the environment variable "
+        f"{CACHE_VARIABLE} to another folder"
     )

@@ -1,4 +1,4 @@
-"""Linears on the CPU: the kernels at few tokens, else torch's matrix products."""
+"""Linear layers on the CPU: our kernels for few tokens, else torch's matrix products."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from sirius_runtime.ops import linear as reference
 from sirius_runtime.ops.products import emulated
 
 MOST_LINEARS = 8
-"""Weights that one call takes, as in ``csrc/cpu.cpp``."""
+"""The most weights of one call, as in ``csrc/cpu.cpp``."""
 
-# The structs of ``csrc/cpu.cpp``: LinearOperands, as many of them, and SparseOperands.
+# The structs of ``csrc/cpu.cpp``: so many LinearOperands, and SparseOperands.
 _LINEARS = [Struct(f"={7 * count}q") for count in range(MOST_LINEARS + 1)]
 _SPARSE = Struct("=12q")
 _NESTED_LINEARS = [Struct(f"={10 * count}q") for count in range(MOST_LINEARS + 1)]
@@ -53,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linears(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """As `reference.linears`: what waits for all threads, waits once."""
+    """As `reference.linears`. One call for all weights synchronises the threads only once."""
     if is_nested(weights[0]):
         return nested_linears(x, weights, biases)
     kind = TYPES.get(x.dtype)
@@ -155,7 +155,7 @@ def sparse_linear(
 def nested_linears(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """`linears` of weights that are nested, all of them."""
+    """`linears` for nested weights."""
     kind = TYPES.get(x.dtype)
     C = x.shape[-1] if x.ndim else 0
     tokens = x.numel() // C if C else 0
@@ -188,27 +188,28 @@ def nested_linears(
 
 
 def _nested_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear` of a weight by inputs, or of many tokens."""
+    """`linear` with one nested weight in the by-inputs layout, or for many tokens."""
     if x.dtype not in TYPES or not weight.is_cpu or kernels() is None:
         return reference.linear(x, weight, bias)
     if (y := _in_parts(x, weight, bias)) is not None:
         return y
     given = in_steps(x).to(x.dtype)
     y = x.new_empty(*x.shape[:-1], matrix_shape(tuple(weight.shape))[0])
-    for own, part in in_blocks(weight):
+    for outputs, part in in_blocks(weight):
         plain = unnest(part, x.dtype)
         if plain is None:
             return reference.linear(x, weight, bias)
-        y[..., own] = F.linear(given, plain, None if bias is None else bias[own])
+        y[..., outputs] = F.linear(given, plain, None if bias is None else bias[outputs])
     return y
 
 
 def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """`linear` by the kernels, so many tokens at a time as they take; None where none serves, or
-    where torch has instructions for products of x's type.
+    """`linear` by the kernels, as many tokens at a time as they take. None if no kernel takes the
+    weight, or if the CPU has instructions for torch's products of x's type.
 
-    Of 256 tokens through a weight [8960, 1536], a core of a Sapphire Rapids guest with avx512_vnni
-    takes 32 ms so; by numbers of the weight 67 in float32, and 250 in bfloat16, which it emulates.
+    For 256 tokens and a weight [8960, 1536], one core of a Sapphire Rapids guest with avx512_vnni
+    takes 32 ms this way. Unnesting the weight for torch takes 67 ms in float32, and 250 ms in
+    bfloat16, which that guest emulates.
     """
     by_inputs = is_nested_by(weight, Layout.BY_INPUTS)
     C = x.shape[-1] if x.ndim else 0
@@ -235,7 +236,7 @@ def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 
 
 def nested_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `nested.product`, of any number of tokens, with what kernels there are."""
+    """As `nested.product` for any number of tokens, by the kernels if there are any."""
 
     def numbers(part: Tensor) -> Tensor:
         plain = unnest(part, torch.float32)
@@ -258,8 +259,8 @@ def _nested_sparse_linear(
 def _nested_by_inputs(
     x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float | None
 ) -> tuple[Tensor, Tensor] | None:
-    """`sparse_linear` of x [B, T, C], or without a threshold all channels; None where no kernel
-    serves.
+    """`sparse_linear` of x [B, T, C]; with threshold None, over all channels and without counts.
+    None if no kernel takes this.
     """
     kind = TYPES.get(x.dtype)
     if not (
@@ -290,7 +291,7 @@ def _nested_by_inputs(
 
 
 def embedding(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `reference.embedding`; IndexError for a row that is not there."""
+    """As `reference.embedding`. Raises IndexError for an id out of range."""
     flat = ids.flatten()
     rows = None
     if ids.dtype is torch.int64 and ids.is_cpu and is_nested_by(weight, Layout.BY_OUTPUTS):
@@ -306,8 +307,8 @@ def unnest(
     rows: Tensor | None = None,
     library: ctypes.CDLL | None = None,
 ) -> Tensor | None:
-    """As `nested.unnest`, [O, C], of its `rows` [N] if given, which is for a weight by outputs;
-    None where no kernel serves. `library`: the kernels', by default those in use.
+    """As `nested.unnest`: the weight [O, C] in that dtype, or only its `rows` [N] (by-outputs
+    layout only). None if no kernel takes it. library: the kernels, by default those in use.
     """
     by_inputs = is_nested_by(weight, Layout.BY_INPUTS)
     kind, library = TYPES.get(dtype), library or kernels()

@@ -1,8 +1,8 @@
-"""MLPs on the CPU: the kernels where they serve, else the references of `sirius_runtime.ops.mlp`.
+"""MLPs on the CPU: by a kernel if one takes the arguments, else `sirius_runtime.ops.mlp`.
 
-Choices of neurons are the references': products, activations and their means are rounded to the
-tensors' type as torch rounds them. Only where scores are equal, which torch's ``topk`` decides as
-it comes, the kernel takes the first neurons.
+The kernels choose the same neurons as the references, because they round products, activations and
+means to the tensors' type as torch does. Between equal scores, where torch's ``topk`` leaves the
+order open, they take the first neurons.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ from sirius_runtime.ops.operands import Mlp, grouped
 
 @dataclass(frozen=True)
 class _Choice:
-    """Which neurons a kernel uses; all of them by default."""
+    """Which neurons a kernel uses: a list, the `keep` largest or those above a threshold; all of
+    them by default. counts: whether it returns how many it used.
+    """
 
     neurons: Tensor | None = None
     keep: int = 0
@@ -52,15 +54,15 @@ class _Choice:
 
 
 _ALL = _Choice()
-_MLP = Struct("=28q")  # MlpOperands of ``csrc/cpu.cpp``, of a Matrix
-_NESTED_MLP = Struct("=37q")  # and of a NestedMatrix
+_MLP = Struct("=28q")  # MlpOperands<Matrix> of ``csrc/cpu.cpp``
+_NESTED_MLP = Struct("=37q")  # MlpOperands<NestedMatrix>
 _STATISTIC = Struct("=7q")
 
 
 def _run(
     operator: str, choice: _Choice, x: Tensor, mlp: Mlp[Tensor]
 ) -> tuple[Tensor, Tensor | None] | None:
-    """y [B, T, C], and counts [B] or z [B, T, I] where asked for; None where no kernel serves."""
+    """y [B, T, C], and counts [B] or z [B, T, I] if asked for; None if no kernel takes this."""
     gate, up, down, gate_bias, up_bias, down_bias, act, _ = mlp
     dtype = x.dtype
     kind, code = TYPES.get(dtype), ACTIVATIONS.get(act)
@@ -68,10 +70,10 @@ def _run(
         return None
     B, T, C = x.shape
     chooses = choice.neurons is not None or choice.keep > 0 or choice.threshold is not None
-    if not chooses:  # nothing tells rows from tokens
+    if not chooses:  # every token uses all neurons: rows and tokens are the same
         B, T = 1, B * T
     if not (
-        # What skips is worth it in bfloat16 for as many rows as there are.
+        # Skipping neurons pays in bfloat16 for any number of rows.
         T <= MOST_TOKENS
         and fits(T, B, dtype, B * MOST_TOKENS if chooses else BFLOAT16_TOKENS)
         and _serves(mlp, dtype)
@@ -122,7 +124,7 @@ def _run(
 
 
 def _serves(mlp: Mlp[Tensor], dtype: torch.dtype) -> bool:
-    """Whether the weights are all matrices of that type, or all nested, as kernels read them."""
+    """Whether the kernels take the weights: all matrices of that type, or all nested."""
     rows = [weight for weight in (mlp.gate, mlp.up) if weight is not None]
     if not is_nested(mlp.gate):
         return all(is_matrix(weight, dtype) for weight in (*rows, mlp.down))
@@ -135,7 +137,7 @@ def _serves(mlp: Mlp[Tensor], dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _as_stored(threshold: float, dtype: torch.dtype) -> float:
-    """`threshold` in that type, as torch takes a number that is compared with a tensor."""
+    """`threshold` rounded to that type, as torch rounds a number that it compares with a tensor."""
     return torch.tensor(threshold, dtype=dtype).item()
 
 
@@ -147,14 +149,14 @@ def dense_mlp(x: Tensor, mlp: Mlp[Tensor]) -> Tensor:
 
 
 def _by_torch(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """y [B, T, C] and z = act(gate x) · up x [B, T, I] of many tokens: the products by torch, what
-    stands between them in one pass.
+    """y [B, T, C] and z = act(gate x) · up x [B, T, I] for many tokens, by torch's matrix products
+    and one kernel for the activation and the product between them. None without kernels.
     """
     library, code = kernels(), ACTIVATIONS.get(mlp.act)
     if library is None or code is None or x.dtype not in TYPES or x.device.type != "cpu":
         return None
     product = linear if is_nested(mlp.gate) else plain_linear
-    z = product(x, mlp.gate, mlp.gate_bias)  # contiguous, and nobody else's
+    z = product(x, mlp.gate, mlp.gate_bias)  # a new contiguous tensor: the kernel may overwrite it
     u = None if mlp.up is None else product(x, mlp.up, mlp.up_bias)
     status = library.sirius_gated(
         TYPES[z.dtype], code, z.data_ptr(), z.numel(), address(u), 0 if u is None else u.numel(),
@@ -166,7 +168,7 @@ def _by_torch(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor] | None:
 
 
 def _with_product(operator: str, x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """y and z, as `_by_torch` has them, by a kernel where it serves."""
+    """y and z as in `_by_torch`, by one kernel if it takes the arguments."""
     y, z = _run(operator, _Choice(product=True), x, mlp) or (None, None)
     return _by_torch(x, mlp) if y is None or z is None else (y, z)
 
@@ -215,7 +217,7 @@ def dense_mlp_activity(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor]:
 
 @grouped
 def topk_mlp(x: Tensor, mlp: Mlp[Tensor], keep: int) -> Tensor:
-    """As `reference.topk_mlp`; of neurons with equal scores, the first."""
+    """As `reference.topk_mlp`; of neurons with equal scores, the first are kept."""
     done = None
     if keep > 0:
         done = _run("topk_mlp", _Choice(keep=keep), x, mlp)
@@ -233,7 +235,7 @@ def cats_mlp(x: Tensor, mlp: Mlp[Tensor], threshold: float) -> tuple[Tensor, Ten
 
 @grouped
 def griffin_mlp(x: Tensor, mlp: Mlp[Tensor], neurons: Tensor) -> Tensor:
-    """As `reference.griffin_mlp`; IndexError for a neuron that is not there."""
+    """As `reference.griffin_mlp`. Raises IndexError for a neuron out of range."""
     done = _run("griffin_mlp", _Choice(neurons=neurons[mlp.layer]), x, mlp)
     return reference.griffin_mlp(x, *mlp, neurons) if done is None else done[0]
 
@@ -242,7 +244,7 @@ def griffin_mlp(x: Tensor, mlp: Mlp[Tensor], neurons: Tensor) -> Tensor:
 def griffin_cats_mlp(
     x: Tensor, mlp: Mlp[Tensor], neurons: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.griffin_cats_mlp`; IndexError for a neuron that is not there."""
+    """As `reference.griffin_cats_mlp`. Raises IndexError for a neuron out of range."""
     choice = _Choice(neurons=neurons[mlp.layer], threshold=threshold, counts=True)
     done = _run("griffin_cats_mlp", choice, x, mlp)
     if done is None or done[1] is None:

@@ -1,7 +1,7 @@
 """Mixtures of experts on the CPU: the MLP kernels run one routed expert after another.
 
-On the CPU the host reads the routing at no cost. gpt-oss' activation has no kernel: such mixtures
-run the references, whose products with nested weights are the kernels'.
+On the CPU, reading the routing needs no transfer. There is no kernel for gpt-oss's activation: such
+mixtures run the references, with the kernels' matrix products if the weights are nested.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sirius_runtime.ops.linear import linear as plain_linear
 from sirius_runtime.ops.operands import Mlp, grouped
 
 FEW_TOKENS = 8
-"""Tokens up to which `topk_moe` goes through them one by one, each with neurons of its own."""
+"""Up to so many tokens, `topk_moe` runs them one by one, each with its own neurons."""
 
 
 @grouped
@@ -35,7 +35,7 @@ def dense_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor]) -> 
 def _all_of(
     hit: list[int], x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor]
 ) -> Tensor:
-    """All of each token's experts; `hit`: which those are."""
+    """The weighted sum over each token's experts [N, C]; `hit`: the experts that any token has."""
     y = x.new_empty(*experts.shape, x.shape[1])
     for expert in hit:
         token, place = (experts == expert).nonzero(as_tuple=True)
@@ -45,18 +45,23 @@ def _all_of(
 
 @grouped
 def topk_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep: int) -> Tensor:
-    """As `reference.topk_moe`. The kept neurons' gates are read twice, at once."""
+    """As `reference.topk_moe`. The kept neurons' gate rows are read twice, the second time from the
+    cache.
+    """
     if mlp.act not in ACTIVATIONS or x.shape[0] > FEW_TOKENS:
         return _plainly(x, experts, weights, mlp, keep)
     _hit("topk_moe", x, experts, weights, mlp)
     routed = experts.tolist()
-    own = [[_of(expert, mlp) for expert in row] for row in routed]
+    routed_mlps = [[_of(expert, mlp) for expert in row] for row in routed]
     g = torch.stack(
-        [torch.stack([linear(x[n], w.gate, w.gate_bias) for w in row]) for n, row in enumerate(own)]
+        [
+            torch.stack([linear(x[n], w.gate, w.gate_bias) for w in row])
+            for n, row in enumerate(routed_mlps)
+        ]
     )
     kept = reference.largest(reference.EXPERT_ACTIVATIONS[mlp.act](g), weights, keep)
     y = x.new_empty(*experts.shape, x.shape[1])
-    for n, row in enumerate(own):
+    for n, row in enumerate(routed_mlps):
         for place, expert in enumerate(row):
             neurons = kept[n, place].nonzero()[None, None, :, 0]
             if neurons.numel():
@@ -81,20 +86,21 @@ def experts_moe(
 def _plainly(
     x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep: int | None
 ) -> Tensor:
-    """The reference; with nested weights, by the kernels' products."""
+    """The reference; if the weights are nested, with the kernels' matrix products."""
     product = linear if is_nested(mlp.gate) else plain_linear
     by = functools.partial(reference.linear_of_hit, product=product)
     return reference.mixture(x, experts, weights, mlp, keep, by)
 
 
 def _hit(operator: str, x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor]) -> list[int]:
-    """The experts that tokens have, in order.
+    """The experts that any token is routed to, in ascending order.
 
-    Raises OperandError for shapes that do not fit x's tokens, and for an expert out of range.
+    Raises OperandError for shapes that do not fit x's tokens, and OperandIndexError for an expert
+    out of range.
     """
     N = x.shape[0]
     if experts.ndim != 2 or experts.shape[0] != N:
-        reason = f"experts has the shape {list(experts.shape)}, not [{N}, experts a token]"
+        reason = f"experts has the shape {list(experts.shape)}, not [{N}, experts per token]"
         raise refuse(operator, reason)
     if weights.shape != experts.shape:
         reason = f"weights has the shape {list(weights.shape)}, not {list(experts.shape)}"
@@ -109,9 +115,9 @@ def _hit(operator: str, x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Te
 
 
 def _of(expert: int, mlp: Mlp[Tensor]) -> Mlp[Tensor]:
-    """An expert's own weights."""
-    own: list[Any] = [reference.expert(v, expert) if isinstance(v, Tensor) else v for v in mlp]
-    return Mlp(*own)._replace(layer=0)  # of the one list of neurons
+    """The weights of one expert as an MLP."""
+    fields: list[Any] = [reference.expert(v, expert) if isinstance(v, Tensor) else v for v in mlp]
+    return Mlp(*fields)._replace(layer=0)  # `griffin_mlp` gets a list of neurons for one layer
 
 
 def _weighted(y_NkC: Tensor, weights: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from sirius_runtime.errors import BackendError
 from sirius_runtime.kernels.build import InstructionSet, instruction_sets, library
 
 VARIABLE = "SIRIUS_KERNELS"
-"""Environment variable: ``0`` keeps the references, on CUDA too; the name of an instruction set
-(``avx2``, …) compiles for that one; unset or empty, for the best that the CPU has."""
+"""Environment variable. ``0`` turns the kernels off, on CUDA too. The name of an instruction set
+(``avx2``, …) compiles for it. Unset or empty, the best that the CPU has is taken."""
 
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
@@ -40,21 +40,21 @@ _SIGNATURES = {
 
 
 class KernelWarning(RuntimeWarning):
-    """Kernels can't be used, and why; the references, slower, take their place."""
+    """The kernels can't be used, so the slower references run instead."""
 
 
 _lock = threading.Lock()
 _loaded: dict[InstructionSet | None, ctypes.CDLL | None] = {}
-_chosen: InstructionSet | None = None  # by `using`, before the environment variable
-_off = 0  # contexts of `references` entered
+_chosen: InstructionSet | None = None  # set by `using`; overrides the environment variable
+_off = 0  # how many contexts of `references` are active
 _listener = threading.local()
 
 Heard = Callable[[Callable[..., int], tuple[Any, ...]], None]
-"""Is told of a call of the library: the function and its arguments."""
+"""A listener to calls of the library: it gets the function and its arguments."""
 
 
 def kernels() -> ctypes.CDLL | None:
-    """The library, built and loaded at the first call; None where the references are to be used."""
+    """The library, built and loaded at the first call; None if the references must be used."""
     if switched_off():
         return None
     heard: Heard | None = getattr(_listener, "heard", None)
@@ -66,7 +66,7 @@ def kernels() -> ctypes.CDLL | None:
 
 @contextmanager
 def listening(heard: Heard) -> Iterator[None]:
-    """Within it, `heard` is told of each call of the library by this thread."""
+    """A context in which `heard` is called before each call of the library by this thread."""
     _listener.heard = heard
     try:
         yield
@@ -75,7 +75,7 @@ def listening(heard: Heard) -> Iterator[None]:
 
 
 class _Listening:
-    """The library, whose listener hears each call."""
+    """The library, with a listener that is called before each of its functions."""
 
     def __init__(self, library: ctypes.CDLL, heard: Heard) -> None:
         self._own, self._heard = library, heard
@@ -96,20 +96,20 @@ def _library() -> ctypes.CDLL | None:
     try:
         return _loaded[_chosen]
     except KeyError:
-        with _lock:  # threads that come at once wait for the one that builds
+        with _lock:  # other threads wait for the one that builds
             if _chosen not in _loaded:
                 _loaded[_chosen] = _load(_chosen)
             return _loaded[_chosen]
 
 
 def switched_off() -> bool:
-    """Whether `references` is in force."""
+    """Whether a context of `references` is active."""
     return _off > 0
 
 
 @contextmanager
 def references() -> Iterator[None]:
-    """Within it, operators run their plain-PyTorch references, on all threads."""
+    """A context in which operators run their plain-PyTorch references, on all threads."""
     global _off
     _off += 1
     try:
@@ -120,7 +120,7 @@ def references() -> Iterator[None]:
 
 @contextmanager
 def using(isa: InstructionSet) -> Iterator[None]:
-    """Within it, kernels are those compiled for `isa`, on all threads."""
+    """A context in which the kernels are those compiled for `isa`, on all threads."""
     global _chosen
     before, _chosen = _chosen, isa
     try:
@@ -137,8 +137,8 @@ def _load(isa: InstructionSet | None) -> ctypes.CDLL | None:
         return _bind(library(isa or _wished(wish), cache_folder()))
     except BackendError as error:
         warnings.warn(
-            f"the CPU kernels can't be used: {error}. The reference operators, which read what "
-            f"they skip, take their place; set {VARIABLE}=0 to choose them without this warning",
+            f"the CPU kernels can't be used: {error}. The slower reference operators run instead; "
+            f"set {VARIABLE}=0 to choose them without this warning",
             KernelWarning,
             stacklevel=2,
         )

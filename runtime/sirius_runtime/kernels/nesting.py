@@ -1,4 +1,4 @@
-"""Nests weights on the CPU: what `nested.nest` makes of a matrix, to the bit."""
+"""Nests weights on the CPU by a kernel, bit-equal to `nested.nest`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FOUND = Struct("=qfxxxx")
 
 
 class Nesting(NamedTuple):
-    """Both planes, the largest magnitude of the matrix, and the groups that were rounded."""
+    """Both planes, the matrix's largest magnitude, and the number of groups that were rounded."""
 
     planes: Tensor
     largest: float
@@ -26,7 +26,7 @@ class Nesting(NamedTuple):
 
 
 def nest(weight: Tensor, layout: Layout) -> Nesting | None:
-    """Both planes of weight [O, C], a matrix or the transpose of one; None where no kernel serves.
+    """Nests weight [O, C], a matrix or the transpose of one; None if no kernel takes it.
 
     Raises OperandError for sizes that can't be nested.
     """

@@ -1,7 +1,7 @@
-"""Norms, rotary embeddings and gates on the CPU as one call each, for graphs that spell them out.
+"""RMS norms, rotary embeddings and gates on the CPU, each as one call.
 
-These are not operators: graphs on disk keep the several calls of torch that each of these replaces.
-At one token, the time between a decoder's matrix products depends on the number of calls.
+These are not operators: graphs on disk keep the torch calls, which the back end replaces by these
+when it loads a graph. At one token, the time between matrix products is the number of calls.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ROTATE = Struct("=18q")  # x and its strides, cosine, sine: see ``csrc/cpu.cpp`
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
-    """weight [C] times x [..., C] over the root of its mean square, which is taken in float32."""
+    """weight [C] · x [..., C] / sqrt(mean(x²) + epsilon), with the mean in float32."""
     if not _is_norm(x, weight, dtype):
         wide = x.to(torch.float32)
         scale = torch.rsqrt(wide.pow(2).mean([-1], True) + epsilon)
@@ -33,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> T
 def add_norm(
     x: Tensor, addend: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """x + addend, and `rms_norm` of it."""
+    """x + addend, and `rms_norm` of that sum."""
     if not (x.shape == addend.shape and x.dtype is addend.dtype and _is_norm(x, weight, dtype)):
         total = x + addend
         return total, rms_norm(total, weight, epsilon, dtype)
@@ -44,7 +44,7 @@ def add_norm(
 
 
 def _is_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernel for a norm of x is there and takes these arguments."""
+    """Whether there is a kernel for a norm of x, and it takes these arguments."""
     return (
         x.dtype in TYPES
         and x.dtype is dtype
@@ -75,7 +75,7 @@ def _norm(
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, half: int) -> Tensor:
-    """x · cosine + (-x₂, x₁) · sine, where x₁ is x up to `half` of its last dimension, x₂ the rest.
+    """x · cosine + (-x₂, x₁) · sine, where x₁ = x[..., :half] and x₂ = x[..., half:].
 
     x [B, H, T, D]; cosine and sine [B, 1, T, D].
     """

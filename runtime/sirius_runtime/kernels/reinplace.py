@@ -1,4 +1,4 @@
-"""Lets a draft's steps write into what a period's loop carries.
+"""Makes the loop of a period's graph update its carried tensors in place.
 
     Before                                               After
     %every = block_attention(…, %k_block, …, layer, …)   %out = block_attention_(…, %k_block, …)
@@ -7,9 +7,9 @@
 
     %next = index_copy(%carried, …)                      %next = index_copy_(%carried, …)
 
-Compilers want a loop without mutation. Run operator by operator, such a loop copies the block in
-every layer and step to add one token's K/V, and copies all drafted distributions to add one. A
-graph or a loop may not write to its inputs: it begins with a copy, where the tensor is not its own.
+Compilers need a loop without mutation. Run operator by operator, such a loop copies the block's K/V
+in every layer and step to add one token's, and copies all drafted distributions to add one. A graph
+or a loop must not write to its inputs, so a tensor that it does not own is cloned first.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from sirius_runtime.kernels.attention import block_attention_
 
 aten, sirius = torch.ops.aten, torch.ops.sirius
 
-_BLOCKS = (5, 6)  # where block_attention takes k_block and v_block; it returns new ones at 1 and 2
-_LAYER = 11
+_BLOCKS = (5, 6)  # arguments k_block and v_block of block_attention; results 1 and 2 are new ones
+_LAYER = 11  # its argument `layer`
 _FRESH = (aten.new_zeros.default, aten.zeros.default, aten.stack.default)
 
 
 def write_in_place(module: fx.GraphModule) -> None:
-    """Rewrites a graph, and the bodies of its loops, in place."""
+    """Rewrites `module`'s graph and the bodies of its loops; the module itself is changed."""
     graph = module.graph
     for loop in graph.find_nodes(op="call_function", target=torch.ops.higher_order.while_loop):
         _, name, carried, _ = loop.args
@@ -40,19 +40,19 @@ def write_in_place(module: fx.GraphModule) -> None:
         written = {given.index(value) for value in [*_rewrite(body.graph), *_copies(body.graph)]}
         body.recompile()
         with graph.inserting_before(loop):
-            own = [
-                _copy(graph, v) if i in written and not _is_own(v, loop, carried) else v
+            owned = [
+                _copy(graph, v) if i in written and not _is_owned(v, loop, carried) else v
                 for i, v in enumerate(carried)
             ]
-        loop.update_arg(2, tuple(own))
+        loop.update_arg(2, tuple(owned))
     for block in _rewrite(graph):
         with graph.inserting_after(block):
             copy = _copy(graph, block)
         block.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)  # type: ignore[misc]
 
 
-def _is_own(value: Any, loop: fx.Node, carried: Sequence[Any]) -> bool:
-    """Whether the graph made a tensor that only this loop begins with, once."""
+def _is_owned(value: Any, loop: fx.Node, carried: Sequence[Any]) -> bool:
+    """Whether the graph made `value`, and only this loop uses it, as one carried value."""
     made = value.op == "call_function" and value.target in _FRESH
     return made and list(value.users) == [loop] and sum(v is value for v in carried) == 1
 
@@ -62,7 +62,7 @@ def _copy(graph: fx.Graph, value: Any) -> fx.Node:
 
 
 def _rewrite(graph: fx.Graph) -> list[fx.Node]:
-    """Rewrites what it can; returns the blocks that are written to now, each once."""
+    """Rewrites calls of block_attention where it can; returns the blocks that are written now."""
     written: dict[fx.Node, None] = {}
     left = list(graph.find_nodes(op="call_function", target=sirius.block_attention.default))
     while left:
@@ -82,7 +82,9 @@ def _rewrite(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _copies(graph: fx.Graph) -> list[fx.Node]:
-    """Rewrites index_copy of an input that nothing else reads, where the result is an output."""
+    """Makes index_copy of an input in place, if nothing else reads the input and the result is only
+    an output. Returns the inputs that are written now.
+    """
     written = []
     for node in graph.find_nodes(op="call_function", target=aten.index_copy.default):
         value = node.args[0]
@@ -101,9 +103,10 @@ def _blocks(call: fx.Node) -> list[Any]:
 
 
 def _stacks(blocks: Sequence[Any], calls: Sequence[fx.Node]) -> list[fx.Node] | None:
-    """The stacks of the layers' new K and V, if the calls' blocks have no other use.
+    """The two nodes that stack the layers' new K and V.
 
-    None also where another node reads a block: it would see the writes.
+    None if the calls are not one per layer, their new K and V have another use, or another node
+    reads a block and would see the writes.
     """
     if [call.args[_LAYER] for call in calls] != list(range(len(calls))):
         return None
@@ -124,13 +127,13 @@ def _stacks(blocks: Sequence[Any], calls: Sequence[fx.Node]) -> list[fx.Node] | 
 
 
 def _result(call: fx.Node, index: int) -> fx.Node | None:
-    """The node that takes that result, where just one does."""
+    """The getitem node of result `index`; None if there is not exactly one."""
     taken = [u for u in call.users if u.target is operator.getitem and u.args[1] == index]
     return taken[0] if len(taken) == 1 else None
 
 
 def _rewrite_call(call: fx.Node) -> None:
-    """One call: its output, which is written where it was taken apart, and no more results."""
+    """Replaces a call by one that writes K and V in place and returns only the output."""
     with call.graph.inserting_before(call):
         out = call.graph.call_function(block_attention_, call.args)
     for user in list(call.users):

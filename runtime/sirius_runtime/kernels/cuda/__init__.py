@@ -1,7 +1,7 @@
 """Triton kernels behind the `sirius::` operators on CUDA.
 
-The modules that `available` imports when an operator is first called (`linear`, `mlp`,
-`attention`) have functions of the operators' names, which allocate, choose tiles and launch;
-`device` holds the kernels. Nothing on the host's side reads a value of the device, and no shape
-depends on one, so that calls can be captured in a CUDA graph, once each has been called before.
+`available` imports `linear`, `mlp` and `attention` when an operator is first called. Their
+functions have the operators' names; they allocate, choose tiles and launch the kernels of `device`.
+The host never reads a value from the device, and no shape depends on one, so that calls can be
+captured in a CUDA graph after a first call that compiles the kernel.
 """

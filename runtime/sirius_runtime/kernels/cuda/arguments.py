@@ -1,4 +1,4 @@
-"""What tensors the CUDA kernels take."""
+"""Which tensors the CUDA kernels take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 ACTIVATIONS = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"})
-"""Those of ``device/arithmetic.py``; others are left to the references."""
+"""The activations of ``device/arithmetic.py``; others run in the references."""
 
 
 def is_matrix(weight: Tensor, x: Tensor, rows: int, columns: int) -> bool:
@@ -22,7 +22,7 @@ def is_matrix(weight: Tensor, x: Tensor, rows: int, columns: int) -> bool:
 
 
 def is_vector(vector: Tensor | None, dtype: torch.dtype, device: torch.device, size: int) -> bool:
-    """Whether `vector` is none, or [size], contiguous, of that type and on that device."""
+    """Whether `vector` is None, or a contiguous [size] of that type and on that device."""
     return vector is None or (
         vector.dtype is dtype
         and vector.device == device
@@ -32,5 +32,5 @@ def is_vector(vector: Tensor | None, dtype: torch.dtype, device: torch.device, s
 
 
 def given(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """`tensor`; for None any tensor, which the kernel is told not to read."""
+    """`tensor`, or for None the tensor `stand_in`, which the kernel does not read."""
     return stand_in if tensor is None else tensor

@@ -1,4 +1,4 @@
-"""Attention of few tokens. Each function returns None where its kernels do not serve."""
+"""Attention for few tokens. Each function returns None if its kernels do not take the arguments."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sirius_runtime.ops.operands import Attention, Caches, Heads, Places, groupe
 def cached_attention(
     heads: Heads[Tensor], caches: Caches[Tensor], places: Places[Tensor], kind: Attention[Tensor]
 ) -> Tensor | None:
-    """As the reference `sirius_runtime.ops.attention.cached_attention`. A slot that is not there
-    is left out; a query that sees nothing gives zeros.
+    """As the reference `sirius_runtime.ops.attention.cached_attention`. K/V for a slot out of range
+    are not written; a query that sees no slot gives zeros.
     """
     if not _serves(heads, caches, places, kind):
         return None
@@ -76,7 +76,7 @@ def _serves(
         and G > 0
         and H % G == 0
         and q.dtype is k.dtype is v.dtype is caches.k.dtype is caches.v.dtype
-        and caches.k[:1].is_contiguous()  # each layer of its own, as those of some rows of a batch
+        and caches.k[:1].is_contiguous()  # each layer, as in a slice of a larger batch's rows
         and caches.v[:1].is_contiguous()
         and caches.k.shape[1:3] == caches.v.shape[1:3] == (B, G)
         and caches.k.shape[3] == caches.v.shape[3] > 0
@@ -90,7 +90,7 @@ def _serves(
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """[B, ·, T, ·] whose last dimension is contiguous: a transposed view need not be copied."""
+    """The tensor [B, ·, T, ·] with a contiguous last dimension; a transposed view is not copied."""
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
@@ -101,7 +101,7 @@ def _run(
     places: Places[Tensor],
     kind: Attention[Tensor],
 ) -> Tensor:
-    """Attention over a layer's caches and, where it stands apart, the block [B, G, M, ·]."""
+    """Attention over a layer's caches and, if given, a separate block [B, G, M, ·]."""
     q = _rows(q)
     positions, _, length, tree_mask = (tensor.contiguous() for tensor in places)
     B, H, T, D = q.shape

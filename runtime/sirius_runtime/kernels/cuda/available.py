@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can be used on a device, and the one warning where they can't."""
+"""Whether the Triton kernels can be used on a device; warns once if they can't."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _lock = threading.Lock()
 
 
 def launchers(name: str, device: torch.device) -> ModuleType | None:
-    """The module `name` beside this one, which launches kernels; None where the references are to
-    be used.
+    """The module `name` of this package, which launches kernels; None if the references must be
+    used.
     """
     if switched_off():
         return None
-    with _lock:  # one warning, however many threads come at once
+    with _lock:  # several threads still give only one warning
         usable = _usable(device)
     return importlib.import_module(f"sirius_runtime.kernels.cuda.{name}") if usable else None
 
@@ -37,8 +37,8 @@ def _usable(device: torch.device) -> bool:
         _require(device)
     except BackendError as error:
         warnings.warn(
-            f"the CUDA kernels can't be used: {error}. The reference operators, which read what "
-            f"they skip, take their place; set {VARIABLE}=0 to choose them without this warning",
+            f"the CUDA kernels can't be used: {error}. The slower reference operators run instead; "
+            f"set {VARIABLE}=0 to choose them without this warning",
             KernelWarning,
             stacklevel=2,
         )
@@ -47,9 +47,9 @@ def _usable(device: torch.device) -> bool:
 
 
 def _require(device: torch.device) -> None:
-    """Raises BackendError, with the reason, where Triton can't launch on the device."""
+    """Raises BackendError, with the reason, if Triton can't launch on the device."""
     if torch.version.hip is not None:
-        raise BackendError("they are for NVIDIA GPUs, and this PyTorch is built for AMD's")
+        raise BackendError("they need an NVIDIA GPU, and this PyTorch is built for AMD GPUs")
     capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
         least, own = (".".join(map(str, c)) for c in (_LEAST_CAPABILITY, capability))
@@ -62,7 +62,7 @@ def _require(device: torch.device) -> None:
         ) from error
     try:
         triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # whatever Triton's driver meets: no C compiler, no libcuda, …
+    except Exception as error:  # Triton's driver raises many types: no C compiler, no libcuda, …
         raise BackendError(
-            f"Triton does not start ({error}); it needs a C compiler and the NVIDIA driver"
+            f"Triton can't start ({error}); it needs a C compiler and the NVIDIA driver"
         ) from error

@@ -1,4 +1,4 @@
-"""The one place where kernels are launched."""
+"""Launches kernels; nothing else does."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def launch(
     tile: Tile,
     **constants: Any,
 ) -> None:
-    """Queues `kernel` on the device's current stream, with a tile's warps and stages.
+    """Queues `kernel` on the device's current stream, with the tile's warps and stages.
 
-    `constants` are its `tl.constexpr` parameters. Products and sums may be fused, as they are in
-    the references' matrix products.
+    `constants` are its `tl.constexpr` parameters. A multiplication and an addition may be fused
+    (FMA), as in the references' matrix products.
     """
-    # Triton launches on the current device, which need not be the tensors'.
+    # Triton launches on the current device, which need not be the device of the tensors.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](
             *arguments,

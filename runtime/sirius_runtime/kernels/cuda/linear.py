@@ -1,4 +1,6 @@
-"""Linears at few tokens. Each function returns None where its kernel does not serve."""
+"""Linear layers for few tokens. Each function returns None if its kernel does not take the
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from sirius_runtime.kernels.cuda.sums import add_up, sum_of_rows
 from sirius_runtime.nested import is_nested
 
 MOST_LINEARS = 4
-"""Weights that one launch takes."""
-_ALIGNED = 8  # elements: 16 bytes at least, which compiled code expects of a tensor
+"""The most weights of one launch."""
+_ALIGNED = 8  # elements, at least 16 bytes: the alignment that compiled code expects of a tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -49,8 +51,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | No
 def linears(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...] | None:
-    """As the reference `sirius_runtime.ops.linear.linears`: one launch, and a second one that adds
-    up the parts where sums are split.
+    """As the reference `sirius_runtime.ops.linear.linears`: one launch, and a second one to add
+    partial sums if the inputs are split.
     """
     if any(map(is_nested, weights)):
         done = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
@@ -76,20 +78,20 @@ def linears(
 def _by_outputs(
     x: Tensor, x_TC: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """Parts of one buffer, each contiguous and aligned as a tensor of its own would be."""
+    """The outputs as slices of one buffer, each contiguous and aligned like a new tensor."""
     T, C = x_TC.shape
     outputs = [len(weight) for weight in weights]
     tile = tiles.products(T, sum(outputs), C, x.dtype, 1, x.device)
     blocks, steps = sum(-(-n // tile.rows) for n in outputs), -(-C // tile.channels)
     splits = tiles.linear_splits(steps, blocks, x.device)
-    each = -(-steps // splits)
-    splits = -(-steps // each)
+    steps_per_split = -(-steps // splits)
+    splits = -(-steps // steps_per_split)
     before = (-(-T * n // _ALIGNED) * _ALIGNED for n in outputs[:-1])
     starts = list(accumulate(before, initial=0))
     size = starts[-1] + T * outputs[-1]
     y = x.new_empty(size)
     sums = y if splits == 1 else x.new_empty(splits, 1, size, dtype=torch.float32)
-    # Arguments that the kernel does not use repeat the first weight's.
+    # Unused arguments of the kernel repeat the first weight.
     slots = [*range(len(weights)), *[0] * (MOST_LINEARS - len(weights))]
     launch(
         products.linears,
@@ -98,7 +100,7 @@ def _by_outputs(
         (
             *(x_TC, *(weights[i] for i in slots), *(given(biases[i], x_TC) for i in slots)),
             *(sums, T, C, *(outputs[i] for i in slots)),
-            *(C, *(weights[i].stride(0) for i in slots), each * tile.channels, size),
+            *(C, *(weights[i].stride(0) for i in slots), steps_per_split * tile.channels, size),
         ),
         tile,
         COUNT=len(weights),

@@ -1,9 +1,8 @@
-"""MLPs at few tokens. Each function returns None where its kernels do not serve.
+"""MLPs for few tokens. Each function returns None if its kernels do not take the arguments.
 
-Choices of neurons are the references': products, activations and their means are rounded to the
-tensors' type as torch rounds them. Of equal scores, `topk_mlp` takes the first. Griffin's list is
-assumed to hold distinct neurons, as the session's lists do. A neuron that is named twice counts
-twice; one out of range is left out.
+The kernels choose the same neurons as the references, because they round products, activations and
+means to the tensors' type as torch does. Of equal scores, `topk_mlp` takes the first. Griffin's
+list must have distinct neurons: one listed twice is added twice, one out of range is ignored.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ from sirius_runtime.ops.operands import Mlp, grouped
 def _neurons(
     mlp: Mlp[Tensor], x: Tensor, rows: Tensor | None, score: str = "", gate_only: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """z [B, T, K] = act(gate x) · up x of x [B, T, C], for the neurons `rows` [B, K] or all;
-    and, if `score` says "mean" or "sum", that of |z| over tokens [B, K], float32.
+    """z [B, T, K] = act(gate x) · up x of x [B, T, C], for the neurons `rows` [B, K] or all; and
+    scores [B, K], float32: the "mean" or "sum" of |z| over the tokens (`score`; "" for none).
+    gate_only: leave out the factor up x.
     """
     B, T, C = x.shape
     I = mlp.gate.shape[0]  # noqa: E741
@@ -59,7 +59,7 @@ def _neurons(
 
 
 def _live(mlp: Mlp[Tensor], x: Tensor, g: Tensor, live: Live) -> Tensor:
-    """y [B, T, C] of the live neurons among g [B, T, K] = act(gate x)."""
+    """The MLP's output y [B, T, C] over the live neurons; g [B, T, K] = act(gate x) of all K."""
     B, T, C = x.shape
     K = g.shape[2]
     up = mlp.up
@@ -89,7 +89,7 @@ def _down_of(mlp: Mlp[Tensor], z: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _serves(x: Tensor, mlp: Mlp[Tensor], tokens: int) -> bool:
-    """Whether the kernels take the MLP for as many tokens of a row."""
+    """Whether the kernels take the MLP for `tokens` tokens of a row."""
     gate = mlp.gate
     if x.dtype not in TYPES or mlp.act not in ACTIVATIONS or x.ndim != 3 or gate.ndim != 2:
         return False
@@ -107,7 +107,7 @@ def _serves(x: Tensor, mlp: Mlp[Tensor], tokens: int) -> bool:
 
 
 def _is_list(neurons: Tensor, x: Tensor) -> bool:
-    """Whether `neurons` is [B, K], int64, of some K, on the device of `x`."""
+    """Whether `neurons` is a non-empty list [B, K], int64, on the device of `x`."""
     return (
         neurons.dtype is torch.int64
         and neurons.device == x.device
@@ -118,10 +118,11 @@ def _is_list(neurons: Tensor, x: Tensor) -> bool:
 
 
 def _dense(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """y [B, T, C] and z [B, T, I]."""
+    """y [B, T, C] and z = act(gate x) · up x [B, T, I]."""
     if is_nested(mlp.gate):
         return nested.mlp(x, mlp, None)
-    tokens = x.shape[0] * x.shape[1] if x.ndim == 3 else 0  # nothing tells rows from tokens
+    # All tokens use all neurons, so that the batch's rows are merged into one.
+    tokens = x.shape[0] * x.shape[1] if x.ndim == 3 else 0
     if not _serves(x, mlp, tokens):
         return None
     z, _ = _neurons(mlp, x.reshape(1, tokens, x.shape[2]).contiguous(), None)

@@ -1,8 +1,8 @@
-"""Linears and MLPs of nested weights at few tokens. Each function returns None where its kernels do
-not serve.
+"""Linear layers and MLPs with nested weights for few tokens. Each function returns None if its
+kernels do not take the arguments.
 
-Activations are rounded and neurons chosen by PyTorch, as in the references; the kernels read bytes,
-and none of the rows that are left out.
+PyTorch rounds the activations and chooses the neurons, as in the references. The kernels read the
+weights' planes, without the rows that are skipped.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from sirius_runtime.ops.operands import Mlp
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor | None = None
 ) -> Tensor | None:
-    """As the reference `sirius_runtime.ops.linear.linear`. live [O], bool: the outputs of a weight
-    by outputs that are wanted; others are their bias.
+    """As the reference `sirius_runtime.ops.linear.linear`. live [O], bool: the outputs to compute
+    (by-outputs layout only); the others are 0 + bias.
     """
     outputs, inputs = matrix_shape(tuple(weight.shape))
     tokens = x.numel() // inputs
@@ -73,14 +73,14 @@ def _by_inputs(x: Tensor, weight: Tensor, outputs: int, live: Tensor | None) -> 
     tokens, inputs = x.shape
     tile, groups = tiles.nested_bytes(tokens, outputs), inputs // GROUP
     blocks = -(-outputs // 2 // tile.channels)
-    each = -(-groups // tiles.splits(groups, blocks, x.device))
-    splits = -(-groups // each)
+    groups_per_split = -(-groups // tiles.splits(groups, blocks, x.device))
+    splits = -(-groups // groups_per_split)
     partials = x.new_empty(splits, tokens, outputs)
     launch(
         nested.by_inputs,
         (blocks, splits),
         x.device,
-        (x, weight, partials, tokens, inputs, outputs, *weight.stride()[:3], each),
+        (x, weight, partials, tokens, inputs, outputs, *weight.stride()[:3], groups_per_split),
         tile,
         BOTH=len(weight) == 2,
         TOKENS=tiles.padded(tokens),
@@ -90,35 +90,35 @@ def _by_inputs(x: Tensor, weight: Tensor, outputs: int, live: Tensor | None) -> 
 
 
 Choice = Callable[[Tensor], Tensor]
-"""From act(gate x) [B, T, I] to the neurons that a row keeps, bool [B, 1, I]."""
+"""Chooses the neurons that each row keeps, bool [B, 1, I], from act(gate x) [B, T, I]."""
 
 
 def largest(g: Tensor, keep: int) -> Tensor:
-    """As `topk_mlp` chooses."""
+    """The choice of `topk_mlp`: the `keep` neurons with the largest sum of |g| over the tokens."""
     score = g.abs().sum(1, keepdim=True)
     kept = torch.zeros_like(score, dtype=torch.bool)
     return kept.scatter(-1, score.topk(keep, -1, sorted=False).indices, True)
 
 
 def above(g: Tensor, threshold: float) -> Tensor:
-    """As `cats_mlp` chooses."""
+    """The choice of `cats_mlp`: the neurons whose mean |g| over the tokens is above threshold."""
     return g.abs().mean(1, keepdim=True) > threshold
 
 
 def listed(g: Tensor, neurons: Tensor) -> Tensor:
-    """A row's own neurons [B, K]."""
+    """The choice of `griffin_mlp`: each row's listed neurons [B, K]."""
     kept = torch.zeros(len(g), g.shape[2], dtype=torch.bool, device=g.device)
     return kept.scatter(1, neurons, True)[:, None]
 
 
 def mlp(x: Tensor, own: Mlp[Tensor], choice: Choice | None) -> tuple[Tensor, Tensor] | None:
-    """y [B, T, C], and z = act(gate x) · up x [B, T, I], of the neurons that are kept."""
+    """y [B, T, C] and z = act(gate x) · up x [B, T, I], over the kept neurons (None: all)."""
     done = _of_kept(x, own, choice)
     return None if done is None else done[:2]
 
 
 def counted_mlp(x: Tensor, own: Mlp[Tensor], choice: Choice) -> tuple[Tensor, Tensor] | None:
-    """y [B, T, C], and the number of neurons kept, int64 [B]."""
+    """y [B, T, C], and the number of kept neurons [B], int64."""
     done = _of_kept(x, own, choice)
     return None if done is None or done[2] is None else (done[0], done[2].sum((1, 2)))
 

@@ -1,4 +1,4 @@
-"""Lists of live neurons, made on the device: the host never reads their number."""
+"""Lists of the neurons to compute, made on the device: the host never reads their number."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from sirius_runtime.kernels.cuda.arguments import given
 from sirius_runtime.kernels.cuda.device import selection
 from sirius_runtime.kernels.cuda.launch import launch
 
-# Bits that are zero at the end of a float32 that was rounded to the type.
+# How many low bits of a float32 are zero after it was rounded to the type.
 _LOWEST_BIT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 
 @dataclass(frozen=True)
 class Live:
-    """Of B rows, the live ones of K neurons; below `count`, the rest is undefined."""
+    """The live neurons among K candidates, for B rows. Entries from `count` on are undefined."""
 
     positions: Tensor
-    """[B, K], int32: their places among the K, in order."""
+    """[B, K], int32: their indices among the K candidates, ascending."""
     rows: Tensor
-    """[B, K], int32: the rows of the weights that are theirs."""
+    """[B, K], int32: their rows in the weights."""
     count: Tensor
-    """[B], int64."""
+    """[B], int64: their number."""
 
 
 def above(score: Tensor, threshold: float, listed: Tensor | None, dtype: torch.dtype) -> Live:
-    """Those of score [B, K], float32, above `threshold` as it is stored in `dtype`; `listed`
-    [B, K] are their rows, if not 0 … K - 1.
+    """The neurons with a score [B, K], float32, above `threshold`, which is rounded to `dtype`
+    first. listed: the candidates' rows in the weights [B, K]; None for 0 … K - 1.
     """
     return _select(score, None, listed, _as_stored(threshold, dtype), 0)
 
 
 def largest(score: Tensor, keep: int, dtype: torch.dtype) -> Live:
-    """The `keep` largest of score [B, K], float32 that were rounded to `dtype`; of equal ones, the
-    first.
+    """The neurons with the `keep` largest scores; of equal scores, the first. score [B, K], float32
+    rounded to `dtype`.
     """
     B, K = score.shape
     kth = score.new_empty(B, dtype=torch.int32)
@@ -80,5 +80,5 @@ def _select(
 
 @functools.cache
 def _as_stored(threshold: float, dtype: torch.dtype) -> float:
-    """`threshold` in that type, as torch takes a number that is compared with a tensor."""
+    """`threshold` rounded to that type, as torch rounds a number that it compares with a tensor."""
     return torch.tensor(threshold, dtype=dtype).item()

@@ -1,4 +1,4 @@
-"""Sums of weighted rows in parts, and the parts added up in a fixed order."""
+"""Weighted sums of a matrix's rows: partial sums, and their addition in a fixed order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sirius_runtime.kernels.cuda.launch import launch
 def sum_of_rows(
     z: Tensor, weight: Tensor, rows: Tensor | None, count: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """y [B, T, C] = Σ_j z_j · weight[rows_j] + bias, over j below count.
+    """y [B, T, C] = Σ_j z_j · weight[rows_j] + bias, over j < count.
 
-    z [B, T, K]; weight [I, C]; rows [B, K], or None for the first K of the weight; count [B],
+    z [B, T, K]; weight [I, C]; rows [B, K], or None for the weight's first K rows; count [B],
     int64, or None for K; bias [C].
     """
     B, T, K = z.shape
@@ -44,7 +44,7 @@ def sum_of_rows(
 
 
 def add_up(partials: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
-    """y = Σ partials [splits, tokens, C], float32, + bias [C]; y has room for tokens times C."""
+    """y = Σ partials + bias; partials [splits, N, C], float32; bias [C]; y has N · C elements."""
     splits, N, C = partials.shape
     channels = min(tiles.FEATURES, tiles.power_of_two(C))
     launch(

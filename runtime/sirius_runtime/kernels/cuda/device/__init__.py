@@ -1,5 +1,5 @@
-"""The Triton kernels, and what they share. Shape letters as in `sirius_runtime.ops`.
+"""The Triton kernels and their helpers. Shape letters as in `sirius_runtime.ops`.
 
-No kernel adds by atomics: what several programs add to is written as float32 partial sums, which a
-second kernel adds up in a fixed order, so that the same call gives the same bits.
+No kernel uses atomic additions. Where several programs contribute to a sum, they write float32
+partial sums, which a second kernel adds in a fixed order, so that equal calls are bit-equal.
 """

@@ -4,13 +4,13 @@ import triton
 import triton.language as tl
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers, and truncates where a GPU
-# rounds. For the interpreter, products are widened first and values are rounded by hand.
+# rounds. For the interpreter, operands are converted to float32 and results are rounded here.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def dot(a, b, total):
-    """total + a @ b in float32; float32 is not cut to TF32."""
+    """total + a @ b in float32; float32 operands are not reduced to TF32."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -19,7 +19,7 @@ def dot(a, b, total):
 
 @triton.jit
 def narrowed(value, DTYPE: tl.constexpr):
-    """`value`, float32, in that type: rounded to nearest, ties to even."""
+    """`value`, float32, converted to DTYPE: rounded to nearest, ties to even."""
     if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = value.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
@@ -29,13 +29,13 @@ def narrowed(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
-    """`value`, float32, as it comes back from a tensor of that type."""
+    """`value`, float32, rounded to DTYPE and converted back to float32."""
     return narrowed(value, DTYPE).to(tl.float32)
 
 
 @triton.jit
 def activation(value, ACT: tl.constexpr, DTYPE: tl.constexpr):
-    """The activation of that name, float32, rounded where torch's calls store an intermediate
+    """The activation named ACT, float32, rounded to DTYPE where torch's calls store an intermediate
     result.
     """
     if ACT == "silu":

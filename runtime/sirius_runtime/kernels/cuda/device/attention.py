@@ -1,4 +1,4 @@
-"""Attention of few queries over a long history and a block, split over the slots in use."""
+"""Attention of few queries over a long history and a block, split over the occupied slots."""
 
 import triton
 import triton.language as tl
@@ -12,8 +12,8 @@ def store_kv(
     k_row, k_head, k_token, v_row, v_head, v_token,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """k [B, G, T, D] and v [B, G, T, V] to `slots` [B, T] of the caches [B, G, S, ·]; grid
-    (T, G, B). A slot that is not there is left out: a kernel can't raise.
+    """Writes k [B, G, T, D] and v [B, G, T, V] to `slots` [B, T] of the caches [B, G, S, ·]; grid
+    (T, G, B). A slot out of range is skipped, because a kernel can't raise.
     """
     t = tl.program_id(0)
     g = tl.program_id(1)
@@ -35,7 +35,7 @@ def _tile(
     q, keys, values, slot, end, D, V, scale, softcap, SOFTCAP: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Scores [queries, slots], and the values [slots, VALUE], of slots below `end`."""
+    """The scores [queries, slots] and the values [slots, VALUE] of slots below `end`."""
     d = tl.arange(0, KEY)
     f = tl.arange(0, VALUE)
     inside = slot < end
@@ -59,10 +59,10 @@ def _tile(
 
 @triton.jit
 def _add(score, visible, v, most, mass, total):
-    """One step of the online softmax."""
+    """One step of the online softmax: the new maximum, sum of exponentials and weighted values."""
     score = tl.where(visible, score, float("-inf"))
     new = tl.maximum(most, tl.max(score, 1))
-    shift = tl.where(new == float("-inf"), 0.0, new)  # nothing visible so far
+    shift = tl.where(new == float("-inf"), 0.0, new)  # no slot visible so far
     p = tl.exp(score - shift[:, None])
     kept = tl.exp(most - shift)
     mass = mass * kept + tl.sum(p, 1)
@@ -80,12 +80,12 @@ def attend(
 ):  # fmt: skip
     """Softmax over a part of the slots; grid (parts, blocks of queries, B times G).
 
-    The queries of a program are those of the `share` heads of its key/value head, head by head, T
+    A program's queries are those of the `share` query heads of its key/value head, head by head, T
     tokens each. The last part is the block of M slots: k_block and v_block [B, G, M, ·] if APART,
-    else the caches' slots from `length` on. The other parts split the history, which begins where
-    the first query's window does. Writes `totals` [B, H, T, parts, V], and each part's largest
-    score `mosts` and sum of exponentials `masses` [B, H, T, parts], all float32. `totals` are not
-    written where the mass is 0.
+    else the caches' slots from `length` on. The other parts split the history, from the start of
+    the first query's window. Writes `totals` [B, H, T, parts, V] (sums of values weighted by
+    exponentials), each part's largest score `mosts` and its sum of exponentials `masses`
+    [B, H, T, parts], all float32. `totals` is not written where the mass is 0.
     """
     part = tl.program_id(0)
     pair = tl.program_id(2)
@@ -169,8 +169,8 @@ def merge(
     totals, mosts, masses, sinks, out, H, T, V,
     HAS_SINKS: tl.constexpr, PARTS: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H, T, V]: the parts, added in their order; grid (T, H, B). A head's sink takes part
-    in the softmax, without a value. Nothing visible gives zeros.
+    """out [B, H, T, V]: merges the parts in their order; grid (T, H, B). A head's sink is one more
+    score of the softmax, without a value. A query that sees no slot gives zeros.
     """
     row = (tl.program_id(2) * H + tl.program_id(1)) * T + tl.program_id(0)
     part = tl.arange(0, PARTS)

@@ -1,4 +1,4 @@
-"""Linears over the input channels that a call keeps (TEAL); the weight is input-major."""
+"""Linear layers over the kept input channels (TEAL); the weight is stored input-major."""
 
 import triton
 import triton.language as tl
@@ -11,12 +11,12 @@ def kept_channels(
     x, weight, partials, counts, threshold, B, T, C, O, stride_w,
     TOKENS: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """partials [splits, B, T, O], float32, of x [B, T, C] and the rows of weight [C, O] whose
-    channels are kept; counts [splits, B], int32. Grid (B times blocks of O, splits); a split is
-    SHARE channels.
+    """partials [splits, B, T, O], float32, from x [B, T, C] and the rows of weight [C, O] whose
+    channels are kept: those whose mean |x| over the tokens is above threshold. counts [splits, B],
+    int32: how many. Grid (B times blocks of O, splits); a split has SHARE channels.
 
-    A program finds its own live channels: a list in memory would cost one more launch, as long as
-    reading the weights of a small linear.
+    Each program finds its kept channels itself: a list in memory would cost one more launch, which
+    takes as long as reading the weights of a small layer.
     """
     b = tl.program_id(0) % B
     block = tl.program_id(0) // B
@@ -47,7 +47,7 @@ def kept_channels(
     for start in range(0, n, ROWS):
         j = start + step
         live = j < n
-        # The j-th kept channel: of those of rank j, one at most is kept.
+        # The j-th kept channel: at most one kept channel has rank j.
         is_jth = kept[:, None] & (rank[:, None] == j[None, :])
         row = tl.sum(tl.where(is_jth, c[:, None], 0), 0)
         w = tl.load(

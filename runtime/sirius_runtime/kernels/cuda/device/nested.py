@@ -1,7 +1,7 @@
 """Products of tokens with nested weights (`sirius_runtime.nested`): both planes, or the high one.
 
-Activations are float32, rounded to whole steps of their groups of 32 already. A program reads the
-bytes of its rows once, whatever the number of tokens, and skips those that count for nothing.
+Activations are float32, already rounded to 8-bit steps of a scale per group of 32. A program reads
+the bytes of its rows once for all tokens, and does not read skipped rows.
 """
 
 import triton
@@ -10,7 +10,9 @@ import triton.language as tl
 
 @triton.jit
 def _numbers(high, low, BOTH: tl.constexpr):
-    """Of the low and of the high nibbles of bytes: 16 h + l - 128, or 16 h + 8 - 128."""
+    """The integers of the bytes' lower and of their upper nibbles, as float32: 16 h + l - 128 with
+    both planes, 16 h + 8 - 128 with the high one.
+    """
     first = (high & 15).to(tl.int32) * 16
     second = (high >> 4).to(tl.int32) * 16
     if BOTH:
@@ -24,7 +26,9 @@ def _numbers(high, low, BOTH: tl.constexpr):
 
 @triton.jit
 def _scales(upper, lower, BOTH: tl.constexpr):
-    """Of the two bytes of fp16 numbers without a sign."""
+    """The scales, fp16 numbers without a sign bit, from their upper and lower bytes, as float32.
+    With the high plane only, the lower byte is taken as 0x80.
+    """
     bits = upper.to(tl.int32) << 8
     if BOTH:
         bits |= lower.to(tl.int32)
@@ -40,8 +44,8 @@ def by_outputs(
 ):  # fmt: skip
     """y [T, O], float32, of x [T, C] and the planes of weight [O, C]; grid (blocks of O).
 
-    HAS_LIVE: rows where live [O] is 0 are not read, and give 0. Of a row, 16 groups of 32 inputs
-    lie abreast: word w of the bytes of each, then word w + 1.
+    HAS_LIVE: rows where live [O] is 0 are not read, and give 0. In a row, 16 groups of 32 inputs
+    are interleaved: word w of each group's bytes, then word w + 1 of each.
     """
     o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wanted = o < O
@@ -85,14 +89,14 @@ def by_outputs(
 
 @triton.jit
 def by_inputs(
-    x, weight, partials, T, C, O, plane, block, row, each,
+    x, weight, partials, T, C, O, plane, block, row, per_split,
     BOTH: tl.constexpr, TOKENS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """partials [splits, T, O], float32, of x [T, C] and the planes of weight [C, O]; grid (blocks
-    of O / 2 bytes, splits of `each` groups of 32 inputs).
+    of O / 2 bytes, splits of `per_split` groups of 32 inputs).
 
-    The row of an input that is 0 for all tokens is not read. A byte holds the numbers of outputs k
-    and k + 16 of 32 neighbours.
+    The row of an input that is 0 for all tokens is not read. A byte holds outputs k and k + 16 of
+    32 neighbouring outputs.
     """
     k = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
     split = tl.program_id(1)
@@ -102,7 +106,7 @@ def by_inputs(
     groups = C // 32
     firsts = tl.zeros((TOKENS, BYTES), tl.float32)
     seconds = tl.zeros((TOKENS, BYTES), tl.float32)
-    for group in range(split * each, tl.minimum(split * each + each, groups)):
+    for group in range(split * per_split, tl.minimum(split * per_split + per_split, groups)):
         own = tl.load(
             x + t[:, None] * C + (group * 32 + r)[None, :], mask=(t < T)[:, None], other=0.0
         )

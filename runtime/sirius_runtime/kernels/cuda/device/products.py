@@ -1,6 +1,6 @@
-"""Products of tokens with rows of weights: linears, and the first half of an MLP.
+"""Products of tokens with rows of weights: linear layers, and gate and up of an MLP.
 
-A program takes ROWS rows and walks over their channels. One token is multiplied element by element,
+A program takes ROWS rows and loops over their channels. One token is multiplied element by element,
 in tiles that are wide along a row, and summed at the end. 2 to 16 tokens use the tensor cores, with
 TOKENS = 16.
 """
@@ -15,7 +15,7 @@ from sirius_runtime.kernels.cuda.device.arithmetic import activation, dot, narro
 def _token_times_rows(
     x, rows, live, begin, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """[1, ROWS] of one token; `rows` points to where each row begins."""
+    """Products [1, ROWS] of one token; `rows` are pointers to the rows' first elements."""
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for start in range(begin, end, CHANNELS):
         c = start + tl.arange(0, CHANNELS)
@@ -31,7 +31,7 @@ def _tokens_times_rows(
     x, T, stride_x, rows, live, begin, end,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """[TOKENS, ROWS] of T tokens."""
+    """Products [TOKENS, ROWS] of T tokens."""
     t = tl.arange(0, TOKENS)
     total = tl.zeros((TOKENS, ROWS), tl.float32)
     for start in range(begin, end, CHANNELS):
@@ -106,7 +106,7 @@ def _past(
     block, index, start, weight, bias, O, stride, T, next_weight, next_bias, next_O, next_stride,
     ROWS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Where a block lies: in the weight `index` or, past its last row, in the next one."""
+    """The block's position: in weight `index` or, if it is past that weight's rows, in the next."""
     blocks = tl.cdiv(O, ROWS)
     past = block >= blocks
     return (
@@ -130,8 +130,8 @@ def linears(
     """y [T, O] of x [T, C] and weight [O, C], for the first COUNT of the weights; grid (blocks of
     each O, splits of C).
 
-    Each weight's y begins at a multiple of ALIGNED in the `size` elements of a split; with several
-    splits they are float32, sums over `per_split` channels each, and the first has the biases.
+    Each weight's y begins at a multiple of ALIGNED in the `size` elements of a split. With several
+    splits, these are float32 sums over `per_split` channels each; the first split adds the biases.
     BIASES: bit i says whether weight i has one.
     """
     split = tl.program_id(1)
@@ -179,8 +179,8 @@ def neurons(
 ):  # fmt: skip
     """z [B, T, K] = act(gate x) · up x of x [B, T, C]; grid (blocks of K, B).
 
-    HAS_ROWS: for the neurons rows [B, K], else for the first K. SCORE "mean" or "sum": also writes
-    that of |z| over the tokens to score [B, K], float32, rounded to the type of z.
+    HAS_ROWS: for the neurons rows [B, K], else for the first K. SCORE: "mean" or "sum" also writes
+    the mean or sum of |z| over the tokens to score [B, K], float32, rounded to z's type.
     """
     DTYPE: tl.constexpr = z.dtype.element_ty
     b = tl.program_id(1)
@@ -211,7 +211,7 @@ def neurons(
         value = value * rounded(u, DTYPE)
     t = tl.arange(0, TOKENS)
     mask = (t < T)[:, None] & live[None, :]
-    # A missing neuron gives 0, even where the activation of 0 is not 0.
+    # A neuron out of range gives 0, even if the activation of 0 is not 0.
     value = tl.where(inside[None, :], value, 0.0)
     tl.store(z + (b * T + t)[:, None] * K + j[None, :], narrowed(value, DTYPE), mask=mask)
     if SCORE != "":
@@ -227,8 +227,8 @@ def live_neurons(
     HAS_UP: tl.constexpr, HAS_UP_BIAS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """z [B, T, K], below count [B]: g [B, T, K] at `positions` times up x of the neurons `rows`,
-    both [B, K]. Grid (blocks of K, B); a program past the count reads no weights.
+    """z [B, T, j] = g [B, T, positions[j]] · up x of neuron rows[j], for j < count [B]; positions
+    and rows [B, K]. Grid (blocks of K, B); a program beyond the count reads no weights.
     """
     DTYPE: tl.constexpr = z.dtype.element_ty
     b = tl.program_id(1)

@@ -1,4 +1,4 @@
-"""Which neurons are live, by their scores: the list that later kernels stream."""
+"""Lists the live neurons by their scores; later kernels read only their weights."""
 
 import triton
 import triton.language as tl
@@ -8,8 +8,8 @@ import triton.language as tl
 def kth_largest(score, kth, K, keep, LOWEST_BIT: tl.constexpr, BLOCK: tl.constexpr):
     """kth [B], int32: the bits of the `keep`-th largest of score [B, K], which are not negative.
 
-    The bits of such floats sort as the floats do, so the answer is found bit by bit. Bits below
-    LOWEST_BIT are zero: the scores were rounded to a type with fewer bits.
+    The bits of non-negative floats sort like the floats, so the answer is found bit by bit. Bits
+    below LOWEST_BIT are zero, because the scores were rounded to a type with fewer bits.
     """
     b = tl.program_id(0)
     j = tl.arange(0, BLOCK)
@@ -29,11 +29,11 @@ def select(
     score, kth, listed, positions, rows, count, threshold, K, keep,
     HAS_LIST: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """positions [B, K], int32: the places of live scores in score [B, K], in order; rows [B, K],
-    int32: the neurons there, listed [B, K] if there is a list; count [B], int64.
+    """positions [B, K], int32: the indices of the live scores in score [B, K], ascending; rows
+    [B, K], int32: their entries in listed [B, K], if there is a list; count [B], int64.
 
     A score above the threshold is live. TOPK: scores above the `keep`-th largest are live, and the
-    first of those equal to it, up to `keep` in all. Grid (blocks of K, B); each program counts the
+    first of those equal to it, up to `keep` in all. Grid (blocks of K, B). Each program counts the
     live scores before its block itself, which is faster than waiting for the other programs.
     """
     b = tl.program_id(1)

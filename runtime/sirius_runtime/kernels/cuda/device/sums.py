@@ -1,5 +1,5 @@
-"""Sums of weighted rows, y = Σ z_j · row_j, in parts that are added up afterwards: the second half
-of an MLP, and linears over input channels.
+"""Weighted sums of rows, y = Σ z_j · row_j, as partial sums that are added afterwards: the down
+projection of an MLP, and linear layers over input channels.
 """
 
 import triton
@@ -14,11 +14,11 @@ def weighted_rows(
     HAS_ROWS: tl.constexpr, HAS_COUNT: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """partials [splits, B, T, C], float32, of z [B, T, K] and the rows of weight [I, C].
+    """partials [splits, B, T, C], float32, from z [B, T, K] and the rows of weight [I, C].
 
-    HAS_ROWS: z_j goes with row rows[b, j], else with row j. HAS_COUNT: only j below count[b]. Grid
-    (B times blocks of C, splits); rows of the batch are neighbours, so that what they share is
-    still in the L2 cache.
+    HAS_ROWS: z_j multiplies row rows[b, j], else row j. HAS_COUNT: only j < count[b]. Grid (B times
+    blocks of C, splits); the batch's rows are neighbours in the grid, so that weights that they
+    share are still in the L2 cache.
     """
     b = tl.program_id(0) % B
     c = (tl.program_id(0) // B) * CHANNELS + tl.arange(0, CHANNELS)
@@ -38,7 +38,7 @@ def weighted_rows(
         total = tl.zeros((ROWS, CHANNELS), tl.float32)
     else:
         total = tl.zeros((TOKENS, CHANNELS), tl.float32)
-    # The next rows' indices are loaded while these rows are.
+    # The indices of the next rows are loaded ahead, together with the current rows.
     if HAS_ROWS:
         row = tl.load(listed + begin + step, mask=begin + step < end, other=0).to(tl.int64)
     else:
