@@ -1,4 +1,4 @@
-// The activations of MLPs, on floats.
+// The activation functions of MLPs, on floats.
 #pragma once
 
 #include <cmath>
@@ -7,10 +7,10 @@
 
 namespace sirius {
 
-// Numbers that Python passes, in the order of its table.
+// The codes that Python passes: `ACTIVATIONS` of kernels/arguments.py.
 enum Activation { SILU, GELU, GELU_TANH, RELU, QUICK_GELU, RELU2 };
 
-// e^v to about one unit in the last place; v is clamped to where it is a normal float.
+// e^v to about one unit in the last place; v is clamped to where e^v is a normal float.
 inline Floats exp(Floats v) {
   v = v < -87.3f ? splat(-87.3f) : v;
   v = v > 88.3f ? splat(88.3f) : v;
@@ -27,7 +27,7 @@ inline Floats exp(Floats v) {
   return (Floats)((Words)p + (((Words)shifted) << 23));
 }
 
-// Rounded to T where torch's calls store what lies between; the result is not.
+// act(v). Intermediate results are rounded to T where torch's calls store them; the result is not.
 template <class T>
 inline Floats activation(Activation act, Floats v) {
   switch (act) {
@@ -37,7 +37,7 @@ inline Floats activation(Activation act, Floats v) {
       return v < 0.0f ? splat(0.0f) : v * v;
     case SILU:
       return v / (1.0f + exp(-v));
-    case GELU_TANH: {  // v (1 + tanh u) / 2 = v / (1 + e^-2u), which cancels nothing
+    case GELU_TANH: {  // v (1 + tanh u) / 2 = v / (1 + e^-2u), without cancellation
       const Floats u = 1.5957691216f * (v + 0.044715f * v * v * v);
       return v / (1.0f + exp(-u));
     }

@@ -1,9 +1,9 @@
-// Cached tree attention over the slots in use and no others.
+// Cached tree attention over the occupied slots.
 //
-// A task has some tokens' queries of the heads that share a key/value head, one in each lane, and
-// goes through the slots in blocks, with the running maximum and sum of a softmax (Milakov and
-// Gimelshein, arXiv 1805.02867). Blocks begin at fixed slots and what a query does not see adds zero to its sums, so
-// that a token's result is the same to the bit alone and in a chain.
+// A task computes some tokens' queries for all heads that share a key/value head, one query per lane.
+// It loops over blocks of slots with an online softmax (Milakov and Gimelshein, arXiv 1805.02867).
+// Blocks begin at fixed slots, and slots that a query does not see add zero to its sums, so that a
+// token's result is bit-equal alone and in a chain.
 #pragma once
 
 #include <cmath>
@@ -16,23 +16,23 @@ namespace sirius {
 
 template <class T>
 struct Attention {
-  size_t B, H, G, N, D, V;       // rows, heads, key/value heads, tokens, sizes of keys and values
+  size_t B, H, G, N, D, V;       // rows, heads, key/value heads, tokens, dimension of keys, of values
   size_t S, M;                   // slots of the cache and of the block
   const T *q, *k, *v;            // [B, H, N, D], [B, G, N, D], [B, G, N, V]
   T *keys, *values;              // the layer's caches: [B, G, S, D], [B, G, S, V]
-  T *block_keys, *block_values;  // the block, where it stands apart: [B, G, M, D], …; else null
+  T *block_keys, *block_values;  // a separate block [B, G, M, D], [B, G, M, V]; or null
   const int64_t *positions, *length;  // [B, N], [B]
-  const int64_t* slots;          // [B, N] of the caches; or [N] of a block that stands apart
-  const T* sinks;                // [H], or null: scores of a token without a value, seen by all
+  const int64_t* slots;          // where K/V are written: [B, N] of the caches, or [N] of the block
+  const T* sinks;                // [H], or null: a score that every query's softmax includes
   const int64_t* mask;           // [B or 1, N, M]
-  size_t mask_stride;            // of a row; 0 where all share one
+  size_t mask_stride;            // from a row to the next; 0 if all rows share one mask
   int64_t window;                // 0 for none
   float scale, softcap;          // softcap: 0 for none
   T* out;                        // [B, H, N, V]; or, by tokens, [B, N, H, V]
   bool by_tokens;
   int threads;
 
-  // Writes the tokens' K/V to their slots, then attends. The slots are there: who calls has looked.
+  // Writes the tokens' K/V to their slots, then attends. The caller has checked the slots.
   void run() {
     const size_t size = block_keys ? M : S;
     T *const own_keys = block_keys ? block_keys : keys;
@@ -47,7 +47,7 @@ struct Attention {
   }
 
  private:
-  // Tokens of a task: as many as fill the lanes of two or more vectors.
+  // Tokens of a task: enough for 16 queries.
   size_t span() const { return std::max<size_t>(1, 16 / (H / G)); }
 
   void attend_all() {
@@ -59,8 +59,9 @@ struct Attention {
 
   static constexpr size_t BLOCK = 64;  // slots
 
-  // Where keys or values of `count` slots from `slot` on are, of `size` numbers each: of the cache up
-  // to `history`, then of the block, where it stands apart. Up to BLOCK, the last one again.
+  // Sets rows[0 … count) to the keys or values, of `size` numbers each, of the slots from `slot` on:
+  // in the cache below `history`, then in the separate block, if any. The last one is repeated up to
+  // rows[BLOCK - 1].
   void pick(const T* cache, const T* block, size_t bg, size_t slot, size_t count, size_t history,
             size_t size, const T** rows) const {
     const size_t cached = block && slot + count > history ? std::max(history, slot) - slot : count;
@@ -71,7 +72,7 @@ struct Attention {
     for (size_t j = count; j < BLOCK; j++) rows[j] = rows[count - 1];
   }
 
-  // What a task holds between blocks of slots; a query's sums lie as Meet<T>::place says.
+  // A task's buffers. A column of a query's sums is at Meet<T>::place(column).
   struct Running {
     Scratch<X<T>> queries, shares;
     Scratch<float> keys, scores, hidden, sums, highest, total, factor;
@@ -104,12 +105,12 @@ struct Attention {
     for (size_t slot = start(b, first, tokens, history); slot < end; slot += BLOCK) {
       const size_t count = std::min(BLOCK, end - slot), used = round_up(count, KEYS);
       const bool partly = !all_seen(b, first, tokens, slot, history);
-      // What no token sees would add zeros.
+      // A block that no token sees would add zeros.
       if (partly && !look(b, first, tokens, slot, count, history, lanes, hidden)) continue;
       const T* rows[BLOCK];
       pick(keys, block_keys, bg, slot, count, history, D, rows);
       for (size_t j = 0; j < used; j += KEYS) {
-        if (slot + BLOCK + j + KEYS <= history) {  // the same keys and values of the next block
+        if (slot + BLOCK + j + KEYS <= history) {  // prefetch the next block's keys and values
           ask_all(keys + (bg * S + slot + BLOCK + j) * D, KEYS * D * sizeof(T));
           ask_all(values + (bg * S + slot + BLOCK + j) * V, KEYS * V * sizeof(T));
         }
@@ -138,7 +139,7 @@ struct Attention {
     }
   }
 
-  // The first slot that one of the tokens may see, rounded down to a block.
+  // The first slot that any of the tokens may see, rounded down to a block.
   size_t start(size_t b, size_t first, size_t tokens, size_t history) const {
     if (!window) return 0;
     int64_t least = int64_t(history);
@@ -159,7 +160,7 @@ struct Attention {
   }
 
   // hidden [count padded to KEYS, lanes]: 0 where a query's token sees the slot, else minus infinity.
-  // Returns whether there is any that is seen.
+  // Returns whether any token sees any of the slots.
   bool look(size_t b, size_t first, size_t tokens, size_t slot, size_t count, size_t history,
             size_t lanes, float* hidden) const {
     std::fill_n(hidden, round_up(count, KEYS) * lanes, -INFINITY);
@@ -178,8 +179,8 @@ struct Attention {
     return any;
   }
 
-  // Turns scores [count, lanes] into e^(score - highest), zero where hidden; moves `highest` and
-  // `total` on. factor: what earlier sums are to be multiplied by.
+  // Replaces scores [count, lanes] by e^(score - highest), or zero where hidden; updates `highest` and
+  // `total`. factor [lanes]: by which the caller must multiply earlier sums.
   void softmax(float* scores, size_t count, const float* hidden, size_t lanes, float* highest,
                float* total, float* factor) const {
     if (softcap != 0.0f)
@@ -192,12 +193,12 @@ struct Attention {
       for (size_t j = 0; j < count; j++) {
         float* at = scores + j * lanes + lane;
         Floats score = load(at) * scale;
-        // Where it is hidden, there may be no number.
+        // A hidden score may be NaN.
         if (hidden) score = load(hidden + j * lanes + lane) == 0.0f ? score : nothing;
         store(at, score);
         top = score > top ? score : top;
       }
-      // A query that has seen nothing yet has zeros, whatever they are compared with.
+      // A query that has not seen any slot yet gets zeros: avoid infinity - infinity.
       const Floats most = top == nothing ? Floats{} : top;
       Floats sum = {};
       for (size_t j = 0; j < count; j++) {

@@ -1,7 +1,7 @@
-// The C interface of the CPU kernels: operands, sizes and flags, no type of torch's.
+// The C interface of the CPU kernels: pointers, sizes and flags, without torch's types.
 //
-// Functions return a Status; where it is not DONE, sirius_reason says why. Here every size and every
-// index is compared with the others before a kernel takes them for granted.
+// Functions return a Status; if it is not DONE, sirius_reason says why. Every size and index is checked
+// here, so that the kernels need not.
 #include <new>
 
 #include "attention.h"
@@ -16,7 +16,7 @@ namespace {
 
 using namespace sirius;
 
-// Calls f with a value of the type of that number: float32, bfloat16, float16. Lets nothing out.
+// Calls f with a value of the type of that code: 0 float32, 1 bfloat16, 2 float16. Catches everything.
 template <class Call>
 int with_type(int type, const Call& f) {
   reason()[0] = 0;
@@ -35,7 +35,7 @@ int with_type(int type, const Call& f) {
   return FAILED;
 }
 
-// Tokens of a call whose buffers have room for MOST_TOKENS.
+// Checks the tokens of a call whose buffers have room for MOST_TOKENS.
 void few(const char* operand, int64_t tokens) { between(operand, "tokens", tokens, 1, MOST_TOKENS); }
 
 struct LinearOperands {
@@ -75,8 +75,8 @@ struct MlpOperands {
 
 struct AttentionOperands {
   Tensor<4> q, k, v;
-  Tensor<5> keys, values;              // of all layers
-  Tensor<4> block_keys, block_values;  // of this one, where the block stands apart
+  Tensor<5> keys, values;              // the caches of all layers
+  Tensor<4> block_keys, block_values;  // this layer's separate block, or null
   Tensor<2> positions, slots;
   Tensor<1> length;
   Tensor<3> mask;
@@ -113,7 +113,7 @@ void check(const MlpOperands<Weight>& own, int64_t keep) {
   optional("up_bias", own.up_bias, "neurons", I);
   optional("down_bias", own.down_bias, "channels", C);
   if (keep < 0 || keep > I)
-    refuse(BAD_SIZE, "keep is %lld of %lld neurons", (long long)keep, (long long)I);
+    refuse(BAD_SIZE, "keep is %lld, not 0 to %lld neurons", (long long)keep, (long long)I);
   if (!own.neurons.at) return;
   some("neurons", "neurons a row", own.neurons.size[1]);
   same("neurons", "rows", own.neurons.size[0], B);
@@ -127,13 +127,13 @@ void check(const AttentionOperands& own, int64_t layer, int64_t window) {
   some("q", "rows", B), some("q", "heads", H), some("q", "tokens", N), some("q", "numbers a head", D);
   some("k", "heads", G), some("v", "numbers a head", V);
   if (H % G != 0)
-    refuse(BAD_SIZE, "k has %lld heads, which %lld heads of q can't share evenly", (long long)G,
+    refuse(BAD_SIZE, "k has %lld heads, which do not divide the %lld heads of q", (long long)G,
            (long long)H);
   shaped("k", own.k, {"rows", "heads", "tokens", "numbers a head"}, {B, G, N, D});
   shaped("v", own.v, {"rows", "heads", "tokens", "numbers a head"}, {B, G, N, V});
   const int64_t layers = own.keys.size[0];
   if (layer < 0 || layer >= layers)
-    refuse(BAD_INDEX, "layer is %lld, and k_cache has %lld", (long long)layer, (long long)layers);
+    refuse(BAD_INDEX, "layer is %lld, but k_cache has %lld layers", (long long)layer, (long long)layers);
   some("k_cache", "slots", S);
   const char* const cache[] = {"layers", "rows", "heads", "slots", "numbers a head"};
   shaped("k_cache", own.keys, cache, {layers, B, G, S, D});
@@ -146,7 +146,7 @@ void check(const AttentionOperands& own, int64_t layer, int64_t window) {
   shaped("length", own.length, {"rows"}, {B});
   indices("length", own.length.as<int64_t>(), size_t(B), S + 1, "lengths that k_cache has room for");
   optional("sinks", own.sinks, "heads", H);
-  if (window < 0) refuse(BAD_SIZE, "window is %lld", (long long)window);
+  if (window < 0) refuse(BAD_SIZE, "window is %lld, not 0 or more", (long long)window);
   const bool apart = own.block_keys.at != nullptr;
   const char* const block[] = {"rows", "heads", "slots", "numbers a head"};
   if (apart) {
@@ -157,7 +157,7 @@ void check(const AttentionOperands& own, int64_t layer, int64_t window) {
   indices("slots", own.slots.as<int64_t>(), size_t((apart ? 1 : B) * N), apart ? M : S, "slots");
 }
 
-// `mlp` has its weights.
+// Fills in the rest of `mlp`, whose weights are set, and runs it.
 template <class T, class Weights, class Weight>
 void run(Mlp<T, Weights>& mlp, const MlpOperands<Weight>& own, int act, int64_t keep, int thresholded,
          float threshold, int threads) {
@@ -181,10 +181,10 @@ void run(Mlp<T, Weights>& mlp, const MlpOperands<Weight>& own, int act, int64_t 
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Why this thread's last call was not done, if there are words for it.
+// Why this thread's last call failed; may be empty.
 const char* sirius_reason() { return reason(); }
 
-// Up to MOST_LINEARS weights [O, C] of one x [N, C].
+// Products of x [N, C] with up to MOST_LINEARS weights [O, C].
 int sirius_linears(int type, const void* x, int64_t N, int64_t C, const void* operands, int64_t count,
                    int threads) {
   constexpr int64_t MOST_LINEARS = 8;
@@ -206,7 +206,7 @@ int sirius_linears(int type, const void* x, int64_t N, int64_t C, const void* op
   });
 }
 
-// A weight [C, O].
+// The product of x [N, C] with a weight [C, O].
 int sirius_linear_by_inputs(int type, const void* x, int64_t N, int64_t C, const void* operands,
                             int threads) {
   const auto& own = *static_cast<const LinearOperands*>(operands);
@@ -251,7 +251,7 @@ int sirius_mlp(int type, const void* operands, int act, int64_t keep, int thresh
   });
 }
 
-// The same of nested weights.
+// The same for nested weights.
 int sirius_nested_mlp(int type, const void* operands, int act, int64_t keep, int thresholded,
                       float threshold, int threads) {
   const auto& own = *static_cast<const MlpOperands<NestedMatrix>*>(operands);
@@ -267,7 +267,7 @@ int sirius_nested_mlp(int type, const void* operands, int act, int64_t keep, int
   });
 }
 
-// Up to MOST_LINEARS nested weights [O, C] by outputs, of one x [N, C].
+// Products of x [N, C] with up to MOST_LINEARS nested weights [O, C] by outputs.
 int sirius_nested_linears(int type, const void* x, int64_t N, int64_t C, const void* operands,
                           int64_t count, int threads) {
   constexpr int64_t MOST_LINEARS = 8;
@@ -289,7 +289,7 @@ int sirius_nested_linears(int type, const void* x, int64_t N, int64_t C, const v
   });
 }
 
-// A nested weight by inputs; where counts are asked for, only channels above the threshold.
+// The product with a nested weight by inputs; if `counts` is not null, over channels above the threshold.
 int sirius_nested_by_inputs(int type, const void* operands, float threshold, int threads) {
   const auto& own = *static_cast<const NestedSparseOperands*>(operands);
   return with_type(type, [&](auto zero) {
@@ -305,7 +305,7 @@ int sirius_nested_by_inputs(int type, const void* operands, float threshold, int
   });
 }
 
-// What a nested weight stands for: [O, C], of its rows `ids` where there are some; by inputs [C, O].
+// Converts a nested weight to numbers: by outputs [O, C], or only the rows `ids`; by inputs [C, O].
 int sirius_unnest(int type, const void* operands, void* to, int threads) {
   struct Own {
     NestedMatrix weight;
@@ -326,7 +326,7 @@ int sirius_unnest(int type, const void* operands, void* to, int threads) {
   });
 }
 
-// Nests a matrix, whose rows are inputs or outputs, in either layout: to both planes, contiguous.
+// Nests a matrix, whose rows are inputs or outputs, in either layout. Writes both planes, contiguous.
 int sirius_nest(int type, const void* operands, int threads) {
   struct Own {
     Matrix matrix;
@@ -361,7 +361,7 @@ int sirius_attention(int type, const void* operands, int64_t layer, int64_t wind
     own.G = size_t(given.k.size[1]), own.V = size_t(given.v.size[3]);
     own.S = size_t(given.keys.size[3]), own.M = size_t(given.mask.size[2]);
     own.q = given.q.as<const T>(), own.k = given.k.as<const T>(), own.v = given.v.as<const T>();
-    const size_t slots = size_t(layer) * own.B * own.G * own.S;  // before this layer's
+    const size_t slots = size_t(layer) * own.B * own.G * own.S;  // slots of the layers before this one
     own.keys = given.keys.as<T>() + slots * own.D, own.values = given.values.as<T>() + slots * own.V;
     own.block_keys = given.block_keys.as<T>(), own.block_values = given.block_values.as<T>();
     own.positions = given.positions.as<const int64_t>(), own.slots = given.slots.as<const int64_t>();
@@ -409,14 +409,15 @@ int sirius_statistic(int type, const void* operands, void* y, int threads) {
   });
 }
 
-// x [N, C], of `size` numbers; addend, which may be null, of `addend_size`.
+// x [N, C] has `size` numbers; addend, which may be null, has `addend_size`.
 int sirius_rms_norm(int type, const void* x, int64_t size, const void* addend, int64_t addend_size,
                     void* total, const void* weight, int64_t C, float epsilon, void* y, int threads) {
   return with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
     present("x", x), present("weight", weight), some("weight", "channels", C);
     if (size % C != 0)
-      refuse(BAD_SIZE, "x has %lld numbers, and weight %lld channels", (long long)size, (long long)C);
+      refuse(BAD_SIZE, "x has %lld numbers, not a multiple of weight's %lld channels", (long long)size,
+             (long long)C);
     if (addend) same("addend", "numbers", addend_size, size), present("total", total);
     rms_norm<T>((const T*)x, (const T*)addend, (T*)total, (const T*)weight, epsilon, (T*)y,
                 size_t(size / C), size_t(C), bounded(threads));
@@ -435,8 +436,8 @@ int sirius_rotate(int type, const void* operands, void* y, int threads) {
     const int64_t B = own.x.size[0], H = own.x.size[1], N = own.x.size[2], D = own.x.size[3];
     present("x", own.x.at), some("x", "rows", B), some("x", "heads", H), some("x", "tokens", N);
     some("x", "numbers a head", D);
-    if (D % 2) refuse(BAD_SIZE, "x has %lld numbers a head, no halves", (long long)D);
-    if (own.row < 0 || own.head < 0 || own.token < 0) refuse(BAD_SIZE, "x lies backwards in memory");
+    if (D % 2) refuse(BAD_SIZE, "x has %lld numbers a head, not an even number", (long long)D);
+    if (own.row < 0 || own.head < 0 || own.token < 0) refuse(BAD_SIZE, "x has negative strides");
     const char* const units[] = {"rows", "heads", "tokens", "numbers a head"};
     shaped("cosine", own.cosine, units, {B, 1, N, D});
     shaped("sine", own.sine, units, {B, 1, N, D});
@@ -446,7 +447,7 @@ int sirius_rotate(int type, const void* operands, void* y, int threads) {
   });
 }
 
-// Reads `bytes` as fast as the threads can: what the kernels' speed is measured against.
+// Reads `bytes` as fast as the threads can; benchmarks compare the kernels with this bandwidth.
 uint64_t sirius_read(const void* from, int64_t bytes, int threads) {
   const size_t tasks = size_t(bounded(threads)) * 8, words = size_t(bytes) / sizeof(Words) / 8;
   std::atomic<uint64_t> result{0};

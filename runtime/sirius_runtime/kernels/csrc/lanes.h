@@ -1,28 +1,28 @@
-// Products of keys and queries, with the queries side by side in the lanes of vectors.
+// Products of keys and queries, with one query per vector lane.
 //
 //   scores[j][i] = key_j · query_i
 //
-// Keys are short: summing up vectors of `dots` to single scores would take longer than making them.
-// Here a number of a key meets those of all queries at once, and a score is a lane. Each is added up
-// in the order of its channels: a query's scores are the same to the bit whatever its neighbours.
+// Keys are short: with `dots`, the horizontal sums would take longer than the products. Here a key's
+// channel is multiplied with that channel of all queries at once, and each lane is a score. A score is
+// summed in the order of the channels, so that it is bit-equal whatever the other queries are.
 #pragma once
 
 #include "products.h"
 
 namespace sirius {
 
-constexpr size_t KEYS = 8;  // at once
+constexpr size_t KEYS = 8;  // keys at once
 
-// As floats.
+// Products in float32.
 template <class T>
 struct Lanes {
-  // Query i of `lanes`, its D channels: to, of channels(D) * lanes numbers, zero before.
+  // Writes the D channels of query i to its lane of `to` [channels(D), lanes], which was zero.
   static size_t channels(size_t D) { return D; }
   static void put_query(const T* from, size_t D, size_t i, size_t lanes, X<T>* to) {
     for (size_t d = 0; d < D; d++) to[d * lanes + i] = to_float(from[d]);
   }
 
-  // Scores of KEYS keys: to [KEYS, lanes]. `floats` [KEYS, D]: room for the keys.
+  // Writes the scores of KEYS keys to `to` [KEYS, lanes]. floats [KEYS, D]: a buffer for the keys.
   static void scores(const T* const* keys, const X<T>* queries, size_t D, size_t lanes,
                      float* floats, float* to) {
     const float* own[KEYS];
@@ -51,15 +51,15 @@ struct Lanes {
     }
   }
 
-  // Shares of two keys [2, lanes], as accumulate takes them for its rows: in place of two rows.
-  static constexpr size_t QUERY = 1;  // from one query's to the next one's
+  // Writes the softmax weights [2, lanes] of two keys as accumulate's factors for two rows.
+  static constexpr size_t QUERY = 1;  // stride from a query's factor to the next query's
   static void put_shares(const float* shares, size_t lanes, X<T>* to) {
     memcpy(to, shares, 2 * lanes * sizeof(float));
   }
 };
 
 #if defined(__AVX512BF16__)
-// Two channels at a time: see Meet<bf16>. Even and odd pairs have sums of their own.
+// Two channels at a time, as in Meet<bf16>. Even and odd pairs are summed separately.
 template <>
 struct Lanes<bf16> {
   static size_t channels(size_t D) { return round_up(D, 2); }

@@ -1,4 +1,4 @@
-// Linears at few tokens: x W' + bias, the weight by outputs or by inputs, all inputs or some.
+// Linear layers for few tokens, x Wᵀ + bias: weights stored by outputs or by inputs, dense or sparse.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace sirius {
 
-// A weight [O, C] with rows `stride` apart, and where its product y [N, O] goes; bias [O] or null.
+// A weight [O, C] with row stride `stride`, bias [O] or null, and the output y [N, O].
 template <class T>
 struct Product {
   const T* weight;
@@ -17,7 +17,7 @@ struct Product {
   size_t O;
 };
 
-// Products of the same x [N, C].
+// Products of x [N, C] with `count` weights.
 template <class T>
 void linears_by_outputs(const T* x, const Product<T>* all, size_t count, size_t N, size_t C,
                         int threads) {
@@ -31,7 +31,7 @@ void linears_by_outputs(const T* x, const Product<T>* all, size_t count, size_t 
     const Product<T>* p = all;
     for (; task >= (p->O + BLOCK - 1) / BLOCK; p++) task -= (p->O + BLOCK - 1) / BLOCK;
     const size_t begin = task * BLOCK, count = std::min(BLOCK, p->O - begin);
-    const T* rows[2 * BLOCK];  // the next task's too, which is this thread's next, most likely
+    const T* rows[2 * BLOCK];  // also the next task's rows, to prefetch: most likely this thread's next
     const size_t known = std::min(2 * BLOCK, p->O - begin);
     for (size_t j = 0; j < known; j++) rows[j] = p->weight + (begin + j) * p->stride;
     for (size_t n = 0; n < N; n++) __builtin_prefetch(p->y + n * p->O + begin, 1);
@@ -47,18 +47,18 @@ void linears_by_outputs(const T* x, const Product<T>* all, size_t count, size_t 
   });
 }
 
-// From one token's channels to the next one's: a multiple of LIVE, and no power of two.
+// The stride from a token's channels to the next token's: padded to LIVE, and no power of two.
 inline size_t channels_stride(size_t count) { return round_up(count, LIVE) + PAD; }
 
-// y [N, O] of the channels live[0 … count) of x, whose values z [N, channels_stride(count)] holds,
-// and a weight [C, O] with rows `stride` apart.
+// y [N, O] from the channels live[0 … count) of x, whose values are z [N, channels_stride(count)], and
+// a weight [C, O] with row stride `stride`. apart: see `finish`.
 template <class T>
 void linear_of_channels(const X<T>* z, const int32_t* live, size_t count, const T* weight,
                         size_t stride, const T* bias, bool apart, T* y, size_t N, size_t O,
                         int threads) {
   thread_local Scratch<float> scratch;
-  // A task's columns are whole blocks of its sums. As many whatever N: else tokens would change the
-  // groups, and with them the order in which a token's sums are added up.
+  // A task's columns are whole blocks of the sums' layout. Their number does not depend on N: otherwise
+  // N would change the groups, and with them the order in which a token's sums are added.
   constexpr size_t SLAB = WIDEST, CHUNK = 64;
   const size_t slabs = (O + SLAB - 1) / SLAB, z_stride = channels_stride(count);
   const size_t units = (count + CHUNK - 1) / CHUNK;
@@ -73,7 +73,7 @@ void linear_of_channels(const X<T>* z, const int32_t* live, size_t count, const 
     for (size_t unit = units * group / groups; unit < units * (group + 1) / groups; unit++) {
       const size_t first = unit * CHUNK, known = std::min(2 * CHUNK, count - first);
       const size_t here = std::min(CHUNK, known);
-      const T* rows[2 * CHUNK];  // the next unit's too
+      const T* rows[2 * CHUNK];  // also the next unit's rows, to prefetch
       for (size_t j = 0; j < known; j++) rows[j] = weight + size_t(live[first + j]) * stride;
       accumulate<T>(rows, here, {z + first, z_stride, 1}, N, begin, end, own, O,
                     Ahead<T>(rows + here, known - here, begin, end));
@@ -82,7 +82,7 @@ void linear_of_channels(const X<T>* z, const int32_t* live, size_t count, const 
   finish<PlainSums<T>>(sums, groups, N, O, bias, apart, y, threads);
 }
 
-// y [N, O] of x [N, C] and a weight [C, O].
+// y [N, O] from x [N, C] and a weight [C, O].
 template <class T>
 void linear_by_inputs(const T* x, const T* weight, size_t stride, const T* bias, T* y, size_t N,
                       size_t C, size_t O, int threads) {
@@ -98,8 +98,8 @@ void linear_by_inputs(const T* x, const T* weight, size_t stride, const T* bias,
   linear_of_channels<T>(z, all, C, weight, stride, bias, false, y, N, O, threads);
 }
 
-// As `linear_by_inputs` of x [B, N, C], row by row and only of its channels whose mean |x| over the
-// row's tokens is above the threshold. counts [B].
+// As `linear_by_inputs` for x [B, N, C], row by row, over only the channels whose mean |x| over the
+// row's tokens is above the threshold. counts [B]: how many those are.
 template <class T>
 void sparse_linear(const T* x, const T* weight, size_t stride, const T* bias, float threshold,
                    T* y, int64_t* counts, size_t B, size_t N, size_t C, size_t O, int threads) {

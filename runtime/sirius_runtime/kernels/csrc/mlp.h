@@ -1,8 +1,7 @@
-// MLPs at few tokens: down(act(gate x) * up x), of all neurons or of each row's own.
+// MLPs for few tokens: down(act(gate x) * up x), over all neurons or each row's chosen ones.
 //
-// Neurons are taken in chunks. A chunk's gate, up and down rows are read one after the other by one
-// thread, so what lies between is a chunk wide and never leaves its cache, and a neuron that a
-// row leaves out is never read.
+// One thread processes a chunk of neurons through gate, up and down, so that the intermediate values
+// stay in its cache. The weights of neurons that are not chosen are never read.
 #pragma once
 
 #include <cmath>
@@ -12,13 +11,13 @@
 
 namespace sirius {
 
-// How an MLP reads weights of its activations' own type.
+// How an MLP reads plain weights, which have the activations' type.
 template <class T>
 struct PlainWeights {
   static constexpr size_t CHUNK = 64;  // neurons
-  typedef X<T> Unit;  // of activations, as products take them
+  typedef X<T> Unit;  // element of the activations in the form that `dots` takes
   typedef PlainSums<T> Order;
-  struct Matrix {  // [I, C], rows the stride apart; or null
+  struct Matrix {  // [I, C] with row stride `stride`; or null
     const T* at = nullptr;
     size_t stride = 0;
     explicit operator bool() const { return at; }
@@ -29,7 +28,7 @@ struct PlainWeights {
   template <class Row>
   static void take(const Row& row, size_t N, size_t C, Unit* to, int) { take_activations<T>(row, N, C, to); }
 
-  // Rows `first + live[j]`, that a product reads or that are read after those of one.
+  // The rows first + live[j] of a weight: for a product, or to prefetch.
   struct Rows {
     const T* own[CHUNK];
     size_t count = 0;
@@ -44,14 +43,14 @@ struct PlainWeights {
     for (size_t j = 0; j < count; j++) ask(weight.row(first + live[j]));
   }
 
-  // weight x of neurons first + live[j]: out [N, CHUNK].
+  // out [N, CHUNK] = the products of the tokens with the rows first + live[j]; prefetches `after`.
   static void dots(const Matrix& weight, size_t first, const uint16_t* live, size_t count,
                    const Unit* tokens, size_t N, size_t C, float* out, const Rows& after) {
     const Rows rows(weight, first, live, count);
     sirius::dots<T>(rows.own, count, tokens, N, C, out, CHUNK, after.ahead(C));
   }
 
-  // Adds down z of these neurons: z [N, CHUNK], noughts from `count` on.
+  // Adds these neurons' part of the down projection to `sums`: z [N, CHUNK], zero from `count` on.
   static void add(const Matrix& down, size_t first, const uint16_t* live, size_t count, const float* z,
                   size_t N, size_t C, float* sums, const Rows& after) {
     alignas(64) Unit own[MOST_TOKENS * CHUNK];
@@ -61,10 +60,10 @@ struct PlainWeights {
   }
 };
 
-// How it reads nested ones: gate and up by outputs, down by inputs.
+// How an MLP reads nested weights: gate and up by outputs, down by inputs.
 template <class T>
 struct NestedWeights {
-  static constexpr size_t CHUNK = MOST_ROWS;  // many, since each chunk's sums of all outputs come by
+  static constexpr size_t CHUNK = MOST_ROWS;  // large, since each chunk passes over all outputs' sums
   typedef Step Unit;
   typedef NestedSums Order;
   struct Matrix : Nested {
@@ -79,7 +78,7 @@ struct NestedWeights {
     take_steps<T>(row, N, C, to, threads);
   }
 
-  struct Rows {  // rows that are read next are not asked for
+  struct Rows {  // nothing is prefetched
     Rows() = default;
     Rows(const Matrix&, size_t, const uint16_t*, size_t) {}
   };
@@ -131,17 +130,17 @@ struct Mlp {
   Matrix gate, up, down;  // [I, C]; up may be null
   const T *gate_bias, *up_bias, *down_bias;  // each may be null
   Activation act;
-  const int64_t* neurons;  // [B, K]: a row's own; or null
+  const int64_t* neurons;  // [B, K]: each row's neurons; or null
   size_t K;
-  size_t keep;         // the neurons of largest |act(gate x)|; 0 for no such choice
-  bool thresholded;    // only neurons whose mean |act(gate x)| is above the threshold
+  size_t keep;         // use the `keep` neurons of largest |act(gate x)|; 0: no such choice
+  bool thresholded;    // use only neurons whose mean |act(gate x)| is above the threshold
   float threshold;
   T* y;             // [B, N, C]
-  int64_t* counts;  // [B], or null
+  int64_t* counts;  // [B]: neurons used; or null
   T* z;             // [B, N, I], act(gate x) * up x; or null
   int threads;
 
-  // `neurons` are there: who calls has looked.
+  // The caller has checked that `neurons` are in range.
   void run() {
     thread_local Scratch<Unit> activation_scratch;
     thread_local Scratch<uint8_t> mask_scratch;
@@ -178,13 +177,13 @@ struct Mlp {
   }
 
  private:
-  const Unit* activations = nullptr;  // of each row, as products take them
+  const Unit* activations = nullptr;  // each row's tokens in the form that `dots` takes
   const uint8_t* chosen = nullptr;    // [B, I], or null for all
   const float* known = nullptr;       // act(gate x), [B, N, I], or null
 
   const Unit* tokens_of(size_t b) const { return activations + b * Weights::room(N, C); }
 
-  // act(gate x) of `count` neurons and one row's tokens: g [N, CHUNK].
+  // g [N, CHUNK] = act(gate x) of `count` neurons for one row's tokens.
   void gate_of(const Unit* tokens, const uint16_t* live, size_t count, size_t first, float* g,
                const Rows& after) {
     product(gate, gate_bias, tokens, live, count, first, g, after);
@@ -195,7 +194,7 @@ struct Mlp {
     }
   }
 
-  // weight x + bias of neurons first + live[j], as torch stores it: out [N, CHUNK].
+  // out [N, CHUNK] = weight x + bias of the neurons first + live[j], rounded to T.
   void product(const Matrix& weight, const T* bias, const Unit* tokens, const uint16_t* live,
                size_t count, size_t first, float* out, const Rows& after) {
     Weights::dots(weight, first, live, count, tokens, N, C, out, after);
@@ -236,14 +235,14 @@ struct Mlp {
       for (size_t j = 0; z && j < count; j++)
         round_into(z + (b * N + n) * I + first + live[j], u[n * CHUNK + j]);
     }
-    Rows after;  // the next chunk's gate, or up where the gate's products are known
+    Rows after;  // to prefetch: the next chunk's gate, or up if act(gate x) is known
     uint16_t later[CHUNK];
     if (B == 1 && first + CHUNK < I)
       after = Rows(known && up ? up : gate, first + CHUNK, later, find(b, first + CHUNK, later));
     Weights::add(down, first, live, count, u, N, C, sums, after);
   }
 
-  // The neurons of the chunk at `first` that a row uses, as far as is known.
+  // Lists the chunk's neurons that are chosen for row b (before the threshold) in `live`.
   size_t find(size_t b, size_t first, uint16_t* live) const {
     const size_t here = std::min(CHUNK, I - first);
     size_t count = 0;
@@ -254,7 +253,7 @@ struct Mlp {
     return count;
   }
 
-  // Leaves the neurons above the threshold in `live` and g; returns how many they are.
+  // Keeps only the neurons above the threshold in `live` and g; returns their number.
   size_t above(uint16_t* live, size_t count, float* g) {
     size_t kept = 0;
     for (size_t j = 0; j < count; j++) {
@@ -267,7 +266,7 @@ struct Mlp {
     return kept;
   }
 
-  // act(gate x) of every neuron: g [B, N, I].
+  // g [B, N, I] = act(gate x) of all neurons.
   void gates(float* g) {
     parallel((I + CHUNK - 1) / CHUNK, threads, [&](size_t task) {
       alignas(64) float part[MOST_TOKENS * CHUNK];
@@ -282,11 +281,11 @@ struct Mlp {
     });
   }
 
-  // Marks the `keep` neurons of largest Σ_n |g[n]|, stored as a T; of equals, the first ones.
+  // Marks the `keep` neurons of largest Σ_n |g[n]|, rounded to T; of equal ones, the first.
   void choose(const float* g, uint8_t* mask) {
     thread_local Scratch<uint32_t> score_scratch, rest_scratch;
     uint32_t *scores = score_scratch.take(I), *rest = rest_scratch.take(I);
-    constexpr int LOW = 20;  // bits below those that the first pass counts by
+    constexpr int LOW = 20;  // the histogram of the first pass ignores so many low bits
     size_t histogram[size_t(1) << (31 - LOW)] = {};
     for (size_t i = 0; i < I; i++) {
       float total = 0.0f;
@@ -302,7 +301,7 @@ struct Mlp {
       rest[within] = scores[i];
       within += (scores[i] >> LOW) == bucket;
     }
-    const size_t wanted = keep - higher;  // of the bucket, at least one
+    const size_t wanted = keep - higher;  // how many to take from the bucket, at least one
     std::nth_element(rest, rest + (wanted - 1), rest + within, std::greater<uint32_t>());
     const uint32_t least = rest[wanted - 1];
     size_t equals = keep;

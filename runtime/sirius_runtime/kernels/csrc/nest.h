@@ -1,18 +1,18 @@
-// From a matrix to nested weights: what `nested.nest` makes of it, to the bit.
+// Nests a matrix, bit-equal to `nested.nest`.
 #pragma once
 
 #include "nested.h"
 
 namespace sirius {
 
-// Numbers [outputs, inputs] as they lie in memory, by rows of outputs or of inputs, `stride` apart.
+// A matrix [outputs, inputs] whose rows in memory are outputs or inputs, with row stride `stride`.
 template <class T>
 struct Plain {
   const T* at;
   size_t stride;
   bool rows_are_inputs;
 
-  // Those of an output and of 32 inputs from `input` on.
+  // Reads an output's weights for the 32 inputs from `input` on.
   void take(size_t output, size_t input, float* to) const {
     if (rows_are_inputs)
       for (size_t i = 0; i < NEST; i++) to[i] = to_float(at[(input + i) * stride + output]);
@@ -21,14 +21,14 @@ struct Plain {
   }
 };
 
-// What was found on the way: groups some of whose numbers are no integer times the scale, and the bits
-// of the largest magnitude.
+// Statistics of nesting: how many groups have a number that is no integer multiple of the scale, and
+// the bits of the largest magnitude.
 struct Found {
   int64_t rounded = 0;
   uint32_t largest = 0;
 };
 
-// The codes of 32 numbers, and the bits of their scale without its sign.
+// Computes the codes of 32 numbers; returns the bits of their fp16 scale, shifted left by one.
 inline uint16_t take_codes(const float* v, uint8_t* codes, Found& found) {
   uint32_t largest = 0;
   for (size_t i = 0; i < NEST; i++) largest = std::max(largest, bit_cast<uint32_t>(v[i]) & 0x7fffffff);
@@ -46,7 +46,7 @@ inline uint16_t take_codes(const float* v, uint8_t* codes, Found& found) {
   return uint16_t(scale.bits << 1);
 }
 
-// The nibbles of a stored row of `count` codes. This alone knows which two a byte holds.
+// Packs a row of `count` codes into nibbles. Only this function knows which two codes share a byte.
 template <bool BY_OUTPUTS>
 inline void pack(const uint8_t* codes, size_t count, uint8_t* high, uint8_t* low) {
   for (size_t g = 0; g < count / NEST; g++)
@@ -58,10 +58,10 @@ inline void pack(const uint8_t* codes, size_t count, uint8_t* high, uint8_t* low
     }
 }
 
-// To both planes [2, O, 17 C / 32].
+// Writes both planes [2, O, 17 C / 32].
 template <class T>
 void nest_by_outputs(const Plain<T>& from, size_t O, size_t C, uint8_t* to, Found* found, int threads) {
-  constexpr size_t ROWS = 16;  // of a task
+  constexpr size_t ROWS = 16;  // rows of a task
   const size_t row = C / 2 + C / NEST, plane = O * row;
   parallel((O + ROWS - 1) / ROWS, threads, [&](size_t task) {
     thread_local Scratch<uint8_t> scratch;
@@ -79,7 +79,7 @@ void nest_by_outputs(const Plain<T>& from, size_t O, size_t C, uint8_t* to, Foun
   });
 }
 
-// To both planes [2, C / 32, 34, O / 2].
+// Writes both planes [2, C / 32, 34, O / 2].
 template <class T>
 void nest_by_inputs(const Plain<T>& from, size_t O, size_t C, uint8_t* to, Found* found, int threads) {
   const size_t row = O / 2, block = (NEST + 2) * row, plane = C / NEST * block;
@@ -100,7 +100,7 @@ void nest_by_inputs(const Plain<T>& from, size_t O, size_t C, uint8_t* to, Found
   });
 }
 
-// Nests it, and says what it found.
+// Nests a matrix into `to`; returns the statistics.
 template <class T>
 Found nest(const Plain<T>& from, bool by_inputs, size_t O, size_t C, uint8_t* to, int threads) {
   thread_local Scratch<Found> scratch;

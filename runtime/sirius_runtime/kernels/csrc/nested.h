@@ -1,11 +1,12 @@
-// Products of nested weights: 8-bit integers cut into two planes of nibbles, one of which will do.
+// Products with nested weights: 8-bit integers stored as two planes of nibbles, of which the high one
+// can be read alone.
 //
-// The format is that of `sirius_runtime/nested.py`. A code is q + 128 = 16 high + low; where the high
-// plane alone is read, low is 8, and the lower byte of a scale 0x80. All else is the same for both.
+// The format is that of `sirius_runtime/nested.py`. A code is q + 128 = 16 high + low. If only the high
+// plane is read, low is taken as 8 and the lower byte of a scale as 0x80; all else is the same.
 //
-// Activations are integers too, in groups of the 32 inputs that share a scale of the weights: a sum of
-// 32 products is an integer, exact. What is added up as floats are such sums times the two scales, in
-// an order that depends on neither the number of tokens nor on the rows that stand side by side.
+// Activations are quantised to 8-bit integers too, in groups of the 32 inputs that share a scale of the
+// weights, so that the sum of 32 products is an exact integer. These sums times both scales are added
+// as floats, in an order that depends neither on the number of tokens nor on the other rows of a call.
 #pragma once
 
 #include <cmath>
@@ -15,14 +16,14 @@
 namespace sirius {
 
 constexpr size_t NEST = 32;       // inputs that share a scale
-constexpr int OFFSET = 128;       // of a code from its integer
+constexpr int OFFSET = 128;       // a code minus its integer
 
 typedef int32_t Ints __attribute__((vector_size(W * 4)));
 typedef uint8_t Codes __attribute__((vector_size(W * 4)));
 
 inline Codes all_codes(uint8_t v) { return Codes{} + v; }
 
-// The first bytes of a vector.
+// How many bytes of a vector to load, from the first on; a mask on AVX-512.
 #if defined(__AVX512BW__)
 typedef __mmask64 First;
 inline First first_bytes(size_t n) { return n < 64 ? (uint64_t(1) << n) - 1 : ~uint64_t(0); }
@@ -31,7 +32,7 @@ typedef size_t First;
 inline First first_bytes(size_t n) { return std::min(n, sizeof(Codes)); }
 #endif
 
-// These bytes, and zeros: nothing beyond is read.
+// The first bytes at p, then zeros; nothing beyond is read.
 inline Codes load_codes(const uint8_t* p, First here = first_bytes(sizeof(Codes))) {
 #if defined(__AVX512BW__)
   return (Codes)_mm512_maskz_loadu_epi8(here, p);
@@ -45,12 +46,12 @@ inline Codes load_codes(const uint8_t* p, First here = first_bytes(sizeof(Codes)
 #endif
 }
 
-// Each lane of `sum` and the four products of codes and signed bytes there.
+// Adds to each lane of `sum` the four products of its codes (unsigned) and bytes (signed).
 inline Ints dot4(Ints sum, Codes codes, Codes bytes) {
 #if defined(__AVX512VNNI__)
   return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)bytes);
 #elif defined(__AVX512BW__)
-  // Products of two bytes as the instruction for them adds them up could be more than 16 bits hold.
+  // maddubs would add two products in 16 bits, where they can saturate: widen to 16 bits first.
   const __m512i u = (__m512i)codes, s = (__m512i)bytes;
   const __m512i even = _mm512_madd_epi16(_mm512_and_si512(u, _mm512_set1_epi16(255)),
                                          _mm512_srai_epi16(_mm512_slli_epi16(s, 8), 8));
@@ -71,12 +72,12 @@ inline Ints dot4(Ints sum, Codes codes, Codes bytes) {
 
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
-// Codes of the low and of the high nibbles of the bytes of a plane.
+// The codes of the bytes' lower nibbles, and of their upper nibbles.
 struct Pair {
   Codes first, second;
 };
 
-// bits where the mask has ones, else others.
+// Bitwise: `bits` where the mask has ones, else `others`.
 inline Codes chosen(Codes mask, Codes bits, Codes others) {
 #if defined(__AVX512F__)
   return (Codes)_mm512_ternarylogic_epi64((__m512i)mask, (__m512i)bits, (__m512i)others, 0xca);
@@ -85,7 +86,7 @@ inline Codes chosen(Codes mask, Codes bits, Codes others) {
 #endif
 }
 
-inline Codes left4(Codes v) { return (Codes)((Words)v << 4); }   // bits cross bytes: masked after
+inline Codes left4(Codes v) { return (Codes)((Words)v << 4); }   // bits cross bytes: mask the result
 inline Codes right4(Codes v) { return (Codes)((Words)v >> 4); }
 
 template <bool BOTH>
@@ -95,15 +96,16 @@ inline Pair codes_of(Codes high, Codes low) {
   return {chosen(mask, left4(high), all_codes(8)), chosen(mask, high, all_codes(8))};
 }
 
-// Scales of upper and lower bytes in the lanes: fp16 without its sign, shifted to the left by one.
+// The scales from their upper and lower bytes, one per lane. A scale is stored as an fp16 without its
+// sign bit, shifted left by one.
 inline Floats scales_of(Words upper, Words lower) {
 #if defined(__AVX512F__)
-  // Multiplying, as below, would take a hundred cycles wherever a scale is a denormal.
+  // The multiplication below would take about a hundred cycles for a denormal scale.
   const Words half = (upper << 7) | (lower >> 1);
   return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)half));
 #else
   const Words bits = (upper << 20) | (lower << 12);
-  return (Floats)bits * bit_cast<float>(uint32_t(239) << 23);  // 2^112: of the exponents' biases
+  return (Floats)bits * bit_cast<float>(uint32_t(239) << 23);  // 2^112: the exponent biases' difference
 #endif
 }
 
@@ -112,7 +114,7 @@ inline float scale_of(uint8_t upper, uint8_t lower) {
          bit_cast<float>(uint32_t(239) << 23);
 }
 
-// n bytes, a lane each.
+// n bytes, one per lane.
 inline Words bytes_as_words(const uint8_t* p, size_t n) {
 #if defined(__AVX512F__)
   const __mmask16 there = __mmask16(n < 16 ? (1u << n) - 1 : 0xffff);
@@ -126,8 +128,8 @@ inline Words bytes_as_words(const uint8_t* p, size_t n) {
 #endif
 }
 
-// 32 numbers as integers of at most 127 times a scale, which it returns: that of
-// `nested.in_steps`. Not a number where one of them is none or infinite. total: the sum of q.
+// Quantises 32 numbers to integers q in -127 … 127 times a scale, as `nested.in_steps`; returns the
+// scale, or NaN if any number is NaN or infinite. total: the sum of q.
 inline float in_steps(const float* v, int8_t* q, int& total) {
   uint32_t largest;
 #if defined(__AVX512F__)
@@ -160,27 +162,28 @@ inline float in_steps(const float* v, int8_t* q, int& total) {
   return most / 127.0f;
 }
 
-// A weight as it is stored: where its planes begin (low: null where the high one alone is read), and
-// the bytes from a row to the next one, by inputs also from 32 inputs to the next ones.
+// A stored weight: its planes (low: null if only the high one is read), the stride of rows in bytes
+// and, by inputs, the stride of groups of 32 inputs (by outputs 0).
 struct Nested {
   const uint8_t *high, *low;
   size_t row, block;
 };
 
-// By outputs
+// The by-outputs layout
 
-// Groups of a row that lie abreast: word w of each one's bytes, then word w + 1.
+// Groups of a row that are interleaved: word w of each group's bytes, then word w + 1 of each.
 constexpr size_t ABREAST = 16;
-static_assert(ABREAST % W == 0, "groups of a vector are abreast");
+static_assert(ABREAST % W == 0, "the groups of a vector must be interleaved together");
 
-// Where byte i of group g's is in a row of so many groups.
+// The position of byte i of group g in a row of so many groups.
 inline size_t byte_of(size_t g, size_t i, size_t groups) {
   const size_t block = g / ABREAST * ABREAST;
   return block * 16 + (i / 4 * std::min(ABREAST, groups - block) + g - block) * 4 + i % 4;
 }
 
-// W groups of a token, a lane each: what word w of their bytes meets, in its low nibbles and in its
-// high ones, minus what the codes make a sum too large by, and scales.
+// W groups of a token's quantised activations, one per lane: q[w][0] and q[w][1] multiply the lower and
+// the upper nibbles of word w of a group's bytes. excess: -OFFSET Σ q, which corrects for codes being
+// q + OFFSET. scale: of the group.
 struct alignas(W * 4) Step {
   int8_t q[4][2][W * 4];
   int32_t excess[W];
@@ -189,10 +192,10 @@ struct alignas(W * 4) Step {
 
 inline size_t steps_of(size_t C) { return (C / NEST + W - 1) / W; }
 
-// Work of fewer numbers than these is done before helpers have come to it.
+// Quantising fewer numbers than this is faster on one thread.
 constexpr size_t SHARED = 16384;
 
-// Tokens x_n [C], each at row(n): to [N, steps_of(C)].
+// Quantises tokens x_n [C], each at row(n), into `all` [N, steps_of(C)].
 template <class T, class Row>
 void take_steps(const Row& row, size_t N, size_t C, Step* all, int threads) {
   const size_t steps = steps_of(C), groups = C / NEST;
@@ -214,12 +217,12 @@ void take_steps(const Row& row, size_t N, size_t C, Step* all, int threads) {
   });
 }
 
-// The sums of N vectors, each as `sum` adds them up.
+// Writes the sums of N vectors, each added in the order of `sum`.
 template <size_t N>
 inline __attribute__((always_inline)) void sum_each(const Floats* v, float* to) {
 #if defined(__AVX512F__)
   if (N == 16) {
-    // Halves are added while vectors are joined: of 16 vectors of one's parts, one of their sums.
+    // Adds halves while joining vectors, until the 16 vectors have become one vector of their sums.
     __m512 a[16], b[8];
 #pragma GCC unroll 16
     for (size_t i = 0; i < 16; i++) a[i] = (__m512)v[i];
@@ -233,7 +236,7 @@ inline __attribute__((always_inline)) void sum_each(const Floats* v, float* to) 
     for (size_t i = 0; i < 2; i++)
       b[i] = _mm512_add_ps(_mm512_shuffle_ps(a[i], a[i + 2], 0x44), _mm512_shuffle_ps(a[i], a[i + 2], 0xee));
     const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(b[0], b[1], 0x88), _mm512_shuffle_ps(b[0], b[1], 0xdd));
-    // Lane 4 k + j: of vector [0, 8, 4, 12][k] + [0, 2, 1, 3][j].
+    // Lane 4 k + j has the sum of vector [0, 8, 4, 12][k] + [0, 2, 1, 3][j].
     const __m512i places = _mm512_set_epi32(15, 13, 14, 12, 7, 5, 6, 4, 11, 9, 10, 8, 3, 1, 2, 0);
     return _mm512_storeu_ps(to, _mm512_permutexvar_ps(places, all));
   }
@@ -242,17 +245,17 @@ inline __attribute__((always_inline)) void sum_each(const Floats* v, float* to) 
   for (size_t n = 0; n < N; n++) to[n] = sum(v[n]);
 }
 
-constexpr size_t MOST_ROWS = 256;  // of a call of nested_dots
+constexpr size_t MOST_ROWS = 256;  // rows of a call of nested_dots
 
-// A row of a weight by outputs: of the high plane, `to_low` bytes before that of the low one.
+// A row of the high plane of a weight by outputs; the low plane's row is `to_low` bytes further on.
 struct NestedRow {
   const uint8_t* own;
   size_t to_low;
-  const uint8_t* next;  // a row that is read soon
+  const uint8_t* next;  // a row to prefetch
 };
 
-// Adds step s of row · x_n to the sums of N tokens, whose steps are `steps` apart. WHOLE: it has W
-// groups, of ABREAST that lie abreast.
+// Adds step s of row · x_n to the sums of N tokens (token stride `steps`). WHOLE: the step has W groups,
+// and ABREAST groups are interleaved there.
 template <bool BOTH, size_t N, bool WHOLE>
 inline __attribute__((always_inline)) void nested_step(const NestedRow& row, const Step* x, size_t groups,
                                                        size_t steps, size_t s, Floats* own) {
@@ -271,7 +274,7 @@ inline __attribute__((always_inline)) void nested_step(const NestedRow& row, con
   const uint8_t* upper = row.own + groups * 16 + first;
   const Floats scales = scales_of(bytes_as_words(upper, here),
                                   BOTH ? bytes_as_words(upper + row.to_low, here) : Words{} + 0x80);
-  // Tokens side by side: a dot4 waits for the one before it, but not for another token's.
+  // SIDE tokens at a time: a dot4 depends on the same token's previous one, but not on another token's.
   constexpr size_t SIDE = N < 4 ? N : 4;
 #pragma GCC unroll 4
   for (size_t n = 0; n < N; n += SIDE) {
@@ -311,14 +314,15 @@ void nested_tile(const NestedRow& row, const Step* x, size_t C, size_t steps, si
   for (size_t n = 0; n < N; n++) sums[n] = own[n];
 }
 
-// out[n * out_stride + j] = rows[j] · x_n of `count` rows and N tokens; x as take_steps has it.
+// out[n * out_stride + j] = rows[j] · x_n, for `count` rows and N tokens; x is made by take_steps.
+// cached: the rows are in a cache already, so that nothing is prefetched.
 template <bool BOTH, size_t N>
 void nested_dots(const uint8_t* const* rows, size_t count, size_t to_low, size_t row, bool cached,
                  const Step* x, size_t C, float* out, size_t out_stride) {
-  constexpr size_t SOON = 4;    // rows from one that is read to one that is asked for
-  constexpr size_t GROUP = 16;  // rows that meet a part of the tokens' steps before the next part
+  constexpr size_t SOON = 4;    // prefetch so many rows ahead
+  constexpr size_t GROUP = 16;  // rows that are multiplied with a part of the steps before the next part
   const size_t steps = steps_of(C);
-  const size_t part = N == 1 ? steps : std::max<size_t>(1, (32u << 10) / (N * sizeof(Step)));  // in the first cache
+  const size_t part = N == 1 ? steps : std::max<size_t>(1, (32u << 10) / (N * sizeof(Step)));  // fits L1
   for (size_t top = 0; top < count; top += GROUP) {
     const size_t here = std::min(GROUP, count - top);
     Floats sums[GROUP][N];
@@ -338,11 +342,11 @@ void nested_dots(const uint8_t* const* rows, size_t count, size_t to_low, size_t
   }
 }
 
-// The same of any number of tokens.
+// The same for any number of tokens.
 template <bool BOTH>
 void nested_dots(const uint8_t* const* rows, size_t count, size_t to_low, size_t row, const Step* x,
                  size_t N, size_t C, float* out, size_t out_stride) {
-  constexpr size_t MOST = W == 16 ? 16 : 4;  // tokens whose sums, and a row's codes, are registers
+  constexpr size_t MOST = W == 16 ? 16 : 4;  // tokens whose sums fit the registers beside a row's codes
   for (size_t n = 0; n < N;) {
     const size_t left = N - n, tokens = left >= MOST ? MOST : left >= 8 ? 8 : left >= 4 ? 4 : left;
     const auto dots = tokens == 16  ? nested_dots<BOTH, MOST>
@@ -357,7 +361,7 @@ void nested_dots(const uint8_t* const* rows, size_t count, size_t to_low, size_t
   }
 }
 
-// The same of rows row_of(j) of a weight.
+// The same for the rows row_of(j) of a weight.
 template <class Row>
 void nested_dots(const Nested& weight, const Row& row_of, size_t count, const Step* x, size_t N,
                  size_t C, float* out, size_t out_stride) {
@@ -370,17 +374,17 @@ void nested_dots(const Nested& weight, const Row& row_of, size_t count, const St
     nested_dots<false>(rows, count, 0, weight.row, x, N, C, out, out_stride);
 }
 
-// By inputs
+// The by-inputs layout
 
-constexpr size_t COLUMNS = 8 * W;  // outputs of a tile: a vector of each row's nibbles
+constexpr size_t COLUMNS = 8 * W;  // outputs of a tile: one vector of a row's bytes
 
-// 32 inputs of a weight: those that count, and their rows.
+// A group of 32 inputs of a weight: the addresses of its planes, and the live inputs.
 struct Inputs {
   const uint8_t *high, *low;
   size_t count;
   uint8_t live[NEST];
 
-  // Those of `numbers` that are above the threshold.
+  // Makes the inputs whose `numbers` are above the threshold the live ones.
   void choose(const float* numbers, float threshold) {
     count = 0;
     for (size_t i = 0; i < NEST; i += W) {
@@ -403,15 +407,16 @@ struct Inputs {
   }
 };
 
-// A token's numbers for the live ones of 32 inputs, and noughts; a scale and what codes are too large
-// by.
+// A token's quantised activations for the live inputs of a group, then zeros; their scale, and
+// excess = -OFFSET Σ q.
 struct Factors32 {
   int8_t q[NEST];
   float scale;
   int32_t excess;
 };
 
-// Sums of N tokens and O outputs: by tiles, whose outputs are in the order in which they are made.
+// The layout of the sums of N tokens and O outputs: by tiles, whose outputs are permuted by `place` into
+// the order in which the kernel produces them.
 struct NestedSums {
   static constexpr size_t UNIT = COLUMNS;
   static Layout layout(size_t N, size_t O) {
@@ -424,8 +429,8 @@ struct NestedSums {
   }
 };
 
-// Four rows' bytes, so that those of a column follow one another: of each 16 columns, four in each
-// vector.
+// Interleaves four rows' bytes, so that the four bytes of a column are adjacent. Each output vector has
+// four of every 16 columns.
 inline void interleave(const Codes* rows, Codes* to) {
 #if defined(__AVX512BW__)
   const __m512i a = (__m512i)rows[0], b = (__m512i)rows[1], c = (__m512i)rows[2], d = (__m512i)rows[3];
@@ -445,7 +450,7 @@ inline void interleave(const Codes* rows, Codes* to) {
 #endif
 }
 
-// Four vectors of 16 bytes a group: those of four neighbours in each, a lane each.
+// Widens bytes to one per lane: to[k] has bytes 4 k … 4 k + 3 of every 16.
 inline void as_words(Codes v, Words* to) {
 #if defined(__AVX512BW__)
   const __m512i zero = _mm512_setzero_si512();
@@ -463,8 +468,8 @@ inline void as_words(Codes v, Words* to) {
 #endif
 }
 
-// The numbers at `live` of 32, and noughts, as a token's factors for these inputs. Groups are those
-// of the 32 inputs whatever is live.
+// Quantises a token's activations for the live inputs; number(j) is that of live[j]. A group always is
+// 32 inputs of the weight, whichever are live.
 template <class Get>
 inline void take_factors(const Inputs& inputs, const Get& number, Factors32& to) {
   alignas(64) float own[NEST] = {};
@@ -474,8 +479,8 @@ inline void take_factors(const Inputs& inputs, const Get& number, Factors32& to)
   to.excess = -OFFSET * total;
 }
 
-// A row of nibbles of a plane and of the other one, `bytes` of them, times nought where it is none of
-// the live ones.
+// The q-th four live rows of a group of inputs. Beyond the live rows, the last one is repeated: its
+// factor is zero.
 template <bool BOTH>
 struct Quad {
   const uint8_t* rows[4];
@@ -486,7 +491,7 @@ struct Quad {
       rows[r] = own.high + own.live[std::min(q * 4 + r, own.count - 1)] * row;
   }
 
-  // The codes of a tile's outputs, from byte `at` of a row on: four a lane, one of each row.
+  // The codes of a tile's outputs, from byte `at` of a row on: four per lane, one of each row.
   inline __attribute__((always_inline)) void codes(size_t at, First here, Codes* to) const {
     Codes own[4], upper[4], lower[4] = {};
 #pragma GCC unroll 4
@@ -522,7 +527,7 @@ inline __attribute__((always_inline)) void scales_at(const Inputs& own, size_t r
   }
 }
 
-// What a token multiplies four rows by, in each lane.
+// A token's factors for four rows, repeated in each lane.
 inline Codes multiplier(const Factors32& by, size_t quad) {
   int32_t four;
   memcpy(&four, by.q + quad * 4, sizeof four);
@@ -536,16 +541,17 @@ inline __attribute__((always_inline)) void add_scaled(const Part* acc, const Flo
   for (size_t v = 0; v < 8; v++) store(y + v * W, load(y + v * W) + to_floats(acc[v]) * (scale * scales[v]));
 }
 
-constexpr size_t ALONG = 4;       // tokens for which rows are read from end to end
-constexpr size_t WAITING = 4096;  // integers that wait in the first cache, of all tokens
+constexpr size_t ALONG = 4;       // up to so many tokens, add_along reads rows from end to end
+constexpr size_t WAITING = 4096;  // integer sums of all tokens that stay in L1
 constexpr size_t WIDE = WAITING / ALONG;
 
-// Outputs of N tokens of which rows are read at a time: the longer, the sooner memory delivers.
+// Outputs that are computed at a time for N tokens: longer pieces of rows are read faster from memory.
 inline size_t width(size_t N) { return N > ALONG || N == 3 ? WIDE : WAITING / N; }
 
-// Adds to the sums of N tokens, at most ALONG, the outputs [begin, end), at most width(N), of 32 inputs.
-// Rows are read from end to end, eight at a time, as they lie in memory: integers wait until all are
-// there. A token's factors are `token` apart, its sums `stride`. after: whose rows are read next.
+// Adds the products of a group of inputs to the sums of N <= ALONG tokens, for the outputs [begin, end),
+// at most width(N). Rows are read in memory order, eight at a time; the integer sums are kept in `waiting`
+// until all rows are added. token, stride: strides of a token's factors and sums. after: the group whose
+// rows are read next, to prefetch.
 template <bool BOTH>
 void add_along(const Inputs& own, const Inputs& after, size_t row, const Factors32* z, size_t token,
                size_t N, size_t begin, size_t end, float* sums, size_t stride) {
@@ -592,7 +598,7 @@ void add_along(const Inputs& own, const Inputs& after, size_t row, const Factors
   }
 }
 
-// Adds to a tile of TOKENS tokens what `quads` times four rows' codes make.
+// Adds the products of `quads` times four rows to a tile of sums of TOKENS tokens.
 template <size_t TOKENS>
 inline __attribute__((always_inline)) void add_tile(const Codes (*codes)[8], size_t quads,
                                                     const Floats* scales, const Factors32* z, size_t token,
@@ -615,8 +621,8 @@ inline __attribute__((always_inline)) void add_tile(const Codes (*codes)[8], siz
   for (size_t n = 0; n < TOKENS; n++) add_scaled(acc[n], scales, z[n * token].scale, sums + n * stride);
 }
 
-// Bytes [begin, end) of the live rows of `count` times 32 inputs, asked for line by line: a processor
-// waits where too many lines are asked for at once.
+// Prefetches bytes [begin, end) of the live rows of `count` groups of inputs, a few lines at a time: a
+// processor stalls if too many lines are requested at once.
 template <bool BOTH>
 struct Soon {
   const Inputs* inputs;
@@ -645,11 +651,11 @@ struct Soon {
   }
 };
 
-constexpr size_t FEW = 4;  // times 32 inputs, whose codes the second cache holds
+constexpr size_t FEW = 4;  // groups of inputs whose codes fit L2
 
-// Adds to the sums of N tokens the outputs [begin, end), at most WIDE, of `count` times 32 inputs, at
-// most FEW. Codes are made row by row, as rows lie in memory, and then serve all tokens, tile by tile.
-// after: whose rows are read next.
+// Adds the products of `count` <= FEW groups of inputs to the sums of N tokens, for the outputs
+// [begin, end), at most WIDE. Codes are unpacked row by row, in memory order, and then used for all
+// tokens, tile by tile. after: what to prefetch.
 template <bool BOTH>
 void add_together(const Inputs* inputs, size_t count, Soon<BOTH> after, size_t row, const Factors32* z,
                   size_t token, size_t N, size_t begin, size_t end, float* sums, size_t stride) {
@@ -661,7 +667,7 @@ void add_together(const Inputs* inputs, size_t count, Soon<BOTH> after, size_t r
       for (size_t c = begin; c < end; c += COLUMNS)
         rows.codes(c / 2, first_bytes((end - c) / 2), codes[i][(c - begin) / COLUMNS][q]);
     }
-  constexpr size_t TOKENS = W == 16 ? 2 : 1;  // whose integers are registers
+  constexpr size_t TOKENS = W == 16 ? 2 : 1;  // tokens whose integer sums fit the registers
   const size_t turns = (end - begin + COLUMNS - 1) / COLUMNS * count * ((N + TOKENS - 1) / TOKENS);
   const size_t share = after.lines() / turns + 1;
   for (size_t c = begin; c < end; c += COLUMNS)
@@ -683,8 +689,9 @@ void add_together(const Inputs* inputs, size_t count, Soon<BOTH> after, size_t r
     }
 }
 
-// sums += z through `count` times 32 inputs, of outputs [begin, end); `begin` begins a tile. The sums
-// are laid out as NestedSums says; z [N, count], a token's `token` apart.
+// Adds the products of `count` groups of inputs to `sums`, for the outputs [begin, end); `begin` is a
+// tile's first output. sums has NestedSums's layout; z [N, count] are the factors, with token stride
+// `token`.
 template <bool BOTH>
 void nested_add(const Inputs* inputs, size_t count, size_t row, const Factors32* z, size_t token,
                 size_t N, size_t begin, size_t end, float* sums, size_t stride) {

@@ -1,4 +1,4 @@
-// Linears of nested weights at few tokens, by outputs or by inputs, and what they stand for.
+// Linear layers with nested weights for few tokens, by outputs or by inputs; and unnesting.
 #pragma once
 
 #include "linear.h"
@@ -6,7 +6,7 @@
 
 namespace sirius {
 
-// A weight [O, C] by outputs, and where its product y [N, O] goes; bias [O] or null.
+// A nested weight [O, C] by outputs, bias [O] or null, and the output y [N, O].
 template <class T>
 struct NestedProduct {
   Nested weight;
@@ -15,7 +15,7 @@ struct NestedProduct {
   size_t O;
 };
 
-// Products of the same x [N, C].
+// Products of x [N, C] with `count` nested weights.
 template <class T>
 void nested_linears(const T* x, const NestedProduct<T>* all, size_t count, size_t N, size_t C,
                     int threads) {
@@ -38,12 +38,12 @@ void nested_linears(const T* x, const NestedProduct<T>* all, size_t count, size_
   });
 }
 
-// y [N, O] of the inputs that count, and a weight [C, O] by inputs. z: see nested_add.
+// y [N, O] from the live inputs and a weight [C, O] by inputs. z: see nested_add.
 template <class T>
 void nested_of_inputs(const Nested& weight, const Inputs* inputs, const Factors32* z, const T* bias,
                       T* y, size_t N, size_t C, size_t O, int threads) {
   thread_local Scratch<float> scratch;
-  // As many tasks whatever N: else tokens would change the order in which a token's sums are added up.
+  // The tasks do not depend on N: otherwise N would change the order in which a token's sums are added.
   const size_t blocks = C / NEST, slabs = (O + WAITING - 1) / WAITING;
   const size_t slab = round_up((O + slabs - 1) / slabs, COLUMNS);
   const size_t groups = std::max<size_t>(1, parts(blocks, threads) / slabs);
@@ -62,8 +62,8 @@ void nested_of_inputs(const Nested& weight, const Inputs* inputs, const Factors3
   finish<NestedSums>(sums, groups, N, O, bias, false, y, threads);
 }
 
-// 32 inputs of N tokens, `stride` apart, to z, `token` apart: all, or those whose mean |x| is above the
-// threshold.
+// Converts 32 inputs of N tokens (token stride `stride`) to factors z (token stride `token`): all of
+// them, or with a threshold those whose mean |x| is above it.
 template <class T>
 void take_inputs(const T* x, const Nested& weight, const float* threshold, size_t N, size_t stride,
                  size_t block, Inputs& in, Factors32* z, size_t token) {
@@ -86,8 +86,8 @@ void take_inputs(const T* x, const Nested& weight, const float* threshold, size_
   }
 }
 
-// x [B, N, C] through a weight [C, O] by inputs, row by row. Where `counts` [B] are asked for, only the
-// channels whose mean |x| over the row's tokens is above the threshold.
+// y [B, N, O] from x [B, N, C] and a weight [C, O] by inputs, row by row. If `counts` [B] is not null,
+// over only the channels whose mean |x| over the row's tokens is above the threshold.
 template <class T>
 void nested_by_inputs(const T* x, const Nested& weight, const T* bias, float threshold, T* y,
                       int64_t* counts, size_t B, size_t N, size_t C, size_t O, int threads) {
@@ -112,8 +112,8 @@ void nested_by_inputs(const T* x, const Nested& weight, const T* bias, float thr
   }
 }
 
-// What 16 bytes of both planes stand for: the numbers of the low nibbles, and 16 further on those of
-// the high ones; scales of each, in the same order.
+// Converts 16 bytes of both planes to 32 numbers: first the 16 of the lower nibbles, with scales
+// `first`, then the 16 of the upper nibbles, with scales `second`.
 template <class T>
 inline void unnest_bytes(const uint8_t* high, const uint8_t* low, const float* first, const float* second,
                          T* to) {
@@ -125,8 +125,8 @@ inline void unnest_bytes(const uint8_t* high, const uint8_t* low, const float* f
   for (size_t i = 0; i < NEST; i++) round_into(to + i, v[i]);
 }
 
-// Rows ids[0 … count) of a weight of C inputs by outputs, or where `ids` is null all that there are:
-// to [count, C].
+// Writes rows ids[0 … count) of a weight by outputs with C inputs, or rows 0 … count if `ids` is null,
+// to `to` [count, C].
 template <class T>
 void unnest_rows(const Nested& weight, const int64_t* ids, size_t count, size_t C, T* to, int threads) {
   parallel((count + 15) / 16, threads, [&](size_t task) {
@@ -139,7 +139,7 @@ void unnest_rows(const Nested& weight, const int64_t* ids, size_t count, size_t 
         const uint8_t *upper = row + C / 2 + g;
         float scale[16];
         std::fill_n(scale, 16, scale_of(*upper, to_low ? upper[to_low] : 0x80));
-        for (size_t b = 0; b < 16; b += 4) {  // a word's bytes follow one another
+        for (size_t b = 0; b < 16; b += 4) {  // the four bytes of a word are adjacent
           const uint8_t* word = row + byte_of(g, b, groups);
           memcpy(high + b, word, 4);
           if (to_low) memcpy(low + b, word + to_low, 4);
@@ -150,12 +150,12 @@ void unnest_rows(const Nested& weight, const int64_t* ids, size_t count, size_t 
   });
 }
 
-// A weight [C, O] by inputs: to [C, O].
+// Writes a weight by inputs to `to` [C, O].
 template <class T>
 void unnest_inputs(const Nested& weight, size_t C, size_t O, T* to, int threads) {
   parallel(C / NEST, threads, [&](size_t block) {
     thread_local Scratch<float> scratch;
-    float* scales = scratch.take(O);  // of the first 16 outputs of each 32, then of the others
+    float* scales = scratch.take(O);  // of the first 16 of every 32 outputs, then of the last 16
     const uint8_t* own = weight.high + block * weight.block;
     const size_t to_low = weight.low ? size_t(weight.low - weight.high) : 0;
     for (size_t half = 0; half < 2; half++)

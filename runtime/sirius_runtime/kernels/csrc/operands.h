@@ -1,5 +1,5 @@
-// Tensors as Python hands them over: where they are, and the sizes that they have. Structs of
-// pointers and 64-bit integers alone, in the order in which `kernels/arguments.py` packs them.
+// Tensors as Python passes them: addresses and sizes. The structs contain only pointers and 64-bit
+// integers, in the order in which `kernels/arguments.py` packs them.
 #pragma once
 
 #include "nested.h"
@@ -7,7 +7,7 @@
 
 namespace sirius {
 
-// Contiguous. No tensor is a null pointer and zeros.
+// A contiguous tensor. Python's None is a null pointer with zero sizes.
 template <int RANK>
 struct Tensor {
   void* at;
@@ -17,7 +17,7 @@ struct Tensor {
   T* as() const { return static_cast<T*>(at); }
 };
 
-// Its rows are contiguous and `stride` numbers apart.
+// A matrix with contiguous rows, which begin `stride` numbers apart.
 struct Matrix {
   void* at;
   int64_t rows, columns, stride;
@@ -26,8 +26,8 @@ struct Matrix {
   const T* as() const { return static_cast<const T*>(at); }
 };
 
-// A nested weight of as many outputs and inputs, 1 or 2 planes that lie `plane` bytes apart, rows `row`
-// bytes apart; by inputs, 32 inputs are `block` bytes from the next ones, else that is 0.
+// A nested weight [outputs, inputs] with 1 or 2 planes. Strides in bytes: `plane` between the planes,
+// `row` between rows and, by inputs, `block` between groups of 32 inputs (by outputs it is 0).
 struct NestedMatrix {
   void* at;
   int64_t planes, outputs, inputs, plane, row, block;
@@ -38,12 +38,12 @@ struct NestedMatrix {
   }
 };
 
-// That there is a tensor: some have no memory (torch's `meta`).
+// Checks that a tensor has memory: torch's `meta` tensors have none.
 inline void present(const char* operand, const void* at) {
   if (!at) refuse(BAD_SIZE, "%s has no memory", operand);
 }
 
-// `units`: what its dimensions count. `needed`: its sizes.
+// Checks a tensor's sizes. units: what each dimension counts; needed: the required sizes.
 template <int RANK>
 void shaped(const char* operand, const Tensor<RANK>& has, const char* const (&units)[RANK],
             const int64_t (&needed)[RANK]) {
@@ -56,13 +56,13 @@ inline void shaped(const char* operand, const Matrix& has, const char* const (&u
   present(operand, has.at);
   same(operand, units[0], has.rows, rows);
   same(operand, units[1], has.columns, columns);
-  if (has.stride < 0) refuse(BAD_SIZE, "%s has rows that lie backwards in memory", operand);
+  if (has.stride < 0) refuse(BAD_SIZE, "%s has a negative stride", operand);
 }
 
-// That a matrix of these sizes can be nested.
+// Checks that a matrix of these sizes can be nested.
 inline void nestable(const char* operand, int64_t outputs, int64_t inputs, bool by_inputs) {
   if (inputs % NEST || (by_inputs && outputs % NEST))
-    refuse(BAD_SIZE, "%s has %lld outputs and %lld inputs, no multiples of 32", operand,
+    refuse(BAD_SIZE, "%s has %lld outputs and %lld inputs, not multiples of 32", operand,
            (long long)outputs, (long long)inputs);
 }
 
@@ -75,10 +75,10 @@ inline void shaped(const char* operand, const NestedMatrix& has, bool by_inputs,
   nestable(operand, outputs, inputs, by_inputs);
   if (by_inputs != (has.block > 0)) refuse(BAD_SIZE, "%s is nested in the other layout", operand);
   if (has.plane < 0 || has.row < 0 || has.block < 0)
-    refuse(BAD_SIZE, "%s has rows that lie backwards in memory", operand);
+    refuse(BAD_SIZE, "%s has negative strides", operand);
 }
 
-// A bias or the like, which need not be.
+// Checks an optional vector, such as a bias.
 inline void optional(const char* operand, const Tensor<1>& has, const char* unit, int64_t needed) {
   if (has.at) same(operand, unit, has.size[0], needed);
 }

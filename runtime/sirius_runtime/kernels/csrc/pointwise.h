@@ -1,5 +1,5 @@
-// What stands between the products: norms and rotary embeddings, each one pass where torch has a
-// call for every operation. Values are rounded where torch's calls store them.
+// The operations between matrix products, such as norms and rotary embeddings: each is one pass, where
+// torch has one call per elementary operation. Values are rounded where torch's calls store them.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace sirius {
 
-constexpr size_t ALONE = 1 << 17;  // numbers that are sooner done than shared among threads
+constexpr size_t ALONE = 1 << 17;  // fewer numbers than this are faster on one thread
 
 template <class T>
 float sum_of_squares(const T* x, size_t C) {
@@ -27,7 +27,7 @@ float sum_of_squares(const T* x, size_t C) {
   return sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
 }
 
-// y = weight * (x / √(mean x² + ε)) of N tokens of C; where there is an addend, of total = x + addend.
+// y = weight * x / √(mean x² + ε), for N tokens [C]. With an addend, total = x + addend takes x's place.
 template <class T>
 void rms_norm(const T* x, const T* addend, T* total, const T* weight, float epsilon, T* y, size_t N,
               size_t C, int threads) {
@@ -52,8 +52,7 @@ void rms_norm(const T* x, const T* addend, T* total, const T* weight, float epsi
   });
 }
 
-// y = act(g) * u, of n numbers; u may be null, and y may be g. Rounded between the two, as torch
-// stores it.
+// y = act(g) * u, for n numbers; u may be null, and y may be g. act(g) is rounded to T, as torch stores it.
 template <class T>
 void gated(Activation act, const T* g, const T* u, T* y, size_t n, int threads) {
   const size_t slab = 1024 * W, slabs = (n + slab - 1) / slab;
@@ -69,13 +68,13 @@ void gated(Activation act, const T* g, const T* u, T* y, size_t n, int threads) 
   });
 }
 
-// 1 / ‖z‖₂ of a token's I neurons; as in torch's normalize, no norm is less than 1e-12.
+// 1 / ‖z‖₂ of a token's I neurons, with the norm clamped to at least 1e-12 as in torch's normalize.
 template <class T>
 float reciprocal_norm(const T* z, size_t I) {
   return 1.0f / std::max(std::sqrt(sum_of_squares(z, I)), 1e-12f);
 }
 
-// y = (z / ‖z‖₂)² of N tokens of I neurons.
+// y [N, I] = (z / ‖z‖₂)², for N tokens of I neurons.
 template <class T>
 void activity(const T* z, float* y, size_t N, size_t I, int threads) {
   parallel(N, threads, [&](size_t n) {
@@ -89,7 +88,7 @@ void activity(const T* z, float* y, size_t N, size_t I, int threads) {
   });
 }
 
-// y [B, I] = the sum of `activity` over those of a row's N tokens that are valid.
+// y [B, I] = the sum of `activity` over each row's valid tokens; valid [B, N].
 template <class T>
 void statistic(const T* z, const uint8_t* valid, float* y, size_t B, size_t N, size_t I,
                int threads) {

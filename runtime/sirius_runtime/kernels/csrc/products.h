@@ -1,11 +1,10 @@
-// The two products that everything here is made of.
+// The two products that all kernels are built from.
 //
 //   dots:        out[n][j] = row_j · x_n          each weight row is an output
 //   accumulate:  y_n += Σ_j z[n][j] row_j         each weight row is an input
 //
-// Both read each weight once for all tokens n, and both add up in an order that depends on neither
-// the number of tokens nor on which rows stand beside each other: a token's result is the same to
-// the bit whatever its neighbours.
+// Both read each weight once for all tokens n. Both add in an order that depends neither on the number
+// of tokens nor on the other rows, so that a token's result is bit-equal in any batch.
 #pragma once
 
 #include <algorithm>
@@ -16,33 +15,32 @@
 
 namespace sirius {
 
-constexpr size_t ROWS = 4;     // weight rows that dots reads side by side
+constexpr size_t ROWS = 4;     // weight rows that dots reads at the same time
 constexpr size_t TILE = 4;     // tokens whose sums dots keeps in registers
-constexpr size_t GROUP = 8;    // weight rows that dots goes through block of columns by block
-constexpr size_t BATCH = 16;   // tokens that dots does so for at once
+constexpr size_t GROUP = 8;    // weight rows that dots processes per block of columns
+constexpr size_t BATCH = 16;   // tokens that dots processes per block of columns
 constexpr size_t LIVE = 8;     // weight rows in one pass of accumulate over y
 constexpr size_t PAD = 32;     // activations and y are padded to a multiple of this
-constexpr size_t LINE = 64;    // bytes that memory moves at once
-constexpr size_t MOST_TOKENS = 64;  // of a call, or of a row where rows choose for themselves
+constexpr size_t LINE = 64;    // bytes of a cache line
+constexpr size_t MOST_TOKENS = 64;  // of a call, or of each row if rows choose their own neurons
 
 inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Where numbers [N, C] of N tokens lie: in blocks of columns, [N, width] each, a token's `stride`
-// apart. A block is read again and again while weights stream by; in one piece, it fills the first
-// cache evenly, where tokens far and a power of two apart would share the few places there are for
-// such addresses.
+// The layout of numbers [N, C] of N tokens: blocks of columns, [N, width] each, with token stride
+// `stride`. A block is read repeatedly while weights stream past. Contiguous, it fills L1 evenly; tokens
+// whose distance is a large power of two would conflict in a few of its sets.
 struct Layout {
   size_t N, C, width, stride;
 
   size_t size() const { return (C + width - 1) / width * N * stride; }
-  // Of a column that begins a block, and of a token in it.
+  // The position of token n's first number in the block that begins at `column`.
   size_t at(size_t n, size_t column) const {
     assert(column % width == 0);
     return (column / width * N + n) * stride;
   }
 };
 
-// Activations, as dots takes them. Up to TILE tokens are read but once for ROWS rows: one block.
+// The layout of activations for `dots`. Up to TILE tokens are one block, since ROWS rows read them once.
 inline Layout inputs(size_t N, size_t C) {
   const size_t all = round_up(C, PAD);
   if (N <= TILE) return {N, C, all, all + PAD};
@@ -50,12 +48,12 @@ inline Layout inputs(size_t N, size_t C) {
   return {N, C, width, width};
 }
 
-// Columns of the widest block of sums. Another block is as wide as this halved some times, or is the
-// only one: columns cut at multiples of WIDEST are whole blocks, whatever N and O.
+// Columns of the widest block of sums. Any other width is WIDEST divided by a power of two, or there is
+// only one block: so multiples of WIDEST are block boundaries for any N and O.
 constexpr size_t WIDEST = 4096;
 
-// Sums, as accumulate makes them: 16 KB a block. A processor takes a load for one of what was just
-// stored 4096 bytes away: tokens are no such distance apart.
+// The layout of sums for `accumulate`: 16 KB per block. The padding avoids 4 KiB aliasing, where a
+// processor mistakes a load for one of a recent store 4096 bytes away.
 inline Layout outputs(size_t N, size_t O) {
   size_t width = WIDEST;
   while (width * N > WIDEST && width > PAD) width /= 2;
@@ -63,16 +61,17 @@ inline Layout outputs(size_t N, size_t O) {
   return {N, O, width, width + PAD / 2};
 }
 
-// Asks for bytes that are read next.
+// Prefetches bytes.
 inline void ask_all(const void* from, size_t bytes) {
   for (size_t at = 0; at < bytes; at += LINE) __builtin_prefetch((const char*)from + at);
 }
 
-// Asks for the beginning of a row that is read next; its rest the processor foresees by itself.
+// Prefetches the beginning of a row; the processor's own prefetcher gets the rest.
 inline void ask(const void* row) { ask_all(row, 4 * LINE); }
 
-// Rows that are read after those at hand. Where much is computed for each weight, the processor
-// looks too few instructions ahead to fetch while it computes: they are asked for bit by bit.
+// Rows that are read after the current ones, for prefetching. With much arithmetic per weight,
+// out-of-order execution does not reach the next loads early enough, so that rows are prefetched in
+// pieces.
 template <class T>
 class Ahead {
  public:
@@ -83,8 +82,8 @@ class Ahead {
 
   bool empty() const { return row == end; }
 
-  // The next `bytes` of them; where there are no more, of `otherwise`, which costs nothing if it is
-  // in the cache.
+  // The address of the next `bytes` to prefetch; if there are no more, `otherwise`, whose prefetch costs
+  // nothing if it is in the cache.
   const char* take(size_t bytes, const void* otherwise) {
     if (row == end) return (const char*)otherwise;
     const char* piece = (const char*)(*row + first) + taken;
@@ -98,7 +97,7 @@ class Ahead {
   size_t first = 0, size = 0, taken = 0;
 };
 
-// How weights of type T meet activations: as floats, by fused multiply and add.
+// How weights of type T are multiplied with activations: as floats, by fused multiply-add.
 template <class T>
 struct Meet {
   typedef float X;
@@ -112,8 +111,8 @@ struct Meet {
   static X from_float(float v) { return v; }
   static size_t place(size_t column) { return column; }
 
-  // Columns [c, c + n) of R rows, n <= STEP; what a token multiplies the rows by, z, of which a row's
-  // lies `row` from the one's before; and the sum of their products, added to y.
+  // Columns: columns [c, c + n), n <= STEP, of R rows. Multipliers: a token's factors for the rows, z
+  // with row stride `row`. add: adds the products' sum to y.
   template <size_t R>
   struct Columns {
     Floats w[R];
@@ -147,7 +146,7 @@ struct Meet {
 };
 
 #if defined(__AVX512BF16__)
-// bfloat16 meets bfloat16 two at a time: products are exact, sums are floats.
+// bfloat16 is multiplied with bfloat16 in pairs: products are exact, sums are floats.
 template <>
 struct Meet<bf16> {
   typedef bf16 X;
@@ -170,8 +169,8 @@ struct Meet<bf16> {
     return stored;
   }
 
-  // Rows are interleaved in pairs, within each 128 bits: 32 columns become two vectors, which y
-  // keeps as they come. `place` says where in y a column is.
+  // Rows are interleaved in pairs within each 128 bits: 32 columns become two vectors, and y keeps their
+  // order. place: the position of a column in y.
   static size_t place(size_t column) {
     const size_t in = column % 32, lane = in / 8, high = in % 8 / 4;
     return column - in + high * 16 + lane * 4 + in % 4;
@@ -225,17 +224,17 @@ struct Meet<bf16> {
 template <class T>
 using X = typename Meet<T>::X;
 
-// The sums of ROWS rows and N tokens over columns [begin, end): taken from `kept` unless these are
-// the first columns, and left there, or in `out` where they are the last. x: the first token's
-// column `begin`. With each step, LINES lines from `next` on are asked for.
+// The sums of ROWS rows and N tokens over columns [begin, end). They start from `kept`, or from zero for
+// the first columns, and are written to `kept`, or to `out` for the last columns. x: the first token's
+// column `begin`. Each step prefetches LINES lines from `next` on.
 template <class T, size_t N, size_t LINES>
 inline __attribute__((always_inline)) void dots_tile(const T* const* rows, const X<T>* x,
                                                      size_t x_stride, size_t begin, size_t end,
                                                      size_t C, const char* next,
                                                      Floats (*kept)[ROWS], float (*out)[ROWS]) {
   typedef Meet<T> M;
-  static_assert(ROWS == 4, "as many sums as sum_four makes");
-  // Loops over acc are unrolled and never take its address: that keeps it in registers.
+  static_assert(ROWS == 4, "sum_four makes four sums");
+  // Loops over acc are unrolled and never take its address, so that it stays in registers.
   Floats acc[N][ROWS];
 #pragma GCC unroll 4
   for (size_t n = 0; n < N; n++)
@@ -270,7 +269,7 @@ inline __attribute__((always_inline)) void dots_tile(const T* const* rows, const
   }
 }
 
-// dots_tile of up to BATCH tokens, over a block of columns.
+// dots_tile for up to BATCH tokens, over a block of columns.
 template <class T, size_t LINES>
 void dots_block(const T* const* rows, const X<T>* x, const Layout& layout, size_t tokens,
                 size_t begin, size_t end, Ahead<T>& ahead, Floats (*kept)[ROWS],
@@ -288,24 +287,24 @@ void dots_block(const T* const* rows, const X<T>* x, const Layout& layout, size_
   if (tokens - n == 1) tile(std::integral_constant<size_t, 1>());
 }
 
-// dots of GROUP rows or fewer and up to BATCH tokens from `first` on; `known`: rows that there are.
-// Block of columns by block, so that the tokens' activations stay in the first cache.
+// dots for `count` <= GROUP rows and up to BATCH tokens from `first` on; known: how many rows are valid,
+// to prefetch. It works by blocks of columns, so that the tokens' activations stay in L1.
 template <class T>
 void dots_group(const T* const* rows, size_t count, size_t known, const X<T>* x,
                 const Layout& layout, size_t first, size_t tokens, float* out, size_t out_stride,
                 Ahead<T>& after) {
   Floats kept[GROUP / ROWS][BATCH][ROWS];
   float sums[BATCH][ROWS];
-  const bool few = layout.N <= TILE;  // too little is computed to hide what is asked for
+  const bool few = layout.N <= TILE;  // too little arithmetic to hide explicit prefetches
   const size_t tiles = (tokens + TILE - 1) / TILE;
   const auto block = few || first > 0 ? dots_block<T, 0>  // later tokens find the rows in a cache
                      : tiles < ROWS   ? dots_block<T, 2>
-                                      : dots_block<T, 1>;  // as many lines as the group's own
+                                      : dots_block<T, 1>;  // prefetches as many lines as it reads
   for (size_t begin = 0; begin < layout.C; begin += layout.width) {
     const size_t end = std::min(layout.C, begin + layout.width);
     for (size_t j = 0; j < count; j += ROWS) {
       for (size_t r = j + ROWS; few && r < std::min(known, j + 2 * ROWS); r++) ask(rows[r]);
-      const T* own[ROWS];  // the last row again where there are fewer: read from the cache
+      const T* own[ROWS];  // with fewer rows, the last one is repeated: it is in the cache
       for (size_t r = 0; r < ROWS; r++) own[r] = rows[std::min(j + r, count - 1)];
       block(own, x + layout.at(first, begin), layout, tokens, begin, end, after, kept[j / ROWS],
             sums);
@@ -320,8 +319,8 @@ void dots_group(const T* const* rows, size_t count, size_t known, const X<T>* x,
   }
 }
 
-// dots of one token and rows that lie one after the other: read so, each while the next one is asked
-// for, they come faster than side by side. Sums are added up as in dots_tile.
+// dots for one token and rows that are contiguous in memory. Reading one row after the other, and
+// prefetching the next, is faster than reading ROWS rows at a time. Adds in the order of dots_tile.
 template <class T>
 void dots_alone(const T* const* rows, size_t count, const X<T>* x, size_t C, float* out) {
   typedef Meet<T> M;
@@ -345,12 +344,12 @@ void dots_alone(const T* const* rows, size_t count, const X<T>* x, size_t C, flo
   }
 }
 
-// out[n * out_stride + j] = rows[j] · x_n, of `count` rows of C weights and N tokens, x laid out as
-// `inputs` says and padded with zeros. after: what is read next.
+// out[n * out_stride + j] = rows[j] · x_n, for `count` rows of C weights and N tokens. x has the layout
+// `inputs`, padded with zeros. after: rows to prefetch.
 template <class T>
 void dots(const T* const* rows, size_t count, const X<T>* x, size_t N, size_t C, float* out,
           size_t out_stride, Ahead<T> after = {}) {
-  const bool together = size_t(rows[count - 1] - rows[0]) < count * C;  // none is left out
+  const bool together = size_t(rows[count - 1] - rows[0]) < count * C;  // no rows between are skipped
   if (N == 1 && together) return dots_alone(rows, count, x, C, out);
   const Layout layout = inputs(N, C);
   for (size_t top = 0; top < count; top += GROUP)
@@ -359,16 +358,17 @@ void dots(const T* const* rows, size_t count, const X<T>* x, size_t N, size_t C,
                  std::min(BATCH, N - first), out + top, out_stride, after);
 }
 
-// What rows are multiplied by, for each token: a token's are `token` apart, and of a token, two rows'
-// are two times `row` from the next two's (where rows meet in pairs, those of a pair are neighbours).
+// The factors of rows, for each token. token: stride from a token's factors to the next token's. row:
+// stride from a row's factor to the next row's; with bfloat16 pairs, a pair's two factors are adjacent,
+// and pairs are 2 · row apart.
 template <class T>
 struct Factors {
   const X<T>* at;
   size_t token, row;
 };
 
-// Passes of LIVE rows over columns [begin, end), to y at the first one's place, a token's `stride`
-// apart. Where ASKS, rows ahead are asked for.
+// Adds rows to y over columns [begin, end), in passes of LIVE rows. y: the first token's sums of column
+// `begin`, with token stride `stride`. ASKS: prefetch `ahead`.
 template <bool ASKS, class T>
 inline void accumulate_block(const T* const* rows, size_t count, Factors<T> z, size_t N,
                              size_t begin, size_t end, float* y, size_t stride, Ahead<T>& ahead) {
@@ -388,8 +388,8 @@ inline void accumulate_block(const T* const* rows, size_t count, Factors<T> z, s
   }
 }
 
-// The same of one token: as few instructions a line as there can be, so that those that the
-// processor looks ahead read many lines.
+// The same for one token, with as few instructions per cache line as possible, so that out-of-order
+// execution reaches many lines ahead.
 template <class T>
 inline void accumulate_alone(const T* const* rows, size_t count, Factors<T> z, size_t begin,
                              size_t end, float* y) {
@@ -405,9 +405,9 @@ inline void accumulate_alone(const T* const* rows, size_t count, Factors<T> z, s
   }
 }
 
-// y_n += Σ_j z[n][j] rows[j][begin : end] of `count` rows; y_n [O] is laid out as `outputs` says, a
-// block's columns c at Meet<T>::place(c). `begin` begins a block. z is padded with zeros to a
-// multiple of LIVE rows.
+// y_n += Σ_j z[n][j] rows[j][begin : end], for `count` rows. y_n [O] has the layout `outputs`, with a
+// block's column c at Meet<T>::place(c); `begin` is a block's first column. z is padded with zeros to a
+// multiple of LIVE rows. after: rows to prefetch.
 template <class T>
 void accumulate(const T* const* rows, size_t count, Factors<T> z, size_t N, size_t begin, size_t end,
                 float* y, size_t O, Ahead<T> after = {}) {
@@ -424,7 +424,7 @@ void accumulate(const T* const* rows, size_t count, Factors<T> z, size_t N, size
   }
 }
 
-// Tokens x_n [C] of type T, each at row(n), as `dots` takes them: to, of inputs(N, C).
+// Copies tokens x_n [C] of type T, each at row(n), to the layout inputs(N, C) that `dots` takes.
 template <class T, class Row>
 void take_activations(const Row& row, size_t N, size_t C, X<T>* to) {
   const Layout layout = inputs(N, C);

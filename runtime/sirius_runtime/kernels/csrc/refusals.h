@@ -1,5 +1,5 @@
-// What a call is refused for, and the words for it. Kernels trust no size and no index that has not
-// been compared here, once a call.
+// Checks of a call's operands, and the messages for wrong ones. Sizes and indices are checked here once
+// per call; the kernels rely on that.
 #pragma once
 
 #include <cstdarg>
@@ -14,7 +14,7 @@ enum Status { DONE = 0, NO_MEMORY = 1, BAD_INDEX = 2, BAD_SIZE = 3, FAILED = 4 }
 
 constexpr size_t MOST_WORDS = 200;
 
-// Why this thread's last call was not done: the operand first. Empty where there is nothing to say.
+// Why this thread's last call failed; begins with the operand. Empty if there is no reason to give.
 inline char* reason() {
   thread_local char words[MOST_WORDS];
   return words;
@@ -34,7 +34,7 @@ struct Refusal : std::exception {
   throw Refusal(status);
 }
 
-// `unit` is a plural: what is counted.
+// Checks a count. unit: what is counted, in the plural.
 inline void same(const char* operand, const char* unit, int64_t has, int64_t needed) {
   if (has != needed)
     refuse(BAD_SIZE, "%s has %lld %s, not %lld", operand, (long long)has, unit, (long long)needed);
@@ -46,12 +46,12 @@ inline void between(const char* operand, const char* unit, int64_t has, int64_t 
            (long long)least, (long long)most);
 }
 
-// More than none, and few enough that products of two sizes are far from an overflow.
+// Checks that a count is at least 1, and small enough that the product of two does not overflow.
 inline void some(const char* operand, const char* unit, int64_t has) {
   between(operand, unit, has, 1, INT32_MAX);
 }
 
-// Whether indices are 0 … limit - 1. `where`: what they point into.
+// Checks that indices are in 0 … limit - 1. where: what they index.
 inline void indices(const char* operand, const int64_t* values, size_t count, int64_t limit,
                     const char* where) {
   for (size_t i = 0; i < count; i++)

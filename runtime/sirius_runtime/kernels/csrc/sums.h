@@ -1,4 +1,5 @@
-// Outputs that several tasks add to: each task has sums of its own, added up in a fixed order.
+// Outputs to which several tasks contribute: each task has its own sums, which are added in a fixed
+// order.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 
 namespace sirius {
 
-// Memory that is kept between calls: no call allocates what an earlier one could. Nothing is in it.
+// An uninitialised buffer that is kept between calls, and only grows.
 template <class V>
 class Scratch {
  public:
@@ -36,7 +37,7 @@ class Scratch {
 
   static constexpr std::align_val_t ALIGNED{64};
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr bool EXACT = true;  // so that whatever lies beyond is seen
+  static constexpr bool EXACT = true;  // allocate anew, so that the sanitizer sees reads past the end
 #else
   static constexpr bool EXACT = false;
 #endif
@@ -44,29 +45,29 @@ class Scratch {
   size_t room = 0;
 };
 
-// How many parts work is cut into: enough that a thread held up costs little. Not a matter of how
-// many tokens there are, so that they don't change a token's sums.
+// Into how many parts to split work: enough that a delayed thread costs little. It does not depend on
+// the number of tokens, so that a token's sums are added in the same order for any number.
 inline size_t parts(size_t units, int threads) {
   const size_t wanted = size_t(threads) * 8;
   return std::max<size_t>(1, std::min(units, wanted));
 }
 
-// Where accumulate leaves its sums, and a column of a block.
+// The layout in which `accumulate` leaves its sums.
 template <class T>
 struct PlainSums {
-  static constexpr size_t UNIT = PAD;  // columns that may be in another order, among themselves
+  static constexpr size_t UNIT = PAD;  // `place` permutes columns only within so many
   static Layout layout(size_t N, size_t O) { return outputs(N, O); }
   static size_t place(size_t column) { return Meet<T>::place(column); }
 };
 
-// y[n][o] = Σ_part sums[part][n][o] + bias[o], of type T; sums lie where Order says. `apart`: the sum
-// is rounded to T before the bias is added, as torch does where a bias is a sum of its own.
+// y[n][o] = Σ_part sums[part][n][o] + bias[o], rounded to T; Order is the layout of the sums. apart:
+// the sum is rounded to T before the bias is added, as torch does if adding the bias is its own call.
 template <class Order, class T>
 void finish(float* sums, size_t count, size_t N, size_t O, const T* bias, bool apart, T* y,
             int threads) {
   const Layout layout = Order::layout(N, O);
   const size_t slab = std::min<size_t>(layout.width, 1024), slabs = (O + slab - 1) / slab;
-  if (count * N * O < 200000) threads = 1;  // less than a region costs
+  if (count * N * O < 200000) threads = 1;  // starting more threads would take longer
   parallel(N * slabs, threads, [&](size_t task) {
     const size_t n = task / slabs, begin = task % slabs * slab, end = std::min(O, begin + slab);
     const size_t block = begin / layout.width * layout.width;

@@ -1,13 +1,12 @@
-// Tasks on threads of the library's own.
+// Runs tasks on the library's own threads.
 //
-// The thread that calls takes tasks too, and waits for no helper that has taken none: a helper that
-// the machine gives no time to, as happens where other programs run, costs nothing but its help. In
-// OpenMP's regions every thread is waited for, and a call of 0.2 ms then takes a time slice of 4 or
-// 8. Helpers look for the next call for a moment, then sleep, so that the threads of torch's own
-// OpenMP runtime find the cores free.
+// The calling thread runs tasks too, and does not wait for helpers that have not started one: a helper
+// that is not scheduled, because other programs run, costs only its help. OpenMP waits for every
+// thread of a region, so that a call of 0.2 ms then takes a time slice of 4 or 8 ms. Helpers spin for
+// the next call for a moment and then sleep, so that torch's OpenMP threads find the cores free.
 //
-// A helper that can't be started is done without. What a task throws ends the call, on whatever
-// thread it was thrown: the others' tasks are left, and the caller gets it when none runs any more.
+// A helper that can't be started is left out. An exception in any task ends the call: the remaining
+// tasks are skipped, and the caller gets the exception when no task runs any more.
 #pragma once
 
 #include <algorithm>
@@ -39,17 +38,17 @@ inline void relax() {
 #endif
 }
 
-constexpr int MOST_THREADS = 256;  // that work at once, whatever is asked for
+constexpr int MOST_THREADS = 256;  // threads of a call at most
 
-// As many threads as a call may have where so many are asked for.
+// The number of threads that a call gets if it asks for `threads`.
 inline int bounded(int threads) { return std::max(1, std::min(threads, MOST_THREADS)); }
 
 class Helpers {
  public:
   typedef void (*Body)(void* data);  // throws nothing
 
-  // Runs body(data) on this thread and on up to `others` helpers; returns when all that began are
-  // done. Where another thread has the helpers, this one works alone.
+  // Runs body(data) on this thread and on up to `others` helpers; returns when all that have begun are
+  // done. While another thread uses the helpers, this one works alone.
   void run(Body body, void* data, unsigned others) {
     std::unique_lock<std::mutex> own(busy, std::try_to_lock);
     if (!own.owns_lock()) return body(data);
@@ -63,12 +62,12 @@ class Helpers {
     }
     body(data);
     open = false;
-    // A helper counts itself before it looks whether the job is open: seen here, or it sees this.
+    // A helper increments `working` before it reads `open`: either it is counted here, or it reads false.
     for (unsigned turns = 0; working > 0; turns++) turns < 4096 ? relax() : std::this_thread::yield();
   }
 
  private:
-  // Returns false where there is no room for another thread; asked again at the next call.
+  // Returns false if the system can't start another thread; the next call tries again.
   bool start() {
     try {
       std::thread([this] { help(); }).detach();
@@ -96,11 +95,11 @@ class Helpers {
       const unsigned own = number;
       if (working++ < seats && open) job(job_data);
       working--;
-      while (open && number == own) relax();  // no task is left: what others have is the last
+      while (open && number == own) relax();  // no task is left; wait until this job is closed
     }
   }
 
-  static constexpr int LINGER = 100;  // µs: about what torch does between two kernels of a layer
+  static constexpr int LINGER = 100;  // µs of spinning: about torch's time between two of our kernels
   std::mutex busy, sleep;
   std::condition_variable wake;
   std::atomic<bool> open{false};
@@ -112,8 +111,8 @@ class Helpers {
   void* job_data = nullptr;
 };
 
-// Never destroyed: helpers outlive whatever the process tears down when it ends. A forked process
-// has none of its parent's threads, and starts its own.
+// Never destroyed, because helpers may still run when the process tears down its statics. A forked
+// process has none of its parent's threads, and starts its own.
 inline Helpers*& helpers() {
   static Helpers* own = [] {
 #if defined(__unix__) || defined(__APPLE__)
@@ -124,10 +123,9 @@ inline Helpers*& helpers() {
   return own;
 }
 
-// Runs task(0) … task(count - 1), each once, on `threads` threads; a task must not depend on who runs
-// it. Each thread goes through a range of its own, so that its tasks follow one another, as their
-// weights do in memory; then it takes from what the others have left of theirs. Throws what the first
-// task to fail has thrown.
+// Runs task(0) … task(count - 1), each once, on `threads` threads; a task must not depend on its
+// thread. Each thread runs a contiguous range of tasks, whose weights are contiguous in memory; then it
+// steals tasks from other threads' ranges. Throws the exception of the first task that fails.
 template <class Task>
 void parallel(size_t count, int threads, const Task& task) {
   struct alignas(64) Range {
@@ -147,7 +145,7 @@ void parallel(size_t count, int threads, const Task& task) {
     std::atomic<bool> failed{false};
     std::exception_ptr failure{};  // of the thread that set `failed`
   };
-  Range ranges[MOST_THREADS];  // those beyond `wanted` are never touched
+  Range ranges[MOST_THREADS];  // only the first `wanted` are used
   for (size_t i = 0; i < wanted; i++) {
     ranges[i].next = count * i / wanted;
     ranges[i].end = count * (i + 1) / wanted;

@@ -1,8 +1,8 @@
-// Vectors of floats, and how weights of each type are read into them.
+// Vectors of floats, and loading and storing numbers of each type.
 //
-// GCC's and Clang's vector extensions serve every instruction set with one text; intrinsics stand
-// only where the extensions have no word for an instruction. The instruction set is the one that
-// the file is compiled for: build.py compiles the library once for each that is used.
+// GCC's and Clang's vector extensions make one source serve every instruction set; intrinsics are used
+// only for instructions that the extensions can't express. The instruction set is chosen at compile
+// time: build.py compiles the library once for each that is used.
 #pragma once
 
 #include <cstddef>
@@ -49,7 +49,7 @@ inline float to_float(bf16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); 
 inline float to_float(fp16 v) {
   const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, magnitude = v.bits & 0x7fff;
   if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-  // As if the exponent were float's, then scaled by the difference of the biases: denormals too.
+  // Reads the exponent as a float's, then scales by the difference of the biases; right for denormals.
   const float scaled = bit_cast<float>(magnitude << 13) * bit_cast<float>(uint32_t(239) << 23);
   return bit_cast<float>(sign | bit_cast<uint32_t>(scaled));
 }
@@ -70,7 +70,7 @@ inline void round_into(fp16* to, float v) {
     to->bits = uint16_t(sign | 0x7e00);
   } else if (magnitude >= 0x477ff000) {  // rounds to 65536 or beyond
     to->bits = uint16_t(sign | 0x7c00);
-  } else if (magnitude < 0x38800000) {  // a denormal: the addition rounds
+  } else if (magnitude < 0x38800000) {  // becomes a denormal: the addition rounds
     const float sum = bit_cast<float>(magnitude) + 0.5f;
     to->bits = uint16_t(sign | (bit_cast<uint32_t>(sum) - 0x3f000000));
   } else {
@@ -79,7 +79,7 @@ inline void round_into(fp16* to, float v) {
   }
 }
 
-// The value of v once stored as a T.
+// v rounded to T.
 template <class T>
 inline float rounded(float v) {
   T stored;
@@ -135,7 +135,7 @@ inline void store(fp16* p, Floats v) {
 #endif
 }
 
-// The values of v once stored as a T.
+// The values of v rounded to T.
 template <class T>
 inline Floats rounded(Floats v) {
   T stored[W];
@@ -143,7 +143,7 @@ inline Floats rounded(Floats v) {
   return load(stored);
 }
 
-// The first n < W values, and zeros: nothing beyond p[n - 1] is read.
+// The first n < W values, then zeros; nothing beyond p[n - 1] is read.
 template <class T>
 inline Floats load_part(const T* p, size_t n) {
   T padded[W] = {};
@@ -170,10 +170,10 @@ inline float sum(Floats v) {
 #endif
 }
 
-// The sums of four vectors, to four floats.
+// Writes the sums of four vectors to four floats.
 inline __attribute__((always_inline)) void sum_four(const Floats v[4], float* to) {
 #if defined(__AVX2__)
-  // Neighbours are added first, so that one vector holds parts of all four.
+  // Adjacent lanes are added first, so that one vector holds partial sums of all four.
 #if defined(__AVX512F__)
   const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
