@@ -55,7 +55,7 @@ def test_the_specification_names_every_version() -> None:
     versions = [(int(major), int(minor)) for major, minor in found]
     assert versions[-2:] == [FORMAT_VERSION, NESTED_FORMAT_VERSION]
     own, nested = (".".join(map(str, version)) for version in versions[-2:])
-    assert f"Format versions {own}, and {nested} where" in FORMAT
+    assert f"format versions {own} and, for nested weights, {nested}." in " ".join(FORMAT.split())
 
 
 def test_the_specification_s_reader_reads(tmp_path: Path) -> None:
