@@ -1,5 +1,5 @@
-"""How many drafted tokens of sparse paths are accepted on a checkpoint, by teacher forcing. This
-needs no kernels.
+"""Measures how many drafted tokens of sparse paths are accepted on a checkpoint, by teacher
+forcing, without kernels.
 
     python -m benchmarks.acceptance qwen/ --sparsity griffin topk cats teal --keep 0.5 0.4 \
         --tasks gsm8k.jsonl --template 'Question: {question}\nAnswer:' --problems 40
@@ -7,7 +7,7 @@ needs no kernels.
 Measures what `sirius-compile` reports at its end (see `sirius_compile.acceptance`), on more text
 and with 95% intervals, by bootstrap over texts. The text is the full path's greedy continuation of
 each task's prompt; `--template` makes a prompt from the fields of a line. Operators run as their
-references: reads are counted, and nothing is timed.
+references; weight reads are counted, and nothing is timed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def prompts(path: Path, template: str, count: int) -> list[str]:
 
 
 def tokenwise(compiled: Compiled) -> Tokenwise:
-    """The paths of a compiled program, over whole texts."""
+    """The paths of a compiled program, for whole texts."""
     return Tokenwise(
         compiled.spec,
         {name: compiled.document(name) for name in (PREFILL, SPARSE, FULL)},

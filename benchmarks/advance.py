@@ -1,4 +1,4 @@
-"""Tokens per second for every advance that a period might have, computed from measured steps.
+"""Computes tokens per second for every possible advance of a period, from measured steps.
 
 A period of k takes k - 1 sparse steps and one verification of k tokens. The tokens that it commits
 depend on the model, so random weights can't show them; the paper's averages are marked (arXiv

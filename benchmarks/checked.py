@@ -3,9 +3,9 @@
 An operator is compared with its plain-PyTorch reference on the same values. A whole step runs once
 with each of its operators compared on the step's own inputs; the timed form (recorded, compiled, by
 a peer) must then give that run's result. `sirius_compile.operator_check` derives the tolerance:
-rounding, and the units at the border of a selection. So a tie is no error, but a wrong block of
-columns is. Results of several layers may differ by √(2 · layers) times as much, because both blocks
-of a layer add errors.
+rounding, plus the units at the border of a selection. So a tie is no error, but a wrong block of
+columns is. Results of several layers may differ by √(2 · layers) times as much, because attention
+and MLP of each layer add errors.
 
 A wrong result ends the command, with a message that names the row, the error and the tolerance.
 """

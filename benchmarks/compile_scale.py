@@ -1,12 +1,12 @@
-"""How compile time grows with a model's layers, by phase.
+"""Measures how compile time grows with a model's layers, by phase.
 
     python -m benchmarks.compile_scale --layers 8,32,80
 
-Each model is made from a config alone, with tiny hidden sizes, so that what is timed is the work
-that a layer costs whatever its size. Seconds are the process's own (CPU), which others on the
-machine do not change much. The smallest model is the baseline: *ratio* is a phase's
-seconds per layer, beside those of the smallest in the same run. Linear is 1; less where something
-is paid once.
+Each model is made from a config alone, with tiny hidden sizes, so that only the work per layer that
+does not depend on its size is timed. Seconds are the process's CPU time, which other processes
+change little. The smallest model is the baseline: *ratio* is a phase's seconds per layer, relative
+to the smallest model's in the same run. It is 1 if time is linear in layers, and less if a part of
+it is constant.
 """
 
 from __future__ import annotations

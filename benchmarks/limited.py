@@ -1,4 +1,4 @@
-"""Runs a command under a hard limit of memory: a control group of Linux (version 1 or 2)."""
+"""Runs a command under a hard memory limit, in a Linux control group (version 1 or 2)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROOT = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Group:
-    """A control group's files: of its processes, its limit and the most that it held."""
+    """A control group: the files with its processes, its limit and its peak memory."""
 
     folder: Path
     limit: str
@@ -32,7 +32,7 @@ class Group:
 
 @contextlib.contextmanager
 def group(limit: int) -> Iterator[Group]:
-    """A group of `limit` bytes, removed at the end; ConfigError where none can be made."""
+    """A group of `limit` bytes, removed at the end. Raises ConfigError if none can be made."""
     first = (_ROOT / "memory").is_dir()
     parent = _ROOT / "memory" if first else _ROOT
     own = Group(
@@ -50,7 +50,7 @@ def group(limit: int) -> Iterator[Group]:
     try:
         yield own
     finally:
-        for _ in range(50):  # its processes have ended, and are still counted for a moment
+        for _ in range(50):  # for a moment the group still counts processes that have ended
             try:
                 own.folder.rmdir()
                 break

@@ -1,18 +1,18 @@
-"""Steps over nested weights: 8 bits in two planes, of which a draft reads the high one.
+"""Times steps with nested weights: 8 bits in two planes, of which a draft reads the high one.
 
     python -m benchmarks.nested
 
-One row after a history of `--context` tokens, at Qwen2.5-1.5B's shapes with random weights: what a
-step reads and computes is real, what it says is not. Each round runs every step in turn: the dense
-step and the verification of 16 tokens over bfloat16 weights and over both planes of nested ones;
-the drafts' step over the high plane alone, and with half of the neurons (`topk`) or four tenths of
-the channels (`teal`). Printed are medians over the rounds, the fastest round, and the ratios that
-make up a period's time, each beside its goal. GB/s counts the bytes of the weights that a step
-reads, once each. If llama.cpp is installed (`pip install --group bench`), its steps over Q8_0 and
-Q4_0 weights of the same shapes run in the same rounds.
+There is one row after a history of `--context` tokens, at Qwen2.5-1.5B's shapes with random
+weights: reads and arithmetic are those of the real model, tokens are not. Each round runs every
+step in turn: the dense step and the verification of 16 tokens with bfloat16 weights and with both
+planes of nested ones; the draft step with the high plane alone, and also with half of the neurons
+(`topk`) or four tenths of the channels (`teal`). Printed are medians over the rounds, the fastest
+round, and the ratios that determine a period's time, each with its goal. GB/s counts the bytes of
+the weights that a step reads, once each. If llama.cpp is installed (`pip install --group bench`),
+its steps with Q8_0 and Q4_0 weights of the same shapes run in the same rounds.
 
-Run it with OMP_WAIT_POLICY=passive, as `sirius run` sets it: else torch's idle threads take the
-cores from the kernels. Each step of ours is run once with its operators compared with their
+Run it with OMP_WAIT_POLICY=passive, as `sirius run` sets it: otherwise torch's spinning threads
+take the cores from the kernels. Each of our steps runs once with its operators compared with their
 references, on the step's own inputs (`benchmarks.checked`).
 """
 
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if kernels() is None:
-        parser.exit(1, "the CPU kernels are not to be had here: see the warning above\n")
+        parser.exit(1, "the CPU kernels are not available here: see the warning above\n")
     with torch.inference_mode():
         steps = Steps(args).all()
         run_rounds(steps, torch.device("cpu"), args.rounds, float("inf"))

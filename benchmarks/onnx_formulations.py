@@ -4,10 +4,10 @@
 
 One MLP of one token on the CPU, float32, at Llama-3.2-1B's shapes, by each method's rule and in
 each form: everything computed and masked, kept rows gathered each step, and for griffin gathered
-once a prompt. Weights are random; the thresholds of cats and teal keep the share asked for on this
-token. The second table is a mixture: all experts computed, a token's experts gathered, and each
-expert's product over the rows routed to it. Times are medians of one interleaved run. Each form's
-result is compared with its rule's reference operator first (`benchmarks.checked`).
+once per prompt. Weights are random; the thresholds of cats and teal keep the requested share on
+this token. The second table is a mixture: all experts computed, a token's experts gathered, and
+each expert's product over the rows routed to it. Times are medians of one interleaved run. Each
+form's result is compared with its rule's reference operator first (`benchmarks.checked`).
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def griffin_reference(count: int) -> torch.Tensor:
 
 
 def gathered_once_reference(count: int) -> torch.Tensor:
-    """Whose neurons have weights of their own here."""
+    """The reference for griffin: the gathered neurons have their own copy of the weights here."""
     gate, up = (tensor(f"{name}_kept", C, count).t() for name in ("gate", "up"))
     x, _gate, _up, _down, *rest = mlp_arguments()
     return mlp.dense_mlp(x, gate, up, tensor("down_kept", count, C), *rest)[0]
@@ -227,7 +227,7 @@ def gathered_each_step(s: Scope, x: Value, count: int) -> Value:
 
 
 def over_rows(s: Scope, x: Value, g: Value, index: Value) -> Value:
-    """Of up and down only these rows."""
+    """The MLP over only these rows of up and down."""
     _, up, down = weights(s)
     y = by_rows(s, x, e.gather(s, up, index, 0))
     z = e.elementwise(s, "Mul", e.gather(s, g, index, 1), y)
@@ -250,7 +250,7 @@ def above(s: Scope, x: Value, threshold: float) -> Value:
 
 
 def places(s: Scope, x: Value, threshold: float) -> Value:
-    """The indices of what is above, as many as there are."""
+    """The indices of the values above the threshold."""
     found = s.op("NonZero", above(s, x, threshold), shape=(2, None), dtype="int64")
     return e.gather(s, found, s.constant(1, "int64"), 0)
 
@@ -316,7 +316,7 @@ ALL: tuple[tuple[str, tuple[int, ...]], ...] = (("gates_flat", (E * J, C)), ("do
 
 
 def weighted(s: Scope, y: Value, shares: Value) -> Value:
-    """y [K, 1, C] of the experts, added up."""
+    """The weighted sum of the experts' outputs y [K, 1, C]."""
     share = e.reshape(s, shares, [K, 1, 1])
     return e.reduced(s, "ReduceSum", e.elementwise(s, "Mul", y, share), [0], False)
 
@@ -325,7 +325,7 @@ def weighted(s: Scope, y: Value, shares: Value) -> Value:
 
 
 def value_of(name: str, shape: Sequence[int]) -> np.ndarray:
-    """A weight or an input: the same by the same name."""
+    """A weight or an input; one name gives the same value each time."""
     if name.endswith("_turned"):
         return np.ascontiguousarray(value_of(name.removesuffix("_turned"), shape[::-1]).T)
     if "[" in name:
@@ -351,7 +351,7 @@ VALUES: dict[str, np.ndarray] = {}
 
 
 def threshold(way: Way, keep: float) -> float:
-    """What a share `keep` of the |values| that `way` gives lies above."""
+    """The threshold above which a share `keep` of the |values| of `way` lie."""
     values = np.abs(built(way, 1)())
     return float(np.quantile(values, 1 - keep))
 

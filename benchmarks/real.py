@@ -1,21 +1,22 @@
-"""Whole answers of real instruct models: is a run ever slower than dense decoding?
+"""Times whole answers of real instruct models: is a run ever slower than dense decoding?
 
     python -m benchmarks.real qwen-int8-teal.sirius --baseline qwen-bf16.sirius --out runs.jsonl
 
 Twenty prompts of five kinds (maths, code, chat, the summary of a long text, another language) are
-answered one at a time through the model's chat template, greedily: densely, as the default run
-does, in `exact` mode, and by the dense path of `--baseline`, turn and turn about on each prompt,
-after one answer that is not counted. Printed are, for each kind and for all, the medians of tokens
-per second (prompts not counted) and of the ratios to the dense path on the same prompt, the worst
-ratio, and what drafting did. `exact` answers must be the dense ones, or the benchmark stops.
+answered one at a time through the model's chat template, greedily, in four ways: densely, by a
+default run, in mode `exact`, and by the dense path of `--baseline`. The ways take turns on each
+prompt, after one answer that is not counted. Printed are, for each kind and for all, the medians of
+tokens per second (without prefill) and of the ratios to the dense path on the same prompt, the
+worst ratio, AAL, effective density and fallbacks. If an `exact` answer is not the dense one, the
+benchmark stops.
 
-With `--llama-cpp FILE.gguf` (once for each file) llama.cpp answers the same token ids, greedily, on
-as many threads, in a process of its own. With `--llama-cpp-draft FILE.gguf` it also does so by
-speculative decoding, for which the model of that file drafts.
+With `--llama-cpp FILE.gguf` (once for each file) llama.cpp continues the same token ids, greedily,
+on as many threads, in its own process. With `--llama-cpp-draft FILE.gguf` it also uses speculative
+decoding, with that file as the draft model.
 
-With `--lookup N` (once for each N) the default and the `exact` run look up N-grams; 0: nothing.
+With `--lookup N` (once for each N) the default and the `exact` run look up N-grams; 0: none.
 
-With `--out` each answer is a line of a file, and what is there already is not run again.
+With `--out` each answer is a line of a file, and answers that it has already are not repeated.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""What continuous batching brings: throughput and waiting times by the number of clients.
+"""Measures continuous batching: throughput and latency by the number of clients.
 
     python -m benchmarks.serving --model model.sirius --clients 1 2 4 8 16
     python -m benchmarks.serving --model model.sirius --gguf model.gguf   # and llama-server
     python -m benchmarks.serving --model model.sirius --llama-server http://127.0.0.1:8080
 
-`sirius serve` runs as a process of its own on loopback. So many clients ask it at a time, each for
-one answer after another, by streaming; every number of clients asks for the same answers, greedily,
-after a round that is not counted. Printed are tokens per second of all clients together, the ratio
+`sirius serve` runs as its own process on loopback. Each client asks for one streamed answer after
+another. Every number of clients asks for the same answers, greedily, after a round that is not
+counted. Printed are tokens per second of all clients together, the ratio
 to the baseline, and the median and 99th percentile of the time to the first token, of the time
 between tokens, and of whole answers. The baseline is one client of mode `full`: the dense model,
 one request at a time, by the same server.
 
-`--replicas R` starts as many servers, which the clients ask in turn; `--threads` is of each.
+`--replicas R` starts R servers, which the clients ask in turn; `--threads` is for each of them.
 
 With `--gguf`, the same clients ask llama.cpp's `llama-server` for answers to the same prompts, of
 the same length at most: as many slots as our server has rows, as many threads, as much context of
@@ -62,7 +62,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Round:
-    """What so many clients got."""
+    """The answers of a round with so many clients."""
 
     name: str
     clients: int
@@ -77,7 +77,7 @@ class Round:
 
 @contextmanager
 def server(command: Sequence[str | Path], port: int) -> Iterator[None]:
-    """Runs a server's command until it is ready, and then while the caller is at work."""
+    """A context with a running server, entered when it is ready."""
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         try:
             end = time.monotonic() + _START_SECONDS
@@ -105,7 +105,7 @@ def _is_there(url: str) -> bool:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port on which no process listens."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

@@ -1,12 +1,12 @@
-"""What a compilation holds in memory, of random weights of any size.
+"""Measures the peak memory of a compilation, with random weights of any size.
 
     python -m benchmarks.streaming --gigabytes 8 -- --sparsity topk --no-measure --weights int8
 
-Makes a checkpoint of random bfloat16 weights, a shard a layer, in a folder that is removed at the
-end, and compiles it by `sirius-compile` with the options after ``--`` in a process of its own.
-Every 20 ms its memory is read. *Resident* is all of it, of which *anonymous* is what the system
-can't take back: the rest are pages of mapped files. The limit is a quarter of the weights and
-1.5 GB.
+Makes a checkpoint of random bfloat16 weights, one shard per layer, in a folder that is removed at
+the end, and compiles it by `sirius-compile`, with the options after ``--``, in its own process. Its
+memory is sampled every 20 ms. *Resident* is all resident memory; *anonymous* is the part that the
+system can't reclaim, as the rest are pages of mapped files. The limit is a quarter of the weights
+plus 1.5 GB.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes at most, by kind, and the seconds that the compilation took."""
+    """Peak bytes by kind, and the seconds that the compilation took."""
 
     resident: int
     anonymous: int
@@ -124,7 +124,7 @@ def _random(shape: Tensor, drawn: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def compiled(folder: Path, out: Path, options: Sequence[str]) -> Peak:
-    """Compiles it in a process of its own, and watches its memory."""
+    """Compiles it in its own process, and samples that process's memory."""
     begin = time.perf_counter()
     code = "from sirius_compile.cli import main; main()"
     process = subprocess.Popen([sys.executable, "-c", code, folder, "--out", out, *options])
@@ -140,7 +140,7 @@ def compiled(folder: Path, out: Path, options: Sequence[str]) -> Peak:
 
 
 def _held(process: int) -> dict[str, int]:
-    """The bytes that the system says a process holds, by its names for them."""
+    """A process's memory in bytes, by the names in /proc."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:  # it has ended

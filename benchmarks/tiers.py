@@ -1,24 +1,23 @@
-"""Models that are bigger than memory: seconds a token, and the memory that they take.
+"""Measures models that are bigger than memory: seconds per token, and memory.
 
     python -m benchmarks.random_artifact 8b 8b.sirius
     python -m benchmarks.tiers measure 8b.sirius --limit 5GiB --aal 9.5
 
-Runs four ways of decoding from a file, each in a process of its own under a hard limit
-(`benchmarks.limited`), the file's pages dropped from the page cache before:
+Runs four ways of decoding from a file, each in its own process under a hard memory limit
+(`benchmarks.limited`), after dropping the file's pages from the page cache:
 
-    mapped      the whole file mapped, the system reads and drops pages: the dense model
-    streamed    every weight read at every step, directly and ahead: the dense model
-    held        the dense model, with as many weights held as the limit allows
+    mapped      the dense model; the file is mapped, and the system reads and drops pages
+    streamed    the dense model; every weight is read ahead by direct I/O at every step
+    held        the dense model; as many weights stay in memory as the limit allows
     sirius      drafts and verification under the same budget
 
-Random weights accept by chance: there a period of `--period` tokens is timed with every draft
-accepted, and a token costs that over `--aal`, the average advance of a real model. A model with a
-tokenizer answers prompts about code, and its own acceptance counts.
+With random weights, acceptance would be by chance. So every draft is accepted, and the time of a
+period of `--period` tokens is divided by `--aal`, the average advance of a real model. A model with
+a tokenizer answers prompts about code, with its own acceptance.
 
-Printed are the median step or period and the fastest one, as seconds a token and as times
-`streamed`; the seconds of all threads on the CPU, which others on the machine hardly change; the
-bytes read from the disk; the most memory that the process had resident, and that its control group
-was charged.
+Printed are the median step or period and the fastest one, in seconds per token and as the speed-up
+over `streamed`; the CPU seconds of all threads, which other processes hardly change; the bytes read
+from the disk; the process's peak resident memory, and the peak charged to its control group.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ CPU = torch.device("cpu")
 
 
 def drop_pages(path: Path) -> None:
-    """Has the system forget the file's pages."""
+    """Drops the file's pages from the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -69,7 +68,7 @@ def drop_pages(path: Path) -> None:
 
 
 def streamed(path: Path) -> SiriusModel:
-    """The model with nothing held but what has to be, and room to read a step ahead."""
+    """The model with only the weights in memory that must be, and room to read a step ahead."""
     with Artifact.open(path, verify=False) as artifact:
         backend = analyse(artifact, CPU)
         needs = backend.needs
@@ -93,7 +92,7 @@ def opened(way: str, path: Path, limit: int, context: int) -> SiriusModel:
 
 
 def child(args: argparse.Namespace) -> dict[str, Any]:
-    """One way, in a process of its own."""
+    """Runs one way in its own process."""
     torch.set_num_threads(args.threads)
     prompts = json.loads(args.prompts)
     begin = time.perf_counter()
@@ -142,7 +141,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Steps:
-    """A streamer that notes when tokens come."""
+    """A streamer that records the times of tokens."""
 
     def __init__(self) -> None:
         self._came: list[tuple[int, float, float]] = []
@@ -165,7 +164,7 @@ class Steps:
 
 
 def read_bytes() -> int:
-    """Bytes that this process has had read from disks."""
+    """Bytes that this process has read from disks."""
     return _field("/proc/self/io", "read_bytes:")
 
 
@@ -229,7 +228,7 @@ def measure(args: argparse.Namespace) -> None:
     for result in found:
         runs = [{k: v for k, v in run.items() if k != "tokens"} for run in result["runs"]]
         print(json.dumps(result | {"runs": runs}))
-    # Of random weights every draft was accepted, whatever the full path would have said.
+    # With random weights every draft was accepted, so the tokens are not the full path's.
     judged = [r for r in found if r["way"] != "sirius" or args.aal is None]
     alike = {tuple(r["runs"][0]["tokens"][: args.tokens]) for r in judged}
     print(f"first {args.tokens} tokens of {', '.join(r['way'] for r in judged)} alike: ", end="")

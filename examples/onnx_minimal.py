@@ -21,7 +21,7 @@ tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def graph(name):
-    """A graph as a function of named arrays, which ignores those that the graph does not read."""
+    """A graph as a function of named arrays; it ignores arrays that the graph does not read."""
     session = ort.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
     reads, makes = ([v.name for v in vs] for vs in (session.get_inputs(), session.get_outputs()))
     return lambda given: dict(zip(makes, session.run(makes, {n: given[n] for n in reads})))

@@ -9,6 +9,6 @@ problem = next(problems(Task.REASONING, "test", seed=3))
 
 print(problem.prompt + problem.answer, end="\n\n")
 for mode in (Mode.FULL, Mode.SPARSE, Mode.SIRIUS):
-    # So small a model lies in the CPU's cache, where drafting saves no time; draft all the same.
+    # This small model fits in the CPU's cache, where drafting saves no time: draft nevertheless.
     output = model.generate(problem.prompt, mode=mode, max_new_tokens=110, fallback=False)
     print(f"--- {mode}, {output.stats.corrections} corrections ---{output.texts[0]}", end="\n\n")

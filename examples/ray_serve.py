@@ -4,12 +4,12 @@
     serve run examples.ray_serve:build model=/models/model.sirius replicas=2
     serve run examples.ray_serve:build model=/models/model.sirius replicas=1 most=8   # autoscaling
 
-Each replica is `sirius serve`'s own application with an engine of its own; Ray Serve starts them,
-passes requests to the least busy one, and starts another in place of one that dies. Its address
-(http://127.0.0.1:8000) speaks the same API. All of a replica's memory is taken as it starts: see
-docs/scale.md.
+Each replica is `sirius serve`'s application with its own engine. Ray Serve starts the replicas,
+passes requests to the least busy one, and replaces one that dies. Its address
+(http://127.0.0.1:8000) speaks the same API. A replica allocates all of its memory when it starts:
+see docs/scale.md.
 
-Arguments, each optional but for the first: model, name, replicas, most, rows, queue, context, cpus,
+Arguments (all but the first are optional): model, name, replicas, most, rows, queue, context, cpus,
 gpus, threads.
 """
 
@@ -44,7 +44,7 @@ def build(arguments: dict[str, str]) -> Application:
 
     @serve.deployment(
         name="sirius",
-        # A request beyond what a replica holds waits at the proxy, or goes to another replica.
+        # A request beyond a replica's capacity waits at the proxy, or goes to another replica.
         max_ongoing_requests=rows + queue,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         # A replica that drains completes its answers.

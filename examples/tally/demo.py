@@ -1,4 +1,4 @@
-"""What sparsity breaks and Sirius repairs, on the shipped model.
+"""Shows what sparsity breaks and Sirius repairs, on the shipped model.
 
     python examples/tally/demo.py                                      # what `make demo` runs
     python examples/tally/demo.py --problems 500 --sparsity griffin --keep 0.5 0.4 0.3 --markdown
