@@ -112,9 +112,9 @@ def test_templates_by_name_and_their_variables(compiled: Compiled) -> None:
 def test_what_is_no_chat_is_refused(model: SiriusModel, tiny: TinyModels) -> None:
     with pytest.raises(GenerationError, match=r"no chat template.*chat_template\.jinja"):
         tiny(method="griffin").model.generate(messages=HELLO)
-    with pytest.raises(GenerationError, match="messages are given beside another prompt"):
+    with pytest.raises(GenerationError, match="both messages and a prompt are given"):
         model.generate("w7", messages=HELLO)
-    with pytest.raises(GenerationError, match="go with messages"):
+    with pytest.raises(GenerationError, match="are only for messages"):
         model.generate("w7", chat_template="default")
     with pytest.raises(GenerationError, match="refuses these messages: no tools here"):
         model.generate(messages=[{"role": "tool", "content": "w7"}])
@@ -249,11 +249,11 @@ def test_run_without_a_template(cli: Cli, tiny: TinyModels, tmp_path: Path) -> N
     path = tiny(method="griffin").compiled.save(tmp_path / "plain.sirius")
     done = cli.run("run", path, "-p", "w7", "--chat")
     assert (done.code, done.out) == (2, "")
-    assert "brings no chat template" in done.err
+    assert "has no chat template" in done.err
     assert "chat template" not in cli.run("run", path, "-p", "w7").err
     chat = cli.run("chat", path)
     assert chat.code == 2
-    assert "brings no chat template" in chat.err
+    assert "has no chat template" in chat.err
 
 
 # ---------------------------------------------------------------- sirius chat

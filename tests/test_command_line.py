@@ -188,7 +188,7 @@ def test_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_path("n" * 255) == Path("n" * 255)
     for text, reason in (
         ("", "a path is needed, got ''"),
-        ("a\0b", "a path has no NUL character, got 'a\\x00b'"),
+        ("a\0b", "a path can't hold a NUL character, got 'a\\x00b'"),
         ("~nosuchuser/m", "a user that this machine does not have"),
         ("n" * 256, "too long for a file's name: 256 bytes, at most 255"),
         ("a/" + "é" * 128 + "/b", "too long for a file's name: 256 bytes, at most 255"),

@@ -90,10 +90,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop": ""}, "a stop string is empty"),
     ({"stop": ["a", ""]}, "a stop string is empty"),
     ({"stop": 5}, "stop must be text, or a list of texts, got 5"),
-    ({"stop": ["a", 5]}, "a stop string must be text, got 5; token ids that end a row are eos_tok"),
-    ({"stop": "a\ud800"}, "stop string 'a\\ud800' has a lone surrogate, which no text has"),
-    ({"eos_token_id": "</s>"}, "eos_token_id has text ('</s>') where token ids belong"),
-    ({"eos_token_id": 2.0}, "eos_token_id has a float (2.0) where token ids belong"),
+    ({"stop": ["a", 5]}, "a stop string must be text, got 5; give token ids that end a row"),
+    ({"stop": "a\ud800"}, "stop string 'a\\ud800' has a lone surrogate, which is not valid text"),
+    ({"eos_token_id": "</s>"}, "eos_token_id has text ('</s>') instead of token ids"),
+    ({"eos_token_id": 2.0}, "eos_token_id has a float (2.0) instead of token ids"),
     ({"eos_token_id": [[2]]}, "eos_token_id is nested too deep"),
 ]
 

@@ -464,7 +464,7 @@ NOT_GRAPHS: dict[str, tuple[JSON, str]] = {
     "name is a number": (document_of(NEG | {"name": 1}), "1 is not a name"),
     "placeholder twice": (
         {"nodes": [{"name": "x", "op": "input", "bound": "x"}] * 2 + document_of()["nodes"][1:]},
-        "'x' can't be the name of a node, or is one twice",
+        "'x' can't be the name of a node, or two nodes have it",
     ),
     "bound to a list": (
         {"nodes": [{"name": "x", "op": "weight", "bound": ["w"]}]},

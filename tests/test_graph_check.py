@@ -272,8 +272,8 @@ def test_loops_and_branches_that_do_not_fit(griffin: Compiled) -> None:
 
         return spoil
 
-    griffin.refused("what it runs is no graph", PERIOD, spoil_loop(0, "root"))
-    griffin.refused("what it runs is no graph", PERIOD, spoil_loop(1, None))
+    griffin.refused("its branch or body is not a graph", PERIOD, spoil_loop(0, "root"))
+    griffin.refused("its branch or body is not a graph", PERIOD, spoil_loop(1, None))
     griffin.refused("takes 49 arguments, 39 are given", PERIOD, spoil_loop(2, []))
     griffin.refused("no operands|no list of operands", PERIOD, spoil_loop(3, 7))
     griffin.refused(
@@ -286,7 +286,7 @@ def test_loops_and_branches_that_do_not_fit(griffin: Compiled) -> None:
         graph = next(node["graph"] for node in nodes if node["op"] == "graph")
         graph["nodes"][-1]["args"] = node(graph["nodes"][0]["name"])
 
-    griffin.refused("is no yes or no", PERIOD, flag)
+    griffin.refused("is not a bool of one element", PERIOD, flag)
 
 
 def test_a_loop_that_does_not_end_is_stopped() -> None:

@@ -141,7 +141,7 @@ def test_a_directory_that_is_too_large(tmp_path: Path, monkeypatch: pytest.Monke
     with zipfile.ZipFile(path, "a") as archive:
         for index in range(1200):
             archive.writestr(f"entry{index:05}", b"")
-    refused(path, "ZIP directory .* is said to have")
+    refused(path, "ZIP directory .* claims to have")
 
 
 def test_the_error_is_of_the_artifact(griffin: Compiled) -> None:

@@ -98,7 +98,7 @@ def test_refresh_and_kept_neurons_of_griffin() -> None:
 def test_two_entries_of_one_name() -> None:
     written = in_range()
     written["entries"][1]["name"] = "full"
-    with pytest.raises(ArtifactError, match="entries: 'full' stands there twice"):
+    with pytest.raises(ArtifactError, match="entries: 'full' is listed twice"):
         check_program(from_json(ProgramSpec, written))
 
 

@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_named(path: str, value: JSON, place: str) -> None:
     container[key] = value
     with pytest.raises(ArtifactError) as caught:
         validate(document)
-    assert str(caught.value).startswith(f"manifest.{place} is not what its schema says")
+    assert str(caught.value).startswith(f"manifest.{place} does not match its schema")
 
 
 def test_a_missing_field_is_named() -> None:

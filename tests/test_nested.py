@@ -191,8 +191,8 @@ def test_numbers_beyond_all_scales_are_refused_by_name() -> None:
 
 def test_why_a_matrix_cant_be_nested() -> None:
     assert why_not(7, 64, Layout.BY_OUTPUTS) is None
-    assert why_not(7, 48, Layout.BY_OUTPUTS) == "its 48 inputs are no multiple of 32"
-    assert why_not(7, 64, Layout.BY_INPUTS) == "its 7 outputs are no multiple of 32"
+    assert why_not(7, 48, Layout.BY_OUTPUTS) == "its 48 inputs are not a multiple of 32"
+    assert why_not(7, 64, Layout.BY_INPUTS) == "its 7 outputs are not a multiple of 32"
 
 
 # activations

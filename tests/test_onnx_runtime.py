@@ -379,9 +379,9 @@ def test_the_dtype_of_an_artifact_with_graphs(tmp_path: Path) -> None:
 def test_options_of_other_back_ends_are_refused(tally: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"backend": "onnxruntime", "device": "cpu"}, "takes providers, not a device"),
-        ({"backend": "onnxruntime", "dtype": "float16"}, "in the dtype that its graphs have, fl"),
+        ({"backend": "onnxruntime", "dtype": "float16"}, "in the dtype of its graphs, fl"),
         ({"backend": "onnxruntime", "providers": CPU, "threads": 0}, "threads must be >= 1, got 0"),
-        ({"providers": CPU}, "an option of backend onnxruntime alone"),
+        ({"providers": CPU}, "an option of backend onnxruntime only"),
     ]
     for options, message in refused:
         with pytest.raises(ConfigError, match=message):
@@ -553,7 +553,7 @@ def test_graphs_that_the_runtime_is_too_old_for(pairs: Pairs, tmp_path: Path) ->
 
     rebuild(path, from_the_future)
     with pytest.raises(
-        BackendError, match=r"does not take the graph 'prefill' \(ONNX opset 18"
+        BackendError, match=r"refuses the graph 'prefill' \(ONNX opset 18"
     ) as caught:
         load_onnx(path).generate([[7, 8, 9]], max_new_tokens=4)
     assert "pip install --upgrade onnxruntime" in str(caught.value)

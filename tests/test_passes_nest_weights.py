@@ -245,7 +245,7 @@ def left(build: Callable[[], nn.Module], method: str = "topk") -> dict[str, str]
 
 def test_odd_widths_stay_and_say_why() -> None:
     assert left(lambda: Decoder(Mlp(), Odd())) == {
-        "layers.1.wide.weight": "its 24 inputs are no multiple of 32"
+        "layers.1.wide.weight": "its 24 inputs are not a multiple of 32"
     }
 
 
@@ -253,13 +253,13 @@ def test_an_mlp_stays_whole() -> None:
     """Its down has 48 inputs and can't be nested, so gate and up are not nested either."""
     found = left(lambda: Decoder(Mlp(48), Mlp()))
     assert found == {
-        "layers.0.down.weight": "its 48 inputs are no multiple of 32",
+        "layers.0.down.weight": "its 48 inputs are not a multiple of 32",
         "layers.0.gate.weight": "another weight of its MLP can't be nested",
         "layers.0.up.weight": "another weight of its MLP can't be nested",
     }
     assert said(found) == (
         "2 (layers.0.gate.weight: another weight of its MLP can't be nested), "
-        "1 (layers.0.down.weight: its 48 inputs are no multiple of 32)"
+        "1 (layers.0.down.weight: its 48 inputs are not a multiple of 32)"
     )
 
 
@@ -373,7 +373,7 @@ def test_experts_are_nested_and_their_router_is_not(step: int) -> None:
 
 def test_a_mixture_stays_whole() -> None:
     found = left(lambda: Decoder(Experts(neurons=48), Mlp()))
-    assert found["layers.0.down"] == "its 48 inputs are no multiple of 32"
+    assert found["layers.0.down"] == "its 48 inputs are not a multiple of 32"
     assert found["layers.0.gate_up"] == "another weight of its MLP can't be nested"
     assert "layers.0.bias" not in found
 

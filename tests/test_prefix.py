@@ -83,7 +83,7 @@ def test_a_prompt_must_begin_with_the_prefix_and_go_on(tiny: TinyModels) -> None
     prefix = model.prefix([7, 8, 9])
     with pytest.raises(GenerationError, match="prompt 1 does not begin with the 3 tokens"):
         model.generate([[7, 8, 9, 10], [7, 8, 10, 9]], prefix=prefix)
-    with pytest.raises(GenerationError, match="prompt 0 is the prefix itself"):
+    with pytest.raises(GenerationError, match="prompt 0 is equal to the prefix"):
         model.generate([7, 8, 9], prefix=prefix)
     with pytest.raises(GenerationError, match="a prefix is one prompt, got 2"):
         model.prefix([[7], [8]])

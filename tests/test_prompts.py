@@ -121,15 +121,15 @@ def test_a_rendered_chat(tiny: TinyModels) -> None:
     assert model.generate(rendered, max_new_tokens=1).prompts == ((7, 8, 9),)
     with pytest.raises(GenerationError) as refused:
         model.generate(messages)
-    assert "chat messages are no prompt yet: give them as generate(messages=" in str(refused.value)
+    assert "chat messages are not a prompt: give them as generate(messages=" in str(refused.value)
     assert "tokenizer.apply_chat_template(messages, add_generation_prompt=True" in str(
         refused.value
     )
 
 
 MESSAGE = {"role": "user", "content": "w7"}
-CHAT = "chat messages are no prompt yet: give them as generate"
-HERE = "where token ids belong"
+CHAT = "chat messages are not a prompt: give them as generate"
+HERE = "instead of token ids"
 REFUSED: list[tuple[Any, str]] = [
     (None, "no prompt was given: give text, token ids, or a batch of them"),
     ([], "no prompt was given"),
@@ -143,8 +143,8 @@ REFUSED: list[tuple[Any, str]] = [
     # text where ids belong
     ([7, "w8"], f"prompt 0 has text ('w8') {HERE}"),
     ([[7], ["w8", "w9"]], f"prompt 1 has text ('w8') {HERE}"),
-    ({"input_ids": "w7"}, "text where token ids belong: input_ids and attention_mask are"),
-    ({"input_ids": ["w7", "w8"]}, "text where token ids belong"),
+    ({"input_ids": "w7"}, "text is given as token ids: input_ids and attention_mask are"),
+    ({"input_ids": ["w7", "w8"]}, "text is given as token ids"),
     (np.array(["w7"]), "input_ids must be integers of shape [B, T] or [T], got <U2 [1]"),
     (b"w7", "the prompt is of type bytes; give text, a list of token ids"),
     ([b"w7"], "prompt 0 is of type bytes"),
@@ -163,12 +163,15 @@ REFUSED: list[tuple[Any, str]] = [
     (7, "the prompt is of type int; give text, a list of token ids"),
     (np.int64(7), "got int64 []"),
     (torch.tensor(7), "got torch.int64 []"),
-    ([[[7]]], "prompt 0 is nested too deep: token ids have shape [T], those of a batch [B, T]"),
+    ([[[7]]], "prompt 0 is nested too deep: token ids have shape [T], or [B, T] for a batch"),
     ([[7], [[8]]], "prompt 1 is nested too deep"),
     ([7, [8]], "prompt 0 is nested too deep"),
     ([[7], 8], "prompt 1 is of type int"),
     (np.zeros((1, 1, 3), int), "got int64 [1, 1, 3]"),
-    ([np.zeros((1, 3), int)], "prompt 0 is an array of shape [1, 3]; a prompt of a list has shape"),
+    (
+        [np.zeros((1, 3), int)],
+        "prompt 0 is an array of shape [1, 3]; in a list, a prompt",
+    ),
     ({7, 8}, "the prompt is of type set"),
     ((token for token in [7]), "the prompt is of type generator"),
     (lambda: 7, "the prompt is of type function"),
@@ -177,7 +180,7 @@ REFUSED: list[tuple[Any, str]] = [
     ([[7], [-1]], "prompt 1 has a token id outside of the vocabulary (0..100): -1"),
     ([-100], "outside of the vocabulary (0..100): -100"),
     (np.array([2**40]), "outside of the vocabulary"),
-    ("w7 \ud800", "prompt 0 has a lone surrogate, which no text has"),
+    ("w7 \ud800", "prompt 0 has a lone surrogate, which is not valid text"),
     # mappings
     ([MESSAGE], CHAT),
     ([[MESSAGE], [MESSAGE]], CHAT),
@@ -187,7 +190,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"ids": [7], "mask": [1]}, "the mapping has no input_ids (its keys: ids, mask); give what a"),
     (
         {"input_ids": [7], "position_ids": [0], "labels": [7]},
-        "position_ids, labels: not understood in a mapping, which may hold input_ids, "
+        "position_ids, labels: unknown keys of a mapping, which may hold input_ids, "
         "attention_mask (and token_type_ids, without effect)",
     ),
     ([{"input_ids": [7]}, {"input_ids": [8]}], "prompt 0 is a mapping; give one mapping of the"),
@@ -208,7 +211,7 @@ def test_what_is_no_prompt_is_refused_by_name(given: Any, message: str) -> None:
     ("options", "message"),
     [
         ({"inputs": TEXT, "input_ids": [7]}, "inputs and input_ids both name the prompts"),
-        ({"input_ids": TEXT}, "text where token ids belong"),
+        ({"input_ids": TEXT}, "text is given as token ids"),
         ({"inputs": TEXT, "attention_mask": [1, 1, 1]}, "give text as the first argument, alone"),
         ({"attention_mask": [1]}, "no prompt was given"),
         (

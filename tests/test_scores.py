@@ -76,6 +76,6 @@ def test_wrong_starts(tiny: TinyModels) -> None:
         model.score([[7, 8]], start=0)
     with pytest.raises(GenerationError, match=r"got 3"):
         model.score([[7, 8]], start=3)
-    with pytest.raises(GenerationError, match="2 numbers for 1 rows"):
+    with pytest.raises(GenerationError, match="start has 2 numbers for 1 rows"):
         model.score([[7, 8]], start=[1, 1])
     assert model.score([7])[0].logprobs == ()

@@ -203,7 +203,7 @@ def test_the_guard_says_why() -> None:
         _, size = guard.choose()
         guard.observe(Way.DRAFT, size, size - 1, [(size - 1, 0)], 1.0)
     assert guard.reason.startswith("drafts did not pay (1.0 tokens in the time of ")
-    assert guard.reason.endswith("another is tried in 16 steps")
+    assert guard.reason.endswith("a draft is tried again in 16 steps")
 
 
 def test_the_listener_has_each_step_once_its_tokens_are_streamed(tiny: TinyModels) -> None:

@@ -104,8 +104,8 @@ def run_lines() -> Iterator[Line]:
         (("more",), "more"),
         (("--json", "--mode", "foo"), "mode must be one of"),
         (("--prompt-file", "f"), "not allowed with argument"),
-        (("--chat",), "brings no chat template"),
-        (("--system", "x"), "brings no chat template"),
+        (("--chat",), "has no chat template"),
+        (("--system", "x"), "has no chat template"),
         (("--chat", "--raw"), "not allowed with argument"),
         (("--raw", "--system", "x"), "--system and --chat-template are options of a chat"),
     ):
@@ -131,7 +131,7 @@ def trace_lines() -> Iterator[Line]:
         (("--backend", "onnxruntime"), "--backend onnxruntime: only backend eager can be traced"),
         (("--backend", ""), "only backend eager can be traced"),
         (("--check-kv=yes",), "--check-kv"),
-        (("--chat",), "brings no chat template"),
+        (("--chat",), "has no chat template"),
         (("--raw", "--system", "x"), "--system and --chat-template are options of a chat"),
         (("--compare",), "--compare"),
         (("--top-p", "0.5"), "top_p: mode sirius is greedy"),
@@ -146,7 +146,7 @@ def other_lines() -> Iterator[Line]:
     yield Line("sirius", ("rum",), "invalid choice: 'rum'")
     for command in ("run", "chat", "inspect", "verify", "trace", "export-onnx"):
         yield Line("sirius", (command,), "required: MODEL.sirius")
-    yield Line("sirius", ("chat", ARTIFACT), "brings no chat template")
+    yield Line("sirius", ("chat", ARTIFACT), "has no chat template")
     yield Line("sirius", ("chat", ARTIFACT, "--prompt", "x"), "--prompt")
     yield Line("sirius", ("inspect", "a", "b"), "unrecognized arguments: b")
     yield Line("sirius", ("export-onnx", ARTIFACT), "DIR")

@@ -3,13 +3,13 @@
 One ZIP, every entry stored, its data at a multiple of 64 bytes of the file:
 
     manifest.json                a Manifest: version, program, size and sha256 of the other files
-    graphs/<entry>.json          one graph document an entry
-    weights/<nnn>.safetensors    shards; each weight of the manifest once
+    graphs/<entry>.json          one graph document per entry
+    weights/<nnn>.safetensors    shards; together they hold each weight of the manifest once
     tokenizer/…, generation_config.json, …
 
 The reader maps the file once. Nothing is unpickled and nothing is extracted: weights are views of
-the mapping (`safetensors_file` says why we read its headers ourselves). PyTorch is needed for
-`weights` alone.
+the mapping (`safetensors_file` says why we read its headers ourselves). Only `weights` needs
+PyTorch.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _HASH_THREADS = min(8, os.cpu_count() or 1)
 
 
 class Artifact:
-    """An opened artifact. Every entry was checked on the way in (see `open`)."""
+    """An opened artifact, whose entries `open` has checked."""
 
     def __init__(
         self,
@@ -88,11 +88,11 @@ class Artifact:
     ) -> Artifact:
         """Opens and checks the artifact at `path`.
 
-        With `verify`, the sha256 of every file is compared with the manifest's; without, those of
-        the weight shards are not. All other checks are always made. With `copy`, the file is read
-        into memory and not mapped. With `weights_later`, the shards are hashed on other threads
-        while the caller works, who must call `check_weights` before it trusts them. Raises
-        ArtifactError naming the path, what is wrong with it and what to do.
+        verify: compare the sha256 of the weight shards with the manifest's. All other files are
+        always hashed, and all other checks are always made. copy: read the file into memory instead
+        of mapping it. weights_later: hash the shards on other threads while the caller works; the
+        caller must call `check_weights` before it trusts the weights. Raises ArtifactError naming
+        the path, what is wrong with it and what to do.
         """
         image, infos = map_file(Path(path), copy=copy)
         spans = find_spans(image, infos)
@@ -123,7 +123,7 @@ class Artifact:
         return sorted(name for name in self._spans if name.startswith(prefix))
 
     def read_bytes(self, name: str) -> bytes:
-        """A copy of the entry's bytes; raises ArtifactError where there is none of that name."""
+        """A copy of the entry's bytes; raises ArtifactError where no entry has that name."""
         image = self._opened()
         if name not in self._spans:
             raise image.fault(f"there is no entry {name!r}", "compile it again")
@@ -137,15 +137,15 @@ class Artifact:
         """Every weight by name, with the dtype and shape of its spec, without a copy.
 
         The tensors are views of one private mapping of the file, which lives as long as any of
-        them: pages are shared with other processes until written, and what is written never reaches
-        the file (but is seen by every view of this `Artifact`).
+        them. Pages are shared with other processes until they are written. A write never reaches
+        the file, but every view of this `Artifact` sees it.
         """
         buffer = self._opened().buffer
         return {name: _tensor(buffer, slot) for name, slot in self._slots.items()}
 
     def weight_slots(self) -> tuple[mmap.mmap, Mapping[str, Slot]]:
-        """The mapping that `weights` views, and where each weight lies in it: for back ends that
-        have tensors of their own.
+        """The mapping that `weights` views, and where each weight lies in it. For back ends that
+        do not use torch tensors, or read the file themselves.
         """
         return self._opened().buffer, self._slots
 
@@ -160,13 +160,13 @@ class Artifact:
             self.file.check()
 
     def check_weights(self) -> None:
-        """Raises ArtifactError where a shard's hash is wrong; waits for those that are not done."""
+        """Waits until all shards are hashed; raises ArtifactError where a hash is wrong."""
         if self._hashing is not None:
             self._hashing.check()
 
     def check_weights_by(self, read: Callable[[int, int], Iterable[memoryview]]) -> None:
-        """As `check_weights`, of shards that `read` gives the bytes [start, end) of: without
-        touching the mapping.
+        """As `check_weights`, but without touching the mapping: `read(start, end)` gives the bytes
+        [start, end) of the file, in parts.
         """
         image = self._opened()
         for name, record in self.manifest.files.items():
@@ -178,7 +178,7 @@ class Artifact:
                     raise image.fault(f"wrong sha256 of {name!r}")
 
     def close(self) -> None:
-        """Lets go of the file; tensors from `weights` stay valid."""
+        """Releases the mapping; tensors from `weights` stay valid."""
         if self._hashing is not None:
             self._hashing.stop()
         # Not mmap.close(): torch keeps the mmap object alive but holds no buffer export, so closing
@@ -245,7 +245,7 @@ def _manifest(image: Image, spans: dict[str, Span]) -> Manifest:
 
 
 def _check_version(image: Image, document: JSON) -> None:
-    """Compares the major version before anything else is read: all else may differ with it."""
+    """Checks the major version first: all other fields may differ between major versions."""
     version = document.get("format_version") if isinstance(document, dict) else None
     if not (isinstance(version, list) and [type(v) for v in version] == [int, int]):
         raise image.fault(f"{MANIFEST} is malformed (format_version is not a pair of numbers)")
@@ -268,7 +268,7 @@ def _check_files(image: Image, spans: dict[str, Span], files: dict[str, FileReco
 
 
 class _Hashing:
-    """The sha256 of some entries, on threads of their own from now on."""
+    """Hashes some entries by sha256, on background threads that start at once."""
 
     def __init__(
         self,
@@ -278,7 +278,7 @@ class _Hashing:
         names: Sequence[str],
     ) -> None:
         def is_wrong(name: str) -> bool:
-            # hashlib lets go of the GIL
+            # hashlib releases the GIL
             return hashlib.sha256(image.view(spans[name])).hexdigest() != files[name].sha256
 
         self._image, self._names = image, names
@@ -286,7 +286,7 @@ class _Hashing:
         self._wrong = [self._pool.submit(is_wrong, name) for name in names]
 
     def check(self) -> None:
-        """Raises ArtifactError where one is not the manifest's; waits for those not done."""
+        """Waits for all hashes; raises ArtifactError where one differs from the manifest's."""
         found = zip(self._names, self._wrong, strict=True)
         wrong = [name for name, is_wrong in found if is_wrong.result()]
         self.stop()
@@ -294,12 +294,14 @@ class _Hashing:
             raise self._image.fault(f"wrong sha256 of {', '.join(map(repr, wrong))}")
 
     def stop(self) -> None:
-        """Waits for no more of them than have begun."""
+        """Cancels the hashes that have not begun, and waits for the others."""
         self._pool.shutdown(cancel_futures=True)
 
 
 def _slots(image: Image, spans: dict[str, Span], specs: Sequence[WeightSpec]) -> dict[str, Slot]:
-    """The place of every weight, in the manifest's order, once the shards agree with it."""
+    """Where each weight lies, in the manifest's order. Checks that the shards hold exactly the
+    manifest's weights.
+    """
     found: dict[str, Slot] = {}
     for shard in sorted(name for name in spans if name.startswith(WEIGHTS)):
         for name, slot in _shard_slots(image, shard, spans[shard]).items():
@@ -334,7 +336,7 @@ def _shard_slots(image: Image, shard: str, span: Span) -> dict[str, Slot]:
     data = range(span.start + 8 + length, span.end)
     slots: dict[str, Slot] = {}
     for name, fields in header.items():
-        if name != "__metadata__":  # free text, by the format; of no use here
+        if name != "__metadata__":  # free text by the format; not used
             slots[name] = _slot(image, f"weight {name!r} of {shard}", fields, data)
     in_order = sorted((slot.start, slot.end, name) for name, slot in slots.items())
     for (_, end, first), (start, _, second) in pairwise(in_order):
@@ -344,7 +346,7 @@ def _shard_slots(image: Image, shard: str, span: Span) -> dict[str, Slot]:
 
 
 def _slot(image: Image, what: str, fields: JSON, data: range) -> Slot:
-    """The place of one tensor; `data`: the bytes of the file that hold its shard's tensors."""
+    """Where one tensor lies. `data`: the range of the file that holds its shard's tensors."""
     try:
         header = from_json(_TensorHeader, fields, what)
     except ArtifactError as error:
@@ -355,7 +357,7 @@ def _slot(image: Image, what: str, fields: JSON, data: range) -> Slot:
     begin, end = (data.start + offset for offset in header.data_offsets)
     if not data.start <= begin <= end <= data.stop:
         raise image.fault(f"{what} lies outside its shard")
-    # torch multiplies the other sizes of an empty tensor too (strides), in 64 bits.
+    # For the strides, torch multiplies the other sizes of an empty tensor too, in 64 bits.
     sizes_fit = min(shape, default=0) >= 0 and math.prod(s or 1 for s in shape) < 2**59
     if not sizes_fit or end - begin != math.prod(shape) * dtype.itemsize:
         raise image.fault(f"{what}: shape {list(shape)} contradicts its {end - begin} bytes")

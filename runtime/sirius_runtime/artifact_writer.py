@@ -1,4 +1,4 @@
-"""Writes `model.sirius` (see `artifact` for its layout): all of it, or nothing."""
+"""Writes `model.sirius` (`artifact` describes its layout), completely or not at all."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ _PADDING_BYTES = 6  # of an extra field without zeros
 _ZIP64_BYTES = (
     2**30
 )  # from this size on an entry gets ZIP64 sizes; below zipfile's own limit (2 GiB)
-# One piece is hashed, checksummed and written while it is still in the CPU's cache. Each write ends
-# at a multiple of this size in the file. Where the file system can, Linux then keeps the file in 2
-# MiB pages, and reading a mapping takes far fewer address lookups (see `artifact_zip.map_file`).
+# A chunk of this size is checksummed and written while it is still in the CPU's cache. Each write
+# ends at a multiple of this size in the file. Where the file system supports it, Linux then keeps
+# the file in 2 MiB pages of the page cache, and reading a mapping takes far fewer address lookups
+# (see `artifact_zip.map_file`).
 _CHUNK_BYTES = 4 * 2**20
 _REGULAR_FILE = 0o100644 << 16
 
@@ -53,10 +54,10 @@ _REGULAR_FILE = 0o100644 << 16
 class ArtifactWriter:
     """Writes an artifact under a temporary name beside `path`; `finish` renames it into place.
 
-    Leaving the block without `finish` removes the temporary file; an older artifact stays as it
-    was. Raises ConfigError where `path` exists (unless `force`) or its folder doesn't, and
+    Leaving the `with` block without `finish` removes the temporary file; an older artifact stays as
+    it was. Raises ConfigError where `path` exists (unless `force`) or its folder doesn't, and
     ArtifactError where the file can't be written. A wrong name, tensor or call is a bug of the
-    compiler: SiriusError.
+    compiler and raises SiriusError.
     """
 
     def __init__(self, path: str | os.PathLike[str], force: bool = False) -> None:
@@ -65,7 +66,7 @@ class ArtifactWriter:
         if self.path.exists() and not force:
             raise ConfigError(f"{self.path} exists; choose another path or pass --force")
         with self._disk_faults(), self._new:
-            pass  # finds a folder that can't be written to before the work, not after it
+            pass  # a folder that can't be written to is reported now, not after the compilation
         self._files: dict[str, FileRecord] = {}
         self._weights: dict[str, WeightSpec] = {}
         self._shards = 0
@@ -90,7 +91,7 @@ class ArtifactWriter:
         self._new.__exit__(kind, error, trace)
 
     def add_bytes(self, name: str, data: bytes) -> None:
-        """Adds the entry `name`."""
+        """Adds the entry `name` with these bytes."""
         with self._entry(name, len(data)) as sink:
             sink.write(memoryview(data))
 
@@ -133,8 +134,9 @@ class ArtifactWriter:
     ) -> None:
         """Writes the manifest and makes the artifact appear at `path`, whole and on disk.
 
-        The file is read back before it is renamed, by `check` too, whose self-test the manifest
-        then holds. Where that or the reader raises a SiriusError, nothing appears.
+        Before the file is renamed, the reader opens it, and `check` gets its temporary path. The
+        self-test that `check` returns is written to the manifest. Where either raises a
+        SiriusError, no artifact appears.
         """
         if {weight.name: weight for weight in program.weights} != self._weights:
             raise SiriusError("the program's weights are not those that were added")
@@ -150,7 +152,7 @@ class ArtifactWriter:
             self_test = check(self._new.temporary)
         except SiriusError as error:
             raise SiriusError(
-                f"{self.path} is not written: what reads artifacts refuses it ({error}); please "
+                f"{self.path} is not written: the artifact's reader refuses it ({error}); please "
                 "report this, with the model's config.json"
             ) from error
         if self_test is not None:
@@ -159,7 +161,7 @@ class ArtifactWriter:
             self._new.finish()
 
     def _end_body(self) -> _Body:
-        """Ends the ZIP of all entries but the manifest."""
+        """Closes the ZIP, which then holds all entries but the manifest."""
         archive, file = self._state(), self._new.file
         end = file.tell()
         with self._disk_faults():
@@ -168,7 +170,7 @@ class ArtifactWriter:
             return _Body(end, file.read())
 
     def _add_manifest(self, body: _Body, manifest: Manifest) -> None:
-        """Adds the manifest behind `body`, in the place of one that was added before."""
+        """Writes the manifest after `body`, replacing an earlier one."""
         document = to_json(manifest)
         validate(document)
         file = self._new.file
@@ -186,7 +188,7 @@ class ArtifactWriter:
 
     @contextlib.contextmanager
     def _entry(self, name: str, size: int) -> Iterator[_Sink]:
-        """Opens the entry `name`, of `size` bytes, its data aligned."""
+        """Opens the entry `name` of `size` bytes, with its data aligned to `ALIGNMENT`."""
         if reason := name_fault(name):
             raise SiriusError(f"the name of entry {name!r} {reason}")
         if name in self._files:
@@ -224,7 +226,7 @@ class ArtifactWriter:
 
 
 class _Sink:
-    """An open entry: hashes what it writes."""
+    """An open entry, which hashes the bytes that it writes."""
 
     def __init__(
         self,
@@ -232,7 +234,7 @@ class _Sink:
         start: int,
         guard: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
-        """`start`: where in the file the entry's data begin."""
+        """`start`: offset of the entry's data in the file."""
         self.digest = hashlib.sha256()
         self._stream = stream
         self._at = start
@@ -273,7 +275,7 @@ def _timeless(program: ProgramSpec) -> ProgramSpec:
 
 
 def _shards(specs: Sequence[WeightSpec], shard_bytes: int) -> Iterator[list[WeightSpec]]:
-    """Cuts `specs` into runs of at most `shard_bytes`, or of one larger tensor."""
+    """Splits `specs` into shards of at most `shard_bytes`; a larger tensor has its own shard."""
     shard: list[WeightSpec] = []
     total = 0
     for spec in specs:

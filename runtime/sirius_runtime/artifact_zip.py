@@ -1,6 +1,7 @@
 """The ZIP layer of an artifact: one mapping of the file, and where each entry lies in it.
 
-Nothing of the file is trusted: names, kinds, sizes and places are checked before anything is read.
+The file is not trusted: the names, kinds, sizes and places of entries are checked before any entry
+is read.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from sirius_runtime.watched_file import WatchedFile
 
 ALIGNMENT = 64  # of every entry's data: a cache line, and the widest vector load of today's CPUs
 MAX_JSON_BYTES = 256 * 2**20
-MOST_DIRECTORY_BYTES = 16 * 2**20  # of the ZIP: an entry has about a hundred
+MOST_DIRECTORY_BYTES = 16 * 2**20  # a ZIP directory takes about 100 bytes per entry
 
 AGAIN = "the file is damaged or was altered: download it again, or compile it again"
 NOT_OURS = "give the path of a model.sirius that sirius-compile wrote"
@@ -33,8 +34,8 @@ UPDATE = "update sirius-compile"
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _LOCAL_SIGNATURE = b"PK\x03\x04"
 _UTF8_NAME, _ENCRYPTED = 0x800, 0x1 | 0x40 | 0x2000  # general purpose flags: APPNOTE.TXT 4.4.4
-# Linux counts a private writable mapping against memory and refuses one larger than RAM, unless it
-# reserves nothing. Python names the flag from 3.13 on.
+# Linux counts a private writable mapping against RAM and refuses a larger one, unless the mapping
+# reserves no memory (MAP_NORESERVE). Python names the flag from 3.13 on.
 _PRIVATE = (
     mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else None
 )
@@ -42,7 +43,7 @@ _PRIVATE = (
 
 @dataclass(frozen=True)
 class Image:
-    """The mapped file, or a copy of it in memory; `file` is None then."""
+    """The mapped file; or a copy of it in memory, for which `file` is None."""
 
     path: Path
     buffer: mmap.mmap
@@ -87,11 +88,11 @@ def _fault(path: Path, what: str, remedy: str = AGAIN) -> ArtifactError:
 
 
 def map_file(path: Path, *, copy: bool = False) -> tuple[Image, list[zipfile.ZipInfo]]:
-    """The mapped file and its directory, both read through one file descriptor. With `copy`, the
-    whole file is read into memory, and later changes to it have no effect.
+    """The mapped file and its ZIP directory, both read through one file descriptor. With `copy`,
+    the whole file is read into memory, and later changes to it have no effect.
 
-    Pages of 2 MiB are asked for: every step reads all weights, and with pages of 4 KiB the address
-    lookups (TLB misses) cost up to a fifth of that.
+    Asks for pages of 2 MiB: every decoding step reads all weights, and with pages of 4 KiB up to a
+    fifth of that time goes to TLB misses.
     """
     try:
         if not path.exists():
@@ -119,7 +120,7 @@ def _map(descriptor: int) -> mmap.mmap:
 
 
 def _read(path: Path, file: BinaryIO) -> mmap.mmap:
-    """The whole file in memory of our own."""
+    """The whole file, read into anonymous memory."""
     size = file.seek(0, os.SEEK_END)
     buffer = mmap.mmap(-1, size)
     want_large_pages(buffer)
@@ -141,8 +142,10 @@ def want_large_pages(buffer: mmap.mmap) -> None:
 
 
 class _Sparing:
-    """A file as zipfile reads one: it asks for the whole directory at once, whatever that claims to
-    be, and makes ten times as much of it.
+    """A file for zipfile to read, with a limit on the size of one read.
+
+    zipfile reads the whole directory at once, whatever size the file claims for it, and its objects
+    take about ten times as much memory.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -151,8 +154,9 @@ class _Sparing:
 
     def read(self, size: int = -1) -> bytes:
         if size > MOST_DIRECTORY_BYTES:
-            raise zipfile.BadZipFile(f"it is said to have {size} bytes")
-        return self._read(size if size >= 0 else MOST_DIRECTORY_BYTES)  # -1: of the last 64 KiB
+            raise zipfile.BadZipFile(f"it claims to have {size} bytes")
+        # zipfile passes -1 only to read the last 64 KiB.
+        return self._read(size if size >= 0 else MOST_DIRECTORY_BYTES)
 
 
 def _directory(path: Path, file: BinaryIO) -> list[zipfile.ZipInfo]:
@@ -173,10 +177,10 @@ def _directory(path: Path, file: BinaryIO) -> list[zipfile.ZipInfo]:
 
 
 def find_spans(image: Image, infos: Iterable[zipfile.ZipInfo]) -> dict[str, Span]:
-    """Each entry's place, once its name, kind and place have been checked."""
+    """Where each entry lies, by name. Checks names, kinds and places; raises ArtifactError."""
     spans: dict[str, Span] = {}
     for info in infos:
-        # `filename` is what zipfile made of it: cut at a NUL, separators replaced.
+        # Not `filename`: zipfile cuts that at a NUL and replaces separators.
         name = info.orig_filename
         if reason := name_fault(name):
             raise image.fault(f"the name of entry {name!r} {reason}")

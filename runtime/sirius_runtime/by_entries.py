@@ -1,4 +1,4 @@
-"""A period by the entries of a program: draft, verify, commit.
+"""Runs a period through the entries of a program: draft, verify, commit.
 
 Shape letters: `B` rows, `N` nodes of a draft tree, `K` tokens of a path, `V` vocabulary.
 """
@@ -25,7 +25,7 @@ from sirius_runtime.tree import Tree, beams
 
 
 class TreeState(Protocol):
-    """A `State` in tensors that runs an entry over the nodes of a tree."""
+    """A `State` of tensors that can run an entry over the nodes of a draft tree."""
 
     program: ProgramSpec
 
@@ -39,7 +39,7 @@ class TreeState(Protocol):
     def active(self) -> Tensor: ...
 
     def nodes(self, entry: str, tree: Tree, nodes: Tensor) -> dict[str, Tensor]:
-        """Runs an entry over these nodes [T] of every row's tree; keeps their K/V."""
+        """Runs an entry over these nodes [T] of every row's tree; writes their K/V to the cache."""
         ...
 
     def compact(self, nodes_BK: Tensor) -> None:
@@ -57,18 +57,21 @@ class TreeState(Protocol):
 
 @dataclass(frozen=True)
 class ByEntries:
-    """Nothing here reads a device value, but whether any row drafts on where drafts may stop early,
-    or some were looked up.
+    """The `Strategy` that runs entry by entry.
 
-    scorer: what processes logits before anything is chosen by them. The full path's after each
-    verified node are processed with that node's own history, the committed tokens and its path:
-    what is accepted and emitted is what the dense model chooses under the same processors. The
-    sparse path's are processed alike, because a draft that knows nothing of a penalty is refused by
-    it: for a random two-layer Llama (topk, 0.9 kept, K = 8, exact) the advance is 7.1 tokens under
-    a repetition penalty of 1.3 and 7.1 under no_repeat_ngram_size=2, and with plain drafts 3.0 and
-    2.6. Sampling stays lossless: p and q are both what the processors leave.
+    The host reads only one value from the device: whether any row drafts on. It reads it only where
+    drafts may stop early or were looked up.
 
-    all_levels: draft all of them, and ask nothing of the device.
+    scorer: processes logits before tokens are chosen by them. The full path's logits at a verified
+    node are processed with that node's history: the committed tokens and the node's path. So the
+    accepted and emitted tokens are those that the dense model chooses under the same processors.
+    The sparse path's logits are processed in the same way, because verification refuses drafts that
+    ignore a penalty. For a random two-layer Llama (topk, 0.9 kept, K = 8, exact) the mean advance
+    is 7.1 tokens under a repetition penalty of 1.3 and 7.1 under no_repeat_ngram_size=2; with
+    unprocessed drafts it is 3.0 and 2.6. Sampling stays lossless: p and q are both distributions
+    after the processors.
+
+    all_levels: always draft all levels, so that the host reads nothing from the device.
     """
 
     scorer: Scorer | None = None
@@ -89,8 +92,9 @@ class ByEntries:
         return Outcome(packed, levels, evidence=Evidence(draft, logits_BNV, verdict))
 
     def draft(self, state: TreeState, plan: Plan, most_B: Tensor) -> tuple[Draft, int]:
-        """Sparse steps from the root, a level of the tree each, for the rows that look nothing up;
-        leaves out levels never drafted.
+        """Drafts by sparse steps from the root, one tree level each, for the rows without a
+        looked-up draft (`plan.given`). Returns the draft without the levels that no row drafted,
+        and the number of sparse steps.
         """
         vocabulary = state.program.model.vocab_size if plan.draws else None
         period, width, given = plan.period, plan.width, plan.given
@@ -100,7 +104,7 @@ class ByEntries:
         if given is not None:
             grown = grown._replace(live=grown.live & (given[:, 0] < 0))
         asks = (plan.confidence > 0.0 or given is not None) and not self.all_levels
-        # Made on the device: a graph of its work could not hold a copy from the host.
+        # Made on the device: a recorded CUDA graph can't contain a copy from the host.
         confidence = torch.full((), plan.confidence, dtype=torch.float32, device=most_B.device)
         levels = 0
         while levels < period - 1 and not (asks and not grown.live.any()):
@@ -117,25 +121,28 @@ class ByEntries:
         return with_given(draft, given), levels
 
     def verify(self, state: TreeState, plan: Plan, tree: Tree) -> dict[str, Tensor]:
-        """One full forward over the tree: logits [B, N, V]. Overwrites the draft's K/V."""
+        """One forward pass of the full path over the tree: logits [B, N, V]. Overwrites the K/V
+        that the sparse path wrote.
+        """
         nodes = torch.arange(tree.tokens.shape[1], device=tree.tokens.device)
         return state.nodes(OBSERVE if plan.observes else FULL, tree, nodes)
 
     def commit(
         self, state: TreeState, draft: Draft, logits_BNV: Tensor, plan: Plan, most_B: Tensor
     ) -> tuple[Tensor, Verdict]:
-        """Accepts, corrects and rolls back: the length moves past the kept tokens, no further.
+        """Accepts, corrects and rolls back: the new length is behind the last kept token.
 
-        A row commits `most_B` tokens at the most, as if its draft were that short. The K/V of the
-        kept path moves into the slots of its positions; slots beyond the new length hold stale K/V,
-        which is overwritten before it can be seen. Also returns the logits that decided.
+        A row commits at most `most_B` tokens, as if its draft were that short. The K/V of the kept
+        path moves to the slots after the old length, in order. Slots beyond the new length hold
+        stale K/V, which is overwritten before any query sees it. Returns the processed logits
+        [B, N, V] and the verdict.
         """
         nodes = torch.arange(logits_BNV.shape[1], device=logits_BNV.device)
         logits_BNV = self._processed(logits_BNV, state, draft.tree, nodes)
         verdict = judge(draft, logits_BNV, plan.decide, most_B, plan.period)
         if self.scorer is not None:
             self.scorer.commit(logits_BNV, state.length + 1, verdict)
-        if plan.width > 1:  # in a chain it lies there already
+        if plan.width > 1:  # the K/V of a chain is in order already
             state.compact(verdict.nodes)
         state.commit(verdict.advance, verdict.root)
         return logits_BNV, verdict
@@ -147,7 +154,9 @@ class ByEntries:
 
 
 def chooser(sampling: Sampling, scorer: Scorer | None = None) -> Choose:
-    """Chooses by logits as they come, or by those that the scorer leaves."""
+    """A function that chooses each row's next token by its logits, processed if there is a scorer:
+    the likeliest token, or a drawn one where it is given random numbers.
+    """
 
     def choose(logits_BV: Tensor, count_B: Tensor, number_B: Tensor | None) -> Tensor:
         def pick(logits: Tensor) -> Tensor:

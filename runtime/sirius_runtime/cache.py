@@ -28,16 +28,16 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 def cache_folder() -> Path:
-    """Where the user wants compiled code to be kept; `private_folder` makes it."""
+    """The folder for compiled code, ``$SIRIUS_CACHE`` or ``~/.cache/sirius``; it may not exist."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen) if chosen else Path.home() / ".cache" / "sirius"
 
 
 def private_folder(folder: Path, *, deep: bool = False) -> Path:
-    """`folder`, created (0700) if needed. If another user could have put something there, a private
-    folder of this process instead.
+    """`folder`, created (0700) if needed; or a private folder of this process, if another user
+    could have put files into `folder`.
 
-    deep: check everything within, for libraries that load whatever they find; other callers check
+    deep: check all files in it, for libraries that load files without a check; other callers check
     each file by `is_own`. Raises OSError where the folder can't be created.
     """
     if not hasattr(os, "getuid"):
@@ -60,7 +60,7 @@ def is_own(path: Path) -> bool:
     if fault is None and not stat.S_ISREG(found.st_mode):
         fault = "is not a regular file"
     if fault is not None:
-        _say(f"{path} {fault}; it is not used, and built again")
+        _say(f"{path} {fault}; it is not used, but built again")
     return fault is None
 
 
@@ -90,7 +90,9 @@ def _folder_fault(folder: Path) -> str | None:
 
 
 def _content_fault(folder: Path) -> str | None:
-    """What lies in a folder that others can't enter is out of their reach, whatever its mode."""
+    """Why a file in the folder is not safe, or None. Where others can't enter the folder, the modes
+    of the files in it do not matter.
+    """
     reachable = folder.stat().st_mode & _OTHERS
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -121,8 +123,8 @@ def _in_place_of(folder: Path, fault: str) -> Path:
 
     atexit.register(remove)
     _say(
-        f"the cache folder {folder} is not safe to load code from ({fault}); it is built afresh "
-        f"for this process. Remove that folder, or name one of your own by {CACHE_VARIABLE}"
+        f"the cache folder {folder} is not safe to load code from ({fault}); the code is built "
+        f"again for this process. Remove that folder, or name one of your own in {CACHE_VARIABLE}"
     )
     return own
 

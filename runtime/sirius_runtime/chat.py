@@ -1,4 +1,4 @@
-"""Chat messages to a prompt's text, by the template that a model's tokenizer brings.
+"""Renders chat messages to a prompt's text, by the chat template of the model's tokenizer.
 
 Templates are rendered as transformers' `apply_chat_template` does, in a sandbox and within limits
 (`template_guard`); transformers is not needed for it.
@@ -26,21 +26,22 @@ if TYPE_CHECKING:
 CHAT = "tokenizer/chat.json"
 """The entry of an artifact that holds a `ChatSpec`."""
 DEFAULT, WITH_TOOLS = "default", "tool_use"
-"""Names of templates, as transformers has them: what is taken unasked, and where there are tools"""
+"""transformers' names of the template that is used by default, and of the one used with tools."""
 MOST_BYTES = 2**20
-"""Of all templates and special tokens together; those of well-known models have up to 30 kB."""
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # a message's, the one read first
+"""Limit of all templates and special tokens together; well-known models have up to 30 kB."""
+# Keys of a message's reasoning text; the first one that is present is read.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
 NO_TEMPLATE = (
-    "the model's tokenizer brings no chat template; give the prompt as text, in the form that the "
+    "the model's tokenizer has no chat template; give the prompt as text, in the form that the "
     "model was trained on, or compile the model again with a chat_template.jinja in its folder"
 )
 
 
 @dataclass(frozen=True)
 class ChatSpec:
-    """What an artifact says of chatting: templates by name, and the tokens that they may name
-    (`bos_token`, …).
+    """An artifact's chat templates by name, and the special tokens that they may use (`bos_token`,
+    …).
     """
 
     templates: dict[str, str]
@@ -51,15 +52,15 @@ class Chat:
     """The chat templates of a model."""
 
     def __init__(self, spec: ChatSpec) -> None:
-        """Reads nothing yet: a template that is not used can do no harm."""
+        """Compiles no template yet: each is compiled when it is first used."""
         self.spec = spec
         self._compiled: dict[str, Template] = {}
-        self._lock = Lock()  # one rendering at a time has the environment
+        self._lock = Lock()  # one rendering at a time: its budget is the environment's
 
     @classmethod
     def read(cls, document: JSON) -> Chat | None:
-        """Of an artifact's `ChatSpec`; None where that has no template. Raises ArtifactError for
-        what is none, or too large to be one.
+        """The templates of an artifact's `ChatSpec` document; None where it has none. Raises
+        ArtifactError for a document that is not a `ChatSpec` or is too large.
         """
         spec = from_json(ChatSpec, document, "chat")
         texts = [*spec.templates.values(), *spec.special_tokens.values()]
@@ -85,11 +86,11 @@ class Chat:
     ) -> str:
         """The text of one conversation, special tokens included: encode it without adding others.
 
-        messages: each a mapping with `role`, and `content` as the template takes it. template: the
-        name of one, where there are several. tools: JSON schemas. add_generation_prompt: whether
-        the text ends where an answer begins. continue_final_message: ends it within the last
-        message instead, which the answer continues. variables: whatever else the template reads
-        (`enable_thinking`, …).
+        messages: mappings with `role`, and `content` in the form that the template takes. template:
+        the name of a template, where there are several. tools: JSON schemas. add_generation_prompt:
+        whether the text ends where an answer begins. continue_final_message: end the text within
+        the last message instead, so that the answer continues it. variables: other variables of the
+        template (`enable_thinking`, …).
 
         Raises GenerationError for invalid messages and for those that the template refuses, and
         ArtifactError for a template that can't be read, fails, or goes beyond the limits.
@@ -169,7 +170,7 @@ class Chat:
 
 
 def conversations(messages: Messages) -> list[Sequence[Message]]:
-    """The conversations of one, or of a batch of them."""
+    """The batch of conversations in `messages`, which is one conversation or a batch of them."""
     if isinstance(messages, Mapping | str) or not isinstance(messages, Sequence):
         raise GenerationError(
             f"messages must be a list of mappings with role and content, got a "
@@ -183,7 +184,7 @@ def conversations(messages: Messages) -> list[Sequence[Message]]:
 
 
 def read_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """A conversation as templates may see it: of plain values, those that are None left out."""
+    """A copy of a conversation for templates: plain values only, without those that are None."""
     if isinstance(messages, Mapping | str) or not isinstance(messages, Sequence) or not messages:
         raise GenerationError(
             f"a conversation is a list of at least one message, got {shown(str(messages))}"
@@ -207,14 +208,14 @@ def read_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 "knows them"
             )
         reasoning = next((fields[key] for key in _REASONING if key in fields), None)
-        if reasoning is not None:  # under the names that templates read
+        if reasoning is not None:  # templates read it under either name
             fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
         read.append(fields)
     return read
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A copy of JSON values alone: other objects have methods, which a template could call."""
+    """A copy that holds JSON values only: a template could call the methods of other objects."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, str):
@@ -229,7 +230,9 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _mark_end(messages: list[dict[str, Any]]) -> None:
-    """Marks where the last message ends, which its template surrounds."""
+    """Appends a mark to the last message's content: the template adds text after it, and
+    `_cut_at_mark` removes that text.
+    """
     content = messages[-1].get("content")
     parts = content if isinstance(content, list | tuple) else ()
     part = next((p for p in reversed(parts) if isinstance(p, dict) and "text" in p), None)

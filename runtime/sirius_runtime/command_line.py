@@ -1,8 +1,9 @@
-"""What all command lines share: how they end, their streams, and how they read text, numbers and
+"""Shared by all command lines: exit codes, the standard streams, and reading of text, numbers and
 paths.
 
 The exit code is 0, 2 for an error that the user can fix, 70 for a bug, and 130 after Ctrl-C. Errors
-print a message and no traceback. A closed reader (``| head``) is not an error: 0.
+print a message and no traceback. If the reader of stdout closes it (``| head``), the exit code is
+0.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from sirius_runtime.terminal import LINES, plain
 from sirius_runtime.threads import check_threads
 
 ESCAPES = r"\n, \t and \r stand for a line break, a tab and a carriage return, \\ for a backslash"
-"""The one rule of `unescaped`, for ``--help``."""
+"""The rule of `unescaped`, for ``--help``."""
 
 MOST_TEXT_BYTES = 64 * 2**20
-"""Of a prompt that is read from a file or from stdin: no model's longest sequence has more."""
+"""Limit of a prompt from a file or stdin: longer than the longest sequence of any model."""
 
 _MEANINGS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 _NAME_BYTES = 255  # of one name in a path: what Linux, macOS and Windows allow
@@ -34,8 +35,8 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def finish(program: str, command: Callable[[], int | None]) -> int:
-    """Runs `command` to its end; returns the exit code, which may be its own. Messages begin with
-    `program`.
+    """Runs `command` and returns the exit code: the command's own, or that of its error. Messages
+    begin with `program`.
     """
     _prepare_streams()
     code = _code(program, command)
@@ -47,14 +48,14 @@ def _code(program: str, command: Callable[[], int | None]) -> int:
     own = None
     try:
         if sys.stdout is None:
-            raise UserError("stdout is closed; send what you don't want to /dev/null")
+            raise UserError("stdout is closed; to discard the output, redirect it to /dev/null")
         try:
             own = command()
-        except SystemExit as stop:  # of a parser: --help, or an error that it has told
+        except SystemExit as stop:  # of a parser: --help, or an error that it has printed
             _raise_origin(stop)
             if stop.code:
                 return stop.code if isinstance(stop.code, int) else UserError.exit_code
-        say("", end="")  # what is still unwritten
+        say("", end="")  # flushes stdout
     except UserError as error:
         tell(f"{program}: error: {plain(str(error), keep=LINES)}")
         return error.exit_code
@@ -64,7 +65,7 @@ def _code(program: str, command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         tell(f"\n{program}: interrupted")
         return _INTERRUPTED
-    except BrokenPipeError:  # the reader has what it wanted
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         return 0
     except OSError as error:
         of = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) else ""
@@ -74,7 +75,9 @@ def _code(program: str, command: Callable[[], int | None]) -> int:
 
 
 def _raise_origin(stop: SystemExit) -> None:
-    """Some parsers make an exit of their own, with other codes, of what `finish` knows better."""
+    """Raises the KeyboardInterrupt or BrokenPipeError behind a parser's SystemExit, if there is
+    one: some parsers turn these into exits with other codes.
+    """
     error: BaseException | None = stop
     while error is not None:
         if isinstance(error, KeyboardInterrupt | BrokenPipeError):
@@ -83,9 +86,10 @@ def _raise_origin(stop: SystemExit) -> None:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Writes to stdout, at once.
+    """Writes to stdout and flushes it.
 
-    Raises BrokenPipeError where its reader has gone, and UserError where it can't be written.
+    Raises BrokenPipeError where stdout's reader has closed it, and UserError where stdout can't be
+    written.
     """
     try:
         print(text, end=end, flush=True)  # noqa: T201  (what a command line is for)
@@ -98,20 +102,20 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def tell(message: str) -> None:
-    """Writes a line to stderr, where there is one: a message that nobody can read stops nothing."""
+    """Writes a line to stderr. If stderr is closed or can't be written, nothing happens."""
     with contextlib.suppress(OSError, ValueError):
         print(message, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def unescaped(text: str, flag: str) -> str:
-    """The text of a flag by the rule `ESCAPES`; any other backslash is itself.
+    """A flag's text with its escapes replaced as `ESCAPES` says; other backslashes are kept.
 
     Raises ConfigError for bytes that are not UTF-8.
     """
     try:
         text.encode()
     except UnicodeEncodeError as outside:
-        # What the locale's encoding lacks comes as lone surrogates: it may be UTF-8 all the same.
+        # Bytes that the locale's encoding lacks come as lone surrogates, but may be UTF-8.
         try:
             text = os.fsencode(text).decode()
         except UnicodeError as error:
@@ -123,10 +127,11 @@ def unescaped(text: str, flag: str) -> str:
 
 
 def read_text(source: BinaryIO, name: str) -> str:
-    """The UTF-8 text of `source` to its end, less one line break there: what an editor, `echo` or
-    Enter adds. Line breaks before it are kept.
+    """The UTF-8 text of `source`, without one line break at the end, which an editor, `echo` or
+    Enter adds.
 
-    Raises ConfigError, naming `name`, for what can't be read, is not UTF-8 or has no end.
+    Raises ConfigError, naming `name`, where it can't be read, is not UTF-8 or is longer than
+    `MOST_TEXT_BYTES`.
     """
     try:
         content = source.read(MOST_TEXT_BYTES + 1)
@@ -148,7 +153,7 @@ def read_text(source: BinaryIO, name: str) -> str:
 
 
 def read_text_file(path: Path, name: str) -> str:
-    """As `read_text`, of a file."""
+    """As `read_text`, for a file."""
     try:
         with path.open("rb") as file:
             return read_text(file, name)
@@ -157,7 +162,7 @@ def read_text_file(path: Path, name: str) -> str:
 
 
 def read_stdin(name: str) -> str:
-    """As `read_text`, of stdin."""
+    """As `read_text`, for stdin."""
     if sys.stdin is None:
         raise ConfigError(f"{name} can't be read (stdin is closed); give a file or a flag instead")
     if sys.stdin.isatty():
@@ -203,14 +208,14 @@ def path_argument(text: str) -> Path:
 
 
 def new_file_argument(text: str) -> Path:
-    """For argparse: where a file can be written."""
+    """For argparse: a path where a file can be written."""
     with _as_argument_error():
         check_target(path := read_path(text))
     return path
 
 
 def folder_argument(text: str) -> Path:
-    """For argparse: a folder, or where one can be made."""
+    """For argparse: a folder, or a path where one can be made."""
     path = path_argument(text)
     first = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not first.is_dir():
@@ -227,23 +232,23 @@ def _as_argument_error() -> Iterator[None]:
 
 
 def read_path(text: str | Path) -> Path:
-    """The path that a command line names, ``~`` and ``~user`` resolved: a shell does that in a word
-    of its own, and not after ``--out=``.
+    """The path that a command line names, with ``~`` and ``~user`` expanded: a shell expands them
+    only at the start of a word, not after ``--out=``.
 
-    Raises ConfigError for what can be no path.
+    Raises ConfigError for text that can't be a path.
     """
     if not str(text):
         raise ConfigError("a path is needed, got ''")
     if "\0" in str(text):
-        raise ConfigError(f"a path has no NUL character, got {shown(str(text))}")
+        raise ConfigError(f"a path can't hold a NUL character, got {shown(str(text))}")
     try:
         path = Path(text)
-        if str(text).startswith("~"):  # a Path forgets a leading ./
+        if str(text).startswith("~"):  # Path("./~x") drops the ./, so `text` is tested
             path = path.expanduser()
     except RuntimeError as error:
         raise ConfigError(
-            f"{shown(str(text))} begins with ~ and a user that this machine does not have; write "
-            "./~… for a file of that name"
+            f"{shown(str(text))} begins with ~ and the name of a user that this machine does not "
+            "have; write ./~… for a file of that name"
         ) from error
     for part in path.parts:
         if (size := len(os.fsencode(part))) > _NAME_BYTES:
@@ -258,9 +263,9 @@ def _reason(error: Exception) -> str:
 
 
 def _prepare_streams() -> None:
-    """Streams that take any text: what their encoding lacks is written as an escape (``\\u2019``).
-
-    Python has None where a stream was closed, and prints to stdout what is meant for such a stderr.
+    """Makes stdout and stderr accept any text: a character that their encoding lacks is written as
+    an escape (``\\u2019``). A closed stderr is replaced by the null device: it is None in Python,
+    and prints to it would go to stdout.
     """
     if sys.stderr is None:
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  (for as long as the process lives)
@@ -270,7 +275,9 @@ def _prepare_streams() -> None:
 
 
 def _let_go_of_broken_streams() -> None:
-    """Sends what a stream can't write to nowhere: Python would try again as it ends, and say so."""
+    """Redirects a stream that can't be written to the null device: else Python tries to flush it
+    at exit and reports the failure.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

@@ -1,4 +1,4 @@
-"""One prompt by three paths: the dense model, the sparse path alone, and Sirius."""
+"""Runs one prompt in three modes: the dense model, the sparse path alone, and Sirius."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ COMPARED = (Mode.FULL, Mode.SPARSE, Mode.SIRIUS)
 
 @dataclass(frozen=True)
 class Comparison:
-    """One mode's run, beside the dense run of the same call.
+    """One mode's run, compared with the dense run of the same call.
 
-    `same_tokens`: leading tokens equal to the dense run's. `speed`: its tokens per second over the
-    dense run's; None where either ended with its first token.
+    `same_tokens`: number of leading tokens that equal the dense run's. `speed`: tokens per second
+    divided by the dense run's; None where either run ended with its first token.
     """
 
     mode: Mode
@@ -39,10 +39,10 @@ def compare(
     stop: tuple[str, ...] = (),
     **more: Unpack[MoreOptions],
 ) -> list[Comparison]:
-    """Generates from `prompt` by each of `COMPARED`, the dense path first (after one warm-up).
+    """Generates from `prompt` in each mode of `COMPARED`, dense first, after a warm-up of each.
 
-    Options as for `SiriusModel.generate`; drafts are made even where they do not pay, unless
-    `fallback`.
+    Options are those of `SiriusModel.generate`, but `fallback` is off by default: drafts are made
+    even where they are slower than dense decoding.
     """
 
     def run(mode: Mode, new_tokens: int | None) -> GenerationOutput:

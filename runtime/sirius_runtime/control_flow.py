@@ -1,11 +1,12 @@
-"""Control flow of a graph that runs here, operator by operator: Python's own.
+"""Replaces torch's control-flow operators by Python's, for graphs that run operator by operator.
 
     Before                                       After
     higher_order.while_loop(goes, body, c, x)    while goes(*c, *x): c = body(*c, *x)
     higher_order.cond(which, yes, no, x)         (yes if which else no)(*x)
 
 At each call, torch's operators check for tracing, autograd and vmap, over as many arguments as the
-model has weights. None of these is active here. The host reads `which` in both forms.
+model has weights. None of these is active here. The host reads `which` from the device in both
+forms.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ def as_python(graph: fx.Graph) -> None:
 def while_loop(
     goes_on: Callable[..., Tensor], body: Branch, carried: Sequence[Tensor], given: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """What is carried when `goes_on` gives false (a bool tensor of one element).
+    """Runs `body` while `goes_on` returns true (a bool tensor of one element); returns the carried
+    values.
 
-    Raises ArtifactError for a loop that does not end: a period drafts a level in each step.
+    Raises ArtifactError for a loop of more than `_MOST_STEPS` steps: a period's loop drafts one
+    level per step.
     """
     for _ in range(_MOST_STEPS):
         if not goes_on(*carried, *given):
@@ -48,7 +51,7 @@ def while_loop(
 
 
 def cond(which: Tensor, yes: Branch, no: Branch, given: Sequence[Tensor] = ()) -> Sequence[Tensor]:
-    """What the branch that `which` chooses returns (a bool tensor of one element)."""
+    """Runs the branch that `which` (a bool tensor of one element) chooses; returns its result."""
     return (yes if which else no)(*given)
 
 

@@ -17,10 +17,10 @@ What is measured:
 - Drafts may stop early (`confidence`, the end of a row), so K is a cap. The probability that a row
   drafts on scales the advance; the probability that any row of the batch does scales the levels
   that cost time.
-- Seconds are low quantiles of the last few samples: slow outliers are common, fast ones are not.
-  The first period of each K and w may include setup for new shapes, so alone it counts only where
-  it is fast. verify(N) comes from N's own samples where two of them agree (kernels change at some
-  N), else from a robust line (Theil-Sen) through those N.
+- Seconds are low quantiles of the last few samples, because only slow outliers are common.
+  The first period of each K and w may include setup for new shapes: if it is the only sample, it
+  counts only where it is fast. verify(N) comes from N's own samples where two of them agree
+  (kernels change at some N), else from a robust line (Theil-Sen) through the other N.
 - A width that never ran is estimated optimistically: refusals fall as 1 / w and its steps cost no
   more. A step of a width that hardly ran costs at most what its nodes would cost in narrower steps.
 
@@ -33,9 +33,9 @@ repeated, so that improvements are found soon. A choice is kept until another is
 `HYSTERESIS`, and K comes from a ladder, because a new K or w may need new allocations or
 compilation.
 
-Where a verification streams weights from a slower tier, the stream's seconds are known before
-anything ran: verify(N) begins with them for every N. The opening then is a long period, and dense
-steps, which stream as much for one token, are left to probes.
+Where a verification streams weights from a slower tier, the time of the stream is known in advance:
+it is the first estimate of verify(N) for every N. The opening then is a long period. Dense steps,
+which stream as much for one token, are left to probes.
 
 Pure Python without random numbers: the same observations give the same choices.
 """
@@ -53,22 +53,22 @@ from sirius_runtime.errors import ConfigError
 
 # Simulated rates hardly depend on these: halving or doubling one moves their mean by 1% at most.
 OPENING_PERIOD = 5
-"""The greatest K of the opening: enough to observe some levels, and little is lost where most are
-refused.
+"""The greatest K of the opening: long enough to observe some levels, and cheap where most drafts
+are refused.
 """
 STREAMED_PERIOD = 16
-"""As `OPENING_PERIOD`, where a verification streams weights: what a short period saves is little
-beside that.
+"""As `OPENING_PERIOD`, where a verification streams weights: a short period saves little compared
+with the stream's time.
 """
 OPENING_ROUNDS, AGREE = 3, 1.5
-"""Most rounds of the opening, and the factor within which the two shortest times agree: then the
-rounds end.
+"""The most rounds of the opening. The rounds end sooner if the two shortest times agree, within
+this factor.
 """
 FORGET = 0.96
 """The factor by which counts decay each period: a memory of 25 periods."""
 LEAST_TRIALS = 6.0
-"""Trials below which the counts of an idle width do not decay: its estimate stays, but its next
-periods soon outweigh it.
+"""Number of trials below which the counts of a width that is not in use do not decay. Its estimate
+is kept, but new periods soon outweigh it.
 """
 RATE, RATE_TRIALS = 0.8, 8.0
 """Prior of the narrowest width's pooled rate, and the weight of any width's prior, in trials."""
@@ -80,30 +80,31 @@ of the level's own.
 STOP_TRIALS = 8.0
 """Weight, in trials, of the prior that no draft stops early."""
 SAMPLES, SURE_SAMPLES = 9, 2
-"""Samples kept of a step or the rest, and how many of them make a width's own step time reliable.
+"""Samples kept of the step time and of the rest's; and how many make a width's step time reliable.
 """
 VERIFY_SAMPLES, VERIFY_POINTS, ONE_NODE = 5, 6, 1.0
-"""Samples kept of each N; the number of different N; and the weight of N = 1 on the line, where any
-other N weighs as much as it has samples: one token alone often runs a faster kernel.
+"""Samples kept of each N; the most different N; and the weight of N = 1 in the line's fit. Other N
+weigh as much as their number of samples. N = 1 weighs less because it often runs a faster kernel.
 """
 PROBE_EVERY, PROBE_SHARE, PROBE_WINS = 24, 0.02, 1.2
-"""Periods between probes; the share of the time that they may lose; and how many times the best
-choice's tokens per second a probe must reach to be repeated.
+"""Periods between probes; the share of the time that probes may lose; and the multiple of the best
+choice's tokens per second that a probe must reach to be repeated.
 """
 HYSTERESIS = 0.01
-"""How much better another choice must be, as a share."""
+"""The relative gain in tokens per second from which another choice replaces the current one."""
 LEAST_SECONDS, LONGEST_SECONDS = 1e-9, 1e9
-"""Least seconds of a period, and of a sample: rates stay finite whatever the clock says."""
+"""Least seconds of a period, and most seconds of a sample: rates stay finite for any clock values.
+"""
 
 
 @dataclass(frozen=True)
 class Observation:
     """One period as it ran.
 
-    `period` K, `width` w and `nodes` N of its tree; `levels`: sparse steps that ran; `rows`:
-    (drafted, accepted) levels of each live row: accepted < drafted means that the token after the
-    accepted ones was refused. Seconds are those of all sparse steps, of the verify pass, and of the
-    rest of the period.
+    `period` K, `width` w and `nodes` N of its tree; `levels`: sparse steps that ran. `rows`:
+    (drafted, accepted) levels of each live row; accepted < drafted means that the token after the
+    accepted ones was refused. `draft_seconds`: of all sparse steps together; `verify_seconds`: of
+    the verify pass; `rest_seconds`: of the rest of the period.
     """
 
     period: int
@@ -117,11 +118,11 @@ class Observation:
 
 
 class Controller:
-    """Chooses each next period of one generation; tell it how every period went.
+    """Chooses each next period of one generation; `observe` must be called after every period.
 
-    most_period: the greatest K it may choose, at least 1 (1: always dense). widths: those it may
-    choose. A dense period (K = 1) has no tree; it is given the narrowest width. streaming: seconds
-    that a verification takes to stream weights, 0 where all are held.
+    most_period: the greatest K it may choose, at least 1 (1: always dense). widths: the tree widths
+    it may choose. A dense period (K = 1) has no tree; its width is the narrowest one. streaming:
+    seconds that a verification takes to stream weights, 0 where all weights are held.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class Controller:
         self._shapes: set[tuple[int, int]] = set()  # those that ran
         self._periods = 0
         self._best = self._forecast(self._widths[0], 1)
-        self._probed: _Forecast | None = None  # the choice, where it is a probe
+        self._probed: _Forecast | None = None  # the current choice, if it is a probe
         self._winner: _Forecast | None = None  # the last period, where it was a probe that won
         self._turn = self._last_probe = 0
         self._credit = 0.0  # seconds that probes may lose
@@ -151,7 +152,7 @@ class Controller:
         return self._choice
 
     def observe(self, observation: Observation) -> None:
-        """Learns from a period that ran, be it the chosen one or another."""
+        """Learns from a period that ran; it need not be the chosen one."""
         self._periods += 1
         self._winner, self._probed = self._won(observation), None
         shape = observation.period, observation.width
@@ -169,11 +170,11 @@ class Controller:
         self._choice = next(self._opening, None) or self._next()
 
     def _openings(self) -> Iterator[tuple[int, int]]:
-        """The first choices, each made when it is due."""
+        """The choices of the opening; each is computed when it is asked for."""
         longest = STREAMED_PERIOD if self._streams else OPENING_PERIOD
         narrowest, most = self._widths[0], min(longest, self._ladder[-1])
         yield most, narrowest.width
-        # Where much is refused, shorter periods tell as much.
+        # Where many drafts are refused, a shorter period gives as much information.
         period = min(most, round(2.0 * narrowest.advance[most]))
         nodes = (period - 1) * narrowest.width + 1
         for _ in range(OPENING_ROUNDS):
@@ -206,7 +207,7 @@ class Controller:
         """The next probe in turn that the credit covers; `others`: the best of the other widths."""
         period = self._best.period
         longer = self._ladder[min(self._ladder.index(period) + 2, len(self._ladder) - 1)]
-        # Of another width first the most informative probe: a period as long as the one in use.
+        # Another width is first probed with a K as long as the one in use: the most informative.
         turns: list[tuple[_Width, tuple[int, ...]]] = [
             (self._best.model, (longer, 2)),
             (self._widths[0], (1,)),
@@ -220,8 +221,8 @@ class Controller:
         return None
 
     def _affordable(self, model: _Width, periods: Sequence[int]) -> _Forecast | None:
-        """The first of these that is not the best choice and whose cost the credit covers; takes
-        the cost off the credit.
+        """The first of these periods that is not the best choice and whose predicted loss the
+        credit covers; subtracts the loss from the credit.
         """
         for period in periods:
             probe = self._forecast(model, min(period, self._ladder[-1]))
@@ -232,7 +233,9 @@ class Controller:
         return None
 
     def _won(self, observation: Observation) -> _Forecast | None:
-        """The probe, if this period was it and did better than predicted for the best choice."""
+        """The probe, if this period was the probe and was `PROBE_WINS` times as fast as the
+        prediction for the best choice; else None.
+        """
         probe, rows = self._probed, observation.rows
         if probe is None or not rows or (observation.period, observation.width) != probe.choice:
             return None
@@ -240,7 +243,7 @@ class Controller:
         return probe if advance > PROBE_WINS * self._best.rate * probe.seconds else None
 
     def _best_of(self, model: _Width) -> _Forecast:
-        """The best choice of a width that drafts at all."""
+        """The best choice with K > 1 for a width."""
         end = bisect_right(self._ladder, 2 * model.longest or OPENING_PERIOD)
         best, best_rate = 2, 0.0
         advance, seconds = model.advance, self._seconds
@@ -260,7 +263,7 @@ class Controller:
 
 
 class _Forecast(NamedTuple):
-    """The prediction for a period of this width and K: tokens of a row, and seconds."""
+    """The prediction for a period of this width and K: tokens that a row commits, and seconds."""
 
     model: _Width
     period: int
@@ -281,7 +284,7 @@ def _rate(forecast: _Forecast) -> float:
 
 
 def _ladder(most: int) -> Iterator[int]:
-    """The K to choose from: 1 to 6, then a third more each, then `most`."""
+    """The K to choose from: 1 to 6, then each a third greater than the one before, then `most`."""
     period = 1
     while period < most:
         yield period
@@ -290,7 +293,7 @@ def _ladder(most: int) -> Iterator[int]:
 
 
 class Samples:
-    """The lower tertile of the last samples, in seconds: of up to three the least."""
+    """The lower tertile of the last `most` samples, in seconds; of up to three, the least."""
 
     __slots__ = ("_last", "_sure", "settled", "typical")
 
@@ -298,7 +301,8 @@ class Samples:
         self._last: deque[float] = deque(maxlen=most)
         self.typical = 0.0
         self._sure = False
-        self.settled = False  # whether the two least agree, and not all may have been setting up
+        # Whether the two least samples agree, and at least one sample is not of a first period.
+        self.settled = False
 
     @property
     def count(self) -> int:
@@ -314,7 +318,9 @@ class Samples:
 
 
 class _VerifyCost:
-    """Seconds of a verify pass by its nodes N. `least`: of any, before one was measured."""
+    """Seconds of a verify pass as a function of its nodes N. `least`: the estimate for all N before
+    anything was measured.
+    """
 
     def __init__(self, least: float = 0.0) -> None:
         self._points: dict[int, Samples] = {}  # the latest last
@@ -330,7 +336,7 @@ class _VerifyCost:
         return nodes in self._points and self._points[nodes].settled
 
     def add(self, nodes: int, seconds: float, first: bool) -> None:
-        """Counts a pass, maybe that of the first period of a K and w."""
+        """Adds a pass of N nodes. `first`: whether its period was the first of its K and w."""
         point = self._points.pop(nodes, None) or Samples(VERIFY_SAMPLES)
         point.add(seconds, first)
         if not point.count:
@@ -364,10 +370,10 @@ class _VerifyCost:
 
 
 class _Width:
-    """What is known of a tree width: tables by K (index 0 is unused) and the cost of a step.
+    """The model of a tree width: tables by K (index 0 is unused) and the cost of a step.
 
-    `advance`: tokens that a row should commit; `levels`: sparse steps that should run; `step`:
-    seconds of one; `rate`: pooled chance that a level passes; `longest`: the longest K that ran.
+    `advance`: expected tokens that a row commits; `levels`: expected sparse steps; `step`: seconds
+    of one step; `rate`: pooled probability that a level passes; `longest`: the longest K that ran.
     """
 
     def __init__(self, width: int, most_period: int) -> None:
@@ -383,7 +389,9 @@ class _Width:
         self._tabulate()
 
     def assume(self, narrower: _Width | None) -> None:
-        """Fills in what hardly ran by what the next narrower width predicts."""
+        """Estimates the step time and the rate of a width with few or no periods from the next
+        narrower width.
+        """
         samples = [some.typical for some in (self.steps, self._first_steps) if some.count]
         if self.steps.count >= SURE_SAMPLES:
             samples = samples[:1]
@@ -395,7 +403,9 @@ class _Width:
             self._tabulate()
 
     def observe(self, observation: Observation, now: int, first: bool) -> None:
-        """Counts a period of at least one level, number `now`, maybe the first of its K."""
+        """Adds a period with at least one level. `now`: its number; `first`: whether it is the
+        first of its K.
+        """
         period, levels, deepest = observation.period, observation.levels, len(self._seen) - 1
         self.longest = max(self.longest, period)
         steps = self._first_steps if first else self.steps
@@ -425,7 +435,7 @@ class _Width:
         row_drafts_on, batch_drafts_on = self._row.rate, self._batch.rate
         near_seen, near_passed = NEAR_TRIALS, NEAR_TRIALS * pooled
         prior_seen, prior_passed = (1.0 - NEAR) * near_seen, (1.0 - NEAR) * near_passed
-        commits = runs = 1.0  # chances that the level is committed, and that it is drafted
+        commits = runs = 1.0  # probabilities that the level is committed, and that it is drafted
         advance, levels = [0.0, 1.0], [0.0, 0.0]
         for seen, passed in zip(self._seen[1:], self._passed[1:], strict=True):
             near = near_passed / near_seen
@@ -440,7 +450,7 @@ class _Width:
 
 
 class _DraftsOn:
-    """The chance that a draft goes on after a level: 1 until one stopped early."""
+    """The probability that a draft goes on after a level: 1 until a draft has stopped early."""
 
     __slots__ = ("_stopped", "_went_on")
 
@@ -458,7 +468,7 @@ class _DraftsOn:
 
 
 def _weighted_median(pairs: list[tuple[float, float]]) -> float:
-    """The lower median of (value, weight) pairs; 0 of none."""
+    """The lower weighted median of (value, weight) pairs; 0 if there are none."""
     pairs.sort()
     half, total = sum(weight for _, weight in pairs) / 2.0, 0.0
     for value, weight in pairs:

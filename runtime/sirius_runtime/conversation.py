@@ -1,4 +1,4 @@
-"""A conversation with a model: what was said, and the next answer."""
+"""A conversation with a model: its messages, and the next answer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ DEFAULT_ANSWER = 1024
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer's text, as it stands in the conversation. `output`: None for one that was stopped.
-    `full`: whether the model's length ended it.
+    """An answer: its text, as it is in the conversation. `output`: None if Ctrl-C stopped it.
+    `full`: whether the answer ended because the model's sequence length was reached.
     """
 
     text: str
@@ -42,8 +42,8 @@ class Conversation:
         chat_template: str | None = None,
         **options: Any,
     ) -> None:
-        """options: for `SiriusModel.generate`. max_new_tokens: of an answer, fewer where the
-        model's length leaves no more. Raises GenerationError for a model without a chat template.
+        """max_new_tokens: limit of an answer; the model's sequence length may leave fewer. options:
+        for `SiriusModel.generate`. Raises GenerationError for a model without a chat template.
         """
         if model.chat is None or model.tokenizer is None:
             raise GenerationError(NO_TEMPLATE)
@@ -67,10 +67,10 @@ class Conversation:
         self.turns = []
 
     def ask(self, text: str, write: Callable[[str], None] = lambda text: None) -> Answer:
-        """The answer to `text`, given to `write` as it comes.
+        """Generates the answer to `text`; passes its text to `write` as it is generated.
 
-        KeyboardInterrupt stops it: what was written so far is the answer. Raises GenerationError
-        where it can't be answered; the conversation is then as it was before.
+        KeyboardInterrupt stops the answer: it is then the text written so far. Raises
+        GenerationError where no answer can be generated; the conversation is then as it was before.
         """
         asked = {"role": "user", "content": text}
         ids = self._encode([*self.messages, asked])

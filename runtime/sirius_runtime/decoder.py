@@ -1,9 +1,9 @@
-"""What decodes: a batch's state, and the strategies that run a period over it.
+"""The decoder: a batch's state, and the strategies that run a period over it.
 
-`Generation` keeps rows, ends, streams and statistics, in plain numbers: no tensor crosses the seam
-to a `Decoder`. A `Strategy` runs one period: by the entries (`by_entries`), as one graph
-(`one_graph`), replayed from a recording (`recorded`), or one step of one path (`Steps`). It returns
-what the period did; strategies share the state, so that one may follow another.
+`Generation` keeps rows, finish reasons, streamers and statistics in plain Python numbers: no tensor
+passes between it and a `Decoder`. A `Strategy` runs one period: entry by entry (`by_entries`), as
+one graph (`one_graph`), replayed from a recording (`recorded`), or as one step of one path
+(`Steps`). It returns an `Outcome`. All strategies share the state, so any may follow any other.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Way(StrEnum):
-    """How the next tokens are made."""
+    """How the next tokens are decoded."""
 
     DRAFT = "draft"
     """A period: the sparse path drafts, the full path verifies."""
@@ -43,8 +43,8 @@ class Way(StrEnum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """Why a period did what it did: its draft, the full path's logits after each node [B, N, V],
-    and what was made of them. A step has logits alone, [B, 1, V], before any processing.
+    """What a period's result follows from, for traces: the draft, the full path's logits after each
+    node [B, N, V], and the verdict. A step has only logits, [B, 1, V], before any processing.
     """
 
     draft: Draft | None
@@ -54,11 +54,12 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a period did, in the state's own arrays.
+    """The result of a period, in arrays of the state's kind.
 
-    packed [B, K + 2] int64: K tokens, of which the first `advance` are committed, `advance`, and
-    the drafted levels that count for the row; the host reads it at once. levels, full_passes: the
-    sparse steps and the full forwards that ran; what was looked up took no step.
+    packed [B, K + 2] int64: K tokens, of which the first `advance` are committed; `advance`; and
+    the number of levels drafted for the row. It is one array so that the host reads it in one copy.
+    levels: sparse steps that ran; drafts that were looked up take none. full_passes: forward passes
+    of the full path.
     """
 
     packed: Any
@@ -69,7 +70,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class RowPeriod:
-    """What a period did to one row: the tokens it committed, and the levels drafted for it."""
+    """A period's result for one row: the committed tokens, and the levels drafted for it."""
 
     tokens: list[int]
     drafted: int
@@ -77,7 +78,7 @@ class RowPeriod:
 
 @dataclass(frozen=True)
 class Period:
-    """What a period did: to each row, and what it cost."""
+    """A period's result: for each row, and the passes that ran (as in `Outcome`)."""
 
     rows: list[RowPeriod]
     levels: int
@@ -86,16 +87,16 @@ class Period:
 
 
 Choose = Callable[[Any, Any, Any], Any]
-"""Chooses each row's next token [B]: by its logits [B, V], the number [B] of tokens before it, and
-a uniform number [B] where it is drawn (else None: the likeliest).
+"""Chooses each row's next token [B] from its logits [B, V], the number of tokens before it [B], and
+a uniform random number [B]. Without that (None), it chooses the likeliest token.
 """
 
 
 class Strategy(Protocol):
-    """Runs a period over a state, and moves it on."""
+    """Runs a period over a state, and commits its tokens to the state."""
 
     def period(self, state: Any, plan: Plan, most_B: Any, clock: PhaseClock) -> Outcome:
-        """Row i commits at most `most_B[i]` tokens, at least 1. Times go to the clock's phases."""
+        """Row i commits 1 to `most_B[i]` tokens. Times are added to the clock's phases."""
         ...
 
 
@@ -124,31 +125,34 @@ class Steps:
 
 
 def steps(choose: Choose) -> dict[Way, Strategy]:
-    """The strategies that every back end has."""
+    """The strategies that every back end has: single steps of either path."""
     return {way: Steps(way, choose) for way in (Way.DENSE, Way.SPARSE)}
 
 
 class Backend(Protocol):
-    """A loaded program: runs its entries, and opens what decodes by them.
+    """A loaded program: runs its entries, and opens decoders.
 
-    Its arrays are PyTorch's or NumPy's; caches among PyTorch's inputs are written in place.
+    Arrays are PyTorch's or NumPy's. With PyTorch, an entry writes to the caches among its inputs in
+    place.
     """
 
     program: ProgramSpec
     dtype: Any
     explains: bool
-    """Whether its periods bring their evidence."""
+    """Whether its periods return their `Evidence`."""
     looks_up: bool
-    """Whether its periods take drafts that were looked up."""
+    """Whether its periods accept drafts that were looked up."""
 
     @property
     def stream_seconds(self) -> float:
-        """Of a full pass, the seconds that it reads weights which no fast memory holds; 0: none."""
+        """Seconds in which a pass of the full path streams weights from a slow tier; 0 where fast
+        memory holds all weights.
+        """
         ...
 
     @property
     def limits(self) -> Limits | None:
-        """What whole periods can take, where they run as one graph."""
+        """The limits of a period graph, where periods run as one graph; else None."""
         ...
 
     @property
@@ -161,7 +165,7 @@ class Backend(Protocol):
 
     @property
     def threads(self) -> int:
-        """Threads of one operator on the CPU, at the most."""
+        """The most threads of one operator on the CPU."""
         ...
 
     def run(self, entry: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,12 +173,12 @@ class Backend(Protocol):
         ...
 
     def open(self, request: Request, rows: int, tokens: int, clock: PhaseClock) -> Decoder:
-        """A decoder with room for rows of `tokens`, prompt and answer."""
+        """A decoder with room for `rows` sequences of `tokens` tokens each, prompt and answer."""
         ...
 
 
 class Decoder:
-    """A batch of sequences in progress, and the ways to go on with it."""
+    """A batch of sequences in progress, and the strategies that continue it."""
 
     def __init__(
         self,
@@ -188,9 +192,10 @@ class Decoder:
         resizable: bool = True,
         scorer: Scorer | None = None,
     ) -> None:
-        """refresh: periods after which `griffin` selects its neurons again, from the prompt and the
-        tokens verified so far; 0: never. rows: the number that graphs were compiled for; the batch
-        is filled up with inactive rows. resizable: whether `select` can leave rows out.
+        """refresh: number of periods after which `griffin` selects its neurons again, from the
+        prompt and the tokens verified so far; 0: never. rows: the number of rows that graphs were
+        compiled for; the batch is filled up with inactive rows. resizable: whether `select` can
+        drop rows.
         """
         self.state, self.resizable = state, resizable
         self._ways, self._choose, self._clock = ways, choose, clock
@@ -203,15 +208,16 @@ class Decoder:
         noise: np.ndarray | None,
         prefix: Prefix | None = None,
     ) -> list[int]:
-        """Runs the prompts densely, but for their `prefix`; returns the first token of each row,
-        drawn by noise [rows, 1, 1] where it is given.
+        """Runs the prompts through the full path, without their `prefix`, whose K/V is given.
+        Returns the first token of each row; it is drawn if there is noise [rows, 1, 1].
         """
         state = self.state
         with state.computing():
             if self._scorer is not None:
                 self._scorer.begin(prompts)
             logits, self.prefill_passes = state.prefill(prompts, prefix)
-            # Once: with a choice a chunk, a longer neighbour would use up a row's random numbers.
+            # One choice after all chunks: a choice per chunk would use up random numbers of a row
+            # whose neighbour has a longer prompt.
             number = None if noise is None else state.array(noise)[:, 0, 0]
             state.root = self._choose(logits, state.length, number)
             state.choose_neurons()
@@ -228,10 +234,10 @@ class Decoder:
         noise: np.ndarray | None,
         given: Sequence[Sequence[int]] = (),
     ) -> Period:
-        """Goes on with every row; row i commits at most `sizes[i]` tokens.
+        """Runs one period (or step) for all rows; row i commits at most `sizes[i]` tokens.
 
-        noise [rows, 2, K] float64: where tokens are drawn; of a step its first number alone. given:
-        of each row the chain that was looked up; none for rows whose draft the sparse path makes.
+        noise [rows, 2, K] float64: uniform random numbers, where tokens are drawn; a step uses the
+        first one only. given: each row's looked-up chain; empty where the sparse path drafts.
         """
         state, rows = self.state, len(sizes)
         self._periods += 1
@@ -253,33 +259,35 @@ class Decoder:
         )
 
     def logprobs(self) -> list[list[TokenLogprobs]]:
-        """Of each row's tokens that the last call committed, where the request asks for them."""
+        """The log-probabilities of each row's tokens that the last call committed. Only for
+        requests that ask for them.
+        """
         assert self._scorer is not None
         return self._scorer.logprobs()
 
     def set_active(self, active: Sequence[bool]) -> None:
-        """Says which rows go on; the others stay as they are."""
+        """Sets which rows continue; the others do not change."""
         state = self.state
         with state.computing():
             state.active = state.array(self._filled(np.array(active), False))
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keeps these rows and leaves the others out, with their state."""
+        """Keeps these rows with their state, and drops the others."""
         with self.state.computing():
             self.state.select(rows)
             if self._scorer is not None:
                 self._scorer.select(rows)
 
     def density(self) -> float:
-        """Share of the full path's bytes that a sparse step read so far."""
+        """The mean bytes that a sparse step has read so far, as a share of the full path's."""
         return self.state.density()
 
     def array(self, tokens: Sequence[Any]) -> Any:
-        """Tokens as the back end's own kind of array, for streamers."""
+        """Tokens as an array of the back end's kind, for streamers."""
         return self.state.xp.asarray(tokens)
 
     def _filled(self, values: np.ndarray, value: float) -> np.ndarray:
-        """`values` [rows, ...] with those of the rows that fill the batch up."""
+        """`values` [rows, ...], with `value` for the rows that fill the batch up."""
         spare = self.state.rows - len(values)
         if not spare:
             return values
@@ -288,7 +296,9 @@ class Decoder:
 
 
 def padded(given: Sequence[Sequence[int]]) -> np.ndarray:
-    """The chains that were looked up, as `Plan.given` [rows, longest] int64."""
+    """The looked-up chains as an array [rows, longest] int64 for `Plan.given`; shorter ones end in
+    `NO_TOKEN`.
+    """
     array = np.full((len(given), max(map(len, given))), NO_TOKEN, np.int64)
     for row, tokens in enumerate(given):
         array[row, : len(tokens)] = tokens

@@ -19,13 +19,13 @@ from sirius_runtime.sizes import node_count
 from sirius_runtime.tree import Level, Tree, attach, plant
 
 Propose = Callable[[Tree, Tensor, Tensor], tuple[Level, Tensor | None]]
-"""Chooses the nodes of a level (int64 [], from 1) by the sparse logits [B, W, V] above it. Also
-returns the distribution [B, V] that a token was drawn from, None where none was.
+"""Chooses the nodes of a level (int64 [], from 1) by the sparse logits [B, W, V] of the level
+above. Also returns the distribution [B, V] that a token was drawn from, or None in greedy drafts.
 """
 
 
 class DraftState(NamedTuple):
-    """A draft in progress: as `Draft`, and `live` [B] bool: the rows that draft on."""
+    """A draft in progress: the fields of `Draft`, and `live` [B] bool: rows that draft on."""
 
     tree: Tree
     depth: Tensor
@@ -34,7 +34,7 @@ class DraftState(NamedTuple):
 
     @property
     def draft(self) -> Draft:
-        """What is drafted so far."""
+        """The draft so far."""
         return Draft(self.tree, self.depth, self.distributions)
 
 
@@ -47,10 +47,10 @@ def begin(
     width: int,
     sampled_from: int | None = None,
 ) -> DraftState:
-    """The roots, with room for `period` - 1 levels. Rows that may commit more than one token draft;
-    `most_B` is at least 1.
+    """A draft of the roots alone, with room for `period` - 1 levels. Active rows that may commit
+    more than one token are live; `most_B` is at least 1.
 
-    `sampled_from`: the vocabulary size, where tokens will be drawn.
+    `sampled_from`: the vocabulary size, where tokens will be drawn; else None.
     """
     depth = torch.zeros_like(root_B)
     distributions = None
@@ -69,12 +69,12 @@ def extend(
     most_B: Tensor,
     confidence: Tensor,
 ) -> DraftState:
-    """`state` with one level more; it counts for the rows that were live.
+    """`state` with one more level, which counts for the rows that were live.
 
     A row drafts on while the probability of its best path (the sparse path's confidence in the
     draft) is at least `confidence` (float32 []; 0 never stops), and while it may commit more tokens
-    (at most `most_B`, its own next root included). The level that falls below `confidence` still
-    counts: it is drafted, and dropping it because of its tokens would bias sampling.
+    (at most `most_B`, including its next root). The level that falls below `confidence` still
+    counts: it is already drafted, and dropping it because of its tokens would bias sampling.
     """
     new, distribution = propose(state.tree, logits_BWV, level)
     depth = state.depth + state.live
@@ -86,7 +86,7 @@ def extend(
 
 
 def first_levels(draft: Draft, levels: int, width: int) -> Draft:
-    """The draft without the levels after the first `levels`, which were never drafted."""
+    """The first `levels` levels of a draft; the others were never drafted."""
     N, tree = node_count(levels + 1, width), draft.tree
     tree = Tree(tree.tokens[:, :N], tree.parents[:, :N], tree.scores[:, :N], tree.mask[:, :N, :N])
     q = None if draft.distributions is None else draft.distributions[:, :levels]
@@ -94,8 +94,8 @@ def first_levels(draft: Draft, levels: int, width: int) -> Draft:
 
 
 def with_given(draft: Draft, given_BG: Tensor) -> Draft:
-    """A chain's draft, in which rows that have one take the chain that was looked up for them
-    (`Plan.given`): proposals of probability 1, where tokens are drawn.
+    """A draft of chains, in which rows with a looked-up chain (`Plan.given`) take that chain. Where
+    tokens are drawn, its tokens have the draft probability 1.
     """
     tree, q = draft.tree, draft.distributions
     B, N = tree.tokens.shape
@@ -116,6 +116,6 @@ def with_given(draft: Draft, given_BG: Tensor) -> Draft:
 
 
 def _surely(q_BLV: Tensor, tokens_BL: Tensor, has_B1: Tensor) -> Tensor:
-    """`q`, with probability 1 for the tokens of the rows that have some."""
+    """`q`, with probability 1 for the looked-up tokens of the rows that have some."""
     sure = torch.zeros_like(q_BLV).scatter(2, tokens_BL.clamp(min=0)[:, :, None], 1.0)
     return torch.where(has_B1[:, :, None], sure, q_BLV)

@@ -1,6 +1,6 @@
-"""What the entries of a program take and give: names, dtypes and shapes.
+"""The inputs and outputs of a program's entries: names, dtypes and shapes.
 
-Shape letters as in `sirius_runtime.ops`; `model` is the program's dtype.
+Shape letters are those of `sirius_runtime.ops`; `model` is the program's dtype.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ INPUTS: dict[str, TensorSpec] = {
         TensorSpec("refresh", "bool", ()),
     )
 }
-"""Every input that a graph may have; shape letters as in `sirius_runtime.ops`."""
+"""Every input that a graph may have."""
 
 RESULTS: dict[str, TensorSpec] = {
     spec.name: spec
@@ -69,7 +69,7 @@ RESULTS: dict[str, TensorSpec] = {
         TensorSpec("neurons", "int64", ("layers", "B", "kept")),
     )
 }
-"""Every output that a graph may have. `prefill` gives the logits of one token a row (T = 1)."""
+"""Every output that a graph may have. `prefill` returns the logits of one token per row (T = 1)."""
 
 _TOKENS = ("input_ids", "positions", "slots", "length", "tree_mask", "k_cache", "v_cache")
 _PLAN = ("confidence", "temperature", "top_k", "top_p", "noise")
@@ -78,14 +78,14 @@ _OUTCOME = ("tokens", "advance", "drafted", "root", "length", "levels", "k_kept"
 
 
 def plan_inputs(rules: Sequence[str]) -> tuple[str, ...]:
-    """The inputs by which a graph of these rules gets a plan, by name."""
+    """Names of the inputs that pass a plan to a period graph with these rules."""
     return ("rule", *options_of(rules), *_PLAN)
 
 
 def signature(
     entry: str, sparsity: SparsitySpec, rules: Sequence[str]
 ) -> tuple[frozenset[str], frozenset[str]] | None:
-    """The inputs and outputs of an entry, by name; None for an unknown entry."""
+    """The names of an entry's inputs and outputs; None for an unknown entry."""
     chooses, counts = sparsity.method.per_prompt, bool(sparsity.counted)
     kept = ("kept",) * counts
     known: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -108,12 +108,12 @@ def signature(
 
 
 def needed(sparsity: SparsitySpec) -> tuple[str, ...]:
-    """The entries that decoding runs."""
+    """The entries that decoding needs."""
     return (PREFILL, SPARSE, FULL, *(OBSERVE,) * sparsity.method.per_prompt)
 
 
 def extents(program: ProgramSpec) -> dict[str, int]:
-    """The values of the letters that are the same in every call."""
+    """The sizes of the shape letters that are the same in every call."""
     state, sparsity = program.state, program.sparsity
     return {
         "K": program.period.period,

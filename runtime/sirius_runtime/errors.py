@@ -1,8 +1,8 @@
-"""Errors: one root; every message names the thing, the reason and the way out.
+"""The error classes. Every message names the thing, the reason and the remedy.
 
-`UserError` is for faults that the user can fix (a wrong flag, a bad file, an unsupported model);
-the command lines print its message alone and exit with its `exit_code`. Any other `SiriusError` is
-a bug.
+`UserError` is for faults that the user can fix (a wrong flag, a bad file, an unsupported model).
+The command lines print only its message and exit with its `exit_code`. Any other `SiriusError` is a
+bug.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ _SHOWN = 60  # characters of a wrong value
 
 
 class SiriusError(Exception):
-    """Root of all errors of this project; on its own, a fault of the tool (exit code 70)."""
+    """Base class of all errors of this project; raised itself, it reports a bug (exit code 70)."""
 
     exit_code = 70
 
@@ -35,11 +35,11 @@ class GenerationError(UserError):
 
 
 class BackendError(UserError):
-    """A back end that can't be made to work on this machine, with the reason."""
+    """A back end that can't run on this machine, with the reason."""
 
 
 class OperandError(UserError, ValueError):
-    """An operand that an operator refuses: its sizes are not those that the others need."""
+    """An operand that an operator refuses: its shape does not match the other operands."""
 
 
 class OperandIndexError(OperandError, IndexError):
@@ -51,7 +51,7 @@ class UnsupportedModelError(UserError):
 
 
 class ModelNotFoundError(UserError):
-    """A model name or path that leads nowhere, or that can't be fetched."""
+    """A model name or path that does not exist, or a model that can't be fetched."""
 
 
 class CalibrationError(UserError):
@@ -71,11 +71,11 @@ class ReproductionError(UserError):
 
 
 class PassError(SiriusError):
-    """A pass that broke the program: the verifier's finding, a bug of the compiler."""
+    """A pass made the program invalid, as the verifier found: a bug of the compiler."""
 
 
 def shown(value: str) -> str:
-    """A value as a message repeats it: quoted, and cut where it is long."""
+    """A value as messages show it: quoted, and cut to `_SHOWN` characters."""
     return repr(value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…")
 
 

@@ -1,8 +1,8 @@
-"""A forked child lacks its parent's threads; if it waits for them, it hangs.
+"""Raises an error in a forked child that would hang.
 
-The thread pools of PyTorch (OpenMP) and ONNX Runtime exist once something has run on several
-threads. A forked child that runs on several threads would then wait for its parent's threads for
-ever; it gets an error instead.
+A forked child does not have its parent's threads. PyTorch (OpenMP) and ONNX Runtime start thread
+pools when something first runs on several threads. A child that is forked after that, and runs on
+several threads, would wait forever for threads of its parent.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import os
 from sirius_runtime.errors import GenerationError
 
 _pool = False  # whether this process has started threads that a child would lack
-_lost = False  # whether they belong to a parent
+_lost = False  # whether this process is a child without them
 
 
 def ran_on(threads: int) -> None:
-    """Notes that operators have run on so many threads."""
+    """Records that operators have run on so many threads."""
     global _pool
     _pool = _pool or threads > 1
 
@@ -25,10 +25,10 @@ def check_threads_live(threads: int) -> None:
     """Raises GenerationError where running on so many threads would hang."""
     if _lost and threads > 1:
         raise GenerationError(
-            "this process was forked from one that had generated before, and its threads did not "
-            "come along: generating here would wait for them for ever. Start such processes by "
-            "spawn (multiprocessing.get_context('spawn')), fork before anything is generated, or "
-            "set one thread (torch.set_num_threads(1))"
+            "this process was forked from one that had generated before, and a fork does not copy "
+            "threads: generating here would wait for them forever. Start such processes by spawn "
+            "(multiprocessing.get_context('spawn')), fork before anything is generated, or set one "
+            "thread (torch.set_num_threads(1))"
         )
 
 

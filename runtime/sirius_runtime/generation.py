@@ -29,7 +29,9 @@ from sirius_runtime.trace import Trace, Tracer, Tracing
 
 
 class Streamer(Protocol):
-    """transformers' streamer: `put` takes the prompt [1, T], then committed tokens; then `end`."""
+    """transformers' streamer interface: `put` gets the prompt [1, T], then committed tokens [n];
+    `end` is called last.
+    """
 
     def put(self, value: Any) -> None: ...
 
@@ -37,7 +39,7 @@ class Streamer(Protocol):
 
 
 class Row:
-    """What the host knows of one sequence: its committed tokens, and why it ended."""
+    """One sequence on the host: its committed tokens, and its finish reason."""
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class Row:
         self._lookup = Lookup(request.lookup, prompt) if request.lookup else None
 
     def take(self, tokens: Sequence[int]) -> list[int]:
-        """Takes committed tokens up to the row's end; returns those taken."""
+        """Appends committed tokens up to the row's end; returns those that were appended."""
         taken: list[int] = []
         for token in tokens:
             if self.reason is not None:
@@ -77,20 +79,19 @@ class Row:
         return taken
 
     def uniform(self, *shape: int) -> np.ndarray:
-        """The row's own next random numbers in [0, 1): its neighbours change none of them."""
+        """The row's next random numbers in [0, 1); they do not depend on other rows."""
         assert self._random is not None
         return self._random.random(shape)
 
     def may_commit(self, period: int) -> int:
-        """Tokens that the row's next period may commit: `period`, or what is still wanted.
-
-        What is wanted fits into the model's length: `generate` has seen to that.
+        """The most tokens that the row's next period may commit: `period`, or the rest up to
+        `max_new_tokens`. `generate` has checked that this many fit into the model's length.
         """
         return min(period, self._request.max_new_tokens - len(self.tokens))
 
     def looked_up(self, period: int) -> Sequence[int]:
-        """The draft of the row's next period, of at most so many tokens (K), that its text has
-        already; empty where it has none.
+        """The looked-up draft for the row's next period of at most `period` tokens (K): tokens that
+        followed the same n-gram earlier in its text. Empty where there is none.
         """
         if self._lookup is None or self.reason is not None:
             return ()
@@ -98,7 +99,7 @@ class Row:
 
 
 class Choice(NamedTuple):
-    """How rows go on: a step, or a period of at most `period` tokens (K) in trees of `width`."""
+    """What runs next: a step, or a period of at most `period` tokens (K) in trees of `width`."""
 
     way: Way
     period: int
@@ -108,11 +109,11 @@ class Choice(NamedTuple):
 def next_drafts(
     rows: Sequence[Row], choose: Callable[[], Choice]
 ) -> tuple[Choice, list[Sequence[int]]]:
-    """How rows go on, and the draft that each of them has looked up. `choose`: by the sparse path.
+    """What runs next, and each row's looked-up draft. `choose`: the choice for sparse drafts.
 
-    A row by itself looks up as far as its request's period, whatever drafts of the sparse path pay:
-    then nothing is chosen. Those of a batch go no farther than these drafts: what one row verifies,
-    all of them do.
+    A single row with a looked-up draft uses it, as long as the request's period allows; `choose` is
+    not called. In a batch, looked-up drafts are no longer than the chosen period, because all rows
+    verify as many tokens as the longest draft has.
     """
     if len(rows) == 1 and (own := rows[0].looked_up(MAX_PERIOD)):
         return Choice(Way.DRAFT, len(own) + 1, 1), [own]
@@ -121,7 +122,7 @@ def next_drafts(
 
 
 class Generation:
-    """The rows of a call, those of them that the decoder still holds, and the loop."""
+    """The rows of a `generate` call, the decoder, and the loop over periods."""
 
     def __init__(
         self,
@@ -134,8 +135,8 @@ class Generation:
         prefix: Prefix | None = None,
         tracing: Tracing | None = None,
     ) -> None:
-        """costs: what is known of the time that periods take. prefix: what all prompts begin with,
-        run already. tracing: of one row.
+        """costs: measured times of periods, which this run adds to. prefix: the K/V of tokens that
+        all prompts begin with. tracing: only for one row.
         """
         self._backend, self._prefix = backend, prefix
         self._tracer = None
@@ -188,7 +189,7 @@ class Generation:
         return self._rows, stats
 
     def _fresh_state(self, tokens: int) -> State:
-        """The state of a decoder for one row of so many tokens."""
+        """An empty state of a decoder for one row of so many tokens."""
         clock = PhaseClock(self._backend.device)
         return self._backend.open(self._request, 1, tokens + 1, clock).state
 
@@ -197,8 +198,8 @@ class Generation:
         return [self._rows[index] for index in self._held]
 
     def _noise(self, way: Way) -> np.ndarray | None:
-        """The next random numbers of each row that the decoder holds: [rows, 2, K] of a period, one
-        of a step, [rows, 1, 1]. None where the run is greedy.
+        """The next random numbers of each row that the decoder holds: [rows, 2, K] for a period,
+        [rows, 1, 1] for a step. None where the run is greedy.
         """
         if self._request.seeds is None:
             return None
@@ -206,7 +207,7 @@ class Generation:
         return np.stack([row.uniform(*shape) for row in self._live])
 
     def _choice(self) -> Choice:
-        """How to go on by the sparse path."""
+        """What runs next where no draft is looked up."""
         request = self._request
         if request.mode not in RULES:
             return Choice(Way.DENSE if request.mode == Mode.FULL else Way.SPARSE, 1, 1)
@@ -221,14 +222,14 @@ class Generation:
         (way, period, width), given = next_drafts(rows, self._choice)
         reason = self._guard.reason if self._guard is not None and way is Way.DENSE else None
         if way is Way.DRAFT:
-            # Each row's draft is as long as in a run of its own: a batch changes no row's tokens.
-            # Of a row that has ended one token is judged, and not taken.
+            # Each row's draft is as long as if the row ran alone, so a batch changes no row's
+            # tokens. A row that has ended verifies one token, which is dropped.
             sizes = [
                 1 if row.reason is not None else len(own) + 1 if own else row.may_commit(period)
                 for row, own in zip(rows, given, strict=True)
             ]
             plan = replace(plan, period=max(sizes), width=width)
-        # On a GPU the clock waits for the device: it is asked only where somebody listens.
+        # On a GPU, reading the clock waits for the device, so it is read only for the controller.
         before = {} if self._controller is None else self._recorder.clock.seconds()
         begin = time.perf_counter()
         done = self._decoder.period(way, plan, sizes, self._noise(way), given)
@@ -251,7 +252,7 @@ class Generation:
     def _count(
         self, way: Way, done: Period, given: Sequence[Sequence[int]]
     ) -> list[tuple[int, int]]:
-        """Counts what was done to live rows; returns the drafted and accepted levels of those
+        """Records statistics of the live rows; returns the (drafted, accepted) levels of those
         whose drafts the sparse path made.
         """
         live = []
@@ -304,16 +305,16 @@ class Generation:
             self._decoder.set_active([row.reason is None for row in self._live])
 
     def _logprobs(self) -> Sequence[Sequence[TokenLogprobs]]:
-        """Of each held row's last tokens; none where none are asked for."""
+        """The log-probabilities of each held row's last tokens; empty where not asked for."""
         scoring = self._request.scoring
         if scoring is None or scoring.logprobs is None:
             return [()] * len(self._held)
         return self._decoder.logprobs()
 
     def _leave_out_finished(self) -> None:
-        """Drops rows that have ended from the decoder, once that halves the batch.
+        """Drops the rows that have ended from the decoder, once that at least halves the batch.
 
-        Each time copies what the others hold, so not each time that one ends.
+        Dropping copies the caches of the other rows, so it is not done for every row that ends.
         """
         going = [place for place, row in enumerate(self._live) if row.reason is None]
         if self._decoder.resizable and 2 * len(going) <= len(self._held):
@@ -322,17 +323,17 @@ class Generation:
 
     @property
     def trace(self) -> Trace | None:
-        """What was traced, where that was asked for."""
+        """The trace, where one was asked for; else None."""
         return None if self._tracer is None else self._tracer.trace
 
     @property
     def steps(self) -> tuple[RowSteps, ...]:
-        """How each row's tokens were made."""
+        """How each row's tokens were decoded, period by period."""
         return self._recorder.by_row
 
 
 def guard_of(request: Request, costs: Costs, measured: AcceptanceSpec | None) -> Guard:
-    """The guard of rows that ask for this; `measured`: how many drafts passed at compile time."""
+    """The guard for a request; `measured`: the acceptance rates measured at compile time."""
     passes = None
     if measured is not None:
         passes = measured.agreement if request.mode == Mode.EXACT else measured.passes
@@ -340,12 +341,12 @@ def guard_of(request: Request, costs: Costs, measured: AcceptanceSpec | None) ->
 
 
 def _no_token(request: Request, place: int) -> str:
-    """Why no token follows the first `place` ones of an answer, and what to do about it."""
+    """The message for an answer whose token after the first `place` ones can't be chosen."""
     path = "sparse" if request.mode == Mode.SPARSE and place else "full"  # prompts run densely
     processing = "" if request.scoring is None else request.scoring.processing
     forbidden = f" Or {processing} forbid every token: relax them." if processing else ""
     return (
         f"token {place + 1} of an answer can't be chosen: the {path} path's logits for it are NaN "
-        "or infinite. In 16 bits some models overflow: load with dtype float32. In float32 the "
-        f"weights hold NaN or infinity: compile a sound checkpoint.{forbidden}"
+        "or infinite. In 16 bits some models overflow: load with dtype float32. If this happens in "
+        f"float32, the weights hold NaN or infinity: compile a sound checkpoint.{forbidden}"
     )

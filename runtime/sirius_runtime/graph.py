@@ -1,12 +1,12 @@
-"""Graphs as data: an `fx.GraphModule` to and from plain JSON, without pickle and without code.
+"""Converts an `fx.GraphModule` to and from plain JSON, without pickle and without code.
 
-A document lists nodes in order. Inputs and weights are named; calls name an operator of the table
+A document lists nodes in order. Inputs and weights are named. A call names an operator of the table
 `graph_operators.OPERATORS`, control flow (`while_loop`, `cond`) or one of a few Python functions on
-sizes; arguments are literals or references to earlier nodes. What control flow runs is a document
-within the document, whose placeholders are its arguments, by position. A document can run nothing
-else; `graph_check` checks the arguments and the results. The dtype that graphs are captured in
+sizes; a document can run nothing else. Arguments are literals or references to earlier nodes. A
+subgraph of control flow is a document within the document; its placeholders are its arguments, by
+position. `graph_check` checks arguments and results. The dtype that graphs are captured in
 (`CAPTURE_DTYPE`) stands for "the program's dtype" and is written as ``model``, so one graph runs in
-any floating point type; devices are written as ``model`` likewise.
+any floating point dtype. Devices are also written as ``model``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ constant of this dtype in a graph therefore means "the program's dtype"."""
 _MAX_DEPTH = 4  # of graphs within graphs
 _MAX_NESTING = 4  # of lists within an argument
 
-WEIGHT, INPUT = "weight", "input"  # keys of a placeholder's meta: what it is bound to, by name
+WEIGHT, INPUT = "weight", "input"  # keys of a placeholder's meta: the name that it is bound to
 
 _CONTROL_FLOW = {
     "while_loop": torch.ops.higher_order.while_loop,
@@ -53,15 +53,16 @@ _ENUMS: dict[str, dict[str, Any]] = {
 
 
 def module_of(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A module of the graph whose Python code is written when it is first called. Most graphs are
-    rewritten, checked or stored, and never called; their code takes longer than the rest of them.
+    """A module of the graph whose Python code is generated when it is first called. Most graphs are
+    rewritten, checked or stored but never called, and generating their code would take most of the
+    time.
     """
     return _LazyGraphModule(root, graph)
 
 
 def write_code(module: fx.GraphModule) -> fx.GraphModule:
-    """Writes the code of a module, and of the graphs that its control flow runs, where that is
-    still to be done: for those who call it at once, or who trace its call. Returns `module`.
+    """Generates the Python code of a module and of its control flow's subgraphs, if it is not
+    generated yet. Needed before the module is traced. Returns `module`.
     """
     for part in module.modules():
         if isinstance(part, _LazyGraphModule):
@@ -110,7 +111,7 @@ def _to_document(module: fx.GraphModule, nested: bool) -> JSON:
 
 
 def subgraph(node: fx.Node) -> Any:
-    """What a ``get_attr`` node stands for: the graph that control flow runs."""
+    """The subgraph of control flow that a ``get_attr`` node refers to."""
     owner = node.graph.owning_module
     return None if owner is None else getattr(owner, str(node.target), None)
 
@@ -118,8 +119,8 @@ def subgraph(node: fx.Node) -> Any:
 def from_document(document: JSON, dtype: torch.dtype, device: torch.device) -> fx.GraphModule:
     """The graph of a document, computing in `dtype` on `device`.
 
-    Raises ArtifactError for a document that names an operator outside the allowed namespaces,
-    refers to a node not yet defined, or is not of the form that `to_document` writes.
+    Raises ArtifactError for a document that names an operator outside the table, refers to a node
+    that is not defined before, or does not have the form that `to_document` writes.
     """
     return _from_document(document, dtype, device, depth=0)
 
@@ -132,7 +133,7 @@ def _from_document(
 
     def decode(value: JSON, within: int = 0) -> Any:
         if isinstance(value, list):
-            if within == _MAX_NESTING:  # Python's compiler has a limit too, and is asked later
+            if within == _MAX_NESTING:  # below the limit of Python's compiler, which runs later
                 raise ArtifactError("graph: an argument's lists are nested too deep")
             return [decode(v, within + 1) for v in value]
         if not isinstance(value, dict):
@@ -155,7 +156,7 @@ def _from_document(
                 node = graph.placeholder(name)
             elif op == "graph" and depth < _MAX_DEPTH:
                 inner = _from_document(record["graph"], dtype, device, depth + 1)
-                # A name of our own: the document's could be an attribute that every module has.
+                # Not the document's name, which could be that of an attribute of nn.Module.
                 own = f"graph_{len(env)}"
                 root.add_module(own, inner)
                 node = graph.create_node("get_attr", own, name=name)
@@ -167,7 +168,7 @@ def _from_document(
             elif op == "call":
                 args = tuple(decode(a) for a in record["args"])
                 if record["target"].startswith("python.") and not isinstance(args[0], fx.Node):
-                    raise ArtifactError(f"graph: node {name} computes with constants alone")
+                    raise ArtifactError(f"graph: node {name} takes only constants")
                 kwargs = {_identifier(k): decode(v) for k, v in record.get("kwargs", {}).items()}
                 node = graph.create_node(
                     "call_function", _target_of(record["target"]), args, kwargs, name=name
@@ -178,8 +179,10 @@ def _from_document(
             else:
                 raise ArtifactError(f"graph: node {name!r} has the unknown op {op!r}")
             if node.name != name and op != "output":
-                # fx renames a node whose name is taken, or has a meaning in fx's own code.
-                raise ArtifactError(f"graph: {name!r} can't be the name of a node, or is one twice")
+                # fx renames a node whose name is taken or reserved by fx.
+                raise ArtifactError(
+                    f"graph: {name!r} can't be the name of a node, or two nodes have it"
+                )
             env[name] = node
         if [n for n in graph.nodes if n.op == "output"] != [next(iter(reversed(graph.nodes)))]:
             raise ArtifactError("graph: its last node, and no other, must be the output")
@@ -199,7 +202,9 @@ def _dtype_of(name: str) -> torch.dtype:
 
 
 def _identifier(name: JSON) -> str:
-    """`name`, checked: fx pastes the names of placeholders and keywords into code that it runs."""
+    """`name`, if it is a Python identifier; else raises ArtifactError. fx puts the names of
+    placeholders and keywords into code that it runs.
+    """
     is_name = isinstance(name, str) and name.isascii() and name.isidentifier()
     if not is_name or keyword.iskeyword(name):
         raise ArtifactError(f"graph: {name!r} is not a name")
@@ -207,7 +212,7 @@ def _identifier(name: JSON) -> str:
 
 
 def storable(target: Any) -> bool:
-    """Whether a call of `target` can be written."""
+    """Whether a document can hold a call of `target`."""
     return (
         (isinstance(target, torch._ops.OpOverload) and operator_name(target) in OPERATORS)
         or target in _CONTROL_FLOW.values()
@@ -241,7 +246,7 @@ def _target_of(name: JSON) -> Callable[..., Any]:
         opname, _, overload = rest.partition(".")
         packet = getattr(getattr(torch.ops, namespace), opname, None)
         found = getattr(packet, overload, None)
-        if isinstance(found, torch._ops.OpOverload):  # else of another torch
+        if isinstance(found, torch._ops.OpOverload):  # this version of torch may not have it
             return found
     raise ArtifactError(
         f"graph: operator {name!r} is unknown here; the artifact may need another version of torch "

@@ -1,10 +1,10 @@
 """Checks a graph before any of it runs: every call against its operator's schema and rule, and the
 outputs against the manifest.
 
-Sizes are propagated through the whole graph, in terms of the letters of the entry's shapes, by the
-rules of `graph_operators`. This takes a tenth of a second where torch's own inference (fake
-tensors) takes seconds. Calls over the same dtypes and sizes are checked once, so equal layers cost
-no more than one. A refused graph raises an ArtifactError that names the node.
+Sizes are propagated through the whole graph as expressions of the entry's shape letters, by the
+rules of `graph_operators`. This takes a tenth of a second; torch's own inference (fake tensors)
+takes seconds. Calls with the same dtypes and sizes are checked once, so equal layers cost no more
+than one. A refused graph raises an ArtifactError that names the node.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ATTENTION = {
     torch.ops.sirius.cached_attention.default: 9,
     torch.ops.sirius.block_attention.default: 11,
 }
-"""Where the number of the layer stands among the arguments."""
+"""Index of the layer number among the arguments."""
 _WHILE, _COND = torch.ops.higher_order.while_loop, torch.ops.higher_order.cond
 _ITEM = torch.ops.aten.item.default
 _CONSTRAIN = torch.ops.aten.sym_constrain_range.default
@@ -53,8 +53,8 @@ def check_entries(program: ProgramSpec) -> None:
             found = [spec.name for spec in specs]
             if len(set(found)) != len(found) or set(found) != names:
                 raise ArtifactError(
-                    f"entry {entry.name!r} has the {side} {', '.join(found)}; of this sparse path "
-                    f"they are {', '.join(sorted(names))}. {_AGAIN}"
+                    f"entry {entry.name!r} has the {side} {', '.join(found)}; for this sparse path "
+                    f"they must be {', '.join(sorted(names))}. {_AGAIN}"
                 )
             for spec in specs:
                 if spec != table[spec.name]:
@@ -68,7 +68,7 @@ def check_graph(
     program: ProgramSpec, entry: EntrySpec, module: fx.GraphModule, dtype: torch.dtype
 ) -> None:
     """Raises ArtifactError, naming the node, where a graph can't run in `dtype` on the inputs and
-    weights that the manifest declares, or does not give the outputs that it declares.
+    weights that the manifest declares, or does not return the declared outputs.
     """
     letters: dict[str, Size] = {**extents(program)}
     inputs = {spec.name: _array(spec, letters, dtype) for spec in entry.inputs}
@@ -102,8 +102,8 @@ def _check_outputs(
 ) -> None:
     if not isinstance(found, tuple) or len(found) != len(entry.outputs):
         raise ArtifactError(
-            f"graph {entry.name!r} does not give the {len(entry.outputs)} outputs of the manifest; "
-            f"{_AGAIN}"
+            f"graph {entry.name!r} does not return the {len(entry.outputs)} outputs of the "
+            f"manifest; {_AGAIN}"
         )
     if entry.name == PREFILL:
         letters = {**letters, "T": 1}
@@ -117,7 +117,9 @@ def _check_outputs(
 
 
 def _check_layers(program: ProgramSpec, entry: EntrySpec, used: set[Any]) -> None:
-    """The caches have a layer for each attention, and no more: they would fill the memory."""
+    """Checks that the caches have as many layers as the graph has attentions: more would only take
+    memory.
+    """
     layers = program.state.layers
     if used and len(used) != layers:
         raise ArtifactError(
@@ -127,7 +129,7 @@ def _check_layers(program: ProgramSpec, entry: EntrySpec, used: set[Any]) -> Non
 
 
 def _array(spec: TensorSpec, letters: Mapping[str, Size], dtype: torch.dtype) -> Array:
-    """A tensor as the manifest declares it; letters without a number stand for themselves."""
+    """A tensor as the manifest declares it; a letter without a known size becomes a symbol."""
     shape = [
         extent if isinstance(extent, int) else letters.get(extent, symbol(extent))
         for extent in spec.shape
@@ -137,16 +139,16 @@ def _array(spec: TensorSpec, letters: Mapping[str, Size], dtype: torch.dtype) ->
 
 @dataclass
 class _Check:
-    """One graph's walk."""
+    """The check of one graph."""
 
     entry: str
     ledger: Ledger
-    layers: set[Any] = field(default_factory=set)  # those that attend
+    layers: set[Any] = field(default_factory=set)  # layer numbers of the attentions
     _results: dict[Any, Any] = field(default_factory=dict)
     _read: int = 0  # numbers that were read off tensors
 
     def run(self, module: fx.GraphModule, given: Sequence[Any]) -> Any:
-        """What the graph gives for these arguments."""
+        """The graph's result for these arguments."""
         left = iter(given)
         env: dict[fx.Node, Any] = {}
         dead, held = last_readers(module.graph), dict[fx.Node, int]()
@@ -197,14 +199,14 @@ class _Check:
         return self._results[key]
 
     def _number(self, value: Scalar) -> Any:
-        """A number of the host: an integer may become a size, of unknown sign."""
+        """A number read to the host: an integer becomes a size of unknown sign."""
         if value.dtype.is_floating_point or value.dtype is torch.bool:
             return value
         self._read += 1
         return symbol(f"{UNSIGNED}{self._read}")
 
     def _constrain(self, node: fx.Node, env: dict[fx.Node, Any], kwargs: Mapping[str, Any]) -> None:
-        """A size that torch keeps from being negative, and from being more than a `max`."""
+        """Takes a size to be 0 or more, and at most `max`: torch checks it when the graph runs."""
         source = node.args[0]
         size, least = env.get(source) if isinstance(source, fx.Node) else None, kwargs.get("min")
         if isinstance(size, Expression) and type(least) is int and least >= 0:
@@ -216,7 +218,7 @@ class _Check:
     def _cond(self, which: Any, yes: Any, no: Any, given: Any) -> Any:
         _need_flag(which)
         results = [self._inner(branch, given) for branch in (yes, no)]
-        need(results[0] == results[1], f"its branches give {results[0]!r} and {results[1]!r}")
+        need(results[0] == results[1], f"its branches return {results[0]!r} and {results[1]!r}")
         return results[0]
 
     def _loop(self, goes_on: Any, body: Any, carried: Any, given: Any) -> Any:
@@ -226,12 +228,13 @@ class _Check:
         _need_flag(flag[0] if isinstance(flag, tuple) and len(flag) == 1 else flag)
         result = self._inner(body, operands)
         need(
-            result == tuple(carried), f"it carries {carried!r:.200}, its body gives {result!r:.200}"
+            result == tuple(carried),
+            f"it carries {carried!r:.200}, its body returns {result!r:.200}",
         )
         return result
 
     def _inner(self, graph: Any, given: Any) -> Any:
-        need(isinstance(graph, fx.GraphModule), "what it runs is no graph")
+        need(isinstance(graph, fx.GraphModule), "its branch or body is not a graph")
         need(isinstance(given, list | tuple), "it has no list of operands")
         need(all(isinstance(value, Array) for value in given), "its operands must be tensors")
         count = len(graph.graph.find_nodes(op="placeholder"))
@@ -241,7 +244,10 @@ class _Check:
 
 def _need_flag(value: Any) -> None:
     is_flag = isinstance(value, Array) and value.dtype is torch.bool
-    need(is_flag and all(size == 1 for size in value.shape), f"{value!r} is no yes or no")
+    need(
+        is_flag and all(size == 1 for size in value.shape),
+        f"its condition {value!r} is not a bool of one element",
+    )
 
 
 def _four(args: Sequence[Any]) -> Sequence[Any]:
@@ -253,11 +259,11 @@ def _apply(rule: Any, args: Sequence[Any]) -> Any:
     try:
         return rule(*args)
     except TypeError:
-        raise CallError("it has arguments that it does not take") from None
+        raise CallError("it is called with arguments that it does not take") from None
 
 
 def _values(value: Any, env: Mapping[fx.Node, Any]) -> Any:
-    """Arguments with the values of nodes in their places."""
+    """Arguments, with nodes replaced by their values."""
     if isinstance(value, fx.Node):
         return env[value]
     if isinstance(value, list | tuple):
@@ -268,7 +274,7 @@ def _values(value: Any, env: Mapping[fx.Node, Any]) -> Any:
 
 
 def _hashable(value: Any) -> Any:
-    """A key of values: 1, 1.0 and True are different ones."""
+    """A hashable key of arguments, in which 1, 1.0 and True differ."""
     if isinstance(value, tuple):
         return tuple(map(_hashable, value))
     if isinstance(value, dict):

@@ -1,9 +1,9 @@
-"""How much memory a graph holds at a time, before any of it runs.
+"""The peak memory of a graph's results, computed before any of it runs.
 
-Each result is counted from its call to the last call that reads it, also where it is a view. Sizes
-that are not known are those of a large call: one row, `CHUNK` tokens, as many slots and as many
-before them. A graph of ours holds a few activations beside the weights; what holds more than
-`most_bytes` was made to fill the memory.
+Each result is counted from its call to the last call that reads it, even if it is a view. Sizes
+that vary are those of a large call: one row, `PREFILL_CHUNK` tokens, and a cache of twice as many
+slots. A graph of this compiler holds a few activations besides the weights. A graph that holds more
+than `most_bytes` is refused: an artifact could be made to exhaust memory.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _LETTERS = {
     "M": PREFILL_CHUNK,
     "S": 2 * PREFILL_CHUNK,
 }
-_UNKNOWN = 2**62  # a size that nothing bounds
+_UNKNOWN = 2**62  # a size without a known bound
 _FREE_BYTES = 2**30
 _TIMES = 4  # of the weights
 
 
 def most_bytes(program: ProgramSpec) -> int:
-    """What a graph may hold at a time: four times the weights, and 1 GiB."""
+    """The most bytes that a graph may hold at a time: four times the weights, plus 1 GiB."""
     weights = sum(math.prod(spec.shape) * dtype_of(spec.dtype).itemsize for spec in program.weights)
     return _TIMES * weights + _FREE_BYTES
 
@@ -50,13 +50,13 @@ class Ledger:
         self._most, self._held = most, 0
 
     def hold(self, value: Any) -> int:
-        """Counts a call's result; returns its bytes. Raises CallError where it is too much."""
+        """Adds a call's result; returns its bytes. Raises CallError where the limit is exceeded."""
         size = self._bytes(value)
         self._held += size
         need(
             self._held <= self._most,
-            f"it would hold {self._held} bytes at once, of a call over {PREFILL_CHUNK} tokens; at "
-            f"most {self._most} are allowed: four times the weights, and 1 GiB. A period of fewer "
+            f"it would hold {self._held} bytes at once, in a call over {PREFILL_CHUNK} tokens; at "
+            f"most {self._most} are allowed: four times the weights, plus 1 GiB. A period of fewer "
             "nodes (--period, --tree-width) holds less",
         )
         return size
@@ -76,7 +76,9 @@ class Ledger:
 
 
 def last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """The calls whose results a node is the last to read; those that nothing reads are its own."""
+    """For each node, the calls whose results it is the last to read. A call whose result is never
+    read is its own last reader.
+    """
     order = {node: index for index, node in enumerate(graph.nodes)}
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -87,7 +89,7 @@ def last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def upper(size: Size, values: Mapping[str, int]) -> int:
-    """What a size is at most, for these values of its symbols."""
+    """An upper bound of a size, for these values of its symbols."""
     if not isinstance(size, Expression):
         return max(size, 0)
     return sum(
@@ -98,7 +100,7 @@ def upper(size: Size, values: Mapping[str, int]) -> int:
 
 
 def _upper_of(symbol: str, values: Mapping[str, int]) -> int:
-    """As `upper`, of a symbol: a letter, or a term that is named by its parts."""
+    """As `upper`, for one symbol: a letter, or a term that is named by its parts."""
     if symbol in values:
         return values[symbol]
     try:

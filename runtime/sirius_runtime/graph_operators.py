@@ -1,10 +1,10 @@
-"""Every operator that a graph of an artifact may name: what our passes emit, and no more.
+"""The operators that a graph of an artifact may call: those that our passes emit, and no others.
 
-An artifact comes from anybody, and torch has three thousand operators, some of which write anywhere
-or hand a string to a compiler. A row of the table names an operator, the rule that its arguments
-must meet, and all values that its strings may have. A model whose graph needs another operator is
-refused when it is compiled; to add it, add a row with a rule here, once its kernel is known to
-check what the rule can't.
+An artifact may come from an untrusted source, and torch has three thousand operators. Some of them
+write to any address or pass a string to a compiler. A row of the table names an operator, the rule
+that its arguments must meet, and the allowed values of its string arguments. A model whose graph
+needs another operator is refused when it is compiled. To add an operator, add a row with a rule
+here; first make sure that its kernel checks what the rule can't (values in tensors).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Rule = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Row:
-    """`strings`: the allowed values of each string argument. `numbers`: plain numbers may stand for
-    tensors, as in torch's operators of two values.
+    """An allowed operator. `strings`: the allowed values of each string argument. `numbers`:
+    whether plain numbers may be passed for tensors, as torch's binary operators allow.
     """
 
     rule: Rule
@@ -41,7 +41,7 @@ def _of_two(rule: Rule) -> Row:
 
 
 OPERATORS: dict[str, Row] = {
-    # of one element
+    # elementwise, one operand
     "aten.abs.default": Row(rules.of_numbers),
     "aten.bitwise_not.default": Row(rules.of_bits),
     "aten.clone.default": Row(rules.alike),
@@ -68,7 +68,7 @@ OPERATORS: dict[str, Row] = {
     "aten.to.device": Row(rules.to_dtype),
     "aten.to.dtype": Row(rules.to_dtype),
     "aten.type_as.default": Row(rules.type_as),
-    # of two, and of bounds
+    # elementwise, several operands
     "aten.__and__.Tensor": Row(rules.bits),
     "aten.__or__.Tensor": Row(rules.bits),
     "aten.add.Tensor": _of_two(rules.arithmetic),
@@ -133,7 +133,7 @@ OPERATORS: dict[str, Row] = {
     "aten.linear.default": Row(rules.linear),
     "aten.matmul.default": Row(rules.matmul),
     "aten.mm.default": Row(rules.mm),
-    # of shape
+    # shapes
     "aten.cat.default": Row(rules.cat),
     "aten.chunk.default": Row(rules.chunk),
     "aten.concat.default": Row(rules.cat),
@@ -170,7 +170,7 @@ OPERATORS: dict[str, Row] = {
     "aten.scatter.src": Row(rules.scatter),
     "aten.scatter.value": Row(rules.scatter),
     "aten.scatter_add.default": Row(rules.scatter),
-    # from nothing
+    # creation
     "aten.arange.default": Row(rules.arange),
     "aten.arange.start": Row(rules.arange_from),
     "aten.arange.start_step": Row(rules.arange_by),
@@ -186,7 +186,7 @@ OPERATORS: dict[str, Row] = {
     "aten.scalar_tensor.default": Row(rules.scalar_tensor),
     "aten.zeros.default": Row(rules.zeros),
     "aten.zeros_like.default": Row(rules.zeros_like),
-    # of the host (`graph_check` knows what comes of them)
+    # numbers on the host (`graph_check` computes their results)
     "aten.item.default": Row(rules.one_value),
     "aten.sym_constrain_range.default": Row(rules.constrained),
     "aten.sym_size.int": Row(rules.size_of),
@@ -207,12 +207,12 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Rule]] = {
     "neg": (operator.neg, rules.size_neg),
     "getitem": (operator.getitem, rules.item_of),
 }
-"""Python's functions: on sizes, and on the results of operators that return several values."""
+"""Python functions: arithmetic of sizes, and items of operators that return several values."""
 
 IGNORED = frozenset({"layout", "device", "pin_memory", "non_blocking", "copy", "memory_format"})
-"""Arguments that are checked, but that no rule is given: they change neither dtype nor sizes."""
+"""Arguments that are checked but not passed to rules: they change neither dtype nor sizes."""
 _OFF = frozenset({"pin_memory", "non_blocking", "copy", "sparse_grad", "sparse"})
-"""Switches that stay off: pinned memory needs a GPU, sparse tensors have no kernels here."""
+"""Flags that must be False: pinned memory needs a GPU, sparse tensors have no kernels here."""
 
 DTYPES = frozenset(
     {
@@ -227,11 +227,11 @@ _INT64 = 2**63
 
 @dataclass(frozen=True)
 class Parameter:
-    """An argument of an operator's schema; `kind`: its type, as torch names it."""
+    """An argument in an operator's schema; `kind`: torch's name of its type."""
 
     name: str
     kind: str
-    optional: bool  # None may stand for it
+    optional: bool  # None may be passed
     required: bool
     keyword_only: bool
     default: Any
@@ -239,7 +239,7 @@ class Parameter:
 
 @functools.cache
 def parameters(target: torch._ops.OpOverload) -> tuple[Parameter, ...]:
-    """An operator's arguments."""
+    """The arguments of an operator's schema."""
     found = []
     for argument in target._schema.arguments:
         kind, default = str(argument.real_type), argument.has_default_value()
@@ -271,9 +271,8 @@ def row_of(target: object) -> Row | None:
 
 
 def call(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a call gives, once its arguments are those of the operator's schema and meet its rule.
-
-    Raises CallError, with the reason, where they don't.
+    """The result of a call, as its operator's rule computes it. Raises CallError, with the reason,
+    where the arguments do not match the operator's schema or break the rule.
     """
     row = row_of(target)
     need(row is not None, "it is not an operator that graphs may name")
@@ -286,8 +285,8 @@ def call(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str
             need(not by_name, f"argument {one.name} is given twice")
             value = args[place]
         elif by_name:
-            # Kernels are put into graphs by the places of arguments.
-            need(one.keyword_only, f"argument {one.name} must stand in its place")
+            # The rewrites that put kernels into graphs read arguments by position.
+            need(one.keyword_only, f"argument {one.name} must be positional")
             value = kwargs[one.name]
         else:
             need(not one.required, f"argument {one.name} is missing")
@@ -306,7 +305,7 @@ def call(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str
 
 
 def _fits(value: Any, one: Parameter, row: Row) -> bool:
-    """Whether a value may stand for an argument."""
+    """Whether a value may be passed for an argument."""
     if value is None:
         return one.optional
     if one.kind == "str":

@@ -1,8 +1,8 @@
-"""What each operator that a graph may name takes and gives: dtypes and sizes, before it runs.
+"""The rules of the operators that a graph may call: checks and infers dtypes and sizes.
 
-A rule gets the operator's arguments in the order of its schema, but for those of `IGNORED`, and
-returns what the call gives, or raises `CallError` with the reason. A call that a rule accepts can
-fail for the values in its tensors alone (an index that is not there), which its kernel checks.
+A rule gets the operator's arguments in the order of its schema, without those of `IGNORED`. It
+returns the call's result, or raises `CallError` with the reason. A call that a rule accepts can
+fail only because of the values in its tensors (an index out of range), which its kernel checks.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from sirius_runtime.graph_sizes import (
 )
 
 MOST_ELEMENTS = 2**33
-"""Most elements of one result, unknown sizes counted as 1: more would only fill the memory."""
+"""Most elements of one result, with unknown sizes counted as 1. No model needs more."""
+_MOST_PARTS = 4096  # of a split; no model needs more
 _NO_END = 2**62  # a slice's end from here on means "to the end"
 
 
 @dataclass(frozen=True)
 class Array:
-    """A tensor, as far as it is known before the graph runs."""
+    """A tensor's dtype and shape."""
 
     dtype: torch.dtype
     shape: tuple[Size, ...]
@@ -45,7 +46,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A number that is read off a tensor when the graph runs."""
+    """A number that is read from a tensor when the graph runs."""
 
     dtype: torch.dtype
 
@@ -64,7 +65,7 @@ def need(holds: bool, reason: str) -> None:
 
 
 def axis(dim: Any, rank: int) -> int:
-    """The dimension `dim` counted from the first."""
+    """The dimension `dim`, which may be negative, as an index from 0. Raises CallError."""
     rank = max(rank, 1)
     need(isinstance(dim, int) and -rank <= dim < rank, f"there is no dimension {dim}")
     return int(dim) % rank
@@ -76,18 +77,18 @@ def not_more(small: Size, large: Size) -> bool:
 
 
 def made(dtype: torch.dtype, shape: Sequence[Size]) -> Array:
-    """A result."""
+    """A result of this dtype and shape; raises CallError where it is too large."""
     known = 1
     for size in shape:
         if isinstance(size, int):
             need(size >= 0, f"size {size} is negative")
             known *= size
-    need(known <= MOST_ELEMENTS, f"a tensor of {known} elements is larger than any of a model")
+    need(known <= MOST_ELEMENTS, f"a tensor of {known} elements is too large for any model")
     return Array(dtype, tuple(shape))
 
 
 def created(dtype: torch.dtype, shape: Sequence[Size]) -> Array:
-    """A result whose sizes the graph computed."""
+    """As `made`, for sizes that the graph computes, which must not be negative."""
     for size in shape:
         need(at_least(size, 0), f"size {size} may be negative")
     return made(dtype, shape)
@@ -120,7 +121,9 @@ def _own_dtype(value: Number) -> torch.dtype:
 
 
 def promoted(*values: Operand) -> torch.dtype:
-    """torch's result_type: tensors of dimensions first, then tensors of none, then numbers."""
+    """torch's result_type: tensors with dimensions have priority over tensors without, and these
+    over numbers.
+    """
     kinds: list[torch.dtype | None] = [None, None, None]
     for value in values:
         array = isinstance(value, Array)
@@ -143,7 +146,7 @@ def floating(dtype: torch.dtype) -> torch.dtype:
 
 
 def _need_floats(*arrays: Array | None) -> None:
-    """All of one floating point dtype."""
+    """Raises CallError unless all arrays have the same floating point dtype."""
     dtypes = {array.dtype for array in arrays if array is not None}
     need(len(dtypes) == 1, f"dtypes {sorted(map(str, dtypes))} differ")
     need(dtypes.pop().is_floating_point, "floating point numbers are needed")
@@ -153,7 +156,7 @@ def _need_index(index: Array) -> None:
     need(index.dtype is torch.int64, f"an index of int64 is needed, found {index}")
 
 
-# operators of one element, and of two
+# elementwise operators
 
 
 def real(x: Array, *_: Any) -> Array:
@@ -165,7 +168,7 @@ def alike(x: Array, *_: Any) -> Array:
 
 
 def of_bits(x: Array, *_: Any) -> Array:
-    need(not x.dtype.is_floating_point, "floating point numbers have no bits here")
+    need(not x.dtype.is_floating_point, "integers or bools are needed, found floating point")
     return x
 
 
@@ -188,7 +191,7 @@ def _shape(value: Operand) -> tuple[Size, ...]:
 
 
 def _both(a: Operand, b: Operand) -> tuple[Size, ...]:
-    need(isinstance(a, Array) or isinstance(b, Array), "one of both must be a tensor")
+    need(isinstance(a, Array) or isinstance(b, Array), "one of the two operands must be a tensor")
     return broadcast(_shape(a), _shape(b))
 
 
@@ -221,7 +224,7 @@ def floor_quotient(a: Operand, b: Operand) -> Array:
 
 def bits(a: Operand, b: Operand) -> Array:
     dtype = promoted(a, b)
-    need(not dtype.is_floating_point, "floating point numbers have no bits here")
+    need(not dtype.is_floating_point, "integers or bools are needed, found floating point")
     return made(dtype, _both(a, b))
 
 
@@ -240,7 +243,7 @@ def clamp(x: Array, least: Number | None = None, most: Number | None = None) -> 
     bounds = [bound for bound in (least, most) if bound is not None]
     need(bool(bounds), "neither of both bounds is given")
     dtype = promoted(x, *bounds)
-    need(dtype is not torch.bool, "bools have no bounds")
+    need(dtype is not torch.bool, "bools can't be clamped")
     return Array(dtype, x.shape)
 
 
@@ -260,7 +263,7 @@ def clamp_by(x: Array, least: Array | None = None, most: Array | None = None) ->
     bounds = [bound for bound in (least, most) if bound is not None]
     need(bool(bounds), "neither of both bounds is given")
     dtype = promoted(x, *bounds)
-    need(dtype is not torch.bool, "bools have no bounds")
+    need(dtype is not torch.bool, "bools can't be clamped")
     return made(dtype, broadcast(x.shape, *(bound.shape for bound in bounds)))
 
 
@@ -272,7 +275,7 @@ def where(condition: Array, a: Operand, b: Operand) -> Array:
 def masked_fill(x: Array, mask: Array, value: Operand) -> Array:
     need(mask.dtype is torch.bool, f"a mask of bool is needed, found {mask}")
     need(_shape(value) == (), "one value is needed")
-    need(promoted(x, value) is x.dtype, f"{value} is no value of {x.dtype}")
+    need(promoted(x, value) is x.dtype, f"{value} is not a value of {x.dtype}")
     if not isinstance(value, Array):
         filled(value, x.dtype)
     return made(x.dtype, broadcast(x.shape, mask.shape))
@@ -284,7 +287,7 @@ def masked_fill(x: Array, mask: Array, value: Operand) -> Array:
 def _reduced(x: Array, dims: Any, keep: bool) -> list[Size]:
     rank = len(x.shape)
     every = range(rank) if not dims else [axis(dim, rank) for dim in dims]
-    need(len(set(every)) == len(every), f"a dimension stands twice in {dims}")
+    need(len(set(every)) == len(every), f"dimensions {dims} hold one twice")
     kept: list[Size] = []
     for place, size in enumerate(x.shape):
         if place not in every:
@@ -306,7 +309,7 @@ def total_of_all(x: Array, dtype: torch.dtype | None = None) -> Array:
 
 
 def mean(x: Array, dims: Any = None, keep: bool = False, dtype: torch.dtype | None = None) -> Array:
-    need((dtype or x.dtype).is_floating_point, "a mean is of floating point numbers")
+    need((dtype or x.dtype).is_floating_point, "floating point numbers are needed")
     return made(dtype or x.dtype, _reduced(x, dims, keep))
 
 
@@ -365,7 +368,8 @@ def log_sum(x: Array, dims: Any, keep: bool = False) -> Array:
 def topk(x: Array, k: Any, dim: Any = -1, *_: bool) -> tuple[Array, Array]:
     need(bool(x.shape) and x.dtype is not torch.bool, "numbers along a dimension are needed")
     place = axis(dim, len(x.shape))
-    need(at_least(k, 0) and not_more(k, x.shape[place]), f"there are not {k} along {dim} of {x}")
+    fits = at_least(k, 0) and not_more(k, x.shape[place])
+    need(fits, f"dimension {dim} of {x} may have fewer than {k} elements")
     shape = (*x.shape[:place], k, *x.shape[place + 1 :])
     return made(x.dtype, shape), made(torch.int64, shape)
 
@@ -388,14 +392,14 @@ def reshape(x: Array, sizes: Sequence[Size]) -> Array:
     whole, known = product(x.shape), product([s for s in sizes if s != -1])
     shape = list(sizes)
     open_ = [place for place, size in enumerate(sizes) if size == -1]
-    need(len(open_) <= 1, "two sizes are left open")
+    need(len(open_) <= 1, "more than one size is -1")
     if open_:
         rest = None if known == 0 else divide(whole, known)
-        need(rest is not None, f"{x} does not divide into {list(sizes)}")
+        need(rest is not None, f"{x} can't be reshaped to {list(sizes)}")
         assert rest is not None
         shape[open_[0]] = rest
     else:
-        need(known == whole, f"{x} does not have the elements of {list(sizes)}")
+        need(known == whole, f"{x} can't be reshaped to {list(sizes)}")
     return created(x.dtype, shape)
 
 
@@ -408,7 +412,7 @@ def expand(x: Array, sizes: Sequence[Size], implicit: bool = False) -> Array:
         if size == -1 and own is not None:
             shape.append(own)
         else:
-            need(own in (None, 1) or own == size, f"{x} does not expand to {list(sizes)}")
+            need(own in (None, 1) or own == size, f"{x} can't be expanded to {list(sizes)}")
             shape.append(size)
     return created(x.dtype, shape)
 
@@ -424,7 +428,7 @@ def flatten(x: Array, start: Any = 0, end: Any = -1) -> Array:
 
 def unflatten(x: Array, dim: Any, sizes: Sequence[Size]) -> Array:
     place = axis(dim, len(x.shape))
-    need(bool(x.shape) and bool(sizes), "there is nothing to part, or no parts")
+    need(bool(x.shape) and bool(sizes), "a dimension to split and its parts are needed")
     inner = reshape(Array(x.dtype, (x.shape[place],)), sizes).shape
     return made(x.dtype, (*x.shape[:place], *inner, *x.shape[place + 1 :]))
 
@@ -446,7 +450,7 @@ def select(x: Array, dim: Any, index: Any) -> Array:
 
 
 def slice_(x: Array, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> Array:
-    need(bool(x.shape), "a tensor without dimensions can't be cut")
+    need(bool(x.shape), "a tensor without dimensions can't be sliced")
     place = axis(dim, len(x.shape))
     size = x.shape[place]
     start, end = 0 if start is None else start, _NO_END if end is None else end
@@ -468,7 +472,10 @@ def slice_(x: Array, dim: Any = 0, start: Any = None, end: Any = None, step: Any
 def slice_scatter(
     x: Array, source: Array, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1
 ) -> Array:
-    need(source == slice_(x, dim, start, end, step), f"{source} is not that part of {x}")
+    need(
+        source == slice_(x, dim, start, end, step),
+        f"{source} does not have the shape and dtype of that slice of {x}",
+    )
     return x
 
 
@@ -478,7 +485,7 @@ def split_with_sizes(x: Array, sizes: Sequence[Size], dim: Any = 0) -> tuple[Arr
     whole: Size = 0
     for size in sizes:
         whole = add(whole, size)
-    need(whole == x.shape[place], f"{list(sizes)} are not dimension {dim} of {x}")
+    need(whole == x.shape[place], f"{list(sizes)} do not add up to dimension {dim} of {x}")
     return tuple(
         created(x.dtype, (*x.shape[:place], size, *x.shape[place + 1 :])) for size in sizes
     )
@@ -489,7 +496,7 @@ def split(x: Array, size: Any, dim: Any = 0) -> tuple[Array, ...]:
     whole = x.shape[axis(dim, len(x.shape))]
     need(isinstance(whole, int) and isinstance(size, int) and size >= 1, "its sizes are unknown")
     assert isinstance(whole, int)
-    need(whole / size <= 4096, "it has more parts than any of a model")
+    need(whole / size <= _MOST_PARTS, f"it returns more than {_MOST_PARTS} parts")
     sizes = [min(size, whole - start) for start in range(0, whole, size)] or [0]
     return split_with_sizes(x, sizes, dim)
 
@@ -506,7 +513,9 @@ def unbind(x: Array, dim: Any = 0) -> tuple[Array, ...]:
     need(bool(x.shape), "a tensor without dimensions can't be split")
     place = axis(dim, len(x.shape))
     count = x.shape[place]
-    need(isinstance(count, int) and count <= 4096, "it has more parts than any of a model")
+    need(
+        isinstance(count, int) and count <= _MOST_PARTS, f"it returns more than {_MOST_PARTS} parts"
+    )
     assert isinstance(count, int)
     return (made(x.dtype, (*x.shape[:place], *x.shape[place + 1 :])),) * count
 
@@ -550,13 +559,13 @@ def squeeze(x: Array, dim: Any) -> Array:
     if not x.shape:
         return x
     size = x.shape[place]
-    need(isinstance(size, int), f"dimension {dim} of {x} may be 1, or not")
+    need(isinstance(size, int), f"whether dimension {dim} of {x} is 1 is unknown")
     shape = (*x.shape[:place], *x.shape[place + 1 :]) if size == 1 else x.shape
     return Array(x.dtype, shape)
 
 
 def squeeze_all(x: Array) -> Array:
-    need(all(isinstance(size, int) for size in x.shape), f"some dimension of {x} may be 1, or not")
+    need(all(isinstance(size, int) for size in x.shape), f"{x} has dimensions of unknown size")
     return Array(x.dtype, tuple(size for size in x.shape if size != 1))
 
 
@@ -572,7 +581,7 @@ def cat(arrays: Sequence[Array], dim: Any = 0) -> Array:
             for where_, (own, size) in enumerate(zip(array.shape, first.shape, strict=True))
             if where_ != place
         )
-        need(alike_, f"{array} and {first} do not join along dimension {dim}")
+        need(alike_, f"{array} and {first} can't be joined along dimension {dim}")
         whole = add(whole, array.shape[place])
         dtype = torch.promote_types(dtype, array.dtype)
     return made(dtype, (*first.shape[:place], whole, *first.shape[place + 1 :]))
@@ -617,13 +626,13 @@ def one_hot(x: Array, classes: Any = -1) -> Array:
 
 def embedding(weight: Array, index: Array, *_: Any) -> Array:
     _need_index(index)
-    need(len(weight.shape) == 2, f"{weight} is no table of rows")
+    need(len(weight.shape) == 2, f"a weight of two dimensions is needed, found {weight}")
     return made(weight.dtype, (*index.shape, weight.shape[1]))
 
 
 def index_select(x: Array, dim: Any, index: Array) -> Array:
     _need_index(index)
-    need(bool(x.shape) and len(index.shape) == 1, f"{index} is no list of places in {x}")
+    need(bool(x.shape) and len(index.shape) == 1, f"{index} is not a list of indices of {x}")
     place = axis(dim, len(x.shape))
     return made(x.dtype, (*x.shape[:place], index.shape[0], *x.shape[place + 1 :]))
 
@@ -635,7 +644,9 @@ def gather(x: Array, dim: Any, index: Array, *_: bool) -> Array:
 
 
 def _need_within(x: Array, place: int, index: Array) -> None:
-    need(bool(x.shape) and len(index.shape) == len(x.shape), f"{index} is no index of {x}")
+    need(
+        bool(x.shape) and len(index.shape) == len(x.shape), f"{index} and {x} have different ranks"
+    )
     for other, (few, many) in enumerate(zip(index.shape, x.shape, strict=True)):
         need(other == place or not_more(few, many), f"{index} is larger than {x}")
 
@@ -649,17 +660,17 @@ def scatter(x: Array, dim: Any, index: Array, source: Operand, *_: Any) -> Array
         for few, many in zip(index.shape, source.shape, strict=True):
             need(not_more(few, many), f"{index} is larger than its source {source}")
     else:
-        need(promoted(x, source) is x.dtype, f"{source} is no value of {x.dtype}")
+        need(promoted(x, source) is x.dtype, f"{source} is not a value of {x.dtype}")
         filled(source, x.dtype)
     return x
 
 
 def index_copy(x: Array, dim: Any, index: Array, source: Array) -> Array:
     _need_index(index)
-    need(bool(x.shape) and len(index.shape) == 1, f"{index} is no list of places in {x}")
+    need(bool(x.shape) and len(index.shape) == 1, f"{index} is not a list of indices of {x}")
     place = axis(dim, len(x.shape))
     wanted = (*x.shape[:place], index.shape[0], *x.shape[place + 1 :])
-    need(source == Array(x.dtype, wanted), f"{source} does not go into {x} at {index}")
+    need(source == Array(x.dtype, wanted), f"{source} does not fit into {x} at {index}")
     return x
 
 
@@ -686,7 +697,7 @@ def index(x: Array, indices: Sequence[Array | None]) -> Array:
 
 
 def filled(value: Number, dtype: torch.dtype) -> torch.dtype:
-    """The dtype, once the number is one of it."""
+    """`dtype`; raises CallError where it can't represent `value`."""
     if dtype is torch.bool or isinstance(value, Expression | Scalar):
         return dtype
     if dtype.is_floating_point:
@@ -705,9 +716,9 @@ def arange(end: Number, dtype: torch.dtype | None = None) -> Array:
 
 def arange_by(start: Number, end: Number, step: Number, dtype: torch.dtype | None = None) -> Array:
     numbers = [n for n in (start, end, step) if isinstance(n, int) and not isinstance(n, bool)]
-    need(len(numbers) == 3 and numbers[2] != 0, "only whole numbers are counted here")
+    need(len(numbers) == 3 and numbers[2] != 0, "integers and a step other than 0 are needed")
     need((numbers[1] - numbers[0]) * numbers[2] >= 0, "its step leads away from its end")
-    need(dtype is not torch.bool, "bools can't be counted")
+    need(dtype is not torch.bool, "the dtype can't be bool")
     first, last, by = numbers  # len(range(…)) holds no number beyond 2^63
     return created(dtype or torch.int64, (-((first - last) // by),))
 
@@ -715,8 +726,8 @@ def arange_by(start: Number, end: Number, step: Number, dtype: torch.dtype | Non
 def arange_from(start: Number, end: Number, dtype: torch.dtype | None = None) -> Array:
     for value in (start, end):
         whole = isinstance(value, int | Expression) and not isinstance(value, bool)
-        need(whole, "only whole numbers are counted here")
-    need(dtype is not torch.bool, "bools can't be counted")
+        need(whole, "integers are needed")
+    need(dtype is not torch.bool, "the dtype can't be bool")
     assert isinstance(start, int | Expression)
     assert isinstance(end, int | Expression)
     return created(dtype or torch.int64, (subtract(end, start),))
@@ -769,9 +780,9 @@ def type_as(x: Array, other: Array) -> Array:
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     _need_floats(x, weight, bias)
-    need(bool(x.shape) and len(weight.shape) == 2, f"{x} and {weight} have no product")
+    need(bool(x.shape) and len(weight.shape) == 2, f"{x} and {weight} can't be multiplied")
     O, C = weight.shape  # noqa: E741
-    need(x.shape[-1] == C, f"{x} and {weight} have no product")
+    need(x.shape[-1] == C, f"{x} and {weight} can't be multiplied")
     need(bias is None or bias.shape == (O,), f"bias {bias} does not fit {weight}")
     return made(x.dtype, (*x.shape[:-1], O))
 
@@ -779,7 +790,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 def matmul(a: Array, b: Array) -> Array:
     _need_floats(a, b)
     need(len(a.shape) >= 2 and len(b.shape) >= 2, f"{a} and {b} are no matrices")
-    need(a.shape[-1] == b.shape[-2], f"{a} and {b} have no product")
+    need(a.shape[-1] == b.shape[-2], f"{a} and {b} can't be multiplied")
     batch = broadcast(a.shape[:-2], b.shape[:-2])
     return made(a.dtype, (*batch, a.shape[-2], b.shape[-1]))
 
@@ -791,7 +802,7 @@ def mm(a: Array, b: Array) -> Array:
 
 def bmm(a: Array, b: Array) -> Array:
     need(len(a.shape) == len(b.shape) == 3, f"{a} and {b} are no batches of matrices")
-    need(a.shape[0] == b.shape[0], f"{a} and {b} are batches of other sizes")
+    need(a.shape[0] == b.shape[0], f"{a} and {b} are batches of different sizes")
     return matmul(a, b)
 
 
@@ -799,7 +810,7 @@ def addmm(x: Array, a: Array, b: Array, beta: Number = 1, alpha: Number = 1) -> 
     need(beta == 1 and alpha == 1, "alpha and beta must be 1")
     found = mm(a, b)
     _need_floats(x, a)
-    need(broadcast(x.shape, found.shape) == found.shape, f"{x} does not add to {found}")
+    need(broadcast(x.shape, found.shape) == found.shape, f"{x} can't be added to {found}")
     return found
 
 
@@ -807,10 +818,10 @@ def einsum(equation: str, arrays: Sequence[Array], path: Any = None) -> Array:
     _need_floats(*arrays)
     left, _, right = equation.partition("->")
     terms = left.split(",")
-    need(path is None and len(terms) == len(arrays), f"{equation} is of {len(terms)} tensors")
+    need(path is None and len(terms) == len(arrays), f"{equation} takes {len(terms)} tensors")
     sizes: dict[str, Size] = {}
     for term, array in zip(terms, arrays, strict=True):
-        need(len(term) == len(array.shape), f"{array} is not {term!r}")
+        need(len(term) == len(array.shape), f"{array} does not have the dimensions {term!r}")
         for letter, size in zip(term, array.shape, strict=True):
             need(sizes.setdefault(letter, size) == size, f"size {letter!r} differs in {array}")
     return made(arrays[0].dtype, [sizes[letter] for letter in right])
@@ -847,18 +858,18 @@ def size_of(x: Array, dim: Any) -> Size:
 
 
 def one_value(x: Array) -> Scalar:
-    need(all(size == 1 for size in x.shape), f"{x} is not of one element")
+    need(all(size == 1 for size in x.shape), f"a tensor of one element is needed, found {x}")
     return Scalar(x.dtype)
 
 
 def constrained(size: Number, least: int | None = None, most: int | None = None) -> None:
-    """A promise that torch holds the graph to when it runs."""
+    """Returns nothing: torch checks the range of `size` when the graph runs."""
 
 
 def _need_sizes(*values: Any) -> None:
     for value in values:
         whole = isinstance(value, int | Expression) and not isinstance(value, bool)
-        need(whole, f"{value!r} is no size")
+        need(whole, f"{value!r} is not a size")
         need(not isinstance(value, int) or abs(value) < _NO_END, f"{value} is too large a size")
 
 

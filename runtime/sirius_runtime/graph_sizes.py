@@ -1,9 +1,9 @@
-"""Sizes that are not known before a graph runs, as expressions that can be compared.
+"""Symbolic sizes: expressions for sizes that are not known before a graph runs.
 
 A size is an int, or an `Expression`: a polynomial of symbols with integer coefficients. A symbol is
-a letter of an entry's shapes (`B` rows, `T` tokens, …), which is 1 or more, or a term that is no
-polynomial: ``min(n, T)``, ``(T)//(2)``. Such a term is named by its parts, so that equal terms are
-equal symbols. Two sizes are equal only if they are equal for all values.
+a letter of an entry's shapes (`B` rows, `T` tokens, …), which is 1 or more, or a term that is not a
+polynomial: ``min(n, T)``, ``(T)//(2)``. The name of such a term is its text, so equal terms are
+equal symbols. Two sizes are equal only if they are equal for all values of their symbols.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sirius_runtime.errors import ArtifactError
 
 Size: TypeAlias = "int | Expression"
 Terms: TypeAlias = dict[tuple[str, ...], int]
-"""Coefficients by the sorted symbols of a product; those of () are the constant."""
+"""The coefficient of each product of symbols (a sorted tuple); () has the constant term."""
 
 
 class Expression:
@@ -42,12 +42,12 @@ class Expression:
 
 UNSIGNED = "?"
 """The prefix of the names of symbols that may be negative."""
-_MOST_TERMS = 64  # of an expression, and characters of a symbol: a graph's are few and short
-_LONGEST = 400
+_MOST_TERMS = 64  # of an expression, and most symbols in one product
+_LONGEST = 400  # characters of a symbol's name
 
 
 def symbol(name: str) -> Expression:
-    """The size of that name."""
+    """A size that is the symbol of that name."""
     return Expression({(name,): 1})
 
 
@@ -76,7 +76,7 @@ def subtract(a: Size, b: Size) -> Size:
 
 
 def product(sizes: tuple[Size, ...] | list[Size]) -> Size:
-    """Of all of them; 1 of none."""
+    """The product of all sizes; 1 for none."""
     total: Size = 1
     for size in sizes:
         total = multiply(total, size)
@@ -84,7 +84,7 @@ def product(sizes: tuple[Size, ...] | list[Size]) -> Size:
 
 
 def floor_divide(a: Size, b: Size) -> Size:
-    """a // b, exactly where b divides every term; b must not be 0."""
+    """a // b: a polynomial where b divides a, else a new symbol. b must not be 0."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b
     exact = divide(a, b)
@@ -115,7 +115,9 @@ def divide(a: Size, b: Size) -> Size | None:
 
 
 def _order(symbols: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
-    """Sort key of products: by degree, then by the symbols; products of larger ones are larger."""
+    """Sort key of products: by degree, then by symbols. It is a monomial order, as long division
+    needs: multiplying two products by a third keeps their order.
+    """
     return len(symbols), symbols
 
 
@@ -129,14 +131,14 @@ def _without(symbols: tuple[str, ...], divisor: tuple[str, ...]) -> tuple[str, .
 
 
 def named(text: str) -> Expression:
-    """A size of 0 or more, named `text`; nothing more is known of it."""
+    """A symbol named `text`, of which only is known that it is 0 or more."""
     if len(text) > _LONGEST:
         raise ArtifactError("its sizes are computed in more steps than any graph of ours takes")
     return symbol(text)
 
 
 def at_least(size: Size, least: int) -> bool:
-    """Whether a size is `least` (0 or 1) or more for all values of its symbols."""
+    """Whether a size is at least `least` (0 or 1) for all values of its symbols."""
     terms = _terms(size)
     for symbols, factor in terms.items():
         if symbols and (factor < 0 or any(one.startswith(UNSIGNED) for one in symbols)):
@@ -147,7 +149,7 @@ def at_least(size: Size, least: int) -> bool:
 
 
 def _is_letter(name: str) -> bool:
-    """Whether a symbol is a letter of a shape: 1 or more, not 0 or more."""
+    """Whether a symbol is a shape letter, which is 1 or more; other symbols are 0 or more."""
     return name.isalpha()
 
 

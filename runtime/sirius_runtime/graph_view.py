@@ -1,7 +1,6 @@
-"""Graph documents for a reader: a line a call, layers that are alike told once, and differences.
+"""Prints graph documents, one line per call, with equal layers printed once; and their differences.
 
-Documents are taken as they stand in the file; nothing of PyTorch is needed. A document that is none
-raises ArtifactError.
+Documents are read as JSON, without PyTorch. One that is not a graph document raises ArtifactError.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from sirius_runtime.spec import JSON
 
 _LAYER = re.compile(r"\.(\d+)\.")
 BEFORE, AFTER = -1, sys.maxsize
-"""In place of a layer's number."""
-_MOST_DEPTH = 5  # of graphs within graphs: as many as a reader of graphs takes
+"""Used instead of a layer number, for calls before and after the layers."""
+_MOST_DEPTH = 5  # of graphs within graphs
 
 
 @dataclass(frozen=True)
 class Row:
-    """A call: its `name`, its `target`, its arguments as text, and the names of the calls that it
-    `reads`. `layer`: of the weights that it reads, if they are a layer's; `weighs`: whether it
-    reads a weight at all. `inner`: the lines of a graph that control flow runs.
+    """A call: its `name`, its `target`, its `arguments` as text, and the names of the nodes that it
+    `reads`. `layer`: the layer of the weights that it reads, None if they belong to no layer;
+    `weighs`: whether it reads any weight. `inner`: the lines of a subgraph of control flow.
     """
 
     name: str
@@ -45,8 +44,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """Calls before or after the layers, or those of the layers `first` to `last`, which are
-    alike.
+    """The calls before or after the layers, or of the layers `first` to `last`, which are equal but
+    for their weights. `rows` are those of layer `first`.
     """
 
     rows: tuple[Row, ...]
@@ -64,7 +63,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph's inputs, its calls, and what it returns."""
+    """A graph: its inputs, its calls, what it returns (as text), and the number of its weights."""
 
     inputs: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -73,7 +72,7 @@ class Graph:
 
 
 def read_graph(document: JSON) -> Graph:
-    """A graph document, for its reader. Raises ArtifactError where it is not one."""
+    """The `Graph` of a document. Raises ArtifactError for what is not a graph document."""
     try:
         return _read(document, 0)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -83,7 +82,7 @@ def read_graph(document: JSON) -> Graph:
 def _read(document: JSON, depth: int) -> Graph:
     if depth > _MOST_DEPTH:
         raise ArtifactError("not a graph document (graphs within graphs without end)")
-    shown: dict[str, str] = {}  # what stands for a node in the arguments of others
+    shown: dict[str, str] = {}  # the text of each node in the arguments of others
     inputs, rows, returns = [], [], ""
     bound: dict[str, str] = {}  # weights by their nodes' names
     for node in document["nodes"]:
@@ -123,7 +122,7 @@ def _row(node: JSON, shown: dict[str, str], bound: dict[str, str]) -> Row:
 
 
 def _reads(value: JSON) -> Iterator[str]:
-    """The names of nodes in an argument."""
+    """The names of the nodes in an argument."""
     if isinstance(value, list):
         for one in value:
             yield from _reads(one)
@@ -144,10 +143,10 @@ def _text(value: JSON, shown: dict[str, str]) -> str:
 
 
 def _parts(graph: Graph) -> dict[int, list[Row]]:
-    """The rows by layer, `BEFORE` or `AFTER`.
+    """The rows of each layer, of `BEFORE` and of `AFTER`.
 
-    A row that reads no layer's weight belongs to the layer whose weight was last read. So a layer
-    begins with its first norm's weight, and ends with what goes before the next one's.
+    A row that reads no layer's weight belongs to the layer whose weight was read last. So a layer
+    begins where its first norm's weight is read, and ends where the next layer's is.
     """
     last = max((row.layer for row in graph.rows if row.layer is not None), default=BEFORE)
     parts: dict[int, list[Row]] = {}
@@ -162,8 +161,8 @@ def _parts(graph: Graph) -> dict[int, list[Row]]:
 
 
 def _form(rows: Sequence[Row], layer: int) -> tuple[str, ...]:
-    """Rows without what differs between layers that are alike: names of calls, the layer's number,
-    and numbers that calibration chose.
+    """The rows as text, without what may differ between equal layers: names of calls, the layer's
+    number, and decimal numbers (calibrated thresholds).
     """
     place = {row.name: f"%{index}" for index, row in enumerate(rows)}
     form = []
@@ -172,14 +171,16 @@ def _form(rows: Sequence[Row], layer: int) -> tuple[str, ...]:
         text = re.sub(r"%(\w+)", lambda m: place.get(m[1], "%outer"), text)
         text = re.sub(r"-?\d+\.\d+(e-?\d+)?", "#", text)
         text = text.replace(f".{layer}.", ".N.")
-        if row.target.startswith("sirius."):  # which are given the layer's number
+        if row.target.startswith("sirius."):  # these operators have the layer number as argument
             text = re.sub(rf"(?<![\w.]){layer}(?![\w.])", "N", text)
         form.append(text)
     return tuple(form)
 
 
 def sections(*graphs: Graph) -> list[tuple[Section, ...]]:
-    """The sections of graphs side by side: layers that are alike in each of them are one."""
+    """The sections of several graphs side by side. Successive layers are one section if they are
+    equal in each graph.
+    """
     parts = [_parts(graph) for graph in graphs]
     found: list[tuple[Section, ...]] = []
     before: object = None
@@ -195,7 +196,7 @@ def sections(*graphs: Graph) -> list[tuple[Section, ...]]:
 
 
 def lines_of(name: str, graph: Graph) -> Iterator[str]:
-    """A graph as lines."""
+    """The lines of a printed graph."""
     yield f"{name}({', '.join(graph.inputs)}): {len(graph.rows)} calls over {graph.weights} weights"
     for (section,) in sections(graph):
         yield f"# {section.title}"
@@ -205,19 +206,19 @@ def lines_of(name: str, graph: Graph) -> Iterator[str]:
 
 
 def difference(first: tuple[str, Graph], second: tuple[str, Graph]) -> Iterator[str]:
-    """How the second graph differs from the first: lines of a unified diff, by section. Layers that
-    differ in the same way are told once.
+    """The difference of two graphs: lines of a unified diff, by section. Layers that differ in the
+    same way are printed once.
     """
     (name, one), (other_name, other) = first, second
     yield f"--- {name}: {len(one.rows)} calls over {one.weights} weights"
     yield f"+++ {other_name}: {len(other.rows)} calls over {other.weights} weights"
-    told = [
+    texts = [
         (left.title, *([line for row in side.rows for line in row.lines] for side in (left, right)))
         for left, right in sections(one, other)
     ]
-    told.append(("what they return", [f"return {one.returns}"], [f"return {other.returns}"]))
+    texts.append(("what they return", [f"return {one.returns}"], [f"return {other.returns}"]))
     changed = False
-    for title, before, after in told:
+    for title, before, after in texts:
         if before != after:
             changed = True
             yield f"# {title}"

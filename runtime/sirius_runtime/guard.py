@@ -1,15 +1,16 @@
-"""The guard of a default run: drafts while that pays, and decodes densely where it does not.
+"""The guard of a default run: it drafts while drafting is faster than dense decoding, else decodes
+densely.
 
 It chooses each period's length K, or a dense step, by expected tokens per second:
 
-    tokens(K)   (1 - p^K) / (1 - p), p the chance that a level passes: the share of this answer's,
-                faded so that a change of the text is followed. It begins with what the compiler
-                measured on held-out text.
-    seconds(K)  by `Costs`: what periods of this model took on this machine.
+    tokens(K)   (1 - p^K) / (1 - p), where p is the probability that a level passes: the share of
+                this answer's levels that passed, decayed so that a change of the text is followed.
+                Its first value is the rate that the compiler measured on held-out text.
+    seconds(K)  from `Costs`: the time that periods of this model took on this machine.
 
-Drafting pays where some K brings more tokens a second than dense steps do. Where it does not pay,
-dense steps follow, and after `HOLD` of them drafts are on trial: they are short until they saved
-`EARN` dense steps. Each trial that fails is followed by `BACKOFF` times as many dense steps.
+Drafting pays where some K gives more tokens per second than dense steps. Where it does not pay,
+`HOLD` dense steps follow. Then drafts are on trial: they are short until they have saved `EARN`
+dense steps. After each failed trial, `BACKOFF` times as many dense steps follow.
 
 Pure Python without random numbers: the same observations give the same choices.
 """
@@ -23,61 +24,65 @@ from collections.abc import Sequence
 from sirius_runtime.decoder import Way
 from sirius_runtime.stats import Fallback
 
-# Simulated (tests/test_guard.py) for four machines, eight chances that a level passes: 200 tokens
-# reach 97% of the dense speed on the mean, and 98% of the best fixed K's over all of them.
+# Simulated (tests/test_guard.py) for four machines and eight probabilities that a level passes,
+# over 200 tokens: the mean speed of each case is at least 97% of the dense speed, and the mean over
+# all cases is 98% of the speed of the best fixed K.
 PRIOR = 0.85
-"""The chance that a level passes, where the compiler measured none."""
+"""The probability that a level passes, where the compiler measured none."""
 PRIOR_TRIALS = 4.0
-"""What the chance before anything was seen is worth in trials."""
+"""Weight of the first value of that probability, in trials."""
 FADE = 0.95
-"""What a period's counts are worth one period later."""
+"""The factor by which counts decay each period."""
 PAYS = 1.02
-"""How many times the tokens a second of dense steps drafting must promise."""
+"""Drafting pays if it promises this many times the tokens per second of dense steps."""
 HOLD, BACKOFF, LONGEST_HOLD = 16, 4, 1024
-"""Dense steps before drafting is tried again, their growth, and the most of them."""
+"""Dense steps before drafting is tried again; the factor of their growth; and the most of them."""
 RETRY, EARN = 3, 2.0
-"""K of drafts on trial, and the dense steps that they have to save."""
+"""K of drafts on trial; and the dense steps that they have to save."""
 SETTLE, LOOK = 2, 16
-"""Periods after which two dense steps are timed, and periods after which one is again."""
+"""Periods before the first two dense steps are timed; and periods between later timed steps."""
 
 
 class Costs:
-    """What periods of a model take on this machine, in dense steps. A loaded model keeps one for
-    each number of rows: what an answer showed is known to the next.
+    """The time of a model's periods on this machine, in units of a dense step. A loaded model keeps
+    one for each number of rows, so that later answers use the measurements of earlier ones.
 
         steps(K) = 1 + fixed + (K - 1) level
 
-    Both are fitted to the last `PERIODS` periods by least squares, weighted so that long periods
-    are no noisier than short ones, around a prior: before anything was timed a level takes what it
-    reads, and `VERIFIED` for its share of the verification. A clock may be disturbed, which only
-    ever adds: what lies far above the line is taken for as much as `DISTURBED` deviations.
+    `fixed` and `level` are fitted to the last `PERIODS` periods by least squares with a prior. The
+    noise is taken to be proportional to a period's time, and is weighted accordingly. The prior of
+    `level` is the density (the share of bytes that a sparse step reads) plus `VERIFIED`, for its
+    share of the verification. Disturbances only ever add time, so a time far above the line is
+    lowered to `DISTURBED` deviations above it.
     """
 
     PERIODS, DENSE = 32, 7
-    """How many of the last periods and dense steps count."""
+    """The number of last periods and of last dense steps that are used."""
     FIXED, FIXED_DEVIATION = 0.1, 0.05
     VERIFIED, LEVEL_DEVIATION = 0.1, 0.4
     NOISE, DISTURBED = 0.05, 2.0
-    """Of a period's time, relative; and the deviations beyond which it is taken for disturbed."""
+    """Relative deviation of a period's time; and the deviations above the line to which a time is
+    lowered.
+    """
 
     def __init__(self, density: float) -> None:
-        """density: of the sparse path, the share that a step reads."""
+        """density: the sparse path's, i.e. the share of the weights' bytes that its step reads."""
         self.density = density
-        self.periods = 0  # that were seen
-        self.looked = 0  # of them, before the last dense step
+        self.periods = 0  # number of periods so far
+        self.looked = 0  # value of `periods` at the last dense step
         self._dense: deque[float] = deque(maxlen=self.DENSE)
         self._periods: deque[tuple[int, float]] = deque(maxlen=self.PERIODS)
         self._line: tuple[float, float] | None = None
 
     def dense(self, seconds: float) -> None:
-        """A dense step took so long."""
+        """Adds the time of a dense step."""
         self._dense.append(seconds)
         self._line, self.looked = None, self.periods
 
     def period(self, levels: int, seconds: float) -> None:
-        """A period of so many sparse steps took so long."""
+        """Adds the time of a period with `levels` sparse steps."""
         self.periods += 1
-        if self.periods > 1:  # the first one waits for weights that come from a file
+        if self.periods > 1:  # the first one may wait for weights to be read from the file
             self._periods.append((levels, seconds))
             self._line = None
 
@@ -89,24 +94,26 @@ class Costs:
         return self.periods - self.looked >= LOOK
 
     def in_steps(self, seconds: float) -> float | None:
-        """Dense steps that take as long; None before one was timed."""
+        """`seconds` in units of a dense step; None before one was timed."""
         return seconds / statistics.median(self._dense) if self._dense else None
 
     def steps(self, period: int) -> float:
-        """Dense steps that take as long as a period of K; no fewer than it reads."""
+        """The time of a period of K tokens in units of a dense step; at least in proportion to the
+        bytes that it reads.
+        """
         if self._line is None:
             self._line = self._fit()
         fixed, level = self._line
         return 1 + max(fixed + (period - 1) * level, (period - 1) * self.density)
 
     def _fit(self) -> tuple[float, float]:
-        """The line's `fixed` and `level`."""
+        """`fixed` and `level`."""
         prior = (self.FIXED, self.density + self.VERIFIED)
         line = prior
         if not self._dense:
             return line
         step = statistics.median(self._dense)
-        for _ in range(3):  # what is disturbed depends on the line
+        for _ in range(3):  # iterates, because which times are lowered depends on the line
             a, b, c = self.FIXED_DEVIATION**-2, 0.0, self.LEVEL_DEVIATION**-2
             d, e = a * prior[0], c * prior[1]
             for levels, seconds in self._periods:
@@ -122,24 +129,25 @@ class Costs:
 
 
 class Guard:
-    """Chooses how one generation goes on; tell it how it went."""
+    """Chooses each next period or dense step of one generation; `observe` must follow each."""
 
     def __init__(self, period: int, costs: Costs, passes: float | None = None) -> None:
-        """period: the longest K; costs: of the model, which this generation adds to (others may
-        take their place, where the number of rows changes). passes: the chance that a drafted level
-        passes, as measured before; None where it was not.
+        """period: the longest K. costs: the model's, which this generation adds to; the attribute
+        may be replaced where the number of rows changes. passes: the probability that a drafted
+        level passes, as the compiler measured it; None where it did not.
         """
         self._longest, self.costs = period, costs
         self._passed = (PRIOR if passes is None else passes) * PRIOR_TRIALS
         self._trials = PRIOR_TRIALS
         self._hold, self._left = HOLD, 0  # dense steps of the next fallback, and left of this one
         self._owed: float | None = None  # dense steps that drafts on trial have yet to save
-        self._advance = self._cost = 0.0  # of drafts that did not pay, and how many
+        # Sums over the drafts that did not pay: tokens, and time in dense steps; and their number.
+        self._advance = self._cost = 0.0
         self._failed = 0
-        self._fell_back = 0
+        self._fell_back = 0  # tokens decoded densely
 
     def choose(self) -> tuple[Way, int]:
-        """How to go on, and the period's K."""
+        """What runs next, and the period's K (1 for a dense step)."""
         if self._longest == 1 or self._left > 0 or self.costs.looks:
             return Way.DENSE, 1
         if self._owed is not None:
@@ -148,14 +156,15 @@ class Guard:
 
     @property
     def reason(self) -> str:
-        """Why the dense step that is due is one."""
+        """Why the next step is a dense one."""
         if self._longest == 1:
             return "the period is 1: there is no draft"
         if self._left == 0:
-            return "a dense step is timed, to know what drafts have to beat"
+            return "a dense step is timed, for comparison with drafts"
         return (
             f"drafts did not pay ({self._advance / self._failed:.1f} tokens in the time of "
-            f"{self._cost / self._failed:.1f} dense steps): another is tried in {self._left} steps"
+            f"{self._cost / self._failed:.1f} dense steps): a draft is tried again in "
+            f"{self._left} steps"
         )
 
     def observe(
@@ -176,7 +185,7 @@ class Guard:
         self.costs.period(levels, seconds)
         accepted = sum(passed for _, passed in rows) / max(len(rows), 1)
         refused = sum(passed < drafted for drafted, passed in rows) / max(len(rows), 1)
-        # What a trial's first draft shows outweighs what was refused before.
+        # The first draft of a trial outweighs all earlier counts.
         fade = min(FADE, 1.0 / self._trials) if self._owed == EARN else FADE
         self._passed = self._passed * fade + accepted
         self._trials = self._trials * fade + accepted + refused
@@ -196,14 +205,14 @@ class Guard:
 
     @property
     def fallback(self) -> Fallback | None:
-        """What was decoded densely; None where nothing was."""
+        """Statistics of the dense steps that replaced drafts; None where there were none."""
         if not self._fell_back:
             return None
         return Fallback(self._fell_back, self._advance / self._failed, self._cost / self._failed)
 
     @property
     def _best(self) -> tuple[int, float]:
-        """The K of most tokens a second, and how many times those of dense steps that is."""
+        """The K with the most tokens per second, and its speed relative to dense steps."""
         best, most = min(2, self._longest), 0.0
         p = min(self._passed / self._trials, 0.999)
         for period in range(2, self._longest + 1):

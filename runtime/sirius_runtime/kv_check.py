@@ -1,4 +1,4 @@
-"""Whether the caches hold what a dense run over the committed tokens would have left there.
+"""Checks that the K/V caches equal those of a dense run over the committed tokens.
 
 The full path rewrites the K/V of each token that it verifies, so that all committed history holds
 the full path's K/V (Sirius, arXiv 2409.03856, section 4). A slot that differs shows a bug: a missed
@@ -20,14 +20,18 @@ from sirius_runtime.spec import to_json
 from sirius_runtime.state import State
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""The largest difference of a slot's K or V (its norm over all heads), as a share of the root mean
-square of the layer's slots' norms. A prompt's rounding differs from a period's."""
+"""Tolerance of a slot's K or V: the norm of its difference over all heads, divided by the root mean
+square of that norm over the layer's slots. It is not 0, because a prefill rounds differently from a
+period.
+"""
 SHOWN = 20
 
 
 @dataclass(frozen=True)
 class CacheDifference:
-    """K or V of a layer's slot that is not the dense run's; `size` is relative, as a tolerance."""
+    """The K or V (`tensor`) of a layer's slot, and its relative difference from the dense run's
+    (`size`, as `TOLERANCES` defines it).
+    """
 
     layer: int
     slot: int
@@ -50,14 +54,14 @@ class CacheCheck:
     differences: tuple[CacheDifference, ...]
 
     def record(self) -> dict[str, Any]:
-        """As an object of JSON."""
+        """The fields as a JSON object."""
         fields = to_json(self)
         assert isinstance(fields, dict)
         return fields
 
 
 def check_kv(state: State, fresh: State, tokens: Sequence[int]) -> CacheCheck:
-    """Compares the first row's caches with what a prefill of `tokens` leaves in `fresh`."""
+    """Compares the first row's caches with those that a prefill of `tokens` writes to `fresh`."""
     with state.computing():
         assert int(state.length[0]) == len(tokens)
         fresh.prefill([tokens])

@@ -1,4 +1,4 @@
-"""Artifacts in lm-evaluation-harness: importing this module registers the model ``sirius``.
+"""Support for lm-evaluation-harness: importing this module registers the model ``sirius``.
 
     import lm_eval
     import sirius_runtime.lm_eval
@@ -8,8 +8,8 @@
 
     python -m sirius_runtime.lm_eval run --model sirius --model_args pretrained=model.sirius …
 
-The harness finds a model only if its module is imported, so its own script `lm_eval` does not know
-this one. The second form imports it, then runs that script.
+The harness finds a model only if its module is imported, so its command `lm_eval` does not know
+this one. The second form imports it, then runs that command.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_toke
 
 @register_model("sirius")
 class SiriusLM(TemplateLM):
-    """A compiled model. Log-likelihoods are the full path's, whatever the mode: they are scores of
-    given tokens. Answers are generated in `mode`.
+    """A compiled model. Log-likelihoods are the full path's in every mode, because they score given
+    tokens. Answers are generated in `mode`.
     """
 
     def __init__(
@@ -75,13 +75,14 @@ class SiriusLM(TemplateLM):
         self._name = str(pretrained) if isinstance(pretrained, str) else "sirius"
         self._options = {"mode": mode} | {n: v for n, v in options.items() if n in _GENERATION}
         self.batch_size = _batch_size(batch_size)
-        # What is run is all but the last token; one place is left for an answer.
+        # Leaves one position for an answer. A scored row may have one token more: the last is not
+        # run.
         self.max_length = self.loaded.program.model.max_seq_len - 1
         if max_length is not None:
             self.max_length = min(self.max_length, int(max_length))
         self.max_gen_toks = int(max_gen_toks)
         self.outputs: list[GenerationOutput] = []
-        """What was generated so far, batch by batch: statistics for those who ask."""
+        """The outputs so far, batch by batch, for their statistics."""
 
     # tokens
 
@@ -102,8 +103,8 @@ class SiriusLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; with what the tokenizer puts before them, unless the text has that itself (a
-        chat template's has).
+        """Token ids of a text, by default with the tokenizer's special tokens, unless the text
+        begins with those itself (a chat template's does).
         """
         tokenizer = self.loaded.tokenizer
         assert tokenizer is not None
@@ -182,7 +183,7 @@ class SiriusLM(TemplateLM):
         return [answers[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of the model's length."""
+        """Log-likelihoods of whole texts, scored in windows of the model's length."""
         totals = []
         for request in requests:
             (text,) = request.args
@@ -222,7 +223,7 @@ class SiriusLM(TemplateLM):
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request for an answer, read."""
+    """The options of one request for an answer."""
 
     ids: list[int]
     until: tuple[str, ...]
@@ -243,7 +244,7 @@ class _Asked:
         draws = given.pop("do_sample", None)
         sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
         if given:
-            raise ConfigError(f"{', '.join(given)}: generation options that are not understood")
+            raise ConfigError(f"{', '.join(given)}: unknown generation options; leave them out")
         if not (draws if draws is not None else sampling.get("temperature")):
             sampling = {}
         else:

@@ -1,6 +1,6 @@
-"""`load`: from an artifact's file to a model that generates.
+"""`load`: opens an artifact and returns a model that generates.
 
-What a back end needs is imported when one is asked for: by ONNX Runtime, without PyTorch.
+A back end's packages are imported when it is asked for, so that ONNX Runtime needs no PyTorch.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ class BackendName(StrEnum):
     """The back ends that `load` knows."""
 
     AUTO = "auto"
-    """The fastest of the others that works here, by `choose_backend`."""
+    """The back end that `choose_backend` takes: the fastest that works here."""
     EAGER = "eager"
     """The entries, operator by operator; `by_entries` drafts, verifies and commits."""
     INDUCTOR = "inductor"
     """The entries, compiled by torch.compile on first use: needs a C++ compiler or Triton."""
     CUDAGRAPH = "cudagraph"
-    """As `inductor`, and whole periods recorded as CUDA graphs; of a CUDA GPU."""
+    """As `inductor`, with whole periods recorded as CUDA graphs. Needs a CUDA GPU."""
     PERIOD = "period"
     """The graph `period`, operator by operator."""
     AOTI = "aoti"
     """The graph `period`, compiled by AOTInductor once, for a number of rows and cache slots: for
     embedding without Python."""
     ONNXRUNTIME = "onnxruntime"
-    """The ONNX graphs, by ONNX Runtime: a period is one call. Needs no PyTorch."""
+    """The ONNX graphs, run by ONNX Runtime: a period is one call. Needs no PyTorch."""
 
 
 def load(
@@ -84,35 +84,37 @@ def load(
 
     Weights are used in place, mapped from the file, where `device` is the CPU and `dtype` the
     stored one; otherwise they are converted once. device: by default a GPU if there is one. dtype:
-    by default the stored one. backend: a `BackendName`; ``auto`` takes the fastest that works here,
-    and progress is told which and why. rows, context: of backend `aoti`, the largest batch and the
-    most tokens of prompt and answer to compile for, by default the model's longest sequence;
-    progress is told when a back end compiles, which happens once. providers: of backend
-    `onnxruntime`, its execution providers in order of preference, by default CUDA where it works
-    and the CPU else (progress is told which); it computes on the device of the provider, in the
-    stored dtype. verify: check the sha256 of the weights too (everything else is always checked).
+    by default the stored one. backend: a `BackendName`; ``auto`` takes the fastest that works here.
+    rows, context: for backend `aoti`, the largest batch and the most tokens of prompt and answer to
+    compile for; by default one row and the model's longest sequence. providers: for backend
+    `onnxruntime`, its execution providers in order of preference; by default CUDA where it works,
+    else the CPU. That back end computes on the provider's device, in the stored dtype. verify:
+    check the sha256 of the weights too (everything else is always checked). progress: is called
+    with a line of text: which back end or provider is chosen, and when a back end compiles.
 
-    threads: of one operator on the CPU, by default as many as PyTorch or ONNX Runtime takes, at the
-    most 16 a core and 256, or one a core; PyTorch's is a setting of the whole process
-    (`torch.set_num_threads`), which stays when the model is gone. Where torch is not imported yet,
-    its idle threads are told to sleep (OMP_WAIT_POLICY), which leaves the cores to our kernels. A
-    process that is forked once something was generated on several threads can't generate on
-    several: start it by spawn.
+    threads: threads of one operator on the CPU. Default: as many as PyTorch or ONNX Runtime takes.
+    The limit is the number of cores, or 16 per core up to 256, whichever is greater. PyTorch's is a
+    setting of the whole process (`torch.set_num_threads`), which outlives the model. If torch is
+    not imported yet, OMP_WAIT_POLICY is set so that its idle threads sleep, which leaves the cores
+    to our kernels. A process that was forked after something was generated on several threads can't
+    generate on several threads: start it by spawn.
 
     copy: read the whole file into memory once; later changes to the file then have no effect. A
     mapped file must not be written to while the model is in use. `generate` compares its size and
-    time before and after, and raises ArtifactError if they have changed; but a file
-    that is cut short in between kills the process (SIGBUS). Another file that is renamed over it,
-    as sirius-compile does it, or its removal, changes nothing.
+    modification time before and after, and raises ArtifactError if they have changed. A file that
+    is truncated in between kills the process (SIGBUS). Removing the file, or renaming another over
+    it (as sirius-compile does), has no effect.
 
-    memory_budget: bytes, or a text such as ``6GiB``, that the process may take: what weights don't
-    fit stay in the file and are read directly, ahead of the calls that need them, at every pass
-    (docs/offload.md). It leaves room for `rows` rows of `context` tokens of prompt and answer, by
-    default 2048. Of backend eager, in the stored dtype. On another device than the CPU it is what
-    the device may hold of the model, and the rest waits in the host's memory.
+    memory_budget: limit of the process's memory, in bytes or as a text such as ``6GiB``. Weights
+    that do not fit stay in the file; each pass reads them by direct I/O, ahead of the calls that
+    need them (docs/offload.md). The budget includes the caches of `rows` rows of `context` tokens
+    (prompt and answer; default 2048). Only for backend eager, in the stored dtype. On a device
+    other than the CPU it limits the device memory that the model takes, and the other weights are
+    streamed from the host's memory.
 
-    Raises ArtifactError for a file that is not a sound artifact, ConfigError for an option that
-    can't be met and BackendError for a back end that can't run here, each with the remedy.
+    Raises ArtifactError for a file that is not a sound artifact, ConfigError for an option that is
+    out of range or not supported, and BackendError for a back end that can't run here. Each message
+    has the remedy.
     """
     _check_backend(backend, rows, threads)
     if "torch" not in sys.modules:
@@ -176,7 +178,7 @@ def load(
                     progress=progress,
                 )
             if dtype not in (None, stored):
-                ran_on(runner.threads)  # which converting weights does
+                ran_on(runner.threads)  # converting the weights ran on them
         tokenizer = None
         if artifact.names(TOKENIZER):
             tokenizer = _tokenizer(artifact.read_bytes(TOKENIZER), path)
@@ -191,7 +193,7 @@ def load(
 def check_budgeted(
     artifact: Artifact, device: torch.device, dtype: DType | str | None, context: int | None
 ) -> None:
-    """Raises ConfigError or BackendError where a memory budget can't be kept."""
+    """Raises ConfigError or BackendError where these options do not allow a memory budget."""
     from sirius_runtime.graph_check import check_entries
 
     _check_torch(artifact, None)
@@ -221,8 +223,8 @@ def make_backend(
     context: int | None = None,
     progress: Callable[[str], None] = _to_stderr,
 ) -> EagerBackend:
-    """PyTorch's back end of that name; `document` gives an entry's graph, the rest is as for
-    `load`.
+    """The PyTorch back end of that name. document: returns an entry's graph document. The other
+    arguments are those of `load`.
     """
     from sirius_runtime.backends.eager import EagerBackend
     from sirius_runtime.backends.period import AotiBackend, PeriodBackend
@@ -239,7 +241,7 @@ def make_backend(
             "backend onnxruntime runs the ONNX graphs of an artifact: compile with graphs onnx or "
             "both, save it, and load the file"
         )
-    whole = backend in (BackendName.PERIOD, BackendName.AOTI)  # others have no use for that graph
+    whole = backend in (BackendName.PERIOD, BackendName.AOTI)  # the others don't load that graph
     names = [e.name for e in program.entries if whole or e.name != PERIOD]
     if whole and PERIOD not in names:
         raise BackendError(
@@ -273,7 +275,7 @@ def make_backend(
 
 
 def _check_nested(backend: str, device: torch.device) -> None:
-    """Raises BackendError where nested weights can't be read."""
+    """Raises BackendError where a back end or device can't read nested weights."""
     if device.type not in ("cpu", "cuda"):
         raise BackendError(
             "nested weights (--weights int8) are read on the CPU and on CUDA GPUs, not on device "
@@ -288,7 +290,7 @@ def _check_nested(backend: str, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """A back end, and why it was taken."""
+    """A back end, and why it was chosen."""
 
     backend: BackendName
     reason: str
@@ -297,18 +299,19 @@ class Choice:
 def choose_backend(
     graphs: object, onnx: object, device: str | torch.device | None = None
 ) -> Choice:
-    """The back end that ``auto`` stands for, the same each time on a machine.
+    """The back end that ``auto`` stands for; always the same on one machine.
 
-    graphs, onnx: whether the artifact holds PyTorch's graphs, and ONNX graphs. device: as for
-    `load`. On the CPU the operators' kernels do most of the work, whoever calls them, so that
-    nothing has to be compiled by inductor first.
+    graphs, onnx: whether (by truth value) the artifact holds PyTorch graphs, and ONNX graphs.
+    device: as for `load`. On the CPU the operators' kernels do most of the work in every back end,
+    so `eager` is chosen, which needs no compilation.
     """
     if not graphs:
         return Choice(BackendName.ONNXRUNTIME, "the artifact holds ONNX graphs only")
     if find_spec("torch") is None:
         if onnx:
             return Choice(BackendName.ONNXRUNTIME, "PyTorch is not installed")
-        return Choice(BackendName.EAGER, "the artifact holds no ONNX graphs")  # which says more
+        # `eager` then raises an error that names PyTorch.
+        return Choice(BackendName.EAGER, "the artifact holds no ONNX graphs")
     found = find_device(device)
     if found.type == "cuda":
         if find_spec("triton") is not None:
@@ -324,8 +327,8 @@ def choose_backend(
 
 
 def set_threads(threads: int | None) -> None:
-    """Sets the threads of one PyTorch operator, and so of our kernels, for the whole process;
-    raises ConfigError for a number that this machine can't have.
+    """Sets the threads of one PyTorch operator, which our kernels use too, for the whole process.
+    Raises ConfigError for more threads than this machine may start.
     """
     if threads is not None:
         import torch
@@ -345,10 +348,11 @@ def _check_backend(backend: str, rows: int, threads: int | None = None) -> None:
 
 
 def let_threads_sleep() -> None:
-    """Has OpenMP's threads sleep between torch's operators, unless the environment says otherwise.
+    """Makes OpenMP's threads sleep between torch's operators, unless the environment says
+    otherwise.
 
-    By default they stay awake for some milliseconds, on the cores that the kernels' own threads
-    want. It is read when torch is first imported.
+    By default they spin for some milliseconds, on the cores that the kernels' threads need. The
+    variable is read when torch is first imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -359,8 +363,8 @@ def _check_onnx(
     stored = artifact.program.model.dtype
     if dtype not in (None, stored):
         raise ConfigError(
-            f"backend onnxruntime computes in the dtype that its graphs have, {stored}, got "
-            f"{dtype!r}; leave dtype out, or compile with --dtype {dtype}"
+            f"backend onnxruntime computes in the dtype of its graphs, {stored}, got {dtype!r}; "
+            f"leave dtype out, or compile with --dtype {dtype}"
         )
     if device is not None:
         raise ConfigError(
@@ -372,7 +376,7 @@ def _check_onnx(
 def _check_torch(artifact: Artifact, providers: Sequence[str] | None) -> None:
     if providers is not None:
         raise ConfigError(
-            "providers are an option of backend onnxruntime alone: name that back end, or leave "
+            "providers are an option of backend onnxruntime only: choose that back end, or leave "
             "them out"
         )
     if not artifact.names("graphs/"):
@@ -389,14 +393,16 @@ def _check_torch(artifact: Artifact, providers: Sequence[str] | None) -> None:
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name, a GPU if there is one for None; ConfigError where it has none."""
+    """The device of that name; for None, a GPU if there is one, else the CPU. Raises ConfigError
+    for a device that can't be used here.
+    """
     import torch
 
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about names that are no devices any more
+            warnings.simplefilter("ignore")  # about deprecated device names
             found = torch.device(device)
             torch.ones(1, device=found).item()  # some devices only pretend to hold values
     except (RuntimeError, AssertionError, ImportError, TypeError, ValueError) as error:
@@ -417,7 +423,7 @@ def _tokenizer(content: bytes, path: str | Path) -> Tokenizer:
             "that belongs to it"
         ) from error
     try:
-        with guarded():  # its panics are no Exceptions
+        with guarded():  # its panics are BaseExceptions
             return read_tokenizer(content)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ArtifactError(

@@ -1,10 +1,10 @@
-"""Processing of logits by the tokens before them: transformers' generation options for every node
-of a tree at once, and the log-probabilities that a run reports.
+"""Logits processors: transformers' generation options, for all nodes of a tree at once; and the
+log-probabilities that a run reports.
 
-Each processor does to one sequence what transformers' processor of the same option does, in
-float32, bit for bit; they apply in transformers' order. They are pure tensor functions without host
-reads, but for callables of the user's. Shape letters: `R` sequences (rows, or nodes of trees), `T`
-tokens, `V` vocabulary; else as in `sirius_runtime.policy`.
+For each sequence, a processor gives bit for bit what transformers' processor of the same option
+gives, in float32; they apply in transformers' order. They are pure tensor functions without host
+reads, except for the user's callables. Shape letters: `R` sequences (rows, or nodes of trees), `T`
+tokens, `V` vocabulary; the others are those of `sirius_runtime.policy`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from sirius_runtime.tree import Tree
 
 
 class History(NamedTuple):
-    """Sequences of tokens: the first `lengths` [R] of `tokens` [R, T] count, of which the first
-    `prompts` [R] are the prompt. All int64.
+    """Token sequences, padded on the right: `tokens` [R, T], their `lengths` [R], and the lengths
+    of their prompts, `prompts` [R]. All int64.
     """
 
     tokens: Tensor
@@ -38,13 +38,13 @@ class History(NamedTuple):
 
 
 Processor = Callable[[Tensor, History], Tensor]
-"""Processed logits [R, V], float32, of logits [R, V] and what stands before each."""
+"""Maps logits [R, V] float32, and the sequences before them, to processed logits [R, V]."""
 
 
 class Logprobs(NamedTuple):
-    """Of the first `advance` [B] of `tokens` [B, K]: each one's log-probability `chosen` [B, K]
-    float32, and the likeliest tokens in its place, `ids` [B, K, n] int64, with theirs, `values`
-    [B, K, n], best first.
+    """Log-probabilities of a period's tokens. `tokens` [B, K], of which the first `advance` [B]
+    count; `chosen` [B, K] float32: their log-probabilities. `ids` [B, K, n] int64 and `values`
+    [B, K, n]: the n likeliest tokens at each place and their log-probabilities, best first.
     """
 
     tokens: Tensor
@@ -55,14 +55,14 @@ class Logprobs(NamedTuple):
 
 
 def node_histories(history: History, tree: Tree, nodes: Tensor) -> History:
-    """What stands before the token after each of `nodes` [n] of every row's tree: [B * n].
+    """The sequence that ends with each of `nodes` [n] of every row's tree: B * n sequences.
 
-    `history` [B] is the committed one, whose last token is the tree's root.
+    `history` has the B committed sequences; the last token of each is the tree's root.
     """
     S = history.tokens.shape[1]
     last = history.lengths[:, None] - 1
     above = tree.mask.index_select(1, nodes)  # [B, n, N]
-    # A path's tokens at their places; the column after the last takes those off the path.
+    # Scatters a path's tokens to their places; tokens off the path go to an extra last column.
     places = torch.where(above >= 0, (last + tree.depth.clamp(min=0))[:, None], S)
     tokens = torch.nn.functional.pad(history.tokens, (0, 1))[:, None].repeat(1, len(nodes), 1)
     tokens = tokens.scatter(2, places, tree.tokens[:, None].expand_as(places))[:, :, :S]
@@ -72,25 +72,25 @@ def node_histories(history: History, tree: Tree, nodes: Tensor) -> History:
 
 
 def verdict_logprobs(logits_BNV: Tensor, verdict: Verdict, count: int) -> Logprobs:
-    """The log-probabilities of a period's tokens, and of the `count` likeliest in the place of
-    each, by the logits after each node: token i comes after the i-th node of the kept path.
+    """The log-probabilities of a period's tokens, and of the `count` likeliest tokens at each
+    place, from the logits after each node: token i follows the i-th node of the kept path.
     """
     index = verdict.nodes[:, :, None].expand(-1, -1, logits_BNV.shape[2])
     log_p = logits_BNV.float().gather(1, index).log_softmax(-1)
-    tokens = verdict.tokens.clamp(min=0)  # where there is none, nothing is told of it
+    tokens = verdict.tokens.clamp(min=0)  # NO_TOKEN is -1; its value is never reported
     chosen, best = log_p.gather(2, tokens[:, :, None])[..., 0], log_p.topk(count, -1)
     return Logprobs(verdict.tokens, verdict.advance, chosen, best.values, best.indices)
 
 
 def step_logprobs(logits_BV: Tensor, token_B: Tensor, count: int) -> Logprobs:
-    """Those of one token a row."""
+    """As `verdict_logprobs`, for one token per row."""
     root = torch.zeros_like(token_B)[:, None]
     only = Verdict(token_B[:, None], torch.ones_like(token_B), token_B, root)
     return verdict_logprobs(logits_BV[:, None], only, count)
 
 
 def read_logprobs(found: Logprobs) -> list[list[TokenLogprobs]]:
-    """As plain numbers, of each row."""
+    """Each row's log-probabilities as Python numbers."""
     values, ids = found.values.tolist(), found.ids.tolist()
     tokens, chosen = found.tokens.tolist(), found.chosen.tolist()
     return [
@@ -113,7 +113,7 @@ def processors(
     vocabulary: int,
     device: torch.device,
 ) -> list[Processor]:
-    """All that `spec` asks for, in order, and then the user's own."""
+    """The processors of `spec`, in transformers' order, then the user's (`own`)."""
     ends = torch.tensor(sorted(t for t in eos if t < vocabulary), dtype=torch.int64, device=device)
     found: list[Processor] = []
     if spec.sequence_bias:
@@ -162,7 +162,7 @@ def processors(
 def _sequence_bias(
     biases: Sequence[SequenceBias], vocabulary: int, device: torch.device
 ) -> Processor:
-    """Adds a bias to the token that would complete a sequence."""
+    """Adds a bias to the logit of a token that would complete a biased sequence."""
     alone = torch.zeros(vocabulary, dtype=torch.float32, device=device)
     for entry in biases:
         if len(entry.tokens) == 1:
@@ -193,7 +193,9 @@ def _sequence_bias(
 
 
 def _repetition(penalty: float, *, prompt_alone: bool) -> Processor:
-    """Divides positive logits of tokens that were there before, and multiplies negative ones."""
+    """For tokens of the sequence, divides positive logits by `penalty` and multiplies negative
+    ones.
+    """
 
     def process(scores: Tensor, history: History) -> Tensor:
         end = history.prompts if prompt_alone else history.lengths
@@ -207,7 +209,7 @@ def _repetition(penalty: float, *, prompt_alone: bool) -> Processor:
 
 
 def _no_repeat(size: int, *, prompt_alone: bool) -> Processor:
-    """Forbids the token that would repeat a run of `size` tokens of the sequence."""
+    """Forbids a token that would repeat an n-gram of `size` tokens of the sequence."""
 
     def process(scores: Tensor, history: History) -> Tensor:
         if history.tokens.shape[1] < size:
@@ -224,7 +226,7 @@ def _no_repeat(size: int, *, prompt_alone: bool) -> Processor:
 
 
 def _least_length(spec: LogitsSpec, ends_V: Tensor) -> list[Processor]:
-    """Forbids EOS in sequences that are still too short."""
+    """Forbids EOS in sequences that are shorter than the minimum length."""
     new, length = spec.min_new_tokens, spec.min_length
 
     def process(scores: Tensor, history: History) -> Tensor:
@@ -257,7 +259,7 @@ def _remove_invalid(scores: Tensor, history: History) -> Tensor:
 
 def _decay(start: int, factor: float, ends: Tensor, max_new_tokens: int) -> Processor:
     """Raises the EOS logits by a factor that grows with each token after the first `start`."""
-    # As Python computes it for transformers, which a tensor's `pow` may not to the last bit.
+    # Python's power, as in transformers: a tensor's `pow` may differ in the last bit.
     growth = [_power(factor, count) - 1 for count in range(max_new_tokens + 1)]
     growths = torch.tensor(growth, dtype=torch.float64, device=ends.device).float()
 
@@ -278,7 +280,7 @@ def _power(base: float, exponent: int) -> float:
 
 
 def _suppress_first(spec: LogitsSpec, vocabulary: int, device: torch.device) -> Processor:
-    """Forbids tokens as the first of the answer, or the second after one that is forced."""
+    """Forbids tokens at the start of the answer; after a forced BOS, as its second token."""
     mask = _mask(torch.tensor(spec.begin_suppress_tokens, device=device), vocabulary)
     is_forced = spec.forced_bos_token_id is not None
 
@@ -290,9 +292,9 @@ def _suppress_first(spec: LogitsSpec, vocabulary: int, device: torch.device) -> 
 
 
 def _called(processor: LogitsProcessor) -> Processor:
-    """A user's callable, called once for all sequences of one length, so that it sees no padding.
+    """Calls a user's processor once for all sequences of one length, so that it sees no padding.
 
-    This reads the lengths from the device.
+    This reads the lengths from the device. Raises GenerationError for a result of another shape.
     """
 
     def process(scores: Tensor, history: History) -> Tensor:
@@ -315,19 +317,21 @@ def _called(processor: LogitsProcessor) -> Processor:
 
 
 def _last(history: History, count: int) -> Tensor:
-    """The last `count` tokens [R, count] of each sequence; of one that is shorter, anything."""
+    """The last `count` tokens [R, count] of each sequence; undefined for shorter sequences."""
     index = history.lengths[:, None] - count + torch.arange(count, device=history.tokens.device)
     return history.tokens.gather(1, index.clamp(min=0))
 
 
 def _mask(tokens: Tensor, vocabulary: int) -> Tensor:
-    """Which of the vocabulary [V] are among `tokens`."""
+    """Whether each token of the vocabulary is in `tokens`: bool [V]."""
     return torch.zeros(vocabulary, dtype=torch.bool, device=tokens.device).index_fill(
         0, tokens, True
     )
 
 
 def _marked(tokens_RT: Tensor, where_RT: Tensor, vocabulary: int) -> Tensor:
-    """Which of the vocabulary [R, V] stand in a sequence `where` it counts."""
+    """Whether each token of the vocabulary is in a sequence at a place where `where_RT` is true:
+    bool [R, V].
+    """
     marked = tokens_RT.new_zeros(len(tokens_RT), vocabulary + 1, dtype=torch.bool)
     return marked.scatter(1, torch.where(where_RT, tokens_RT, vocabulary), True)[:, :vocabulary]

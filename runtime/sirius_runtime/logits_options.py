@@ -1,7 +1,7 @@
-"""How logits are processed before tokens are chosen by them: what an artifact says by default, and
-what `generate` is asked for. Names and meanings are those of transformers' generation config.
+"""Options of logits processing: an artifact's defaults, and the options of `generate`. Names and
+meanings are those of transformers' generation config.
 
-Plain values, read and checked without PyTorch; `sirius_runtime.logits` is what they do.
+Values are read and checked without PyTorch; `sirius_runtime.logits` applies them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 2**31 - 1
 """The longest sequence, and the largest vocabulary."""
-_LARGEST = 2.0**127  # of a number that float32 holds
+_LARGEST = 2.0**127  # a bound within float32's range
 
 LogitsProcessor: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
-"""As transformers': (input_ids [rows, tokens], scores [rows, V] float32) -> scores."""
+"""As in transformers: (input_ids [rows, tokens], scores [rows, V] float32) -> scores."""
 
 
 @dataclass(frozen=True)
 class SequenceBias:
-    """`bias` is added to the logit of the last of `tokens` where the others stand before it."""
+    """`bias` is added to the logit of the last of `tokens` where the others precede it."""
 
     tokens: tuple[int, ...]
     bias: float
@@ -35,10 +35,10 @@ class SequenceBias:
 
 @dataclass(frozen=True)
 class LogitsSpec:
-    """How logits are processed; the defaults do nothing.
+    """Options of logits processing; the defaults change nothing.
 
-    See `sirius_runtime.logits` for each. `min_new_tokens` replaces `min_length` where it is given,
-    as in transformers.
+    Each is described in `sirius_runtime.logits`. If `min_new_tokens` is given, `min_length` has no
+    effect, as in transformers.
     """
 
     sequence_bias: tuple[SequenceBias, ...] = ()
@@ -72,7 +72,7 @@ _NOTHING = LogitsSpec()
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """An artifact's defaults of mode `sample`; None where it says nothing."""
+    """An artifact's defaults for mode `sample`; None where it has no default."""
 
     temperature: float | None = None
     top_k: int | None = None
@@ -87,7 +87,7 @@ class SamplingSpec:
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """What the model's generation config says of choosing tokens."""
+    """The defaults from the model's generation config."""
 
     logits: LogitsSpec = LogitsSpec()
     sampling: SamplingSpec = SamplingSpec()
@@ -119,10 +119,11 @@ class LogitsOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a run's logits are processed, and what is reported of them.
+    """How a run's logits are processed, and which log-probabilities it reports.
 
-    `processors`: callables of the user's, after all that `logits` says. `logprobs`: None, or how
-    many of the likeliest tokens are told beside each committed one.
+    `processors`: the user's callables, applied after the options of `logits`. `logprobs`: the
+    number of likeliest tokens that are reported with each committed token; None: no
+    log-probabilities are reported.
     """
 
     logits: LogitsSpec
@@ -131,20 +132,20 @@ class Scoring:
 
     @property
     def processing(self) -> str:
-        """The names of what changes logits, for messages."""
+        """The names of the options that change logits, for messages."""
         return ", ".join([*self.logits.said(), *(["logits_processor"] if self.processors else [])])
 
     @property
     def names(self) -> str:
-        """The names of all that asks for it, for messages."""
-        told = [] if self.logprobs is None else ["logprobs"]
-        return ", ".join([name for name in (self.processing, *told) if name])
+        """The names of all options that need processed logits, for messages."""
+        reported = [] if self.logprobs is None else ["logprobs"]
+        return ", ".join([name for name in (self.processing, *reported) if name])
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """The log-probability of one committed token, and `top`: the likeliest token ids in its place
-    with theirs, best first.
+    """A committed token and its log-probability. `top`: the likeliest tokens at its place, as pairs
+    of token id and log-probability, best first.
     """
 
     token: int
@@ -153,9 +154,9 @@ class TokenLogprobs:
 
 
 def merged(options: LogitsOptions, default: LogitsSpec, vocabulary: int) -> LogitsSpec:
-    """`default` with the options that are given in place of its own.
+    """`default`, with the given options replaced.
 
-    Raises ConfigError, naming the option, for a value that it can't have.
+    Raises ConfigError, naming the option, for an invalid value.
     """
     given: dict[str, Any] = {}
     for name, value in options.items():
@@ -164,7 +165,7 @@ def merged(options: LogitsOptions, default: LogitsSpec, vocabulary: int) -> Logi
         if value is not None:
             given[name] = _READERS[name](name, value)
     if "min_length" in given and "min_new_tokens" not in given:
-        given["min_new_tokens"] = None  # what is asked for here goes before the artifact's
+        given["min_new_tokens"] = None  # else the artifact's would override the given min_length
     spec = replace(default, **given)
     for name, tokens in _token_ids(spec):
         if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
@@ -175,7 +176,7 @@ def merged(options: LogitsOptions, default: LogitsSpec, vocabulary: int) -> Logi
 
 
 def check_generation(spec: GenerationSpec, vocabulary: int) -> None:
-    """Raises ConfigError, naming the option, for what can't be an option's value."""
+    """Raises ConfigError, naming the option, for an invalid value."""
     given: Any = spec.logits.said()
     if spec.logits.sequence_bias:
         given["sequence_bias"] = [(entry.tokens, entry.bias) for entry in spec.logits.sequence_bias]
@@ -196,7 +197,7 @@ def check_processors(processors: Any) -> tuple[LogitsProcessor, ...]:
 
 
 def _token_ids(spec: LogitsSpec) -> list[tuple[str, Sequence[int]]]:
-    """Each option that has token ids, with them."""
+    """The options that hold token ids, with those ids."""
     bos = spec.forced_bos_token_id
     return [
         *(("sequence_bias", entry.tokens) for entry in spec.sequence_bias),

@@ -1,12 +1,13 @@
-"""Prompt look-up: drafts copied from what a row's text says already, which read no weight.
+"""Prompt look-up: drafts that are copied from earlier text of the row, without a sparse step.
 
-Where the last `n` tokens stand earlier in the prompt or the answer, what followed them there is
-drafted, and the full path verifies it at once: such a period has no sparse step. The sparse path
-would pay for a copied token too, a step to have its K/V; and behind a wrong one its steps are lost.
+If the last `n` tokens (an n-gram) occurred before in the prompt or the answer, the tokens that
+followed them there become the draft, and the full path verifies it. The sparse path does not extend
+such a draft: it would first need a step for each copied token, to compute its K/V, and its steps
+after a wrong copied token would be lost.
 
-The draft is no longer than the match: of short matches few go on, and every token that is verified
-costs some time; of long ones nearly all do, and a copy that goes on doubles its draft each period.
-(Saxena, "Prompt Lookup Decoding", 2023, drafts a fixed number.)
+The draft is at most as long as the match. Short matches rarely continue, and each verified token
+costs time. Long matches nearly always continue, and the draft of a continuing copy doubles each
+period. (Saxena, "Prompt Lookup Decoding", 2023, drafts a fixed number of tokens.)
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ LONGEST = 32
 
 
 class Lookup:
-    """One row's tokens, and where each n-gram of them went on the last time."""
+    """One row's tokens, and the place after the last occurrence of each n-gram."""
 
     def __init__(self, length: int, tokens: Iterable[int] = ()) -> None:
         """length: n."""
         self._length = length
         self._tokens: list[int] = []
-        self._next: dict[tuple[int, ...], int] = {}  # by n-gram, the place after its last one
+        self._next: dict[tuple[int, ...], int] = {}  # n-gram: index of the token after it
         self.take(tokens)
 
     def take(self, tokens: Iterable[int]) -> None:
-        """Goes on by these tokens."""
+        """Appends tokens to the row."""
         own, n = self._tokens, self._length
         for token in tokens:
             if len(own) >= n:
@@ -36,8 +37,9 @@ class Lookup:
             own.append(token)
 
     def continuation(self, most: int) -> Sequence[int]:
-        """What followed the last n tokens where they stood before, up to `most` tokens; empty where
-        they did not. A text that repeats itself goes on repeating.
+        """The tokens that followed the last earlier occurrence of the last n tokens; empty if there
+        is none. At most `most` tokens, and no more than match before that place. Where the copy
+        reaches the end of the text, it goes on with its own tokens.
         """
         own = self._tokens
         place = self._next.get(tuple(own[-self._length :]))

@@ -1,4 +1,4 @@
-"""The `sirius::` operators in terms of PyTorch's own, for compilers that know no others."""
+"""Decompositions of the `sirius::` operators into PyTorch's, for compilers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from sirius_runtime.operators import OPERATORS
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """A table for `ExportedProgram.run_decompositions`: PyTorch's, and the functional operators'.
+    """A table for `ExportedProgram.run_decompositions`: PyTorch's default table, and the `sirius::`
+    operators that do not write in place.
 
-    `sirius::cached_attention` writes in place and has none; lower the entry `period`, which holds
-    `sirius::block_attention` instead.
+    `sirius::cached_attention` writes in place, so it has no decomposition. The entry `period` can
+    be lowered: it uses `sirius::block_attention` instead.
     """
     own = {
         row.overload: row.decomposition or row.reference

@@ -1,7 +1,7 @@
-"""What a manifest may say: every number in its range, and those that depend on each other agreeing.
+"""Checks a manifest's values: each number's range, and the fields that depend on one another.
 
-`spec.from_json` has checked each value's type. What a graph must agree with (entries, weights, the
-caches' sizes) is checked against the graphs (`graph_check`).
+`spec.from_json` has checked the types before. `graph_check` checks the graphs against the
+manifest's entries, weights and cache sizes.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from sirius_runtime.spec import (
 )
 
 _MOST_LAYERS = 2**14
-_MOST_WIDE = 2**20  # heads, and dimensions of one
-_MOST_PARAMETERS = 2**53  # up to which a float counts exactly
-MOST_PROMPT_TOKENS = 64  # of a self-test: it takes no longer than an answer's first token
+_MOST_WIDE = 2**20  # heads, and head dimensions
+_MOST_PARAMETERS = 2**53  # up to here a float is exact
+MOST_PROMPT_TOKENS = 64  # of a self-test, so that it takes no longer than an answer's first token
 MOST_BLOCK_TOKENS = 16
 
 Range = tuple[float, float | None]
-"""The least and the largest that a number may be; None: as large as its type allows."""
+"""The least and the largest value of a number; None: no upper limit."""
 
 _SHARE: Range = (0.0, 1.0)
 _TOKENS: Range = (1, MOST_TOKENS)
 _COUNT: Range = (0, None)
-_TOKEN_ID: Range = (-MOST_TOKENS, MOST_TOKENS)  # ids that are no token's (-1) do no harm
+_TOKEN_ID: Range = (-MOST_TOKENS, MOST_TOKENS)  # some configs have -1 for "none"
 
 RANGES: dict[type, dict[str, Range]] = {
     ModelSpec: {
@@ -73,8 +73,9 @@ RANGES: dict[type, dict[str, Range]] = {
     SelfTestSpec: {"prompt": (0, MOST_TOKENS), "block": (0, MOST_TOKENS)},
     SelfTestRun: {"rms": _COUNT, "tokens": (0, MOST_TOKENS)},
 }
-"""The ranges that do not depend on other fields, by class and field. Of a list, each number's. The
-manifest's JSON Schema has them from here (`manifest_schema`)."""
+"""The ranges that do not depend on other fields, by class and field. For a list, the range is that
+of each number in it. `manifest_schema` copies them to the JSON Schema.
+"""
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -101,11 +102,11 @@ def check_program(program: ProgramSpec) -> None:
     names = [entry.name for entry in program.entries]
     for name in names:
         if names.count(name) > 1:
-            raise ArtifactError(f"entries: {name!r} stands there twice")
+            raise ArtifactError(f"entries: {name!r} is listed twice")
 
 
 def _check_ranges(value: Any, where: str) -> None:
-    """Holds every number below `value` to its range of `RANGES`."""
+    """Checks every number in `value`, also in nested specs, against its range in `RANGES`."""
     ranges = RANGES.get(type(value), {})
     for field in fields(value):
         inner, name = getattr(value, field.name), f"{where}{field.name}"
@@ -121,7 +122,7 @@ def _check_ranges(value: Any, where: str) -> None:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """The numbers of a field: itself, or those of a list (of lists); none of null."""
+    """The numbers of a field: the field itself, or those of a list (of lists). None has none."""
     if isinstance(value, tuple):
         for one in value:
             yield from _numbers(one)
@@ -189,13 +190,15 @@ def _check_nested(weight: WeightSpec) -> None:
     sound = sound and matrix[-rank + 1] % row == 0
     if weight.dtype != "uint8" or weight.retype or not sound:
         raise ArtifactError(
-            f"weight {weight.name!r} is nested by {weight.nested}, and {weight.dtype} "
-            f"{list(weight.shape)} holds no such weight"
+            f"weight {weight.name!r} is nested by {weight.nested}, but {weight.dtype} "
+            f"{list(weight.shape)} can't hold such a weight"
         )
 
 
 def _as_options(check: Callable[[], None], where: str = "period") -> None:
-    """A default is held to what the option itself is."""
+    """Runs an option's own check on the manifest's default, and raises its error as an
+    ArtifactError.
+    """
     try:
         check()
     except ConfigError as error:

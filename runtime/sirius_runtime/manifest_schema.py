@@ -1,12 +1,12 @@
-"""The manifest as a JSON Schema, for readers in other languages and for what writes artifacts.
+"""The manifest's JSON Schema, for readers in other languages and for writers of artifacts.
 
-It is made from the dataclasses of `spec` and the ranges of `manifest_check`, and kept beside this
-file as `manifest.schema.json`; ``python -m sirius_runtime.manifest_schema`` writes it anew, and a
-test compares the two. A manifest is validated when it is written, and by `sirius verify`. `load`
-does without: its own parser checks the same types and ranges in a fraction of the time, and more
-(what fields must agree on).
+It is generated from the dataclasses of `spec` and the ranges of `manifest_check`, and stored beside
+this file as `manifest.schema.json`. ``python -m sirius_runtime.manifest_schema`` writes that file
+again, and a test compares the two. A manifest is validated when it is written, and by `sirius
+verify`. `load` does not use the schema: its parser checks the same types and ranges in a fraction
+of the time, and also the relations between fields.
 
-The schema allows fields that it does not know: those of a newer minor version.
+The schema allows unknown fields, because a newer minor version may add some.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def manifest_schema() -> JSON:
 
 
 def validate(document: JSON) -> None:
-    """Raises ArtifactError, naming the place, where a manifest is not what the schema says."""
-    from jsonschema import Draft202012Validator  # a tenth of a second, which `load` can do without
+    """Raises ArtifactError, naming the place, where a manifest does not match the schema."""
+    from jsonschema import Draft202012Validator  # takes 0.1 s to import, and `load` never needs it
 
     validator = Draft202012Validator(json.loads(FILE.read_text()))
     for error in validator.iter_errors(document):
         place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error.absolute_path)
-        raise ArtifactError(f"manifest{place} is not what its schema says: {error.message:.200}")
+        raise ArtifactError(f"manifest{place} does not match its schema: {error.message:.200}")
 
 
 def _object(cls: type, definitions: dict[str, JSON]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _value(hint: Any, definitions: dict[str, JSON]) -> JSON:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if hint.__name__ not in definitions:
-            definitions[hint.__name__] = None  # its place: a class may hold itself
+            definitions[hint.__name__] = None  # reserves the name: a class may refer to itself
             definitions[hint.__name__] = _object(hint, definitions)
         return {"$ref": f"#/$defs/{hint.__name__}"}
     if origin is tuple and args[-1] is Ellipsis:
@@ -106,7 +106,7 @@ def _value(hint: Any, definitions: dict[str, JSON]) -> JSON:
 
 
 def _narrowed(schema: JSON, least: float, most: float | None) -> JSON:
-    """The schema of numbers in a range: of one, of a list of them, or of one or null."""
+    """The schema with a range for its numbers: a number, a list of numbers, or a number or null."""
     if "anyOf" in schema:
         return {"anyOf": [_narrowed(option, least, most) for option in schema["anyOf"]]}
     if "items" in schema:
@@ -122,7 +122,7 @@ def _description(cls: type) -> str:
 
 
 def text() -> str:
-    """The schema's file, as it must be."""
+    """The text of the schema's file."""
     return json.dumps(manifest_schema(), indent=1, ensure_ascii=False) + "\n"
 
 

@@ -55,15 +55,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """What `generate` returns: `tokens` and `texts` are the new ones of each row, prompts left out.
+    """The result of `generate`. `tokens` and `texts` hold each row's answer, without the prompt.
 
-    A row that ended by an EOS token or a stop string has it as the end of its tokens; its text ends
-    before the stop string, and leaves special tokens out. A text is what follows its prompt's: the
-    space between them is the answer's first. `texts` is None for a model without a tokenizer.
-    `seeds`: of each row, for drawing the same again; None where nothing was drawn.
-    `logprobs`: of each token of `tokens`; None where none were asked for. `steps`: how each row's
-    tokens were made, period by period. `trace`: why, token by token; None where it was not asked
-    for.
+    A row that ended by an EOS token or a stop string keeps it at the end of its tokens. Its text
+    ends before the stop string and has no special tokens. A text continues its prompt's text, so a
+    space between them is the first character of the answer. `texts` is None for a model without a
+    tokenizer. `seeds`: each row's seed, to draw the same tokens again; None where nothing was
+    drawn. `logprobs`: log-probabilities of `tokens`; None where not asked for. `steps`: how each
+    row's tokens were decoded, period by period. `trace`: the drafts, verdicts and commits of each
+    period; None where not asked for.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -78,11 +78,11 @@ class GenerationOutput:
 
 
 class MoreOptions(LogitsOptions, RuleNumbers):
-    """Options of `generate` that have a table of their own."""
+    """The options of `generate` that are defined in tables: `LogitsOptions` and `RuleNumbers`."""
 
 
 class SiriusModel:
-    """A program behind a back end: `generate` it."""
+    """A loaded model, which generates by its back end."""
 
     def __init__(
         self,
@@ -91,8 +91,8 @@ class SiriusModel:
         file: WatchedFile | None = None,
         chat: Chat | None = None,
     ) -> None:
-        """`file`: where weights are used in place, which must stay as it is. `chat`: the chat
-        templates, where there are some.
+        """file: the mapped file, where weights are used in place; it must not change. chat: the
+        chat templates, if the model has any.
         """
         self.backend = backend
         self.tokenizer = tokenizer
@@ -103,11 +103,11 @@ class SiriusModel:
 
     @property
     def program(self) -> ProgramSpec:
-        """What the artifact says of the model."""
+        """The artifact's description of the program."""
         return self.backend.program
 
     def costs(self, rows: int) -> Costs:
-        """What is known of the time that periods of so many rows take, and is added to."""
+        """The measured times of periods with so many rows; generations add to them."""
         return self._costs.setdefault(rows, Costs(self.program.sparsity.density))
 
     @panics_caught()
@@ -126,7 +126,9 @@ class SiriusModel:
 
     @panics_caught()
     def prefix(self, inputs: Inputs, *, add_special_tokens: bool = True) -> Prefix:
-        """Runs one prompt, for `generate` to begin others with: see its `prefix`."""
+        """Runs one prompt and returns its K/V, for prompts that begin with it: see the option
+        `prefix` of `generate`.
+        """
         rows = self._prompts.read(inputs, add_special_tokens=add_special_tokens)
         if len(rows) != 1:
             raise GenerationError(f"a prefix is one prompt, got {len(rows)}; give one")
@@ -138,35 +140,39 @@ class SiriusModel:
     def score(
         self, inputs: Inputs, *, start: int | Sequence[int] = 1, add_special_tokens: bool = True
     ) -> tuple[TokenScores, ...]:
-        """The full path's log-probability of each token of one text or several, given those before
-        it; and whether it is the likeliest.
+        """The full path's log-probability of each token of one text or several, given the tokens
+        before it; and whether the token is the likeliest.
 
-        start: the first token that is scored, of all rows or of each; 1 is the first one that has
-        another before it. Raises GenerationError for a row that is too long, or has no such token.
+        start: index of the first token that is scored, for all rows or for each; at least 1,
+        because the first token has none before it. Raises GenerationError for a row that is too
+        long, or shorter than `start`.
         """
         rows = self._prompts.read(inputs, add_special_tokens=add_special_tokens)
         starts = [start] * len(rows) if isinstance(start, int) else list(start)
         if len(starts) != len(rows):
-            raise GenerationError(f"start: {len(starts)} numbers for {len(rows)} rows")
+            raise GenerationError(
+                f"start has {len(starts)} numbers for {len(rows)} rows; give one number, or one "
+                "per row"
+            )
         for index, (row, first) in enumerate(zip(rows, starts, strict=True)):
             if not 1 <= first <= len(row):
                 raise GenerationError(
-                    f"start must be in 1..{len(row)} in row {index}, the number of its tokens, got "
-                    f"{first}"
+                    f"start must be in 1..{len(row)} for row {index}, which has {len(row)} tokens, "
+                    f"got {first}"
                 )
-        # The last token of a row is scored, and not run.
+        # The last token of a row is scored but not run.
         state = self._open(len(rows), max(2, *map(len, rows)) - 1).state
         with state.computing():
             return score(state, rows, starts)
 
     def state(self, tokens: int) -> State:
-        """An empty state of one row with room for so many tokens, at least 2, for what runs entries
-        by itself.
+        """An empty state of one row with room for `tokens` tokens (at least 2), for callers that
+        run entries themselves.
         """
         return self._open(1, tokens - 1).state
 
     def _open(self, rows: int, tokens: int) -> Decoder:
-        """A decoder of the full path, for rows of so many tokens; checks what `generate` checks."""
+        """A decoder of the full path for rows of so many tokens, after the checks of `generate`."""
         self.check()
         request = read_options(
             Options(mode=Mode.FULL),
@@ -219,76 +225,83 @@ class SiriusModel:
 
         inputs: text, token ids, a list of either, an array of ids [T] or [B, T], or a tokenizer's
         output: a mapping with input_ids, and attention_mask where rows are padded, left or right.
-        input_ids, attention_mask, token_type_ids (without effect): the same as arguments of their
-        own. messages: a conversation, or a batch of them, in place of a prompt: mappings with role
-        and content, which the model's own chat template turns into its prompt. chat_template: the
-        name of one, where there are several; chat_template_kwargs: for `Chat.render` (tools,
-        enable_thinking, …). add_special_tokens: whether a text gets what the tokenizer puts around
-        it (BOS); not for text that brings its special tokens, as a chat template's does.
-        max_new_tokens: by default what is left of the model's length, at most 256. stop: strings
-        that end a row once they stand in its text, in which special tokens count where a stop
-        string names them. eos_token_id: replaces the model's own EOS ids. streamer: one row only;
-        is given committed tokens, never taken back. prefix: what `prefix` made of tokens that all
-        prompts begin with: they are not run again. trace: also report what each period drafted, how
-        the full path judged it and what was committed, as `GenerationOutput.trace`; of one row, in
-        modes that draft, by backend eager. A `Tracing` says more.
+        input_ids, attention_mask, token_type_ids (without effect): the same values as separate
+        arguments. messages: a conversation, or a batch of them, instead of a prompt: mappings with
+        role and content, which the model's chat template renders. chat_template: the name of a
+        template, where there are several. chat_template_kwargs: for `Chat.render` (tools,
+        enable_thinking, …). add_special_tokens: whether the tokenizer adds its special tokens (BOS)
+        to a text; switch it off for text that already has them, such as a rendered chat template.
+        max_new_tokens: by default the rest of the model's length, at most 256. stop: a row ends
+        when its text contains one of these strings; a stop string may name special tokens.
+        eos_token_id: replaces the model's EOS ids. streamer: for one row only; gets committed
+        tokens, which are never taken back. prefix: a result of the method `prefix`, for prompts
+        that all begin with its tokens, which are then not run again. trace: also return the drafts,
+        verdicts and commits of each period as `GenerationOutput.trace`; only for one row, in modes
+        that draft, with backend eager. Pass a `Tracing` for its options.
 
         mode: ``sirius``, ``exact`` (dense greedy tokens), ``sample`` (tokens of the full path's
         distribution), ``full`` or ``sparse``. temperature (1), top_k (0: no limit), top_p (1),
-        min_p (0), typical_p (1), seed: for mode ``sample``, and where one is given for ``full`` and
-        ``sparse``; what is not given is the artifact's own, of the model's generation config. seed:
-        one a row, or the first row's, the next ones counting up from it; a row's tokens depend on
-        its own seed and on no other row.
+        min_p (0), typical_p (1), seed: for mode ``sample``; also for ``full`` and ``sparse``, which
+        sample where one of them is given. Those that are not given have the artifact's defaults,
+        from the model's generation config. seed: one per row; or one number, the first row's seed,
+        from which the others count up. A row's tokens depend only on its own seed, not on other
+        rows.
 
         logits: transformers' options repetition_penalty, no_repeat_ngram_size, bad_words_ids,
-        suppress_tokens, min_new_tokens and the others of `LogitsOptions`, under its names and with
-        its meaning; by default as in the model's generation config (``repetition_penalty=1.0``,
-        ``suppress_tokens=[]``, … switch one off). They apply to the full path's logits after every
-        token that is verified, with what stands before it, so that mode ``exact`` gives the tokens
-        of transformers' greedy search under the same options; to the sparse path's in the same way.
+        suppress_tokens, min_new_tokens and the others of `LogitsOptions`, with the same names and
+        meanings. Default: the model's generation config (``repetition_penalty=1.0``,
+        ``suppress_tokens=[]``, … switch an option off). They are applied to the full path's logits
+        at every verified token, with the tokens before it, so that mode ``exact`` gives the tokens
+        of transformers' greedy search with the same options. The sparse path's logits are processed
+        in the same way.
 
         logits_processor: callables ``(input_ids [rows, tokens], scores [rows, V]) -> scores``, as
-        transformers', after the options above. They are called for every node that is drafted or
-        verified, in groups of equal length without padding: a row of `input_ids` is not a row of
-        the batch, so they may keep no state between calls. A period of K tokens calls them at least
-        K times, each after a wait for the device.
+        in transformers, applied after the options above. They are called for every drafted or
+        verified node, in groups of equal length without padding. A row of `input_ids` is therefore
+        not a row of the batch, and they must not keep state between calls. A period of K tokens
+        calls them at least K times, and each call waits for the device.
 
-        logprobs: also return each committed token's log-probability, and those of this many of the
-        likeliest tokens: by the full path's distribution (in mode ``sparse`` the sparse path's)
-        after processors, before temperature, top_k, top_p, min_p and typical_p, as transformers'
+        logprobs: also return the log-probability of each committed token and of this many of the
+        likeliest tokens. They are the full path's (in mode ``sparse`` the sparse path's), after
+        processors and before temperature, top_k, top_p, min_p and typical_p, like transformers'
         ``scores`` of a greedy run.
 
-        With any of these, a period runs step by step, also on a back end that runs whole periods as
-        one graph or from one recording.
+        With any of these three, a period runs step by step, even on a back end that runs whole
+        periods as one graph or as one recording.
 
-        These are the artifact's defaults unless given. period: tokens per verification, or
-        ``"auto"``: chosen at run time with the tree's width, by measured speed. tree_width: drafted
-        paths. threshold: the probability that a drafted token needs, at verify_temperature.
-        confidence: the probability that a draft needs to go on (0: none). refresh: the periods
-        after which `griffin` chooses its neurons again (0: never).
+        The next options default to the artifact's values. period: tokens per verification; or
+        ``"auto"``, to choose it at run time with the tree width, by measured speed. tree_width: the
+        number of drafted paths. threshold: the probability that a drafted token needs to be
+        accepted, at verify_temperature. confidence: the probability that a draft needs to go on (0:
+        drafts never stop early). refresh: number of periods after which `griffin` chooses its
+        neurons again (0: never).
 
-        fallback: whether to decode densely while drafts do not pay by measured time, to shorten
-        them where that pays more, and to try them again now and then. Default: on where neither
-        period nor tree_width is given, except in mode ``sample``. Its choices depend on the clock,
-        and so do the tokens of modes ``sirius`` and ``sample``; those of ``exact`` do not.
-        `GenerationStats.fallback` reports them.
+        fallback: whether to compare drafts with dense decoding by measured time: while drafting is
+        slower, decode densely and try drafts again now and then; and choose the length of drafts.
+        Default: on where neither period nor tree_width is given, except in mode ``sample``. Its
+        choices depend on the clock, and so do the tokens of modes ``sirius`` and ``sample``; those
+        of ``exact`` do not. `GenerationStats.fallback` reports them.
 
-        lookup: n of the n-grams by which drafts are looked up: where a row's last n tokens stand
-        earlier in its text, what followed them there is drafted, without a sparse step (0: never).
-        Default: as for fallback. Of chains, and of back ends that run the entries.
+        lookup: n, the length of the n-grams by which drafts are looked up (0: never). Where a row's
+        last n tokens occurred earlier in its text, the tokens that followed them there are drafted,
+        without a sparse step. Default: as for fallback. Only for chains, on back ends that run
+        entry by entry.
 
-        Raises GenerationError for a request that can't be served and ConfigError for an option out
-        of range, each naming the limit; the model serves the next call all the same. ArtifactError
+        Raises GenerationError for a request that can't be served, and ConfigError for an option out
+        of range; both name the limit, and the model can serve further calls. Raises ArtifactError
         where the mapped file was written to: load the model again.
         """
         self.check()
         if messages is not None:
             if not (inputs is input_ids is attention_mask is None):
-                raise GenerationError("messages are given beside another prompt: give one of them")
+                raise GenerationError("both messages and a prompt are given: give one of them")
             inputs = self._render(messages, chat_template, chat_template_kwargs)
             add_special_tokens = False  # the template's text has them
         elif chat_template is not None or chat_template_kwargs is not None:
-            raise GenerationError("chat_template and chat_template_kwargs go with messages")
+            raise GenerationError(
+                "chat_template and chat_template_kwargs are only for messages: leave them out, or "
+                "give messages"
+            )
         prompts = self._prompts.read(
             inputs, input_ids, attention_mask, add_special_tokens=add_special_tokens
         )
@@ -368,7 +381,7 @@ class SiriusModel:
         *,
         streams: bool = False,
     ) -> Request:
-        """Options of `generate`, checked for prompts of these lengths; raises what it raises.
+        """Checks options of `generate` for prompts of these lengths; raises the same errors.
         streams: see `read_options`.
         """
         return read_options(
@@ -385,7 +398,7 @@ class SiriusModel:
 
     def check(self) -> None:
         """Raises ArtifactError where the mapped file has changed, and GenerationError in a forked
-        process that lacks its parent's threads: neither can generate.
+        process that lacks its parent's threads.
         """
         check_threads_live(self.backend.threads)
         self._check_file()
@@ -417,14 +430,14 @@ class SiriusModel:
         for string in stop:
             if not isinstance(string, str):
                 raise GenerationError(
-                    f"a stop string must be text, got {string!r}; token ids that end a row are "
+                    f"a stop string must be text, got {string!r}; give token ids that end a row as "
                     "eos_token_id"
                 )
             if not string:
                 raise GenerationError("a stop string is empty: it would stop every row at once")
             if not is_text(string):
                 raise GenerationError(
-                    f"stop string {shown(string)} has a lone surrogate, which no text has: decode "
-                    "its bytes as UTF-8"
+                    f"stop string {shown(string)} has a lone surrogate, which is not valid text: "
+                    "decode its bytes as UTF-8"
                 )
         return stop

@@ -1,35 +1,34 @@
-"""Nested weights: 8-bit integers whose high halves, alone, are the weights of a cheaper path.
+"""Nested weights: 8-bit integers whose high 4 bits alone are the weights of a cheaper path.
 
-A weight w of an output and an input is stored as q = round(w / s), an int8, where s is a scale that
-the 32 inputs of a group share (Q8_0 of GGUF, whose tensors are stored without a change). q is cut
-into two nibbles, q + 128 = 16 h + l, and s into two bytes. The high plane holds every h and the
-upper bytes of the scales, the low plane the rest:
+A weight w is stored as q = round(w / s), an int8. The scale s is shared by a scale group of 32
+inputs of one output (as in GGUF's Q8_0, whose tensors are stored without a loss). q is split into
+two nibbles, q + 128 = 16 h + l, and s into two bytes. The high plane holds every h and the upper
+bytes of the scales; the low plane holds every l and the lower bytes:
 
     both planes         8.5 bits a weight    s q                      the full path
     the high plane     4.25 bits a weight    s' (16 h + 8 - 128)      the draft
 
-s' is s with the lower byte at its middle. The draft's values lie in the middle of those that a
-nibble stands for, so its errors have no sign of their own. Scales are fp16 without the sign, which
-no scale has: the upper byte then holds five bits of exponent and three of mantissa, and s' differs
-from s by at most 1/16.
+s' is s with the middle value for its lower byte. 16 h + 8 is the middle of the values with the same
+h, so that the draft's rounding errors have no bias. Scales are fp16 without the sign bit (they are
+not negative): the upper byte holds five bits of exponent and three of mantissa, and s' differs from
+s by at most 1/16.
 
-Two layouts, both uint8, the planes first; P is 2, or 1 of the high plane alone:
+There are two layouts, both uint8 with the planes first; P is 2, or 1 for the high plane alone:
 
-    by outputs   [P, O, 17 C / 32]       a row an output: the nibbles of its groups, then a byte of
-                                         each group's scale
-    by inputs    [P, C / 32, 34, O / 2]  32 inputs: a row of nibbles each, then two rows of scales,
-                                         of one byte an output
+    by outputs   [P, O, 17 C / 32]       a row per output: the nibbles of its scale groups, then one
+                                         byte of each group's scale
+    by inputs    [P, C / 32, 34, O / 2]  a matrix per 32 inputs: a row of nibbles for each input,
+                                         then two rows of scales, one byte for each output
 
-A byte of nibbles holds numbers i (its low nibble) and i + 16 (its high one) of 32 neighbours in
-the row. By outputs, the bytes of up to 16 neighbouring groups lie abreast: bytes 0 to 3 of each of
-them, then bytes 4 to 7, 8 to 11 and 12 to 15, so that a vector instruction works on 16 groups, a
-lane each. By inputs, of 32 neighbouring outputs, the scales of the first 16 are in the first of the
-two rows, and of the others in the second: cutting the last dimension cuts outputs.
+A byte of nibbles holds elements i (low nibble) and i + 16 (high nibble) of 32 neighbours in a row.
+By outputs, the bytes of up to 16 neighbouring groups are interleaved: bytes 0 to 3 of each group,
+then bytes 4 to 7, 8 to 11 and 12 to 15, so that a vector instruction works on 16 groups, one in
+each lane. By inputs, the first row of scales has those of the first 16 of every 32 outputs, and the
+second row has the others, so that slicing the last dimension selects outputs.
 
-The experts of a mixture are as many matrices of one tensor, [P, E, …]: `weight[:, e]` is nested as
-any other.
+The weights of a mixture's E experts are one tensor, [P, E, …]: `weight[:, e]` is a nested weight.
 
-Activations meet nested weights as integers too: see `in_steps`.
+Products with nested weights round the activations to integers too: see `in_steps`.
 """
 
 from __future__ import annotations
@@ -50,15 +49,15 @@ LARGEST = 127
 """The largest magnitude of an activation or of a weight as an integer, as in GGUF's Q8_0."""
 
 ABREAST = 16
-"""Groups whose nibbles are side by side in a row by outputs."""
+"""Groups whose bytes are interleaved in a row by outputs."""
 
-_WORD = 4  # bytes of a group that follow one another there
-_BLOCK = 1 << 20  # numbers
-_ROW = 1024  # outputs
+_WORD = 4  # successive bytes of one group in the interleaved order
+_BLOCK = 1 << 20  # weights that `in_blocks` cuts off at a time
+_ROW = 1024  # the fewest outputs of such a block by inputs
 _OFFSET = 128
-_MIDDLE = 8  # of the 16 values that a high nibble stands for
+_MIDDLE = 8  # the middle of the 16 values with the same high nibble
 _MIDDLE_SCALE = 0x80
-_TINY = 2.0**-100  # activations below are zeros: their inverse is no finite float32
+_TINY = 2.0**-100  # smaller activations are taken as 0: LARGEST / x would overflow float32
 
 
 def is_nested(weight: Tensor) -> bool:
@@ -68,19 +67,19 @@ def is_nested(weight: Tensor) -> bool:
 def nested_shape(
     outputs: int, inputs: int, layout: Layout, experts: tuple[int, ...] = ()
 ) -> tuple[int, ...]:
-    """Of both planes of a weight [outputs, inputs], or of those of experts: of one number, E."""
+    """The shape of both planes of a weight [outputs, inputs]; `experts`: (E,) for E of them."""
     if layout is Layout.BY_OUTPUTS:
         return (2, *experts, outputs, inputs // HALF * (HALF + 1) // 2)
     return (2, *experts, inputs // GROUP, GROUP + 2, outputs // 2)
 
 
 def experts_in(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
-    """Of the shape of a nested weight: E where it holds experts, else nothing."""
+    """(E,) for the shape of a nested weight of E experts, else ()."""
     return shape[1 : len(shape) - (2 if layout is Layout.BY_OUTPUTS else 3)]
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Outputs and inputs of a nested weight of this shape, which holds no experts."""
+    """Outputs and inputs of a nested weight of this shape (without experts)."""
     if len(shape) == 3:
         return shape[1], shape[2] // (HALF + 1) * GROUP
     return shape[3] * 2, shape[1] * GROUP
@@ -89,26 +88,25 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def why_not(outputs: int, inputs: int, layout: Layout) -> str | None:
     """Why a weight of these sizes can't be nested; None where it can."""
     if inputs % GROUP:
-        return f"its {inputs} inputs are no multiple of {GROUP}"
+        return f"its {inputs} inputs are not a multiple of {GROUP}"
     if layout is Layout.BY_INPUTS and outputs % GROUP:
-        return f"its {outputs} outputs are no multiple of {GROUP}"
+        return f"its {outputs} outputs are not a multiple of {GROUP}"
     return None
 
 
 def nest(weight: Tensor, layout: Layout) -> Tensor:
-    """Both planes of weight [O, C], a floating point matrix.
+    """Both planes of a floating point weight matrix [O, C].
 
-    Scales are the groups' largest magnitudes over 127, in fp16. Where every w is an integer of at
-    most 127 times an fp16 number that is its group's scale, nothing is rounded, provided that some
-    integer of the group is 127.
+    A group's scale is its largest magnitude divided by 127, in fp16. Nothing is rounded in a group
+    whose weights are integers times an fp16 number, if the largest of these integers is 127.
     """
     groups = weight.float().unflatten(-1, (-1, GROUP))
     return nest_integers(*in_integers(groups, groups.abs().amax(-1) / LARGEST), layout)
 
 
 def in_integers(groups: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Groups of weights [O, C / 32, 32] in steps of their scales [O, C / 32]: int8 q [O, C], and
-    the scales in fp16.
+    """Quantizes groups of weights [O, C / 32, 32] by their scales [O, C / 32]: returns q, int8
+    [O, C], and the scales in fp16.
     """
     scale = scale.half()
     step = scale.float().unsqueeze(-1)
@@ -117,7 +115,7 @@ def in_integers(groups: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nest_integers(q: Tensor, scale: Tensor, layout: Layout) -> Tensor:
-    """Both planes of int8 q [O, C] and fp16 scales [O, C / 32], none of which is negative."""
+    """Both planes of int8 q [O, C] and fp16 scales [O, C / 32], which must not be negative."""
     codes = q.view(torch.uint8) ^ _OFFSET
     bits = scale.view(torch.int16) << 1
     planes = zip(_packed(codes, layout), (bits >> 8 & 0xFF, bits & 0xFF), strict=True)
@@ -132,8 +130,8 @@ def nest_integers(q: Tensor, scale: Tensor, layout: Layout) -> Tensor:
 
 
 def _packed(codes: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The high and the low nibbles of codes [O, C], two of neighbours in a stored row a byte:
-    [O, C / 2], or by inputs [O / 2, C].
+    """The high and the low nibbles of codes [O, C], two to a byte: [O, C / 2] each, or by inputs
+    [O / 2, C].
     """
     dim = -1 if layout is Layout.BY_OUTPUTS else 0
     pairs = codes.unflatten(dim, (-1, 2, HALF))
@@ -145,7 +143,7 @@ def _packed(codes: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def _abreast(rows: Tensor, back: bool = False) -> Tensor:
-    """Bytes of rows by outputs [..., C / 2], from group after group to groups abreast, or back."""
+    """Interleaves the bytes of groups in rows by outputs [..., C / 2]; `back`: the inverse."""
     whole = rows.shape[-1] // (HALF * ABREAST) * (HALF * ABREAST)
     found = []
     for part in rows.split([whole, rows.shape[-1] - whole], -1):
@@ -157,8 +155,8 @@ def _abreast(rows: Tensor, back: bool = False) -> Tensor:
 
 
 def _stored(nested: Tensor) -> tuple[Tensor, Tensor]:
-    """q, int8, and the scales, float32, as they are stored: [O, C / 32, 32] and [O, C / 32, 1], or
-    by inputs [C / 32, 32, O] and [C / 32, 1, O]; of both planes or of the high one.
+    """q, int8, and the scales, float32, of both planes or of the high one, in the order of storage:
+    [O, C / 32, 32] and [O, C / 32, 1], or by inputs [C / 32, 32, O] and [C / 32, 1, O].
     """
     by_outputs = nested.ndim == 3
     if by_outputs:
@@ -180,25 +178,26 @@ def _stored(nested: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_outputs(stored: Tensor, by_outputs: bool) -> Tensor:
-    """[O, …] of what is stored in either layout."""
+    """A tensor in the storage order of either layout, as [O, …]."""
     return stored.flatten(-2) if by_outputs else stored.flatten(0, 1).mT
 
 
 def integers(nested: Tensor) -> tuple[Tensor, Tensor]:
-    """q [O, C], int8, and the scales [O, C / 32], float32: of both planes or of the high one."""
+    """q, int8 [O, C], and the scales, float32 [O, C / 32], of both planes or of the high one."""
     q, scale = (_by_outputs(part, nested.ndim == 3) for part in _stored(nested))
     return q, scale
 
 
 def unnest(nested: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix [O, C] that nested weights stand for; of the high plane alone, the draft's."""
+    """The dequantized matrix [O, C]; for the high plane alone, the draft's."""
     q, scale = _stored(nested)
     return _by_outputs(q.float().mul_(scale).to(dtype), nested.ndim == 3)
 
 
 def in_steps(x: Tensor) -> Tensor:
-    """x […, C] as nested weights meet it: in each group of 32, integers of at most 127 times the
-    largest magnitude over 127. float32, as llama.cpp's Q8_0 takes activations.
+    """x […, C] rounded as kernels for nested weights round it: in each group of 32, to integers of
+    magnitude 127 at most, times the group's largest magnitude / 127. float32. llama.cpp's Q8_0
+    quantizes activations in the same way.
     """
     groups = x.float().unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
@@ -208,18 +207,20 @@ def in_steps(x: Tensor) -> Tensor:
 
 
 def cut(weight: Tensor, outputs: slice) -> Tensor:
-    """The planes of some outputs, by inputs from and to a multiple of 32: a view."""
+    """A view of the planes of some outputs; by inputs, the slice must begin and end at multiples of
+    32.
+    """
     if weight.ndim == 3:
         return weight[:, outputs]
     return weight[..., outputs.start // 2 : outputs.stop // 2]
 
 
 def in_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Cuts a nested weight: some of its outputs, and the planes of these, which caches hold as
-    numbers.
+    """Splits a nested weight by outputs: yields slices of outputs, and their planes. A block's
+    dequantized numbers fit into a CPU cache.
     """
     outputs, inputs = matrix_shape(tuple(weight.shape))
-    # By inputs, short parts of rows would be read from many places.
+    # By inputs, a block of few outputs would be read in many short pieces.
     rows = max(GROUP if weight.ndim == 3 else _ROW, _BLOCK // inputs // GROUP * GROUP)
     for start in range(0, outputs, rows):
         own = slice(start, min(start + rows, outputs))
@@ -233,7 +234,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 def by_numbers(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, unnest: Unnest = unnest
 ) -> Tensor:
-    """`product`, of the weight's numbers, which `unnest` gives."""
+    """`product` by the dequantized weight, which `unnest` returns block by block."""
     given = in_steps(x)
     parts = [
         torch.nn.functional.linear(
@@ -249,7 +250,7 @@ _product: Product = by_numbers
 
 @contextmanager
 def multiplying(by: Product) -> Iterator[None]:
-    """Within it, `product` is another function, on all threads."""
+    """Within this context, `product` calls the function `by`, on all threads."""
     global _product
     before, _product = _product, by
     try:
@@ -259,7 +260,7 @@ def multiplying(by: Product) -> Iterator[None]:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x […, C] through a nested weight, and its bias [O]: […, O], of x's dtype, added up in
+    """The linear of x […, C] with a nested weight and a bias [O]: […, O] in x's dtype, summed in
     float32.
     """
     return _product(x, weight, bias)

@@ -1,8 +1,7 @@
-"""Files as this project writes them: under a temporary name first, then renamed, and never in place
-of anything but a regular file.
+"""Writes files under a temporary name and renames them. Only regular files are replaced.
 
-A rename replaces whatever has the name: a named pipe that a reader waits at, a device's node, a
-link that others use. So anything but a regular file is refused, by name.
+A rename replaces whatever has the name: a named pipe with a waiting reader, a device node, or a
+symbolic link. So a target that exists and is not a regular file is refused.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-_NAME_KEPT = 50  # characters of the target's name in the temporary one, which has a limit too
+_NAME_KEPT = 50  # characters of the target's name in the temporary name, whose length is limited
 
 
 def check_target(path: Path) -> None:
-    """Raises ConfigError, with the reason, where `path` is no place for a file: its folder does not
-    exist, or something other than a regular file has the name.
+    """Raises ConfigError, with the reason, where no file can be written to `path`: its folder does
+    not exist, or something other than a regular file has the name.
     """
     try:
         if not path.parent.is_dir():
@@ -60,7 +59,7 @@ def check_target(path: Path) -> None:
 
 
 def into_place(temporary: Path, path: Path) -> None:
-    """Renames a finished file to `path`, and makes that durable where the system can.
+    """Renames a finished file to `path`, and syncs the folder so that the rename is durable.
 
     Raises ConfigError as `check_target` does, and OSError.
     """
@@ -75,7 +74,7 @@ def into_place(temporary: Path, path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`, all of it or nothing. Raises ConfigError and OSError."""
+    """Writes `content` to `path`, completely or not at all. Raises ConfigError and OSError."""
     with NewFile(path) as new:
         new.file.write(content)
         new.finish()
@@ -84,9 +83,9 @@ def write_file(path: Path, content: bytes) -> None:
 class NewFile:
     """A file that is written under a temporary name beside `path`; `finish` renames it.
 
-    Leaving the block without `finish` removes it. Temporary files that killed processes left beside
-    `path` are removed first; a process locks its own while it writes. Raises ConfigError as
-    `check_target` does, and OSError.
+    Leaving the `with` block without `finish` removes it. Temporary files of `path` that killed
+    processes left are removed first; a process locks its file while it writes. Raises ConfigError
+    as `check_target` does, and OSError.
     """
 
     file: BinaryIO
@@ -104,7 +103,7 @@ class NewFile:
             self.file = self.temporary.open("x+b")
             if lock(self.file) and self._is_there():
                 return self
-            self.file.close()  # another process took it for one that is left over
+            self.file.close()  # another process took the file for a left-over one and removed it
 
     def finish(self) -> None:
         """Makes the file appear at `path`, whole and on disk."""
@@ -112,7 +111,7 @@ class NewFile:
         into_place(self.temporary, self.path)
 
     def close(self) -> None:
-        """Ends writing: what is written is on disk, and can be read under the temporary name."""
+        """Ends writing and syncs the file to disk, under the temporary name."""
         if not self.file.closed:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -146,7 +145,7 @@ class NewFile:
 
 def lock(file: BinaryIO) -> bool:
     """Locks an open file until it is closed; False where another process holds the lock."""
-    if sys.platform == "win32":  # where a file that another process has open can't be removed
+    if sys.platform == "win32":  # no lock needed: a file that another process has open stays
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""A period as one call of the graph `period`, state in and state out.
+"""A period as one call of the graph `period`, which takes the state and returns the next one.
 
-The draft loop, the tree, acceptance and rollback are in the graph (the pass `build_period`); what
-is left here is state. Shared by PyTorch's back ends and ONNX Runtime's.
+The draft loop, the tree, acceptance and rollback are in the graph (the pass `build_period`). This
+module only passes the state. It is shared by the PyTorch and ONNX Runtime back ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sirius_runtime.stats import Phase, PhaseClock
 
 @dataclass(frozen=True)
 class OneGraph:
-    """Within the limits that the graph was compiled for."""
+    """The `Strategy` that calls the graph `period`. limits: those that it was compiled for."""
 
     limits: Limits
 

@@ -1,10 +1,10 @@
 """The ONNX graphs that an artifact holds, and their export to a folder.
 
-    onnx/program.json    an `OnnxProgram`: what drives the graphs
+    onnx/program.json    an `OnnxProgram`: the data needed to run the graphs
     onnx/<graph>.onnx    prefill, sparse, full, period, …
 
-Exported graphs lie beside `weights.safetensors` and name places in it: any ONNX Runtime, called
-from any language, maps the weights from there.
+Exported graphs lie beside `weights.safetensors` and refer to offsets in it as ONNX external data.
+ONNX Runtime maps the weights from there, in any language.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _CHUNK_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """A graph's initializers whose bytes it does not hold.
+    """The initializers that a graph keeps as external data.
 
-    `weights` are read in place each time that the graph runs; `constants` (norms, biases) may be
+    `weights` are read in place each time that the graph runs. `constants` (norms, biases) may be
     folded by a runtime's optimiser.
     """
 
@@ -58,7 +58,9 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class OnnxProgram:
-    """What drives the graphs. `kept`: the outputs of `select` that `sparse` and `period` read."""
+    """The data needed to run the graphs. `kept`: the outputs of `select` that `sparse` and `period`
+    read.
+    """
 
     opset: int
     ir_version: int
@@ -80,7 +82,7 @@ class Place:
     length: int
 
     def entries(self) -> tuple[tuple[str, str], ...]:
-        """As ONNX writes it of an external initializer."""
+        """The key-value pairs of ONNX external data."""
         return (
             ("location", WEIGHTS_FILE),
             ("offset", str(self.offset)),
@@ -94,7 +96,7 @@ def graph_file(name: str) -> str:
 
 
 def expert_name(weight: str, index: int) -> str:
-    """The initializer that is one expert's matrix of a weight of all experts, [E, …, …]."""
+    """The name of the initializer for one expert's matrix of a weight of all experts [E, …, …]."""
     return f"{weight}[{index}]"
 
 
@@ -107,7 +109,7 @@ class Stored:
     part: str | None
 
     def names(self) -> Iterator[str]:
-        """Of what graphs read of it: all, and each expert's."""
+        """The names of its initializers: the whole tensor, and each expert's part."""
         yield self.spec.name
         if self.weight.of_experts:
             for index in range(self.spec.shape[0]):
@@ -115,7 +117,7 @@ class Stored:
 
 
 def stored(program: ProgramSpec) -> list[Stored]:
-    """What the weights' file holds, in its order."""
+    """The tensors of `WEIGHTS_FILE`, in its order."""
     found = {}
     for weight in program.weights:
         if weight.nested is None:
@@ -127,8 +129,9 @@ def stored(program: ProgramSpec) -> list[Stored]:
 
 
 def places(program: ProgramSpec) -> dict[str, Place]:
-    """The place of each weight, and of each expert's matrix of one, in the weights' file: the same
-    whenever that is written."""
+    """The place of each weight, and of each expert's matrix, in `WEIGHTS_FILE`. It depends only on
+    the program.
+    """
     ordered = stored(program)
     found, offset = {}, len(header_of([own.spec for own in ordered]))
     for own in ordered:
@@ -136,8 +139,8 @@ def places(program: ProgramSpec) -> dict[str, Place]:
         whole, *experts = own.names()
         found[whole] = Place(offset, size)
         for index, name in enumerate(experts):
-            each = size // len(experts)
-            found[name] = Place(offset + index * each, each)
+            part = size // len(experts)
+            found[name] = Place(offset + index * part, part)
         offset += size
     return found
 
@@ -153,13 +156,15 @@ def gathered_bytes(program: ProgramSpec) -> int:
 
 
 def read_program(artifact: Artifact) -> OnnxProgram:
-    """Raises BackendError, naming what adds them, where the artifact has no ONNX graphs."""
+    """The artifact's `OnnxProgram`. Raises BackendError, with the command that adds them, where the
+    artifact has no ONNX graphs; and ArtifactError where they contradict the manifest.
+    """
     if not artifact.names(PROGRAM):
         # ONNX Runtime has no bfloat16 on CPUs: graphs are added in another dtype.
         other = artifact.program.model.dtype is DType.BFLOAT16
         raise BackendError(
             f"{artifact.path} holds no ONNX graphs: compile it with sirius-compile --graphs both, "
-            f"or add them by: sirius-compile onnx {artifact.path} --out with-onnx.sirius"
+            f"or add them with: sirius-compile onnx {artifact.path} --out with-onnx.sirius"
             f"{' --dtype float32' * other}"
         )
     try:
@@ -171,16 +176,16 @@ def read_program(artifact: Artifact) -> OnnxProgram:
 
 
 def _check_program(found: OnnxProgram, artifact: Artifact) -> None:
-    """The same program as the manifest's, all of its graphs, and no weights but those stored."""
+    """Checks that it agrees with the manifest, has all graphs, and names only stored weights."""
     program = artifact.program
-    told = {
+    fields = {
         "model": (found.model, program.model),
         "state": (found.state, program.state),
         "method": (found.method, program.sparsity.method),
         "period": (found.period, program.period),
         "eos_token_ids": (found.eos_token_ids, program.eos_token_ids),
     }
-    for name, (own, expected) in told.items():
+    for name, (own, expected) in fields.items():
         if own != expected:
             raise ArtifactError(f"{PROGRAM}: {name} contradicts the manifest")
     needed = {*_GRAPHS, *(SELECT,) * bool(found.kept)}
@@ -241,7 +246,7 @@ def _write_weights(artifact: Artifact, path: Path) -> None:
 
 
 def array_of(buffer: mmap.mmap, slot: Slot) -> NDArray[np.generic]:
-    """A weight where it is mapped; bfloat16, which NumPy lacks, as its bits."""
+    """A weight as a view of the mapped file; bfloat16, which NumPy lacks, as int16 bits."""
     kind = slot.dtype.name
     dtype = np.int16 if kind == "bfloat16" else np.dtype(kind)
     return np.frombuffer(buffer, dtype, math.prod(slot.shape), slot.start).reshape(slot.shape)

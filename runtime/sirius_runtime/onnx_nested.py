@@ -1,12 +1,12 @@
-"""Nested weights as ONNX Runtime's operator of 4 bits, `MatMulNBits`, reads them. NumPy alone.
+"""Converts nested weights to the format of ONNX Runtime's 4-bit operator `MatMulNBits`, with NumPy.
 
-Of a weight of O outputs and C inputs, stored once (docs/onnx.md):
+A weight of O outputs and C inputs becomes these tensors, each stored once (docs/onnx.md):
 
-    NAME.high, NAME.low            uint8 [O, C / 32, 16]   nibbles, an even input's in the low half
+    NAME.high, NAME.low            uint8 [O, C / 32, 16]   nibbles; even inputs in the low nibble
     NAME.scale, NAME.draft_scale   float16 [O, C / 32]     s, and s' where drafts read 4 bits
 
-Of the experts of a mixture, [E, …]. The bytes of `sirius_runtime.nested` are these in another
-order; artifacts hold those, and what is exported or loaded for ONNX Runtime is made from them.
+For the experts of a mixture they are [E, …]. Artifacts hold the same bits in the order of
+`sirius_runtime.nested`; they are converted when graphs are exported or loaded.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sirius_runtime.spec import Layout, ProgramSpec, WeightSpec
 HIGH, LOW, SCALE, DRAFT_SCALE = "high", "low", "scale", "draft_scale"
 GROUP = 32
 _HALF = GROUP // 2
-_ABREAST = 16  # groups whose bytes lie abreast, as in `sirius_runtime.nested`
+_ABREAST = 16  # groups whose bytes are interleaved, as in `sirius_runtime.nested`
 _WORD = 4
-_MIDDLE = 0x80  # of a scale's lower byte, where only the upper one is read
+_MIDDLE = 0x80  # the lower byte of a scale of which only the upper byte is read
 
 Bytes = NDArray[np.uint8]
 
@@ -41,7 +41,7 @@ def matrix_of(spec: WeightSpec) -> tuple[int, int]:
 
 
 def parts(program: ProgramSpec, spec: WeightSpec) -> Iterator[tuple[str, WeightSpec]]:
-    """The tensors that a nested weight becomes, by the part that each is."""
+    """The tensors that a nested weight becomes: pairs of part and spec."""
     outputs, inputs = matrix_of(spec)
     groups = (*spec.shape[1 : 1 + spec.of_experts], outputs, inputs // GROUP)
     plain = replace(spec, transposed=False, nested=None)
@@ -54,7 +54,7 @@ def parts(program: ProgramSpec, spec: WeightSpec) -> Iterator[tuple[str, WeightS
 
 
 def part_of(spec: WeightSpec, planes: Bytes, part: str) -> NDArray[np.generic]:
-    """One of `parts` of a nested weight, from its bytes."""
+    """The tensor of one part of a nested weight, from its planes."""
     if spec.of_experts:
         own = replace(spec, shape=(spec.shape[0], *spec.shape[2:]))
         return np.stack([part_of(own, planes[:, e], part) for e in range(planes.shape[1])])
@@ -69,7 +69,7 @@ def part_of(spec: WeightSpec, planes: Bytes, part: str) -> NDArray[np.generic]:
 
 
 def _by_outputs(plane: Bytes) -> Bytes:
-    """Nibbles of a plane [O, 17 C / 32]: [O, C / 32, 16]."""
+    """The nibbles [O, C / 32, 16] of a plane by outputs [O, 17 C / 32]."""
     outputs, groups = len(plane), plane.shape[1] // (_HALF + 1)
     result = np.empty((outputs, groups, _HALF), np.uint8)
     for first in range(0, groups, _ABREAST):
@@ -85,7 +85,7 @@ def _by_outputs(plane: Bytes) -> Bytes:
 
 
 def _by_inputs(plane: Bytes) -> Bytes:
-    """Nibbles of a plane [C / 32, 34, O / 2]: [O, C / 32, 16]."""
+    """The nibbles [O, C / 32, 16] of a plane by inputs [C / 32, 34, O / 2]."""
     groups, outputs = len(plane), plane.shape[2] * 2
     result = np.empty((outputs, groups, _HALF), np.uint8)
     for group in range(groups):
@@ -97,7 +97,7 @@ def _by_inputs(plane: Bytes) -> Bytes:
 
 
 def _scales(planes: Bytes) -> tuple[Bytes, Bytes]:
-    """The upper and the lower bytes of the scales of both planes: [O, C / 32] each."""
+    """The upper and the lower bytes of the scales, from both planes: [O, C / 32] each."""
     if planes.ndim == 3:
         own = planes[..., planes.shape[2] // (_HALF + 1) * _HALF :]
     else:

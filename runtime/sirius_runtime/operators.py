@@ -1,7 +1,7 @@
-"""The table of the `sirius::` operators: a row says all of one.
+"""The table of the `sirius::` operators, with one row for each.
 
-Importing this module registers them with torch. CPU kernels are built when one is first called;
-Triton is imported when an operator is first called on CUDA; nothing of ONNX is imported here.
+Importing this module registers them with torch. CPU kernels are built when one is first called.
+Triton is imported when an operator is first called on CUDA. ONNX is not imported here.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from sirius_runtime.kernels.cuda.available import launchers
 from sirius_runtime.ops import attention, linear, mlp, moe
 
 Function = Callable[..., Any]
-"""Called with an operator's arguments one by one, as graphs do: see `ops.operands.grouped`."""
+"""Takes an operator's arguments one by one, as graphs pass them: see `ops.operands.grouped`."""
 
 
 @dataclass(frozen=True)
 class Operator:
     """One operator.
 
-    schema: as torch has it, with the name. reference: in plain PyTorch, what kernels are tested
-    against, and what runs where none serves. fake: the shapes of the results, for tracing.
-    shares_choice: whether the tokens of a call share what they keep, so that calibration has to run
-    token by token what generation runs so. dense: of an operator that skips, what it gives where
-    nothing is skipped (the first of its results); None of the others. scores: what is compared, of
-    each token, with the last argument, which is a `threshold` or a number to `keep`. cpu: the
-    kernel on the CPU. cuda: the module of `kernels.cuda` that has the function of the operator's
-    name. decomposition: the operator in PyTorch's own, for compilers, where the reference is no
-    such. onnx: the module of `sirius_compile.onnx` that has its translation, by the operator's
-    name. rule: what graphs of an artifact may pass, with `Array` in place of tensors; an operator
-    without one is not for graphs. strings: by argument, all that it may say there.
+    schema: torch's schema, which begins with the name. reference: the operator in plain PyTorch;
+    kernels are tested against it, and it runs where no kernel does. fake: returns empty results,
+    for tracing. shares_choice: whether the tokens of a call share the channels or neurons that they
+    keep; calibration must then run one token at a time, as generation does. dense: for a sparse
+    operator, its first result if nothing were skipped; None for the others. scores: for each token,
+    the values that the operator compares with its last argument, which is `threshold` or `keep`.
+    cpu: the CPU kernel. cuda: the module of `kernels.cuda` with the function of the operator's
+    name. decomposition: the operator in PyTorch's operators, for compilers, where the reference
+    can't be traced. onnx: the module of `sirius_compile.onnx` that translates the operator. rule:
+    checks the arguments in an artifact's graphs, with `Array` for tensors (see `graph_rules`); an
+    operator without a rule can't be in them. strings: the allowed values of each string argument.
     """
 
     schema: str
@@ -60,12 +60,14 @@ class Operator:
 
     @property
     def overload(self) -> torch._ops.OpOverload:
-        """What graphs call."""
+        """The overload that graphs call."""
         return getattr(torch.ops.sirius, self.name).default
 
     @property
     def has_threshold(self) -> bool:
-        """Whether calibration chooses the last argument, and a step counts what it keeps."""
+        """Whether the last argument is a threshold, which calibration chooses; the operator then
+        also returns the number of channels or neurons that it kept.
+        """
         return self.schema.partition(") ->")[0].endswith(" threshold")
 
     @property
@@ -74,7 +76,7 @@ class Operator:
         return "!" in self.schema
 
     def on_cuda(self, *args: Any) -> Any:
-        """By the kernel where it serves, else by the reference."""
+        """Runs the CUDA kernel if it supports the call, else the reference."""
         assert self.cuda is not None
         launching = launchers(self.cuda, args[0].device)
         done = None if launching is None else getattr(launching, self.name)(*args)
@@ -86,7 +88,7 @@ MLP_SCHEMA = (
     "Tensor x, Tensor gate, Tensor? up, Tensor down, "
     "Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act, int layer"
 )
-"""Of an MLP's input and its `Mlp`, one by one."""
+"""The schema of an MLP's input and of the fields of its `Mlp`."""
 _MOE = MLP_SCHEMA.replace("Tensor x,", "Tensor x, Tensor experts, Tensor weights,")
 _of_mlp = functools.partial(
     Operator, cuda="mlp", onnx="mlp", strings={"act": tuple(mlp.ACTIVATIONS)}
@@ -223,7 +225,7 @@ _ROWS = (
         f"griffin_mlp({MLP_SCHEMA}, Tensor neurons) -> Tensor",
         mlp.griffin_mlp,
         mlp.like,
-        shares_choice=False,  # a prompt's neurons are the same for all of its tokens
+        shares_choice=False,  # the neurons are chosen by the prompt, not by the call's tokens
         dense=mlp.all_neurons,
         cpu=cpu_mlp.griffin_mlp,
         rule=mlp.griffin_mlp_rule,
@@ -274,7 +276,7 @@ _ROWS = (
 OPERATORS: dict[str, Operator] = {}
 """The rows by name."""
 
-# Kept alive for the life of the process: a collected Library takes its operators with it.
+# Kept alive for the life of the process: collecting a Library removes its operators.
 _LIBRARY = torch.library.Library("sirius", "FRAGMENT")
 
 

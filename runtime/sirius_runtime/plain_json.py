@@ -1,4 +1,4 @@
-"""Reads untrusted JSON, if its values can't take much more memory than its text."""
+"""Reads untrusted JSON, with a limit on the number of values and so on memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 from sirius_runtime.spec import JSON
 
 MOST_VALUES = 2 * 2**20
-"""Of a document: a graph of a hundred layers has a tenth of it."""
+"""Most values of a document: a graph of a hundred layers has a tenth of that."""
 _MARKS = b"[{,:"
-"""There are at least as many of these as values, but for the outermost. A value of Python's has up
-to a hundred bytes, so that short ones would take fifty times their text.
+"""Every value except the outermost follows one of these characters, so their number bounds that of
+the values. A Python value takes up to a hundred bytes, so many short values would take fifty times
+the memory of their text.
 """
 
 

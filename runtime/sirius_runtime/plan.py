@@ -1,4 +1,4 @@
-"""How a period runs, and what a back end's compiled period can take."""
+"""The plan of a period, and the limits of a compiled period graph."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan(Asked):
-    """A draft of at most `period` - 1 levels (K - 1) of `width` nodes, and what accepts it.
+    """How a period drafts and accepts: at most `period` - 1 levels (K - 1) of `width` nodes, and
+    the acceptance rule with its options.
 
     `confidence` in [0, 1]: the probability below which a row's draft stops (0: never). `observes`:
-    verification adds to the statistic of griffin's neurons; `refreshes`: they are selected again at
-    the end. `given` [B, <= K - 1] int64: chains that were looked up, with `NO_TOKEN` after the end
-    of each; a row that has one drafts nothing else. None: no row has.
+    whether verification adds to the statistic of griffin's neurons; `refreshes`: whether they are
+    selected again at the end. `given` [B, <= K - 1] int64: looked-up chains, with `NO_TOKEN` after
+    the end of each; a row with a chain drafts nothing else. None: no row has one.
 
     Raises ConfigError for a value out of its range.
     """
@@ -40,8 +41,8 @@ class Plan(Asked):
 
     @property
     def draws(self) -> bool:
-        """Whether drafted tokens are sampled: in a chain, if the rule samples; a tree takes the
-        best.
+        """Whether drafted tokens are sampled: in chains, if the rule samples. In a tree, the
+        likeliest tokens are drafted.
         """
         return RULES[self.rule].draws and self.width == 1
 
@@ -60,15 +61,15 @@ class Plan(Asked):
         return RULES[self.rule].accept(draft, logits_BNV, self)
 
     def inputs(self) -> dict[str, tuple[int | float, str]]:
-        """The plan as inputs of the entry `period`, all but rule and noise: numbers and their
-        dtypes.
+        """The plan as inputs of the entry `period`, without rule and noise: (number, dtype) by
+        name.
         """
         numbers = {**values(self), "confidence": self.confidence}
         return sampling_inputs(self.sampling) | {n: (v, "float32") for n, v in numbers.items()}
 
 
 def sampling_inputs(sampling: Sampling) -> dict[str, tuple[int | float, str]]:
-    """A `Sampling` of plain numbers as inputs of a graph, with their dtypes."""
+    """A `Sampling` of Python numbers as inputs of a graph: (number, dtype) by name."""
     return {
         "temperature": (float(sampling.temperature), "float32"),
         "top_k": (int(sampling.top_k), "int64"),
@@ -78,7 +79,7 @@ def sampling_inputs(sampling: Sampling) -> dict[str, tuple[int | float, str]]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a whole period that was compiled as one graph can take; None where anything goes."""
+    """The limits of a period that was compiled as one graph; None: no limit."""
 
     period: int
     tree_width: int

@@ -18,10 +18,10 @@ from sirius_runtime.tree import Tree, longest_path
 
 
 class Draft(NamedTuple):
-    """What the sparse path proposes.
+    """The sparse path's draft.
 
-    `depth` [B] int64: the levels that count for each row. `distributions` [B, K - 1, V]: of a
-    sampled chain, the distribution that each token was drawn from; else None.
+    `depth` [B] int64: the number of levels that count for each row. `distributions` [B, K - 1, V]:
+    for a sampled chain, the distribution that each token was drawn from; else None.
     """
 
     tree: Tree
@@ -32,9 +32,9 @@ class Draft(NamedTuple):
 class Decision(NamedTuple):
     """The full path's decision on a draft, node by node.
 
-    `passes` [B, N] bool: the node's token is kept if its parent's is. `corrections` [B, N] int64:
-    the token to emit after the node if a child was refused. `bonuses`: the same if no child was
-    judged.
+    `passes` [B, N] bool: the node's token is accepted if its parent's is. `corrections` [B, N]
+    int64: the token to emit after the node if a child was refused. `bonuses` [B, N] int64: the
+    token to emit after the node if no child was judged, because the draft ends there.
     """
 
     passes: Tensor
@@ -43,12 +43,15 @@ class Decision(NamedTuple):
 
 
 Decide = Callable[[Draft, Tensor], Decision]
-"""Which drafted tokens pass, by the full path's logits after each node [B, N, V]."""
+"""Decides which drafted tokens pass, from the draft and the full path's logits [B, N, V] after each
+node.
+"""
 
 
 class Verdict(NamedTuple):
-    """What a period commits: the first `advance` [B] of `tokens` [B, K]; the last of them is `root`
-    [B]. `nodes` [B, K]: the kept path through the tree, root first, 0 after its end.
+    """The tokens that a period commits: the first `advance` [B] of `tokens` [B, K]; the last of
+    these is `root` [B], the next root. `nodes` [B, K]: the accepted path through the tree, from the
+    root, and 0 after its end.
     """
 
     tokens: Tensor
@@ -58,12 +61,12 @@ class Verdict(NamedTuple):
 
 
 def judge(draft: Draft, logits_BNV: Tensor, decide: Decide, most_B: Tensor, period: int) -> Verdict:
-    """Keeps the longest path of tokens that pass, and emits one token of the full path after it.
+    """Accepts the longest path of tokens that pass, and emits one token of the full path after it.
 
-    The emitted token comes from the logits of the last kept node: it corrects the token that was
-    refused there, or is a bonus where the path ends with the draft. A row commits at most `most_B`
-    tokens (1 or more), as if that were its period; `draft.depth` is within the levels that the
-    draft has. `period` is K.
+    The emitted token comes from the logits after the last accepted node: it corrects the refused
+    token, or is a bonus where the whole draft was accepted. A row commits at most `most_B` tokens
+    (1 or more), as if that were its period. `draft.depth` must not exceed the levels of the tree.
+    `period` is K.
     """
     decision = decide(draft, logits_BNV)
     deepest = draft.depth.minimum(most_B - 1)
@@ -82,8 +85,8 @@ def judge(draft: Draft, logits_BNV: Tensor, decide: Decide, most_B: Tensor, peri
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """The token [...] of the largest of logits [..., V], the first of equals; `NO_TOKEN` where the
-    largest is NaN or infinite. The host finds it in what it reads anyway.
+    """The token [...] with the largest of logits [..., V], the first of equal ones. `NO_TOKEN`
+    where the largest is NaN or infinite, so that the host sees it without another device read.
     """
     logits = logits.float()  # the max of bfloat16 takes five times as long
     token = logits.argmax(-1)
@@ -91,9 +94,9 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """One index of `weights` [..., V], unnormalised, per `uniform` number [...], by the inverse of
-    the distribution function; never one of weight 0 (where all are 0, the last). `NO_TOKEN` where
-    their sum is NaN or infinite.
+    """Draws an index from unnormalised `weights` [..., V] for each `uniform` number [...], by the
+    inverse of the cumulative distribution. Never an index of weight 0, unless all are 0 (then the
+    last). `NO_TOKEN` where the sum is NaN or infinite.
     """
     # float32 sums over a large vocabulary would shift the tail's probabilities.
     sums = weights.double().cumsum(-1)
@@ -102,17 +105,17 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def select_neurons(statistic: Tensor, count: int) -> Tensor:
-    """The `count` neurons of largest statistic [layers, B, I], ascending, int64 [layers, B,
-    count].
+    """The indices of the `count` neurons with the largest statistic [layers, B, I], ascending:
+    int64 [layers, B, count].
     """
     return statistic.topk(count, -1, sorted=False).indices.sort(-1).values
 
 
 def observed(activity: Tensor, nodes_BK: Tensor, advance_B: Tensor) -> Tensor:
-    """GRIFFIN's statistic [layers, B, I] of the tokens that a period ran and kept.
+    """GRIFFIN's statistic [layers, B, I] over the tokens that a period ran and accepted.
 
-    `activity` [layers, B, N, I]: the terms of the nodes (`dense_mlp_activity`); `nodes_BK`: the
-    kept path, of which the first `advance_B` nodes were run.
+    `activity` [layers, B, N, I]: the term of each node (`dense_mlp_activity`). `nodes_BK`: the
+    accepted path, whose first `advance_B` entries are its nodes.
     """
     kept = torch.arange(nodes_BK.shape[1], device=nodes_BK.device) < advance_B[:, None]
     weights = activity.new_zeros(activity.shape[1:3]).scatter_add(
@@ -127,11 +130,11 @@ def _if_finite(value: Tensor, token: Tensor) -> Tensor:
 
 
 def is_choice(choice_BN: Tensor, tree: Tree) -> Tensor:
-    """Whether each node's token [B, N] is what was chosen after its parent."""
+    """Whether each node's token is the one chosen after its parent: bool [B, N]."""
     return choice_BN.gather(1, tree.parents) == tree.tokens
 
 
 def after_parent(values_BNV: Tensor, tree: Tree) -> Tensor:
-    """The value [B, N] that each node's token has after its parent."""
+    """The value [B, N] of each node's token in `values_BNV` at its parent."""
     V = values_BNV.shape[-1]
     return values_BNV.flatten(1).gather(1, tree.parents * V + tree.tokens)

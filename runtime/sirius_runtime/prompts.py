@@ -1,5 +1,5 @@
-"""What `generate` takes as prompts, read into rows of token ids; what can't be one is refused by
-name, never guessed at.
+"""Reads the prompts of `generate` to rows of token ids. Values of other types are refused with a
+message, never guessed at.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int]
 
 _READ = ("input_ids", "attention_mask")
-_WITHOUT_MEANING = ("token_type_ids",)  # some tokenizers return it whatever the model is
+_WITHOUT_MEANING = ("token_type_ids",)  # some tokenizers return it for every model
 _CHAT = (
-    "chat messages are no prompt yet: give them as generate(messages=[…]), which renders them by "
-    "the model's chat template, or give what tokenizer.apply_chat_template(messages, "
-    "add_generation_prompt=True, return_dict=True, return_tensors='pt') returns"
+    "chat messages are not a prompt: give them as generate(messages=[…]), which renders them by "
+    "the model's chat template, or give the result of tokenizer.apply_chat_template(messages, "
+    "add_generation_prompt=True, return_dict=True, return_tensors='pt')"
 )
 
 
 class PromptWarning(UserWarning):
-    """Warning: a prompt is served, but probably not as it was meant."""
+    """Warning about a prompt that is probably not what the user meant; it is served."""
 
 
 class PromptReader:
-    """Reads a model's prompts; warns once of a mistake that all of them probably share."""
+    """Reads a model's prompts; warns only once, because all prompts probably share the mistake."""
 
     def __init__(self, tokenizer: Tokenizer | None, vocabulary: int) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
@@ -52,7 +52,7 @@ class PromptReader:
         *,
         add_special_tokens: bool = True,
     ) -> list[list[int]]:
-        """The rows of token ids, padding left out; arguments as for `SiriusModel.generate`.
+        """The rows of token ids, without padding; arguments as for `SiriusModel.generate`.
 
         Raises GenerationError, with the number of the prompt, the reason and the remedy.
         """
@@ -67,7 +67,7 @@ class PromptReader:
             raise GenerationError("no prompt was given: give text, token ids, or a batch of them")
         if (ids_only or attention_mask is not None) and any(isinstance(r, str) for r in rows):
             raise GenerationError(
-                "text where token ids belong: input_ids and attention_mask are a tokenizer's "
+                "text is given as token ids: input_ids and attention_mask are a tokenizer's "
                 "output; give text as the first argument, alone"
             )
         if attention_mask is not None:
@@ -85,7 +85,8 @@ class PromptReader:
             raise GenerationError("the artifact holds no tokenizer: give token ids, not text")
         if not is_text(text):
             raise GenerationError(
-                f"prompt {index} has a lone surrogate, which no text has: decode its bytes as UTF-8"
+                f"prompt {index} has a lone surrogate, which is not valid text: decode its bytes "
+                "as UTF-8"
             )
         with guarded():
             encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -93,12 +94,11 @@ class PromptReader:
         if twice and not self._warned:
             self._warned = True
             warnings.warn(
-                f"prompt {index} begins with {' '.join(twice)} already, and the tokenizer puts "
-                "another before it; pass add_special_tokens=False (sirius run: "
-                "--no-add-special-tokens) for text that brings its special tokens, as a chat "
-                "template's does",
+                f"prompt {index} already begins with {' '.join(twice)}, and the tokenizer adds "
+                "another; pass add_special_tokens=False (sirius run: --no-add-special-tokens) for "
+                "text that already has its special tokens, such as a rendered chat template",
                 PromptWarning,
-                stacklevel=5,  # who called `generate`, which has a decorator
+                stacklevel=5,  # the caller of `generate`, which has a decorator
             )
         return list(encoding.ids)
 
@@ -116,9 +116,9 @@ class PromptReader:
 
 
 def read_ids(given: int | Sequence[int] | Array, name: str) -> list[int]:
-    """One token id, or several, of any integer type; `name` is what they are called.
+    """One token id or several, of any integer type. name: the option's name, for messages.
 
-    Raises GenerationError for what are none.
+    Raises GenerationError for values that are not token ids.
     """
     if _is_array(given):
         given = given.tolist()  # type: ignore[union-attr]
@@ -137,8 +137,10 @@ def is_text(text: str) -> bool:
 
 
 def _doubled(encoding: Encoding) -> list[str]:
-    """The tokens that the tokenizer put before a text which begins with them; none elsewhere."""
-    added = encoding.special_tokens_mask  # 1: not of the text
+    """The special tokens that the tokenizer added before a text that begins with the same ones;
+    empty if the text does not.
+    """
+    added = encoding.special_tokens_mask  # 1: added by the tokenizer
     count = next((i for i, of_text in enumerate(added) if not of_text), 0)
     ids = encoding.ids
     return list(encoding.tokens[:count]) if ids[:count] == ids[count : 2 * count] else []
@@ -156,12 +158,14 @@ def _of_mapping(given: Mapping[str, Any], mask: Any) -> tuple[Any, Any]:
     unknown = [key for key in keys if key not in (*_READ, *_WITHOUT_MEANING)]
     if unknown:
         raise GenerationError(
-            f"{', '.join(unknown)}: not understood in a mapping, which may hold "
-            f"{', '.join(_READ)} (and {', '.join(_WITHOUT_MEANING)}, without effect); leave it out"
+            f"{', '.join(unknown)}: unknown keys of a mapping, which may hold {', '.join(_READ)} "
+            f"(and {', '.join(_WITHOUT_MEANING)}, without effect); leave them out"
         )
     own = given.get("attention_mask")
     if own is not None and mask is not None:
-        raise GenerationError("attention_mask is given twice: leave it out beside a mapping")
+        raise GenerationError(
+            "attention_mask is given twice: leave out the argument, or the mapping's key"
+        )
     return given["input_ids"], mask if own is None else own
 
 
@@ -171,7 +175,7 @@ def _refuse_messages(given: Mapping[str, Any]) -> None:
 
 
 def _is_array(given: object) -> bool:
-    """Whether it is an array or scalar of PyTorch, NumPy, …: none is imported to tell."""
+    """Whether it is an array or scalar of PyTorch, NumPy, …; tested without importing these."""
     return hasattr(given, "ndim") and hasattr(given, "tolist")
 
 
@@ -182,7 +186,7 @@ def _is_nested(given: object) -> bool:
 
 
 def _sequence(given: object, name: str) -> Sequence[Any]:
-    """`given`, where it is a sequence of things with an order."""
+    """`given`, if it is a sequence other than text or bytes; else raises GenerationError."""
     if isinstance(given, Sequence) and not isinstance(given, bytes | bytearray | memoryview | str):
         return given
     raise GenerationError(
@@ -219,7 +223,7 @@ def _row(item: Any, name: str) -> str | list[int]:
         return _ids(_sequence(item, name), name)
     if item.ndim != 1:
         raise GenerationError(
-            f"{name} is an array of shape {list(item.shape)}; a prompt of a list has shape [T]"
+            f"{name} is an array of shape {list(item.shape)}; in a list, a prompt has shape [T]"
         )
     return _array_rows(item)[0]
 
@@ -241,7 +245,7 @@ def _ids(items: Sequence[Any], name: str) -> list[int]:
 
 
 def _id(item: Any, name: str) -> int:
-    """A token id of any integer type as an int."""
+    """A token id of any integer type, as an int; raises GenerationError for other types."""
     if _is_array(item) and not item.ndim:
         item = item.tolist()
     if isinstance(item, int) and not isinstance(item, bool):
@@ -254,17 +258,17 @@ def _id(item: Any, name: str) -> int:
         fault = f"a {type(item).__name__} ({item})"
     elif _is_nested(item):
         raise GenerationError(
-            f"{name} is nested too deep: token ids have shape [T], those of a batch [B, T]"
+            f"{name} is nested too deep: token ids have shape [T], or [B, T] for a batch"
         )
     else:
         fault = f"a {type(item).__name__}"
     raise GenerationError(
-        f"{name} has {fault} where token ids belong; give integers, as a tokenizer returns them"
+        f"{name} has {fault} instead of token ids; give integers, as a tokenizer returns them"
     )
 
 
 def _unpadded(rows: list[str | list[int]], mask: Any) -> list[str | list[int]]:
-    """The rows of input_ids, without the tokens that attention_mask leaves out."""
+    """The rows of input_ids, without the tokens whose attention_mask is 0."""
     if _is_array(mask):
         mask = mask.tolist()
     kept: list[Any] = list(_sequence(mask, "attention_mask"))

@@ -1,4 +1,4 @@
-"""Periods and steps from fixed storage to fixed storage, so that a device can replay them."""
+"""Runs periods and steps over tensors with fixed addresses, so that a device can replay them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from sirius_runtime.tensor_state import ROWS_OF, TensorState
 
 
 class Replay(Protocol):
-    """Runs work on the device: as it is, or by a recording that was made of it."""
+    """Runs work on the device, directly or from a recording of it."""
 
     def __call__(self, key: Hashable, work: Callable[[], None], state: Sequence[Tensor]) -> None:
-        """Does what `work` does. Within a session, equal keys mean equal work. `state`: the tensors
-        that a second run of it would change again.
+        """Has the effect of one call of `work`. Over one state, equal keys mean equal work.
+        `state`: the tensors that `work` changes, to be restored if it runs more than once.
         """
         ...
 
 
 def run_at_once(key: Hashable, work: Callable[[], None], state: Sequence[Tensor]) -> None:
-    """The `Replay` that records nothing."""
+    """A `Replay` that records nothing and calls `work`."""
     work()
 
 
 class Storage:
-    """Tensors made once, for periods of at most `period` tokens (K) over one state.
+    """Tensors with fixed addresses, for periods of at most `period` tokens (K) over one state.
 
-    `own`: the state's tensors, but for the caches, which are written in place anyway; what the host
-    gives (`most` [B], `noise` [B, 2, K]); and what it reads, `packed` of `Outcome`, by strategy.
+    `own`: the state's tensors, without the caches, which are written in place anyway; the host's
+    inputs (`most` [B], `noise` [B, 2, K]); and the output `Outcome.packed` of each strategy.
     """
 
     def __init__(self, state: TensorState, period: int, replay: Replay) -> None:
@@ -44,7 +44,7 @@ class Storage:
         self.counts: dict[Hashable, Outcome] = {}
 
     def hold(self, name: str, value: Tensor) -> Tensor:
-        """The tensor that was first made for `name`, with this value."""
+        """Copies `value` to the fixed tensor `name` (made at the first call), and returns that."""
         own = self.own.get(name)
         if own is None:
             own = self.own[name] = value.clone()
@@ -53,7 +53,7 @@ class Storage:
         return own
 
     def settle(self) -> None:
-        """Moves the state into its own tensors."""
+        """Copies the state to its fixed tensors."""
         for name in (*ROWS_OF, "kept", "kept_tokens"):
             value = getattr(self.state, name)
             if value is not None and not name.endswith("_cache"):
@@ -65,13 +65,12 @@ _PHASES = {Way.DRAFT: Phase.PERIOD, Way.DENSE: Phase.VERIFY, Way.SPARSE: Phase.D
 
 @dataclass(frozen=True)
 class Recorded:
-    """Runs another strategy's periods; equal ones are recorded once, by `Storage.replay`.
+    """Runs another strategy's periods through `Storage.replay`, which may record each kind once.
 
-    A recording reads nothing back from the device, and all its shapes are fixed: every period
-    drafts all K - 1 levels. Where drafts stop early, or a row may commit less, the levels without a
-    live row do not count, but still cost time. The host decides whether neurons are chosen again
-    after a period; such a period is recorded apart. The tensors of the outcome are overwritten by
-    the next period.
+    A recording reads nothing back from the device, and its shapes are fixed, so every period drafts
+    all K - 1 levels. Where drafts stop early, or a row may commit less, the levels without a live
+    row do not count but still cost time. The host decides whether neurons are chosen again after a
+    period; such periods have another recording. The next period overwrites the outcome's tensors.
     """
 
     way: Way
@@ -91,7 +90,7 @@ class Recorded:
             own = replace(own, noise=noise)
 
         def work() -> None:
-            # Times within a recording are not measured.
+            # No times are measured within a recording, so this clock is not read.
             outcome = self.inner.period(state, own, most, PhaseClock(torch.device("cpu")))
             packed = storage.hold(f"packed {self.way}", outcome.packed)
             storage.counts[key] = replace(outcome, packed=packed, evidence=None)

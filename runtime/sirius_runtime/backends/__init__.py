@@ -1,1 +1,1 @@
-"""Back ends: what runs a program's entries behind `sirius_runtime.decoder.Backend`."""
+"""Back ends: implementations of `sirius_runtime.decoder.Backend`, which run a program's entries."""

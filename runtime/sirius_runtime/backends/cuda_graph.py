@@ -1,6 +1,6 @@
 """Whole periods as CUDA graphs: a period is recorded once, then replayed by one launch.
 
-The recording and its replay have not run on a GPU yet; what they record is tested on the CPU
+Recording and replay have not run on a GPU yet. The work that is recorded is tested on the CPU
 (`sirius_runtime.recorded`).
 """
 
@@ -36,7 +36,7 @@ RECORDINGS = 16
 
 
 class GraphReplay:
-    """The `Replay` of one state's work by CUDA graphs."""
+    """A `Replay` by CUDA graphs, for the work of one state."""
 
     def __init__(self) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
@@ -51,8 +51,9 @@ class GraphReplay:
         graph.replay()
 
     def _record(self, work: Callable[[], None], state: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
-        """Runs the work once (a first run compiles and allocates), undoes its effects, and records
-        it. What it writes to the caches lies beyond each row's length and needs no undoing.
+        """Runs the work once (a first run compiles and allocates), restores `state`, and records
+        the work. The caches are not restored: the run writes only to slots beyond each row's
+        length.
         """
         before = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream()
@@ -78,7 +79,7 @@ class Recordings:
     def __init__(self, backend: EagerBackend, replay: Callable[[], Replay]) -> None:
         """`replay` makes the `Replay` of each state."""
         self._backend, self._replay = backend, replay
-        self._idle: list[tuple[Hashable, Storage]] = []  # the latest last
+        self._idle: list[tuple[Hashable, Storage]] = []  # most recently used last
 
     def open(self, request: Request, rows: int, tokens: int, clock: PhaseClock) -> Decoder:
         """As `Backend.open`, for a request whose period is fixed."""
@@ -118,7 +119,7 @@ class Recordings:
 
 
 class CudaGraphBackend(InductorBackend):
-    """As `InductorBackend`, with periods and steps recorded as CUDA graphs: once for each
+    """As `InductorBackend`, with periods and steps recorded as CUDA graphs: one recording for each
     combination of rows, period, tree, acceptance rule and (rounded) length.
 
     State stays on the device; a period is one launch and one small copy to the host. Three things

@@ -1,8 +1,8 @@
-"""The back end that runs each operator of the graph by itself, in PyTorch.
+"""The back end that runs a graph operator by operator, in PyTorch.
 
-On the CPU the `sirius::` operators have kernels behind them, and the graph that runs is rewritten
-to use more of them (`sirius_runtime.backends.rewrite`). Graphs on disk, and those that a compiler
-is given, stay as they are.
+On the CPU the `sirius::` operators have kernels, and the graph is rewritten before it runs so that
+more of it uses kernels (`sirius_runtime.backends.rewrite`). Graphs on disk, and graphs that are
+passed to a compiler, are not rewritten.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class EagerBackend:
         self._tapes = Tapes()
 
     def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights as graphs take them: the stored ones where dtype and device are theirs."""
+        """The weights with the dtype and device that the graphs take; stored tensors are used in
+        place where they have these already.
+        """
         return {
             spec.name: weights[spec.name].to(
                 device=self.device, dtype=self.dtype if spec.retype else weights[spec.name].dtype
@@ -85,7 +87,7 @@ class EagerBackend:
         period, limits = request.period, self.limits
         graph = OneGraph(limits) if limits is not None and request.whole_periods else None
         if graph is not None and limits is not None:
-            period, tokens = limits.period, limits.context or tokens  # of the compiled size
+            period, tokens = limits.period, limits.context or tokens  # the compiled sizes
         slots = cache_slots(tokens, period, max(request.widths))
         scorer = None
         if request.scoring is not None:
@@ -126,9 +128,9 @@ _FAULTS = (
 
 @contextmanager
 def blaming_the_graph(entry: str) -> Iterator[None]:
-    """Turns errors that depend on the values in a graph's tensors (an index out of range) into an
-    ArtifactError: they can't be found before the graph runs. Running out of memory is not the
-    graph's fault and stays as it is.
+    """Turns an error of a running graph into an ArtifactError. Such errors depend on the values in
+    tensors (an index out of range), so no check finds them before. Running out of memory is not the
+    graph's fault; that error is raised as it is.
     """
     try:
         yield
@@ -148,11 +150,11 @@ aten = torch.ops.aten
 
 
 class Entry:
-    """A graph with its weights bound once, and the views that it takes of them."""
+    """A graph whose weights, and slices of weights, are bound to its arguments once."""
 
     def __init__(self, module: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
         self.module = module
-        self.runs: fx.GraphModule | None = None  # `module` as the device runs it, once it has run
+        self.runs: fx.GraphModule | None = None  # `module` rewritten for the device, at first use
         self.bound: list[Tensor | None] = []  # the graph's arguments; None for inputs
         self._inputs: list[tuple[int, str]] = []
         for index, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder"):
@@ -167,9 +169,9 @@ class Entry:
         self._bind_views()
 
     def _bind_views(self) -> None:
-        """Makes slices of weights arguments of their own: a call each, every step, takes longer
-        than a small linear. Transposes stay: linears of them have a kernel of their own, and are
-        not joined.
+        """Makes each slice of a weight an argument of its own: slicing at every step takes longer
+        than a small linear. Transposes stay in the graph: linears with a transposed weight have
+        their own kernel, and are not joined.
         """
         graph = self.module.graph
         placed = graph.find_nodes(op="placeholder")

@@ -1,4 +1,4 @@
-"""The entries compiled by torch.compile: PyTorch's own operators fused, ours called as they are."""
+"""Entries compiled by torch.compile, which fuses PyTorch's operators and calls `sirius::` ones."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from sirius_runtime.kernels.build import compiler
 from sirius_runtime.spec import JSON, ProgramSpec
 
 _VARYING = frozenset("BTRMS")
-"""Letters of an entry's shapes that differ from call to call: rows, tokens, rows of the tree's
-mask, slots of the block and of the caches. The other letters are constants of the program."""
+"""Shape letters of an entry whose extent differs from call to call: rows, tokens, rows of the tree
+mask, slots of the block and of the caches. The other letters are constants of the program.
+"""
 
 CACHES = ("k_cache", "v_cache")
-"""Inputs that an entry writes to: a copy would lose the writes. Their strides already follow from
-their shapes, so they need no copy.
+"""Inputs that an entry writes to. They are passed without a copy, which would lose the writes.
+Their strides already follow from their shapes.
 """
 
 Bucket = tuple[str, ...]
@@ -32,7 +33,7 @@ Bucket = tuple[str, ...]
 
 
 class InductorBackend(EagerBackend):
-    """As `EagerBackend`, with each entry compiled once a *bucket* of shapes.
+    """As `EagerBackend`, with each entry compiled once per *bucket* of shapes.
 
     A bucket says which extents are 1 (one row, one token) and leaves all others dynamic. Code for
     one token is worth compiling separately; code for 15 and for 16 tokens differs only in a loop
@@ -78,7 +79,7 @@ class InductorBackend(EagerBackend):
 
     @property
     def buckets(self) -> list[tuple[str, Bucket]]:
-        """What is compiled so far: entries, and the letters that stand for 1 in their shapes."""
+        """The compiled (entry, bucket) pairs so far."""
         return list(self._compiled)
 
     @torch.inference_mode()
@@ -111,14 +112,15 @@ class InductorBackend(EagerBackend):
         """Compiles an entry for a bucket; returns the result of its first run."""
         self._progress(
             f"compiling {entry} for {'one row' if 'B' in bucket else 'several rows'} of "
-            f"{'one token' if 'T' in bucket else 'several tokens'} with inductor; once, kept in "
-            f"{self._folder}"
+            f"{'one token' if 'T' in bucket else 'several tokens'} with inductor; this is done "
+            f"once, the code is kept in {self._folder}"
         )
         for name, shape in self._shapes[entry].items():
             for dim, letter in enumerate(shape):
                 if letter in _VARYING and letter not in bucket:
                     torch._dynamo.mark_dynamic(inputs[name], dim)
-        # Not the module, whose call reports errors by code that can't be compiled.
+        # Not the module itself: a GraphModule's __call__ reports errors in code that dynamo can't
+        # compile.
         compiled = torch.compile(
             self._graph(entry).forward, fullgraph=True, options={"fx_graph_cache": True}
         )
@@ -135,13 +137,13 @@ class InductorBackend(EagerBackend):
         return result
 
     def _graph(self, entry: str) -> fx.GraphModule:
-        """A copy for one bucket: torch.compile caches its results by a module's code."""
+        """A copy of the graph for one bucket: torch.compile caches its results by code object."""
         return with_linears(self._entries[entry].module)
 
 
 def _dense(value: Tensor) -> Tensor:
-    """`value` as a contiguous tensor whose strides follow from its shape, also where an extent is
-    1: code is compiled for strides.
+    """`value` as a contiguous tensor whose strides follow from its shape, also for extents of 1:
+    inductor's code is compiled for given strides.
     """
     stride, expected = 1, []
     for extent in reversed(value.shape):

@@ -1,4 +1,4 @@
-"""Where inductor keeps its compiled code, which it loads without checking who wrote it."""
+"""The folder of inductor's compiled code. Inductor loads code there without checking its owner."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ INDUCTOR_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def check_name(folder: Path, variable: str) -> None:
-    """Raises BackendError, naming the environment variable that chooses `folder`, for a path that
-    inductor can't use: it splits its compiler's command line at spaces, and drops quotes.
+    """Raises BackendError for a folder that inductor can't use: it splits its compiler's command
+    line at spaces and drops quotes. `variable`: the environment variable that chooses the folder.
     """
     path = str(folder)
     try:
@@ -31,8 +31,8 @@ def check_name(folder: Path, variable: str) -> None:
 
 @contextmanager
 def keeps_code_in(folder: Path) -> Iterator[None]:
-    """Within this context, inductor keeps its code in `folder`: it reads the environment each time
-    it compiles.
+    """Within this context, inductor keeps its code in `folder`. It reads the environment variable
+    each time it compiles.
     """
     before = os.environ.get(INDUCTOR_VARIABLE)
     os.environ[INDUCTOR_VARIABLE] = str(folder)

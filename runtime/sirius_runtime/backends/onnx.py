@@ -32,7 +32,7 @@ class OnnxBackend(OnnxGraphs):
     def open(self, request: Request, rows: int, tokens: int, clock: PhaseClock) -> Decoder:
         drafts: Strategy = OneGraph(self.limits)
         choose, scorer = self._chooser(request.plan.sampling), None
-        # The block of a graph is of the size that it was compiled for.
+        # A period graph writes blocks of the period that it was compiled for, not the request's.
         period = self.limits.period if request.whole_periods else request.period
         if not request.graphs_serve:
             drafts, choose, scorer = self._processed(request, rows, tokens)
@@ -46,7 +46,7 @@ class OnnxBackend(OnnxGraphs):
         )
 
     def _chooser(self, sampling: Sampling) -> Choose:
-        """Takes each row's likeliest token, or one drawn by the graph `pick`."""
+        """Chooses each row's likeliest token; in sampling, a token that the graph `pick` draws."""
 
         def choose(
             logits_BV: np.ndarray, count_B: np.ndarray, number_B: np.ndarray | None
@@ -65,7 +65,7 @@ class OnnxBackend(OnnxGraphs):
     def _processed(
         self, request: Request, rows: int, tokens: int
     ) -> tuple[Strategy, Choose, Scorer]:
-        """What decodes for requests that no graph of the artifact can serve.
+        """The parts of a decoder for a request that no graph of the artifact can serve.
 
         Raises ConfigError for a tree, and BackendError where PyTorch is not installed.
         """

@@ -1,7 +1,7 @@
-"""Periods with processed logits on ONNX Runtime: run entry by entry, decided by PyTorch.
+"""Periods with processed logits on ONNX Runtime: its graphs compute, and PyTorch chooses tokens.
 
-The graph `period` can't call a processor. Here a chain is drafted, verified and accepted step by
-step: ONNX Runtime computes the logits, and `ByEntries` decides by them.
+The graph `period` can't call a logits processor. So a chain is drafted, verified and accepted step
+by step: ONNX Runtime computes the logits, and `ByEntries` chooses tokens by them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _InTensors:
 
     def nodes(self, entry: str, tree: Tree, nodes: Tensor) -> dict[str, Tensor]:
         start = self._state.length
-        # What was drafted so far lies in the caches after the history.
+        # The K/V of the tokens drafted so far follows the history in the caches.
         self._state.length = start + int(nodes[0])
         result = self._state.chain(entry, tree.tokens.index_select(1, nodes).numpy())
         self._state.length = start
@@ -84,7 +84,7 @@ class _InTensors:
 
 
 def onnx_chooser(sampling: Sampling, scorer: Scorer) -> Choose:
-    """As `chooser`, for arrays."""
+    """As `chooser`, for NumPy arrays."""
     choose = chooser(sampling, scorer)
 
     def by_arrays(*arrays: np.ndarray | None) -> np.ndarray:

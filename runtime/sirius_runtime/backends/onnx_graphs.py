@@ -1,9 +1,9 @@
 """An artifact's ONNX graphs and weights in ONNX Runtime.
 
 Graphs are opened when they are first needed. On the CPU all graphs share the float32 weights of the
-mapped artifact; packing, which would copy them, is switched off. From float16 weights each open
-graph makes float32 copies there, because the CPU's kernels compute in float32. On a GPU each open
-graph holds its own copy of the weights that it reads, as every ONNX Runtime session does.
+mapped artifact; prepacking, which would copy them, is switched off. Float16 weights are copied to
+float32 by each open graph on the CPU, because the CPU's kernels compute in float32. On a GPU each
+open graph holds its own copy of the weights that it reads, as every ONNX Runtime session does.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class HostClock:
-    """A device whose work is over when a call returns: ONNX Runtime waits for it."""
+    """The device as `PhaseClock` needs it: ONNX Runtime's calls return when their work is done."""
 
     type: str = "cpu"
 
@@ -58,7 +58,7 @@ class Graph(NamedTuple):
 
 
 class OnnxGraphs:
-    """The graphs, opened when they are first needed, and what there is to know of them."""
+    """The graphs, opened when they are first needed, and their properties."""
 
     device = HostClock()
 
@@ -71,10 +71,11 @@ class OnnxGraphs:
         progress: Progress,
     ) -> None:
         """providers: execution providers in order of preference; all must work. Default: CUDA where
-        it works, else the CPU; `progress` is told which. threads: threads of one operator.
+        it works, else the CPU. progress: is called with a line that names the provider. threads:
+        threads of one operator.
 
-        Raises BackendError for an artifact without ONNX graphs, for a provider that is not there,
-        and for graphs that the installed ONNX Runtime is too old for.
+        Raises BackendError for an artifact without ONNX graphs, for a provider that is not
+        available, and for graphs that the installed ONNX Runtime is too old for.
         """
         self._ort = _onnxruntime()
         self.program = artifact.program
@@ -85,8 +86,8 @@ class OnnxGraphs:
         self.kept = self._onnx.kept
         self._graphs = {name: artifact.read_bytes(graph_file(name)) for name in self._onnx.graphs}
         self._weights = _values(self._ort, self.program, *artifact.weight_slots())
-        self.threads = threads or os.cpu_count() or 1  # at the most
-        self._threads = threads or 0  # 0: as many as ONNX Runtime thinks best
+        self.threads = threads or os.cpu_count() or 1  # an upper bound
+        self._threads = threads or 0  # 0: ONNX Runtime chooses
         self._opened: dict[str, Graph] = {}
         self.providers = self._providers(providers, progress)
 
@@ -107,9 +108,10 @@ class OnnxGraphs:
         return self._opened[name]
 
     def run(self, entry: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs the graph of that name on the inputs that it reads: arrays and `OrtValue`s. Returns
-        its outputs, without the prefix `next_` of a period's next state. Outputs are arrays, except
-        those that only other graphs read: they stay where they are, as `OrtValue`s.
+        """Runs the graph `entry`; of `inputs` (arrays and `OrtValue`s) it takes those that it
+        reads. Returns its outputs by name, without the prefix `next_` of a period's next state.
+        Outputs are arrays, except those that only other graphs read: these stay on the device as
+        `OrtValue`s.
         """
         session, reads, names = self.graph(entry)
         names = self.kept if entry == SELECT else names
@@ -130,7 +132,7 @@ class OnnxGraphs:
         }
 
     def value(self, array: np.ndarray) -> Any:
-        """An `OrtValue`: on the CPU it is the array's own memory, else a copy on the device."""
+        """`array` as an `OrtValue`: over the array's own memory on the CPU, a copy on a GPU."""
         if self.on_device:
             return self._ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0)
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
@@ -138,13 +140,13 @@ class OnnxGraphs:
     def _session(self, graph: str, providers: Sequence[str], *, quiet: bool = False) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
-        # A packed weight is a second copy, and every graph would have its own. But of nested ones
-        # the kernels take no others.
+        # A prepacked weight is a second copy, one for every graph. Nested weights need it: their
+        # kernels take no others.
         if not self.program.nested:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        # A user can't act on any warning of its optimiser.
+        # Only errors: a user can't act on the optimiser's warnings.
         options.log_severity_level = 4 if quiet else 3
-        # Runs once a prompt: an arena would keep its temporary memory allocated.
+        # SELECT runs once a prompt: an arena would keep its temporary memory allocated.
         options.enable_cpu_mem_arena = graph != SELECT
         spec = self._onnx.graphs[graph]
         in_place, copied = list(spec.weights), list(spec.constants)
@@ -156,7 +158,7 @@ class OnnxGraphs:
             options.add_external_initializers(copied, [self._weights[name] for name in copied])
         try:
             with tempfile.TemporaryDirectory() as folder:
-                # The file that the weights' places name must exist, though nothing is read from it.
+                # The external data file that the graph names must exist, though it is not read.
                 (Path(folder) / WEIGHTS_FILE).touch()
                 options.add_session_config_entry(_WEIGHTS_FOLDER, folder)
                 return self._ort.InferenceSession(
@@ -169,7 +171,7 @@ class OnnxGraphs:
         own, program = self._ort.__version__, self._onnx
         reason = " ".join(str(error).split())
         return (
-            f"onnxruntime {own} does not take the graph {graph!r} (ONNX opset {program.opset}, IR "
+            f"onnxruntime {own} refuses the graph {graph!r} (ONNX opset {program.opset}, IR "
             f"version {program.ir_version}): {reason:.300}; if it is too old: pip install "
             "--upgrade onnxruntime; else use backend eager"
         )
@@ -192,7 +194,7 @@ class OnnxGraphs:
                         f"missing); {_remedy(name)}, or leave providers out"
                     )
                 chosen.remove(name)
-        chosen = list(dict.fromkeys([*chosen, CPU]))  # which takes what the others can't
+        chosen = list(dict.fromkeys([*chosen, CPU]))  # runs the operators that the others can't
         progress(f"onnxruntime {self._ort.__version__} on {chosen[0]}")
         return chosen
 
@@ -223,7 +225,7 @@ def _onnxruntime() -> Any:
 
 
 def _has_driver() -> bool:
-    """Whether CUDA's driver is here. Without it, ONNX Runtime's attempt prints many errors."""
+    """Whether CUDA's driver is installed. Without it, ONNX Runtime prints many errors."""
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:
             ctypes.CDLL(name)
@@ -242,8 +244,8 @@ def _remedy(provider: str) -> str:
 def _values(
     ort: Any, program: ProgramSpec, buffer: mmap.mmap, slots: Mapping[str, Slot]
 ) -> dict[str, Any]:
-    """Each weight, and each expert's matrix of one, as an `OrtValue` over the mapped file: no byte
-    is read or copied here, but of nested weights, whose bytes have another order.
+    """Each weight, and each expert's weight matrix, as an `OrtValue` over the mapped file. Only
+    nested weights are read and copied, because ONNX needs their bytes in another order.
     """
 
     def value(array: np.ndarray, dtype: str) -> Any:

@@ -1,5 +1,4 @@
-"""The state of a batch on ONNX Runtime, and its key/value caches: in memory that NumPy shares, or
-on a device.
+"""The state of a batch on ONNX Runtime. Its K/V caches lie in NumPy arrays or on a device.
 
 k [layers, B, G, S, D] and v [layers, B, G, S, Dv] are inputs of the graphs. A graph returns the K/V
 of its own tokens, which are written to the slots after `length`, in place. On a device the graph
@@ -87,7 +86,7 @@ class OnnxState(State):
     xp: ClassVar[Any] = np
 
     def __init__(self, backend: OnnxGraphs, rows: int, slots: int) -> None:
-        """Room for so many cache slots a row."""
+        """A state of `rows` rows, with `slots` cache slots each."""
         self.backend = backend
         super().__init__(backend.program, rows)
         self.neurons = {}
@@ -114,8 +113,8 @@ class OnnxState(State):
         index = np.arange(ids_BT.shape[1])
         inputs = {
             "input_ids": np.ascontiguousarray(ids_BT),
-            # Prompt padding, and tokens that their row will not commit, may lie beyond the last
-            # slot.
+            # The tokens of prompt padding, and tokens that a row will not commit, may have
+            # positions beyond the last one.
             "positions": np.minimum(self.length[:, None] + index, self._last_position),
             "tree_mask": np.maximum(index[:, None] - index, -1)[None],
             **more,
@@ -132,14 +131,14 @@ class OnnxState(State):
         return k[:, :1, :, :tokens].copy(), v[:, :1, :, :tokens].copy()
 
     def restore(self, k: np.ndarray, v: np.ndarray) -> None:
-        every = (self.backend.value(np.repeat(part, self.rows, 1)) for part in (k, v))
-        self._caches.write(np.zeros(self.rows, np.int64), *every)
+        repeated = (self.backend.value(np.repeat(part, self.rows, 1)) for part in (k, v))
+        self._caches.write(np.zeros(self.rows, np.int64), *repeated)
 
     def choose_neurons(self) -> None:
-        """Gathers the weights of the neurons of largest statistic."""
+        """Gathers the weights of the neurons with the largest statistic."""
         if self.statistic is None:
             return
-        self.neurons.clear()  # before their successors need room
+        self.neurons.clear()  # frees the old weights before the new ones are gathered
         self.neurons = self.backend.run(SELECT, {"statistic": self.statistic})
 
     def select(self, rows: Sequence[int]) -> None:

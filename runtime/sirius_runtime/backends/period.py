@@ -1,4 +1,4 @@
-"""Whole periods as one graph: run operator by operator, or compiled ahead of time."""
+"""Back ends that run a period as one graph: operator by operator, or compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class PeriodBackend(EagerBackend):
 class AotiBackend(PeriodBackend):
     """As `PeriodBackend`, with `period` compiled by AOTInductor for `rows` of `context` tokens.
 
-    The machine code takes the weights as inputs, so there is one copy of them. It is built once and
-    kept in the user's cache folder (``$SIRIUS_CACHE``, else ``~/.cache/sirius``), under a name made
-    of everything that it depends on.
+    The machine code takes the weights as inputs, so memory holds one copy of them. It is built once
+    and kept in the user's cache folder (``$SIRIUS_CACHE``, else ``~/.cache/sirius``). Its name is a
+    hash of everything that it depends on.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class AotiBackend(PeriodBackend):
 
 
 def _fingerprint(backend: AotiBackend, document: JSON) -> str:
-    """A name made of all that the machine code depends on; it does not depend on the weights'
-    values.
+    """A hash of everything that the machine code depends on; the weights' values are not part of
+    it.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if backend.device.type == "cuda":
@@ -153,7 +153,7 @@ def _build(backend: AotiBackend, path: Path, progress: Progress) -> None:
             ).run_decompositions(decompositions())
             package = Path(scratch) / path.name
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
-            package.chmod(0o600)  # whatever the umask: a file that others may write is never loaded
+            package.chmod(0o600)  # under any umask: a file that others may write is never loaded
             into_place(package, path)
     except (OSError, ConfigError) as error:
         raise _not_kept(path.parent, error) from error
@@ -168,13 +168,13 @@ def _build(backend: AotiBackend, path: Path, progress: Progress) -> None:
 
 def _not_kept(folder: Path, error: OSError | ConfigError) -> BackendError:
     return BackendError(
-        f"the compiled period can't be kept in {folder} ({error}); name another folder by the "
+        f"the compiled period can't be kept in {folder} ({error}); name another folder in the "
         f"environment variable {CACHE_VARIABLE}"
     )
 
 
 def _extents(backend: AotiBackend) -> dict[str, Any]:
-    """What the letters in the period's shapes stand for here."""
+    """The sizes that the letters in the period's shapes stand for."""
     program, limits = backend.program, backend.limits
     assert limits is not None
     assert limits.context is not None

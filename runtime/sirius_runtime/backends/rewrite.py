@@ -1,4 +1,4 @@
-"""Puts kernels into a graph that is to run on the CPU.
+"""Rewrites a graph that is to run on the CPU so that it calls kernels.
 
     Before                                          After
     aten.linear(x, w, b)                            linear(x, w, b)
@@ -10,9 +10,9 @@
     sirius.cached_attention(q, …)                   cached_attention_by_tokens(q, …)
     sirius.dense_mlp(x, …) and the like             dense_mlp(x, …)
 
-x32 is x.to(float32). Operators become the functions behind them, so that a call does not pass
-through torch's dispatcher. A pattern that is written in another way stays as it is: slower, not
-wrong. The result only runs in this process; it is not for compilers or files.
+x32 is x.to(float32). Operators become the Python functions that implement them, so that a call does
+not pass through torch's dispatcher. A computation that does not match a pattern stays as it is:
+slower, not wrong. The result only runs in this process; it is not for compilers or files.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from sirius_runtime.operators import OPERATORS
 aten = torch.ops.aten
 
 _MOST_COMPILED = 4
-"""Linears that a compiled graph joins: as many as one launch takes on CUDA."""
+"""The most linears that are joined in a graph for a compiler: one CUDA launch takes so many."""
 
 
 def with_kernels(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph, and of the graphs that its control flow runs, with kernels in it."""
+    """A copy of a graph that calls kernels, also in the subgraphs of its control flow."""
     own = copy.deepcopy(module)
     write_in_place(own)
     for part in own.modules():
@@ -56,8 +56,8 @@ def with_kernels(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def with_linears(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph in which only linears become operators (`sirius.linears` where several
-    share an input): a compiler calls these and fuses the rest.
+    """A copy of a graph in which linears become `sirius.linear` (`sirius.linears` where several
+    share an input). A compiler calls these operators and fuses the rest.
     """
     own = copy.deepcopy(module)
     for node in own.graph.find_nodes(op="call_function", target=aten.linear.default):
@@ -71,7 +71,7 @@ def with_linears(module: fx.GraphModule) -> fx.GraphModule:
 
 @functools.cache
 def _functions() -> dict[Any, Any]:
-    """The functions that replace operators."""
+    """The function that replaces each operator."""
     own: dict[Any, Any] = {row.overload: row.cpu for row in OPERATORS.values() if row.cpu}
     own[torch.ops.sirius.cached_attention.default] = cached_attention_by_tokens
     own[aten.linear.default] = linear
@@ -93,8 +93,8 @@ def _rewrite(node: fx.Node) -> None:
 
 
 def _join_linears(graph: fx.Graph, single: Any, joined: Any, most: int) -> None:
-    """Joins the linears that share an input into one call, if the graph is given their weights.
-    More than `most` of them stay as they are.
+    """Joins the linears that share an input into one call, if their weights are inputs of the
+    graph. A group of more than `most` is not joined.
     """
     groups: dict[Any, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=single):
@@ -145,7 +145,7 @@ def _calls(node: Any, target: Any) -> bool:
 
 
 def _norm(node: Any) -> tuple[Any, ...] | None:
-    """x, weight, ε and the type, where `node` is the last call of a norm."""
+    """The arguments of `rms_norm` (x, weight, ε, dtype), if `node` is the last call of a norm."""
     if not _calls(node, aten.mul.Tensor):
         return None
     weight, stored = node.args
@@ -171,7 +171,9 @@ def _norm(node: Any) -> tuple[Any, ...] | None:
 
 
 def _rotation(node: Any) -> tuple[Any, ...] | None:
-    """x, cos, sin and half of x's last dimension, where `node` is the last call of a rotation."""
+    """The arguments of `rotate` (x, cos, sin, half of x's last dimension), if `node` is the last
+    call of a rotation.
+    """
     if not _calls(node, aten.add.Tensor):
         return None
     straight, across = node.args
@@ -209,7 +211,7 @@ def _gate(node: Any) -> tuple[Any, ...] | None:
 
 
 def _erase_unused(node: fx.Node) -> None:
-    """Erases a call that nothing uses, and then those that only it used."""
+    """Erases a call that has no users, then the calls that only it used."""
     if node.users or node.op != "call_function":
         return
     inputs = node.all_input_nodes

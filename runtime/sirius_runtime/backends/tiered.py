@@ -1,12 +1,14 @@
-"""The eager back end over weights in two tiers: see `sirius_runtime.tiers`.
+"""The eager back end over weights in two tiers (see `sirius_runtime.tiers`): a part is held in fast
+memory, and the rest is streamed from a slow tier in each pass.
 
     Before                          After
     embedding(weight, ids)          rows, places = gather(ids); embedding(rows, places)
     linear(x, weight)               wait(step); linear(x, weight); done(step)
 
-An argument of a graph is a view of one arena, in which what is held comes first and the ring last;
-a view knows its place from the beginning. The planes of a nested weight are the two rows of one
-view, however far apart they lie. Calls whose weights are held stay as they are.
+All weight arguments of the graphs are views of one arena: first the held blocks, then the ring
+buffer that streamed blocks are read into. A streamed block always has the same place in the ring,
+so the views are made once. The planes of a nested weight are the two rows of one view, whose stride
+is their distance. Calls whose weights are held are not rewritten.
 """
 
 from __future__ import annotations
@@ -43,14 +45,17 @@ from sirius_runtime.tiers.reads import Reads, Weights, reads_of
 from sirius_runtime.tiers.stream import Load, Pending, Stream, Tier, scheduled
 
 _MEASURED = 32 * 2**20
-"""Bytes read at load that tell how fast the slow tier is; fewer are taken to say nothing."""
+"""Least bytes read at load from which the slow tier's speed is measured."""
 
 _SPEED = 1e9
-"""Bytes a second that are assumed then."""
+"""Speed of the slow tier that is assumed where fewer were read, in bytes per second."""
 
 
 class TieredBackend(EagerBackend):
-    """Runs the graphs node by node; of the weights, it holds what `settle` says."""
+    """Runs the graphs node by node, over held and streamed weights.
+
+    Call `placed` to choose the held weights, then `settle` to read them, before the first run.
+    """
 
     repeats = False  # each run waits for the stream
 
@@ -64,8 +69,8 @@ class TieredBackend(EagerBackend):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """As `EagerBackend`. `weights` view a mapping of the file, in which they lie in `slots`;
-        nothing of them is read. dtype: the stored one.
+        """As `EagerBackend`. weights: views of a mapping of the file; they are not read. slots:
+        where each weight lies in the file. dtype: the stored one.
         """
         super().__init__(program, documents, weights, dtype=dtype, device=device)
         self._table = Weights(program, self.weights, slots)
@@ -84,7 +89,9 @@ class TieredBackend(EagerBackend):
     def placed(
         self, budget: int, context: int | None = None, rows: int = 1
     ) -> tuple[Placement, int]:
-        """What to hold in a process of `budget` bytes, and the bytes that it takes beside it."""
+        """The placement for a process of `budget` bytes, and the bytes that the process needs
+        besides weights.
+        """
         program, itemsize = self.program, self.itemsize
         context = context or min(program.model.max_seq_len, DEFAULT_CONTEXT)
         gc.collect()
@@ -95,9 +102,10 @@ class TieredBackend(EagerBackend):
         return place(self.needs, budget - beside, name=name, extra=beside), beside
 
     def settle(self, placement: Placement, arena: Tensor, tier: Tier) -> None:
-        """Reads what stays to `arena` [placement.memory], uint8, and binds the graphs to it.
+        """Reads the held blocks to `arena` and binds the graphs' arguments to it.
 
-        tier: copies from the file's offsets to the arena's.
+        arena: uint8 [placement.memory]. tier: copies bytes from offsets of the file to offsets of
+        the arena.
         """
         at, places, begin = 0, {}, time.perf_counter()
         pending: list[Pending] = []
@@ -105,8 +113,8 @@ class TieredBackend(EagerBackend):
             places[block] = at + block.start - block.first
             pending.append(tier.fetch(Load(block.first, block.room, block.end - block.first, at)))
             at += block.room
-        for one in pending:
-            one.wait()
+        for fetch in pending:
+            fetch.wait()
         speed = at / (time.perf_counter() - begin) if at >= _MEASURED else _SPEED
         self.stream_seconds = placement.bytes_of(FULL) / speed
         schedules = {
@@ -132,9 +140,9 @@ class TieredBackend(EagerBackend):
         caches = cache_bytes(self.program, self.itemsize, slots)
         if self.cache_room is not None and caches > self.cache_room:
             raise GenerationError(
-                f"{rows} rows of {tokens} tokens take {caches:,} bytes of K/V, and the memory "
-                f"budget leaves room for {self.cache_room:,}: ask for fewer tokens or rows, or "
-                "load with a larger context (--context), or budget"
+                f"{rows} rows of {tokens} tokens take {caches:,} bytes of KV cache, and the memory "
+                f"budget leaves {self.cache_room:,} for it: ask for fewer tokens or rows, or load "
+                "with a larger context (--context) or memory budget"
             )
         return super().open(request, rows, tokens, clock)
 
@@ -188,9 +196,10 @@ def load_tiered(
 ) -> TieredBackend:
     """The back end of an artifact in a process of at most `budget` bytes.
 
-    On the CPU, memory ← disk: the budget is the process's. On another device, its memory ← the
-    host's: the budget is what it may hold of the model. context, rows: as for `load`. verify: hash
-    the weights, by one more pass over the file.
+    On the CPU, weights stream from disk to memory, and the budget is for the whole process. On
+    another device, they stream from the host's memory to the device's, and the budget is for the
+    device's memory. context, rows: as for `load`. verify: hash the weights, in one more pass over
+    the file.
 
     Raises ConfigError where the budget is too small, naming the least that works.
     """
@@ -214,7 +223,7 @@ def load_tiered(
 
 
 def settle_from_host(backend: TieredBackend, artifact: Artifact, placement: Placement) -> None:
-    """Settles a back end whose slow tier is the host's memory."""
+    """Calls `backend.settle` with the host's memory as the slow tier."""
     size = max(placement.memory, PAGE)
     arena = torch.empty(size, dtype=torch.uint8, device=backend.device)
     whole = torch.frombuffer(artifact.weight_slots()[0], dtype=torch.uint8)
@@ -222,7 +231,7 @@ def settle_from_host(backend: TieredBackend, artifact: Artifact, placement: Plac
 
 
 def analyse(artifact: Artifact, device: torch.device) -> TieredBackend:
-    """The back end of an artifact, of whose weights nothing was read."""
+    """The back end of an artifact, before any weight is read."""
     program = artifact.program
     return TieredBackend(
         program,
@@ -239,13 +248,14 @@ def analyse(artifact: Artifact, device: torch.device) -> TieredBackend:
 
 
 def _needs(program: ProgramSpec, reads: Mapping[str, Reads], gathers: bool) -> Needs:
-    """What passes of the entries read, of which a period has one full and K - 1 sparse ones.
-    gathers: whether the rows of an embedding can be read by themselves; else it stays.
+    """The blocks that a pass of each entry reads. A period has one full and K - 1 sparse passes.
+    gathers: whether single rows of an embedding can be read from the slow tier; if not, embeddings
+    are held.
     """
     pinned = {block for one in reads.values() for block in one.pinned}
     for one in reads.values():
         counts = Counter(block for span in one.spans for block in span.step)
-        # An argument has one place in the ring.
+        # An argument has only one place in the ring, so a block that is read twice must be held.
         pinned.update(block for block, count in counts.items() if count > 1)
     passes = dict.fromkeys(reads, 0.0)
     passes[FULL], passes[SPARSE] = 1.0, program.period.period - 1.0
@@ -262,14 +272,14 @@ def _needs(program: ProgramSpec, reads: Mapping[str, Reads], gathers: bool) -> N
 
 
 def _read_rows(call: fx.Node, value: Tensor, table: Weights, tier: Tier) -> None:
-    """Has an embedding read the rows that it gathers, and no others."""
+    """Rewrites an embedding so that it reads only the rows that it gathers, from the slow tier."""
     own, (blocks, offset) = table.read_by(value), table.at(value)
     planes = [block.start + offset % (blocks[0].end - blocks[0].start) for block in own]
     count, stride = value.shape[-2], value.stride(-2) * value.itemsize
     shape, dtype, nested = value.shape, value.dtype, value.ndim == 3
 
     def gather(ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows, each once, and where each of `ids` is among them."""
+        """The distinct rows, and the index of each id's row among them."""
         unique, places = ids.unique(return_inverse=True)
         rows = unique.tolist()
         if rows and not 0 <= rows[0] <= rows[-1] < count:

@@ -1,9 +1,9 @@
-"""Attention: the cacheless form that capture emits, and the cached tree attention that runs.
+"""Attention: the form without a cache that capture emits, and the cached tree attention.
 
 A *block* is the run of tokens that follows the committed history of a row: a prompt chunk, a draft,
-or a tree of drafts. Its j-th token lives in cache slot `length + j` (slot), at position `length +
-depth(j)` (position); in a chain the two agree, in a tree they do not. `tree_mask` says who in the
-block sees whom.
+or a tree of drafts. The slot of its j-th token in the caches is `length + j`; its position (for
+RoPE) is `length + depth(j)`. In a chain the two are equal, in a tree they are not. `tree_mask` says
+which tokens of the block a query sees.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from sirius_runtime.ops.rules import (
 
 
 def _attend(heads: Heads[Tensor], visible: Tensor, kind: Attention[Tensor]) -> Tensor:
-    """Softmax attention of q [B, H, T, D] over k, v [B, G, S, D] where `visible` [B | 1, 1, T,
-    S]. Contiguous, as the operators' fakes promise to compilers.
+    """Softmax attention of q [B, H, T, D] over k, v [B, G, S, D] where `visible` [B | 1, 1, T, S]
+    is true. The result is contiguous, as the operators' fakes tell compilers.
     """
     q, k, v = heads
     if kind.softcap is None and kind.sinks is None:
@@ -46,7 +46,9 @@ def _attend(heads: Heads[Tensor], visible: Tensor, kind: Attention[Tensor]) -> T
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Shares of scores [B, H, T, S]; a head's sink takes part and its share is dropped."""
+    """Softmax of scores [B, H, T, S]. `sinks` [H] are one more score of each head; their share is
+    dropped.
+    """
     if sinks is None:
         return scores.softmax(-1)
     sink = sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)
@@ -55,12 +57,12 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 @grouped
 def attention(heads: Heads[Tensor], kind: Attention[Tensor]) -> Tensor:
-    """Causal self-attention without a cache: what capture emits, one a layer.
+    """Causal self-attention without a cache, which capture emits for each layer.
 
     q [B, H, T, D]; k [B, G, T, D]; v [B, G, T, Dv]; returns [B, H, T, Dv]. A query sees the
-    `window` last positions up to its own (all of them where None); `softcap` bounds scores to
-    ±softcap by tanh. `sinks` [H] are scores of a token without a value, which every query of the
-    head sees. `layer` is the index of the layer, kept for the passes.
+    `window` last positions up to its own (all if None); `softcap` bounds scores to ±softcap by
+    tanh. `sinks` [H]: the score of an additional token without a value, which every query of the
+    head sees. `layer`: the index of the layer, which passes use.
     """
     index = torch.arange(heads.q.shape[2], device=heads.q.device)
     distance_TT = index[:, None] - index[None, :]
@@ -74,15 +76,15 @@ def attention(heads: Heads[Tensor], kind: Attention[Tensor]) -> Tensor:
 def cached_attention(
     heads: Heads[Tensor], caches: Caches[Tensor], places: Places[Tensor], kind: Attention[Tensor]
 ) -> Tensor:
-    """Writes k, v to their slots, then attends to the committed history and to the block's
-    ancestors.
+    """Writes k and v to their slots, then attends to the committed history, to the query's
+    ancestors in the block, and to itself.
 
     q [B, H, T, D], k [B, G, T, D], v [B, G, T, Dv] of the call's T tokens; k_cache [layers, B, G,
     S, D] and v_cache [layers, B, G, S, Dv] are written at `layer` and `slots` [B, T]. `positions`
-    [B, T] are the tokens' positions, `length` [B] the committed tokens of each row: slots below it
-    hold the token of the same position. `tree_mask` [B | 1, T, M], int: for block slot `length +
-    j`, the depth of the query minus that of the slot's token, or -1 where it is not the query or
-    its ancestor (a depth, not a flag, so that windows hold inside a block). Slots from `length + M`
+    [B, T]: the tokens' positions. `length` [B]: the committed tokens of each row; a slot below it
+    holds the token of the same position. `tree_mask` [B | 1, T, M], int64: for block slot `length +
+    j`, the depth of the query minus that of the slot's token; -1 where that token is neither the
+    query nor its ancestor. (Windows need the depth; a flag would not do.) Slots from `length + M`
     on are never seen. Returns [B, H, T, Dv].
     """
     q, k, v = heads
@@ -94,7 +96,7 @@ def cached_attention(
     v_layer.scatter_(2, slots[:, None, :, None].expand(v.shape), v)
 
     extent = k_layer.shape[2]
-    if length.device.type == "cpu":  # free there; elsewhere a read would stall the device
+    if length.device.type == "cpu":  # on other devices, reading `length` would stall
         extent = min(extent, int(length.max()) + M)
     slot_E = torch.arange(extent, device=q.device)
     block_BE = slot_E - length[:, None]
@@ -119,16 +121,16 @@ def block_attention(
     places: Places[Tensor],
     kind: Attention[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`cached_attention` without a mutation: the block's K/V stands apart from the caches.
+    """`cached_attention` without mutation: the block's K/V is kept apart from the caches.
 
-    As `cached_attention`, but the caches are read only, below `length`; k_block [layers, B, G, M,
-    D] and v_block [layers, B, G, M, Dv] hold the block's K/V so far, and the call's tokens are its
-    `nodes` [T] in every row. Returns the output [B, H, T, Dv], and the layer's block with the
-    call's K/V in place: [B, G, M, D] and [B, G, M, Dv]. A loop that drafts carries the block alone,
-    never a copy of the caches.
+    As `cached_attention`, but the caches are only read, in slots below `length`. k_block [layers,
+    B, G, M, D] and v_block [layers, B, G, M, Dv] hold the block's K/V so far; the call's tokens are
+    its `nodes` [T] in every row. Returns the output [B, H, T, Dv], and the layer's block with the
+    call's K/V written to it: [B, G, M, D] and [B, G, M, Dv]. So a draft loop carries only the
+    block, never a copy of the caches.
     """
     extent = caches.k.shape[3]
-    if places.length.device.type == "cpu":  # as above
+    if places.length.device.type == "cpu":  # as in `cached_attention`
         extent = min(extent, int(places.length.max()))
     return _block_attention(heads, caches, block, places, kind, extent)
 
@@ -141,7 +143,7 @@ def decomposed_block_attention(
     places: Places[Tensor],
     kind: Attention[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`block_attention` in PyTorch's operators alone, for lowering: all slots, no host read."""
+    """`block_attention` in PyTorch's operators, for lowering: all slots, without a host read."""
     return _block_attention(heads, caches, block, places, kind, caches.k.shape[3])
 
 
@@ -168,7 +170,7 @@ def _block_attention(
     if window is not None:
         visible = visible & (torch.cat([distance_BTE, in_block], -1) < window)
 
-    # The heads that share a key/value head are rows of one product: no key is copied.
+    # The query heads that share a key/value head are rows of one product, so no key is copied.
     q_BGRD = q.reshape(B, G, H // G * T, D)
     scores = torch.cat(
         [
@@ -187,12 +189,12 @@ def _block_attention(
 
 
 def like_q(q: Tensor, _k: Tensor, v: Tensor, *_: object) -> Tensor:
-    """The fake of attention: [B, H, T, Dv]."""
+    """The fake of attentions that return [B, H, T, Dv]."""
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
 def like_q_and_blocks(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The fake of attention that returns a layer's block too."""
+    """The fake of attentions that also return a layer's block."""
     q, k, v, _, _, k_block, v_block, *_rest = args
     return like_q(q, k, v), torch.empty_like(k_block[0]), torch.empty_like(v_block[0])
 
@@ -261,7 +263,7 @@ def _sizes(heads: Heads[Array]) -> tuple[Size, ...]:
     need_shape("k", k, B, G, T, D)
     need_shape("v", v, B, G, T, Dv)
     shares = isinstance(H, int) and isinstance(G, int) and H % G == 0
-    need(shares, f"{H} heads do not share {G} of keys")
+    need(shares, f"{H} query heads are not a multiple of {G} key/value heads")
     need(isinstance(D, int) and isinstance(Dv, int), "a head's dimensions are unknown")
     return B, H, G, T, D, Dv
 
@@ -273,13 +275,16 @@ def _need_kind(H: Size, kind: Attention[Array]) -> None:
     need(positive, f"a window must be >= 1, found {window}")
     need(softcap is None or softcap > 0, f"softcap must be > 0, found {softcap}")
     need_shape("sinks", sinks, H)
-    need(sinks is None or sinks.dtype.is_floating_point, f"sinks are numbers, found {sinks}")
+    need(
+        sinks is None or sinks.dtype.is_floating_point,
+        f"sinks must be floating point, found {sinks}",
+    )
 
 
 def _need_caches(
     caches: Caches[Array], kind: Attention[Array], B: Size, G: Size, D: Size, Dv: Size
 ) -> Size:
-    """The layers."""
+    """The number of layers; checks the caches' shapes."""
     need_rank("k_cache", caches.k, 5)
     need_some(k_cache=caches.k)
     layers, slots = caches.k.shape[0], caches.k.shape[3]
@@ -290,7 +295,7 @@ def _need_caches(
 
 
 def _need_mask(tree_mask: Array, B: Size, T: Size) -> Size:
-    """The block's slots."""
+    """The number of the block's slots, M; checks the mask's shape."""
     need_rank("tree_mask", tree_mask, 3)
     need_some(tree_mask=tree_mask)
     rows, _, M = tree_mask.shape

@@ -1,8 +1,8 @@
 """Linears, linears that skip input channels (TEAL, arXiv 2408.14690), and embeddings.
 
-The weight of those that skip is input-major, [C, O]: a channel is one contiguous row, so that
-skipping it skips the row. The reference computes every channel and masks. Weights may be nested,
-in the layout that is read so: see `sirius_runtime.nested`.
+The weight of a linear that skips channels is input-major, [C, O]: a channel is one contiguous row,
+which is not read if the channel is skipped. The reference computes every channel and masks. Weights
+may be nested, by inputs for linears that skip: see `sirius_runtime.nested`.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from sirius_runtime.ops.rules import (
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., C], weight [O, C] or nested in either layout, bias [O]; returns [..., O].
 
-    Where the weight is not nested, graphs say ``aten.linear``; the eager back end runs this in its
-    place on the CPU, where a kernel stands behind it.
+    Graphs use ``aten.linear`` for weights that are not nested. On the CPU, the eager back end
+    replaces it by the kernel of this operator.
     """
     return nested.product(x, weight, bias) if is_nested(weight) else product(x, weight, bias)
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """`linear` of each weight and its bias, all of one x.
+    """`linear` of one x with each weight and bias.
 
-    No graph says so: device graphs call it for the queries, keys and values of a layer, which are
-    then one call of a kernel.
+    Graphs of artifacts do not use it. `backends.rewrite` joins linears of the same input (such as
+    the queries, keys and values of a layer) to one call of its kernel.
     """
     return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def embedding(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows `ids` [B, T], int64, of a nested weight [V, C] by outputs: [B, T, C] of `dtype`.
+    """Rows `ids` [B, T], int64, of a nested weight [V, C] by outputs: [B, T, C] in `dtype`.
 
-    Where the weight is not nested, graphs say ``aten.embedding``.
+    Graphs use ``aten.embedding`` for weights that are not nested.
     """
     rows = weight.index_select(1, ids.flatten())
     return nested.unnest(rows, dtype).unflatten(0, ids.shape)
@@ -59,12 +59,12 @@ def embedding(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
 def sparse_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Per row, only the input channels with |x|, the mean over the call's T tokens, above
-    `threshold`.
+    """A linear over the input channels of each row whose |x|, averaged over the call's T tokens, is
+    above `threshold` (TEAL).
 
     x [B, T, C]; weight [C, O], or nested by inputs; bias [O]. Returns y [B, T, O] and the number of
-    channels kept, int64 [B]. The beams of a tree share their channels, because the union of sets of
-    their own would soon be all channels.
+    kept channels, int64 [B]. The beams of a tree share their channels: with a choice for each beam,
+    the union would soon be all channels.
     """
     kept = x.float().abs().mean(1, keepdim=True) > threshold
     if is_nested(weight):
@@ -73,17 +73,17 @@ def sparse_linear(
 
 
 def all_channels(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> Tensor:
-    """`sparse_linear` where nothing is skipped."""
+    """The first result of `sparse_linear` if no channel were skipped."""
     return linear(x, weight if is_nested(weight) else weight.mT, bias)
 
 
 def channel_scores(x: Tensor, *_: object) -> Tensor:
-    """What `sparse_linear` compares of each token with its threshold, [B, T, C]."""
+    """The values [B, T, C] that `sparse_linear` compares with its threshold, for each token."""
     return x.float().abs()
 
 
 def outputs_of(weight: Tensor) -> int:
-    """Of a weight [O, C], which may be nested."""
+    """The outputs O of a weight [O, C], which may be nested."""
     return nested.matrix_shape(tuple(weight.shape))[0] if is_nested(weight) else weight.shape[0]
 
 
@@ -106,11 +106,11 @@ def fake_embedding(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _need_product(x: Array, weight: Array, layout: Layout, bias: Array | None) -> Size:
-    """The outputs."""
+    """The number of outputs; checks that x and the weight can be multiplied."""
     need_model(x=x, bias=bias)
     O, C = need_matrix("weight", weight, layout, x.dtype)  # noqa: E741
     need_some(x=x, weight=weight)
-    need(x.shape[-1:] == (C,), f"x {x} does not go through weight {weight}")
+    need(x.shape[-1:] == (C,), f"x {x} and weight {weight} can't be multiplied")
     need_shape("bias", bias, O)
     return O
 
@@ -124,7 +124,7 @@ def embedding_rule(weight: Array, ids: Array, dtype: torch.dtype) -> Array:
     need_dtype(torch.uint8, weight=weight)
     need_dtype(torch.int64, ids=ids)
     _, C = need_matrix("weight", weight, Layout.BY_OUTPUTS, dtype)
-    need(dtype.is_floating_point, f"embeddings are floating point numbers, not {dtype}")
+    need(dtype.is_floating_point, f"the dtype must be floating point, found {dtype}")
     return made(dtype, (*ids.shape, C))
 
 

@@ -1,12 +1,11 @@
 """MLPs, dense and sparse: ``down(act(gate(x)) * up(x))`` and its contextually sparse forms.
 
-A plain MLP, ``fc2(act(fc1(x)))``, is one without `up`: fc1 is the gate, fc2 is down.
+A plain MLP, ``fc2(act(fc1(x)))``, has no `up`: fc1 is the gate, fc2 is down.
 
-`down` is neuron-major, [I, C]: a neuron is one row of `gate`, of `up` and of `down`, so that
-skipping it skips contiguous rows. Weights may be nested, `down` by inputs, the others by outputs:
-see `sirius_runtime.nested`. The references compute every neuron and mask: obviously
-right, no faster than dense. Kernels that skip the reads stand beside them, behind the same
-operators.
+`down` is neuron-major, [I, C]: a neuron is one contiguous row of `gate`, of `up` and of `down`,
+which are not read if it is skipped. Weights may be nested, `down` by inputs, the others by outputs:
+see `sirius_runtime.nested`. The references compute every neuron and mask: they are simple and no
+faster than a dense MLP. The kernels of the same operators skip the reads.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def activations(x: Tensor, mlp: Mlp[Tensor]) -> Tensor:
 
 
 def times_up(g: Tensor, x: Tensor, mlp: Mlp[Tensor]) -> Tensor:
-    """g · up x, of the activations or of those that are kept."""
+    """g · up x [B, T, I], for (possibly masked) activations g [B, T, I]; g alone without up."""
     return g if mlp.up is None else g * linear(x, mlp.up, mlp.up_bias)
 
 
@@ -65,20 +64,18 @@ def down_of(z: Tensor, mlp: Mlp[Tensor]) -> Tensor:
 
 @grouped
 def dense_mlp(x: Tensor, mlp: Mlp[Tensor]) -> Tensor:
-    """The dense MLP. x [B, T, C]; gate, up, down [I, C]; biases [I], [I], [C]; returns [B, T,
-    C]. No `up`: a plain MLP.
-    """
+    """x [B, T, C]; gate, up, down [I, C]; biases [I], [I], [C]; returns [B, T, C]."""
     z = times_up(activations(x, mlp), x, mlp)
     return down_of(z, mlp)
 
 
 @grouped
 def dense_mlp_statistic(x: Tensor, mlp: Mlp[Tensor], valid: Tensor) -> tuple[Tensor, Tensor]:
-    """The dense MLP, and GRIFFIN's neuron statistic of the tokens where `valid` [B, T] (bool).
+    """The dense MLP, and GRIFFIN's neuron statistic over the tokens with `valid` [B, T] (bool).
 
-    Returns y [B, T, C] and, float32 [B, I], the sum over tokens of (z / ‖z‖₂)² with z = act(gate x)
-    · up x (GRIFFIN, arXiv 2404.01365): its square root is the paper's score, and sums of chunks add
-    up.
+    Returns y [B, T, C] and the statistic, float32 [B, I]: the sum over tokens of (z / ‖z‖₂)² with
+    z = act(gate x) · up x. Its square root is the score of the paper (GRIFFIN, arXiv 2404.01365);
+    the sums of prompt chunks can be added.
     """
     z = times_up(activations(x, mlp), x, mlp)
     unit = F.normalize(z.float(), dim=-1)
@@ -88,10 +85,10 @@ def dense_mlp_statistic(x: Tensor, mlp: Mlp[Tensor], valid: Tensor) -> tuple[Ten
 
 @grouped
 def dense_mlp_activity(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor]:
-    """The dense MLP, and the terms of GRIFFIN's statistic token by token.
+    """The dense MLP, and each token's term of GRIFFIN's statistic.
 
-    Returns y [B, T, C] and (z / ‖z‖₂)², float32 [B, T, I]: summed over the tokens that were kept,
-    it is what `dense_mlp_statistic` says of them.
+    Returns y [B, T, C] and (z / ‖z‖₂)², float32 [B, T, I]. The sum over accepted tokens is the
+    statistic that `dense_mlp_statistic` returns for them.
     """
     z = times_up(activations(x, mlp), x, mlp)
     return down_of(z, mlp), F.normalize(z.float(), dim=-1).square()
@@ -99,10 +96,11 @@ def dense_mlp_activity(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor]:
 
 @grouped
 def topk_mlp(x: Tensor, mlp: Mlp[Tensor], keep: int) -> Tensor:
-    """Per row, only the `keep` neurons of largest |act(gate x)|, summed over the call's T tokens.
+    """The MLP over the `keep` neurons of each row with the largest |act(gate x)|, summed over the
+    call's T tokens.
 
-    One token is the paper's fine-grained path; the beams of a tree share their neurons, because
-    the union of sets of their own would soon be all neurons (Sirius, arXiv 2409.03856).
+    For one token this is the paper's fine-grained path. The beams of a tree share their neurons:
+    with a choice for each beam, the union would soon be all neurons (Sirius, arXiv 2409.03856).
     """
     g = activations(x, mlp)
     score = g.abs().sum(1, keepdim=True)
@@ -112,10 +110,10 @@ def topk_mlp(x: Tensor, mlp: Mlp[Tensor], keep: int) -> Tensor:
 
 @grouped
 def cats_mlp(x: Tensor, mlp: Mlp[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
-    """Per row, only neurons whose |act(gate x)|, the mean over the call's T tokens, is above
-    `threshold` (CATS, arXiv 2404.08763; the beams of a tree share their neurons).
+    """The MLP over the neurons of each row whose |act(gate x)|, averaged over the call's T tokens,
+    is above `threshold` (CATS, arXiv 2404.08763). The beams of a tree share their neurons.
 
-    Returns y [B, T, C] and the number of neurons kept, int64 [B].
+    Returns y [B, T, C] and the number of kept neurons, int64 [B].
     """
     g = activations(x, mlp)
     kept = g.abs().mean(1, keepdim=True) > threshold
@@ -125,7 +123,9 @@ def cats_mlp(x: Tensor, mlp: Mlp[Tensor], threshold: float) -> tuple[Tensor, Ten
 
 @grouped
 def griffin_mlp(x: Tensor, mlp: Mlp[Tensor], neurons: Tensor) -> Tensor:
-    """Only the row's own `neurons` [layers, B, K] at `layer`, chosen once per prompt (GRIFFIN)."""
+    """The MLP over each row's `neurons` [layers, B, K] of this layer, chosen by the prompt
+    (GRIFFIN).
+    """
     z = times_up(activations(x, mlp), x, mlp)
     return down_of(z * _chosen(z, neurons[mlp.layer]), mlp)
 
@@ -134,9 +134,10 @@ def griffin_mlp(x: Tensor, mlp: Mlp[Tensor], neurons: Tensor) -> Tensor:
 def griffin_cats_mlp(
     x: Tensor, mlp: Mlp[Tensor], neurons: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Of the row's own `neurons`, as in `griffin_mlp`, those above `threshold`, as in `cats_mlp`.
+    """The MLP over those of each row's `neurons` (as in `griffin_mlp`) that are above `threshold`
+    (as in `cats_mlp`).
 
-    Returns y [B, T, C] and the number of neurons kept, int64 [B].
+    Returns y [B, T, C] and the number of kept neurons, int64 [B].
     """
     g = activations(x, mlp)
     kept = (g.abs().mean(1, keepdim=True) > threshold) & _chosen(g, neurons[mlp.layer]).bool()
@@ -145,26 +146,26 @@ def griffin_cats_mlp(
 
 
 def _chosen(z: Tensor, neurons: Tensor) -> Tensor:
-    """1 for a row's `neurons` [B, K], else 0: [B, 1, I], as `z` [B, T, I]."""
+    """A mask [B, 1, I] for `z` [B, T, I]: 1 for a row's `neurons` [B, K], else 0."""
     return z.new_zeros(z.shape[0], z.shape[-1]).scatter(1, neurons, 1.0)[:, None, :]
 
 
 @grouped
 def all_neurons(x: Tensor, mlp: Mlp[Tensor], *_: object) -> Tensor:
-    """The MLP where nothing is skipped, by its kernel."""
+    """The MLP if no neuron were skipped, by the operator `dense_mlp`."""
     y: Tensor = torch.ops.sirius.dense_mlp(x, *mlp)
     return y
 
 
 @grouped
 def neuron_scores(x: Tensor, mlp: Mlp[Tensor], *_: object) -> Tensor:
-    """What operators compare of each token with a threshold or with each other, [B, T, I]."""
+    """The values [B, T, I] by which operators keep neurons, for each token."""
     return activations(x, mlp).abs()
 
 
 @grouped
 def chosen_scores(x: Tensor, mlp: Mlp[Tensor], neurons: Tensor, *_: object) -> Tensor:
-    """As `neuron_scores`, of the row's own `neurons` alone, [B, T, K]."""
+    """As `neuron_scores`, only for the row's `neurons`: [B, T, K]."""
     chosen = neurons[mlp.layer][:, None].expand(-1, x.shape[1], -1)
     return activations(x, mlp).abs().gather(-1, chosen)
 
@@ -188,11 +189,11 @@ def like_and_activity(x: Tensor, gate: Tensor, *_: object) -> tuple[Tensor, Tens
     return torch.empty_like(x), x.new_empty(*x.shape[:-1], outputs_of(gate), dtype=torch.float32)
 
 
-# What graphs of an artifact may pass
+# Rules for the graphs of an artifact
 
 
 def need_mlp(x: Array, mlp: Mlp[Array], *, experts: bool = False) -> Size:
-    """The neurons; of the weights [I, C], or [E, I, C] of `experts`."""
+    """The number of neurons I; checks the weights [I, C], or [E, I, C] of `experts`."""
     weights = {"gate": mlp.gate, "up": mlp.up, "down": mlp.down}
     need_model(x=x, gate_bias=mlp.gate_bias, up_bias=mlp.up_bias, down_bias=mlp.down_bias)
     I, C = need_matrix("gate", mlp.gate, Layout.BY_OUTPUTS, x.dtype, experts=experts)  # noqa: E741
@@ -200,23 +201,23 @@ def need_mlp(x: Array, mlp: Mlp[Array], *, experts: bool = False) -> Size:
     count = experts_in(mlp.gate) if experts else None
     E = () if count is None else (count,)
     need_some(x=x, gate=mlp.gate)
-    need(bool(x.shape) and x.shape[-1] == C, f"x {x} does not go through gate {mlp.gate}")
+    need(bool(x.shape) and x.shape[-1] == C, f"x {x} and gate {mlp.gate} can't be multiplied")
     for name, weight in weights.items():
         if weight is None or not nested:
             need_shape(name, weight, *E, I, C)
             need_dtype(x.dtype, **{name: weight})
             continue
-        need_dtype(torch.uint8, **{name: weight})  # one alone can't be nested
+        need_dtype(torch.uint8, **{name: weight})  # all of them are nested, or none
         layout = Layout.BY_INPUTS if name == "down" else Layout.BY_OUTPUTS
         own = need_matrix(name, weight, layout, x.dtype, experts=experts)
         wanted = (C, I) if name == "down" else (I, C)
-        need(own == wanted, f"{name} {weight} is of {own[0]} outputs and {own[1]} inputs")
+        need(own == wanted, f"{name} {weight} has {own[0]} outputs and {own[1]} inputs")
         if experts:
-            need(experts_in(weight) == count, f"{name} {weight} is not of {count} experts")
+            need(experts_in(weight) == count, f"{name} {weight} does not have {count} experts")
     need_shape("gate_bias", mlp.gate_bias, *E, I)
     need_shape("up_bias", mlp.up_bias, *E, I)
     need_shape("down_bias", mlp.down_bias, *E, C)
-    need(mlp.up is not None or mlp.up_bias is None, "up_bias stands without up")
+    need(mlp.up is not None or mlp.up_bias is None, "up_bias is given without up")
     need(isinstance(mlp.layer, int) and mlp.layer >= 0, f"there is no layer {mlp.layer}")
     return I
 

@@ -1,12 +1,13 @@
-"""Mixtures of experts, dense and sparse: each token's own few of many MLPs, weighted and added up.
+"""Mixtures of experts, dense and sparse: each token runs a few of many MLPs, and their outputs are
+summed by weight.
 
-The weights of all E experts stand in one tensor, neuron-major: a neuron of an expert is one row of
-`gate`, of `up` and of `down`, [E, I, C]. Each token n has k experts of its own, `experts` [N, k],
-with `weights` [N, k], by a router that stands outside. Experts' weights may be nested, [P, E, …]:
-see `sirius_runtime.nested`.
+The weights of all E experts are one tensor, neuron-major: a neuron of an expert is one row of
+`gate`, of `up` and of `down`, [E, I, C]. Token n runs k experts, `experts` [N, k], with the weights
+`weights` [N, k]; the router that chooses them is not part of the operators. Experts' weight
+matrices may be nested, [P, E, …]: see `sirius_runtime.nested`.
 
-In a sparse form each token keeps its own choice, also among the beams of a tree: each is already
-routed to experts of its own, so there are no neurons that all of them could share.
+In the sparse forms each token chooses its neurons, also among the beams of a tree: the beams are
+routed to different experts, so they have no neurons in common that they could share.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _LIMIT = 7.0
 
 
 def _clamped_swish(g: Tensor) -> Tensor:
-    """quick_gelu up to a limit: gpt-oss' gate."""
+    """quick_gelu of g bounded from above: the gate of gpt-oss."""
     g = g.clamp(max=_LIMIT)
     return g * torch.sigmoid(1.702 * g)
 
@@ -40,14 +41,14 @@ EXPERT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **ACTIVATIONS,
     CLAMPED_SWIGLU: _clamped_swish,
 }
-"""Of experts, by name. With `clamped_swiglu`, up is bounded to ±7 and raised by 1 (gpt-oss)."""
+"""Activations of experts. With `clamped_swiglu`, up is clamped to ±7, and 1 is added (gpt-oss)."""
 
 Linear = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """y [N, k, O] from x [N, k, C], experts [N, k], weight [E, O, C] or nested, bias [E, O]."""
 
 
 def experts_of(weight: Tensor) -> int:
-    """E."""
+    """The number of experts E of a weight [E, …], or nested [P, E, …]."""
     return weight.shape[1 if is_nested(weight) else 0]
 
 
@@ -57,7 +58,7 @@ def expert(weight: Tensor, index: int) -> Tensor:
 
 
 def gated(g: Tensor, u: Tensor | None, act: str) -> Tensor:
-    """An expert's neurons, of the activation `g` that its gate gives and of what `up` gives."""
+    """An expert's neurons: the product of its activation g and its up projection u."""
     if u is None:
         return g
     return g * (u.clamp(-_LIMIT, _LIMIT) + 1 if act == CLAMPED_SWIGLU else u)
@@ -65,16 +66,17 @@ def gated(g: Tensor, u: Tensor | None, act: str) -> Tensor:
 
 @grouped
 def dense_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor]) -> Tensor:
-    """All of each token's experts. x [N, C]; experts, weights [N, k]; gate, up, down [E, I, C];
-    biases [E, I], [E, I], [E, C]; returns [N, C]. No `up`: plain MLPs.
+    """The mixture with all neurons of each token's experts. x [N, C]; experts, weights [N, k];
+    gate, up, down [E, I, C]; biases [E, I], [E, I], [E, C]; returns [N, C]. No `up`: plain MLPs.
     """
     return mixture(x, experts, weights, mlp, None, _linear_for(x))
 
 
 @grouped
 def topk_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep: int) -> Tensor:
-    """Of the neurons of a token's experts together, only the `keep` of largest |act(gate x)|, times
-    the expert's weight: that is what scales a neuron's part of the output.
+    """The mixture over `keep` neurons of each token: those with the largest |act(gate x)| times the
+    expert's weight, among all neurons of the token's experts. (The expert's weight scales a
+    neuron's part of the output.)
     """
     return mixture(x, experts, weights, mlp, keep, _linear_for(x))
 
@@ -83,8 +85,9 @@ def topk_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep
 def experts_moe(
     x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep: int, normalised: bool
 ) -> Tensor:
-    """Only the `keep` of a token's experts with the largest weights. `normalised`: their weights
-    are scaled to the sum of all, as by a router whose weights have a sum of its own choosing.
+    """The mixture over the `keep` experts of each token with the largest weights. `normalised`:
+    their weights are scaled so that their sum is that of all k weights, for routers that normalise
+    their weights.
     """
     experts, weights = heaviest(experts, weights, keep, normalised)
     return mixture(x, experts, weights, mlp, None, _linear_for(x))
@@ -92,7 +95,7 @@ def experts_moe(
 
 @grouped
 def decomposed_dense_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor]) -> Tensor:
-    """`dense_moe` in PyTorch's operators alone, for lowering: every expert, no host read."""
+    """`dense_moe` in PyTorch's operators, for lowering: runs every expert, without a host read."""
     return mixture(x, experts, weights, mlp, None, _linear_of_all)
 
 
@@ -100,7 +103,7 @@ def decomposed_dense_moe(x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[T
 def decomposed_topk_moe(
     x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep: int
 ) -> Tensor:
-    """`topk_moe`, likewise."""
+    """`topk_moe` for lowering, as `decomposed_dense_moe`."""
     return mixture(x, experts, weights, mlp, keep, _linear_of_all)
 
 
@@ -108,7 +111,7 @@ def decomposed_topk_moe(
 def decomposed_experts_moe(
     x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], keep: int, normalised: bool
 ) -> Tensor:
-    """`experts_moe`, likewise."""
+    """`experts_moe` for lowering, as `decomposed_dense_moe`."""
     experts, weights = heaviest(experts, weights, keep, normalised)
     return mixture(x, experts, weights, mlp, None, _linear_of_all)
 
@@ -116,7 +119,7 @@ def decomposed_experts_moe(
 def heaviest(
     experts: Tensor, weights: Tensor, keep: int, normalised: bool
 ) -> tuple[Tensor, Tensor]:
-    """The `keep` of each token's experts [N, k] with the largest weights, and their weights."""
+    """The `keep` experts of each token with the largest weights, and these weights: [N, keep]."""
     kept, index = weights.topk(keep, -1)
     if normalised:
         kept = kept * (weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True))
@@ -124,8 +127,8 @@ def heaviest(
 
 
 def largest(g: Tensor, weights: Tensor, keep: int) -> Tensor:
-    """1 for a token's `keep` neurons of largest |g| times the expert's weight, 0 for the others;
-    g [N, k, I].
+    """A mask [N, k, I] for g [N, k, I]: 1 for a token's `keep` neurons with the largest |g| times
+    the expert's weight, else 0.
     """
     score = (g.abs() * weights[..., None]).flatten(1)
     chosen = score.topk(keep, -1, sorted=False).indices
@@ -140,7 +143,9 @@ def mixture(
     keep: int | None,
     linear: Linear,
 ) -> Tensor:
-    """Of each token's experts, all neurons or the `keep` largest; products by `linear`."""
+    """The mixture with all neurons, or the `keep` of each token that `largest` chooses. `linear`
+    computes the products.
+    """
     x_NkC = x[:, None].expand(*experts.shape, x.shape[-1])
     g = EXPERT_ACTIVATIONS[mlp.act](linear(x_NkC, experts, mlp.gate, mlp.gate_bias))
     if keep is not None:
@@ -153,8 +158,8 @@ def mixture(
 
 
 def _linear_for(x: Tensor) -> Linear:
-    """On the CPU, only the experts that are hit: reading the routing is free there; elsewhere the
-    read would stall the device.
+    """On the CPU, runs only the experts that some token has. On other devices, reading the routing
+    would stall the device, so all experts run.
     """
     return linear_of_hit if x.device.type == "cpu" else _linear_of_all
 
@@ -166,7 +171,7 @@ def linear_of_hit(
     bias: Tensor | None,
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = plain_linear,
 ) -> Tensor:
-    """Only the experts that tokens have."""
+    """A `Linear` that runs only the experts that some token has."""
     y = x.new_empty(*experts.shape, outputs_of(expert(weight, 0)))
     for e in experts.unique().tolist():
         pair = (experts == e).nonzero(as_tuple=True)
@@ -175,7 +180,9 @@ def linear_of_hit(
 
 
 def _linear_of_all(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Every token through every expert: the weights are read in place, not gathered by token."""
+    """A `Linear` that runs every expert over all tokens, so that weights are read in place and not
+    gathered for each token.
+    """
     N, E, k = x.shape[0], experts_of(weight), experts.shape[1]
     x_NEC = x.new_zeros(N, E, x.shape[2])
     x_NEC = x_NEC.scatter(1, experts[..., None].expand(N, k, x.shape[2]), x)
@@ -194,7 +201,7 @@ def _linear_of_all(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | No
 def all_experts(
     x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], *_: object
 ) -> Tensor:
-    """The mixture where nothing is skipped, by its kernel."""
+    """The mixture if nothing were skipped, by the operator `dense_moe`."""
     y: Tensor = torch.ops.sirius.dense_moe(x, experts, weights, *mlp)
     return y
 
@@ -203,24 +210,24 @@ def all_experts(
 def expert_scores(
     x: Tensor, experts: Tensor, weights: Tensor, mlp: Mlp[Tensor], *_: object
 ) -> Tensor:
-    """What `topk_moe` compares: the scores of a token's neurons in all its experts [N, k I]."""
+    """The values [N, k I] by which `topk_moe` keeps neurons of a token's experts."""
     x_NkC = x[:, None].expand(*experts.shape, x.shape[-1])
     g = EXPERT_ACTIVATIONS[mlp.act](_linear_for(x)(x_NkC, experts, mlp.gate, mlp.gate_bias))
     return (g.abs() * weights[..., None]).flatten(1)
 
 
-# What graphs of an artifact may pass
+# Rules for the graphs of an artifact
 
 
 def _need_moe(x: Array, experts: Array, weights: Array, mlp: Mlp[Array]) -> tuple[Size, Size]:
-    """Experts of a token, and neurons of one."""
+    """The number of experts of a token, and of neurons of an expert; checks the operands."""
     need_rank("x", x, 2)
     need_rank("experts", experts, 2)
     N, k = x.shape[0], experts.shape[1]
     need_shape("experts", experts, N, k)
     need_shape("weights", weights, N, k)
     need_dtype(torch.int64, experts=experts)
-    need(weights.dtype.is_floating_point, f"weights are numbers, found {weights}")
+    need(weights.dtype.is_floating_point, f"weights must be floating point, found {weights}")
     I = need_mlp(x, mlp, experts=True)  # noqa: E741
     need_kept(k, experts_in(mlp.gate))
     return k, I

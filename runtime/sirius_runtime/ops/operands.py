@@ -1,7 +1,7 @@
-"""Operands that travel together: one value within a function, one by one in an operator's schema.
+"""Tuples of operands: a function takes them as one value, an operator's schema one by one.
 
-The tuples are of torch's tensors in references and kernels, of `graph_rules.Array` in the rules of
-graphs, and of ONNX values in translations.
+They hold torch tensors in references and kernels, `graph_rules.Array` in the rules of graphs, and
+ONNX values in translations.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class Caches(NamedTuple, Generic[T]):
 
 
 class Places(NamedTuple, Generic[T]):
-    """Where the call's tokens stand: positions [B, T], slots [B, T] of the caches (or nodes [T] of
-    the block), the committed tokens of each row [B], and who sees whom in the block [B | 1, T, M].
+    """The places of the call's tokens: positions [B, T], slots [B, T] of the caches (or nodes [T]
+    of the block), the number of committed tokens of each row [B], and the block's tree mask
+    [B | 1, T, M] (see `attention`).
     """
 
     positions: T
@@ -60,8 +61,8 @@ class Places(NamedTuple, Generic[T]):
 
 
 class Attention(NamedTuple, Generic[T]):
-    """What is a layer's own: its index, the scale of scores, the window, the bound of scores, and
-    the scores of a token without a value, one a head [H].
+    """A layer's parameters: its index, the scale of scores, the sliding window, the softcap of
+    scores, and the attention sinks [H]: a score of each head for a token without a value.
     """
 
     layer: int
@@ -72,12 +73,13 @@ class Attention(NamedTuple, Generic[T]):
 
 
 def grouped(function: Callable[..., _R]) -> Callable[..., _R]:
-    """`function`, called as graphs call an operator: with the fields of its tuples one by one.
+    """`function` with the signature of the operator's schema: the fields of its tuples are passed
+    one by one.
 
     def topk_mlp(x: Tensor, mlp: Mlp[Tensor], keep: int)    is called    topk_mlp(x, *mlp, keep)
 
-    It is a function of as many parameters, made as namedtuple makes its own: it is called for every
-    layer of every step, and a loop over the tuples took twice as long.
+    The wrapper is generated code, as in namedtuple. It is called for every layer of every step, and
+    a loop over the tuples took twice as long.
     """
     hints = typing.get_type_hints(function)
     names: dict[str, Any] = {"function": function, "new": tuple.__new__}
@@ -85,7 +87,7 @@ def grouped(function: Callable[..., _R]) -> Callable[..., _R]:
     passed: list[str] = []
 
     def parameter(name: str, default: Any) -> str:
-        while name in names:  # k of the heads, and of the caches
+        while name in names:  # tuples may have fields of the same name, as k of Heads and Caches
             name += "_"
         names[name] = default
         given = default is not inspect.Parameter.empty
@@ -106,5 +108,5 @@ def grouped(function: Callable[..., _R]) -> Callable[..., _R]:
             passed.append(parameter(name, own.default))
     code = f"lambda {', '.join(parameters)}: function({', '.join(passed)})"
     call: Callable[..., _R] = functools.update_wrapper(eval(code, names), function)
-    del call.__wrapped__  # type: ignore[attr-defined]  # its signature is another
+    del call.__wrapped__  # type: ignore[attr-defined]  # `inspect` would show its signature
     return call

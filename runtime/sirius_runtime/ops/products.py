@@ -1,8 +1,8 @@
-"""Products of matrices in PyTorch, of 16-bit types too where the CPU has no instructions for them.
+"""Matrix products in PyTorch, faster for 16-bit dtypes for which the CPU has no instructions.
 
-There torch emulates them. Weights that are converted to float32 block by block, each while it is in
-a cache, take a fraction of the time. On a Sapphire Rapids guest without avx512_bf16, two threads, a
-weight [8960, 1536] and 360 tokens, in ms:
+PyTorch emulates such products. It takes a fraction of the time to convert the weights to float32
+block by block, each block small enough for the CPU's cache. On a Sapphire Rapids guest without
+avx512_bf16, two threads, a weight [8960, 1536] and 360 tokens, in ms:
 
     bfloat16   torch 186    its transpose 186     by blocks 43    its transpose 53
     float16    torch 419    its transpose 8,114   by blocks 43    its transpose 48
@@ -21,24 +21,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 1 << 20
-"""Numbers of a weight that are converted at once: 4 MB of float32."""
+"""Elements of a weight that are converted at a time: 4 MB of float32."""
 
 _NEEDED = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16"},
     torch.float16: {"avx512_fp16", "amx_fp16"},
 }
-"""Flags of /proc/cpuinfo, of which one will do."""
+"""Flags of /proc/cpuinfo; a CPU with one of them has the instructions for the dtype."""
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., C] through a weight [O, C], which may be the transpose of a matrix, and a bias [O]:
-    [..., O], as `torch.nn.functional.linear` has it.
+    """`torch.nn.functional.linear` of x [..., C], weight [O, C] (which may be a transposed view)
+    and bias [O]: [..., O].
     """
-    # What only stands for a tensor, as when a compiler traces, is none of our business.
+    # Fake tensors, as when a compiler traces, are left to torch.
     if type(x) is not Tensor or x.device.type != "cpu" or not emulated(x.dtype):
         return F.linear(x, weight, bias)
     if weight.ndim != 2 or weight.dtype is not x.dtype:
-        return F.linear(x, weight, bias)  # which says what is wrong
+        return F.linear(x, weight, bias)  # raises torch's error
     if _converted is not None:
         key = (weight.data_ptr(), weight.shape, weight.stride())
         if key not in _converted:
@@ -51,20 +51,20 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     part = weight[:rows].float()
     for start in range(0, outputs, rows):
         end = min(start + rows, outputs)
-        if start:  # into memory that is at hand
+        if start:  # reuses the memory of the first block
             part = part[: end - start].copy_(weight[start:end])
         own = None if bias is None else bias[start:end].float()
         y[..., start:end] = F.linear(wide, part, own)
     return y
 
 
-_converted: dict[Any, tuple[Tensor, Tensor]] | None = None  # weights, also in float32
+_converted: dict[Any, tuple[Tensor, Tensor]] | None = None  # weights, and their float32 copies
 
 
 @contextmanager
 def converted_once() -> Iterator[None]:
-    """Within it, weights that `product` converts to float32 stay so, on all threads: for a few of
-    them that are multiplied many times.
+    """Within this context, `product` keeps the float32 copies of weights, on all threads. For a few
+    weights that are multiplied many times.
     """
     global _converted
     before, _converted = _converted, {}
@@ -76,7 +76,7 @@ def converted_once() -> Iterator[None]:
 
 @functools.cache
 def emulated(dtype: torch.dtype) -> bool:
-    """Whether torch has to do without the CPU's instructions for products of that type."""
+    """Whether torch emulates products of that dtype, because the CPU has no instructions."""
     if dtype not in _NEEDED:
         return False
     try:

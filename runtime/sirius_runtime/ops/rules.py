@@ -1,5 +1,5 @@
-"""What the rules of the `sirius::` operators need of their arguments; their kernels are told sizes
-and pointers. See `graph_rules`, and `sirius_runtime.ops` for the shapes.
+"""Checks shared by the rules of the `sirius::` operators, whose kernels get raw pointers and sizes.
+See `graph_rules`, and `sirius_runtime.ops` for shape letters. They raise `CallError`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def need_dtype(dtype: torch.dtype, **arrays: Array | None) -> None:
 
 
 def need_model(**arrays: Array | None) -> None:
-    """All of one floating point dtype."""
+    """Checks that all arrays have the same floating point dtype."""
     dtype = next(array.dtype for array in arrays.values() if array is not None)
     need(dtype.is_floating_point, f"floating point numbers are needed, found {dtype}")
     need_dtype(dtype, **arrays)
@@ -40,8 +40,9 @@ def need_model(**arrays: Array | None) -> None:
 def need_matrix(
     name: str, weight: Array, layout: Layout, dtype: torch.dtype, *, experts: bool = False
 ) -> tuple[Size, Size]:
-    """Outputs and inputs of a weight of that dtype, or of a nested one. By inputs, the first is
-    [C, O]. Of `experts`, [E, …], or nested [P, E, …].
+    """Outputs O and inputs C of a weight of that dtype, or of a nested one. A weight that is not
+    nested is [O, C] by outputs and [C, O] by inputs. With `experts` it is [E, …], or nested
+    [P, E, …].
     """
     if weight.dtype is not torch.uint8:
         need_dtype(dtype, **{name: weight})
@@ -50,7 +51,10 @@ def need_matrix(
         return (columns, rows) if layout is Layout.BY_INPUTS else (rows, columns)
     sizes = tuple(size for size in weight.shape if isinstance(size, int))
     need_rank(name, weight, (3 if layout is Layout.BY_OUTPUTS else 4) + experts)
-    need(len(sizes) == len(weight.shape), f"{name} {weight} is nested, and its sizes vary")
+    need(
+        len(sizes) == len(weight.shape),
+        f"{name} {weight} is nested, so its sizes must be constants",
+    )
     if experts:
         need(sizes[1] >= 1, f"{name} {weight} holds no experts")
         sizes = (sizes[0], *sizes[2:])
@@ -59,17 +63,20 @@ def need_matrix(
     same = nested_shape(outputs, inputs, layout)[1:] == sizes[1:] and inputs >= GROUP
     need(same and outputs >= 1, f"{name} {weight} is not nested by {layout}")
     if layout is Layout.BY_INPUTS:
-        need(outputs % GROUP == 0, f"{name} {weight} cuts 32 outputs that share bytes")
+        need(
+            outputs % GROUP == 0,
+            f"{name} {weight}: its {outputs} outputs are not a multiple of {GROUP}",
+        )
     return outputs, inputs
 
 
 def experts_in(weight: Array) -> Size:
-    """Of a weight [E, …], or nested [P, E, …]."""
+    """The number of experts E of a weight [E, …], or nested [P, E, …]."""
     return weight.shape[1 if weight.dtype is torch.uint8 else 0]
 
 
 def need_some(**arrays: Array | None) -> None:
-    """No dimension that may be 0: kernels divide by some of them."""
+    """Checks that no dimension may be 0: kernels divide by some of them."""
     for name, array in arrays.items():
         if array is not None:
             need(all(at_least(size, 1) for size in array.shape), f"{name} {array} may be empty")
@@ -87,7 +94,7 @@ def need_finite(**numbers: float | None) -> None:
 
 def need_kept(keep: Any, units: Size) -> None:
     there = isinstance(keep, int) and isinstance(units, int) and 1 <= keep <= units
-    need(there, f"{keep} of {units} can't be kept")
+    need(there, f"the number of kept units must be in 1..{units}, found {keep}")
 
 
 def tokens(x: Array) -> tuple[Size, Size]:
