@@ -80,8 +80,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"mode": "sample", "top_p": math.nan}, "top_p must be in (0, 1], got nan"),
     ({"mode": "sample", "seed": -1}, "seed must be >= 0, got -1"),
     ({"mode": "full", "seed": [-4]}, "seed must be >= 0, got -4"),
-    ({"mode": "sample", "seed": []}, "seed: 0 seeds for 1 rows; give one, or one a row"),
-    ({"mode": "sample", "seed": [1, 2]}, "seed: 2 seeds for 1 rows; give one, or one a row"),
+    ({"mode": "sample", "seed": []}, "seed: 0 seeds for 1 rows; give one, or one per row"),
+    ({"mode": "sample", "seed": [1, 2]}, "seed: 2 seeds for 1 rows; give one, or one per row"),
     # lengths
     ({"max_new_tokens": 0}, f"max_new_tokens must be in 1..{ROOM} here (128 tokens of max_seq_len"),
     ({"max_new_tokens": -1}, f"max_new_tokens must be in 1..{ROOM} here"),
@@ -171,11 +171,14 @@ def read(model: SiriusModel, limits: Limits, rows: int = 2, **options: Any) -> R
 
 LIMITS = Limits(period=16, tree_width=1, rows=2, context=32)
 BEYOND: list[tuple[dict[str, Any], str]] = [
-    ({"period": 17}, "period must be in 1..16 here, got 17: the period was compiled for that"),
-    ({"tree_width": 2}, "tree_width must be 1 here, got 2: the period was compiled for that"),
+    ({"period": 17}, "period must be in 1..16 here, got 17: the graph was compiled for that"),
+    ({"tree_width": 2}, "tree_width must be 1 here, got 2: the graph was compiled for that"),
     ({"period": "auto"}, "period 'auto' compares draft and verify times, which a compiled period"),
-    ({"rows": 3}, "the batch has 3 rows, but the period was compiled for 2; split it"),
-    ({"max_new_tokens": 30}, "max_new_tokens must be in 1..29 here (32 tokens of context less 3"),
+    ({"rows": 3}, "the batch has 3 rows, but the graph was compiled for 2; split it"),
+    (
+        {"max_new_tokens": 30},
+        "max_new_tokens must be in 1..29 here (context is 32 tokens, the prompt has 3",
+    ),
 ]
 
 

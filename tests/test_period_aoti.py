@@ -149,7 +149,7 @@ def refuses_what_it_was_not_compiled_for(artifact: Artifact, model: SiriusModel)
             RAGGED,
             {"max_new_tokens": CONTEXT - 14},
             GenerationError,
-            r"max_new_tokens must be in 1..49 here \(64 tokens of context less 15",
+            r"max_new_tokens must be in 1..49 here \(context is 64 tokens, the prompt has 15",
         ),
         (RAGGED, {"period": 5}, ConfigError, "period must be in 1..4 here, got 5"),
         (RAGGED, {"tree_width": 1}, ConfigError, "tree_width must be 2 here, got 1"),

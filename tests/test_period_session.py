@@ -286,7 +286,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"max_new_tokens": MAX_SEQ_LEN - 14},
         GenerationError,
-        r"max_new_tokens must be in 1..113 here \(128 tokens of max_seq_len less 15",
+        r"max_new_tokens must be in 1..113 here \(max_seq_len is 128 tokens, the prompt has 15",
     ),
     ({"max_new_tokens": 0}, GenerationError, r"max_new_tokens must be in 1..113 here"),
 ]

@@ -144,7 +144,7 @@ FAULTS: list[tuple[str, JSON, str]] = [
     ("program.model.revision", 1, "revision: 1 is not one of str | None"),
     ("program.sparsity.method", "relu", "method: 'relu' is not one of griffin, topk, cats, teal,"),
     ("program.sparsity.keep", "half", "keep: float is expected, found 'half'"),
-    ("program.sparsity.keep", 10**400, "keep: an integer of this size is no float"),
+    ("program.sparsity.keep", 10**400, "keep: an integer too large for a float"),
     ("program.sparsity.sites.1.units", "6", "sites[1].units: int is expected, found '6'"),
     ("program.weights.1.transposed", 1, "weights[1].transposed: bool is expected, found 1"),
     ("program.weights.0.shape", [8, None], "weights[0].shape[1]: int is expected, found None"),

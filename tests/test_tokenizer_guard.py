@@ -98,12 +98,12 @@ def words(**parts: JSON) -> JSON:
 
 WORD = "w" * 8193
 REFUSED: dict[str, tuple[JSON, str]] = {
-    "nested": (tokenizer(pre_tokenizer=split("(a+)+b")), "repeats what repeats"),
+    "nested": (tokenizer(pre_tokenizer=split("(a+)+b")), "repeats a group"),
     "deep inside": (
         tokenizer(
             decoder={"type": "Sequence", "decoders": [replace("x", Regex="(a|b)*")]},
         ),
-        "repeats what repeats",
+        "repeats a group",
     ),
     "long": (tokenizer(normalizer=replace("x", Regex=r"\p{L}" * 900)), "more than 4096 characters"),
     "many": (

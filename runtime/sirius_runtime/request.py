@@ -1,4 +1,4 @@
-"""What `generate` is asked for: its options, checked once against program and back end."""
+"""The options of `generate`, checked once against the program and the back end."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ AUTO: Literal["auto"] = "auto"
 AUTO_PERIOD = 32  # the longest period that `auto` tries
 AUTO_WIDTHS = (1, 2, 4, 8)
 LOOKUP = 3
-"""The n-gram that a run looks up which says neither period nor width."""
+"""The n-gram length of look-up in runs where neither period nor width is given."""
 FALLBACK = True
-"""Whether a run that says neither period nor width decodes densely where drafts do not pay."""
+"""Whether runs in which neither period nor width is given have the guard (see `guard`)."""
 
 
 class Mode(StrEnum):
-    """Which paths write and which decide."""
+    """Which path drafts, and how the full path accepts."""
 
     SIRIUS = "sirius"
-    """The sparse path writes; the full path checks each period by the threshold."""
+    """The sparse path drafts; the full path verifies each period by the threshold."""
     EXACT = "exact"
-    """The same, but only the full path's own argmax passes: dense greedy tokens."""
+    """As sirius, but a token passes only if it is the full path's argmax: dense greedy tokens."""
     SAMPLE = "sample"
-    """The same, but tokens have the full path's own distribution: lossless sampling."""
+    """As sirius, but tokens have the full path's distribution: lossless sampling."""
     FULL = "full"
     """The dense model, token by token."""
     SPARSE = "sparse"
-    """The sparse path alone, never checked."""
+    """The sparse path alone, never verified."""
 
 
 def modes() -> tuple[str, ...]:
-    """The names of all modes: one a rule, and one a path alone."""
+    """The names of all modes: one for each rule, and one for each path alone."""
     return (*RULES, Mode.FULL, Mode.SPARSE)
 
 
@@ -62,7 +62,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `generate` that concern how tokens are chosen; None: the artifact's default.
+    """The options of `generate` for drafting and choosing tokens; None: the artifact's default.
 
     See `SiriusModel.generate` for their meaning.
     """
@@ -88,14 +88,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: what the generation loop follows.
+    """A checked request, for the generation loop.
 
-    `widths`: the tree width. Where `adaptive`: the widths to choose from, and `period` is the
-    longest. `seeds` [rows]: None where nothing is drawn. `scoring`: None where logits are not
-    processed, and no log-probabilities are asked for. `graphs_serve`: whether the graphs `period`
-    and `pick` can serve it: they know the rule, process no logits and give no log-probabilities.
-    `guarded`: whether to decode densely where drafts do not pay. `lookup`: the n-gram by which
-    drafts are looked up; 0: none are.
+    `adaptive`: whether the controller chooses period and width; then `period` is the longest, and
+    `widths` are those to choose from. Otherwise `widths` has the one tree width. `seeds` [rows]:
+    None where nothing is drawn. `scoring`: None where logits are not processed and no
+    log-probabilities are asked for. `graphs_serve`: whether the graphs `period` and `pick` can
+    serve the request: they only know the compiled rules, process no logits and return no
+    log-probabilities. `guarded`: whether to decode densely where drafts do not pay. `lookup`: n of
+    the n-grams by which drafts are looked up; 0: no look-up.
     """
 
     mode: str
@@ -115,12 +116,14 @@ class Request:
 
     @property
     def whole_periods(self) -> bool:
-        """Whether a period may run as the one graph that was compiled of it."""
+        """Whether a period may run as one compiled graph."""
         return self.mode in RULES and self.graphs_serve
 
 
 def check_tree(period: int, width: int, vocabulary: int, *, flag: str = "") -> None:
-    """Raises ConfigError for a tree that can't be drafted; `flag` is put before the names."""
+    """Raises ConfigError for a tree that can't be drafted. `flag`: prefix of the names in its
+    message, ``--`` on a command line.
+    """
     if not 1 <= period <= MAX_PERIOD:
         raise ConfigError(f"{flag}period must be in 1..{MAX_PERIOD}, got {period}")
     name = "--tree-width" if flag else "tree_width"
@@ -135,7 +138,7 @@ def check_tree(period: int, width: int, vocabulary: int, *, flag: str = "") -> N
 
 
 def check_ranges(confidence: float, refresh: int, *, flag: str = "") -> None:
-    """Raises ConfigError for values that no program takes."""
+    """Raises ConfigError for values out of range."""
     if not 0.0 <= confidence <= 1.0:
         raise ConfigError(f"{flag}confidence must be in [0, 1], got {confidence}")
     if refresh < 0:
@@ -155,15 +158,15 @@ def read_options(
     looks_up: bool = True,
 ) -> Request:
     """Checks `options` against the program and the back end's limits. streams: whether a
-    verification streams weights: then periods are chosen by what it costs, unless said otherwise.
-    looks_up: whether the back end takes drafts that were looked up.
+    verification streams weights; then the default period is ``auto``. looks_up: whether the back
+    end accepts drafts that were looked up.
 
-    Raises ConfigError, or GenerationError for prompts that have no room, naming the limit.
+    Raises ConfigError, or GenerationError for prompts that are too long, naming the limit.
     """
     left = options.fallback is None and options.mode in RULES
     if streams and left and _guarded(options):
-        # Of the artifact's width: an opening that tries others costs a short answer more than they
-        # bring (eight wide, 16 levels are 121 nodes to verify).
+        # With the artifact's width only: in a short answer, trying other widths costs more than it
+        # gains (a tree of width 8 and 15 levels has 121 nodes to verify).
         options = replace(options, period=AUTO, tree_width=program.period.tree_width)
     mode, default = options.mode, program.period
     if mode not in modes():
@@ -173,7 +176,7 @@ def read_options(
     sampling, seeds = _sampling(options, mode, rows, program)
     serve = scoring is None and sampling.fits_graph and (mode in default.rules or mode not in RULES)
     if mode not in RULES or not serve:
-        limits = None  # what runs are the entries
+        limits = None  # the entries run, which have no limits
     new_tokens = check_new_tokens(max(prompt_lengths), rows, max_new_tokens, program, limits)
     _check_least(options, new_tokens)
     adaptive = options.period == AUTO
@@ -182,7 +185,7 @@ def read_options(
     refresh = _refresh(options, program)
     check_ranges(confidence, refresh)
     lookup = _lookup(options, mode, widths, looks_up)
-    refresh = refresh if mode in RULES else 0  # steps of one path learn nothing of the neurons
+    refresh = refresh if mode in RULES else 0  # modes of one path never choose neurons again
     plan = Plan(
         period=period,
         width=widths[0],
@@ -210,7 +213,7 @@ def read_options(
 
 
 def _lookup(options: Options, mode: str, widths: tuple[int, ...], looks_up: bool) -> int:
-    """The n-gram by which drafts are looked up."""
+    """The n-gram length by which drafts are looked up; 0: no look-up."""
     if mode not in RULES:
         return 0
     given = options.lookup
@@ -226,8 +229,8 @@ def _lookup(options: Options, mode: str, widths: tuple[int, ...], looks_up: bool
         )
     if given and not looks_up:
         raise ConfigError(
-            "lookup: this back end runs a whole period as one graph or from a recording, which "
-            "drafts by the sparse path alone; use backend eager or inductor, or leave lookup out"
+            "lookup: this back end runs a whole period as one graph or from a recording, in which "
+            "only the sparse path drafts; use backend eager or inductor, or leave lookup out"
         )
     return given
 
@@ -243,8 +246,8 @@ def _check_least(options: Options, new_tokens: int) -> None:
 
 def _guarded(options: Options) -> bool:
     """The default: on if neither period nor tree_width is given, and the rule draws no tokens."""
-    rule, said = RULES[options.mode], (options.period, options.tree_width)
-    return FALLBACK and not rule.draws and said == (None, None)
+    rule, given = RULES[options.mode], (options.period, options.tree_width)
+    return FALLBACK and not rule.draws and given == (None, None)
 
 
 def _first(given: Any, default: Any) -> Any:
@@ -252,7 +255,7 @@ def _first(given: Any, default: Any) -> Any:
 
 
 def _scoring(options: Options, program: ProgramSpec) -> Scoring | None:
-    """What is done to logits; None where that is nothing."""
+    """How logits are processed and reported; None where they are not."""
     vocabulary, count = program.model.vocab_size, options.logprobs
     if count is not None and not 0 <= count <= vocabulary:
         raise ConfigError(f"logprobs must be in 0..{vocabulary} (the vocabulary), got {count}")
@@ -273,8 +276,8 @@ def _tree(
             raise ConfigError(f"period must be a number or 'auto', got {shown(options.period)}")
         if limits is not None:
             raise ConfigError(
-                "period 'auto' compares draft and verify times, which a compiled period does not "
-                "tell apart: give a number, or use backend eager"
+                "period 'auto' needs separate times for drafting and verification, which a "
+                "compiled period does not have: give a number, or use backend eager"
             )
         if options.tree_width is None:
             return AUTO_PERIOD, tuple(width for width in AUTO_WIDTHS if width <= vocabulary)
@@ -285,12 +288,12 @@ def _tree(
     check_tree(period, width, vocabulary)
     if limits is not None and period > limits.period:
         raise ConfigError(
-            f"period must be in 1..{limits.period} here, got {period}: the period was compiled for "
+            f"period must be in 1..{limits.period} here, got {period}: the graph was compiled for "
             "that; compile the model with a larger --period, or use backend eager"
         )
     if limits is not None and width != limits.tree_width:
         raise ConfigError(
-            f"tree_width must be {limits.tree_width} here, got {width}: the period was compiled "
+            f"tree_width must be {limits.tree_width} here, got {width}: the graph was compiled "
             "for that; compile the model with another --tree-width, or use backend eager"
         )
     return period, (width,)
@@ -299,7 +302,7 @@ def _tree(
 def _sampling(
     options: Options, mode: str, rows: int, program: ProgramSpec
 ) -> tuple[Sampling, tuple[int, ...] | None]:
-    """The distribution to draw from, and each row's seed; none where the run is greedy."""
+    """The distribution to draw from, and each row's seed; no seeds where the run is greedy."""
     given = {
         name: value
         for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
@@ -317,7 +320,7 @@ def _sampling(
         seed = secrets.randbits(32)
     seeds = tuple(range(seed, seed + rows)) if isinstance(seed, int) else tuple(seed)
     if len(seeds) != rows:
-        raise ConfigError(f"seed: {len(seeds)} seeds for {rows} rows; give one, or one a row")
+        raise ConfigError(f"seed: {len(seeds)} seeds for {rows} rows; give one, or one per row")
     if min(seeds) < 0:
         raise ConfigError(f"seed must be >= 0, got {min(seeds)}")
     return Sampling(**program.generation.sampling.said() | given), seeds
@@ -329,7 +332,8 @@ def _refresh(options: Options, program: ProgramSpec) -> int:
     if options.refresh and not program.sparsity.method.per_prompt:
         raise ConfigError(
             f"refresh applies to griffin, but the artifact's sparse path is "
-            f"{program.sparsity.method}, which has no neurons that are selected once per prompt"
+            f"{program.sparsity.method}, which does not select neurons once per prompt: leave it "
+            "out"
         )
     return options.refresh
 
@@ -337,9 +341,9 @@ def _refresh(options: Options, program: ProgramSpec) -> int:
 def check_new_tokens(
     longest: int, rows: int, wanted: int | None, program: ProgramSpec, limits: Limits | None
 ) -> int:
-    """How many tokens to generate after prompts of `longest` tokens at the most.
+    """How many tokens to generate after prompts of at most `longest` tokens.
 
-    Raises GenerationError, naming the limit, where there is no room, or none for so many rows.
+    Raises GenerationError, naming the limit, where prompts are too long or rows too many.
     """
     limit, name = program.model.max_seq_len, "max_seq_len"
     remedy = "compile with a larger --max-seq-len where the model's positions allow it"
@@ -347,7 +351,7 @@ def check_new_tokens(
         limit, name, remedy = limits.context, "context", "load the artifact with a larger context"
     if limits is not None and limits.rows is not None and rows > limits.rows:
         raise GenerationError(
-            f"the batch has {rows} rows, but the period was compiled for {limits.rows}; split it, "
+            f"the batch has {rows} rows, but the graph was compiled for {limits.rows}; split it, "
             "or load the artifact with more rows"
         )
     room = limit - longest
@@ -360,7 +364,7 @@ def check_new_tokens(
         return min(room, DEFAULT_NEW_TOKENS)
     if not 1 <= wanted <= room:
         raise GenerationError(
-            f"max_new_tokens must be in 1..{room} here ({limit} tokens of {name} less {longest} of "
-            f"the prompt), got {wanted}"
+            f"max_new_tokens must be in 1..{room} here ({name} is {limit} tokens, the prompt has "
+            f"{longest}), got {wanted}"
         )
     return wanted

@@ -1,10 +1,10 @@
-"""The rules by which periods draft and accept: a function each, and a line in `RULES`.
+"""The rules by which periods draft and accept: each is a function and a line in `RULES`.
 
-A mode of generation of that name follows from the line, on every back end that runs the entries; in
-the graph `period` of what is compiled from then on; and in command lines. A number that a rule asks
-for is a field of `RuleOptions`: the manifest, plans, requests, graphs and `sirius run` have it from
-there. The functions are given numbers or, as the graph is traced, tensors; they read nothing of the
-device. PyTorch is imported once there are tensors to work on.
+The line defines a mode of that name: on every back end that runs the entries, in the graph `period`
+of models that are compiled afterwards, and in the command lines. A rule's numeric options are
+fields of `RuleOptions`, from which the manifest, plans, requests, graphs and `sirius run` take
+them. The functions get numbers, or tensors while the graph is traced; they do no host reads.
+PyTorch is imported when the functions are first called.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ def _number(default: float, metavar: str, about: str, ranges: Sequence[Range]) -
 
 @dataclass(frozen=True, kw_only=True)
 class RuleOptions:
-    """The numbers that rules ask for, with their defaults."""
+    """The numeric options of all rules, with their defaults."""
 
     threshold: float = _number(
         0.1,
         "R",
-        "probability that a drafted token needs",
+        "probability that a drafted token needs to be accepted",
         (
             (lambda v: v >= 0.0, "must be >= 0"),
-            (lambda v: v < float("inf"), "must be finite (1.1 accepts no draft either)"),
+            (lambda v: v < float("inf"), "must be finite (1.1 already accepts no draft)"),
         ),
     )
     verify_temperature: float = _number(
         0.6,
         "T",
-        "softmax temperature of that probability, and of a draft's scores",
+        "softmax temperature of that probability, and of draft scores",
         (
             (lambda v: 0.0 < v < float("inf"), "must be > 0"),
             (lambda v: v >= LEAST_TEMPERATURE, f"must be >= {LEAST_TEMPERATURE}"),
@@ -70,8 +70,8 @@ def values(options: RuleOptions) -> dict[str, Any]:
 
 
 def check_options(options: RuleOptions, *, flags: bool = False) -> None:
-    """Raises ConfigError for numbers out of range, named as options of a command line where
-    `flags`; tensors are a graph's inputs, not yet known.
+    """Raises ConfigError for numbers out of range. `flags`: name them as command-line options.
+    Tensors are not checked: they are inputs of a graph, whose values are not known yet.
     """
     for option in fields(RuleOptions):
         value = getattr(options, option.name)
@@ -84,10 +84,11 @@ def check_options(options: RuleOptions, *, flags: bool = False) -> None:
 
 
 class Noise(NamedTuple):
-    """A period's uniform random numbers in [0, 1), float64: all that sampling needs of chance.
+    """A period's uniform random numbers in [0, 1), float64: the only randomness of sampling.
 
-    `draft` [B, K - 1]: one a drafted token; `verify` [B, K]: one a depth; `last` [B]: for the token
-    that ends the period. Any of them may be longer: a row uses the same numbers whatever K is.
+    `draft` [B, K - 1]: one for each drafted token; `verify` [B, K]: one for each depth; `last` [B]:
+    for the token that ends the period. `draft` and `verify` may be longer, so that a row uses the
+    same numbers for every K.
     """
 
     draft: Tensor
@@ -96,14 +97,14 @@ class Noise(NamedTuple):
 
     @classmethod
     def unpack(cls, uniform: Tensor) -> Noise:
-        """Of a period's numbers in one tensor [B, 2, K]."""
+        """Splits a period's numbers, one tensor [B, 2, K]."""
         return cls(uniform[:, 0, 1:], uniform[:, 1], uniform[:, 0, 0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked(RuleOptions):
-    """What a rule is given. `sampling`, and `noise` [B, 2, >= K] float64, uniform in [0, 1): of
-    rules that draw.
+    """The inputs of a rule: its options; and for rules that draw, `sampling` and the uniform random
+    numbers `noise` [B, 2, >= K], float64 in [0, 1).
     """
 
     sampling: Sampling = Sampling()  # noqa: RUF009  (frozen)
@@ -116,10 +117,11 @@ class Asked(RuleOptions):
 
 
 def by_threshold(draft: Draft, logits_BNV: Tensor, asked: Asked) -> Decision:
-    """Sirius' rule: a token passes if softmax(full logits / temperature) gives it >= threshold.
+    """Sirius' rule: a token passes if its probability by softmax(full logits / temperature) is at
+    least the threshold.
 
     arXiv 2409.03856, section 4; the reference uses a threshold of 0.1 and a temperature of 0.6.
-    A threshold of 0 accepts all, one above 1 none.
+    A threshold of 0 accepts all drafts, and one above 1 accepts none.
     """
     from sirius_runtime.policy import Decision, after_parent, likeliest
 
@@ -131,7 +133,9 @@ def by_threshold(draft: Draft, logits_BNV: Tensor, asked: Asked) -> Decision:
 
 
 def by_argmax(draft: Draft, logits_BNV: Tensor, asked: Asked) -> Decision:
-    """A token passes if it is the full path's argmax: the output is the dense greedy one."""
+    """A token passes if it is the full path's argmax, so the output is that of dense greedy
+    decoding.
+    """
     from sirius_runtime.policy import Decision, is_choice, likeliest
 
     choice = likeliest(logits_BNV)
@@ -139,15 +143,16 @@ def by_argmax(draft: Draft, logits_BNV: Tensor, asked: Asked) -> Decision:
 
 
 def by_chance(draft: Draft, logits_BNV: Tensor, asked: Asked) -> Decision:
-    """Lossless sampling: committed tokens have the full path's distribution, whatever the draft.
+    """Lossless sampling: committed tokens have the full path's distribution p, for any draft.
 
-    A sampled chain: a token s drawn from the sparse path's q passes with probability min(1, p(s) /
-    q(s)) under the full path's p; the correction is drawn from max(p - q, 0), renormalised
+    In a sampled chain, a token s drawn from the sparse path's distribution q passes with
+    probability min(1, p(s) / q(s)). The correction is drawn from max(p - q, 0), renormalised
     (Leviathan et al., arXiv 2211.17192, theorem 1).
 
-    A tree of deterministic candidates: child after child is accepted with its probability, each
-    refusal removing it from p and renormalising. One draw from p that is followed where it is a
-    child, and emitted where it is not, is the same law, and is what is computed.
+    In a tree of deterministic candidates, the children of a node would be accepted one after
+    another with their probability, and each refusal would remove the child from p and renormalise.
+    One draw from p has the same distribution and is what is computed: if the drawn token is a
+    child, the path goes on there; if not, the token is emitted.
     """
     import torch
 
@@ -171,7 +176,7 @@ def by_chance(draft: Draft, logits_BNV: Tensor, asked: Asked) -> Decision:
 def best_paths(
     tree: Tree, logits_BWV: Tensor, level: Tensor, width: int, asked: Asked
 ) -> tuple[Level, Tensor | None]:
-    """The `width` best paths, scored at the verify temperature; for width 1 the likeliest token."""
+    """The `width` best paths, scored at verify_temperature; for width 1, the likeliest token."""
     from sirius_runtime.tree import propose
 
     return propose(tree, logits_BWV, level, width, asked.verify_temperature), None
@@ -180,7 +185,7 @@ def best_paths(
 def drawn_chain(
     tree: Tree, logits_BWV: Tensor, level: Tensor, width: int, asked: Asked
 ) -> tuple[Level, Tensor | None]:
-    """A chain whose tokens are drawn from the sparse path's own distribution."""
+    """The next token of a chain, drawn from the sparse path's distribution."""
     import torch
 
     from sirius_runtime.policy import draw
@@ -188,7 +193,7 @@ def drawn_chain(
 
     assert width == 1, "a tree's candidates are not drawn"
     q = asked.sampling.distribution(logits_BWV[:, 0])
-    # A sparse path that computes NaN is sure of token 0: a draft may be of any distribution.
+    # Where the sparse path's logits are NaN, token 0 is drafted: any distribution is allowed.
     sure = (torch.arange(q.shape[-1], device=q.device) == 0).to(q.dtype)
     q = torch.where(q == q, q, sure)
     token = draw(q, asked.numbers.draft.index_select(1, level[None] - 1)[:, 0])[:, None]
@@ -200,12 +205,13 @@ def drawn_chain(
 
 @dataclass(frozen=True)
 class Rule:
-    """A way to draft and to accept.
+    """A rule of drafting and acceptance.
 
-    accept: which drafted tokens pass, and what is emitted after a node, by the full path's logits
-    after each node [B, N, V]. draft: the nodes of a chain's `level` (int64 [], from 1), by the
-    sparse logits [B, 1, V] above it, and the distribution [B, V] that they were drawn from; a
-    tree's are `best_paths`. draws: both take random numbers.
+    accept: decides which drafted tokens pass and which token is emitted after each node, from the
+    full path's logits [B, N, V] after each node. draft: returns the nodes of a chain's `level`
+    (int64 [], from 1), from the sparse logits [B, 1, V] of the level above, and the distribution
+    [B, V] that they were drawn from. (Trees are always drafted by `best_paths`.) draws: whether
+    both use random numbers. options: names of the fields of `RuleOptions` that the rule uses.
     """
 
     accept: Callable[[Draft, Tensor, Asked], Decision]
@@ -219,11 +225,13 @@ RULES: dict[str, Rule] = {
     "exact": Rule(by_argmax),
     "sample": Rule(by_chance, drawn_chain, draws=True),
 }
-"""By the name of the mode; a graph's input `rule` is the place in this order."""
+"""The rules by the name of their mode. The index in this order is a graph's input `rule`."""
 
 
 def options_of(rules: Sequence[str]) -> tuple[str, ...]:
-    """The options that a graph of these rules has as inputs; drafts are scored by one of them."""
+    """The options that a graph of these rules has as inputs; verify_temperature is always one,
+    because drafts are scored by it.
+    """
     asked = {
         "verify_temperature",
         *(n for name in rules if name in RULES for n in RULES[name].options),

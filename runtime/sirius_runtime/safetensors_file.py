@@ -1,7 +1,7 @@
-"""How a safetensors file is laid out: 8 bytes little-endian length, a JSON header, the tensors.
+"""The layout of a safetensors file: 8 bytes little-endian length, a JSON header, the tensors.
 
-The safetensors library is the oracle of our tests, but it reads and writes whole files or whole
-buffers; using a file in place, in a ZIP or beside ONNX graphs, takes these few lines.
+Our tests compare with the safetensors library. It is not used here because it reads and writes
+whole files or buffers; artifacts use such files in place, within a ZIP or beside ONNX graphs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sirius_runtime.spec import JSON, ProgramSpec, WeightSpec
 
 
 class StoredType(NamedTuple):
-    """A dtype by torch's name, and the bytes of an element."""
+    """A dtype: its name in torch, and the bytes of an element."""
 
     name: str
     itemsize: int
@@ -43,7 +43,7 @@ STORED_TYPES = {
     "BOOL": StoredType("bool", 1),
     "C64": StoredType("complex64", 8),
 }
-"""safetensors' names of dtypes."""
+"""Dtypes by their names in safetensors files."""
 
 _CODES = {stored.name: code for code, stored in STORED_TYPES.items()}
 
@@ -56,21 +56,22 @@ def size_of(spec: WeightSpec) -> int:
 
 
 def share_of_bfloat16(program: ProgramSpec) -> float:
-    """The bytes of weights that a full step reads, as a share of what they would be in bfloat16."""
+    """The bytes of weights that a full step reads, divided by their size in bfloat16."""
     parameters = [weight for weight in program.weights if weight.parameter]
     stored, wide = sum(map(size_of, parameters)), sum(2 * weight.numbers for weight in parameters)
     experts = [weight for weight in parameters if weight.of_experts]
-    if experts:  # those that a token is not routed to are not read
+    if experts:  # a step does not read the experts that its token is not routed to
         unread = (stored - program.sparsity.step) / sum(map(size_of, experts))
         wide -= round(unread * sum(2 * weight.numbers for weight in experts))
     return program.sparsity.step / wide
 
 
 def in_order(specs: Sequence[WeightSpec]) -> list[WeightSpec]:
-    """Tensors of whole `ALIGNMENT` units first, the others by element size.
+    """Sorts tensors: first those whose size is a multiple of `ALIGNMENT`; in both groups, larger
+    elements first.
 
-    safetensors allows no gaps between tensors: in this order the first kind starts at multiples of
-    `ALIGNMENT` all the same, and every tensor at a multiple of its element size.
+    safetensors allows no gaps between tensors. In this order the tensors of the first group start
+    at multiples of `ALIGNMENT`, and every tensor at a multiple of its element size.
     """
 
     def key(spec: WeightSpec) -> tuple[bool, int]:
@@ -80,7 +81,9 @@ def in_order(specs: Sequence[WeightSpec]) -> list[WeightSpec]:
 
 
 def header_of(specs: Sequence[WeightSpec]) -> bytes:
-    """The length and the JSON of a file of these tensors, space-padded to whole `ALIGNMENT`s."""
+    """The length and the JSON header of a file of these tensors, padded with spaces to a multiple
+    of `ALIGNMENT`.
+    """
     fields: dict[str, JSON] = {}
     end = 0
     for spec in specs:

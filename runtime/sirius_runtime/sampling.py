@@ -1,6 +1,6 @@
-"""The sampling options of a run, as plain numbers or as a graph's tensors.
+"""The sampling options of a run, as Python numbers or as a graph's tensors.
 
-PyTorch is imported once there are tensors to work on: options are read and checked without it.
+Options are read and checked without PyTorch; it is imported when a distribution is computed.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ if TYPE_CHECKING:
 Scalar: TypeAlias = "Tensor | float"
 
 LEAST_TEMPERATURE = 1e-6
-"""Below it, logits divided by the temperature overflow float32; at it, the likeliest token has
-probability 1.
+"""The least temperature. At a lower one, logits / temperature could overflow float32; at this one,
+the likeliest token already has probability 1.
 """
 
 NO_TOKEN = -1
-"""The token where none can be chosen: logits have NaN, or none is finite."""
+"""Stands for a token that can't be chosen, because the logits hold NaN or infinity."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """A distribution over the vocabulary: softmax(logits / temperature), cut to the `top_k`
-    likeliest tokens, to the smallest set of probability `top_p`, to the tokens of `min_p` times the
-    likeliest one's probability, and to the smallest set of probability `typical_p` whose surprise
-    is nearest to the entropy (transformers' order).
+    """A distribution over the vocabulary: softmax(logits / temperature), restricted in
+    transformers' order to: the `top_k` likeliest tokens; the smallest set of likeliest tokens with
+    total probability `top_p`; the tokens with at least `min_p` times the likeliest one's
+    probability; and the locally typical tokens with total probability `typical_p`.
 
-    top_k 0, top_p 1, min_p 0 and typical_p 1 cut nothing. A graph has no min_p and no typical_p.
+    top_k 0, top_p 1, min_p 0 and typical_p 1 restrict nothing. Graphs have no min_p and typical_p.
+    Raises ConfigError for a number out of range.
     """
 
     temperature: Scalar = 1.0
@@ -82,7 +83,9 @@ class Sampling:
         return torch.zeros_like(values).scatter(-1, order, values.softmax(-1))
 
     def _cuts_nothing(self) -> bool:
-        """Known only of plain numbers: a graph that takes them at run time always sorts."""
+        """Whether no token is excluded; False if that is not known, because options are inputs of a
+        graph.
+        """
         if not (_known(self.top_k) and _known(self.top_p)):
             return False
         return bool(self.top_k == 0 and self.top_p == 1.0) and self.fits_graph
@@ -94,8 +97,8 @@ class Sampling:
 
 
 def _typical(logits: Tensor, mass: float) -> Tensor:
-    """The locally typical tokens [..., V] of probability `mass` (Meister et al., arXiv
-    2202.00666).
+    """The locally typical tokens, bool [..., V]: those whose -log p is nearest to the entropy, with
+    total probability `mass` (Meister et al., arXiv 2202.00666).
     """
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
@@ -107,5 +110,5 @@ def _typical(logits: Tensor, mass: float) -> Tensor:
 
 
 def _known(value: Any) -> bool:
-    """Whether `value` is a number, and not a graph's input."""
+    """Whether `value` is a Python number, not an input of a graph."""
     return isinstance(value, Real)

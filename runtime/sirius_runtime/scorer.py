@@ -23,15 +23,16 @@ from sirius_runtime.tree import Tree
 
 
 class Scorer:
-    """The histories of a batch's rows, the processors of their logits, and log-probabilities.
+    """Holds the histories of a batch's rows, processes their logits, and computes
+    log-probabilities.
 
-    A row's history is its prompt and its committed tokens; callers say how many of them count.
+    A row's history is its prompt and its committed tokens; callers pass its length (`count`).
     """
 
     def __init__(
         self, request: Request, rows: int, capacity: int, vocabulary: int, device: torch.device
     ) -> None:
-        """capacity: tokens of a row, including a period's draft after its last token."""
+        """capacity: the most tokens of a row, including a draft after its last token."""
         scoring = request.scoring
         self._processors = processors(
             LogitsSpec() if scoring is None else scoring.logits,
@@ -42,14 +43,14 @@ class Scorer:
             device=device,
         )
         self._count = None if scoring is None else scoring.logprobs
-        self._told: Logprobs | None = None
+        self._logprobs: Logprobs | None = None
         self._tokens = torch.zeros(rows, capacity, dtype=torch.int64, device=device)
         self._prompts = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def begin(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] | None = None
     ) -> None:
-        """Takes the prompts, and what was committed after each of them already."""
+        """Sets the rows' prompts, and the tokens that are already committed after them."""
         for row, prompt in enumerate(prompts):
             tokens = [*prompt, *(answers[row] if answers else ())]
             self._tokens[row, : len(tokens)] = torch.tensor(tokens)
@@ -58,19 +59,19 @@ class Scorer:
     def pick(
         self, logits_BV: Tensor, count_B: Tensor, choose: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """The token [B] that `choose` takes by processed logits, after `count` tokens of each row;
-        it becomes the next one.
+        """Processes the logits after `count` tokens of each row, and chooses a token [B] from them
+        by `choose`. The token is added to the history.
         """
         logits = self._processed(logits_BV, History(self._tokens, count_B, self._prompts))
         token = choose(logits)
         if self._count is not None:
-            self._told = step_logprobs(logits, token, self._count)
+            self._logprobs = step_logprobs(logits, token, self._count)
         self._remember(token[:, None], count_B)
         return token
 
     def nodes(self, logits_BnV: Tensor, count_B: Tensor, tree: Tree, nodes: Tensor) -> Tensor:
-        """Processed logits after `nodes` [n] of every row's tree, whose root is the last of a row's
-        `count` tokens.
+        """Processed logits after `nodes` [n] of every row's tree. The tree's root is the last of
+        the row's `count` tokens.
         """
         if not self._processors:
             return logits_BnV
@@ -79,15 +80,17 @@ class Scorer:
         return flat.unflatten(0, logits_BnV.shape[:2])
 
     def commit(self, logits_BNV: Tensor, count_B: Tensor, verdict: Verdict) -> None:
-        """Takes what a period committed after `count` tokens of each row, by processed logits."""
+        """Adds the tokens that a period committed after `count` tokens of each row. The logits are
+        the processed ones.
+        """
         if self._count is not None:
-            self._told = verdict_logprobs(logits_BNV, verdict, self._count)
+            self._logprobs = verdict_logprobs(logits_BNV, verdict, self._count)
         self._remember(verdict.tokens, count_B)
 
     def logprobs(self) -> list[list[TokenLogprobs]]:
         """The log-probabilities of each row's latest tokens."""
-        assert self._told is not None
-        return read_logprobs(self._told)
+        assert self._logprobs is not None
+        return read_logprobs(self._logprobs)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows."""
@@ -100,8 +103,8 @@ class Scorer:
         return logits_RV
 
     def _remember(self, tokens_BK: Tensor, count_B: Tensor) -> None:
-        """Writes tokens after the first `count` of each row: those that the row does not commit
-        lie beyond what counts, and are overwritten.
+        """Writes tokens after the first `count` of each row. Tokens that the row does not commit
+        lie beyond its next count, and are overwritten later.
         """
         places = count_B[:, None] + torch.arange(tokens_BK.shape[1], device=tokens_BK.device)
         self._tokens.scatter_(1, places, tokens_BK)

@@ -1,4 +1,4 @@
-"""What the full path says of given tokens: the log-probability of each after those before it."""
+"""Log-probabilities of given tokens by the full path, each given the tokens before it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _LOGITS = 2**25  # in memory at once
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Of a row's tokens, from its start on: their log-probabilities (natural logarithm), and
-    whether each is the likeliest one.
+    """The scores of a row's tokens from its start on: their log-probabilities (natural logarithm),
+    and whether each token is the likeliest at its place.
     """
 
     logprobs: tuple[float, ...]
@@ -29,7 +29,7 @@ def score(
 ) -> tuple[TokenScores, ...]:
     """Scores the tokens of each row from its start (1 or more) on.
 
-    The tokens before all starts run as a prompt does; the rest in chunks, with logits for each.
+    The tokens before the first start run as a prefill; the others in chunks, with logits for each.
     """
     skipped, longest = min(starts) - 1, max(map(len, rows))
     if skipped:
@@ -40,7 +40,7 @@ def score(
     logprobs = np.zeros((len(rows), longest))
     greedy = np.zeros((len(rows), longest), bool)
     step = max(1, _LOGITS // (len(rows) * state.program.model.vocab_size))
-    ends = np.array([len(row) - 1 for row in rows])  # nothing follows the last token
+    ends = np.array([len(row) - 1 for row in rows])  # the last token need not run
     for begin in range(skipped, longest - 1, step):
         end = min(begin + step, longest - 1)
         state.length = state.array(np.minimum(ends, begin))
@@ -57,8 +57,8 @@ def score(
 
 
 def _scored(logits_BTV: Any, tokens_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities [B, T] of tokens by logits of either library, and whether they are the
-    likeliest.
+    """Log-probabilities [B, T] of tokens from logits (a torch tensor or NumPy array), and whether
+    they are the likeliest.
     """
     if not isinstance(logits_BTV, np.ndarray):
         logits_BTV = logits_BTV.float().cpu().numpy()

@@ -1,9 +1,10 @@
-"""The numeric self-test: what the compiling machine computed, for others to compute again.
+"""The numeric self-test: logits of the compiling machine, for other machines to compute again.
 
-A few tokens of a fixed seed run through `prefill`, `sparse` and `full` as decoding runs them. The
-manifest keeps the tokens, a digest of each entry's logits, and a few of these. A machine that gives
-the same digests computes bit for bit what the compiling machine did. Other kernels, other numbers
-of threads and GPUs round differently: there the logits that were kept say whether it is only that.
+A few tokens from a fixed seed run through `prefill`, `sparse` and `full` as in decoding. The
+manifest keeps the tokens, a digest of each entry's logits, and a few logits of each token. A
+machine with equal digests computes bit for bit what the compiling machine did. Other kernels, other
+numbers of threads and GPUs round differently: there, the kept logits show whether the difference is
+within rounding.
 
 Shape letters: `T` tokens, `V` vocabulary.
 """
@@ -24,21 +25,21 @@ from sirius_runtime.state import State
 
 PROMPT_TOKENS, BLOCK_TOKENS = 24, 4
 LIKELIEST = 4
-"""Logits of each token that are kept."""
+"""Number of logits that are kept for each token."""
 
 TOLERANCE = {DType.FLOAT32: 0.0045, DType.FLOAT16: 0.064, DType.BFLOAT16: 0.1}
-"""How far rounding may move a logit, in root mean squares of the token's logits: √(2 (1 - c)) for
-the cosines c that the compiler's check of kernels allows (`sirius_compile.self_check`, which says
-what was measured).
+"""The largest difference of a logit that counts as rounding, relative to the root mean square of
+the token's logits. It is √(2 (1 - c)) for the cosine c that the compiler's check of kernels allows
+(`sirius_compile.self_check` has the measurements).
 """
 NESTED_TOLERANCE = 0.064
-"""The same where weights are nested, if it is more: activations meet them as integers, which
-rounding moves by whole steps.
+"""The tolerance for nested weights, if it is more: activations are rounded to integers there, so a
+rounding difference may change one by a whole step.
 """
 
 
 class Outcome(StrEnum):
-    """How the logits of a machine compare with those of the compiling one."""
+    """How a machine's logits compare with those of the compiling machine."""
 
     EQUAL = "bit-equal"
     ROUNDED = "equal within rounding"
@@ -47,8 +48,8 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Compared:
-    """An entry's logits beside the manifest's. `largest`: the largest difference of a logit that
-    was kept, in root mean squares of its token's.
+    """An entry's logits compared with the manifest's. `largest`: the largest difference of a kept
+    logit, relative to the root mean square of its token's logits.
     """
 
     entry: str
@@ -57,7 +58,7 @@ class Compared:
 
 
 def choose_tokens(model: ModelSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A prompt and a block of tokens, the same for all models of a vocabulary and a length."""
+    """A prompt and a block of tokens; they depend only on the vocabulary and the model's length."""
     block = min(BLOCK_TOKENS, model.max_seq_len - 1)
     prompt = min(PROMPT_TOKENS, model.max_seq_len - block)
     drawn = np.random.Generator(np.random.PCG64(0)).integers(0, model.vocab_size, prompt + block)
@@ -89,8 +90,8 @@ def record(state: State, prompt: tuple[int, ...], block: tuple[int, ...]) -> Sel
 def repeat(
     state: State, test: SelfTestSpec, dtype: DType, *, nested: bool = False
 ) -> tuple[Compared, ...]:
-    """Runs a self-test again, on an empty state of one row, and compares. `nested`: whether weights
-    are.
+    """Runs a self-test again, on an empty state of one row, and compares the logits. `nested`:
+    whether the program has nested weights.
     """
     wanted = {run.entry: run for run in test.runs}
     tolerance = max(TOLERANCE[dtype], NESTED_TOLERANCE * nested)
@@ -104,7 +105,9 @@ def repeat(
 def _run(
     state: State, prompt: tuple[int, ...], block: tuple[int, ...]
 ) -> Iterator[tuple[str, Any]]:
-    """The logits [T, V] of each entry: of the prompt's last token, and of the block's."""
+    """The logits [T, V] of each entry: of the prompt's last token for `prefill`, and of the block's
+    tokens for the others.
+    """
     with state.computing():
         logits_BV, _ = state.prefill([prompt])
         yield PREFILL, logits_BV
@@ -128,10 +131,10 @@ def _compare(wanted: SelfTestRun, logits_TV: Any, tolerance: float) -> Compared:
     kept = np.take_along_axis(values, np.array(wanted.tokens), -1)
     rms = np.maximum(np.array(wanted.rms), np.finfo(np.float32).tiny)[:, None]
     apart = np.abs(kept - np.array(wanted.logits)) / rms
-    # Nor may a token that was not among the likeliest have overtaken them by more than both moved.
+    # A token that was not kept may now be the likeliest, but by no more than rounding.
     above = (values.max(-1, keepdims=True) - kept[:, :1]) / rms - tolerance
     largest = float(np.maximum(apart, above).max())
-    near = largest <= tolerance  # which NaN is not
+    near = largest <= tolerance  # False for NaN
     return Compared(wanted.entry, Outcome.ROUNDED if near else Outcome.DIFFERENT, largest)
 
 

@@ -1,4 +1,4 @@
-"""How many nodes, slots and tokens there are: arithmetic that every back end shares."""
+"""Numbers of nodes, cache slots and chunk tokens, shared by all back ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def node_count(period: int, width: int) -> int:
 
 
 def cache_slots(tokens: int, period: int, width: int) -> int:
-    """Cache slots for rows of `tokens`, prompt and answer: the block of a period follows the last
-    committed token, also that of a row that has ended.
+    """Cache slots of a row of `tokens` tokens, prompt and answer, rounded up to a multiple of 64.
+    They include a period's block after the last token, which is written even for rows that have
+    ended.
     """
     return math.ceil((tokens + node_count(period, width)) / 64) * 64

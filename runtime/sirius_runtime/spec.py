@@ -1,6 +1,6 @@
-"""What an artifact says of itself: frozen dataclasses, and their one way to and from JSON.
+"""The artifact's manifest: frozen dataclasses, and their conversion to and from JSON.
 
-The compiler fills these in, the artifact's `manifest.json` holds them, the runtime reads them.
+The compiler fills them in, the artifact's `manifest.json` holds them, and the runtime reads them.
 Shapes use letters for symbolic sizes: `B` rows of the batch, `T` tokens of the call, `M` block
 slots, `S` cache slots; numbers are static.
 """
@@ -21,22 +21,24 @@ from sirius_runtime.logits_options import GenerationSpec
 from sirius_runtime.rules import RuleOptions
 
 FORMAT_VERSION = (1, 1)
-"""Major: readers refuse those that they do not know. Minor: additions that old readers ignore
-(docs/format.md says what each added).
+"""Major: a reader refuses versions that it does not know. Minor: additions that older readers
+ignore (docs/format.md lists them).
 """
 NESTED_FORMAT_VERSION = (3, 0)
-"""Of an artifact that holds nested weights; others stay readable for older readers."""
+"""The version of artifacts with nested weights. Others have `FORMAT_VERSION`, so that older readers
+can read them.
+"""
 KNOWN_MAJORS = (FORMAT_VERSION[0], NESTED_FORMAT_VERSION[0])
 
 JSON = Any  # None, bool, int, float, str, list[JSON], dict[str, JSON]
 _T = TypeVar("_T")
 _INT64 = 2**63
-_SHOWN = 80  # characters of a wrong value, in a message
+_SHOWN = 80  # most characters of a wrong value in a message
 
 
 class Method(StrEnum):
-    """How the sparse path chooses what it reads (see the `sparsify_*` passes). All that other code
-    has to know of a method is a property here.
+    """How the sparse path chooses the weights that it reads (see the `sparsify_*` passes). The
+    properties say all that other code needs to know of a method.
     """
 
     GRIFFIN = "griffin"
@@ -49,12 +51,12 @@ class Method(StrEnum):
 
     @property
     def per_prompt(self) -> bool:
-        """Whether neurons are chosen from the prompt: the state then holds `neurons`."""
+        """Whether neurons are chosen by the prompt; the state then has `neurons`."""
         return self in (Method.GRIFFIN, Method.GRIFFIN_TEAL)
 
     @property
     def has_thresholds(self) -> bool:
-        """Whether calibration chooses what a token keeps; how much that is varies."""
+        """Whether calibrated thresholds choose what a token keeps; the number kept then varies."""
         return self in (Method.CATS, Method.TEAL, Method.GRIFFIN_TEAL)
 
     @property
@@ -64,22 +66,22 @@ class Method(StrEnum):
 
     @property
     def rewrites_mlps(self) -> bool:
-        """Whether it skips neurons or experts: MLPs are then recognised first."""
+        """Whether it skips neurons or experts; the compiler then recognises MLPs first."""
         return self not in (Method.TEAL, Method.NONE)
 
     @property
     def for_dense_models(self) -> bool:
-        """Whether it makes models without mixtures of experts sparse."""
+        """Whether it applies to models without mixtures of experts."""
         return self not in (Method.EXPERTS, Method.NONE)
 
     @property
     def for_mixtures(self) -> bool:
-        """Whether it makes models with mixtures of experts sparse."""
+        """Whether it applies to models with mixtures of experts."""
         return self in (Method.TOPK, Method.EXPERTS)
 
 
 class DType(StrEnum):
-    """Floating point types that weights and activations may have."""
+    """The dtypes of weights and activations."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -87,7 +89,7 @@ class DType(StrEnum):
 
 
 class Layout(StrEnum):
-    """What a stored row of a nested weight is (see `sirius_runtime.nested`)."""
+    """The layout of a nested weight: what a stored row belongs to (see `sirius_runtime.nested`)."""
 
     BY_OUTPUTS = "outputs"
     BY_INPUTS = "inputs"
@@ -96,7 +98,7 @@ class Layout(StrEnum):
 @dataclass(frozen=True)
 class TensorSpec:
     """A named tensor of an entry. `dtype` is a torch dtype name, or ``model`` for the program's
-    own.
+    dtype.
     """
 
     name: str
@@ -117,11 +119,11 @@ class EntrySpec:
 class WeightSpec:
     """One stored tensor.
 
-    `shape` and `dtype` are those of the stored bytes. `transposed`: the checkpoint's tensor was
-    stored transposed, in the layout that kernels stream. `retype`: follows the dtype asked for at
-    load (rotary frequencies do not, nor do weights that a 16-bit model keeps in float32).
-    `parameter`: one of the model's, in a floating point dtype; not a constant. `nested`: the layout
-    of a nested weight, whose bytes hold both planes.
+    `shape` and `dtype` are those of the stored bytes. `transposed`: whether it is the transpose of
+    the checkpoint's tensor, in the layout that kernels read. `retype`: whether it is converted to
+    the dtype asked for at load (rotary frequencies are not, nor weights that a 16-bit model keeps
+    in float32). `parameter`: whether it is a floating point parameter of the model, not a constant.
+    `nested`: the layout of a nested weight, whose bytes hold both planes; null for other weights.
     """
 
     name: str
@@ -134,9 +136,9 @@ class WeightSpec:
 
     @property
     def numbers(self) -> int:
-        """How many numbers the tensor holds."""
+        """The number of elements: of the matrix, for a nested weight."""
         stored = math.prod(self.shape)
-        # Of 17 bytes, the planes give 16 to the nibbles of 16 numbers.
+        # In both planes together, 16 of every 17 bytes hold nibbles: one byte per element.
         return stored if self.nested is None else stored // 17 * 16
 
     @property
@@ -160,15 +162,15 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """A place where a sparse step skips: the neurons of an MLP, the input channels of a linear, or
-    a token's experts.
+    """A place where a sparse step skips units: the neurons of an MLP, the input channels of a
+    linear, or a token's experts.
 
-    `weight`: the (first) weight whose rows or columns are skipped; `units`: neurons, channels or
-    experts there are, of a mixture those that a token is routed to; `kept`: how many a step keeps,
-    a mean expected from calibration where `threshold` is given; `params`: the bytes of weights that
-    one skipped unit saves a sparse step (in older artifacts its parameters: only shares of `step`
-    matter). `counted`: the step counts what it keeps, in the output `kept`,
-    because tokens differ.
+    `weight`: the (first) weight whose rows or columns are skipped. `units`: the number of neurons,
+    channels or experts; in a mixture, of those that a token is routed to. `kept`: how many of them
+    a step keeps; where `threshold` is given, the mean expected from calibration. `params`: the
+    bytes of weights that a sparse step saves by skipping one unit (in older artifacts a number of
+    parameters; only its ratio to `step` is used). `counted`: whether the number kept differs
+    between tokens, so that the step returns it in its output `kept`.
     """
 
     layer: int
@@ -182,12 +184,13 @@ class SiteSpec:
 
 @dataclass(frozen=True)
 class SparsitySpec:
-    """The sparse path: `keep` is the share of neurons or channels asked for.
+    """The sparse path. `keep`: the requested share of neurons or channels.
 
-    `sites`: where it skips, in the graph's order. `dense_layers`: those that skip nothing. `step`:
-    bytes of weights that a full step over one token reads, which is all of them but the experts
-    that a token is not routed to. `density`: share of these that a sparse step reads, embeddings
-    and lm_head counted. `draft_bits`: of nested weights, as it reads them; None where none is.
+    `sites`: where it skips, in the graph's order. `dense_layers`: the layers that skip nothing.
+    `step`: bytes of weights that a full step over one token reads: all weights except the experts
+    that the token is not routed to. `density`: the share of these bytes that a sparse step reads,
+    embeddings and lm_head included. `draft_bits`: the bits of nested weights that a sparse step
+    reads; null without nested weights.
     """
 
     method: Method
@@ -200,7 +203,7 @@ class SparsitySpec:
 
     @property
     def counted(self) -> tuple[SiteSpec, ...]:
-        """The sites that a step counts, in the order of its output `kept`."""
+        """The sites with `counted`, in the order of the output `kept`."""
         return tuple(site for site in self.sites if site.counted)
 
     @property
@@ -222,12 +225,12 @@ class SparsitySpec:
 
 @dataclass(frozen=True)
 class PeriodSpec(RuleOptions):
-    """Defaults of the period: `period` tokens (K) in trees of `tree_width` (w), what its rules ask
-    for, the `confidence` that a draft needs to go on, and the periods after which `griffin` selects
-    its neurons again (`refresh`; 0: never).
+    """Defaults of the period: `period` tokens (K) in trees of `tree_width` (w); the options of its
+    rules; the `confidence` that a draft needs to go on; and the number of periods after which
+    `griffin` selects its neurons again (`refresh`; 0: never).
 
-    `period` and `tree_width` are also the static shapes of the entry `period`, and `rules` are
-    those that it knows, in the order of its input `rule`.
+    `period` and `tree_width` are also the static sizes of the entry `period`. `rules` are the rules
+    that this entry knows, in the order of its input `rule`.
     """
 
     period: int = 16
@@ -239,9 +242,9 @@ class PeriodSpec(RuleOptions):
 
 @dataclass(frozen=True)
 class DraftingSpec:
-    """What periods of `period` tokens whose drafts stop below `confidence` came to: `aal`, the
-    tokens that one advances; `steps`, the sparse steps that it takes; `effective_density`, both
-    means over drafts.
+    """Measured results of periods of `period` tokens whose drafts stop below `confidence`, as means
+    over drafts: `aal`, the tokens committed by a period; `steps`, its sparse steps; and the
+    `effective_density` that follows from both.
     """
 
     period: int
@@ -253,12 +256,13 @@ class DraftingSpec:
 
 @dataclass(frozen=True)
 class AcceptanceSpec:
-    """How far the sparse path's drafts got on held-out text, as the compiler measured it: `drafts`
-    of `texts`, judged with this `threshold` and `verify_temperature`, teacher-forced.
+    """Acceptance of the sparse path's drafts on held-out text, measured by the compiler: `drafts`
+    teacher-forced drafts from `texts` texts, accepted by this `threshold` and `verify_temperature`.
 
-    `density`: of the sparse steps. `agreement`: share of tokens that were the full path's own.
-    `accepted`: share of drafts whose first 1, 2, … tokens pass. `periods`: by the period's size,
-    without confidence. `best`: with the fewest reads a token, of all periods and confidences.
+    `density`: that of the sparse steps. `agreement`: share of drafted tokens that are the full
+    path's argmax. `accepted`: share of drafts whose first 1, 2, … tokens all pass. `periods`:
+    results for several period sizes, without confidence. `best`: the result with the fewest weight
+    reads per token, of all periods and confidences.
     """
 
     texts: int
@@ -273,7 +277,7 @@ class AcceptanceSpec:
 
     @property
     def passes(self) -> float:
-        """Share of drafted tokens that pass, of those whose predecessors in the draft did."""
+        """The probability that a drafted token passes if all tokens before it in the draft do."""
         return sum(self.accepted) / (1.0 + sum(self.accepted[:-1]))
 
 
@@ -292,9 +296,11 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: its rewrites, its time, and how the number of nodes changed.
+    """What one pass did: the number of its rewrites, its time, and the number of nodes before and
+    after.
 
-    `seconds` is 0 in a file: equal inputs give equal bytes. Readers of version 1.0 need the field.
+    `seconds` is always 0 in a file, so that equal inputs give equal bytes. Readers of version 1.0
+    need the field.
     """
 
     name: str
@@ -323,7 +329,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class ProgramSpec:
-    """Everything that the runtime needs to know of a program besides its graphs and weights."""
+    """Everything that the runtime needs to know about a program besides its graphs and weights."""
 
     model: ModelSpec
     entries: tuple[EntrySpec, ...]
@@ -344,7 +350,7 @@ class ProgramSpec:
         return any(weight.nested is not None for weight in self.weights)
 
     def weight_bytes(self, itemsize: int) -> int:
-        """Bytes of the model's parameters, where those that are not nested take `itemsize` each."""
+        """Bytes of the model's parameters, if each one that is not nested takes `itemsize`."""
         return sum(
             weight.numbers * itemsize if weight.nested is None else math.prod(weight.shape)
             for weight in self.weights
@@ -362,11 +368,11 @@ class ProgramSpec:
 
 @dataclass(frozen=True)
 class SelfTestRun:
-    """The logits [T, V] that an entry gave of the self-test's tokens.
+    """The logits [T, V] of an entry for the self-test's tokens.
 
-    `sha256` (hex): of their bytes, row by row, little-endian, in the model's dtype. Of each token
-    `rms`, the root mean square of its logits; `tokens`, the ids of the likeliest; and `logits`,
-    theirs. Numbers have six significant digits.
+    `sha256` (hex): of the logits' bytes, row by row, little-endian, in the model's dtype. For each
+    token: `rms`, the root mean square of its logits; `tokens`, the ids with the largest logits; and
+    `logits`, their logits. Numbers have six significant digits.
     """
 
     entry: str
@@ -378,8 +384,8 @@ class SelfTestRun:
 
 @dataclass(frozen=True)
 class SelfTestSpec:
-    """What the compiling machine computed of some tokens: `prompt` by the entry `prefill`, then
-    each token of `block` by `sparse`, one after another, then all of `block` by `full`.
+    """The results of the compiling machine for some tokens: `prompt` by the entry `prefill`, then
+    the tokens of `block` by `sparse`, one after another, then all of `block` by `full`.
     """
 
     prompt: tuple[int, ...]
@@ -389,8 +395,8 @@ class SelfTestSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`: format version, the program's spec, a record of every other file, and what
-    the compiling machine computed, where it was asked.
+    """`manifest.json`: the format version, the program's spec, a record of every other file, and
+    the compiling machine's self-test, if there is one.
     """
 
     format_version: tuple[int, int]
@@ -400,7 +406,7 @@ class Manifest:
 
 
 def to_json(value: Any) -> JSON:
-    """Dataclasses, enums, tuples and dicts to plain JSON values."""
+    """Converts dataclasses, enums, tuples and dicts to JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, StrEnum):
@@ -413,16 +419,16 @@ def to_json(value: Any) -> JSON:
 
 
 def from_json(cls: type[_T], value: JSON, where: str = "manifest") -> _T:
-    """Builds `cls` from plain JSON values; unknown fields are ignored (a newer minor version).
+    """Builds `cls` from JSON values; ignores unknown fields, which a newer minor version may have.
 
-    Raises ArtifactError naming the field where a value is missing or of the wrong type.
+    Raises ArtifactError, naming the field, where a value is missing or has the wrong type.
     """
     return typing.cast(_T, _decode(cls, value, where))
 
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-    """A class's fields and their types, which take longer to find than a value to decode."""
+    """The types of a class's fields; cached, because finding them is slower than decoding."""
     return typing.get_type_hints(cls)
 
 
@@ -469,7 +475,7 @@ def _decode(hint: Any, value: JSON, where: str) -> Any:
         try:
             return float(value)
         except OverflowError:
-            raise ArtifactError(f"{where}: an integer of this size is no float") from None
+            raise ArtifactError(f"{where}: an integer too large for a float") from None
     if type(value) is not hint:
         expected = "null" if hint is types.NoneType else getattr(hint, "__name__", hint)
         raise ArtifactError(f"{where}: {expected} is expected, found {_shown(value)}")
@@ -481,7 +487,7 @@ def _decode(hint: Any, value: JSON, where: str) -> Any:
 
 
 def _shown(value: JSON) -> str:
-    """A value of any size, short."""
+    """The text of a value, cut to `_SHOWN` characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # of an integer of thousands of digits, of a deep list

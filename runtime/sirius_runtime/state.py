@@ -1,7 +1,7 @@
-"""The state of a batch of sequences, in the arrays of PyTorch or of NumPy.
+"""The state of a batch of sequences, in PyTorch or NumPy arrays.
 
 Shape letters: `B` rows, `T` tokens of a call, `K` tokens of a period, `V` vocabulary. Every row has
-its own length. What is the same in both libraries is written once, over `xp`, the library.
+its own length. Code that is the same for both libraries is written once, with `xp` for the library.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class State(ABC):
     """A batch of sequences in progress: caches, lengths, roots and statistics.
 
     After `prefill`, each row's `root` [B] is its last committed token, whose K/V is not in the
-    caches yet; `length` [B] counts the tokens before it. A row that is not `active` [B] stays as it
-    is, until `select` leaves it out. `statistic` [layers, B, I]: what chooses griffin's `neurons`.
+    caches yet; `length` [B] counts the tokens before it. A row that is not `active` [B] does not
+    change until `select` drops it. `statistic` [layers, B, I]: by which griffin's `neurons` are
+    chosen.
     """
 
     xp: ClassVar[Any]
@@ -46,30 +47,32 @@ class State(ABC):
         return int(self.root.shape[0])
 
     def reset(self) -> None:
-        """Makes it ready for other sequences, in the same storage."""
+        """Resets the state for new sequences, in the same storage."""
         self.active, self.statistic = self.active | True, None
         self.kept: Any = self.array(np.zeros(len(self.program.sparsity.counted)))
         self.kept_tokens: Any = self.array(np.zeros((), np.int64))
 
     @abstractmethod
     def array(self, values: np.ndarray) -> Any:
-        """A NumPy array as one of the library, where the state lives."""
+        """A NumPy array as an array of `xp`, on the state's device."""
 
     def computing(self) -> AbstractContextManager[Any]:
-        """The context in which all work on the state's arrays runs."""
+        """The context in which all work on the state's arrays must run."""
         return nullcontext()
 
     @abstractmethod
     def run(self, entry: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs an entry on these inputs and on the caches, lengths and neurons that it reads."""
+        """Runs an entry on these inputs, and on those of the state that it reads (caches, …)."""
 
     @abstractmethod
     def chain(self, entry: str, ids_BT: Any, **more: Any) -> dict[str, Any]:
-        """Runs an entry over a chain of tokens after each row's history; keeps their K/V."""
+        """Runs an entry over a chain of tokens after each row's history, and writes their K/V to
+        the caches.
+        """
 
     @abstractmethod
     def write(self, k_kept: Any, v_kept: Any) -> None:
-        """Writes K/V [layers, B, G, K, D] of K tokens to the caches' slots after `length`."""
+        """Writes the K/V [layers, B, G, K, D] of K tokens to the cache slots from `length` on."""
 
     @abstractmethod
     def choose_neurons(self) -> None:
@@ -77,7 +80,7 @@ class State(ABC):
 
     @abstractmethod
     def select(self, rows: Sequence[int]) -> None:
-        """Keeps these rows and leaves the others out."""
+        """Keeps these rows and drops the others."""
 
     @abstractmethod
     def first_kv(self, tokens: int) -> tuple[Any, Any]:
@@ -85,22 +88,23 @@ class State(ABC):
 
     @abstractmethod
     def restore(self, k: Any, v: Any) -> None:
-        """Writes K/V of `first_kv` to the first slots of every row."""
+        """Writes K/V from `first_kv` to the first slots of every row."""
 
     def fill(self, rows: int) -> None:
-        """Fills the batch up to so many rows, with rows that are not active."""
+        """Fills the batch up to `rows` rows with inactive rows."""
         raise NotImplementedError("graphs of this back end take any number of rows")
 
     def prefix(self, tokens: Sequence[int]) -> Prefix:
-        """Runs tokens as the first row's prompt, and keeps what they leave."""
+        """Runs tokens as the first row's prompt; returns a copy of their K/V and statistic."""
         _, passes = self.prefill([tokens])
         return Prefix(tuple(tokens), *self.first_kv(len(tokens)), self.statistic, passes)
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], prefix: Prefix | None = None
     ) -> tuple[Any, int]:
-        """Runs the prompts densely, in chunks; returns the logits [B, V] after each row's last
-        token, and the number of chunks. prefix: what all of them begin with, which is not run.
+        """Runs the prompts through the full path, in chunks. Returns the logits [B, V] after each
+        row's last token, and the number of chunks. prefix: the K/V of tokens that all prompts begin
+        with; these are not run.
         """
         begin = 0
         if prefix is not None:
@@ -108,7 +112,7 @@ class State(ABC):
             self.length = self.length * 0
             self.restore(prefix.k, prefix.v)
             if prefix.statistic is not None:
-                self.observe(prefix.statistic)  # of every row alike
+                self.observe(prefix.statistic)  # [layers, 1, I], the same for every row
         xp, longest = self.xp, max(map(len, prompts))
         lengths = self.array(np.array([len(prompt) for prompt in prompts]))
         padded = np.zeros((len(prompts), longest), np.int64)
@@ -136,29 +140,31 @@ class State(ABC):
         return logits_BV, len(starts)
 
     def step(self, entry: str) -> dict[str, Any]:
-        """Runs an entry over the root alone; counts what a sparse one kept."""
+        """Runs an entry over the root only; for `sparse`, counts the units that it kept."""
         result = self.chain(entry, self.root[:, None])
         if entry == SPARSE:
             self.count_kept(result, self.active)
         return result
 
     def commit(self, advance: Any, root_B: Any) -> None:
-        """Moves the length over `advance` tokens [B], of which the last is the new root."""
+        """Adds `advance` [B] to the lengths of active rows, and sets their roots, the last of the
+        committed tokens.
+        """
         self.length = self.length + advance * self.active
         self.root = self.xp.where(self.active, root_B, self.root)
 
     def observe(self, statistic: Any) -> None:
-        """Adds the tokens' terms to the neurons' statistic."""
+        """Adds terms [layers, B, I] to the neurons' statistic."""
         self.statistic = statistic if self.statistic is None else self.statistic + statistic
 
     def count_kept(self, result: Mapping[str, Any], rows_B: Any) -> None:
-        """Counts what a sparse step kept in these rows [B]."""
+        """Adds the numbers of units that a sparse step kept in these rows [B] (0 or 1)."""
         if "kept" in result:
             self.kept = self.kept + (result["kept"] * rows_B).sum(1)
             self.kept_tokens = self.kept_tokens + rows_B.sum()
 
     def density(self) -> float:
-        """Share of the bytes that a sparse step read so far: measured where tokens differ in
-        what they keep, else static.
+        """The mean share of the weights' bytes that sparse steps have read so far: measured at
+        sites where the number kept differs between tokens, else static.
         """
         return measured_density(self.program.sparsity, self.kept.tolist(), int(self.kept_tokens))

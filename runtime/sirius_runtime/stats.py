@@ -1,4 +1,4 @@
-"""What a generation cost and gained, as data."""
+"""Statistics of a generation: tokens, acceptance, times and weight reads."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 
 class Phase(StrEnum):
-    """Where the time of a generation goes."""
+    """The phases of a generation, for times and bytes."""
 
     DRAFT = "draft"
     """Sparse steps."""
     VERIFY = "verify"
-    """Full forwards over chunks, or over one token in mode `full`."""
+    """Passes of the full path: verifications, and dense steps."""
     PERIOD = "period"
-    """Whole periods that run as one graph, drafts and verification together."""
+    """Whole periods that run as one graph, draft and verification together."""
     REST = "rest"
     """Everything else: prefill, acceptance, host work."""
 
 
 @dataclass(frozen=True)
 class Fallback:
-    """Tokens of all rows that were decoded densely because drafts did not pay, and what those
-    drafts brought: `advance` tokens a row in the time of `cost` dense steps.
+    """The number of tokens of all rows that were decoded densely because drafts did not pay; and
+    the mean of those drafts: `advance` tokens per row in the time of `cost` dense steps.
     """
 
     tokens: int
@@ -44,17 +44,18 @@ class Fallback:
 class GenerationStats:
     """Counts over all rows of one `generate` call.
 
-    `advances` counts periods by the tokens they committed, `aal` (average advance length) leaves
-    each row's last period out, which the end cuts short. `corrections`: periods that refused a
-    drafted token. `acceptance_rate`: accepted over drafted tokens. `density`: share of the
-    bytes of weights that one sparse step read, of those that a full step reads.
-    `effective_density`: that share per committed token over the periods that `aal` counts and over
-    dense steps, dense = 1. `weight_bytes`: bytes of the model's weights, as one dense step reads
-    them. `dense_tokens`: made by dense steps;
-    `fallback`: those made because drafts did not pay. `looked_up`: drafted tokens that prompt
-    look-up copied, which read no weight, and `looked_up_kept`: those that were accepted; both are
-    among the drafted and accepted tokens of the other counts. None stands for a number that was not
-    measured: a generation that ends with its first token, which prefill makes, has no decoding.
+    `advances`: number of periods by the tokens that they committed. `aal`: average advance length,
+    without each row's last period, which the row's end may cut short. `corrections`: periods that
+    refused a drafted token. `acceptance_rate`: accepted / drafted tokens. `density`: mean bytes of
+    weights that a sparse step read, divided by those of a full step. `effective_density`: weight
+    reads per committed token (dense decoding: 1), over the periods of `aal` and the dense steps.
+    `weight_bytes`: bytes of the model's weights, which a dense step reads. `seconds`: time by
+    phase; `prefill_seconds`: time until the first token. `bytes_read`: bytes of weights read, by
+    phase. `dense_tokens`: tokens decoded by dense steps; `fallback`: those of them that were dense
+    because drafts did not pay. `looked_up`: drafted tokens that were copied by prompt look-up,
+    without a sparse step; `looked_up_kept`: those of them that were accepted. Both are included in
+    the other counts. None means not measured: a generation that ends with its first token, which
+    prefill gives, decodes nothing.
     """
 
     rows: int
@@ -82,12 +83,12 @@ class GenerationStats:
 
     @property
     def decoded_tokens(self) -> int:
-        """Tokens that decoding made: all but each row's first, which prefill makes."""
+        """Tokens without each row's first one, which prefill gives."""
         return self.tokens - self.rows
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Decoded tokens over the time after prefill; None where there are none."""
+        """Decoded tokens per second of the time after prefill; None if there are none."""
         if not self.decoded_tokens:
             return None
         return self.decoded_tokens / (self.total_seconds - self.prefill_seconds)
@@ -104,8 +105,9 @@ class GenerationStats:
 
 
 class PeriodSteps(NamedTuple):
-    """A period of a row: the tokens that it could have committed, drafted ones and one of the full
-    path, and those that it did. `looked_up`: its draft was copied, without a sparse step.
+    """A period of a row. `size`: the most tokens that it could commit, i.e. the drafted ones and
+    one of the full path; `advance`: the committed tokens; `looked_up`: whether the draft was copied
+    by prompt look-up, without a sparse step.
     """
 
     size: int
@@ -113,30 +115,30 @@ class PeriodSteps(NamedTuple):
     looked_up: bool = False
 
     def reads(self, density: float) -> float:
-        """Of the weights, how often they were read."""
+        """Weight bytes that it read, in units of a dense step."""
         return 1.0 if self.looked_up else (self.size - 1) * density + 1.0
 
 
 @dataclass(frozen=True)
 class RowSteps:
-    """How a row's tokens were made. `dense`: tokens of dense steps."""
+    """How a row's tokens were decoded: its periods, and the number of its dense steps."""
 
     periods: tuple[PeriodSteps, ...]
     dense: int
 
 
 class Device(Protocol):
-    """Where a back end computes: a `torch.device`, or what has a `type` as it has."""
+    """A back end's device: a `torch.device`, or another object with its attribute `type`."""
 
     @property
     def type(self) -> str: ...
 
 
 class PhaseClock:
-    """Adds up the seconds of each phase; on a GPU, of the work that the phase queued there."""
+    """Sums the seconds of each phase; on a GPU, the time of the work that the phase queued."""
 
     def __init__(self, device: Device) -> None:
-        """`cuda` among the types is PyTorch's, which queues its work."""
+        """device: type ``cuda`` is PyTorch's, whose calls only queue work."""
         self._cuda = device.type == "cuda"
         self._start = time.perf_counter()
         self._seconds = dict.fromkeys(Phase, 0.0)
@@ -163,7 +165,7 @@ class PhaseClock:
         self.prefill_seconds = time.perf_counter() - self._start
 
     def seconds(self) -> dict[Phase, float]:
-        """Seconds by phase so far; what no phase claimed is `rest`."""
+        """Seconds by phase so far; time outside all phases is `rest`. On a GPU, waits for it."""
         if self._events:
             import torch
 
@@ -179,10 +181,10 @@ class PhaseClock:
 
 
 def measured_density(sparsity: SparsitySpec, kept: Iterable[float], tokens: int) -> float:
-    """Share of the bytes that a sparse step read: measured where tokens differ in what they
-    keep, else static.
+    """The mean share of a full step's bytes that sparse steps read: measured at sites where the
+    number kept differs between tokens, else static.
 
-    kept: what each counted site kept, summed over `tokens`.
+    kept: the units that each counted site kept, summed over `tokens` tokens.
     """
     if tokens == 0:
         return sparsity.density
@@ -193,7 +195,7 @@ def measured_density(sparsity: SparsitySpec, kept: Iterable[float], tokens: int)
 
 @dataclass
 class StatsRecorder:
-    """Collects what the generation loop sees, and closes it into a `GenerationStats`."""
+    """Collects counts in the generation loop; `close` returns the `GenerationStats`."""
 
     rows: int
     prompt_tokens: int
@@ -212,16 +214,16 @@ class StatsRecorder:
         self._dense = [0] * self.rows
 
     def dense_step(self, row: int) -> None:
-        """Notes that a dense step made a token of `row`."""
+        """Records a dense step of `row`."""
         self._dense[row] += 1
 
     def period(self, row: int, size: int, advance: int, *, looked_up: bool = False) -> None:
-        """Notes that a period of `size` - 1 drafted levels committed `advance` tokens of `row`."""
+        """Records a period of `row` with `size` - 1 drafted levels and `advance` tokens."""
         self._periods[row].append(PeriodSteps(size, advance, looked_up))
 
     @property
     def by_row(self) -> tuple[RowSteps, ...]:
-        """What was noted of each row."""
+        """Each row's periods and dense steps."""
         return tuple(
             RowSteps(tuple(periods), dense)
             for periods, dense in zip(self._periods, self._dense, strict=True)
@@ -230,7 +232,7 @@ class StatsRecorder:
     def close(self, density: float) -> GenerationStats:
         every = [p for row in self._periods for p in row]
         counted = [p for row in self._periods for p in row[:-1]]
-        # A generation of one period a row has no other to average over.
+        # Where each row has only one period, that one is used.
         reads = counted or every
         advance = sum(p.advance for p in reads)
         drafted = sum(p.size - 1 for p in every)
@@ -260,7 +262,7 @@ class StatsRecorder:
             bytes_read={
                 Phase.DRAFT: self.draft_steps * density * self.weight_bytes,
                 Phase.VERIFY: float(self.full_passes * self.weight_bytes),
-                Phase.PERIOD: 0.0,  # counted as the drafts and verifications that it holds
+                Phase.PERIOD: 0.0,  # its reads are counted as drafts and verifications
                 Phase.REST: float(self.prefill_passes * self.weight_bytes),
             },
             dense_tokens=dense,

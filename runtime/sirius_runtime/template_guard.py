@@ -1,11 +1,11 @@
-"""The Jinja environment of chat templates: transformers' own, sandboxed, and within limits.
+"""The Jinja environment of chat templates: that of transformers, sandboxed and with limits.
 
 A template comes with an untrusted artifact. The sandbox hides other objects from it, but does not
-stop endless loops or memory use. So every step of a loop, every call and the length of every text
-is counted, and the size of a result that can grow is estimated first. A template over the limits
-raises `TemplateLimitError`.
+stop endless loops or memory use. So every loop step, every call and the length of every text is
+counted, and the size of a result that can grow is estimated before it is computed. A template that
+exceeds a limit raises `TemplateLimitError`.
 
-Only this module imports jinja2; it is itself imported when a template is first rendered.
+This module imports jinja2. It is imported when a template is first rendered.
 """
 
 from __future__ import annotations
@@ -29,40 +29,40 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MOST_TEXT = 2**26
-"""Characters (and elements of lists) that a rendering may make, intermediate ones counted."""
+"""The most characters (and list elements) of a rendering, including intermediate results."""
 MOST_STEPS = 2**18
-"""Steps of loops, and calls, of one rendering; a thousand messages take some ten thousand."""
+"""The most loop steps and calls of a rendering; a thousand messages take about ten thousand."""
 MOST_SECONDS = 5.0
-"""Seconds that a rendering may take."""
-_MOST_ELEMENTS = 2**18  # of one value, nested ones each time that they stand there
-_MOST_NUMBER = 2**20  # of one that says how long a text becomes
-_MOST_BITS = 2**16  # of a number
+"""The most seconds of a rendering."""
+_MOST_ELEMENTS = 2**18  # of one value; a nested value counts each time that it occurs
+_MOST_NUMBER = 2**20  # an argument that determines the length of a text
+_MOST_BITS = 2**16  # of an integer
 
-# What is made of each may be as long as the text it is called on, times what it is called with.
+# The result may be as long as the text it is called on, times the length of the arguments.
 _FORMATS = frozenset(("format", "format_map", "%"))
 _TIMES_ARGUMENTS = _FORMATS | {"replace", "join", "translate", "indent", "wordwrap"}
-# … times the largest number that it is called with.
+# The result may be as long as the text, times the largest number among the arguments.
 _TIMES_NUMBER = frozenset(
     "ljust rjust center zfill expandtabs indent wordwrap tojson batch slice round * **".split()
 )
 _COMPUTED_WIDTH = re.compile(r"\{[^{}]*\{|%[^a-zA-Z]*\*")
-# No template of a chat has a use for these, and they may take long.
+# Filters that are removed: chat templates do not need them, and they may take long.
 _LEFT_OUT = ("urlize", "xmlattr")
 
 
 class TemplateLimitError(Exception):
-    """A template does more than any that makes a prompt."""
+    """A template exceeds a limit."""
 
 
 class Budget:
-    """What one rendering may still do."""
+    """The steps, characters and time that are left for one rendering."""
 
     def __init__(self) -> None:
         self._steps, self._text = MOST_STEPS, MOST_TEXT
         self._end = time.monotonic() + MOST_SECONDS
 
     def step(self, count: int = 1) -> None:
-        """Counts steps."""
+        """Counts steps; raises TemplateLimitError over the limit of steps or time."""
         self._steps -= count
         if self._steps < 0:
             raise TemplateLimitError(f"it takes more than {MOST_STEPS} steps")
@@ -70,16 +70,16 @@ class Budget:
             raise TemplateLimitError(f"it takes more than {MOST_SECONDS:g} seconds")
 
     def write(self, size: int) -> None:
-        """Counts characters that are made."""
+        """Counts characters; raises TemplateLimitError over the limit."""
         self._text -= size
         if self._text < 0:
             raise TemplateLimitError(f"it makes more than {MOST_TEXT} characters")
 
 
 def weigh(value: Any) -> int:
-    """The characters, digits and elements of a value, nested ones each time that they stand there:
-    an upper bound of the length of its text, but for what quoting adds. Raises TemplateLimitError
-    for a value that is too large for any use.
+    """The number of characters, digits and elements of a value; a nested value counts each time
+    that it occurs. This bounds the length of the value's text, without quotes. Raises
+    TemplateLimitError for a value that is too large.
     """
     total, elements, left = 0, 0, [value]
     while left:
@@ -104,14 +104,16 @@ def weigh(value: Any) -> int:
 
 
 def _check_growth(name: str, values: Sequence[Any]) -> None:
-    """Estimates the size of the result of `values[0]`'s operation `name` on the other values."""
+    """Raises TemplateLimitError if the result of the operation `name` of `values[0]` with the other
+    values may be too large.
+    """
     parts = [weigh(value) for value in values]
     bound = sum(parts)
     if name in _TIMES_ARGUMENTS and parts:
         bound = max(bound, parts[0] * sum(parts[1:]))
     number = _number(name, values)
     if number > _MOST_NUMBER:
-        raise TemplateLimitError(f"{name} with the number {number} makes too much")
+        raise TemplateLimitError(f"{name} with the number {number} may make too long a text")
     if max(bound, sum(parts) * number) > MOST_TEXT:
         raise TemplateLimitError(f"{name} may make more than {MOST_TEXT} characters")
 
@@ -130,7 +132,7 @@ def _number(name: str, values: Sequence[Any]) -> int:
 
 
 class _Generator(CodeGenerator):
-    """Jinja's code, with what is made and repeated handed to the environment."""
+    """Jinja's code generator, which also calls the environment for loops, joins and literals."""
 
     def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
         raise nodes.Impossible  # all text is counted as it is written
@@ -166,7 +168,7 @@ class _Generator(CodeGenerator):
 
 
 class _Generation(Extension):
-    """``{% generation %}``, which marks an answer for training: here its content, and no more."""
+    """``{% generation %}``, which marks an answer for training; only its content is rendered."""
 
     tags = {"generation"}  # noqa: RUF012  (as jinja2 has it)
 
@@ -190,7 +192,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """``namespace``, without attributes that Python gives a meaning to."""
+    """``namespace``, without attributes that begin with an underscore."""
 
     def __init__(*args: Any, **fields: Any) -> None:  # so that a field may be called `self`
         attributes = dict(*args[1:], **fields)
@@ -209,9 +211,9 @@ def _check_attribute(name: Any) -> None:
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
-    """What transformers renders chat templates in; `budget` is that of the rendering in progress.
+    """The environment in which transformers renders chat templates, with limits.
 
-    One thread at a time renders.
+    `budget` is that of the current rendering, so only one thread may render at a time.
     """
 
     code_generator_class = _Generator
@@ -223,7 +225,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             extensions=[_Generation, loopcontrols],
             finalize=self._written,
-            optimized=False,  # nothing is computed as a template is read
+            optimized=False,  # else constants would be computed while a template is compiled
             cache_size=0,
         )
         self.budget = Budget()
@@ -258,19 +260,19 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def each(self, values: Iterable[Any]) -> list[Any]:
-        """What a loop goes through."""
+        """The items of a loop, counted as steps."""
         items = list(islice(values, MOST_STEPS + 1))
         self.budget.step(len(items))
         return items
 
     def joined(self, context: Context, parts: tuple[Any, ...]) -> str:
-        """``a ~ b``"""
+        """The result of ``a ~ b``, counted."""
         self.budget.write(weigh(parts))
         join = markup_join if context.eval_ctx.autoescape else str_join
         return join(parts)
 
     def measured(self, value: Any) -> Any:
-        """A list, tuple or dict that a template writes down."""
+        """A list, tuple or dict literal of a template, checked for its size."""
         weigh(value)
         return value
 
@@ -279,10 +281,12 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter whose growth is estimated first; how jinja2 passes its context stays."""
+        """A filter that first estimates the size of its result. Arguments that jinja2 passes (as a
+        context) are still passed.
+        """
         passed = 1 if getattr(function, "jinja_pass_arg", None) else 0
 
-        @functools.wraps(function)  # with the mark of what it is passed
+        @functools.wraps(function)  # copies jinja2's mark of the argument to pass
         def guarded(*args: Any, **fields: Any) -> Any:
             self.budget.step()
             _check_growth(name, [*args[passed:], *fields.values()])
@@ -298,7 +302,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        """As transformers' filter: jinja2's own escapes HTML."""
+        """transformers' filter `tojson`: jinja2's would escape HTML."""
         encoder = json.JSONEncoder(
             ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )

@@ -1,4 +1,4 @@
-"""The state of a batch in PyTorch's tensors, over entries that write the caches in place."""
+"""The state of a batch in PyTorch tensors; entries write its caches in place."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ ROWS_OF = {
     **dict.fromkeys(("length", "root", "active"), 0),
     **dict.fromkeys(("k_cache", "v_cache", "statistic", "neurons"), 1),
 }
-"""The tensors that have rows, and in which dimension."""
+"""The tensors that have rows, and the dimension of their rows."""
 
 
 class TensorState(State):
-    """See `State`. `k_cache` and `v_cache` [layers, B, G, S, D]; `neurons` [layers, B, kept]: those
-    that the prompts of griffin chose.
+    """See `State`. `k_cache` and `v_cache` [layers, B, G, S, D]; `neurons` [layers, B, kept]: the
+    neurons that each prompt chose (griffin).
 
-    Nothing here reads a device value.
+    Its methods read no values from the device.
     """
 
     xp: ClassVar[Any] = torch
 
     def __init__(self, backend: Backend, rows: int, slots: int) -> None:
-        """Room for so many cache slots a row."""
+        """A state of `rows` rows, with `slots` cache slots each."""
         self.backend = backend
         super().__init__(backend.program, rows)
         state = self.program.state
@@ -47,8 +47,8 @@ class TensorState(State):
         self._reads = {e.name: {i.name for i in e.inputs} for e in self.program.entries}
 
     def part(self, begin: int, end: int) -> TensorState:
-        """A state of these rows alone. What it writes to the caches is written here; its other
-        tensors are its own once they change.
+        """A state of the rows [begin, end). Its caches are views of these caches, so its writes are
+        seen here. Its other tensors are replaced when they change, which is not seen here.
         """
         own = copy.copy(self)
         own._each_with_rows(lambda value, dim: value.narrow(dim, begin, end - begin))
@@ -98,8 +98,8 @@ class TensorState(State):
         inputs = {
             "input_ids": ids_BT,
             "slots": length + slots,
-            # Prompt padding, and tokens that their row will not commit, may lie beyond the last
-            # slot.
+            # The tokens of prompt padding, and tokens that a row will not commit, may have
+            # positions beyond the last one.
             "positions": (length + depth).clamp(max=self._last_position),
             "tree_mask": tree_mask,
             **more,

@@ -1,4 +1,4 @@
-"""Text of unknown origin, made fit to print: no control sequence of it reaches the terminal."""
+"""Makes untrusted text safe to print: its control sequences do not reach the terminal."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _CONTROLS = {
 
 
 def plain(text: str, keep: str = "") -> str:
-    """`text` with every character that can't be printed written as Python writes it in a string
-    (escape sequences, line breaks, marks that turn the direction of writing), but those in `keep`.
+    """`text` with every unprintable character (of escape sequences, line breaks, marks of the
+    writing direction) replaced by its Python escape, except those in `keep`.
     """
     if text.isprintable():
         return text
@@ -23,17 +23,17 @@ def plain(text: str, keep: str = "") -> str:
 
 
 def takes_colour(stream: TextIO) -> bool:
-    """Whether colours are wanted there: it is a terminal, and NO_COLOR is not set."""
+    """Whether to print colours: the stream is a terminal with colours, and NO_COLOR is not set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def styled(text: str, style: str) -> str:
-    """Text, made fit to print, in a style: numbers of SGR, such as ``1;31``."""
+    """`text`, which must be safe to print, in a style: SGR numbers, such as ``1;31``."""
     return f"\x1b[{style}m{text}\x1b[0m" if text else text
 
 
 def without_controls(text: str) -> str:
-    """A model's text: as `plain`, but only of the characters that control a terminal. Joiners and
-    wide spaces, which `plain` takes for marks, are part of what is written.
+    """A model's text, with only the characters that control a terminal replaced by escapes. Zero
+    width joiners and wide spaces, which `plain` replaces, are kept: they are part of the text.
     """
     return text.translate(_CONTROLS)

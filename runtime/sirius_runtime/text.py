@@ -1,7 +1,7 @@
-"""Token ids to text, as they come: incremental decoding, stop strings, and what may be shown.
+"""Token ids to text: incremental decoding, stop strings and streaming.
 
-Decoding a token alone loses what its neighbours decide (spaces, bytes of one character), so a short
-window of earlier tokens is decoded with it, and text that may still change is held back.
+The text of a token depends on its neighbours (spaces, the bytes of one character). So a short
+window of earlier tokens is decoded with each token, and text that may still change is held back.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-_UNFINISHED = "�"  # what an incomplete byte sequence decodes to
-_CONTEXT = 8  # tokens of a prompt's end that are decoded with the answer, at the least
-_FIRST_MARK = 0xD800  # surrogates: no tokenizer decodes to one
+_UNFINISHED = "�"  # the decoded text of an incomplete byte sequence
+_CONTEXT = 8  # the fewest tokens of the prompt's end that are decoded with the answer
+_FIRST_MARK = 0xD800  # surrogates, which no tokenizer decodes to
 
 
 def read_tokenizer(content: bytes) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`, made to encode a text as it is.
+    """The tokenizer of a `tokenizer.json`, without padding and truncation.
 
-    The file carries the padding and truncation that were set when it was saved: they belong to
-    batches of that time, and would change prompts in silence.
+    The file may hold the padding and truncation that were set when it was saved. They would change
+    prompts silently.
     """
     tokenizer = Tokenizer.from_buffer(content)
     tokenizer.no_padding()
@@ -30,12 +30,12 @@ def read_tokenizer(content: bytes) -> Tokenizer:
 
 
 class IncrementalDecoder:
-    """Text of the growing list of token ids that follows `prompt`, special tokens left out.
+    """Decodes tokens that follow `prompt` one by one, without special tokens.
 
-    Many decoders drop the first space of their input. So the prompt's end is decoded with the
-    answer, and the prompt's text joined with the answer's is the text of both. A character that the
-    prompt leaves unfinished belongs to the answer. marks: the text of special tokens that are to be
-    kept.
+    Many decoders drop the first space of their input. So the prompt's end is decoded together with
+    the answer, and the prompt's text plus the answer's is the text of both. A character that begins
+    in the prompt and ends in the answer belongs to the answer. marks: special tokens that are kept,
+    with their text.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class IncrementalDecoder:
     ) -> None:
         self._tokenizer, self._marks = tokenizer, marks or {}
         self._ids = _end_of(prompt, tokenizer)  # the window that is decoded together
-        self._read = len(self._ids)  # the text of ids before it is out
-        self._before = tokenizer.decode(self._ids)  # which is this
+        self._read = len(self._ids)  # ids whose text has been returned
+        self._before = tokenizer.decode(self._ids)  # that text
 
     def add(self, token: int) -> str:
         """The text that `token` completes; empty while a character is unfinished."""
@@ -66,26 +66,26 @@ class IncrementalDecoder:
         return new
 
     def flush(self) -> str:
-        """What is still unfinished at the end, as it decodes."""
+        """The text that is still unfinished at the end, as the tokenizer decodes it."""
         text = self._tokenizer.decode(self._ids)
         new = self._rest(text)
         self._read, self._before = len(self._ids), text
         return new
 
     def _rest(self, text: str) -> str:
-        """What of the window's text is not out yet."""
+        """The part of the window's text that has not been returned yet."""
         if text.startswith(self._before):
             return text[len(self._before) :]
         if self._before.endswith(_UNFINISHED):  # the prompt's last character, finished here
             pairs = enumerate(zip(self._before, text, strict=False))
             return text[next((at for at, (a, b) in pairs if a != b), len(text)) :]
-        # Bytes that make no character changed the text before them (ByteFallback does that).
+        # Bytes of an invalid character changed the text before them, as ByteFallback decoders do.
         return self._tokenizer.decode(self._ids[self._read :])
 
 
 def _end_of(prompt: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """As much of the prompt's end as the text after it depends on: it has text, and begins with a
-    whole character.
+    """The end of the prompt that the text after it may depend on. It decodes to some text, and that
+    begins with a whole character.
     """
     size = _CONTEXT
     while size < len(prompt):
@@ -98,8 +98,9 @@ def _end_of(prompt: Sequence[int], tokenizer: Tokenizer) -> list[int]:
 
 
 class StopStrings:
-    """Stop strings as they are searched for, in a text where the special tokens that they name
-    stand as marks: `marks` by token id.
+    """Stop strings, and marks for the special tokens that they name. A mark (a character that no
+    text has) stands for such a token in the searched text and in `strings`. `marks`: the marks by
+    token id.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Iterable[str]) -> None:
@@ -122,7 +123,7 @@ class StopStrings:
 
 
 class StopScanner:
-    """Watches one row's tokens for stop strings, wherever they straddle tokens or periods."""
+    """Finds stop strings in one row's tokens, also across tokens and periods."""
 
     def __init__(
         self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int] = ()
@@ -142,11 +143,11 @@ class StopScanner:
 def answer_text(
     tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int], stop: Sequence[str] = ()
 ) -> str:
-    """The text of `tokens` after `prompt` up to the first stop string, as a stream of them shows
-    it.
+    """The text of `tokens` after `prompt` up to the first stop string, the same as a `TextStream`
+    writes.
 
-    Decoding them at once would differ where bytes never make a character: some decoders then take
-    back what came before.
+    Decoding all tokens at once may give another text where bytes form no valid character: some
+    decoders then change the text before them.
     """
     stops = StopStrings(tokenizer, stop)
     decoder = IncrementalDecoder(tokenizer, prompt, stops.marks)
@@ -160,11 +161,10 @@ def cut_at_stop(text: str, stop: Iterable[str]) -> str:
 
 
 class TextStream:
-    """A streamer in transformers' manner (`put`, `end`) that hands out text which is never taken
-    back.
+    """A streamer with transformers' interface (`put`, `end`) that writes text as it becomes final.
 
-    Text that might be the beginning of a stop string is held until the next tokens decide. The
-    prompt, which comes first, is not written; its end is the context of what follows.
+    Text that may be the beginning of a stop string is held back until the next tokens. The prompt
+    comes first and is not written; its end is context for decoding.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class TextStream:
         self._decoder: IncrementalDecoder | None = None  # until the prompt is known
 
     def put(self, value: Iterable[Any]) -> None:
-        """Takes committed token ids [T]; the first call brings the prompt, [T] or [1, T]."""
+        """Takes committed token ids [T]; the first call passes the prompt, [T] or [1, T]."""
         ids = _flat(value)
         if self._decoder is None:
             self._decoder = IncrementalDecoder(self._tokenizer, ids, self._stops.marks)
@@ -187,7 +187,7 @@ class TextStream:
         self._release(keep=self._possible_stop())
 
     def end(self) -> None:
-        """Writes what was held back: no stop string can come any more."""
+        """Writes the text that was held back, because no more tokens follow."""
         if self._decoder is not None:
             self._held += self._decoder.flush()
         self._release(keep=0)
@@ -198,11 +198,11 @@ class TextStream:
         cut = len(before_stop) if stops else len(self._held) - keep
         if text := self._stops.shown(self._held[:cut]):
             self._write(text)
-        # A stop string stays at the head of what is held, so nothing after it is ever written.
+        # A stop string stays at the start of the held text, so nothing after it is ever written.
         self._held = self._held[cut:]
 
     def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
         return max(
             (
                 n
@@ -215,6 +215,6 @@ class TextStream:
 
 
 def _flat(value: Iterable[Any]) -> list[int]:
-    """Token ids of shape [T] or [1, T], of any kind of array."""
+    """The token ids of an array or list of shape [T] or [1, T], as a list."""
     ids: list[Any] = value.tolist() if hasattr(value, "tolist") else list(value)
     return [int(token) for token in (ids[0] if ids and isinstance(ids[0], list) else ids)]

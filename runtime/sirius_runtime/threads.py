@@ -1,4 +1,4 @@
-"""How many threads one operator may have: where they can't be started, libraries abort."""
+"""Limits the threads of one operator: libraries abort if they can't start the threads."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import os
 from sirius_runtime.errors import ConfigError, shown
 
 MOST_KERNEL_THREADS = 256  # as in kernels/csrc/threads.h
-_A_CORE = 16  # more only wait for one another
+_PER_CORE = 16
 
 
 def most_threads() -> int:
-    """The most threads of one operator here: what the kernels take, or what the machine has."""
+    """The most threads of one operator on this machine: 16 per core up to the kernels' limit, and
+    always one per core.
+    """
     cores = os.cpu_count() or 1
-    return max(cores, min(MOST_KERNEL_THREADS, _A_CORE * cores))
+    return max(cores, min(MOST_KERNEL_THREADS, _PER_CORE * cores))
 
 
 def check_threads(threads: int) -> None:
-    """Raises ConfigError for threads of one operator that this machine can't have."""
+    """Raises ConfigError for a number of threads that is out of range on this machine."""
     if threads < 1:
         raise ConfigError(f"threads must be >= 1, got {threads}")
     if threads > (most := most_threads()):

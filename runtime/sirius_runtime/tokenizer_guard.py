@@ -1,12 +1,11 @@
 """Guards against an untrusted `tokenizer.json`: checks before the tokenizers library reads it, and
 errors for the library's own failures.
 
-The library is compiled code that can't be interrupted, so the file is searched for anything that
-could keep it busy forever. It refuses patterns that are too long to compile cheaply; patterns that
-repeat a repetition or a branch, whose search may take unbounded time; and whatever makes a text or
-its tokens much longer: replacements, maps of characters, templates, long words. The guard is
-partial: a pattern that takes time quadratic in the text is let through, as those of well-known
-tokenizers do too.
+The library is compiled code that can't be interrupted, so anything that could keep it busy forever
+is refused: patterns that are too long to compile cheaply; patterns that repeat a repetition or an
+alternative, whose search may take unbounded time; and everything that makes a text or its tokens
+much longer (replacements, character maps, templates, long words). The guard is partial: patterns
+that take time quadratic in the text are allowed, because well-known tokenizers have such patterns.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ from sirius_runtime.errors import ArtifactError
 from sirius_runtime.spec import JSON
 
 MOST_BYTES = 128 * 2**20
-"""Of a tokenizer.json; those of a quarter million tokens have 35 MiB."""
+"""Most bytes of a tokenizer.json; one of a quarter million tokens has 35 MiB."""
 MOST_VALUES = 8 * 2**20
-"""Of a tokenizer.json: words and merges of a quarter million tokens are two million."""
+"""Most JSON values; the words and merges of a quarter million tokens are two million."""
 LONGEST_PATTERN = 4096
-"""Characters of all patterns together: each class of Unicode letters takes 15 kB compiled."""
+"""Most characters of all patterns together: compiled, each Unicode class takes 15 kB."""
 MOST_REPEATED = 64
-"""Of a counted repetition of more than one character."""
+"""The largest count of a counted repetition."""
 MOST_GROWTH = 64
-"""Times that all replacements together may lengthen a text."""
+"""The factor by which all replacements together may lengthen a text."""
 MOST_ADDED = 256
-"""Tokens that all templates together may put around a text: the library would end the process
-where it has no memory for them.
+"""Most tokens that all templates together may add to a text: the library ends the process if it
+runs out of memory.
 """
 LONGEST_WORD = 8192
-"""Characters of a token's text; those of well-known tokenizers have some hundreds."""
+"""Most characters of a token's text; well-known tokenizers have a few hundred."""
 
 
 def check_tokenizer(content: bytes) -> None:
-    """Raises ArtifactError, naming the reason, for a tokenizer.json that is not to be read."""
+    """Raises ArtifactError, with the reason, for a tokenizer.json that must not be read."""
     if len(content) > MOST_BYTES:
         raise ArtifactError(f"it has {len(content)} bytes, at most {MOST_BYTES} are read")
     try:
@@ -54,7 +53,7 @@ def check_tokenizer(content: bytes) -> None:
     growth, length = 1.0, 0
     for name, part in document.items():
         if name == "model":
-            continue  # its words are no patterns
+            continue  # words are not patterns
         for rule in _objects(part):
             pattern = rule.get("pattern")
             text = _text_of(pattern)
@@ -66,7 +65,7 @@ def check_tokenizer(content: bytes) -> None:
                     )
                 if reason := fault_of(text):
                     raise ArtifactError(f"its pattern {text!r:.80} {reason}")
-                text = "x"  # the least that it may match
+                text = "x"  # a pattern matches at least one character
             for written in ("content", "replacement", "prepend"):
                 value = rule.get(written)
                 if isinstance(value, str) and (pattern is not None or written != "content"):
@@ -75,12 +74,13 @@ def check_tokenizer(content: bytes) -> None:
                 growth *= max(1.0, _longest_of_map(rule["precompiled_charsmap"]))
     if growth > MOST_GROWTH:
         raise ArtifactError(
-            f"its replacements lengthen a text up to {growth:.0f} times, at most {MOST_GROWTH}"
+            f"its replacements lengthen a text up to {growth:.0f} times, at most {MOST_GROWTH} "
+            "are allowed"
         )
 
 
 def _check_words(document: dict[str, JSON]) -> None:
-    """A token's text comes once for each time that a model writes it."""
+    """Checks the lengths of tokens' texts: a model may generate the longest one many times."""
     model = document.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     words: list[JSON] = []
@@ -95,7 +95,9 @@ def _check_words(document: dict[str, JSON]) -> None:
         words += [v for k, v in rule.items() if k not in ("precompiled_charsmap", "Regex")]
     longest = max((len(word) for word in words if isinstance(word, str)), default=0)
     if longest > LONGEST_WORD:
-        raise ArtifactError(f"it has a text of {longest} characters, at most {LONGEST_WORD} are")
+        raise ArtifactError(
+            f"it has a text of {longest} characters, at most {LONGEST_WORD} are allowed"
+        )
 
 
 def _check_templates(processor: JSON) -> None:
@@ -119,20 +121,23 @@ def _check_templates(processor: JSON) -> None:
                 named = [word.partition(":")[0] for word in words if isinstance(word, str)]
                 added += sum(sizes.get(name, 0) for name in named)
     if added > MOST_ADDED:
-        raise ArtifactError(f"its templates add {added} tokens to a text, at most {MOST_ADDED} are")
+        raise ArtifactError(
+            f"its templates add {added} tokens to a text, at most {MOST_ADDED} are allowed"
+        )
 
 
 def _longest_of_map(written: JSON) -> int:
-    """The longest text that a map of characters (of SentencePiece) writes for one.
+    """The longest replacement of one character in a SentencePiece character map.
 
-    Four bytes little-endian, the size of a trie; the trie; texts, each ended by a zero byte.
+    The map is: the size of a trie (four bytes little-endian), the trie, and texts that end in a
+    zero byte.
     """
     if not isinstance(written, str):
         return 0
     try:
         data = base64.b64decode(written, validate=True)
     except ValueError:
-        return 0  # which the library refuses
+        return 0  # the library refuses it
     texts = data[4 + int.from_bytes(data[:4], "little") :]
     return max((len(text.decode(errors="replace")) for text in texts.split(b"\0")), default=0)
 
@@ -158,20 +163,21 @@ def _objects(value: JSON) -> Iterator[dict[str, Any]]:
 
 
 def fault_of(pattern: str) -> str | None:
-    """Why the search for a pattern may take time without bound, or None where it is not seen to."""
-    # Of each open group: whether it holds what varies, a branch or a repetition.
+    """Why the search for a pattern may take unbounded time; None where no reason is found."""
+    # For each open group: whether it holds an alternative or a repetition.
     varies = [False]
-    place, ended = 0, False  # ended: what stands before is a group, and whether that varies
+    # ended: whether a group or repetition ends just before `place`; last_varies: whether it varies.
+    place, ended = 0, False
     last_varies = False
     while place < len(pattern):
         character = pattern[place]
         if character == "\\":
             follows = pattern[place + 1 : place + 2]
             if follows in ("g", "k") or (follows.isdigit() and follows != "0"):
-                return "refers to what it has matched"
+                return "has a back-reference or a call of a group"
             place, ended, last_varies = place + 2, False, False
             if follows in "pPuxoO" and pattern[place : place + 1] == "{":
-                close = pattern.find("}", place)  # the name of a class, no repetition
+                close = pattern.find("}", place)  # the name of a class, not a repetition
                 place = len(pattern) if close < 0 else close + 1
         elif character == "[":
             place, ended, last_varies = _after_class(pattern, place), False, False
@@ -179,7 +185,7 @@ def fault_of(pattern: str) -> str | None:
             varies.append(False)
             place, ended = place + 1, False
             if pattern[place : place + 1] == "?":
-                place += 1  # no repetition, but the kind of the group
+                place += 1  # begins the group's kind; not a repetition
         elif character == ")":
             inner = varies.pop() if len(varies) > 1 else False
             varies[-1] |= inner
@@ -189,14 +195,14 @@ def fault_of(pattern: str) -> str | None:
             place, ended, last_varies = place + 1, False, False
         elif character in "*+?{":
             least, most, after = _repetition(pattern, place)
-            if after == place:  # a brace that counts nothing
+            if after == place:  # a brace without a count is a literal
                 place, ended, last_varies = place + 1, False, False
                 continue
             if ended and last_varies and most > 1:
-                return "repeats what repeats or branches itself"
+                return "repeats a group that holds a repetition or an alternative"
             if most > MOST_REPEATED and most != _WITHOUT_END:
                 return f"repeats more than {MOST_REPEATED} times"
-            counted = least == most <= _FEW  # the three digits of a group of them
+            counted = least == most <= _FEW  # such as \p{N}{3}
             varies[-1] |= not counted
             place, last_varies = after, last_varies or not counted
             ended = ended or most > 1  # a repetition of it would be nested
@@ -211,8 +217,8 @@ _COUNTED = re.compile(r"\{(?=[\d,]*\d)(\d{0,9})(,?)(\d{0,9})\}")
 
 
 def _repetition(pattern: str, place: int) -> tuple[int, int, int]:
-    """How often the repetition at `place` repeats at the least and at the most, and where it ends;
-    that is `place` for a brace that counts nothing.
+    """The least and the most counts of the repetition at `place`, and the place after it; that is
+    `place` for a brace without a count.
     """
     character, after = pattern[place], place + 1
     least, most = {"?": (0, 1), "*": (0, _WITHOUT_END), "+": (1, _WITHOUT_END)}.get(
@@ -225,14 +231,14 @@ def _repetition(pattern: str, place: int) -> tuple[int, int, int]:
         few, comma, many = found.groups()
         least, after = int(few or 0), found.end()
         most = int(many) if many else _WITHOUT_END if comma else least
-    marks = "?" if character == "{" else "?+"  # lazy, or for good
+    marks = "?" if character == "{" else "?+"  # lazy or possessive
     if pattern[after : after + 1] in tuple(marks):
         after += 1
     return least, most, after
 
 
 def _after_class(pattern: str, place: int) -> int:
-    """The place after the class of characters that starts at `place`; classes may be nested."""
+    """The place after the character class that starts at `place`; classes may be nested."""
     depth = 0
     while place < len(pattern):
         character = pattern[place]
@@ -246,14 +252,14 @@ def _after_class(pattern: str, place: int) -> int:
         if character == "[" and pattern[place : place + 1] == "^":
             place += 1
         if character == "[" and pattern[place : place + 1] == "]":
-            place += 1  # the first stands for itself
+            place += 1  # a bracket at the start of a class is a literal
     return place
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Turns a panic of the tokenizers library, which no `except Exception` catches, into an
-    ArtifactError; and the plain Exception that its errors are.
+    """Turns errors of the tokenizers library into an ArtifactError: panics, which are not
+    `Exception`s, and errors, which are of the class `Exception` itself.
     """
     try:
         yield
@@ -269,7 +275,7 @@ def guarded() -> Iterator[None]:
 
 @contextmanager
 def panics_caught() -> Iterator[None]:
-    """As `guarded`, of panics alone: for what runs a caller's own code too."""
+    """As `guarded`, but only for panics: for contexts that also run a caller's code."""
     try:
         yield
     except BaseException as error:
@@ -280,5 +286,5 @@ def panics_caught() -> Iterator[None]:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether an exception is what Rust's panics become; its class can't be imported."""
+    """Whether an exception is a Rust panic; its class can't be imported."""
     return type(error).__name__ == "PanicException"

@@ -1,8 +1,7 @@
-"""A trace: what each period of one answer drafted, how the full path judged it, and what was
-committed.
+"""Traces: the drafts, the full path's verdicts and the commits of each period of one answer.
 
-`Generation` hands each `Period` and its evidence to a `Tracer`, which reads the tensors and makes
-plain numbers of them. Without a tracer nothing is read.
+`Generation` passes each `Period` and its evidence to a `Tracer`, which reads the tensors from the
+device and converts them to Python numbers. Without a tracer nothing is read.
 """
 
 from __future__ import annotations
@@ -28,40 +27,41 @@ if TYPE_CHECKING:
     from sirius_runtime.state import State
 
 FORMAT = 1
-"""Of the records; a reader of another number may find other fields."""
-_CONTEXT = 8  # tokens before one that are decoded with it
+"""Version of the records' format; it changes when their fields do."""
+_CONTEXT = 8  # tokens before a token that are decoded with it
 
 
 class Fate(StrEnum):
-    """What became of a drafted token."""
+    """Whether a drafted token was accepted."""
 
     KEPT = "kept"
-    """It is part of the answer."""
+    """It was accepted."""
     REFUSED = "refused"
-    """The token before it was kept, and the full path refused this one."""
+    """The token before it was accepted, and the full path refused this one."""
     DROPPED = "dropped"
-    """It follows a refused token, or is on a path of the tree that was not taken."""
+    """It follows a refused token, or is on another path of the tree than the accepted one."""
 
 
 class Kind(StrEnum):
     """The kinds of findings."""
 
     OVER_CORRECTION = "over-correction"
-    """A drafted token was refused that is the full path's own argmax: the correction is the very
-    same token, and the drafted tokens behind it were lost for nothing.
+    """A drafted token was refused although it is the full path's argmax. The correction is the same
+    token, and the drafted tokens behind it were dropped needlessly.
     """
     UNDER_CORRECTION = "under-correction"
-    """A drafted token was kept that is not the full path's argmax: dense decoding would have gone
-    on with another. The first one is where the answer departs from the dense one.
+    """A drafted token was accepted although it is not the full path's argmax. At the first such
+    token, the answer departs from that of dense greedy decoding.
     """
     CACHE_INCONSISTENCY = "cache-inconsistency"
-    """Committed K/V is not that of a dense run over the same tokens."""
+    """The K/V of committed tokens differs from that of a dense run over the same tokens."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a trace names, at a token of the answer. `instead`: the full path's argmax
-    there, with its probability; `departs`: whether the answer was the dense one up to here.
+    """A finding at a drafted token. `position`: its index in the answer; `full`: its probability by
+    the full path; `instead`: the full path's argmax at that place; `departs`: whether the answer
+    departs from that of dense greedy decoding here, for the first time.
     """
 
     kind: Kind
@@ -77,9 +77,8 @@ class Finding:
 class Drafted:
     """A drafted token: a node of the draft tree, whose node 0 is the root.
 
-    full: the full path's probability of it after its parent, as the mode judges it; sparse: the
-    sparse path's. None for a probability that is no number, or -inf's. likeliest: whether it is the
-    full path's argmax.
+    full: its probability after its parent by the full path, as the mode's rule uses it; sparse: by
+    the sparse path; None where that is not finite. likeliest: whether it is the full path's argmax.
     """
 
     node: int
@@ -95,7 +94,7 @@ class Drafted:
 
 @dataclass(frozen=True)
 class Emitted:
-    """The full path's own token, and its probability; None where that is not known."""
+    """A token of the full path, and its probability; None where that is not known."""
 
     token: int
     text: str | None
@@ -106,11 +105,11 @@ class Emitted:
 class Step:
     """A period, or a dense step.
 
-    position: of its first token in the answer. period, width: K and width of the draft. draft: its
-    nodes, level by level. emitted: what follows the kept tokens; corrects: whether in place of a
-    refused one (a tree may hold none after its kept path). advance: tokens committed; tokens: those
-    of them that the answer takes, fewer where it ends among them. reason: why a step is dense.
-    looked_up: whether the draft was copied from the text so far, and not the sparse path's.
+    position: index of its first token in the answer. period, width: K and w of the draft. draft:
+    its nodes, level by level. emitted: the full path's token after the accepted ones; corrects:
+    whether a token was refused in its place. advance: the number of committed tokens; tokens: those
+    of them that are part of the answer, which may end among them. reason: why a step is dense; None
+    for periods. looked_up: whether the draft was copied from the text so far (prompt look-up).
     """
 
     number: int
@@ -133,7 +132,7 @@ class Step:
         return tuple(one for one in self.draft if one.fate is Fate.KEPT)
 
     def record(self) -> dict[str, Any]:
-        """As a line of JSON."""
+        """The step as a JSON object."""
         fields = to_json(self)
         assert isinstance(fields, dict)
         kind = "period" if fields.pop("way") == Way.DRAFT else "dense"
@@ -142,8 +141,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Tracing:
-    """How to trace. listener: called with each step, once its tokens are committed. check_kv: in
-    the end, compare the caches with those of a dense run over the same tokens.
+    """Options of a trace. listener: is called with each step after its tokens are committed.
+    check_kv: at the end, compare the caches with those of a dense run over the same tokens.
     """
 
     listener: Callable[[Step], None] | None = None
@@ -152,7 +151,7 @@ class Tracing:
 
 @dataclass(frozen=True)
 class Trace:
-    """The trace of one answer. first: its first token, which the prompt's prefill makes."""
+    """The trace of one answer. first: its first token, which the prefill gives."""
 
     model: dict[str, Any]
     settings: dict[str, Any]
@@ -164,22 +163,22 @@ class Trace:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The answer's."""
+        """The answer's tokens."""
         return (self.first.token, *(token for step in self.steps for token in step.tokens))
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """Of all steps; those of the cache are `cache.differences`."""
+        """The findings of all steps. Those of the caches are in `cache.differences`."""
         return tuple(finding for step in self.steps for finding in step.findings)
 
     def count(self, kind: Kind) -> int:
-        """How often it was found."""
+        """The number of findings of this kind."""
         if kind is Kind.CACHE_INCONSISTENCY:
             return 0 if self.cache is None else self.cache.inconsistent
         return sum(finding.kind is kind for finding in self.findings)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The trace as objects of JSON: a header, the first token, a step each, the cache's check,
+        """The trace as JSON objects: a header, the first token, each step, the check of the caches,
         and an end (docs/trace.md).
         """
         yield {
@@ -207,15 +206,17 @@ def check_traceable(backend: Backend, request: Request, rows: int) -> None:
     """Raises ConfigError or GenerationError for a run that can't be traced."""
     if request.mode not in RULES:
         raise ConfigError(
-            f"a trace is of drafts, and mode {request.mode} makes none: use mode "
+            f"a trace shows drafts, and mode {request.mode} makes none: use mode "
             f"{', '.join(RULES)}, or leave trace out"
         )
     if rows != 1:
-        raise GenerationError(f"a trace is of one row, the batch has {rows}: trace them one by one")
+        raise GenerationError(
+            f"a trace covers one row, the batch has {rows}: trace them one by one"
+        )
     if not backend.explains:
         raise ConfigError(
-            f"a trace is of backend eager, and {type(backend).__name__} does not tell why its "
-            "periods do what they do: load the artifact with backend='eager', or leave trace out"
+            f"a trace needs backend eager: {type(backend).__name__} does not return its drafts and "
+            "logits; load the artifact with backend='eager', or leave trace out"
         )
 
 
@@ -234,7 +235,7 @@ class Tracer:
         self._tokenizer, self._processes = tokenizer, False
         if request.scoring is not None:
             self._processes = bool(request.scoring.processing)
-        self._history = list(prompt)  # and all tokens that were committed, taken or not
+        self._history = list(prompt)  # then all committed tokens, part of the answer or not
         self._taken, self._departed = 0, False
         self._steps: list[Step] = []
         text = None if tokenizer is None else tokenizer.decode(prompt, skip_special_tokens=False)
@@ -246,7 +247,7 @@ class Tracer:
         return replace(self._trace, steps=tuple(self._steps))
 
     def first(self, token: int) -> None:
-        """Takes the token that the prefill made."""
+        """Adds the first token, which the prefill gives."""
         emitted = Emitted(token, self._text(self._history, token), None)
         self._trace = replace(self._trace, first=emitted)
         self._history.append(token)
@@ -262,7 +263,7 @@ class Tracer:
         reason: str | None,
         looked_up: bool,
     ) -> None:
-        """Takes what a period did; `taken`: the answer's tokens of it."""
+        """Adds a period or dense step. `taken`: its tokens that are part of the answer."""
         assert done.evidence is not None
         if way is Way.DRAFT:
             draft, emitted, corrects, findings = self._drafted(plan, done, len(taken), looked_up)
@@ -292,7 +293,7 @@ class Tracer:
             self.tracing.listener(step)
 
     def end(self, state: State, fresh: Callable[[int], State]) -> None:
-        """Checks the caches, where that is asked for; `fresh` opens a state for so many tokens."""
+        """Checks the caches, if asked for. `fresh`: opens an empty state for so many tokens."""
         if not self.tracing.check_kv:
             return
         from sirius_runtime.kv_check import check_kv
@@ -303,7 +304,7 @@ class Tracer:
     def _stepped(self, plan: Plan, done: Period) -> Emitted:
         [token] = done.rows[0].tokens
         full = None
-        if not self._processes:  # else they are not what the token was chosen by
+        if not self._processes:  # a step's evidence has the logits before processing
             assert done.evidence is not None
             full = _Full(plan, done.evidence.logits[0]).of(0, token)
         return Emitted(token, self._text(self._history, token), full)
@@ -322,7 +323,7 @@ class Tracer:
         sparse = [None] * len(tokens) if looked_up else _sparse(plan, evidence)
 
         def after(node: int, token: int) -> Emitted:
-            """A token of the full path after a node."""
+            """A token after a node, with its text and its probability by the full path."""
             before, at = [], node
             while at:
                 before.append(tokens[at])
@@ -352,7 +353,7 @@ class Tracer:
         nodes = [node for node in range(1, len(tokens)) if 1 <= depths[node] <= row.drafted]
         draft = tuple(map(drafted, nodes))
         found = []
-        if not RULES[plan.rule].draws:  # else refusals and unlikely tokens keep a distribution
+        if not RULES[plan.rule].draws:  # sampling must refuse and accept by chance
             for one in draft:
                 kind = _kind(one)
                 if kind is not None and one.depth <= taken:
@@ -368,8 +369,8 @@ class Tracer:
         return Finding(kind, position, one.token, one.text, one.full, instead, departs)
 
     def _text(self, before: Sequence[int], token: int) -> str | None:
-        """A token's text; its name where it has none of its own: a special token, or bytes of an
-        unfinished character.
+        """A token's text; or its name in the vocabulary, if it has no text of its own (a special
+        token, or bytes of an unfinished character).
         """
         tokenizer = self._tokenizer
         if tokenizer is None:
@@ -383,7 +384,7 @@ class Tracer:
 
 
 def _kind(one: Drafted) -> Kind | None:
-    """The kind of finding that a drafted token's fate is, under a greedy rule."""
+    """The kind of finding at a drafted token under a greedy rule; None if there is none."""
     if one.fate is Fate.KEPT and not one.likeliest:
         return Kind.UNDER_CORRECTION
     if one.fate is Fate.REFUSED and one.likeliest:
@@ -392,7 +393,9 @@ def _kind(one: Drafted) -> Kind | None:
 
 
 class _Full:
-    """The full path's probabilities after each node, by its logits [N, V], as the mode judges."""
+    """The full path's probabilities after each node, from its logits [N, V], as the mode's rule
+    computes them.
+    """
 
     def __init__(self, plan: Plan, logits_NV: Any) -> None:
         from sirius_runtime.policy import likeliest
@@ -412,8 +415,8 @@ class _Full:
 
 
 def _sparse(plan: Plan, evidence: Evidence) -> list[float | None]:
-    """The sparse path's probability of each node's token after its parent: that of which it was
-    drawn, else at the verify temperature, by which drafts are scored.
+    """The sparse path's probability of each node's token after its parent: by the distribution that
+    it was drawn from, or in greedy drafts at verify_temperature, at which drafts are scored.
     """
     assert evidence.draft is not None
     tree, q = evidence.draft.tree, evidence.draft.distributions
@@ -428,7 +431,7 @@ def _sparse(plan: Plan, evidence: Evidence) -> list[float | None]:
 
 
 def _number(value: float) -> float | None:
-    """None for what JSON has no number for."""
+    """The value; None where it is not finite, because JSON has no such numbers."""
     return value if math.isfinite(value) else None
 
 

@@ -1,10 +1,10 @@
-"""The draft tree: beam expansion, masks, the accepted path and where its K/V lies.
+"""The draft tree: beam expansion, tree masks and the accepted path.
 
 Pure tensor functions with static shapes and no host reads: `by_entries` calls them, and the pass
 `build_period` traces them into the period's graph. A tree of `period` K and `width` w has N =
 (K - 1) w + 1 nodes, level-major: node 0 is the root (the last committed token), level d holds the w
-best continuations of d tokens, best first. A chain is a tree of width 1. Node j lives in cache slot
-`length + j` and at position `length + depth(j)`.
+best continuations of d tokens, best first. A chain is a tree of width 1. The cache slot of node j
+is `length + j`; its position is `length + depth(j)`.
 
 Shape letters: `B` rows, `N` nodes, `W` beams of a level (1 for the root's, else w), `K` tokens of a
 path, the root included, `V` vocabulary.
@@ -21,11 +21,11 @@ from sirius_runtime.sizes import node_count
 
 
 class Tree(NamedTuple):
-    """A draft. Nodes that are not drafted yet see themselves only, and have depth -1.
+    """A draft tree. Nodes that are not drafted yet see only themselves, and have depth -1.
 
     `tokens` and `parents` [B, N] int64; `scores` [B, N] float32: the sum of the tokens' log
-    probabilities on the node's path; `mask` [B, N, N] int64: how many levels the column's node lies
-    above the row's, -1 where it is not the node itself or an ancestor.
+    probabilities on the node's path; `mask` [B, N, N] int64: for query node i and key node j, the
+    depth of i minus that of j, and -1 where j is neither i nor its ancestor.
     """
 
     tokens: Tensor
@@ -40,7 +40,7 @@ class Tree(NamedTuple):
 
 
 class Level(NamedTuple):
-    """New nodes, best first: each [B, w]. `scores` are those of whole paths."""
+    """The nodes of a new level, best first; all [B, w]. `scores` are those of whole paths."""
 
     tokens: Tensor
     parents: Tensor
@@ -59,7 +59,7 @@ class Path(NamedTuple):
 
 
 def plant(root_B: Tensor, period: int, width: int) -> Tree:
-    """A tree of the roots alone, with room for all nodes."""
+    """A tree that has only its root, with room for all nodes."""
     B, N, device = root_B.shape[0], node_count(period, width), root_B.device
     is_root = torch.arange(N, device=device) == 0
     alone = torch.eye(N, dtype=torch.int64, device=device) - 1
@@ -80,10 +80,11 @@ def beams(level: Tensor, width: int, count: int) -> Tensor:
 def propose(
     tree: Tree, logits_BWV: Tensor, level: Tensor, width: int, temperature: Tensor | float
 ) -> Level:
-    """The `width` best nodes of `level` (int64 [], from 1), by the sparse logits of the one above.
+    """The `width` best nodes of `level` (int64 [], from 1), by the sparse logits of the level
+    above.
 
-    Every beam proposes its likeliest tokens; the best paths by the sum of log_softmax(logits /
-    temperature) stay (Sirius, arXiv 2409.03856, section 4).
+    Every beam proposes its likeliest tokens; of all paths, those with the largest sum of
+    log_softmax(logits / temperature) are kept (Sirius, arXiv 2409.03856, section 4).
     """
     above = beams(level - 1, width, logits_BWV.shape[1])
     log_p = (logits_BWV.float() / temperature).log_softmax(-1)
@@ -121,11 +122,11 @@ def longest_path(tree: Tree, passes_BN: Tensor, deepest_B: Tensor, period: int) 
     depth = torch.where(reached & (tree.depth <= deepest_B[:, None]), tree.depth, -1)
     longest = depth.amax(1)
     candidates = depth == longest[:, None]
-    # A candidate's own score may be -inf, where the vocabulary is masked.
+    # A candidate's score may be -inf, if processors forbid its token.
     scores = tree.scores.clamp(min=torch.finfo(tree.scores.dtype).min)
     last = scores.masked_fill(candidates.logical_not(), float("-inf")).argmax(1)
     above = tree.mask.gather(1, last[:, None, None].expand(-1, 1, N))[:, 0]
-    # Nodes by their depth; the column after the last takes those that lie off the path.
+    # Scatters the path's nodes to their depths; other nodes go to an extra last column.
     target = torch.where(above >= 0, longest[:, None] - above, period)
     empty = torch.zeros_like(last)[:, None].expand(-1, period + 1)
     nodes = empty.scatter(1, target, node_N.expand(target.shape))[:, :period]
@@ -133,9 +134,10 @@ def longest_path(tree: Tree, passes_BN: Tensor, deepest_B: Tensor, period: int) 
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest along the last dimension and their indices; of equals the first, if one.
+    """The `count` largest values along the last dimension, and their indices.
 
-    `topk` alone leaves open which of equal values it takes, and the full path's choice is `argmax`.
+    For `count` 1 it is the first of equal values, as in the full path's `argmax`; `topk` does not
+    specify which one it takes.
     """
     if count == 1:
         index = values.argmax(-1, keepdim=True)

@@ -1,5 +1,5 @@
-"""`verify`: whether an artifact is sound, and whether this machine computes what the compiling one
-did.
+"""`verify`: checks that an artifact is sound, and compares this machine's logits with those of the
+compiling machine.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _SEVERITY = (Outcome.EQUAL, Outcome.ROUNDED, Outcome.DIFFERENT)
 
 @dataclass(frozen=True)
 class Verification:
-    """A sound artifact: its entries but the manifest, their bytes, its graphs and its weights; and
-    what the self-test came to on `backend`, of each entry. `compared` is empty where the artifact
-    holds no self-test.
+    """The result for a sound artifact. `files`: number of its files without the manifest; `size`:
+    their bytes; `graphs`: names of its graphs; `weights`: their number. `compared`: the self-test's
+    result on `backend` for each entry; empty if the artifact has no self-test.
     """
 
     path: Path
@@ -42,19 +42,20 @@ class Verification:
 
     @property
     def outcome(self) -> Outcome | None:
-        """The worst of the entries; None without a self-test."""
+        """The worst outcome of all entries; None without a self-test."""
         found = [one.outcome for one in self.compared]
         return max(found, key=_SEVERITY.index, default=None)
 
 
 def verify(path: str | Path, *, device: str | torch.device | None = "cpu") -> Verification:
     """Checks the hash of every file, the manifest against its schema, every graph against the
-    weights and inputs that it is bound to, the tokenizer and the chat templates; then repeats the
+    weights and inputs that it is bound to, the tokenizer and the chat templates. Then runs the
     self-test in the stored dtype.
 
-    device: as for `load`. Back end `eager` runs it, or `onnxruntime` where the artifact has no
-    graphs for PyTorch or there is no PyTorch. Raises ArtifactError for what is not sound, naming
-    it, and what `load` raises; the self-test's outcome is a part of the result, whatever it is.
+    device: as for `load`. The back end is `eager`; it is `onnxruntime` where the artifact has no
+    PyTorch graphs or PyTorch is not installed. Raises ArtifactError, naming the fault, for an
+    artifact that is not sound, and the errors of `load`. A self-test that fails does not raise: it
+    is part of the result.
     """
     with Artifact.open(path) as artifact:
         manifest, names = artifact.manifest, artifact.names(_GRAPHS)
@@ -72,7 +73,7 @@ def verify(path: str | Path, *, device: str | torch.device | None = "cpu") -> Ve
         path,
         device=device if by_torch else None,
         backend=backend,
-        verify=False,  # it has just been
+        verify=False,  # the hashes were checked above
         progress=lambda _: None,
     )
     compared: tuple[Compared, ...] = ()
@@ -94,7 +95,7 @@ def verify(path: str | Path, *, device: str | torch.device | None = "cpu") -> Ve
 
 
 def _check_bindings(artifact: Artifact) -> None:
-    """Every graph that the manifest names is there, and fits it; no other graph is."""
+    """Checks that the artifact has exactly the manifest's graphs, and that each matches it."""
     import torch
 
     from sirius_runtime.dtypes import dtype_of
@@ -106,7 +107,7 @@ def _check_bindings(artifact: Artifact) -> None:
         check_entries(program)
         files = {f"{_GRAPHS}{entry.name}.json" for entry in program.entries}
         for name in sorted(files ^ set(artifact.names(_GRAPHS))):
-            raise ArtifactError(f"{name} is not an entry of the manifest, or is not there")
+            raise ArtifactError(f"{name} is not an entry of the manifest, or is missing")
         for entry in program.entries:
             document = artifact.read_json(f"{_GRAPHS}{entry.name}.json")
             dtype = dtype_of(program.model.dtype)

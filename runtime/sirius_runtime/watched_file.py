@@ -1,8 +1,8 @@
-"""The file behind a mapping, which others may change while it is used.
+"""Detects changes of a mapped file while it is used.
 
-A mapping shows what is written to the file after it was checked; where the file was cut short, the
-system kills a process that reads on (SIGBUS). Only a copy prevents either. But the file's size and
-time of last change reveal both, and reading them takes a microsecond.
+A mapping shows bytes that are written to the file after it was checked. If the file is truncated,
+the system kills a process that reads beyond its end (SIGBUS). Only a copy prevents both. But both
+change the file's size or modification time, and reading these takes a microsecond.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from sirius_runtime.errors import ArtifactError
 
 
 class WatchedFile:
-    """An open file, as it was when it was opened.
+    """An open file, with its size and modification time when it was opened.
 
-    It is held by its descriptor: where another file is renamed over its name, which is how
-    artifacts are replaced, the one that is mapped stays as it is.
+    It is identified by its descriptor: renaming another file over its path, which is how artifacts
+    are replaced, does not change the mapped file.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -29,11 +29,11 @@ class WatchedFile:
         self._seen = self._state()
 
     def check(self) -> None:
-        """Raises ArtifactError where the file has changed since."""
+        """Raises ArtifactError where the file has changed since it was opened."""
         try:
             state = self._state()
         except OSError as error:
-            raise self._fault(f"can't be asked for its size ({error.strerror})") from error
+            raise self._fault(f"has a size that can't be read ({error.strerror})") from error
         if state != self._seen:
             (before, _), (now, _) = self._seen, state
             if now != before:
@@ -41,10 +41,10 @@ class WatchedFile:
             raise self._fault("was written to after it was opened")
 
     def reopened(self, flags: int = 0) -> int:
-        """Another descriptor of the same file, opened with these flags of `os.open` more."""
+        """A new descriptor of the same file, opened with these additional flags of `os.open`."""
         try:
             return os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | flags)
-        except FileNotFoundError:  # no Linux
+        except FileNotFoundError:  # not Linux
             if flags:
                 raise
             return os.dup(self._descriptor)
@@ -55,6 +55,6 @@ class WatchedFile:
 
     def _fault(self, what: str) -> ArtifactError:
         return ArtifactError(
-            f"{self.path}: the file {what}, and its weights are used where they lie; load it "
+            f"{self.path}: the file {what}, and its weights are used from the file itself; load it "
             "again. To replace it, rename another file over it, or load it with copy=True (--copy)"
         )

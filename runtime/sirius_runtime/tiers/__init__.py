@@ -1,1 +1,1 @@
-"""Weights in two tiers: what stays in fast memory, and what is streamed from a slower one."""
+"""Weights in two tiers: a part is held in fast memory, the rest is streamed from a slow tier."""

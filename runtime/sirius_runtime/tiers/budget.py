@@ -1,5 +1,5 @@
-"""What a memory budget leaves for weights: the budget less what the process holds already, the
-caches of a request, and what a step computes.
+"""The part of a memory budget that is left for weights: the budget minus the process's resident
+memory, the caches of a request, and the activations of a step.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from sirius_runtime.sizes import PREFILL_CHUNK, cache_slots
 from sirius_runtime.spec import ProgramSpec
 
 DEFAULT_CONTEXT = 2048
-"""Tokens of prompt and answer that a budget leaves room for, unless another number is given."""
+"""Default number of tokens, prompt and answer, whose caches a budget includes."""
 
 _WORKING = 64 * 2**20
-"""Of what has no other place here: threads' stacks, code that is first run later, the allocator's
-leftovers."""
+"""Bytes for everything else: threads' stacks, code that is loaded later, unused memory of the
+allocator.
+"""
 
 _UNITS = {
     **{name: 1024**power for power, name in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))},
@@ -27,7 +28,9 @@ _SIZE = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})?\s*", re.IGNOREC
 
 
 def read_size(size: int | str, name: str) -> int:
-    """Bytes of ``6GiB``, ``500MB``, or a number of bytes; ConfigError for anything else."""
+    """The bytes of ``6GiB``, ``500MB``, or a number of bytes. Raises ConfigError, naming `name`,
+    for anything else.
+    """
     if isinstance(size, str) and (match := _SIZE.fullmatch(size)):
         units = {unit.lower(): factor for unit, factor in _UNITS.items()}
         size = int(float(match[1]) * units[(match[2] or "B").lower()])
@@ -40,7 +43,7 @@ def read_size(size: int | str, name: str) -> int:
 
 
 def in_units(size: float) -> str:
-    """A size for a reader."""
+    """A number of bytes as text in KiB, MiB or GiB."""
     for unit in ("GiB", "MiB", "KiB"):
         if size >= _UNITS[unit]:
             return f"{size / _UNITS[unit]:.2f} {unit}"
@@ -48,7 +51,7 @@ def in_units(size: float) -> str:
 
 
 def resident() -> int:
-    """Bytes of the process in memory."""
+    """Resident memory of the process, in bytes."""
     try:
         with Path("/proc/self/status").open(encoding="ascii") as status:
             for line in status:
@@ -56,31 +59,31 @@ def resident() -> int:
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
-    import resource  # the most so far, where the system does not say more
+    import resource  # not Linux: the peak is the only number there is
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def caches(program: ProgramSpec, itemsize: int, context: int, rows: int = 1) -> int:
-    """Bytes of K/V of so many rows of `context` tokens and of the largest period."""
+    """Bytes of KV cache for `rows` rows of `context` tokens and the largest period."""
     return cache_bytes(
         program, itemsize, rows * cache_slots(context, AUTO_PERIOD, max(AUTO_WIDTHS))
     )
 
 
 def cache_bytes(program: ProgramSpec, itemsize: int, slots: int) -> int:
-    """Bytes of K/V of so many slots."""
+    """Bytes of KV cache for so many slots."""
     state = program.state
     width = state.key_dim + state.value_dim
     return state.layers * state.kv_heads * width * slots * itemsize
 
 
 def reserve(program: ProgramSpec, itemsize: int, context: int, rows: int = 1) -> int:
-    """Bytes for so many rows of `context` tokens, and for what the largest step computes.
+    """Bytes for the caches of `rows` rows of `context` tokens and the activations of the largest
+    step.
 
-    A prompt's chunk holds a few activations of the widest layer in float32. Where it has more
-    tokens than the kernels take, a nested matrix is unpacked for it. A period's logits are
-    compared in float32.
+    A prompt chunk holds a few activations of the widest layer in float32. If it has more tokens
+    than the kernels take, a nested matrix is dequantized for it. A period's logits are in float32.
     """
     nodes = rows * max(AUTO_PERIOD, program.period.period) * max(program.period.tree_width, 1)
     vocabulary = program.model.vocab_size

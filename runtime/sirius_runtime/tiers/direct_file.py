@@ -1,8 +1,8 @@
-"""The slow tier of a CPU: a file that threads read past the page cache, into buffers of ours.
+"""The slow tier of a CPU: a file that threads read into our buffers, bypassing the page cache.
 
-A mapping would fault on the hot path, a page at a time, and fill the page cache with what is read
-once a period. Direct reads (O_DIRECT) do neither. Where the file system has none, reads go through
-the page cache, which is told to forget them.
+A mapping would fault on the hot path, page by page, and fill the page cache with data that is read
+once per period. Direct reads (O_DIRECT) do neither. On file systems without them, reads go through
+the page cache and are dropped from it afterwards.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sirius_runtime.tiers.stream import Load
 from sirius_runtime.watched_file import WatchedFile
 
 READERS = 4
-"""Threads that read. A virtual disk gave 0.6 to 0.9 GB/s to one, 1.1 to 1.3 to two and more."""
+"""Threads that read. A virtual disk gave 0.6 to 0.9 GB/s with one, 1.1 to 1.3 with two or more."""
 
 CHUNK = 4 * 2**20
 """Bytes of one read."""
@@ -37,19 +37,20 @@ class _Reads:
             part.result()
 
     def cancel(self) -> None:
-        """Returns once none of them writes any more."""
+        """Cancels the reads that have not begun, and waits for the others."""
         for part in self.parts:
             if not part.cancel():
                 part.exception()
 
 
 class DirectFile:
-    """Reads the file into `arena`, whose addresses are those of pages. Use `close` at the end."""
+    """Reads the file into `arena`, which is page-aligned. Call `close` at the end."""
 
     def __init__(self, file: WatchedFile, arena: mmap) -> None:
         if not hasattr(os, "preadv"):
             raise BackendError(
-                "this system has no preadv, by which weights are streamed: leave out the budget"
+                "this system has no preadv, which streaming weights needs: leave out the memory "
+                "budget"
             )
         self._file, self._arena = file, memoryview(arena)
         self._descriptor, self.direct = _opened(file)
@@ -58,11 +59,12 @@ class DirectFile:
         self._closed = weakref.finalize(self, _close, self._pool, self._descriptor)
 
     def fetch(self, load: Load) -> _Reads:
-        """Begins to read a block to its place."""
+        """Begins to read a block into its place in the arena."""
         if os.getpid() != self._process:
             raise BackendError(
-                "the process was forked after the model was loaded, and threads that read its "
-                "weights stayed behind: load it in the child, or start that by spawn"
+                "the process was forked after the model was loaded, and a fork does not copy the "
+                "threads that read its weights: load the model in the child, or start the child by "
+                "spawn"
             )
         return _Reads(
             [
@@ -77,10 +79,12 @@ class DirectFile:
         )
 
     def release(self) -> None:
-        """What was computed so far has read its blocks; on a CPU, it has once it returns."""
+        """See `Tier`. Nothing to do: CPU kernels have read their blocks when they return."""
 
     def rows(self, start: int, size: int, rows: Sequence[int], into: memoryview) -> None:
-        """Reads rows of `size` bytes of a matrix at `start`, one after another."""
+        """Reads rows of `size` bytes of the matrix at offset `start` into `into`, one after
+        another.
+        """
         parts = [
             self._pool.submit(self._read_bytes, start + row * size, into[i * size : (i + 1) * size])
             for i, row in enumerate(rows)
@@ -89,7 +93,7 @@ class DirectFile:
             part.result()
 
     def chunks(self, start: int, end: int) -> Iterator[memoryview]:
-        """The bytes [start, end), in pieces that are valid until the next one."""
+        """The bytes [start, end) of the file in chunks; each is valid until the next one."""
         first = start // PAGE * PAGE
         view = memoryview(mmap(-1, min(CHUNK, -(-(end - first) // PAGE) * PAGE)))
         for at in range(first, end, CHUNK):
@@ -98,7 +102,7 @@ class DirectFile:
             yield view[max(start - at, 0) : needed]
 
     def close(self) -> None:
-        """Waits for reads that have begun, and leaves out the others."""
+        """Waits for reads that have begun, cancels the others, and closes the file."""
         self._closed()
 
     def _read_bytes(self, start: int, into: memoryview) -> None:
@@ -108,8 +112,8 @@ class DirectFile:
             begin += len(chunk)
 
     def _read(self, offset: int, into: memoryview, needed: int) -> None:
-        """Fills `into` from the file, of which `needed` bytes have to be there: the last page of a
-        file is rarely whole.
+        """Fills `into` from the file. At least `needed` bytes must be read; the others may lie
+        beyond the end of the file, whose last page is rarely whole.
         """
         done = 0
         while done < min(needed, len(into)):
@@ -132,7 +136,7 @@ class DirectFile:
 
 
 def _opened(file: WatchedFile) -> tuple[int, bool]:
-    """A descriptor of the same file, and whether it reads directly."""
+    """A new descriptor of the same file, and whether its reads are direct."""
     direct = getattr(os, "O_DIRECT", 0)
     if direct:
         try:
@@ -143,7 +147,7 @@ def _opened(file: WatchedFile) -> tuple[int, bool]:
             try:
                 os.preadv(descriptor, [view], 0)
                 return descriptor, True
-            except OSError:  # opened, and refused
+            except OSError:  # the file system accepts O_DIRECT but can't read
                 os.close(descriptor)
     return file.reopened(), False
 

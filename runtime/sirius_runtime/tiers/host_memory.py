@@ -1,6 +1,6 @@
-"""The slow tier of a GPU: pinned memory of the host, copied on a stream beside the computation.
+"""The slow tier of a GPU: pinned memory of the host, copied on its own CUDA stream.
 
-This has not run on a GPU. Its order of copies is tested on the CPU, where a copy is done at once.
+This has not run on a GPU. The order of copies is tested on the CPU, where copies are synchronous.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sirius_runtime.tiers.stream import Load
 
 
 class _Copy:
-    """A copy that was queued; `event`: after it, None where it is done."""
+    """A queued copy. `event`: recorded after the copy; None if the copy is done."""
 
     def __init__(self, event: torch.cuda.Event | None) -> None:
         self._event = event
@@ -26,11 +26,11 @@ class _Copy:
             torch.cuda.current_stream().wait_event(self._event)
 
     def cancel(self) -> None:
-        """What was queued is copied; who copies there next, queues behind it."""
+        """Nothing to do: a queued copy can't be cancelled, and later copies queue behind it."""
 
 
 class HostMemory:
-    """Copies from the bytes of a file in the host's memory, pinned for a GPU, to its `arena`."""
+    """Copies blocks of a file in the host's memory (pinned for a GPU) to `arena` on the device."""
 
     def __init__(self, source: Tensor, arena: Tensor) -> None:
         """`source`, `arena`: uint8 [bytes], on the host and on the device."""

@@ -1,11 +1,12 @@
-"""Which weights stay in fast memory, and which are streamed from the slow tier at every use.
+"""Chooses which weights are held in fast memory; the others are streamed at every use.
 
-A block is a tensor, or a plane of a nested one: what is held or streamed as a whole. An entry's
-calls read their blocks in a fixed order; those that are not held are copied into a ring, ahead of
-the call that reads them. A block that is held saves as many bytes a byte as passes read it: the
-high planes are read by every draft step and by verification, the low planes once a period.
+A block is a tensor, or one plane of a nested weight. It is held or streamed as a whole. An entry's
+calls read their blocks in a fixed order. Blocks that are not held are copied into a ring buffer
+ahead of the call that reads them. Holding a block saves its bytes times the number of passes that
+read it in a period: the high planes are read by every draft step and by verification, the low
+planes once per period.
 
-Pure Python: `sirius inspect --placement` asks for a table without reading a weight.
+This module is pure Python: `sirius inspect --placement` prints a table without reading weights.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import NamedTuple
 from sirius_runtime.errors import ConfigError
 
 PAGE = 4096
-"""Direct reads begin and end at multiples of it in the file, and in memory."""
+"""Direct reads begin and end at multiples of this, in the file and in memory."""
 
-_GOLDEN = 0.6180339887498949  # its multiples, less their whole part, are spread evenly
+_GOLDEN = 0.6180339887498949  # the fractional parts of its multiples are spread evenly
 
 
 class Block(NamedTuple):
@@ -32,24 +33,24 @@ class Block(NamedTuple):
 
     @property
     def first(self) -> int:
-        """The file's offset at which a direct read of it begins."""
+        """The file offset at which a direct read of the block begins."""
         return self.start // PAGE * PAGE
 
     @property
     def room(self) -> int:
-        """Bytes that its read takes in memory."""
+        """Bytes in memory for a direct read of the block."""
         return -(-self.end // PAGE) * PAGE - self.first
 
 
 Step = tuple[Block, ...]
-"""What one call reads of its weights, or calls that read the same ones."""
+"""The blocks that one call reads, or several successive calls that share blocks."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What the entries read: `steps` of each, in order; `pinned` blocks, which have to stay; and
-    the `passes` of each entry in a period. `rows`: blocks of embeddings of which passes gather
-    rows, which costs next to nothing.
+    """The blocks that the entries read. `steps`: each entry's steps, in order. `pinned`: blocks
+    that must be held. `passes`: the passes of each entry in a period. `rows`: blocks of embeddings,
+    of which a pass reads only single rows, at almost no cost.
     """
 
     steps: Mapping[str, tuple[Step, ...]]
@@ -69,8 +70,8 @@ class Needs:
 
 @dataclass(frozen=True)
 class Placement:
-    """`held`: what stays; `steps`: by entry, what is streamed, with the steps that stream nothing
-    left out; `ring`: bytes of the ring; `streamed`: bytes a period streams.
+    """A placement. `held`: the held blocks. `steps`: each entry's streamed blocks, without steps
+    that stream nothing. `ring`: bytes of the ring buffer. `streamed`: bytes streamed per period.
     """
 
     held: frozenset[Block]
@@ -83,7 +84,7 @@ class Placement:
         return room_of(self.held) + self.ring
 
     def bytes_of(self, entry: str) -> int:
-        """What a pass of the entry streams."""
+        """Bytes that a pass of the entry streams."""
         return sum(block.end - block.start for step in self.steps[entry] for block in step)
 
 
@@ -92,42 +93,46 @@ def room_of(blocks: Iterable[Block]) -> int:
 
 
 def least_room(needs: Needs) -> int:
-    """The bytes that a placement takes at least: what has to stay, and the largest step."""
+    """The least bytes of a placement: those of the pinned blocks and of the largest step."""
     return room_of(needs.pinned) + _Steps(needs).largest
 
 
 def place(needs: Needs, room: int, *, name: str = "room", extra: int = 0) -> Placement:
-    """The placement within `room` bytes that streams the fewest bytes a period.
+    """The placement within `room` bytes that streams the fewest bytes per period.
 
-    Raises ConfigError where nothing fits; the message names the least, to which `extra` is added.
+    Raises ConfigError where `room` is too small. The message names the least that works; `extra`:
+    bytes that it adds to both numbers, for memory other than weights.
     """
     least = least_room(needs)
     if room < least:
         raise ConfigError(
-            f"{name} {room + extra:,} bytes is too small: this model needs {least + extra:,} bytes "
-            "at least, for what has to stay and the largest call's weights"
-            + (f", and {extra:,} of them for what is no weight" if extra else "")
+            f"{name} {room + extra:,} bytes is too small: this model needs at least "
+            f"{least + extra:,} bytes, for the weights that must be held and those of the largest "
+            "call"
+            + (f"; {extra:,} of these bytes are for memory other than weights" if extra else "")
             + "; raise it"
         )
-    # Of equally frequent blocks, either those of large steps, so that the ring gets small, or the
-    # small ones, which fill the room.
+    # Among blocks that are read equally often, tries both: those of large steps first, so that the
+    # ring gets small; and small ones first, which fill the room.
     whole = room // PAGE * PAGE
     found = [_greedy(needs, whole, first) for first in (-1, 1)]
     return min(found, key=lambda placement: placement.streamed)
 
 
 def _greedy(needs: Needs, room: int, sign: int) -> Placement:
-    """`sign`: -1 where blocks of large steps come first among those that are read as often."""
+    """Holds blocks in the order of reads per period while they fit. `sign`: -1 to prefer blocks of
+    large steps among those that are read equally often, 1 to prefer those of small steps.
+    """
     reads, steps = needs.reads(), _Steps(needs)
     in_file = sorted(reads.keys() - needs.pinned, key=lambda one: one.start)
-    # What streams is spread over the layers, so that the stream has work while held ones compute.
+    # Streamed blocks are spread over the layers, so that they are read while others compute.
     spread = {one: index * _GOLDEN % 1.0 for index, one in enumerate(in_file)}
     candidates = sorted(
         in_file, key=lambda one: (-reads[one], sign * steps.size_of(one), one.plane, spread[one])
     )
     held, used = set(needs.pinned), room_of(needs.pinned)
     for block in [*candidates, *sorted(needs.rows - reads.keys() - needs.pinned)]:
-        # Kernels take a low plane that lies after the high one: it stays only where that does.
+        # Kernels need the low plane behind the high one, so it is held only if that is held.
         high = block.plane == 0 or any(
             one.weight == block.weight and one.plane < block.plane for one in held
         )
@@ -148,7 +153,7 @@ def _greedy(needs: Needs, room: int, sign: int) -> Placement:
 
 
 class _Steps:
-    """The bytes that each step needs of the ring, as blocks become held."""
+    """The ring bytes that each step needs, updated as blocks become held."""
 
     def __init__(self, needs: Needs) -> None:
         self._sizes = {entry: [0] * len(steps) for entry, steps in needs.steps.items()}
@@ -167,7 +172,7 @@ class _Steps:
         self._add(block, block.room)
 
     def size_of(self, block: Block) -> int:
-        """The largest step that reads the block."""
+        """Ring bytes of the largest step that reads the block."""
         return max(self._sizes[entry][index] for entry, index in self._places[block])
 
     @property
@@ -176,7 +181,7 @@ class _Steps:
 
     @property
     def ahead(self) -> int:
-        """The most that a step and the next one need: one is read while the other is computed."""
+        """The most ring bytes of two successive steps: one is read while the other computes."""
         most = 0
         for sizes in self._sizes.values():
             before = 0

@@ -1,4 +1,4 @@
-"""What the calls of a graph read of its weights, and where a pass waits for it."""
+"""The blocks of weights that each call of a graph reads."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _VIEWS = {
         *("unbind", "detach", "alias"),
     )
 } | {operator.getitem}
-"""Operators that read nothing: who reads what they return, reads their argument."""
+"""Operators that return a view: a call that reads the view reads the argument."""
 
 _MAYBE_VIEWS = {
     *(aten.reshape, aten.contiguous, aten.to, aten.flatten, aten.type_as),
     *(while_loop, cond),
 }
-"""What may return its argument, or give it to a graph of its own: who reads it is not known."""
+"""Operators that may return a view, or pass the argument to a subgraph: its readers are unknown."""
 
 _EMBEDDINGS = (aten.embedding.default, torch.ops.sirius.embedding.default, embedding)
-"""Of a table and the ids of rows, in this order."""
+"""Embeddings; their first two arguments are a table and the ids of rows."""
 
 
 class Weights:
-    """The weights of a file as tensors that view one mapping of it, and the blocks behind them."""
+    """The weights of a file, as tensors that view one mapping of it, and their blocks."""
 
     def __init__(
         self, program: ProgramSpec, tensors: Mapping[str, Tensor], slots: Mapping[str, Slot]
@@ -57,11 +57,11 @@ class Weights:
             starts = [slot.start + plane * size for plane in range(planes)]
             blocks = tuple(Block(spec.name, i, at, at + size) for i, at in enumerate(starts))
             self._blocks[spec.name] = blocks
-            if len(spec.shape) < 2 or not spec.parameter:  # small, or no weights at all
+            if len(spec.shape) < 2 or not spec.parameter:  # small ones, and constants
                 self._pinned.update(blocks)
 
     def read_by(self, value: Tensor) -> list[Block]:
-        """The blocks that a weight, or a slice of one, reads."""
+        """The blocks that a call reads with `value`, a weight or a slice of one."""
         if not value.numel():
             return []
         blocks, offset = self.at(value)
@@ -71,7 +71,7 @@ class Weights:
         return list(blocks[first : first + value.shape[0]])
 
     def at(self, value: Tensor) -> tuple[tuple[Block, ...], int]:
-        """The blocks of the weight that `value` is a slice of, and its offset in it in bytes."""
+        """The blocks of the weight that `value` views, and the view's offset in it, in bytes."""
         index = bisect_right(self._addresses, value.data_ptr()) - 1
         return self._blocks[self._names[index]], value.data_ptr() - self._addresses[index]
 
@@ -81,7 +81,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Span:
-    """The calls from `first` to `last` read the blocks of a step."""
+    """A step, and the first and last of the calls that read its blocks."""
 
     first: fx.Node
     last: fx.Node
@@ -90,7 +90,9 @@ class Span:
 
 @dataclass(frozen=True)
 class Gather:
-    """A call that reads rows of a table, which is that argument of the graph."""
+    """A call that reads rows of a table. `argument`: index of the table among the graph's
+    arguments.
+    """
 
     call: fx.Node
     argument: int
@@ -99,7 +101,7 @@ class Gather:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a graph reads: steps in order, rows, and the blocks that stay."""
+    """The reads of a graph: steps in order, row gathers, and the blocks that must be held."""
 
     spans: tuple[Span, ...]
     gathers: tuple[Gather, ...]
@@ -107,7 +109,9 @@ class Reads:
 
 
 def reads_of(graph: fx.Graph, arguments: Sequence[Tensor | None], weights: Weights) -> Reads:
-    """`arguments`: the weights that the graph's placeholders are bound to, in order."""
+    """The reads of a graph. `arguments`: the weights that its placeholders are bound to, in order;
+    None for inputs.
+    """
     order = {node: index for index, node in enumerate(graph.nodes)}
     read: dict[fx.Node, set[Block]] = {}
     gathers: list[Gather] = []
@@ -130,7 +134,7 @@ def reads_of(graph: fx.Graph, arguments: Sequence[Tensor | None], weights: Weigh
     spans: list[Span] = []
     for node in sorted(read, key=order.__getitem__):
         first, step = node, read[node]
-        if spans and step & set(spans[-1].step):  # read by neighbours: streamed once
+        if spans and step & set(spans[-1].step):  # successive calls that share blocks
             before = spans.pop()
             first, step = before.first, step | set(before.step)
         spans.append(Span(first, node, _in_order(step)))
@@ -138,12 +142,12 @@ def reads_of(graph: fx.Graph, arguments: Sequence[Tensor | None], weights: Weigh
 
 
 def _in_order(blocks: set[Block]) -> Step:
-    """High planes first: kernels take low ones that lie after them."""
+    """The blocks in order, high planes first: kernels need the low planes behind them."""
     return tuple(sorted(blocks, key=lambda block: (block.plane, block.start)))
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    """The calls that read a value, or a view of it."""
+    """The calls that read a node's value or a view of it."""
     found = []
     for user in node.users:
         if _packet(user) in _VIEWS:
@@ -154,5 +158,5 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _packet(node: fx.Node) -> Any:
-    """The operator of a call, whatever its overload."""
+    """The operator of a call, without its overload."""
     return getattr(node.target, "overloadpacket", node.target)

@@ -1,9 +1,9 @@
-"""Streams what a pass reads of the slow tier, ahead of the calls that read it.
+"""Streams blocks from the slow tier into a ring buffer, ahead of the calls that read them.
 
-The blocks of an entry's steps have places in a ring, one after another, so that a graph's arguments
-are bound once. A pass goes through its steps: `wait` returns when the step's blocks have come,
-`done` frees their places, and the next steps that fit are begun. When a pass ends, the next one's
-first steps are begun at once: they come while the draft computes.
+The blocks of an entry's steps have fixed places in the ring, so that a graph's arguments are bound
+once. In a pass, `wait` returns when a step's blocks have arrived; `done` frees their places, and
+loads of the next steps that fit are begun. When a pass ends, the loads of the pass that followed it
+last time are begun at once.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from sirius_runtime.tiers.placement import Step
 
 
 class Load(NamedTuple):
-    """A block on its way: `room` bytes from the slow tier's offset `first` to `place` in the fast
-    one, of which the slow tier has to have the first `needed`.
+    """A copy of a block: `room` bytes from offset `first` of the slow tier to offset `place` of the
+    arena. Only the first `needed` bytes must exist in the slow tier.
     """
 
     first: int
@@ -29,14 +29,14 @@ class Load(NamedTuple):
 
 
 class Pending(Protocol):
-    """Loads that were begun."""
+    """A load that was begun."""
 
     def wait(self) -> None:
-        """Returns when all is there, or raises what went wrong."""
+        """Returns when the bytes have arrived; raises the load's error."""
         ...
 
     def cancel(self) -> None:
-        """Gives them up; returns when nothing is written any more."""
+        """Cancels the load; returns when nothing more is written."""
         ...
 
 
@@ -44,15 +44,15 @@ class Tier(Protocol):
     """A slow tier."""
 
     def fetch(self, load: Load) -> Pending:
-        """Begins a copy to the fast tier. Copies are made in this order, more than one at once."""
+        """Begins a copy to the fast tier. Copies start in the order of calls; several may run."""
         ...
 
     def rows(self, start: int, size: int, rows: Sequence[int], into: memoryview) -> None:
-        """Copies rows of `size` bytes of a matrix at offset `start`, one after another."""
+        """Copies rows of `size` bytes of the matrix at offset `start` to `into`."""
         ...
 
     def release(self) -> None:
-        """Says that work which was begun may still read its blocks: later loads follow it."""
+        """Marks that queued work may still read its blocks; later loads wait for that work."""
         ...
 
 
@@ -61,8 +61,8 @@ Schedule = tuple[tuple[Load, ...], ...]
 
 
 def scheduled(steps: Sequence[Step], begin: int, size: int) -> Schedule:
-    """Places for the steps of a pass, in a ring at `begin`. A step's blocks lie one after another,
-    in their order.
+    """The loads of a pass into a ring of `size` bytes at offset `begin` of the arena. A step's
+    blocks lie one after another, in their order.
     """
     at, found = 0, []
     for step in steps:
@@ -82,17 +82,16 @@ class Stream:
     def __init__(self, tier: Tier, schedules: Mapping[str, Schedule]) -> None:
         self._tier, self._schedules = tier, dict(schedules)
         self._lock = threading.Lock()
-        self._follows = {entry: entry for entry in schedules}  # what a pass was followed by
-        self._entry: str | None = None  # the last one that streamed
+        self._follows = {entry: entry for entry in schedules}  # the entry that last followed each
+        self._entry: str | None = None  # the last entry that streamed
         self._schedule: Schedule = ()
-        self._begun = 0  # steps
-        self._pending: list[tuple[int, int, list[Pending]]] = []  # of steps that are not done
+        self._begun = 0  # number of steps whose loads were begun
+        # For each step that is not done: its range [start, end) of the arena, and its loads.
+        self._pending: list[tuple[int, int, list[Pending]]] = []
 
     @contextmanager
     def running(self, entry: str) -> Iterator[None]:
-        """The context of an entry's pass. Whatever it ends by, no read is left that others wait
-        for.
-        """
+        """The context of an entry's pass. If it ends by an error, all loads are cancelled."""
         schedule = self._schedules[entry]
         with self._lock:
             if not schedule:
@@ -113,14 +112,14 @@ class Stream:
                 raise
 
     def wait(self, step: int) -> None:
-        """Returns when the blocks of this step are in their places."""
+        """Returns when the blocks of this step have arrived."""
         if step >= self._begun:
             raise BackendError(f"step {step} of a pass is read before the steps ahead of it ended")
         for pending in self._pending[0][2]:
             pending.wait()
 
     def done(self, step: int) -> None:
-        """Says that the step was computed."""
+        """Marks that the step was computed, so that its places can be used again."""
         del self._pending[0]
         self._tier.release()
         self._go_on()

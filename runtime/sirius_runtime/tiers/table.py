@@ -1,4 +1,4 @@
-"""A placement as lines for a reader: weights that are alike in all layers are one line."""
+"""Prints a placement as a table, with one line for the same weight of all layers."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from sirius_runtime.entries import FULL, SPARSE
 from sirius_runtime.tiers.budget import in_units
 from sirius_runtime.tiers.placement import Block, Needs, Placement, least_room, room_of
 
-_COLUMNS = ("weights", "blocks", "reads a period", "bytes", "stays", "a draft step", "verification")
+_COLUMNS = ("weights", "blocks", "reads/period", "bytes", "held", "draft step", "verification")
 
 
 def lines(needs: Needs, placement: Placement, budget: int, beside: int) -> Iterator[str]:
-    """`beside`: what a process takes beside its weights."""
+    """The lines of the table. `beside`: bytes that the process takes besides weights."""
     least = least_room(needs) + beside
     yield f"budget     {in_units(budget)}, the least that works {in_units(least)}"
     yield (
-        f"memory     {in_units(beside)} beside the weights, {in_units(room_of(placement.held))} of "
-        f"weights stay, {in_units(placement.ring)} to stream through"
+        f"memory     {in_units(beside)} besides the weights, {in_units(room_of(placement.held))} "
+        f"of held weights, {in_units(placement.ring)} of ring buffer"
     )
     yield (
-        f"streams    {in_units(placement.bytes_of(SPARSE))} a draft step, "
-        f"{in_units(placement.bytes_of(FULL))} a verification, {in_units(placement.streamed)} a "
-        "period"
+        f"streams    {in_units(placement.bytes_of(SPARSE))} per draft step, "
+        f"{in_units(placement.bytes_of(FULL))} per verification, {in_units(placement.streamed)} "
+        "per period"
     )
     yield ""
     rows = [_COLUMNS, *_rows(needs, placement)]
@@ -41,7 +41,7 @@ def _rows(needs: Needs, placement: Placement) -> Iterator[tuple[str, ...]]:
     for block in sorted(everything, key=lambda block: block.start):
         frequency = f"{reads[block]:g}" if block in reads else ""
         if block in needs.pinned:
-            frequency = "has to stay"
+            frequency = "must be held"
         elif block in needs.rows:
             frequency = f"{frequency}, rows" if frequency else "rows"
         groups.setdefault((_name(block, nested), frequency), []).append(block)
