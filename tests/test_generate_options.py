@@ -173,7 +173,7 @@ LIMITS = Limits(period=16, tree_width=1, rows=2, context=32)
 BEYOND: list[tuple[dict[str, Any], str]] = [
     ({"period": 17}, "period must be in 1..16 here, got 17: the graph was compiled for that"),
     ({"tree_width": 2}, "tree_width must be 1 here, got 2: the graph was compiled for that"),
-    ({"period": "auto"}, "period 'auto' compares draft and verify times, which a compiled period"),
+    ({"period": "auto"}, "period 'auto' needs separate times for drafting and verification"),
     ({"rows": 3}, "the batch has 3 rows, but the graph was compiled for 2; split it"),
     (
         {"max_new_tokens": 30},

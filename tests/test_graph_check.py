@@ -231,7 +231,7 @@ def test_inputs_and_outputs_that_are_others(griffin: Compiled) -> None:
 
     griffin.refused("reads input 'ghost', which is not an input", "full", other_input)
     griffin.refused("reads input 'input_ids' twice", "full", twice)
-    griffin.refused("does not give the 1 outputs", "full", none)
+    griffin.refused("does not return the 1 outputs", "full", none)
     griffin.refused(r"output logits is int64\[B\], the manifest says float32", "full", other)
 
 

@@ -112,7 +112,7 @@ def test_what_is_wrong_is_said(llama: Tiny) -> None:
         SiriusLM(llama.model, speed=3)
     with pytest.raises(ConfigError, match="batch_size must be"):
         SiriusLM(llama.model, batch_size="auto")
-    with pytest.raises(ConfigError, match="num_beams: generation options"):
+    with pytest.raises(ConfigError, match="num_beams: unknown generation options"):
         SiriusLM(llama.model).generate_until(
             requests("generate_until", ("w7", {"until": [], "num_beams": 4}))
         )

@@ -240,7 +240,7 @@ def test_what_cannot_be_traced_is_refused_by_name(tiny: TinyModels) -> None:
 
 def test_other_back_ends_are_refused_by_name(whole: Compiled) -> None:
     model = whole.to_runtime(backend="period")
-    with pytest.raises(ConfigError, match=r"PeriodBackend does not tell .* backend='eager'"):
+    with pytest.raises(ConfigError, match=r"PeriodBackend does not return .* backend='eager'"):
         run(model)
 
 

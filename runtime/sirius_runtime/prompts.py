@@ -94,7 +94,7 @@ class PromptReader:
         if twice and not self._warned:
             self._warned = True
             warnings.warn(
-                f"prompt {index} already begins with {' '.join(twice)}, and the tokenizer adds "
+                f"prompt {index} begins with {' '.join(twice)} already, and the tokenizer adds "
                 "another; pass add_special_tokens=False (sirius run: --no-add-special-tokens) for "
                 "text that already has its special tokens, such as a rendered chat template",
                 PromptWarning,
