@@ -38,7 +38,7 @@ class EagerBackend:
     looks_up = True
     stream_seconds = 0.0
     repeats = True
-    """Whether equal calls do equal work, which tapes may replay."""
+    """Whether equal calls do equal work, so that tapes may replay them."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class Entry:
             graph.erase_node(node)
 
     def run(self, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        """The graph's outputs."""
+        """Runs the graph; returns its outputs."""
         assert self.runs is not None
         outputs: Sequence[Tensor] = self.runs(*self.arguments(inputs))
         return outputs

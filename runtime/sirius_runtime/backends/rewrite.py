@@ -201,7 +201,9 @@ def _rotation(node: Any) -> tuple[Any, ...] | None:
 
 
 def _gate(node: Any) -> tuple[Any, ...] | None:
-    """g, u and the activation's name, where `node` is the product of an activation and u."""
+    """The arguments of `gate` (g, u, the activation's name), if `node` is the product of an
+    activation and u.
+    """
     if not (_calls(node, aten.mul.Tensor) and len(node.all_input_nodes) == 2):
         return None
     for active, u in (node.args, node.args[::-1]):

@@ -1,14 +1,14 @@
-"""Tapes: what a run of a graph computed, to be computed again without Python in between.
+"""Tapes: recordings of a graph's run on the CPU, replayed with little Python in between.
 
-At one token a step makes some hundreds of calls. Each checks its operands, allocates its result and
-hands over addresses: a fifth of the step's time. A run of the same shapes over the same KV cache
-makes the same calls on the same addresses. So one such run is recorded: the calls of our kernels
-with their arguments, and torch's operators except views and allocations. Its tensors are kept, and
+A step of one token makes some hundreds of calls. Each checks its operands, allocates its result and
+passes addresses, which takes a fifth of the step's time. A run with the same shapes and the same KV
+cache makes the same calls. So one such run is recorded: the calls of our kernels with their
+arguments, and torch's operators except views and allocations. The tensors of that run are kept, and
 a replay overwrites them.
 
-Recorded are runs of few tokens on the CPU (`MOST_TOKENS`), once a run with the same key has been
-seen. Where Python reads a number from a tensor, as mixtures do to find their experts, or a result's
-shape depends on numbers, the next run may make other calls: it is not replayed.
+Only runs of at most `MOST_TOKENS` tokens are recorded, when they occur for the second time. If
+Python reads a number from a tensor, as mixtures do to find their experts, or if a result's shape
+depends on values, another run may make other calls: such runs are not replayed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from sirius_runtime.kernels.arguments import check
 from sirius_runtime.kernels.native import kernels, listening
 
 MOST_TOKENS = 4
-"""Of all rows together. With more, what Python takes is little beside the products, and a tape
-holds all activations of all layers."""
+"""The most tokens of a run, of all rows together. With more, Python's share of the time is small,
+and a tape holds all activations of all layers.
+"""
 MOST_TAPES = 32
-"""Of one KV cache, because periods of different lengths need their own; another one drops all."""
+"""The most tapes of one KV cache (periods of different lengths need different ones). A further tape
+drops all others.
+"""
 
 _BOUND = frozenset({"k_cache", "v_cache", "neurons"})
-"""Inputs that a tape reads where they are; it copies the others."""
+"""Inputs that a tape reads in place; it copies the others."""
 
 _ALLOCATES = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 
@@ -44,7 +47,7 @@ _READS = frozenset(
         *(Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__contains__),
     }
 )
-"""Methods that give Python a tensor's numbers; not all of them pass through the dispatcher."""
+"""Methods by which Python reads a tensor's values; not all of them pass through the dispatcher."""
 _DEPENDS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 
 Run = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
@@ -52,14 +55,14 @@ Run = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
 
 
 class Tape:
-    """The calls of one run."""
+    """The recorded calls of one run."""
 
     def __init__(self, run: Run, inputs: Mapping[str, Tensor]) -> None:
-        """Runs it: `outputs` are the results."""
+        """Runs the graph and records the run, whose results are `outputs`."""
         self.repeats = True
-        """Whether a replay computes what a run would."""
+        """Whether a replay gives the results of a run."""
         self._calls: list[Callable[[], int | None]] = []
-        self._held: list[Tensor] = []  # kernels are given addresses alone
+        self._held: list[Tensor] = []  # kept alive, because kernels get only addresses
         self._inputs = {
             name: value.detach() if name in _BOUND else value.clone()
             for name, value in inputs.items()
@@ -69,11 +72,11 @@ class Tape:
 
     @property
     def outputs(self) -> list[Tensor]:
-        """Copies of what the run, or the last replay, gave."""
+        """Copies of the outputs of the run or of the last replay."""
         return [output.clone() for output in self._own]
 
     def replay(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """The outputs of a run on these inputs."""
+        """Replays the calls on these inputs; returns their outputs."""
         for name, own in self._inputs.items():
             if name not in _BOUND:
                 own.copy_(inputs[name])
@@ -89,7 +92,7 @@ class Tape:
         self.repeats = False
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """An operator of torch has run."""
+        """Records an operator of torch that has run."""
         if not _DEPENDS.isdisjoint(func.tags):
             self._give_up()
         results = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
@@ -100,7 +103,7 @@ class Tape:
             self._calls.append(functools.partial(_run, func, args, kwargs))
             return
         given = {_storage(value) for value in tree_leaves((args, kwargs)) if _is_tensor(value)}
-        if any(_storage(value) not in given for value in results):  # it is no view
+        if any(_storage(value) not in given for value in results):  # not a view
             self._calls.append(functools.partial(_overwrite, results, func, args, kwargs))
 
 
@@ -117,7 +120,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def _overwrite(results: Sequence[Tensor], func: Any, args: Any, kwargs: Any) -> None:
-    """Computes again what the first run computed, to the same place."""
+    """Runs an operator again and writes its results to the tensors of the first run."""
     again = (value for value in tree_leaves(func(*args, **kwargs)) if _is_tensor(value))
     for own, value in zip(results, again, strict=True):
         own.copy_(value)
@@ -130,7 +133,7 @@ def _raise(call: Any, status: int) -> None:
 
 
 class _Operators(TorchDispatchMode):
-    """Tells `note` of each operator of torch that has run."""
+    """Calls `note` after each operator of torch."""
 
     def __init__(self, note: Callable[[Any, Any, Any, Any], None]) -> None:
         super().__init__()
@@ -144,7 +147,7 @@ class _Operators(TorchDispatchMode):
 
 
 class _Reads(TorchFunctionMode):
-    """Tells `read` where Python reads a tensor's numbers."""
+    """Calls `read` when Python reads a tensor's values."""
 
     def __init__(self, read: Callable[[], None]) -> None:
         super().__init__()
@@ -157,13 +160,13 @@ class _Reads(TorchFunctionMode):
 
 
 class Tapes:
-    """The tapes of a back end: of each KV cache as long as it lives."""
+    """The tapes of a back end; those of a KV cache are dropped with it."""
 
     def __init__(self) -> None:
         self._of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def run(self, entry: str, run: Run, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        """What `run` gives for the inputs, by a tape where there is one for them."""
+        """The outputs of `run` for the inputs; replays a tape if there is one for them."""
         library, cache, ids = kernels(), inputs.get("k_cache"), inputs.get("input_ids")
         if library is None or cache is None or ids is None or ids.numel() > MOST_TOKENS:
             return run(inputs)
@@ -184,7 +187,7 @@ class Tapes:
 
 
 def _key(inputs: Mapping[str, Tensor]) -> Sequence[Any]:
-    """What a tape depends on, of its inputs."""
+    """The properties of the inputs that a tape depends on."""
     return [
         (name, value.dtype, value.shape, (value.data_ptr(), value.stride()))
         if name in _BOUND
