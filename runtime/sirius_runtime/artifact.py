@@ -1,4 +1,4 @@
-"""`model.sirius`, the artifact: its layout, and the reader that trusts none of it.
+"""`model.sirius`, the artifact: its layout, and its reader, which does not trust the file.
 
 One ZIP, every entry stored, its data at a multiple of 64 bytes of the file:
 

@@ -44,8 +44,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """The calls before or after the layers, or of the layers `first` to `last`, which are equal but
-    for their weights. `rows` are those of layer `first`.
+    """The calls before or after the layers, or of the layers `first` to `last`, which are equal
+    except for their weights. `rows` are the calls of layer `first`.
     """
 
     rows: tuple[Row, ...]

@@ -14,8 +14,8 @@ class Prefix:
     """The full path's K/V of P `tokens`, and their statistic of griffin's neurons.
 
     k, v: [layers, 1, G, P, D]; statistic: [layers, 1, I]; in arrays of the back end that made them.
-    passes: forward passes that ran. They equal those of a whole prompt up to rounding: with a
-    prefix, a prompt runs in different chunks, and the rounding of a matrix product depends on its
+    passes: forward passes that ran. The tensors equal those of a whole prompt up to rounding: with
+    a prefix, a prompt runs in different chunks, and the rounding of a matrix product depends on its
     number of tokens. So the generated tokens are the same, unless two logits or two neurons tie
     within that rounding.
     """
