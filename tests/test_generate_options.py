@@ -83,7 +83,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"mode": "sample", "seed": []}, "seed: 0 seeds for 1 rows; give one, or one per row"),
     ({"mode": "sample", "seed": [1, 2]}, "seed: 2 seeds for 1 rows; give one, or one per row"),
     # lengths
-    ({"max_new_tokens": 0}, f"max_new_tokens must be in 1..{ROOM} here (128 tokens of max_seq_len"),
+    ({"max_new_tokens": 0}, f"max_new_tokens must be in 1..{ROOM} here (max_seq_len is 128"),
     ({"max_new_tokens": -1}, f"max_new_tokens must be in 1..{ROOM} here"),
     ({"max_new_tokens": ROOM + 1}, f"max_new_tokens must be in 1..{ROOM} here"),
     # the rest
