@@ -35,7 +35,7 @@ def allocate(
     """The share that each counted site keeps, such that each layer keeps `keep` of its weights."""
     sites = path.spec.sparsity.counted
     shares = [keep] * len(sites)
-    with watch.count("share out sparsity", path.spec.state.layers) as done:
+    with watch.count("allocate sparsity", path.spec.state.layers) as done:
 
         def visit(block: Block) -> None:
             with converted_once():  # each of a layer's weights is multiplied about ten times

@@ -350,7 +350,7 @@ def _program(
             )
     inputs = {n.meta[INPUT] for n in graph.nodes if INPUT in n.meta}
     if "positions" not in inputs:
-        # Every program takes positions, also that of a model that does not read them.
+        # Every program takes positions, also if the model does not read them.
         _bind_missing_positions(graph)
     output = graph.output_node()
     output.args = ((output.args[0][0],),)

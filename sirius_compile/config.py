@@ -50,7 +50,7 @@ class Weights(StrEnum):
     DTYPE = "dtype"
     """As numbers of the program's dtype."""
     INT8 = "int8"
-    """Nested: 8 bits, of which a draft may read 4 (see `sirius_runtime.nested`)."""
+    """Nested: 8 bits a weight, and a draft may read only 4 (see `sirius_runtime.nested`)."""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def lay_out(nest: NestWeights | None) -> list[Pass]:
     return [
         # one stored copy of each weight, in the layout that the kernels read
         LayOutWeights(),
-        # 8-bit weights in two planes of 4 bits, of which a draft may read one
+        # 8-bit weights in two planes of 4 bits; a draft may read only one
         *([] if nest is None else [nest]),
     ]
 

@@ -67,22 +67,23 @@ class Summary:
         table.add_row("parameters", f"{model.parameters:,}")
         layers = len({site.layer for site in sparsity.sites})
         table.add_row("sparse layers", f"{layers} of {spec.state.layers}")
-        kept = f"{sparsity.method}, {sparsity.keep:.1%} kept where it skips"
-        table.add_row("sparse path", kept)
+        table.add_row("sparse path", f"{sparsity.method}, keep {sparsity.keep:.1%}")
         share = f"a sparse step reads {sparsity.density:.3f} of the full path's bytes"
         if spec.nested:
             nested = [weight for weight in spec.weights if weight.nested]
             table.add_row(
                 "weights",
-                f"{len(nested)} matrices nested in 8 bits, of which drafts read "
-                f"{sparsity.draft_bits}",
+                f"{len(nested)} matrices nested in 8 bits; drafts read {sparsity.draft_bits} bits",
             )
             full = share_of_bfloat16(spec)
-            share += f", which are {full:.3f} of bfloat16's ({sparsity.density * full:.3f})"
+            share += (
+                f"; with bfloat16 weights as 1, the full path reads {full:.3f} and a sparse step "
+                f"{sparsity.density * full:.3f}"
+            )
         table.add_row("density", share)
         if sparse is not None and sparse.ranking:
             costs = ", ".join(f"{r.layer} ({1.0 - r.agreement:.2%})" for r in sparse.ranking)
-            table.add_row("costliest", f"agreement lost with only this layer sparse: {costs}")
+            table.add_row("layer costs", f"agreement lost if only this layer is sparse: {costs}")
         if sparse is not None and sparse.calibration is not None:
             for row in _calibration_rows(sparse.calibration):
                 table.add_row(*row)
@@ -123,13 +124,13 @@ def _reads(one: DraftingSpec) -> str:
 
 
 def _calibration_rows(calibration: Calibration) -> Iterator[tuple[str, str]]:
-    """The tokens read; then for each layer the share that its thresholds keep and the share asked
-    for, both averaged over the layer's sites.
+    """The tokens read; then for each layer the share that its thresholds keep and the target, both
+    averaged over the layer's sites.
     """
     yield (
         "calibration",
-        f"{calibration.tokens:,} tokens; kept of {calibration.held_out:,} held out "
-        "(asked for in brackets)",
+        f"{calibration.tokens:,} tokens; share kept on {calibration.held_out:,} held-out tokens "
+        "(target in brackets)",
     )
     for layer in sorted({site.layer for site in calibration.sites}):
         sites = [site for site in calibration.sites if site.layer == layer]

@@ -365,7 +365,7 @@ def together(walks: Sequence[Walk]) -> None:
 
 
 def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Node → the values of which it is the last reader. A value without readers is under itself."""
+    """Node → the values that it reads last. A value without readers is listed under itself."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:

@@ -170,9 +170,7 @@ class Chooser:
         )
 
     def _weight(self, spec: WeightSpec) -> Tensor:
-        """A weight of which all programs share one copy; programs with the other layout get its
-        transpose.
-        """
+        """A weight. All programs share one copy; programs with the other layout transpose it."""
         key = spec.name, spec.nested
         if key not in self._loaded:
             self._loaded[key] = (spec.transposed, self._dense.weights(spec))

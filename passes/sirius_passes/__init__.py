@@ -1,6 +1,6 @@
 """The Program and the passes that rewrite it: one file and one class a pass.
 
-`program` has the Program and the helpers that make nodes, `verifier` what must hold at each stage,
-`manager` what a pass is and how passes run, `printer` graphs as text, `testing` the checker for
-passes. `sirius_compile.pipeline` has the order.
+`program` has the Program and helpers that make nodes. `verifier` checks the invariants of each
+stage. `manager` defines a pass and runs passes. `printer` prints graphs as text. `testing` checks a
+pass in tests. The order of passes is in `sirius_compile.pipeline`.
 """

@@ -61,7 +61,7 @@ class Chain:
         return self.nodes[-1]
 
     def name(self) -> str | None:
-        """The name in `ACTIVATIONS` of what the chain computes, or None."""
+        """The name of the function in `ACTIVATIONS` that the chain computes, or None."""
         values = self._values()
         for name, function in ACTIVATIONS.items():
             if torch.allclose(values, function(_GRID), rtol=_NEAR, atol=_NEAR):
@@ -87,14 +87,14 @@ def chain_to(end: object) -> Chain | None:
         return None
     order: dict[fx.Node, None] = {}
     sources: set[fx.Node] = set()
-    left = [end]
-    while left:
-        node = left.pop()
+    pending = [end]
+    while pending:
+        node = pending.pop()
         if not _is_elementwise(node):
             sources.add(node)
         elif node not in order:
             order[node] = None
-            left += node.all_input_nodes
+            pending += node.all_input_nodes
         if len(sources) > 1 or len(order) > _LONGEST:
             return None
     if len(sources) != 1:

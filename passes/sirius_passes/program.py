@@ -4,7 +4,7 @@ Invariants of the graphs, at every stage (checked by `verifier.verify`):
 
 * every placeholder is bound: by `meta["weight"]` to an entry of the weight table, or by
   `meta["input"]` to an input of `INPUTS`;
-* there are no attributes, and no submodules but those of control flow;
+* there are no attributes, and no submodules except those of control flow;
 * every node carries `meta["val"]`: fake tensors of one fake mode, symbolic in rows and tokens;
 * the output node's `meta["outputs"]` names its values;
 * `CAPTURE_DTYPE` as a dtype argument means "the program's dtype".

@@ -87,7 +87,7 @@ def compile_artifact(
     dtype: Annotated[DType | None, typer.Option(help="Default: the checkpoint's.")] = None,
     weights: Annotated[
         Weights,
-        typer.Option(help="int8: 8 bits a weight, of which a draft may read 4; dtype: as --dtype."),
+        typer.Option(help="int8: 8 bits a weight, and drafts read 4 or 8; dtype: as --dtype."),
     ] = Weights.DTYPE,
     draft_bits: Annotated[
         int | None,

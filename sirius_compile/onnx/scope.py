@@ -75,7 +75,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Kept:
-    """A weight of which a prompt keeps some neurons, and the graph's input with their rows.
+    """A weight whose rows are kept or skipped by prompt, and the graph's input with the kept rows.
 
     `name`: the input's name. `part`: a field of `Mlp` (`gate`, `up_bias`, …). `weight`: the rows
     [I, C] of all neurons in a weight, or a bias [I]. The input is [B, C, K] for `gate` and `up`, so
