@@ -117,6 +117,32 @@ def test_tapes_go_with_their_cache(tiny: TinyModels) -> None:
     assert len(backend._tapes._of) == before
 
 
+def test_the_next_answer_has_the_tapes_of_the_last_one(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny().model
+    options = {"mode": "full", "max_new_tokens": 8}
+    wanted = model.generate(PROMPT, **options).tokens
+    with counting_replays(monkeypatch) as replays:
+        assert model.generate(PROMPT, **options).tokens == wanted
+    assert len(replays) == 7  # the prompt's first token, then steps
+
+
+def test_caches_that_are_in_use_are_nobody_else_s(tiny: TinyModels) -> None:
+    backend = tiny().model.backend
+    assert isinstance(backend, EagerBackend)
+    with torch.inference_mode():
+        one, other = (backend._spare.state(backend, 64) for _ in range(2))
+        assert one.k_cache.data_ptr() != other.k_cache.data_ptr()
+        place = one.k_cache.data_ptr()
+        one.k_cache.fill_(torch.nan)
+        del one
+        gc.collect()
+        again = backend._spare.state(backend, 64)
+    assert again.k_cache.data_ptr() == place
+    assert not again.k_cache.any()
+
+
 def test_results_outlive_the_next_replay(tiny: TinyModels) -> None:
     backend = tiny().model.backend
     assert isinstance(backend, EagerBackend)

@@ -23,6 +23,9 @@ from sirius_runtime.spec import ProgramSpec
 from sirius_runtime.stats import Phase, PhaseClock
 from sirius_runtime.tree import Tree, beams
 
+ROOM = 16
+"""A chain has nodes for a multiple of so many tokens."""
+
 
 class TreeState(Protocol):
     """A `State` of tensors that can run an entry over the nodes of a draft tree."""
@@ -98,8 +101,16 @@ class ByEntries:
         """
         vocabulary = state.program.model.vocab_size if plan.draws else None
         period, width, given = plan.period, plan.width, plan.given
+        # Chains of few lengths: steps of the same shapes are recorded once (`backends.tape`).
+        room = -(-period // ROOM) * ROOM if width == 1 else period
         grown = begin(
-            state.root, state.active, most_B, period=period, width=width, sampled_from=vocabulary
+            state.root,
+            state.active,
+            most_B,
+            period=period,
+            width=width,
+            sampled_from=vocabulary,
+            room=room,
         )
         if given is not None:
             grown = grown._replace(live=grown.live & (given[:, 0] < 0))

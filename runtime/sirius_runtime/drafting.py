@@ -46,11 +46,13 @@ def begin(
     period: int,
     width: int,
     sampled_from: int | None = None,
+    room: int | None = None,
 ) -> DraftState:
     """A draft of the roots alone, with room for `period` - 1 levels. Active rows that may commit
     more than one token are live; `most_B` is at least 1.
 
-    `sampled_from`: the vocabulary size, where tokens will be drawn; else None.
+    `sampled_from`: the vocabulary size, where tokens will be drawn; else None. `room`: the period
+    that the tree has nodes for, if it is a longer one.
     """
     depth = torch.zeros_like(root_B)
     distributions = None
@@ -58,7 +60,8 @@ def begin(
         distributions = torch.zeros(
             root_B.shape[0], period - 1, sampled_from, dtype=torch.float32, device=root_B.device
         )
-    return DraftState(plant(root_B, period, width), depth, active_B & (most_B > 1), distributions)
+    tree = plant(root_B, room or period, width)
+    return DraftState(tree, depth, active_B & (most_B > 1), distributions)
 
 
 def extend(

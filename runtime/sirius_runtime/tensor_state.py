@@ -23,6 +23,17 @@ ROWS_OF = {
 """The tensors that have rows, and the dimension of their rows."""
 
 
+def empty_caches(backend: Backend, rows: int, slots: int) -> tuple[Tensor, Tensor]:
+    """K/V caches [layers, rows, G, slots, D] of zeros."""
+    state = backend.program.state
+    shape = (state.layers, rows, state.kv_heads, slots)
+    k_cache, v_cache = (
+        torch.zeros(*shape, width, dtype=backend.dtype, device=backend.device)
+        for width in (state.key_dim, state.value_dim)
+    )
+    return k_cache, v_cache
+
+
 class TensorState(State):
     """See `State`. `k_cache` and `v_cache` [layers, B, G, S, D]; `neurons` [layers, B, kept]: the
     neurons that each prompt chose (griffin).
@@ -32,16 +43,19 @@ class TensorState(State):
 
     xp: ClassVar[Any] = torch
 
-    def __init__(self, backend: Backend, rows: int, slots: int) -> None:
-        """A state of `rows` rows, with `slots` cache slots each."""
+    def __init__(
+        self,
+        backend: Backend,
+        rows: int,
+        slots: int,
+        caches: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """A state of `rows` rows, with `slots` cache slots each, in `caches` of that shape if they
+        are given.
+        """
         self.backend = backend
         super().__init__(backend.program, rows)
-        state = self.program.state
-        shape = (state.layers, rows, state.kv_heads, slots)
-        k_cache, v_cache = (
-            torch.zeros(*shape, width, dtype=backend.dtype, device=backend.device)
-            for width in (state.key_dim, state.value_dim)
-        )
+        k_cache, v_cache = caches or empty_caches(backend, rows, slots)
         self.k_cache: Tensor = k_cache
         self.v_cache: Tensor = v_cache
         self._reads = {e.name: {i.name for i in e.inputs} for e in self.program.entries}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from sirius_runtime.backends.rewrite import with_kernels
-from sirius_runtime.backends.tape import Tapes
+from sirius_runtime.backends.tape import Spare, Tapes
 from sirius_runtime.by_entries import ByEntries, chooser
 from sirius_runtime.decoder import Decoder, Way, steps
 from sirius_runtime.errors import ArtifactError, SiriusError
@@ -62,7 +62,7 @@ class EagerBackend:
         self.weights = self._own(weights)
         self._entries = {name: Entry(module, self.weights) for name, module in modules.items()}
         self._outputs = {e.name: [o.name for o in e.outputs] for e in program.entries}
-        self._tapes = Tapes()
+        self._tapes, self._spare = Tapes(), Spare()
 
     def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights with the dtype and device that the graphs take; stored tensors are used in
@@ -93,8 +93,9 @@ class EagerBackend:
         if request.scoring is not None:
             scorer = Scorer(request, rows, slots, self.program.model.vocab_size, self.device)
         choose = chooser(request.plan.sampling, scorer)
+        again = self.repeats and self.device.type == "cpu" and rows == 1 and graph is None
         with torch.inference_mode():
-            state = TensorState(self, rows, slots)
+            state = self._spare.state(self, slots) if again else TensorState(self, rows, slots)
         return Decoder(
             state,
             {Way.DRAFT: graph or ByEntries(scorer), **steps(choose)},

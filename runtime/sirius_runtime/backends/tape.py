@@ -14,6 +14,7 @@ depends on values, another run may make other calls: such runs are not replayed.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,8 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sirius_runtime.decoder import Backend
 from sirius_runtime.kernels.arguments import check
 from sirius_runtime.kernels.native import kernels, listening
+from sirius_runtime.tensor_state import TensorState, empty_caches
 
 MOST_TOKENS = 4
 """The most tokens of a run, of all rows together. With more, Python's share of the time is small,
@@ -157,6 +160,41 @@ class _Reads(TorchFunctionMode):
         if func in _READS:
             self._read()
         return func(*args, **(kwargs or {}))
+
+
+class Spare:
+    """The K/V caches of the last answer of one row, for the next answer: their tapes stay good."""
+
+    STEP = 512
+    """Slots come in multiples, so that answers of other lengths find caches that fit."""
+    LARGEST = 1 << 28
+    """Bytes of the caches that are kept."""
+
+    def __init__(self) -> None:
+        self._free: list[tuple[Tensor, Tensor]] = []
+
+    def state(self, backend: Backend, slots: int) -> TensorState:
+        """A state of one row with room for so many slots or more."""
+        slots = -(-slots // self.STEP) * self.STEP
+        caches = self._take(slots) or empty_caches(backend, 1, slots)
+        state = TensorState(backend, 1, slots, caches)
+        weakref.finalize(state, self._give, caches).atexit = False
+        return state
+
+    def _take(self, slots: int) -> tuple[Tensor, Tensor] | None:
+        try:
+            caches = self._free.pop()
+        except IndexError:
+            return None
+        if caches[0].shape[3] != slots:
+            return None
+        for cache in caches:
+            cache.zero_()  # no number of another answer is ever read, not even times zero
+        return caches
+
+    def _give(self, caches: tuple[Tensor, Tensor]) -> None:
+        if sum(cache.nbytes for cache in caches) <= self.LARGEST:
+            self._free[:] = [caches]
 
 
 class Tapes:
