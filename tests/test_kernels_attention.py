@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sirius_runtime.kernels.attention import cached_attention_by_tokens
-from sirius_runtime.kernels.build import InstructionSet
+from sirius_runtime.kernels.build import InstructionSet, instruction_sets
 from sirius_runtime.kernels.native import references, using
 from tests.support.kernels import SETS, Fallback, forbid_references, require
 from tests.support.operators import CHAIN, LAYER, TREE, Block, blocks, randn, sirius
@@ -185,3 +185,32 @@ def test_other_types_are_left_to_the_reference() -> None:
     sirius.cached_attention(*args, None, None, torch.zeros(6))
     with pytest.raises(Fallback):
         sirius.cached_attention(*args, None, None, torch.zeros(6).double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_no_token_sees_may_be_no_number(dtype: torch.dtype) -> None:
+    """A chain of room for 16 tokens whose third is drafted: behind it lies whatever was refused."""
+    require(InstructionSet.PORTABLE)
+    history, room, H, G, D = 70, 16, 4, 2, 33
+    q = randn(1, H, 1, D, seed=0, dtype=dtype)
+    k, v = (randn(1, G, 1, D, seed=i, dtype=dtype) for i in (1, 2))
+    caches = [randn(1, 1, G, history + room, D, seed=i, dtype=dtype) for i in (3, 4)]
+    mask = torch.full((1, 1, room), -1)
+    mask[0, 0, :3] = torch.tensor([2, 1, 0])
+    at, length = torch.tensor([[history + 2]]), torch.tensor([history])
+
+    def attend(room: int) -> Tensor:
+        given = [cache.clone() for cache in caches]
+        args = [q, k, v, *given, at, at, length, mask[..., :room], 0, D**-0.5, None, None]
+        return sirius.cached_attention(*args)
+
+    wanted = [attend(3)]
+    with references():
+        wanted.append(attend(3))
+    for cache in caches:
+        cache[..., history + 3 :, :] = torch.nan
+    for isa in instruction_sets():
+        with using(isa):
+            near(attend(room), wanted[0])
+    with references():
+        near(attend(room), wanted[1])

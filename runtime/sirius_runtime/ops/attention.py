@@ -109,8 +109,10 @@ def cached_attention(
     visible = distance_BTE >= 0
     if kind.window is not None:
         visible = visible & (distance_BTE < kind.window)
-    used = Heads(q, k_layer[:, :, :extent], v_layer[:, :, :extent])
-    return _attend(used, visible[:, None], kind)
+    # A slot that no token sees may hold NaN, and zero times NaN is NaN.
+    unseen = ~visible.any(1)[:, None, :, None]
+    keys, values = (t[:, :, :extent].masked_fill(unseen, 0.0) for t in (k_layer, v_layer))
+    return _attend(Heads(q, keys, values), visible[:, None], kind)
 
 
 @grouped

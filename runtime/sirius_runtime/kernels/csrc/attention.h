@@ -106,7 +106,8 @@ struct Attention {
       const size_t count = std::min(BLOCK, end - slot), used = round_up(count, KEYS);
       const bool partly = !all_seen(b, first, tokens, slot, history);
       // A block that no token sees would add zeros.
-      if (partly && !look(b, first, tokens, slot, count, history, lanes, hidden)) continue;
+      bool seen[BLOCK];
+      if (partly && !look(b, first, tokens, slot, count, history, lanes, hidden, seen)) continue;
       const T* rows[BLOCK];
       pick(keys, block_keys, bg, slot, count, history, D, rows);
       for (size_t j = 0; j < used; j += KEYS) {
@@ -125,6 +126,11 @@ struct Attention {
       for (size_t j = 0; j < used; j += 2)
         Lanes<T>::put_shares(scores + j * lanes, lanes, shares + j * lanes);
       pick(values, block_values, bg, slot, count, history, V, rows);
+      if (partly) {  // a slot that no token sees may hold NaN, and zero times NaN is NaN
+        const T* known = rows[std::find(seen, seen + count, true) - seen];
+        for (size_t j = 0; j < BLOCK; j++)
+          if (!seen[std::min(j, count - 1)]) rows[j] = known;
+      }
       accumulate<T>(rows, count, {shares, Lanes<T>::QUERY, lanes}, Q, 0, V, sums, V);
     }
     for (size_t i = 0; i < Q; i++) {
@@ -160,10 +166,11 @@ struct Attention {
   }
 
   // hidden [count padded to KEYS, lanes]: 0 where a query's token sees the slot, else minus infinity.
-  // Returns whether any token sees any of the slots.
+  // seen [count]: whether any token sees the slot. Returns whether any token sees any of the slots.
   bool look(size_t b, size_t first, size_t tokens, size_t slot, size_t count, size_t history,
-            size_t lanes, float* hidden) const {
+            size_t lanes, float* hidden, bool* seen) const {
     std::fill_n(hidden, round_up(count, KEYS) * lanes, -INFINITY);
+    std::fill_n(seen, count, false);
     bool any = false;
     for (size_t n = 0; n < tokens; n++) {
       const int64_t position = positions[b * N + first + n];
@@ -172,7 +179,7 @@ struct Attention {
         const size_t at = slot + j;
         const int64_t distance = at < history ? position - int64_t(at) : depth[at - history];
         if (distance < 0 || (window && distance >= window)) continue;
-        any = true;
+        any = seen[j] = true;
         for (size_t h = 0; h < H / G; h++) hidden[j * lanes + h * tokens + n] = 0.0f;
       }
     }
