@@ -72,7 +72,7 @@ def test_a_row_may_be_as_long_as_the_model_and_no_longer(tiny: TinyModels) -> No
 
 def test_wrong_starts(tiny: TinyModels) -> None:
     model = tiny().model
-    with pytest.raises(GenerationError, match=r"start must be in 1..2 in row 0.*got 0"):
+    with pytest.raises(GenerationError, match=r"start must be in 1..2 for row 0.*got 0"):
         model.score([[7, 8]], start=0)
     with pytest.raises(GenerationError, match=r"got 3"):
         model.score([[7, 8]], start=3)
