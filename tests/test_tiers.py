@@ -174,7 +174,7 @@ def test_a_placement_fits_and_what_drafts_read_stays_first(
     assert not left & placement.held
     wider = place(needs, least + more + 4 * PAGE)
     assert wider.streamed <= placement.streamed or wider.held > placement.held
-    with pytest.raises(ConfigError, match=f"{least:,} bytes at least"):
+    with pytest.raises(ConfigError, match=f"at least {least:,} bytes"):
         place(needs, least - 1)
 
 
