@@ -185,7 +185,8 @@ def test_numbers_beyond_all_scales_are_refused_by_name() -> None:
     )
     weight = torch.zeros(1, 32)
     weight[0, 5] = -1e7
-    with pytest.raises(UnsupportedModelError, match=r"big.weight holds a number of magnitude 1e\+07, .* --weights int8"):
+    refused = r"big.weight holds a number of magnitude 1e\+07, .* --weights int8"
+    with pytest.raises(UnsupportedModelError, match=refused):
         stored_form(spec, weight)
 
 
