@@ -32,10 +32,7 @@ LAST_PLACE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 ATTENTION = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 BIG = 1 << 26
-"""Numbers of a weight above which each call takes one number of threads, and other instruction sets
-than the best take one and three tokens alone: the whole product takes hours, and a larger weight
-repeats the blocks and tasks of one of this size.
-"""
+"""Numbers of a weight above which a call takes one number of threads instead of all in turn."""
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 mostly_bfloat16 = pytest.mark.parametrize("dtype", slow_but(DTYPES, {torch.bfloat16}), ids=str)
@@ -67,8 +64,6 @@ def each(size: int, tokens: tuple[int, ...]) -> Iterator[tuple[str, int, slice]]
     turn = 0
     for isa in instruction_sets():
         for count, own in calls(tokens):
-            if size > BIG and isa is not instruction_sets()[0] and count not in (1, 3):
-                continue
             for several in THREADS if count == 1 and size <= BIG else [THREADS[turn % 4]]:
                 with using(isa), threads(several):
                     yield f"{isa}, {count} tokens, {several} threads", count, own
