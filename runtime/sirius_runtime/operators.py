@@ -39,6 +39,8 @@ class Operator:
     can't be traced. onnx: the module of `sirius_compile.onnx` that translates the operator. rule:
     checks the arguments in an artifact's graphs, with `Array` for tensors (see `graph_rules`); an
     operator without a rule can't be in them. strings: the allowed values of each string argument.
+    reads: whether Python reads values of its arguments, so that another call with the same shapes
+    may run other kernels.
     """
 
     schema: str
@@ -53,6 +55,7 @@ class Operator:
     onnx: str | None = None
     rule: Function | None = None
     strings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    reads: bool = False
 
     @property
     def name(self) -> str:
@@ -94,7 +97,7 @@ _of_mlp = functools.partial(
     Operator, cuda="mlp", onnx="mlp", strings={"act": tuple(mlp.ACTIVATIONS)}
 )
 _of_experts = functools.partial(
-    Operator, onnx="moe", strings={"act": tuple(moe.EXPERT_ACTIVATIONS)}
+    Operator, onnx="moe", strings={"act": tuple(moe.EXPERT_ACTIVATIONS)}, reads=True
 )
 
 _ROWS = (

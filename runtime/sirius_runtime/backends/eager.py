@@ -21,6 +21,7 @@ from sirius_runtime.errors import ArtifactError, SiriusError
 from sirius_runtime.graph import INPUT, WEIGHT, from_document, write_code
 from sirius_runtime.graph_check import check_graph
 from sirius_runtime.one_graph import OneGraph
+from sirius_runtime.operators import OPERATORS
 from sirius_runtime.plan import Limits
 from sirius_runtime.request import Request
 from sirius_runtime.scorer import Scorer
@@ -113,7 +114,7 @@ class EagerBackend:
         with blaming_the_graph(entry):
             if bound.runs is None:
                 bound.runs = with_kernels(bound.module) if on_cpu else write_code(bound.module)
-            if on_cpu and self.repeats:
+            if on_cpu and self.repeats and not bound.reads:
                 return self._named(entry, self._tapes.run(entry, bound.run, inputs))
             return self._named(entry, bound.run(inputs))
 
@@ -158,6 +159,9 @@ class Entry:
         self.runs: fx.GraphModule | None = None  # `module` rewritten for the device, at first use
         self.bound: list[Tensor | None] = []  # the graph's arguments; None for inputs
         self._inputs: list[tuple[int, str]] = []
+        called = {getattr(node.target, "_opname", "") for node in module.graph.nodes}
+        self.reads = any(row.reads for name, row in OPERATORS.items() if name in called)
+        """Whether Python reads values of its tensors: its runs are not replayed."""
         for index, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder"):
             if WEIGHT in node.meta:
                 name = node.meta[WEIGHT]

@@ -6,9 +6,11 @@ cache makes the same calls. So one such run is recorded: the calls of our kernel
 arguments, and torch's operators except views and allocations. The tensors of that run are kept, and
 a replay overwrites them.
 
-Only runs of at most `MOST_TOKENS` tokens are recorded, when they occur for the second time. If
-Python reads a number from a tensor, as mixtures do to find their experts, or if a result's shape
-depends on values, another run may make other calls: such runs are not replayed.
+Only runs of at most `MOST_TOKENS` tokens are recorded, when they occur for the second time. If an
+operator of torch gives Python a number, or a result whose shape depends on values, another run may
+make other calls: such runs are not replayed. Some reads, such as `Tensor.tolist`, do not pass
+through torch's dispatcher. The table of operators says which operators do that (`Operator.reads`,
+mixtures); graphs that call them are not recorded.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -44,13 +45,6 @@ _BOUND = frozenset({"k_cache", "v_cache", "neurons"})
 
 _ALLOCATES = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 
-_READS = frozenset(
-    {
-        *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__),
-        *(Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__contains__),
-    }
-)
-"""Methods by which Python reads a tensor's values; not all of them pass through the dispatcher."""
 _DEPENDS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 
 Run = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
@@ -70,7 +64,7 @@ class Tape:
             name: value.detach() if name in _BOUND else value.clone()
             for name, value in inputs.items()
         }
-        with listening(self._hear), _Operators(self._note), _Reads(self._give_up):
+        with listening(self._hear), _Operators(self._note):
             self._own = run(self._inputs)
 
     @property
@@ -91,13 +85,10 @@ class Tape:
     def _hear(self, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
         self._calls.append(functools.partial(function, *arguments))
 
-    def _give_up(self) -> None:
-        self.repeats = False
-
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Records an operator of torch that has run."""
         if not _DEPENDS.isdisjoint(func.tags):
-            self._give_up()
+            self.repeats = False
         results = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
         self._held += results
         if func.overloadpacket.__name__ in _ALLOCATES:
@@ -154,19 +145,6 @@ class _Operators(TorchDispatchMode):
         result = func(*args, **kwargs)
         self._note(func, args, kwargs, result)
         return result
-
-
-class _Reads(TorchFunctionMode):
-    """Calls `read` when Python reads a tensor's values."""
-
-    def __init__(self, read: Callable[[], None]) -> None:
-        super().__init__()
-        self._read = read
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READS:
-            self._read()
-        return func(*args, **(kwargs or {}))
 
 
 class Spare:
