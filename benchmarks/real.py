@@ -216,6 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="answers, a line each; those there are kept")
     parser.add_argument("--threads", type=threads_argument)
     args = parser.parse_args(arguments)
+    if args.llama_cpp_draft is not None and not args.llama_cpp:
+        parser.error("--llama-cpp-draft drafts for the model of --llama-cpp; give that too")
     done = []
     for one in answers(args):
         done.append(one)

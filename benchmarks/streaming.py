@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from benchmarks.compile_scale import tokenizer_of
-from sirius_runtime.command_line import finish
+from sirius_runtime.command_line import finish, positive_number
 from sirius_runtime.errors import ConfigError
 
 GB = 1e9
@@ -151,7 +151,7 @@ def _held(process: int) -> dict[str, int]:
 
 def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--gigabytes", type=float, default=8.0)
+    parser.add_argument("--gigabytes", type=positive_number, default=8)
     parser.add_argument("--folder", type=Path, help="where files go; by default a temporary one")
     parser.add_argument("options", nargs="*", help="of sirius-compile, after --")
     args = parser.parse_args()

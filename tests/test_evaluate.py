@@ -160,7 +160,7 @@ def test_results_of_other_settings_are_refused_by_name(
     [
         (("--task", "gsm8k"), "give --data"),
         (("--task", "humaneval"), "give --data"),
-        (("--task", "missing.jsonl"), "can't be read"),
+        (("--task", "missing.jsonl"), "no such task or file; give"),
         (("--task", "missing.jsonl", "--shots", "x"), "--shots would have no effect here"),
         (("--task", "missing.jsonl", "--data", "x"), "--data would have no effect here"),
         (("--task", "missing.jsonl", "--system", "x"), "--system would have no effect here"),

@@ -63,7 +63,7 @@ def counting_replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("entry", ["full", "sparse"])
-@pytest.mark.parametrize("method", ["none", "topk", "griffin", "teal", "griffin+teal"])
+@pytest.mark.parametrize("method", ["none", "topk", "cats", "griffin", "teal", "griffin+teal"])
 def test_steps_by_tape_are_steps(
     tiny: TinyModels, method: str, entry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,20 +89,20 @@ class Tape:
         """Records an operator of torch that has run."""
         if not _DEPENDS.isdisjoint(func.tags):
             self.repeats = False
-        results = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        results = _tensors(result)
         self._held += results
         if func.overloadpacket.__name__ in _ALLOCATES:
             return
         if func._schema.is_mutable:
             self._calls.append(functools.partial(_run, func, args, kwargs))
             return
-        given = {_storage(value) for value in tree_leaves((args, kwargs)) if _is_tensor(value)}
+        given = {_storage(value) for value in _tensors((args, kwargs))}
         if any(_storage(value) not in given for value in results):  # not a view
             self._calls.append(functools.partial(_overwrite, results, func, args, kwargs))
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def _storage(value: Tensor) -> int:
@@ -115,8 +115,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> None:
 
 def _overwrite(results: Sequence[Tensor], func: Any, args: Any, kwargs: Any) -> None:
     """Runs an operator again and writes its results to the tensors of the first run."""
-    again = (value for value in tree_leaves(func(*args, **kwargs)) if _is_tensor(value))
-    for own, value in zip(results, again, strict=True):
+    for own, value in zip(results, _tensors(func(*args, **kwargs)), strict=True):
         own.copy_(value)
 
 
@@ -148,12 +147,14 @@ class _Operators(TorchDispatchMode):
 
 
 class Spare:
-    """The K/V caches of the last answer of one row, for the next answer: their tapes stay good."""
+    """The K/V caches of the last answer of one row. The next answer uses them again, and with them
+    their tapes.
+    """
 
     STEP = 512
-    """Slots come in multiples, so that answers of other lengths find caches that fit."""
+    """Caches have a multiple of so many slots, so that they fit answers of other lengths, too."""
     LARGEST = 1 << 28
-    """Bytes of the caches that are kept."""
+    """Caches of more bytes are not kept."""
 
     def __init__(self) -> None:
         self._free: list[tuple[Tensor, Tensor]] = []
@@ -174,7 +175,7 @@ class Spare:
         if caches[0].shape[3] != slots:
             return None
         for cache in caches:
-            cache.zero_()  # no number of another answer is ever read, not even times zero
+            cache.zero_()  # no value of another answer is ever read, not even multiplied by zero
         return caches
 
     def _give(self, caches: tuple[Tensor, Tensor]) -> None:

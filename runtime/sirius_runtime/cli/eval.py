@@ -222,7 +222,13 @@ def _task(args: argparse.Namespace) -> Task:
         return problems.gsm8k(args.data, shots=args.shots, num_shots=shots, **chat)
     if args.task == HUMANEVAL:
         return problems.humaneval(args.data, limits=Limits(seconds=args.code_seconds), **chat)
-    return problems.own_task(read_path(args.task), **chat)
+    file = read_path(args.task)
+    if not file.exists():
+        raise ConfigError(
+            f"--task {args.task}: there is no such task or file; give the path of a JSONL file, "
+            f"{GSM8K}, {HUMANEVAL}, or {LM_EVAL}NAME of lm-evaluation-harness"
+        )
+    return problems.own_task(file, **chat)
 
 
 def _identity(artifact: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,12 @@ def fits(tokens: int, rows: int, dtype: torch.dtype, bfloat16: int = BFLOAT16_TO
     """
     most = bfloat16 if dtype is torch.bfloat16 else MOST_TOKENS
     return 1 <= tokens * rows <= most
+
+
+@functools.cache
+def as_stored(threshold: float, dtype: torch.dtype) -> float:
+    """`threshold` rounded to that type, as torch rounds a number that it compares with a tensor."""
+    return torch.tensor(threshold, dtype=dtype).item()
 
 
 def is_matrix(weight: Tensor, dtype: torch.dtype) -> bool:

@@ -7,7 +7,6 @@ order open, they take the first neurons.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
@@ -21,6 +20,7 @@ from sirius_runtime.kernels.arguments import (
     MOST_TOKENS,
     TYPES,
     address,
+    as_stored,
     check,
     fits,
     is_matrix,
@@ -116,7 +116,7 @@ def _run(
         code,
         choice.keep,
         threshold is not None,
-        0.0 if threshold is None else _as_stored(threshold, dtype),
+        0.0 if threshold is None else as_stored(threshold, dtype),
         torch.get_num_threads(),
     )  # fmt: skip
     check(library, status, operator)
@@ -133,12 +133,6 @@ def _serves(mlp: Mlp[Tensor], dtype: torch.dtype) -> bool:
         and is_nested_by(mlp.down, Layout.BY_INPUTS)
         and {weight.shape[0] for weight in rows} == {mlp.down.shape[0]}
     )
-
-
-@functools.cache
-def _as_stored(threshold: float, dtype: torch.dtype) -> float:
-    """`threshold` rounded to that type, as torch rounds a number that it compares with a tensor."""
-    return torch.tensor(threshold, dtype=dtype).item()
 
 
 @grouped

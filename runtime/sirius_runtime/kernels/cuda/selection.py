@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sirius_runtime.kernels.arguments import as_stored
 from sirius_runtime.kernels.cuda import tiles
 from sirius_runtime.kernels.cuda.arguments import given
 from sirius_runtime.kernels.cuda.device import selection
@@ -33,7 +33,7 @@ def above(score: Tensor, threshold: float, listed: Tensor | None, dtype: torch.d
     """The neurons with a score [B, K], float32, above `threshold`, which is rounded to `dtype`
     first. listed: the candidates' rows in the weights [B, K]; None for 0 … K - 1.
     """
-    return _select(score, None, listed, _as_stored(threshold, dtype), 0)
+    return _select(score, None, listed, as_stored(threshold, dtype), 0)
 
 
 def largest(score: Tensor, keep: int, dtype: torch.dtype) -> Live:
@@ -76,9 +76,3 @@ def _select(
         BLOCK=tiles.SELECTED,
     )
     return Live(positions, rows, count)
-
-
-@functools.cache
-def _as_stored(threshold: float, dtype: torch.dtype) -> float:
-    """`threshold` rounded to that type, as torch rounds a number that it compares with a tensor."""
-    return torch.tensor(threshold, dtype=dtype).item()
