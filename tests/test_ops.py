@@ -77,7 +77,7 @@ def test_what_a_row_names_is_there(row: Operator) -> None:
     assert row.cpu is None or row.cpu.__name__ == row.name
     if row.cuda is not None:
         text = (Path(kernels.__file__).parent / "cuda" / f"{row.cuda}.py").read_text()
-        assert f"\ndef {row.name}(" in text
+        assert f"\ndef {'keeping' if row.keeps else row.name}(" in text
     if row.onnx is not None:
         translation = getattr(import_module(f"sirius_compile.onnx.{row.onnx}"), row.name)
         assert len(signature(translation).parameters) - 1 == len(row.overload._schema.arguments)

@@ -32,12 +32,18 @@ def only_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             self._module = launchers(module, device)
 
         def __getattr__(self, name: str) -> Callable[..., Any]:
-            def call(*args: Any) -> Any:
-                done = getattr(self._module, name)(*args)
-                assert done is not None, "the call was left to the reference"
-                return done
+            return serving(getattr(self._module, name))
 
-            return call
+        def keeping(self, *names: str) -> Callable[..., Any]:
+            return serving(self._module.keeping(*names))
+
+    def serving(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            done = kernel(*args)
+            assert done is not None, "the call was left to the reference"
+            return done
+
+        return call
 
     monkeypatch.setattr(operators, "launchers", Serving)
     with warnings.catch_warnings():

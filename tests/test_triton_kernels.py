@@ -19,7 +19,8 @@ from tests.support.triton_interpreter import interpreting, require_triton, small
 
 require_triton()
 
-from sirius_runtime.kernels.cuda import linear, mlp, tiles  # noqa: E402  (they import Triton)
+from sirius_runtime.kernels.cuda import linear, tiles  # noqa: E402  (these import Triton)
+from tests.support.cuda_kernels import mlp  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

@@ -18,7 +18,8 @@ from tests.support.triton_interpreter import interpreting, require_triton, small
 
 require_triton()
 
-from sirius_runtime.kernels.cuda import linear, mlp  # noqa: E402  (they import Triton)
+from sirius_runtime.kernels.cuda import linear  # noqa: E402  (these import Triton)
+from tests.support.cuda_kernels import mlp  # noqa: E402
 
 O, C, I = 96, 608, 160  # 19 groups: not all lie in whole blocks of 16  # noqa: E741
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 8e-3}

@@ -35,10 +35,12 @@ class Operator:
     operator, its first result if nothing were skipped; None for the others. scores: for each token,
     the values that the operator compares with its last argument, which is `threshold` or `keep`.
     cpu: the CPU kernel. cuda: the module of `kernels.cuda` with the function of the operator's
-    name. decomposition: the operator in PyTorch's operators, for compilers, where the reference
-    can't be traced. onnx: the module of `sirius_compile.onnx` that translates the operator. rule:
-    checks the arguments in an artifact's graphs, with `Array` for tensors (see `graph_rules`); an
-    operator without a rule can't be in them. strings: the allowed values of each string argument.
+    name. keeps: for an MLP that keeps some neurons, its last arguments, which say which ones;
+    `keeping` of `kernels.mlp` and of `kernels.cuda.mlp` then makes the kernels. decomposition: the
+    operator in PyTorch's operators, for compilers, where the reference can't be traced. onnx: the
+    module of `sirius_compile.onnx` that translates the operator. rule: checks the arguments in an
+    artifact's graphs, with `Array` for tensors (see `graph_rules`); an operator without a rule
+    can't be in them. strings: the allowed values of each string argument.
     reads: whether Python reads values of its arguments, so that another call with the same shapes
     may run other kernels.
     """
@@ -56,6 +58,7 @@ class Operator:
     rule: Function | None = None
     strings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reads: bool = False
+    keeps: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -78,11 +81,19 @@ class Operator:
         """Whether it writes to its arguments."""
         return "!" in self.schema
 
+    def kernel(self, launching: Any) -> Function:
+        """The CUDA kernel, from the module that `cuda` names. It returns None if it does not take
+        the arguments.
+        """
+        if self.keeps:
+            return launching.keeping(*self.keeps)
+        return getattr(launching, self.name)
+
     def on_cuda(self, *args: Any) -> Any:
         """Runs the CUDA kernel if it supports the call, else the reference."""
         assert self.cuda is not None
         launching = launchers(self.cuda, args[0].device)
-        done = None if launching is None else getattr(launching, self.name)(*args)
+        done = None if launching is None else self.kernel(launching)(*args)
         return self.reference(*args) if done is None else done
 
 
@@ -99,6 +110,27 @@ _of_mlp = functools.partial(
 _of_experts = functools.partial(
     Operator, onnx="moe", strings={"act": tuple(moe.EXPERT_ACTIVATIONS)}, reads=True
 )
+
+
+def _sparse_mlp(keeps: str, reference: Function, scores: Function | None = None) -> Operator:
+    """An MLP that keeps some of its neurons. keeps: the schema of the arguments that say which; all
+    but the prompt's neurons depend on the call's tokens, and then there are `scores`.
+    """
+    names = tuple(argument.split()[1] for argument in keeps.split(", "))
+    counts = "threshold" in names
+    results = "(Tensor, Tensor)" if counts else "Tensor"
+    return _of_mlp(
+        f"{reference.__name__}({MLP_SCHEMA}, {keeps}) -> {results}",
+        reference,
+        mlp.like_and_count if counts else mlp.like,
+        shares_choice=scores is not None,
+        dense=mlp.all_neurons,
+        scores=scores,
+        cpu=cpu_mlp.keeping(reference.__name__, names),
+        keeps=names,
+        rule=mlp.keeping_rule(*names),
+    )
+
 
 _ROWS = (
     Operator(
@@ -204,45 +236,10 @@ _ROWS = (
         cpu=cpu_mlp.dense_mlp_activity,
         rule=mlp.dense_mlp_activity_rule,
     ),
-    _of_mlp(
-        f"topk_mlp({MLP_SCHEMA}, int keep) -> Tensor",
-        mlp.topk_mlp,
-        mlp.like,
-        shares_choice=True,
-        dense=mlp.all_neurons,
-        scores=mlp.neuron_scores,
-        cpu=cpu_mlp.topk_mlp,
-        rule=mlp.topk_mlp_rule,
-    ),
-    _of_mlp(
-        f"cats_mlp({MLP_SCHEMA}, float threshold) -> (Tensor, Tensor)",
-        mlp.cats_mlp,
-        mlp.like_and_count,
-        shares_choice=True,
-        dense=mlp.all_neurons,
-        scores=mlp.neuron_scores,
-        cpu=cpu_mlp.cats_mlp,
-        rule=mlp.cats_mlp_rule,
-    ),
-    _of_mlp(
-        f"griffin_mlp({MLP_SCHEMA}, Tensor neurons) -> Tensor",
-        mlp.griffin_mlp,
-        mlp.like,
-        shares_choice=False,  # the neurons are chosen by the prompt, not by the call's tokens
-        dense=mlp.all_neurons,
-        cpu=cpu_mlp.griffin_mlp,
-        rule=mlp.griffin_mlp_rule,
-    ),
-    _of_mlp(
-        f"griffin_cats_mlp({MLP_SCHEMA}, Tensor neurons, float threshold) -> (Tensor, Tensor)",
-        mlp.griffin_cats_mlp,
-        mlp.like_and_count,
-        shares_choice=True,
-        dense=mlp.all_neurons,
-        scores=mlp.chosen_scores,
-        cpu=cpu_mlp.griffin_cats_mlp,
-        rule=mlp.griffin_cats_mlp_rule,
-    ),
+    _sparse_mlp("int keep", mlp.topk_mlp, scores=mlp.neuron_scores),
+    _sparse_mlp("float threshold", mlp.cats_mlp, scores=mlp.neuron_scores),
+    _sparse_mlp("Tensor neurons", mlp.griffin_mlp),
+    _sparse_mlp("Tensor neurons, float threshold", mlp.griffin_cats_mlp, scores=mlp.chosen_scores),
     _of_experts(
         f"dense_moe({_MOE}) -> Tensor",
         moe.dense_moe,

@@ -24,8 +24,9 @@ from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sirius_runtime.kernels.cuda import attention, linear, mlp
+from sirius_runtime.kernels.cuda import attention, linear
 from sirius_runtime.nested import Layout, nested_shape
+from tests.support.cuda_kernels import mlp
 
 
 @dataclass(frozen=True)

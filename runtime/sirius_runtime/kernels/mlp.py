@@ -7,9 +7,10 @@ order open, they take the first neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from struct import Struct
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -209,38 +210,30 @@ def dense_mlp_activity(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor]:
     return y, activity
 
 
-@grouped
-def topk_mlp(x: Tensor, mlp: Mlp[Tensor], keep: int) -> Tensor:
-    """As `reference.topk_mlp`; of neurons with equal scores, the first are kept."""
-    done = None
-    if keep > 0:
-        done = _run("topk_mlp", _Choice(keep=keep), x, mlp)
-    return reference.topk_mlp(x, *mlp, keep) if done is None else done[0]
+def keeping(operator: str, names: Sequence[str]) -> Callable[..., Any]:
+    """The kernel of an MLP that keeps some of its neurons. Its last arguments are `names`: the
+    prompt's `neurons`, the number to `keep` or the `threshold`. Of neurons with equal scores, the
+    first are kept. With a threshold it also returns the counts.
+
+    The kernel raises IndexError for a neuron out of range.
+    """
+    counts = "threshold" in names
+
+    @grouped
+    def kernel(x: Tensor, mlp: Mlp[Tensor], *own: Any) -> Any:
+        kept = dict(zip(names, own, strict=True))
+        if "neurons" in kept:
+            kept["neurons"] = kept["neurons"][mlp.layer]
+        done = None
+        if kept.get("keep", 1) > 0:
+            done = _run(operator, _Choice(**kept, counts=counts), x, mlp)
+        if done is None:
+            return getattr(reference, operator)(x, *mlp, *own)
+        return done if counts else done[0]
+
+    kernel.__name__ = operator
+    return kernel
 
 
-@grouped
-def cats_mlp(x: Tensor, mlp: Mlp[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
-    """As `reference.cats_mlp`."""
-    done = _run("cats_mlp", _Choice(threshold=threshold, counts=True), x, mlp)
-    if done is None or done[1] is None:
-        return reference.cats_mlp(x, *mlp, threshold)
-    return done[0], done[1]
-
-
-@grouped
-def griffin_mlp(x: Tensor, mlp: Mlp[Tensor], neurons: Tensor) -> Tensor:
-    """As `reference.griffin_mlp`. Raises IndexError for a neuron out of range."""
-    done = _run("griffin_mlp", _Choice(neurons=neurons[mlp.layer]), x, mlp)
-    return reference.griffin_mlp(x, *mlp, neurons) if done is None else done[0]
-
-
-@grouped
-def griffin_cats_mlp(
-    x: Tensor, mlp: Mlp[Tensor], neurons: Tensor, threshold: float
-) -> tuple[Tensor, Tensor]:
-    """As `reference.griffin_cats_mlp`. Raises IndexError for a neuron out of range."""
-    choice = _Choice(neurons=neurons[mlp.layer], threshold=threshold, counts=True)
-    done = _run("griffin_cats_mlp", choice, x, mlp)
-    if done is None or done[1] is None:
-        return reference.griffin_cats_mlp(x, *mlp, neurons, threshold)
-    return done[0], done[1]
+griffin_mlp = keeping("griffin_mlp", ("neurons",))
+"""As `reference.griffin_mlp`."""

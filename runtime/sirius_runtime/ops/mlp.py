@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -243,38 +244,24 @@ def dense_mlp_activity_rule(x: Array, mlp: Mlp[Array]) -> tuple[Array, Array]:
     return x, made(torch.float32, (*tokens(x), I))
 
 
-@grouped
-def topk_mlp_rule(x: Array, mlp: Mlp[Array], keep: int) -> Array:
-    need_kept(keep, need_mlp(x, mlp))
-    tokens(x)
-    return x
+def keeping_rule(*names: str) -> Callable[..., Any]:
+    """The rule of an MLP that keeps some of its neurons. Its last arguments are `names`: the
+    prompt's `neurons` [layers, B, K], the number to `keep` or the `threshold`.
+    """
 
+    @grouped
+    def rule(x: Array, mlp: Mlp[Array], *own: Any) -> Any:
+        I, (B, _) = need_mlp(x, mlp), tokens(x)  # noqa: E741
+        kept = dict(zip(names, own, strict=True))
+        if "neurons" in kept:
+            neurons = kept["neurons"]
+            need_rank("neurons", neurons, 3)
+            layers, _, K = neurons.shape
+            need_shape("neurons", neurons, layers, B, K)
+            need_dtype(torch.int64, neurons=neurons)
+            need_layer(mlp.layer, layers)
+        need_kept(kept.get("keep", K if "neurons" in kept else I), I)
+        need_finite(threshold=kept.get("threshold"))
+        return (x, counts(x)) if "threshold" in kept else x
 
-@grouped
-def cats_mlp_rule(x: Array, mlp: Mlp[Array], threshold: float) -> tuple[Array, Array]:
-    need_mlp(x, mlp)
-    tokens(x)
-    need_finite(threshold=threshold)
-    return x, counts(x)
-
-
-@grouped
-def griffin_mlp_rule(x: Array, mlp: Mlp[Array], neurons: Array) -> Array:
-    I = need_mlp(x, mlp)  # noqa: E741
-    B, _ = tokens(x)
-    need_rank("neurons", neurons, 3)
-    layers, _, K = neurons.shape
-    need_shape("neurons", neurons, layers, B, K)
-    need_dtype(torch.int64, neurons=neurons)
-    need_layer(mlp.layer, layers)
-    need_kept(K, I)
-    return x
-
-
-@grouped
-def griffin_cats_mlp_rule(
-    x: Array, mlp: Mlp[Array], neurons: Array, threshold: float
-) -> tuple[Array, Array]:
-    griffin_mlp_rule(x, *mlp, neurons)
-    need_finite(threshold=threshold)
-    return x, counts(x)
+    return rule

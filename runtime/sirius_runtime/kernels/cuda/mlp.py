@@ -1,11 +1,15 @@
 """MLPs for few tokens. Each function returns None if its kernels do not take the arguments.
 
 The kernels choose the same neurons as the references, because they round products, activations and
-means to the tensors' type as torch does. Of equal scores, `topk_mlp` takes the first. Griffin's
-list must have distinct neurons: one listed twice is added twice, one out of range is ignored.
+means to the tensors' type as torch does. Of equal scores, the first are kept. A prompt's list of
+neurons must have distinct neurons: one listed twice is added twice, one out of range is ignored.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +22,7 @@ from sirius_runtime.kernels.cuda.launch import launch
 from sirius_runtime.kernels.cuda.selection import Live, above, largest
 from sirius_runtime.kernels.cuda.sums import sum_of_rows
 from sirius_runtime.nested import is_nested
+from sirius_runtime.ops.linear import outputs_of
 from sirius_runtime.ops.operands import Mlp, grouped
 
 
@@ -120,7 +125,8 @@ def _is_list(neurons: Tensor, x: Tensor) -> bool:
 def _dense(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor] | None:
     """y [B, T, C] and z = act(gate x) · up x [B, T, I]."""
     if is_nested(mlp.gate):
-        return nested.mlp(x, mlp, None)
+        done = nested.mlp(x, mlp, None)
+        return None if done is None else done[:2]
     # All tokens use all neurons, so that the batch's rows are merged into one.
     tokens = x.shape[0] * x.shape[1] if x.ndim == 3 else 0
     if not _serves(x, mlp, tokens):
@@ -156,62 +162,54 @@ def _activity(z: Tensor) -> Tensor:
     return F.normalize(z.float(), dim=-1).square()
 
 
-@grouped
-def topk_mlp(x: Tensor, mlp: Mlp[Tensor], keep: int) -> Tensor | None:
-    """As the reference."""
-    if is_nested(mlp.gate):
-        done = nested.mlp(x, mlp, lambda g: nested.largest(g, keep))
-        return None if done is None else done[0]
-    if not _serves(x, mlp, x.shape[-2]) or not 1 <= keep <= mlp.gate.shape[0] <= tiles.MOST_NEURONS:
+@functools.cache
+def keeping(*names: str) -> Callable[..., Any]:
+    """The kernel of an MLP that keeps some of its neurons. Its last arguments are `names`, as in
+    `sirius_runtime.kernels.mlp.keeping`.
+    """
+
+    @grouped
+    def kernel(x: Tensor, mlp: Mlp[Tensor], *own: Any) -> Any:
+        return _of_kept(x, mlp, **dict(zip(names, own, strict=True)))
+
+    return kernel
+
+
+def _of_kept(
+    x: Tensor,
+    mlp: Mlp[Tensor],
+    *,
+    neurons: Tensor | None = None,
+    keep: int | None = None,
+    threshold: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """y over the listed `neurons` (None: all), the `keep` largest, or those above `threshold`; then
+    their number too.
+    """
+    if keep is not None and not 1 <= keep <= outputs_of(mlp.gate) <= tiles.MOST_NEURONS:
         return None
-    x = x.contiguous()
-    g, score = _neurons(mlp, x, None, "sum", gate_only=True)
-    return _live(mlp, x, g, largest(score, keep, x.dtype))
-
-
-@grouped
-def cats_mlp(x: Tensor, mlp: Mlp[Tensor], threshold: float) -> tuple[Tensor, Tensor] | None:
-    """As the reference."""
+    if keep is not None and (neurons is not None or threshold is not None):
+        return None  # no operator chooses among the chosen
+    listed = None if neurons is None else neurons[mlp.layer]
     if is_nested(mlp.gate):
-        return nested.counted_mlp(x, mlp, lambda g: nested.above(g, threshold))
+        done = nested.mlp(x, mlp, lambda g: nested.kept(g, listed, keep, threshold))
+        if done is None:
+            return None
+        y, _, kept = done
+        return y if threshold is None or kept is None else (y, kept.sum((1, 2)))
     if not _serves(x, mlp, x.shape[-2]):
         return None
-    return _above(mlp, x.contiguous(), None, threshold)
-
-
-@grouped
-def griffin_mlp(x: Tensor, mlp: Mlp[Tensor], neurons: Tensor) -> Tensor | None:
-    """As the reference."""
-    if is_nested(mlp.gate):
-        done = nested.mlp(x, mlp, lambda g: nested.listed(g, neurons[mlp.layer]))
-        return None if done is None else done[0]
-    if not _serves(x, mlp, x.shape[-2]) or not _is_list(own := neurons[mlp.layer], x):
-        return None
-    own = own.contiguous()
-    z, _ = _neurons(mlp, x.contiguous(), own)
-    return _down_of(mlp, z, own)
-
-
-@grouped
-def griffin_cats_mlp(
-    x: Tensor, mlp: Mlp[Tensor], neurons: Tensor, threshold: float
-) -> tuple[Tensor, Tensor] | None:
-    """As the reference."""
-    if is_nested(mlp.gate):
-        return nested.counted_mlp(
-            x,
-            mlp,
-            lambda g: nested.above(g, threshold) & nested.listed(g, neurons[mlp.layer]),
-        )
-    if not _serves(x, mlp, x.shape[-2]) or not _is_list(own := neurons[mlp.layer], x):
-        return None
-    return _above(mlp, x.contiguous(), own.contiguous(), threshold)
-
-
-def _above(
-    mlp: Mlp[Tensor], x: Tensor, listed: Tensor | None, threshold: float
-) -> tuple[Tensor, Tensor]:
-    """y and the number of neurons whose mean |act(gate x)| is above `threshold`."""
-    g, score = _neurons(mlp, x, listed, "mean", gate_only=True)
-    live = above(score, threshold, listed, x.dtype)
-    return _live(mlp, x, g, live), live.count
+    if listed is not None:
+        if not _is_list(listed, x):
+            return None
+        listed = listed.contiguous()
+    x = x.contiguous()
+    if keep is not None:
+        g, score = _neurons(mlp, x, None, "sum", gate_only=True)
+        return _live(mlp, x, g, largest(score, keep, x.dtype))
+    if threshold is not None:
+        g, score = _neurons(mlp, x, listed, "mean", gate_only=True)
+        live = above(score, threshold, listed, x.dtype)
+        return _live(mlp, x, g, live), live.count
+    z, _ = _neurons(mlp, x, listed)
+    return _down_of(mlp, z, listed)

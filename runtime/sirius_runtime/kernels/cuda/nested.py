@@ -93,39 +93,27 @@ Choice = Callable[[Tensor], Tensor]
 """Chooses the neurons that each row keeps, bool [B, 1, I], from act(gate x) [B, T, I]."""
 
 
-def largest(g: Tensor, keep: int) -> Tensor:
-    """The choice of `topk_mlp`: the `keep` neurons with the largest sum of |g| over the tokens."""
-    score = g.abs().sum(1, keepdim=True)
-    kept = torch.zeros_like(score, dtype=torch.bool)
-    return kept.scatter(-1, score.topk(keep, -1, sorted=False).indices, True)
+def kept(g: Tensor, listed: Tensor | None, keep: int | None, threshold: float | None) -> Tensor:
+    """The neurons that each row keeps, bool [B, 1, I]: the `keep` with the largest sum of |g| over
+    the tokens, or those whose mean |g| is above `threshold`, or all; of these, the `listed` [B, K].
+    """
+    kept = torch.ones_like(g[:, :1], dtype=torch.bool)
+    if listed is not None:
+        kept = torch.zeros_like(kept).scatter(2, listed[:, None], True)
+    if keep is not None:
+        largest = g.abs().sum(1, keepdim=True).topk(keep, -1, sorted=False).indices
+        kept = kept & torch.zeros_like(kept).scatter(2, largest, True)
+    if threshold is not None:
+        kept = kept & (g.abs().mean(1, keepdim=True) > threshold)
+    return kept
 
 
-def above(g: Tensor, threshold: float) -> Tensor:
-    """The choice of `cats_mlp`: the neurons whose mean |g| over the tokens is above threshold."""
-    return g.abs().mean(1, keepdim=True) > threshold
-
-
-def listed(g: Tensor, neurons: Tensor) -> Tensor:
-    """The choice of `griffin_mlp`: each row's listed neurons [B, K]."""
-    kept = torch.zeros(len(g), g.shape[2], dtype=torch.bool, device=g.device)
-    return kept.scatter(1, neurons, True)[:, None]
-
-
-def mlp(x: Tensor, own: Mlp[Tensor], choice: Choice | None) -> tuple[Tensor, Tensor] | None:
-    """y [B, T, C] and z = act(gate x) · up x [B, T, I], over the kept neurons (None: all)."""
-    done = _of_kept(x, own, choice)
-    return None if done is None else done[:2]
-
-
-def counted_mlp(x: Tensor, own: Mlp[Tensor], choice: Choice) -> tuple[Tensor, Tensor] | None:
-    """y [B, T, C], and the number of kept neurons [B], int64."""
-    done = _of_kept(x, own, choice)
-    return None if done is None or done[2] is None else (done[0], done[2].sum((1, 2)))
-
-
-def _of_kept(
+def mlp(
     x: Tensor, own: Mlp[Tensor], choice: Choice | None
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """y [B, T, C] and z = act(gate x) · up x [B, T, I] over the kept neurons, and which these are;
+    without `choice`, over all, and None.
+    """
     weights = [weight for weight in (own.gate, own.up, own.down) if weight is not None]
     if x.ndim != 3 or own.act not in ACTIVATIONS or not all(map(is_nested, weights)):
         return None
