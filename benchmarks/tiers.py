@@ -18,6 +18,9 @@ a tokenizer answers prompts about code, with its own acceptance.
 Printed are the median step or period and the fastest one, in seconds per token and as the speed-up
 over `streamed`; the CPU seconds of all threads, which other processes hardly change; the bytes read
 from the disk; the process's peak resident memory, and the peak charged to its control group.
+
+`--log FILE` appends a JSON line for each step or period as it ends, with the time of day and the
+machine's load: large models take long, and a run can be cut short or be disturbed.
 """
 
 from __future__ import annotations
@@ -109,7 +112,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     model.generate(input_ids=[prompts[0]], eos_token_id=[], **warm)
     runs = []
     for prompt in prompts if drafts and real else prompts[:1]:
-        before, steps = read_bytes(), Steps()
+        before, steps = read_bytes(), Steps(args.way, args.log)
         ends = {} if drafts and real else {"eos_token_id": []}
         done = model.generate(input_ids=[prompt], streamer=steps, **ends, **options)
         stats = done.stats
@@ -141,13 +144,20 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Steps:
-    """A streamer that records the times of tokens."""
+    """A streamer that records the times of tokens, and appends a line for each to a file `log`."""
 
-    def __init__(self) -> None:
+    def __init__(self, way: str, log: Path | None) -> None:
         self._came: list[tuple[int, float, float]] = []
+        self._way, self._log = way, log
 
     def put(self, value: Tensor) -> None:
         self._came.append((value.numel(), time.perf_counter(), time.process_time()))
+        if self._log is not None and len(self._came) > 1:
+            (_, begin, _), (tokens, end, _) = self._came[-2:]
+            line = {"way": self._way, "at": time.strftime("%H:%M:%S"), "tokens": tokens}
+            line |= {"seconds": round(end - begin, 3), "load": os.getloadavg()[0]}
+            with self._log.open("a") as log:
+                log.write(f"{json.dumps(line)}\n")
 
     def end(self) -> None:
         pass
@@ -256,6 +266,7 @@ def command(args: argparse.Namespace, prompts: list[list[int]]) -> list[str]:
     for name in ("way", "limit", "tokens", "answer", "period", "periods", "mode", "threads"):
         own += [f"--{name}", str(getattr(args, name))]
     own += ["--context", str(args.context), "--prompts", json.dumps(prompts)]
+    own += [] if args.log is None else ["--log", str(args.log)]
     return own + ([] if args.aal is None else ["--aal", str(args.aal)])
 
 
@@ -280,6 +291,7 @@ def main() -> int | None:
         own.add_argument("--prompt-tokens", type=int, default=64)
         own.add_argument("--context", type=int, default=1024)
         own.add_argument("--threads", type=int, default=2)
+        own.add_argument("--log", type=Path, help="a file of a line for each step or period")
         own.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
         own.add_argument("--prompts", help=argparse.SUPPRESS)
     args = parser.parse_args()

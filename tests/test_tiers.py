@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from itertools import cycle, product
+from mmap import mmap
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from benchmarks.random_artifact import write
 from sirius_compile import CompileConfig, compile_model
 from sirius_runtime import load
+from sirius_runtime.artifact import Artifact
 from sirius_runtime.controller import Controller
 from sirius_runtime.errors import ArtifactError, BackendError, ConfigError, GenerationError
 from sirius_runtime.model import SiriusModel
@@ -287,6 +289,54 @@ def test_a_disk_that_fails_once(copied: Path, reads: list[BaseException]) -> Non
     with pytest.raises(ArtifactError, match=r"can't be read, at byte .* \(Input/output error\)"):
         model.generate(PROMPTS, max_new_tokens=12)
     assert tokens(model, "sirius") == right
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("most", [1, 512, PAGE, PAGE + 100, 3 * PAGE])
+def test_reads_that_give_fewer_bytes(
+    nested: Path, monkeypatch: pytest.MonkeyPatch, most: int, direct: bool
+) -> None:
+    """Reading goes on where a read ended."""
+    if not direct:
+        monkeypatch.setattr(os, "O_DIRECT", 0)
+    right = nested.read_bytes()
+    whole, read = mmap(-1, -(-len(right) // PAGE) * PAGE), os.preadv
+    seen: set[int] = set()
+    with Artifact.open(nested) as artifact:
+        assert artifact.file is not None
+        file = DirectFile(artifact.file, whole)
+    assert file.direct is direct
+
+    def short(descriptor: int, into: list[memoryview], offset: int) -> int:
+        assert not direct or offset % PAGE == 0
+        given = read(descriptor, into, offset)
+        if offset % PAGE or offset in seen or given <= most:
+            return given
+        seen.add(offset)
+        into[0][most:] = bytes(len(into[0]) - most)
+        return most
+
+    monkeypatch.setattr(os, "preadv", short)
+    monkeypatch.setattr("sirius_runtime.tiers.direct_file.CHUNK", 4 * PAGE)
+    file.fetch(Load(0, len(whole), len(right), 0)).wait()
+    assert bytes(whole[: len(right)]) == right
+    assert len(seen) >= len(right) // (4 * PAGE)
+
+
+@pytest.mark.parametrize(
+    ("gives", "says"),
+    [(0, "the file ended at byte 0, within its weights"), (512, "gives only 512 bytes")],
+)
+def test_reads_that_give_no_more(
+    nested: Path, monkeypatch: pytest.MonkeyPatch, gives: int, says: str
+) -> None:
+    """As of a file system that says less than the file's size: an end, not a loop."""
+    with Artifact.open(nested) as artifact:
+        assert artifact.file is not None
+        file = DirectFile(artifact.file, mmap(-1, PAGE))
+    monkeypatch.setattr(os, "preadv", lambda *_: gives)
+    with pytest.raises(ArtifactError, match=says):
+        file.fetch(Load(0, PAGE, PAGE, 0)).wait()
 
 
 def test_an_interrupt_in_the_middle(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

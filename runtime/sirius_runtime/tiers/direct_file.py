@@ -25,6 +25,9 @@ READERS = 4
 CHUNK = 4 * 2**20
 """Bytes of one read."""
 
+TRIES = 3
+"""Successive reads that may give less than a page each."""
+
 
 @dataclass(frozen=True)
 class _Reads:
@@ -115,24 +118,33 @@ class DirectFile:
         """Fills `into` from the file. At least `needed` bytes must be read; the others may lie
         beyond the end of the file, whose last page is rarely whole.
         """
-        done = 0
+        done, tries = 0, 0
         while done < min(needed, len(into)):
             try:
                 count = os.preadv(self._descriptor, [into[done:]], offset + done)
             except OSError as error:
-                raise ArtifactError(
-                    f"{self._file.path}: its weights can't be read, at byte {offset + done:,} "
-                    f"({error.strerror or error}); check the disk, and load the model again"
-                ) from error
-            done += count
-            if not count or (count % PAGE and done < min(needed, len(into))):
+                raise self._unreadable(offset + done, error.strerror or str(error)) from error
+            if not count:
                 self._file.check()
                 raise ArtifactError(
                     f"{self._file.path}: the file ended at byte {offset + done:,}, within its "
                     "weights; load a whole file"
                 )
+            done += count
+            if self.direct and done < min(needed, len(into)):
+                done -= done % PAGE  # a read may be short, and a direct one begins at a page
+                tries = tries + 1 if count < PAGE else 0
+                if tries == TRIES:
+                    self._file.check()
+                    raise self._unreadable(offset + done, f"a read gives only {count:,} bytes")
         if not self.direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, offset, done, os.POSIX_FADV_DONTNEED)
+
+    def _unreadable(self, offset: int, reason: str) -> ArtifactError:
+        return ArtifactError(
+            f"{self._file.path}: its weights can't be read, at byte {offset:,} ({reason}); check "
+            "the disk, and load the model again"
+        )
 
 
 def _opened(file: WatchedFile) -> tuple[int, bool]:
