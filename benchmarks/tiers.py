@@ -16,8 +16,9 @@ period of `--period` tokens is divided by `--aal`, the average advance of a real
 a tokenizer answers prompts about code, with its own acceptance.
 
 Printed are the median step or period and the fastest one, in seconds per token and as the speed-up
-over `streamed`; the CPU seconds of all threads, which other processes hardly change; the bytes read
-from the disk; the process's peak resident memory, and the peak charged to its control group.
+over `streamed`; all seconds over all tokens; the CPU seconds of all threads, which other processes
+hardly change; the bytes read from the disk; the process's peak resident memory, and the peak
+charged to its control group.
 
 `--log FILE` appends a JSON line for each step or period as it ends, with the time of day and the
 machine's load: large models take long, and a run can be cut short or be disturbed.
@@ -45,6 +46,7 @@ from sirius_runtime.artifact import Artifact
 from sirius_runtime.artifact_zip import want_large_pages
 from sirius_runtime.backends.tiered import TieredBackend, analyse
 from sirius_runtime.command_line import finish
+from sirius_runtime.errors import ConfigError
 from sirius_runtime.loading import load
 from sirius_runtime.model import SiriusModel
 from sirius_runtime.text import read_tokenizer
@@ -60,6 +62,7 @@ PROMPTS = (
     'class Stack:\n    """A stack with push, pop and peek."""\n',
 )
 CPU = torch.device("cpu")
+DEFAULT = "default"  # as `generate` without a period
 
 
 def drop_pages(path: Path) -> None:
@@ -105,7 +108,8 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     real = args.aal is None
     options: dict[str, Any] = {"mode": "full", "max_new_tokens": args.tokens + 1}
     if drafts:
-        options = {"mode": args.mode, "period": args.period, "max_new_tokens": args.answer}
+        period = None if args.period == DEFAULT else args.period
+        options = {"mode": args.mode, "period": period, "max_new_tokens": args.answer}
         if not real:
             options |= {"threshold": 0.0, "max_new_tokens": 1 + args.period * args.periods}
     warm = {**options, "max_new_tokens": 2}
@@ -213,12 +217,14 @@ def prompts_of(path: Path, length: int) -> list[list[int]]:
 def measure(args: argparse.Namespace) -> None:
     path, prompts = args.artifact, prompts_of(args.artifact, args.prompt_tokens)
     args.aal = args.aal if len(prompts) == 1 else None
+    if args.aal is not None and not isinstance(args.period, int):
+        raise ConfigError("--aal is the average advance of one period: give --period a number")
     drop_pages(path)
     speed = disk_speed(path)
     print(f"{path.stat().st_size:,} bytes, a limit of {args.limit:,}; ", end="")
     print(f"direct reads {speed / 1e9:.2f} GB/s, {args.threads} threads\n")
-    names = "way|s a token|x|fastest|x|CPU s|read a token|prompt, s|resident|group"
-    print(f"| {names.replace('|', ' | ')} |\n|{'---|' * 10}", flush=True)
+    names = "way|s a token|x|fastest|x|mean|CPU s|read a token|prompt, s|resident|group"
+    print(f"| {names.replace('|', ' | ')} |\n|{'---|' * 11}", flush=True)
     first, found = (math.nan, math.nan), []
     for way in args.ways.split(","):
         drop_pages(path)
@@ -226,12 +232,12 @@ def measure(args: argparse.Namespace) -> None:
         said, most = limited.run(command(own, prompts), args.limit)
         result = json.loads(said.splitlines()[-1]) | {"group": most}
         found.append(result)
-        seconds, least, cpu, read = per_token(result, args)
+        seconds, least, mean, cpu, read = per_token(result, args)
         first = (seconds, least) if way == "streamed" else first
         prefill = statistics.mean(run["prefill"] for run in result["runs"])
         print(
             f"| {way} | {seconds:.3f} | {first[0] / seconds:.1f} | {least:.3f} | "
-            f"{first[1] / least:.1f} | {cpu:.3f} | {in_units(read)} | {prefill:.2f} | "
+            f"{first[1] / least:.1f} | {mean:.3f} | {cpu:.3f} | {in_units(read)} | {prefill:.2f} | "
             f"{in_units(result['resident'])} | {in_units(most)} |",
             flush=True,
         )
@@ -247,9 +253,9 @@ def measure(args: argparse.Namespace) -> None:
 
 def per_token(
     result: dict[str, Any], args: argparse.Namespace
-) -> tuple[float, float, float, float]:
-    """Seconds a token, of the median and the fastest step or period; the CPU's seconds, of the
-    median; bytes of the disk a token.
+) -> tuple[float, float, float, float, float]:
+    """Seconds a token, of the median and the fastest step or period, and of all; the CPU's seconds,
+    of the median; bytes of the disk a token.
     """
     runs = result["runs"]
     counted = result["way"] != "sirius" or args.aal is None
@@ -258,7 +264,9 @@ def per_token(
     cpu = [seconds / (count if counted else args.aal) for count, _, seconds in steps]
     tokens = sum(run["decoded"] if counted else run["periods"] * args.aal for run in runs)
     read = sum(run["read"] for run in runs) / tokens
-    return statistics.median(each), min(each), statistics.median(cpu), read
+    counts = [count if counted else args.aal for count, *_ in steps]
+    mean = sum(seconds for _, seconds, _ in steps) / sum(counts)
+    return statistics.median(each), min(each), mean, statistics.median(cpu), read
 
 
 def command(args: argparse.Namespace, prompts: list[list[int]]) -> list[str]:
@@ -270,8 +278,8 @@ def command(args: argparse.Namespace, prompts: list[list[int]]) -> list[str]:
     return own + ([] if args.aal is None else ["--aal", str(args.aal)])
 
 
-def whole_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def whole_or_name(text: str) -> int | str:
+    return text if text in ("auto", DEFAULT) else int(text)
 
 
 def main() -> int | None:
@@ -284,7 +292,7 @@ def main() -> int | None:
         own.add_argument("--ways", default=",".join(WAYS))
         own.add_argument("--tokens", type=int, default=3, help="of the dense model")
         own.add_argument("--answer", type=int, default=128, help="of a real model's answers")
-        own.add_argument("--period", type=whole_or_auto, default=16)
+        own.add_argument("--period", type=whole_or_name, default=16, help="K, auto or default")
         own.add_argument("--periods", type=int, default=3)
         own.add_argument("--mode", default="sirius")
         own.add_argument("--aal", type=float, help="average advance, where weights are random")

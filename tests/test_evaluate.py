@@ -14,6 +14,7 @@ import pytest
 from sirius_compile import CompileConfig, compile_model
 from sirius_compile.shipped.problems import Task as TallyTask
 from sirius_compile.shipped.problems import problems
+from sirius_runtime import load
 from sirius_runtime.errors import ConfigError, GenerationError
 from sirius_runtime.evaluation.evaluate import EvaluationOptions, EvaluationWarning, evaluate
 from sirius_runtime.evaluation.modes import read_modes
@@ -24,6 +25,7 @@ from sirius_runtime.model import SiriusModel
 from sirius_runtime.stats import PeriodSteps
 from tests.support.cli import Cli
 from tests.support.models import TinyModels, random_decoder, word_tokenizer
+from tests.support.tiered import streamed, tiered
 
 COUNT = 4
 
@@ -93,6 +95,28 @@ def test_the_numbers_are_those_of_generate(cli: Cli, folder: Path) -> None:
     assert summary["tokens"] == stats.tokens
     assert summary["aal"] == pytest.approx(stats.aal)
     assert summary["effective_density"] == pytest.approx(stats.effective_density)
+
+
+def test_answers_are_the_same_where_weights_stream(folder: Path, tmp_path: Path) -> None:
+    """As with a memory budget: accuracy is that of the model in memory, answer by answer."""
+    options = CompileConfig(sparsity="none", weights="int8", graphs="entries", period=8)
+    path = compile_model("tally-3m", options).save(tmp_path / "tally.sirius")
+    task = own_task(folder / "task.jsonl")
+    asked = EvaluationOptions(read_modes("full,sirius:.1,exact"), COUNT, max_new_tokens=110)
+    model, _ = tiered(path, 0.3)
+    assert streamed(model) > 0
+    answered = []
+    for number, one in enumerate((load(path), model)):
+        evaluate(one, task, asked, out=(out := tmp_path / f"{number}.jsonl"))
+        lines = [json.loads(line) for line in out.read_text().splitlines()[1:]]
+        answered.append([{**line, "seconds": None} for line in lines])
+    assert answered[0] == answered[1]
+    assert [line["correct"] for line in answered[0]] == [True] * 3 * COUNT
+
+
+def test_a_budget_has_room_for_a_batch(cli: Cli, folder: Path) -> None:
+    flags = ("--modes", "full", "--max-new-tokens", 2, "--dtype", "bfloat16", "--limit", 4)
+    assert run(cli, folder, *flags, "--memory-budget", "4GiB", "--context", 200)["full"]
 
 
 def test_prints_one_table(cli: Cli, folder: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sirius_runtime.cli.command import Command
 from sirius_runtime.cli.options import add_loading, add_lookup, loading_options
@@ -140,7 +140,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.task.startswith(LM_EVAL):
         _run_harness(args, options)
         return
-    task, loading = _task(args), loading_options(args)
+    task, loading = _task(args), _loading(args)
     model = load(**loading)
     identity = {"artifact": _identity(args.artifact), "dtype": args.dtype, "backend": args.backend}
     with _progress("answers") as progress:
@@ -165,7 +165,7 @@ def _run_harness(args: argparse.Namespace, options: EvaluationOptions) -> None:
             f"lm-eval:… tasks do not take {', '.join(given)}, because the harness chooses their "
             "data and order; leave it out"
         )
-    model = load(**loading_options(args))
+    model = load(**_loading(args))
     with _progress("modes") as progress:
         scores = evaluate_by_harness(
             model,
@@ -191,6 +191,12 @@ def _run_harness(args: argparse.Namespace, options: EvaluationOptions) -> None:
         ("tokens/s", lambda s: figure(s.tokens_per_second, 1)),
     ]
     _print_table(args.task, columns, scores, left=3)
+
+
+def _loading(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `load`. A memory budget has room for a batch, and for the prefix it shares."""
+    loading = loading_options(args)
+    return loading if args.memory_budget is None else {**loading, "rows": args.batch_size + 1}
 
 
 def _task(args: argparse.Namespace) -> Task:
