@@ -52,7 +52,10 @@ SHARES = (0.1, 0.25, 0.5, 0.75)
 BLOCK = 16  # units
 READS = tuple(2**power for power in (12, 14, 16, 18, 20, 22))  # bytes of one read
 READ = 256 * 2**20  # the most bytes of a row of the table of reads
-_ROWS = {row.overload: row for row in OPERATORS.values() if row.scores is not None}
+_ROWS = {
+    row.overload: row
+    for row in map(OPERATORS.__getitem__, ("topk_mlp", "cats_mlp", "sparse_linear"))
+}
 
 
 class Uses(fx.Interpreter):

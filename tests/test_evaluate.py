@@ -115,7 +115,7 @@ def test_answers_are_the_same_where_weights_stream(folder: Path, tmp_path: Path)
 
 
 def test_a_budget_has_room_for_a_batch(cli: Cli, folder: Path) -> None:
-    flags = ("--modes", "full", "--max-new-tokens", 2, "--dtype", "bfloat16", "--limit", 4)
+    flags = ("--modes", "full", "--dtype", "bfloat16")
     assert run(cli, folder, *flags, "--memory-budget", "4GiB", "--context", 200)["full"]
 
 
