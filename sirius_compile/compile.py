@@ -38,7 +38,7 @@ from sirius_compile.workspace import Workspace, fingerprint
 from sirius_compile.writing import Text, write
 from sirius_passes.manager import Pass, run_passes
 from sirius_passes.mixtures import check_method
-from sirius_passes.nest_weights import NestWeights, said
+from sirius_passes.nest_weights import NestWeights, reasons_text
 from sirius_passes.program import Program
 from sirius_passes.sparsify import parameters
 from sirius_passes.stored_form import is_stored_form, stored_form
@@ -162,10 +162,10 @@ class _Compilation:
                 nest=nest,
             ),
         )
-        if nest is not None and nest.left:
+        if nest is not None and nest.not_nested:
             self._warnings.append(
-                f"--weights int8 leaves {len(nest.left)} of {nest.matrices} matrices as they are: "
-                f"{said(nest.left)}"
+                f"--weights int8 leaves {len(nest.not_nested)} of {nest.matrices} matrices as they "
+                f"are: {reasons_text(nest.not_nested)}"
             )
         compiled = self._product(program, stored, sparse)
         self._check_kernels(compiled)

@@ -61,7 +61,9 @@ def read_generation(
             left_out.append(_note(name, value, str(error)))
     for name, value in _given(config, SamplingSpec):
         try:
-            found = from_json(SamplingSpec, sampling.said() | {name: value}, "generation_config")
+            found = from_json(
+                SamplingSpec, sampling.non_defaults() | {name: value}, "generation_config"
+            )
             check_generation(GenerationSpec(sampling=found), vocabulary)
             sampling = found
         except (ConfigError, ArtifactError) as error:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from sirius_passes.lay_out_weights import LayOutWeights
 from sirius_passes.manager import Pass, run_passes
-from sirius_passes.nest_weights import NestWeights, said
+from sirius_passes.nest_weights import NestWeights, reasons_text
 from sirius_passes.program import FULL, SPARSE, Program, call, calls
 from sirius_passes.sparsify import Threshold
 from sirius_passes.sparsify_cats import SparsifyCats
@@ -149,7 +149,7 @@ def test_before_and_after() -> None:
     )
     step = NestWeights(4)
     run_passes(program, [step])
-    assert step.left == {}
+    assert step.not_nested == {}
     assert_prints(
         program.graphs[SPARSE],
         inputs
@@ -240,7 +240,7 @@ class Odd(nn.Module):
 def left(build: Callable[[], nn.Module], method: str = "topk") -> dict[str, str]:
     step = NestWeights(4)
     run_passes(laid_out(build, method), [step])
-    return step.left
+    return step.not_nested
 
 
 def test_odd_widths_stay_and_say_why() -> None:
@@ -257,7 +257,7 @@ def test_an_mlp_stays_whole() -> None:
         "layers.0.gate.weight": "another weight of its MLP can't be nested",
         "layers.0.up.weight": "another weight of its MLP can't be nested",
     }
-    assert said(found) == (
+    assert reasons_text(found) == (
         "2 (layers.0.gate.weight: another weight of its MLP can't be nested), "
         "1 (layers.0.down.weight: its 48 inputs are not a multiple of 32)"
     )
@@ -294,7 +294,7 @@ def reading_part_of_the_head(*limits: int) -> Program:
 def test_columns_of_nested_rows_stay() -> None:
     program, step = reading_part_of_the_head(1, 0, WIDTH), NestWeights(4)
     step.run(program)
-    assert step.left == {
+    assert step.not_nested == {
         "head.weight": "it is sliced in a way that the nested layout does not support"
     }
 
@@ -302,7 +302,7 @@ def test_columns_of_nested_rows_stay() -> None:
 def test_rows_that_alternate_are_rows_of_the_planes() -> None:
     program, step = reading_part_of_the_head(0, 0, VOCABULARY, 2), NestWeights(4)
     step.run(program)
-    assert step.left == {}
+    assert step.not_nested == {}
     head = calls(program.graphs[FULL].graph, sirius.linear.default)[-1]
     assert head.args[1].meta["val"].shape == (2, 6, 17)  # type: ignore[union-attr]
     assert head.args[1].args[1:] == (1, 0, VOCABULARY, 2)  # type: ignore[union-attr]
@@ -325,7 +325,9 @@ def test_what_keeps_its_dtype_stays() -> None:
     program.update_weight("layers.0.o.weight", retype=False)
     step = NestWeights(4)
     run_passes(program, [step])
-    assert step.left == {"layers.0.o.weight": "it is kept in bfloat16 whatever the model's dtype"}
+    assert step.not_nested == {
+        "layers.0.o.weight": "it is kept in bfloat16 whatever the model's dtype"
+    }
 
 
 class Experts(nn.Module):
@@ -356,7 +358,7 @@ class Experts(nn.Module):
 def test_experts_are_nested_and_their_router_is_not(step: int) -> None:
     program, nest_weights = laid_out(lambda: Decoder(Experts(step), Mlp())), NestWeights(4)
     run_passes(program, [nest_weights])
-    assert nest_weights.left == {"layers.0.router.weight": "it routes tokens to experts"}
+    assert nest_weights.not_nested == {"layers.0.router.weight": "it routes tokens to experts"}
     gate_up, down = (program.weights[f"layers.0.{name}"] for name in ("gate_up", "down"))
     assert (gate_up.nested, gate_up.shape) == (Layout.BY_OUTPUTS, (2, 3, 128, 17))
     assert (down.nested, down.shape) == (Layout.BY_INPUTS, (2, 3, 2, 34, 16))

@@ -22,7 +22,7 @@ for linears, embeddings, and the gate and up of MLPs; by inputs for the down of 
 of fused projections become slices of the planes. Embeddings always read both planes, and so do all
 drafts when `draft_bits` is 8. The experts of a mixture are nested like any MLP. Its router is not:
 rounded to 4 bits, it would send a draft to other experts. A weight that can't be nested stays as it
-is, and with it the other weights of its MLP; `left` has the reasons.
+is, and with it the other weights of its MLP; `not_nested` has the reasons.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ _ROUTES = "it routes tokens to experts"
 class NestWeights(Pass):
     """`draft_bits`: the bits of a nested weight that the sparse path reads, 4 or 8.
 
-    After a run, `matrices` is the number of matrices found, and `left` maps each one that was not
-    nested to the reason. Raises UnsupportedModelError if no weight can be nested.
+    After a run, `matrices` is the number of matrices found, and `not_nested` maps each one that was
+    not nested to the reason. Raises UnsupportedModelError if no weight can be nested.
     """
 
     name: ClassVar[str] = "nest_weights"
@@ -80,16 +80,16 @@ class NestWeights(Pass):
 
     def __init__(self, draft_bits: int) -> None:
         self.draft_bits = draft_bits
-        self.left: dict[str, str] = {}
+        self.not_nested: dict[str, str] = {}
         self.matrices = 0
 
     def run(self, program: Program) -> int:
-        found, self.left = _choose(program)
-        self.matrices = len(found) + len(self.left)
+        found, self.not_nested = _choose(program)
+        self.matrices = len(found) + len(self.not_nested)
         if not found and not any(spec.nested for spec in program.weights.values()):
             raise UnsupportedModelError(
-                f"--weights int8: no weight of this model can be nested; {said(self.left)}. "
-                "Leave --weights out"
+                "--weights int8: no weight of this model can be nested; "
+                f"{reasons_text(self.not_nested)}. Leave --weights out"
             )
         for name, layout in found.items():
             old = program.weights[name]
@@ -122,14 +122,14 @@ class NestWeights(Pass):
         )
 
 
-def said(left: dict[str, str]) -> str:
+def reasons_text(not_nested: dict[str, str]) -> str:
     """How many matrices were not nested, and why: the three most frequent reasons, each with an
     example.
     """
-    reasons = Counter(left.values())
+    reasons = Counter(not_nested.values())
     parts = []
     for reason, count in reasons.most_common(3):
-        example = next(name for name, why in left.items() if why == reason)
+        example = next(name for name, why in not_nested.items() if why == reason)
         parts.append(f"{count} ({example}: {reason})")
     rest = sum(reasons.values()) - sum(count for _, count in reasons.most_common(3))
     return ", ".join(parts) + (f" and {rest} more" if rest else "") or "it has no matrices"

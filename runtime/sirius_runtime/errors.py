@@ -74,9 +74,15 @@ class PassError(SiriusError):
     """A pass made the program invalid, as the verifier found: a bug of the compiler."""
 
 
-def shown(value: str) -> str:
-    """A value as messages show it: quoted, and cut to `_SHOWN` characters."""
-    return repr(value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…")
+def shown(value: object) -> str:
+    """A value as messages show it: its repr, of which at most `_SHOWN` characters."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…")
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # of an integer of thousands of digits, of a deep list
+        return f"a {type(value).__name__} that is too large"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 class KernelError(SiriusError):

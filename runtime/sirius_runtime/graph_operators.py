@@ -19,6 +19,7 @@ import torch
 
 from sirius_runtime import graph_rules as rules
 from sirius_runtime import operators
+from sirius_runtime.errors import shown
 from sirius_runtime.graph_rules import Array, CallError, Scalar, need
 from sirius_runtime.graph_sizes import Expression
 
@@ -294,7 +295,7 @@ def call(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str
                 passed.append(one.default)
             continue
         if not _fits(value, one, row):
-            raise CallError(f"argument {one.name} ({one.kind}) can't be {_shown(value)}")
+            raise CallError(f"argument {one.name} ({one.kind}) can't be {shown(value)}")
         if one.name not in IGNORED:
             passed.append(value)
     if len(args) > sum(not one.keyword_only for one in schema):
@@ -353,8 +354,3 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "Layout": lambda value: value in LAYOUTS,
     "MemoryFormat": lambda value: value in MEMORY_FORMATS,
 }
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"

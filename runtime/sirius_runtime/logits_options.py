@@ -61,7 +61,7 @@ class LogitsSpec:
     def changes_nothing(self) -> bool:
         return replace(self, min_new_tokens=self.min_new_tokens or None) == LogitsSpec()
 
-    def said(self) -> dict[str, Any]:
+    def non_defaults(self) -> dict[str, Any]:
         """The options that are not at their defaults, by name."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in own.items() if value != getattr(_NOTHING, name)}
@@ -80,7 +80,7 @@ class SamplingSpec:
     min_p: float | None = None
     typical_p: float | None = None
 
-    def said(self) -> dict[str, Any]:
+    def non_defaults(self) -> dict[str, Any]:
         """The values that are given, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
@@ -133,7 +133,9 @@ class Scoring:
     @property
     def processing(self) -> str:
         """The names of the options that change logits, for messages."""
-        return ", ".join([*self.logits.said(), *(["logits_processor"] if self.processors else [])])
+        return ", ".join(
+            [*self.logits.non_defaults(), *(["logits_processor"] if self.processors else [])]
+        )
 
     @property
     def names(self) -> str:
@@ -177,11 +179,11 @@ def merged(options: LogitsOptions, default: LogitsSpec, vocabulary: int) -> Logi
 
 def check_generation(spec: GenerationSpec, vocabulary: int) -> None:
     """Raises ConfigError, naming the option, for an invalid value."""
-    given: Any = spec.logits.said()
+    given: Any = spec.logits.non_defaults()
     if spec.logits.sequence_bias:
         given["sequence_bias"] = [(entry.tokens, entry.bias) for entry in spec.logits.sequence_bias]
     merged(given, LogitsSpec(), vocabulary)
-    Sampling(**spec.sampling.said())
+    Sampling(**spec.sampling.non_defaults())
 
 
 def check_processors(processors: Any) -> tuple[LogitsProcessor, ...]:

@@ -323,7 +323,7 @@ def _sampling(
         raise ConfigError(f"seed: {len(seeds)} seeds for {rows} rows; give one, or one per row")
     if min(seeds) < 0:
         raise ConfigError(f"seed must be >= 0, got {min(seeds)}")
-    return Sampling(**program.generation.sampling.said() | given), seeds
+    return Sampling(**program.generation.sampling.non_defaults() | given), seeds
 
 
 def _refresh(options: Options, program: ProgramSpec) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from sirius_runtime.errors import ArtifactError
+from sirius_runtime.errors import ArtifactError, shown
 from sirius_runtime.logits_options import GenerationSpec
 from sirius_runtime.rules import RuleOptions
 
@@ -33,7 +33,6 @@ KNOWN_MAJORS = (FORMAT_VERSION[0], NESTED_FORMAT_VERSION[0])
 JSON = Any  # None, bool, int, float, str, list[JSON], dict[str, JSON]
 _T = TypeVar("_T")
 _INT64 = 2**63
-_SHOWN = 80  # most characters of a wrong value in a message
 
 
 class Method(StrEnum):
@@ -466,10 +465,10 @@ def _decode(hint: Any, value: JSON, where: str) -> Any:
                 return _decode(option, value, where)
             except ArtifactError:
                 continue
-        raise ArtifactError(f"{where}: {_shown(value)} is not one of {hint}")
+        raise ArtifactError(f"{where}: {shown(value)} is not one of {hint}")
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         if value not in list(hint):
-            raise ArtifactError(f"{where}: {_shown(value)} is not one of {', '.join(hint)}")
+            raise ArtifactError(f"{where}: {shown(value)} is not one of {', '.join(hint)}")
         return hint(value)
     if hint is float and type(value) is int:
         try:
@@ -478,18 +477,9 @@ def _decode(hint: Any, value: JSON, where: str) -> Any:
             raise ArtifactError(f"{where}: an integer too large for a float") from None
     if type(value) is not hint:
         expected = "null" if hint is types.NoneType else getattr(hint, "__name__", hint)
-        raise ArtifactError(f"{where}: {expected} is expected, found {_shown(value)}")
+        raise ArtifactError(f"{where}: {expected} is expected, found {shown(value)}")
     if hint is int and not -_INT64 <= value < _INT64:
-        raise ArtifactError(f"{where}: an integer of 64 bits is expected, found {_shown(value)}")
+        raise ArtifactError(f"{where}: an integer of 64 bits is expected, found {shown(value)}")
     if hint is float and not math.isfinite(value):
         raise ArtifactError(f"{where}: a finite number is expected, found {value}")
     return value
-
-
-def _shown(value: JSON) -> str:
-    """The text of a value, cut to `_SHOWN` characters."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # of an integer of thousands of digits, of a deep list
-        return f"a {type(value).__name__} that is too large"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

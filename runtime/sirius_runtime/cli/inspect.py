@@ -237,7 +237,7 @@ def _range(values: Sequence[float], form: str) -> str:
 
 def _decoding(generation: Any) -> str:
     """The artifact's settings for processing logits and sampling."""
-    given = generation.logits.said() | generation.sampling.said()
+    given = generation.logits.non_defaults() | generation.sampling.non_defaults()
     names = [f"{name} {_short(value)}" for name, value in given.items()]
     return ", ".join(names) or "the likeliest token, without penalties"
 

@@ -72,7 +72,7 @@ struct Attention {
     for (size_t j = count; j < BLOCK; j++) rows[j] = rows[count - 1];
   }
 
-  // A task's buffers. A column of a query's sums is at Meet<T>::place(column).
+  // A task's buffers. A column of a query's sums is at Multiply<T>::place(column).
   struct Running {
     Scratch<X<T>> queries, shares;
     Scratch<float> keys, scores, hidden, sums, highest, total, factor;
@@ -83,7 +83,7 @@ struct Attention {
     const size_t shared = H / G, tokens = std::min(span(), N - first), Q = shared * tokens;
     const size_t lanes = round_up(Q, W);
     X<T>* queries = own.queries.take(Lanes<T>::channels(D) * lanes);
-    std::fill_n(queries, Lanes<T>::channels(D) * lanes, Meet<T>::from_float(0.0f));
+    std::fill_n(queries, Lanes<T>::channels(D) * lanes, Multiply<T>::from_float(0.0f));
     for (size_t i = 0; i < Q; i++)
       Lanes<T>::put_query(q + ((b * H + g * shared + i / tokens) * N + first + i % tokens) * D, D, i,
                           lanes, queries);
@@ -140,7 +140,7 @@ struct Attention {
       for (size_t begin = 0; begin < V; begin += layout.width) {
         const float* from = sums + layout.at(i, begin);
         const size_t here = std::min(layout.width, V - begin);
-        for (size_t c = 0; c < here; c++) round_into(to + begin + c, from[Meet<T>::place(c)] / whole);
+        for (size_t c = 0; c < here; c++) round_into(to + begin + c, from[Multiply<T>::place(c)] / whole);
       }
     }
   }

@@ -59,7 +59,7 @@ struct Lanes {
 };
 
 #if defined(__AVX512BF16__)
-// Two channels at a time, as in Meet<bf16>. Even and odd pairs are summed separately.
+// Two channels at a time, as in Multiply<bf16>. Even and odd pairs are summed separately.
 template <>
 struct Lanes<bf16> {
   static size_t channels(size_t D) { return round_up(D, 2); }

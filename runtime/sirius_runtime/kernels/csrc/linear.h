@@ -94,7 +94,7 @@ void linear_by_inputs(const T* x, const T* weight, size_t stride, const T* bias,
   for (size_t c = 0; c < C; c++) all[c] = int32_t(c);
   for (size_t n = 0; n < N; n++)
     for (size_t c = 0; c < z_stride; c++)
-      z[n * z_stride + c] = c < C ? Meet<T>::from(x[n * C + c]) : Meet<T>::from_float(0.0f);
+      z[n * z_stride + c] = c < C ? Multiply<T>::from(x[n * C + c]) : Multiply<T>::from_float(0.0f);
   linear_of_channels<T>(z, all, C, weight, stride, bias, false, y, N, O, threads);
 }
 
@@ -121,7 +121,7 @@ void sparse_linear(const T* x, const T* weight, size_t stride, const T* bias, fl
     for (size_t n = 0; n < N; n++)
       for (size_t j = 0; j < z_stride; j++)
         z[n * z_stride + j] =
-            j < count ? Meet<T>::from(own[n * C + live[j]]) : Meet<T>::from_float(0.0f);
+            j < count ? Multiply<T>::from(own[n * C + live[j]]) : Multiply<T>::from_float(0.0f);
     counts[b] = int64_t(count);
     linear_of_channels<T>(z, live, count, weight, stride, bias, true, y + b * N * O, N, O, threads);
   }

@@ -54,7 +54,7 @@ struct PlainWeights {
   static void add(const Matrix& down, size_t first, const uint16_t* live, size_t count, const float* z,
                   size_t N, size_t C, float* sums, const Rows& after) {
     alignas(64) Unit own[MOST_TOKENS * CHUNK];
-    for (size_t i = 0; i < N * CHUNK; i++) own[i] = Meet<T>::from_float(z[i]);
+    for (size_t i = 0; i < N * CHUNK; i++) own[i] = Multiply<T>::from_float(z[i]);
     const Rows rows(down, first, live, count);
     accumulate<T>(rows.own, count, {own, CHUNK, 1}, N, 0, C, sums, C, after.ahead(C));
   }

@@ -482,11 +482,11 @@ inline void take_factors(const Inputs& inputs, const Get& number, Factors32& to)
 // The q-th four live rows of a group of inputs. Beyond the live rows, the last one is repeated: its
 // factor is zero.
 template <bool BOTH>
-struct Quad {
+struct FourRows {
   const uint8_t* rows[4];
   size_t to_low;
 
-  Quad(const Inputs& own, size_t q, size_t row) : to_low(BOTH ? size_t(own.low - own.high) : 0) {
+  FourRows(const Inputs& own, size_t q, size_t row) : to_low(BOTH ? size_t(own.low - own.high) : 0) {
     for (size_t r = 0; r < 4; r++)
       rows[r] = own.high + own.live[std::min(q * 4 + r, own.count - 1)] * row;
   }
@@ -559,7 +559,7 @@ void add_along(const Inputs& own, const Inputs& after, size_t row, const Factors
   const size_t apart = width(N) / W;
   const size_t quads = (own.count + 3) / 4, to_low = BOTH ? size_t(own.low - own.high) : 0;
   for (size_t q = 0; q < quads; q += 2) {
-    const Quad<BOTH> first(own, q, row), second(own, std::min(q + 1, quads - 1), row);
+    const FourRows<BOTH> first(own, q, row), second(own, std::min(q + 1, quads - 1), row);
     const uint8_t* next[8];
     const bool more = q + 2 < quads;
     const Inputs& from = more ? own : after;
@@ -624,7 +624,7 @@ inline __attribute__((always_inline)) void add_tile(const Codes (*codes)[8], siz
 // Prefetches bytes [begin, end) of the live rows of `count` groups of inputs, a few lines at a time: a
 // processor stalls if too many lines are requested at once.
 template <bool BOTH>
-struct Soon {
+struct Prefetcher {
   const Inputs* inputs;
   size_t count, row, begin, end, i = 0, r = 0, at = begin;
 
@@ -657,13 +657,13 @@ constexpr size_t FEW = 4;  // groups of inputs whose codes fit L2
 // [begin, end), at most WIDE. Codes are unpacked row by row, in memory order, and then used for all
 // tokens, tile by tile. after: what to prefetch.
 template <bool BOTH>
-void add_together(const Inputs* inputs, size_t count, Soon<BOTH> after, size_t row, const Factors32* z,
+void add_together(const Inputs* inputs, size_t count, Prefetcher<BOTH> after, size_t row, const Factors32* z,
                   size_t token, size_t N, size_t begin, size_t end, float* sums, size_t stride) {
   alignas(64) Codes codes[FEW][WIDE / COLUMNS][NEST / 4][8];
   const auto quads = [&](size_t i) { return (inputs[i].count + 3) / 4; };
   for (size_t i = 0; i < count; i++)
     for (size_t q = 0; q < quads(i); q++) {
-      const Quad<BOTH> rows(inputs[i], q, row);
+      const FourRows<BOTH> rows(inputs[i], q, row);
       for (size_t c = begin; c < end; c += COLUMNS)
         rows.codes(c / 2, first_bytes((end - c) / 2), codes[i][(c - begin) / COLUMNS][q]);
     }
@@ -706,7 +706,7 @@ void nested_add(const Inputs* inputs, size_t count, size_t row, const Factors32*
         continue;
       }
       const size_t here = std::min(FEW, count - i);
-      Soon<BOTH> after{inputs + i, here, row, stop / 2, std::min(end, stop + WIDE) / 2};
+      Prefetcher<BOTH> after{inputs + i, here, row, stop / 2, std::min(end, stop + WIDE) / 2};
       if (stop == end)
         after = {inputs + i + here, std::min(FEW, count - i - here), row, begin / 2,
                  std::min(end, begin + WIDE) / 2};

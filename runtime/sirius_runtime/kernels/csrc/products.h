@@ -99,7 +99,7 @@ class Ahead {
 
 // How weights of type T are multiplied with activations: as floats, by fused multiply-add.
 template <class T>
-struct Meet {
+struct Multiply {
   typedef float X;
   typedef Floats Operand;
   static constexpr size_t STEP = size_t(W);
@@ -148,7 +148,7 @@ struct Meet {
 #if defined(__AVX512BF16__)
 // bfloat16 is multiplied with bfloat16 in pairs: products are exact, sums are floats.
 template <>
-struct Meet<bf16> {
+struct Multiply<bf16> {
   typedef bf16 X;
   typedef __m512bh Operand;
   static constexpr size_t STEP = 32;
@@ -222,7 +222,7 @@ struct Meet<bf16> {
 #endif
 
 template <class T>
-using X = typename Meet<T>::X;
+using X = typename Multiply<T>::X;
 
 // The sums of ROWS rows and N tokens over columns [begin, end). They start from `kept`, or from zero for
 // the first columns, and are written to `kept`, or to `out` for the last columns. x: the first token's
@@ -232,7 +232,7 @@ inline __attribute__((always_inline)) void dots_tile(const T* const* rows, const
                                                      size_t x_stride, size_t begin, size_t end,
                                                      size_t C, const char* next,
                                                      Floats (*kept)[ROWS], float (*out)[ROWS]) {
-  typedef Meet<T> M;
+  typedef Multiply<T> M;
   static_assert(ROWS == 4, "sum_four makes four sums");
   // Loops over acc are unrolled and never take its address, so that it stays in registers.
   Floats acc[N][ROWS];
@@ -323,7 +323,7 @@ void dots_group(const T* const* rows, size_t count, size_t known, const X<T>* x,
 // prefetching the next, is faster than reading ROWS rows at a time. Adds in the order of dots_tile.
 template <class T>
 void dots_alone(const T* const* rows, size_t count, const X<T>* x, size_t C, float* out) {
-  typedef Meet<T> M;
+  typedef Multiply<T> M;
   for (size_t j = 0; j < count; j += ROWS) {
     Floats acc[ROWS] = {};
     for (size_t r = 0; r < ROWS; r++) {
@@ -372,7 +372,7 @@ struct Factors {
 template <bool ASKS, class T>
 inline void accumulate_block(const T* const* rows, size_t count, Factors<T> z, size_t N,
                              size_t begin, size_t end, float* y, size_t stride, Ahead<T>& ahead) {
-  typedef Meet<T> M;
+  typedef Multiply<T> M;
   for (size_t j = 0; j < count; j += LIVE, z.at += LIVE * z.row) {
     const T* own[LIVE];
     for (size_t r = 0; r < LIVE; r++) own[r] = rows[std::min(j + r, count - 1)];
@@ -393,7 +393,7 @@ inline void accumulate_block(const T* const* rows, size_t count, Factors<T> z, s
 template <class T>
 inline void accumulate_alone(const T* const* rows, size_t count, Factors<T> z, size_t begin,
                              size_t end, float* y) {
-  typedef Meet<T> M;
+  typedef Multiply<T> M;
   for (size_t j = 0; j < count; j += LIVE, z.at += LIVE * z.row) {
     const T* own[LIVE];
     for (size_t r = 0; r < LIVE; r++) own[r] = rows[std::min(j + r, count - 1)];
@@ -406,7 +406,7 @@ inline void accumulate_alone(const T* const* rows, size_t count, Factors<T> z, s
 }
 
 // y_n += Σ_j z[n][j] rows[j][begin : end], for `count` rows. y_n [O] has the layout `outputs`, with a
-// block's column c at Meet<T>::place(c); `begin` is a block's first column. z is padded with zeros to a
+// block's column c at Multiply<T>::place(c); `begin` is a block's first column. z is padded with zeros to a
 // multiple of LIVE rows. after: rows to prefetch.
 template <class T>
 void accumulate(const T* const* rows, size_t count, Factors<T> z, size_t N, size_t begin, size_t end,
@@ -433,8 +433,8 @@ void take_activations(const Row& row, size_t N, size_t C, X<T>* to) {
     for (size_t begin = 0; begin < C; begin += layout.width) {
       const size_t here = std::min(layout.width, C - begin);
       X<T>* own = to + layout.at(n, begin);
-      for (size_t c = 0; c < here; c++) own[c] = Meet<T>::from(from[begin + c]);
-      for (size_t c = here; c < layout.stride; c++) own[c] = Meet<T>::from_float(0.0f);
+      for (size_t c = 0; c < here; c++) own[c] = Multiply<T>::from(from[begin + c]);
+      for (size_t c = here; c < layout.stride; c++) own[c] = Multiply<T>::from_float(0.0f);
     }
   }
 }

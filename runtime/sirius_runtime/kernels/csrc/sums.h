@@ -57,7 +57,7 @@ template <class T>
 struct PlainSums {
   static constexpr size_t UNIT = PAD;  // `place` permutes columns only within so many
   static Layout layout(size_t N, size_t O) { return outputs(N, O); }
-  static size_t place(size_t column) { return Meet<T>::place(column); }
+  static size_t place(size_t column) { return Multiply<T>::place(column); }
 };
 
 // y[n][o] = Σ_part sums[part][n][o] + bias[o], rounded to T; Order is the layout of the sums. apart:
