@@ -43,13 +43,14 @@ def parts(device: str, smoke: bool) -> list[Part]:
         return Part(name, title, "steps", (*large, *soon, *more), seconds)
 
     return [
-        Part("check", "Right on the device", "gpu_check", on, 130),
-        Part("kernels", "Kernels", "gpu_kernels", (), 100),
+        Part("check", "Right on the device", "gpu_check", on, 135),
+        Part("kernels", "Kernels", "gpu_kernels", (), 90),
+        Part("kernels-nested", "Kernels of nested weights", "gpu_kernels", ("--nested",), 50),
         steps_of(
-            *("steps-8b", f"Steps at {eight}", 120),
+            *("steps-8b", f"Steps at {eight}", 80),
             *("--shape", "8b", "--skipped", "0.5", "0.3", "0.65"),
         ),
-        steps_of("steps-70b", f"Steps at {seventy}", 50, "--shape", "70b"),
+        steps_of("steps-70b", f"Steps at {seventy}", 45, "--shape", "70b"),
         Part(
             "periods-8b",
             f"Recorded periods at {eight}",

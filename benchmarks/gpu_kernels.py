@@ -1,6 +1,7 @@
 """The CUDA kernels' share of a GPU's copy bandwidth, and torch's, at Llama-3-8B and 70B sizes.
 
     python -m benchmarks.gpu_kernels
+    python -m benchmarks.gpu_kernels --nested     # at Qwen2.5-1.5B's and Llama-3-8B's sizes
 
 Random weights, one row, bf16 by default. GB/s counts the bytes that a call needs to read, once
 each: weights, and keys and values in use; not activations. The roof is the copy of a gigabyte,
@@ -20,12 +21,13 @@ it on the device), with a mask if there are several tokens.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,15 @@ import sirius_runtime.operators
 from benchmarks import checked
 from sirius_runtime.command_line import finish
 from sirius_runtime.kernels.cuda.available import launchers
+from sirius_runtime.nested import nest, unnest
 from sirius_runtime.operators import OPERATORS
 from sirius_runtime.ops import attention, linear, mlp
+from sirius_runtime.spec import Layout
 
 SKIPPED = (0.3, 0.5, 0.65)
 POOL, ROTATED, COPIED = 3 << 30, 1 << 29, 1 << 30  # bytes
 MOST_CALLS = 32  # of a graph
+MOST_NESTED_CALLS = 256  # a small shape's high plane is a megabyte, and an L2 cache has fifty
 REPLAYS = 21
 REFERENCES = {"linear": linear, "mlp": mlp, "attention": attention}
 
@@ -66,11 +71,15 @@ SHAPES = (
     Shape("8B", 4096, 14336, 32, 8, 128, 128_256),
     Shape("70B", 8192, 28672, 64, 8, 128, None),
 )
+NESTED_SHAPES = (Shape("1.5B", 1536, 8960, 12, 2, 128, 151_936), SHAPES[0])
+PLANES = {"both planes": 2, "high plane": 1}
+NIBBLES = 4.25 / 8
+"""Bytes of a weight and its share of a scale, in one plane."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call, by the kernels and by torch, over one of several sets of weights."""
+    """A call, by a kernel and by the baseline, over one of several sets of weights."""
 
     name: str
     module: str
@@ -78,10 +87,17 @@ class Case:
     tokens: int
     sets: list[tuple[Any, ...]]
     """The operator's arguments."""
-    torch: Callable[..., object]
-    """The dense baseline, of the same arguments."""
+    torch: Callable[..., object] | None
+    """The dense baseline, of the same arguments; None: the operator's kernel, of `plain`."""
     bytes: Callable[[object], float]
     """The bytes that a call needs to read, from its result."""
+    plain: list[tuple[Any, ...]] = field(default_factory=list)
+    """The arguments with weights that are not nested."""
+
+    def baseline(self, device: torch.device) -> tuple[Callable[..., Any], list[tuple[Any, ...]]]:
+        if self.torch is None:
+            return self.kernel(device), self.plain
+        return self.torch, self.sets
 
     def kernel(self, device: torch.device) -> Callable[..., Any]:
         launching = launchers(self.module, device)
@@ -117,8 +133,8 @@ class Row:
     quartiles: tuple[float, float]
     gigabytes_per_second: float
     of_copy: float
-    torch_microseconds: float
-    torch_quartiles: tuple[float, float]
+    baseline_microseconds: float
+    baseline_quartiles: tuple[float, float]
     error: float
 
     def cells(self) -> list[str]:
@@ -126,17 +142,17 @@ class Row:
             *(self.shape, self.case, str(self.tokens), f"{self.megabytes:.1f}"),
             f"{self.microseconds:.1f} ({self.quartiles[0]:.1f}-{self.quartiles[1]:.1f})",
             *(f"{self.gigabytes_per_second:.0f}", f"{self.of_copy:.0%}"),
-            f"{self.torch_microseconds:.1f} "
-            f"({self.torch_quartiles[0]:.1f}-{self.torch_quartiles[1]:.1f})",
-            f"{self.torch_microseconds / self.microseconds:.2f}",
+            f"{self.baseline_microseconds:.1f} "
+            f"({self.baseline_quartiles[0]:.1f}-{self.baseline_quartiles[1]:.1f})",
+            f"{self.baseline_microseconds / self.microseconds:.2f}",
             f"{self.error:.1e}",
         ]
 
 
-HEADER = (
-    *("shape", "call", "tokens", "MB", "µs (quartiles)", "GB/s", "of copy"),
-    *("torch µs (quartiles)", "torch / ours", "error"),
-)
+def header(baseline: str) -> list[str]:
+    """Of the table; `baseline`: what the other side is."""
+    own = ["shape", "call", "tokens", "MB", "µs (quartiles)", "GB/s", "of copy"]
+    return [*own, f"{baseline} µs (quartiles)", f"{baseline} / ours", "error"]
 
 
 class Pool:
@@ -145,7 +161,7 @@ class Pool:
     def __init__(self, dtype: torch.dtype, device: torch.device, size: int, rotated: int) -> None:
         self.buffer = torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
         self.buffer.normal_(std=0.02)
-        self.dtype, self.device, self._rotated, self._at = dtype, device, rotated, 0
+        self.dtype, self.device, self.rotated, self._at = dtype, device, rotated, 0
 
     def take(self, *shape: int) -> Tensor:
         size = torch.Size(shape).numel()
@@ -157,7 +173,7 @@ class Pool:
     def sets(self, *shapes: tuple[int, int]) -> list[list[Tensor]]:
         """Sets of weights of these shapes, together several times the L2 cache."""
         size = sum(a * b for a, b in shapes) * self.dtype.itemsize
-        count = max(2, min(MOST_CALLS, -(-self._rotated // size)))
+        count = max(2, min(MOST_CALLS, -(-self.rotated // size)))
         return [[self.take(*shape) for shape in shapes] for _ in range(count)]
 
     def random(self, *shape: int) -> Tensor:
@@ -324,6 +340,105 @@ def cases(pool: Pool, shape: Shape) -> Iterator[Case]:
         yield from attention_cases(pool, shape, tokens)
 
 
+class NestedPair:
+    """Nested weights, and the same numbers in the pool's dtype, in the layout of its kernels."""
+
+    def __init__(self, pool: Pool, outputs: int, inputs: int, layout: Layout) -> None:
+        self.planes = nest(pool.take(outputs, inputs), layout)
+        plain = unnest(self.planes, pool.dtype)
+        self.plain = plain if layout is Layout.BY_OUTPUTS else plain.t().contiguous()
+        self.parameters = outputs * inputs
+
+
+Sizes = tuple[int, int, Layout]
+
+
+def nested_sets(pool: Pool, *sizes: Sizes) -> list[list[NestedPair]]:
+    """Sets of nested weights of these outputs, inputs and layouts; the high planes of all are
+    several times the L2 cache.
+    """
+    size = sum(outputs * inputs for outputs, inputs, _ in sizes) * NIBBLES
+    count = max(2, min(MOST_NESTED_CALLS, math.ceil(pool.rotated / size)))
+    return [[NestedPair(pool, *own) for own in sizes] for _ in range(count)]
+
+
+def nested_linear_cases(pool: Pool, shape: Shape, tokens: int, planes: str) -> Iterator[Case]:
+    x, count = pool.random(1, tokens, shape.hidden), PLANES[planes]
+    few = shape.groups * shape.head
+    products = {"q, o": (shape.hidden,), "q, k, v": (shape.hidden, few, few)}
+    if tokens == 1 and shape.vocabulary is not None:
+        products["lm_head"] = (shape.vocabulary,)
+    for name, outputs in products.items():
+        sets = nested_sets(pool, *((n, shape.hidden, Layout.BY_OUTPUTS) for n in outputs))
+        read = sum(outputs) * shape.hidden * NIBBLES * count
+        biases: list[None] = [None] * len(outputs)
+        yield Case(
+            f"linears {name} [{' + '.join(map(str, outputs))}, {shape.hidden}], {planes}",
+            "linear",
+            "linears",
+            tokens,
+            [(x, [pair.planes[:count] for pair in own], biases) for own in sets],
+            None,
+            lambda _, read=read: read,
+            [(x, [pair.plain for pair in own], biases) for own in sets],
+        )
+
+
+def nested_mlp_cases(pool: Pool, shape: Shape, tokens: int, planes: str) -> Iterator[Case]:
+    x, count, neurons = pool.random(1, tokens, shape.hidden), PLANES[planes], shape.neurons
+    wide = neurons, shape.hidden, Layout.BY_OUTPUTS
+    own = nested_sets(pool, wide, wide, (shape.hidden, neurons, Layout.BY_INPUTS))
+    rest = None, None, None, "silu", 0
+    row = shape.hidden * NIBBLES * count
+    score = mlp.neuron_scores(x, *(pair.plain for pair in own[0]), *rest).float().mean((0, 1))
+    keep = neurons // 2
+    chosen = torch.randperm(neurons, device=x.device)[:keep].sort().values.expand(1, 1, keep)
+    half = score.median().to(x.dtype).item()
+    calls: list[tuple[str, tuple[Any, ...], Callable[[Any], float]]] = [
+        ("dense_mlp", (), lambda _: 3 * neurons * row),
+        ("griffin_mlp", (chosen,), lambda _: 3 * keep * row),
+        ("cats_mlp", (half,), lambda done: (neurons + 2 * int(done[1].sum())) * row),
+    ]
+    if tokens == 1:
+        calls += [
+            ("topk_mlp", (keep,), lambda _: (neurons + 2 * keep) * row),
+            ("griffin_cats_mlp", (chosen, half), lambda y: (keep + 2 * int(y[1].sum())) * row),
+        ]
+    for operator, extra, read in calls:
+        title = f"{operator}{', half skipped' if extra else ''}, {planes}"
+        nested = [(x, *(pair.planes[:count] for pair in one), *rest, *extra) for one in own]
+        plain = [(x, *(pair.plain for pair in one), *rest, *extra) for one in own]
+        yield Case(title, "mlp", operator, tokens, nested, None, read, plain)
+
+
+def nested_channel_cases(pool: Pool, shape: Shape, planes: str) -> Iterator[Case]:
+    count = PLANES[planes]
+    sizes = (shape.hidden, shape.neurons), (shape.neurons, shape.hidden)
+    for inputs, outputs in sizes:
+        x = pool.random(1, 1, inputs)
+        threshold = x.float().abs().median().item()
+        own = [pair for (pair,) in nested_sets(pool, (outputs, inputs, Layout.BY_INPUTS))]
+        yield Case(
+            f"sparse_linear [{inputs}, {outputs}], half skipped, {planes}",
+            "linear",
+            "sparse_linear",
+            1,
+            [(x, pair.planes[:count], None, threshold) for pair in own],
+            None,
+            lambda done, row=outputs * NIBBLES * count: int(done[1].sum()) * row,
+            [(x, pair.plain, None, threshold) for pair in own],
+        )
+
+
+def nested_cases(pool: Pool, shape: Shape) -> Iterator[Case]:
+    """All calls with nested weights at a decoder's sizes."""
+    for planes in PLANES:
+        for tokens in (1, 8):
+            yield from nested_linear_cases(pool, shape, tokens, planes)
+            yield from nested_mlp_cases(pool, shape, tokens, planes)
+        yield from nested_channel_cases(pool, shape, planes)
+
+
 @contextmanager
 def float32_sums() -> Iterator[None]:
     """A context in which torch sums products in float32, like the kernels. Used for checks only."""
@@ -395,38 +510,40 @@ def measured(case: Case, shape: Shape, pool: Pool, copy: float) -> Row:
     """A case timed, and what was timed checked: of the first and the last call of its graph."""
     kernel = case.kernel(pool.device)
     needed = statistics.mean(case.bytes(kernel(*args)) for args in case.sets)
-    (graph, results), (baseline, _) = (captured(c, case.sets) for c in (kernel, case.torch))
+    (graph, results), (baseline, _) = (
+        captured(kernel, case.sets),
+        captured(*case.baseline(pool.device)),
+    )
     replays = replayed([graph, baseline], REPLAYS)
     ours, theirs = ([t / len(case.sets) for t in times] for times in replays)
     found = max(right(case, shape, args, results[i]) for i, args in ends(case.sets))
-    (low, ours_median, high), (torch_low, torch_median, torch_high) = (
+    (low, ours_median, high), (other_low, other_median, other_high) = (
         statistics.quantiles(times, n=4) for times in (ours, theirs)
     )
     speed = needed / (ours_median * 1e-6)
     return Row(
         *(shape.name, case.name, case.tokens, needed / 1e6, ours_median, (low, high)),
-        *(speed / 1e9, speed / copy, torch_median, (torch_low, torch_high), found),
+        *(speed / 1e9, speed / copy, other_median, (other_low, other_high), found),
     )
 
 
-@torch.inference_mode()
-def rows(dtype: torch.dtype = torch.bfloat16, only: str = "") -> tuple[float, list[Row]]:
-    """The copy bandwidth in bytes a second, and a row for each case whose name holds `only`.
-
-    Raises RuntimeError where there is no CUDA device, or no kernel serves.
+def prepared(dtype: torch.dtype) -> tuple[Pool, float]:
+    """Weights on the current CUDA device, and its copy bandwidth in bytes a second. Raises
+    RuntimeError where there is no CUDA device.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("the CUDA kernels need a CUDA device, and there is none here")
     torch.manual_seed(0)
     pool = Pool(dtype, torch.device("cuda", torch.cuda.current_device()), POOL, ROTATED)
-    copy = copy_bandwidth(pool)
-    found = [
-        measured(case, shape, pool, copy)
-        for shape in SHAPES
-        for case in cases(pool, shape)
-        if only in case.name
-    ]
-    return copy, found
+    return pool, copy_bandwidth(pool)
+
+
+def rows(pool: Pool, copy: float, only: str = "", nested: bool = False) -> Iterator[Row]:
+    """A row for each case whose name holds `only`. Raises RuntimeError if no kernel serves."""
+    for shape in NESTED_SHAPES if nested else SHAPES:
+        for case in (nested_cases if nested else cases)(pool, shape):
+            if only in case.name:
+                yield measured(case, shape, pool, copy)
 
 
 def machine() -> str:
@@ -447,22 +564,27 @@ def machine() -> str:
     )
 
 
-def table(found: list[Row]) -> str:
-    lines = [list(HEADER), ["---"] * len(HEADER), *(row.cells() for row in found)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+def line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--nested", action="store_true", help="the kernels of nested weights")
     args = parser.parse_args()
     try:
-        copy, found = rows(getattr(torch, args.dtype), args.only)
+        pool, copy = prepared(getattr(torch, args.dtype))
+        print(f"{machine()}; {args.dtype}; copy {copy / 1e9:.0f} GB/s; {REPLAYS} replays\n")
+        head = header(args.dtype if args.nested else "torch")
+        print(f"{line(head)}\n{line(['---'] * len(head))}")
+        # Each at once: what is printed is left if the time is up.
+        for row in rows(pool, copy, args.only, args.nested):
+            print(line(row.cells()), flush=True)
     except RuntimeError as problem:
         parser.exit(1, f"{parser.prog}: {problem}\n")
-    print(f"{machine()}; {args.dtype}; copy {copy / 1e9:.0f} GB/s; {REPLAYS} replays\n")
-    print(table(found))
 
 
 if __name__ == "__main__":

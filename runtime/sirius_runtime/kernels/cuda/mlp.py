@@ -192,7 +192,7 @@ def _of_kept(
         return None  # no operator chooses among the chosen
     listed = None if neurons is None else neurons[mlp.layer]
     if is_nested(mlp.gate):
-        done = nested.mlp(x, mlp, lambda g: nested.kept(g, listed, keep, threshold))
+        done = nested.mlp(x, mlp, lambda g: nested.kept(g, listed, keep, threshold), listed)
         if done is None:
             return None
         y, _, kept = done

@@ -109,19 +109,26 @@ def kept(g: Tensor, listed: Tensor | None, keep: int | None, threshold: float | 
 
 
 def mlp(
-    x: Tensor, own: Mlp[Tensor], choice: Choice | None
+    x: Tensor, own: Mlp[Tensor], choice: Choice | None, listed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """y [B, T, C] and z = act(gate x) · up x [B, T, I] over the kept neurons, and which these are;
-    without `choice`, over all, and None.
+    without `choice`, over all, and None. listed [B, K]: neurons that `choice` does not look beyond,
+    so that gate's other rows are not read.
     """
     weights = [weight for weight in (own.gate, own.up, own.down) if weight is not None]
     if x.ndim != 3 or own.act not in ACTIVATIONS or not all(map(is_nested, weights)):
         return None
-    g = linear(x, own.gate, own.gate_bias)
+    live = None
+    if listed is not None:
+        live = torch.zeros(
+            matrix_shape(tuple(own.gate.shape))[0], dtype=torch.bool, device=x.device
+        )
+        live = live.index_fill(0, listed.flatten(), True)
+    g = linear(x, own.gate, own.gate_bias, live)
     if g is None:
         return None
     z = ACTIVATIONS[own.act](g)
-    kept = live = None
+    kept = None
     if choice is not None:
         kept = choice(z)
         z, live = z * kept, kept.flatten(0, 1).any(0)
