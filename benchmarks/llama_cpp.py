@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import multiprocessing
-import os
 import time
 from collections.abc import Collection, Iterator, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import LlamaForCausalLM
 
-from sirius_runtime.errors import ConfigError
+if TYPE_CHECKING:  # a process that only decodes does without these
+    from torch import Tensor
+    from transformers import LlamaForCausalLM
 
 BATCH = 512
 """Tokens of a prompt that llama.cpp takes at once, as its own default."""
@@ -42,6 +39,7 @@ def write_gguf(model: LlamaForCausalLM, path: Path, quantised: str | None = None
     halves. So the rows of q and k are reordered, which changes no product.
     """
     import gguf
+    import torch
 
     config = model.config
     dtype = next(model.parameters()).dtype
@@ -232,57 +230,6 @@ def _likeliest(logits: np.ndarray) -> tuple[int, float]:
     """The likeliest token, and its probability among the ten likeliest, as llama.cpp drafts."""
     first = np.partition(logits, -10)[-10:]
     return int(logits.argmax()), float(1 / np.exp(first - first.max()).sum())
-
-
-class OwnProcess:
-    """A GGUF model in llama.cpp, in a process of its own, with its threads as it likes them: asleep
-    between operators (OMP_WAIT_POLICY=passive, which is right for ours) they cost it up to 17%.
-    """
-
-    def __init__(
-        self, path: Path, context: int, threads: int, *, draft: Path | None = None
-    ) -> None:
-        """`draft`: a model of the same tokens that drafts for it (`speculative`).
-
-        Raises ConfigError without the package, or a file.
-        """
-        if not available():
-            raise ConfigError("llama.cpp is not installed: pip install --group bench")
-        for file in (path, draft):
-            if file is not None and not file.is_file():
-                raise ConfigError(f"{file}: there is no such file; give the path of a GGUF model")
-        policy = os.environ.pop("OMP_WAIT_POLICY", None)
-        methods = multiprocessing.get_context("spawn")
-        self._ours, theirs = methods.Pipe()
-        try:
-            methods.Process(
-                target=_serve, args=(theirs, path, draft, context, threads), daemon=True
-            ).start()
-        finally:
-            if policy is not None:
-                os.environ["OMP_WAIT_POLICY"] = policy
-
-    def generate(
-        self, prompt: Sequence[int], new_tokens: int, eos: Collection[int]
-    ) -> tuple[list[int], float]:
-        """Greedy tokens after a prompt, and the seconds that all but the first one took."""
-        self._ours.send((list(prompt), new_tokens, set(eos)))
-        tokens, seconds = self._ours.recv()
-        return tokens, seconds
-
-
-def _serve(pipe: Connection, path: Path, draft: Path | None, context: int, threads: int) -> None:
-    target = LlamaCpp(path, context, threads)
-    small = None if draft is None else LlamaCpp(draft, context, threads)
-    while True:
-        try:
-            prompt, new_tokens, eos = pipe.recv()
-        except EOFError:
-            return
-        if small is None:
-            pipe.send(greedy(target, prompt, new_tokens, eos))
-        else:
-            pipe.send(speculative(target, small, prompt, new_tokens, eos))
 
 
 def _quiet(api: object) -> None:

@@ -12,7 +12,12 @@ benchmark stops.
 
 With `--llama-cpp FILE.gguf` (once for each file) llama.cpp continues the same token ids, greedily,
 on as many threads, in its own process. With `--llama-cpp-draft FILE.gguf` it also uses speculative
-decoding, with that file as the draft model.
+decoding, with that file as the draft model. With `--transformers FOLDER` transformers itself
+answers them, in bfloat16 with its own cache, on as many threads and in its own process too.
+
+With `--memory` no time is taken. Each way is a process of its own that loads its model and answers
+the first prompt; printed is its resident memory when that was largest, and its share of the
+baseline's.
 
 With `--lookup N` (once for each N) the default and the `exact` run look up N-grams; 0: none.
 
@@ -22,18 +27,25 @@ With `--out` each answer is a line of a file, and answers that it has already ar
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks import llama_cpp
+from benchmarks import own_process
 from benchmarks.kernels import cpu_name
 from sirius_runtime import SiriusModel, load
-from sirius_runtime.command_line import finish, positive_number, threads_argument, whole_number
+from sirius_runtime.command_line import (
+    finish,
+    folder_argument,
+    positive_number,
+    threads_argument,
+    whole_number,
+)
 
 STORY = (
     "The lighthouse at Carrow Point was built in 1871 after three ships were lost in one "
@@ -82,9 +94,7 @@ PROMPTS = {
         "Spiega in italiano come si fa il pane.",
     ),
 }
-DENSE, BASELINE = "dense", "baseline, dense"
-CONTEXT = 1024
-"""Tokens of prompt and answer that llama.cpp has room for."""
+DENSE, BASELINE, TRANSFORMERS = "dense", "baseline, dense", "transformers, bfloat16"
 
 
 @dataclass(frozen=True)
@@ -119,12 +129,13 @@ def answer(
 
 
 def peer_answer(
-    peer: llama_cpp.OwnProcess, model: SiriusModel, prompt: str, way: str, most: int
+    peer: own_process.OwnProcess, model: SiriusModel, prompt: str, way: str, most: int
 ) -> Answer:
-    """llama.cpp's, to the tokens of the model's chat template."""
+    """A peer's, to the tokens of the model's chat template."""
     (ids,) = model.encode(messages=_chat(prompt))
     tokens, seconds = peer.generate(ids, most, model.program.eos_token_ids)
-    return Answer(prompt, way, tuple(tokens), (len(tokens) - 1) / seconds, None, None, None)
+    rate = (len(tokens) - 1) / seconds if seconds > 0 else 0.0
+    return Answer(prompt, way, tuple(tokens), rate, None, None, None)
 
 
 def _chat(prompt: str) -> list[dict[str, str]]:
@@ -148,15 +159,8 @@ def answers(args: argparse.Namespace) -> Iterator[Answer]:
             ways[name] = partial(answer, model, mode, lookup)
     if args.baseline is not None:
         ways[BASELINE] = partial(answer, load(args.baseline, threads=args.threads), "full", None)
-    for path in args.llama_cpp:
-        peer = llama_cpp.OwnProcess(path, CONTEXT, model.backend.threads)
-        ways[f"llama.cpp, {path.stem}"] = partial(peer_answer, peer, model)
-        if args.llama_cpp_draft is not None:
-            peer = llama_cpp.OwnProcess(
-                path, CONTEXT, model.backend.threads, draft=args.llama_cpp_draft
-            )
-            name = f"llama.cpp, {path.stem} drafted by {args.llama_cpp_draft.stem}"
-            ways[name] = partial(peer_answer, peer, model)
+    for name, peer in peers(args, model.backend.threads).items():
+        ways[name] = partial(peer_answer, own_process.OwnProcess(peer), model)
     warm = False
     for prompts in PROMPTS.values():
         for prompt in prompts[: args.prompts]:
@@ -176,6 +180,45 @@ def answers(args: argparse.Namespace) -> Iterator[Answer]:
                 exact = way.startswith("exact")
                 if exact and tuple(dense.tokens) != tuple(known[prompt, way].tokens):
                     raise SystemExit(f"{way}: not the dense tokens of {prompt!r}")
+
+
+def peers(args: argparse.Namespace, threads: int) -> dict[str, own_process.Model]:
+    """The others' models, by the name of their way."""
+    found = {}
+    for path in args.llama_cpp:
+        one = own_process.Model(own_process.LLAMA_CPP, str(path.absolute()), threads)
+        found[f"llama.cpp, {path.stem}"] = one
+        if (draft := args.llama_cpp_draft) is not None:
+            name = f"llama.cpp, {path.stem} drafted by {draft.stem}"
+            found[name] = replace(one, draft=str(draft.absolute()))
+    if args.transformers is not None:
+        path = str(args.transformers.absolute())
+        found[TRANSFORMERS] = own_process.Model(own_process.TRANSFORMERS, path, threads)
+    return found
+
+
+def memory(args: argparse.Namespace) -> Iterator[str]:
+    """The table of resident memory, a line each."""
+    model = load(args.artifact, threads=args.threads)
+    threads, eos = model.backend.threads, model.program.eos_token_ids
+    (ids,) = model.encode(messages=_chat(next(iter(PROMPTS.values()))[0]))
+    del model
+    own = own_process.Model(own_process.SIRIUS, str(args.artifact.absolute()), threads)
+    ways = {}
+    if args.baseline is not None:
+        ways[BASELINE] = replace(own, path=str(args.baseline.absolute()))
+    ways |= {DENSE: own, "sirius": replace(own, mode="sirius"), **peers(args, threads)}
+    yield "| way | anonymous | of mapped files | both | of the baseline |"
+    yield "|---|---|---|---|---|"
+    baseline = None
+    for way, one in ways.items():
+        held = own_process.peak(one, ids, args.max_new_tokens, eos)
+        if way == BASELINE:
+            baseline = held.both
+        sizes = " | ".join(
+            f"{size / 2**20:.0f} MiB" for size in (held.anonymous, held.mapped, held.both)
+        )
+        yield f"| {way} | {sizes} | {f'{held.both / baseline:.3f}' if baseline else ''} |"
 
 
 def table(all_answers: Sequence[Answer]) -> Iterator[str]:
@@ -210,6 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--baseline", type=Path, help="another artifact, decoded densely beside it")
     parser.add_argument("--llama-cpp", type=Path, action="append", default=[], metavar="FILE.gguf")
     parser.add_argument("--llama-cpp-draft", type=Path, metavar="FILE.gguf")
+    parser.add_argument("--transformers", type=folder_argument, metavar="FOLDER")
+    parser.add_argument("--memory", action="store_true", help="each way's resident memory instead")
     parser.add_argument("--lookup", type=whole_number, action="append", default=[], metavar="N")
     parser.add_argument("--prompts", type=positive_number, default=4, help="of each kind")
     parser.add_argument("--max-new-tokens", type=positive_number, default=128)
@@ -218,12 +263,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.llama_cpp_draft is not None and not args.llama_cpp:
         parser.error("--llama-cpp-draft drafts for the model of --llama-cpp; give that too")
+    head = f"{args.artifact.name}; {args.max_new_tokens} tokens an answer; {cpu_name()}\n"
+    if args.memory:
+        for line in itertools.chain([head], memory(args)):
+            print(line, flush=True)
+        return
     done = []
     for one in answers(args):
         done.append(one)
         print(f"{one.way}: {one.rate:.2f} tokens/s", file=sys.stderr)
-    print(f"{args.artifact.name}; {args.max_new_tokens} tokens an answer; {cpu_name()}\n")
-    print("\n".join(table(done)))
+    print(head, *table(done), sep="\n")
 
 
 if __name__ == "__main__":

@@ -162,6 +162,27 @@ def test_an_artifact_of_onnx_graphs_alone(tmp_path: Path) -> None:
     assert model.generate("Q:", max_new_tokens=4).stats.tokens == 4
 
 
+def test_the_tokenizer_is_read_before_the_back_end_is_made(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reading it takes for a moment is then not on top of all the rest."""
+    order: list[str] = []
+
+    def noting(name: str) -> None:
+        own = getattr(module, name)
+
+        def noted(*args: Any, **options: Any) -> Any:
+            order.append(name)
+            return own(*args, **options)
+
+        monkeypatch.setattr(module, name, noted)
+
+    for name in ("_tokenizer", "_trim", "make_backend"):
+        noting(name)
+    load(artifact)
+    assert order == ["_tokenizer", "_trim", "make_backend"]
+
+
 def test_torch_s_idle_threads_sleep(artifact: Path) -> None:
     code = f"import os, sirius_runtime; sirius_runtime.load({str(artifact)!r}, device='cpu'); "
     code += "print(os.environ['OMP_WAIT_POLICY'])"

@@ -5,6 +5,8 @@ A back end's packages are imported when it is asked for, so that ONNX Runtime ne
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import sys
 import warnings
@@ -135,6 +137,14 @@ def load(
                 f"backend {backend} keeps all weights in memory: use backend eager, or leave out "
                 "memory_budget"
             )
+        # First: for a moment, reading it takes 130 MiB that the rest is then loaded into.
+        tokenizer = None
+        if artifact.names(TOKENIZER):
+            tokenizer = _tokenizer(artifact.read_bytes(TOKENIZER), path)
+            _trim()
+        chat = None
+        if artifact.names(CHAT):
+            chat = _chat(artifact.read_json(CHAT), path)
         if backend == BackendName.AUTO:
             choice = choose_backend(artifact.names("graphs/"), artifact.names("onnx/"), device)
             progress(f"backend {choice.backend}: {choice.reason}")
@@ -179,12 +189,6 @@ def load(
                 )
             if dtype not in (None, stored):
                 ran_on(runner.threads)  # converting the weights ran on them
-        tokenizer = None
-        if artifact.names(TOKENIZER):
-            tokenizer = _tokenizer(artifact.read_bytes(TOKENIZER), path)
-        chat = None
-        if artifact.names(CHAT):
-            chat = _chat(artifact.read_json(CHAT), path)
         artifact.check_weights()
         artifact.check_unchanged()
         return SiriusModel(runner, tokenizer, artifact.file, chat)
@@ -430,6 +434,14 @@ def _tokenizer(content: bytes, path: str | Path) -> Tokenizer:
             f"{path}: {TOKENIZER} can't be read by this version of tokenizers ({error}); "
             "update the tokenizers package, or compile the model again"
         ) from error
+
+
+def _trim() -> None:
+    """Gives freed memory back to the system, where the C library can: reading a tokenizer of
+    150,000 tokens leaves 80 MiB of it.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _chat(document: JSON, path: str | Path) -> Chat | None:
