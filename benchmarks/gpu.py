@@ -45,7 +45,7 @@ def parts(device: str, smoke: bool) -> list[Part]:
     return [
         Part("check", "Right on the device", "gpu_check", on, 135),
         Part("kernels", "Kernels", "gpu_kernels", (), 90),
-        Part("kernels-nested", "Kernels of nested weights", "gpu_kernels", ("--nested",), 50),
+        Part("kernels-nested", "Kernels of nested weights", "gpu_kernels", ("--nested",), 55),
         steps_of(
             *("steps-8b", f"Steps at {eight}", 80),
             *("--shape", "8b", "--skipped", "0.5", "0.3", "0.65"),
@@ -56,7 +56,7 @@ def parts(device: str, smoke: bool) -> list[Part]:
             f"Recorded periods at {eight}",
             "periods",
             (*on, "--shape", "8b", "--context", "1024", "--rounds", "7"),
-            40,
+            35,
         ),
         steps_of(
             *("steps-70b-compiled", f"Steps at {seventy}, compiled by inductor", 40),

@@ -21,6 +21,7 @@ it on the device), with a mask if there are several tokens.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import subprocess
@@ -73,6 +74,7 @@ SHAPES = (
 )
 NESTED_SHAPES = (Shape("1.5B", 1536, 8960, 12, 2, 128, 151_936), SHAPES[0])
 PLANES = {"both planes": 2, "high plane": 1}
+NESTED_TOKENS = (1, 8)
 NIBBLES = 4.25 / 8
 """Bytes of a weight and its share of a scale, in one plane."""
 
@@ -362,81 +364,87 @@ def nested_sets(pool: Pool, *sizes: Sizes) -> list[list[NestedPair]]:
     return [[NestedPair(pool, *own) for own in sizes] for _ in range(count)]
 
 
-def nested_linear_cases(pool: Pool, shape: Shape, tokens: int, planes: str) -> Iterator[Case]:
-    x, count = pool.random(1, tokens, shape.hidden), PLANES[planes]
+def nested_linear_cases(pool: Pool, shape: Shape) -> Iterator[Case]:
     few = shape.groups * shape.head
     products = {"q, o": (shape.hidden,), "q, k, v": (shape.hidden, few, few)}
-    if tokens == 1 and shape.vocabulary is not None:
+    if shape.vocabulary is not None:
         products["lm_head"] = (shape.vocabulary,)
     for name, outputs in products.items():
         sets = nested_sets(pool, *((n, shape.hidden, Layout.BY_OUTPUTS) for n in outputs))
-        read = sum(outputs) * shape.hidden * NIBBLES * count
         biases: list[None] = [None] * len(outputs)
-        yield Case(
-            f"linears {name} [{' + '.join(map(str, outputs))}, {shape.hidden}], {planes}",
-            "linear",
-            "linears",
-            tokens,
-            [(x, [pair.planes[:count] for pair in own], biases) for own in sets],
-            None,
-            lambda _, read=read: read,
-            [(x, [pair.plain for pair in own], biases) for own in sets],
-        )
+        for tokens in (1,) if name == "lm_head" else NESTED_TOKENS:
+            x = pool.random(1, tokens, shape.hidden)
+            for planes, count in PLANES.items():
+                read = sum(outputs) * shape.hidden * NIBBLES * count
+                yield Case(
+                    f"linears {name} [{' + '.join(map(str, outputs))}, {shape.hidden}], {planes}",
+                    "linear",
+                    "linears",
+                    tokens,
+                    [(x, [pair.planes[:count] for pair in own], biases) for own in sets],
+                    None,
+                    lambda _, read=read: read,
+                    [(x, [pair.plain for pair in own], biases) for own in sets],
+                )
 
 
-def nested_mlp_cases(pool: Pool, shape: Shape, tokens: int, planes: str) -> Iterator[Case]:
-    x, count, neurons = pool.random(1, tokens, shape.hidden), PLANES[planes], shape.neurons
+def nested_mlp_cases(pool: Pool, shape: Shape) -> Iterator[Case]:
+    neurons = shape.neurons
     wide = neurons, shape.hidden, Layout.BY_OUTPUTS
     own = nested_sets(pool, wide, wide, (shape.hidden, neurons, Layout.BY_INPUTS))
     rest = None, None, None, "silu", 0
-    row = shape.hidden * NIBBLES * count
-    score = mlp.neuron_scores(x, *(pair.plain for pair in own[0]), *rest).float().mean((0, 1))
     keep = neurons // 2
-    chosen = torch.randperm(neurons, device=x.device)[:keep].sort().values.expand(1, 1, keep)
-    half = score.median().to(x.dtype).item()
-    calls: list[tuple[str, tuple[Any, ...], Callable[[Any], float]]] = [
-        ("dense_mlp", (), lambda _: 3 * neurons * row),
-        ("griffin_mlp", (chosen,), lambda _: 3 * keep * row),
-        ("cats_mlp", (half,), lambda done: (neurons + 2 * int(done[1].sum())) * row),
-    ]
-    if tokens == 1:
-        calls += [
-            ("topk_mlp", (keep,), lambda _: (neurons + 2 * keep) * row),
-            ("griffin_cats_mlp", (chosen, half), lambda y: (keep + 2 * int(y[1].sum())) * row),
+    chosen = torch.randperm(neurons, device=pool.device)[:keep].sort().values.expand(1, 1, keep)
+    for tokens, (planes, count) in itertools.product(NESTED_TOKENS, PLANES.items()):
+        x = pool.random(1, tokens, shape.hidden)
+        row = shape.hidden * NIBBLES * count
+        score = mlp.neuron_scores(x, *(pair.plain for pair in own[0]), *rest).float()
+        half = score.mean((0, 1)).median().to(x.dtype).item()
+        calls: list[tuple[str, tuple[Any, ...], Callable[[Any], float]]] = [
+            ("dense_mlp", (), lambda _, row=row: 3 * neurons * row),
+            ("griffin_mlp", (chosen,), lambda _, row=row: 3 * keep * row),
+            ("cats_mlp", (half,), lambda y, row=row: (neurons + 2 * int(y[1].sum())) * row),
         ]
-    for operator, extra, read in calls:
-        title = f"{operator}{', half skipped' if extra else ''}, {planes}"
-        nested = [(x, *(pair.planes[:count] for pair in one), *rest, *extra) for one in own]
-        plain = [(x, *(pair.plain for pair in one), *rest, *extra) for one in own]
-        yield Case(title, "mlp", operator, tokens, nested, None, read, plain)
+        if tokens == 1:
+            calls += [
+                ("topk_mlp", (keep,), lambda _, row=row: (neurons + 2 * keep) * row),
+                (
+                    "griffin_cats_mlp",
+                    (chosen, half),
+                    lambda y, row=row: (keep + 2 * int(y[1].sum())) * row,
+                ),
+            ]
+        for operator, extra, read in calls:
+            title = f"{operator}{', half skipped' if extra else ''}, {planes}"
+            nested = [(x, *(pair.planes[:count] for pair in one), *rest, *extra) for one in own]
+            plain = [(x, *(pair.plain for pair in one), *rest, *extra) for one in own]
+            yield Case(title, "mlp", operator, tokens, nested, None, read, plain)
 
 
-def nested_channel_cases(pool: Pool, shape: Shape, planes: str) -> Iterator[Case]:
-    count = PLANES[planes]
+def nested_channel_cases(pool: Pool, shape: Shape) -> Iterator[Case]:
     sizes = (shape.hidden, shape.neurons), (shape.neurons, shape.hidden)
     for inputs, outputs in sizes:
         x = pool.random(1, 1, inputs)
         threshold = x.float().abs().median().item()
         own = [pair for (pair,) in nested_sets(pool, (outputs, inputs, Layout.BY_INPUTS))]
-        yield Case(
-            f"sparse_linear [{inputs}, {outputs}], half skipped, {planes}",
-            "linear",
-            "sparse_linear",
-            1,
-            [(x, pair.planes[:count], None, threshold) for pair in own],
-            None,
-            lambda done, row=outputs * NIBBLES * count: int(done[1].sum()) * row,
-            [(x, pair.plain, None, threshold) for pair in own],
-        )
+        for planes, count in PLANES.items():
+            yield Case(
+                f"sparse_linear [{inputs}, {outputs}], half skipped, {planes}",
+                "linear",
+                "sparse_linear",
+                1,
+                [(x, pair.planes[:count], None, threshold) for pair in own],
+                None,
+                lambda y, row=outputs * NIBBLES * count: int(y[1].sum()) * row,
+                [(x, pair.plain, None, threshold) for pair in own],
+            )
 
 
 def nested_cases(pool: Pool, shape: Shape) -> Iterator[Case]:
     """All calls with nested weights at a decoder's sizes."""
-    for planes in PLANES:
-        for tokens in (1, 8):
-            yield from nested_linear_cases(pool, shape, tokens, planes)
-            yield from nested_mlp_cases(pool, shape, tokens, planes)
-        yield from nested_channel_cases(pool, shape, planes)
+    yield from nested_mlp_cases(pool, shape)
+    yield from nested_linear_cases(pool, shape)
+    yield from nested_channel_cases(pool, shape)
 
 
 @contextmanager
