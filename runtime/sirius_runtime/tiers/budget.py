@@ -82,20 +82,18 @@ def reserve(program: ProgramSpec, itemsize: int, context: int, rows: int = 1) ->
     """Bytes for the caches of `rows` rows of `context` tokens and the activations of the largest
     step.
 
-    A prompt chunk holds a few activations of the widest layer in float32. If it has more tokens
-    than the kernels take, a nested matrix is dequantized for it. A period's logits are in float32.
+    A prompt chunk holds a few activations of the widest layer in float32. A period's logits are in
+    float32.
     """
     nodes = rows * max(AUTO_PERIOD, program.period.period) * max(program.period.tree_width, 1)
     vocabulary = program.model.vocab_size
     matrices = [w for w in program.weights if w.parameter and len(w.shape) > 1]
     inner = [w for w in matrices if vocabulary not in w.shape]
     widest = max((max(w.shape[-2:]) for w in inner), default=0)
-    unpacked = max((w.numbers for w in inner if w.nested), default=0) * itemsize
     chunk = min(PREFILL_CHUNK, context)
     return (
         caches(program, itemsize, context, rows)
         + 4 * chunk * widest * 4
-        + 2 * unpacked
         + 3 * nodes * vocabulary * 4
         + _WORKING
     )
