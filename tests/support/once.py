@@ -2,13 +2,16 @@
 
 These are torch.export of the model and the trace of a whole period. What comes out is the same, to
 the byte (`tests/test_once.py`). Tests of either call `capture` or `BuildPeriod` themselves.
+
+The kernels are compared with their references once for each family, method and dtype, which takes
+half of what is left. `tests/test_self_check.py`, of that comparison, asks for it each time.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -18,13 +21,16 @@ from torch import fx, nn
 from transformers import PretrainedConfig
 
 from sirius_compile.capture import Capture, capture
+from sirius_compile.self_check import Fetch, check_kernels
 from sirius_passes.build_period import BuildPeriod
 from sirius_passes.program import PERIOD, Program, copy_graph
 from sirius_runtime.graph import to_document
 from sirius_runtime.rules import RULES
+from sirius_runtime.spec import JSON, ProgramSpec
 
 _captured: dict[Hashable, Capture] = {}
 _periods: dict[Hashable, fx.GraphModule] = {}
+_checked: set[Hashable] = set()
 _anew: list[bool] = []
 
 
@@ -68,10 +74,24 @@ class BuildPeriodOnce(BuildPeriod):
         return 1
 
 
+def check_kernels_once(
+    spec: ProgramSpec, document: Callable[[str], JSON], weights: Fetch, dtype: torch.dtype
+) -> None:
+    """As `check_kernels`; programs of one family, method and dtype have the same operators."""
+    key = (spec.model.model_type, spec.sparsity.method, spec.nested, dtype)
+    if _anew or key not in _checked:
+        check_kernels(spec, document, weights, dtype)
+        _checked.add(key)
+
+
 @contextmanager
 def compiling_once() -> Iterator[None]:
-    """Within it, the compiler's modules use these two."""
-    instead = {"capture": (capture, capture_once), "BuildPeriod": (BuildPeriod, BuildPeriodOnce)}
+    """Within it, the compiler's modules use these three."""
+    instead: dict[str, tuple[object, object]] = {
+        "capture": (capture, capture_once),
+        "BuildPeriod": (BuildPeriod, BuildPeriodOnce),
+        "check_kernels": (check_kernels, check_kernels_once),
+    }
     with pytest.MonkeyPatch.context() as patch:
         for module in [m for n, m in sys.modules.items() if n.startswith("sirius_compile.")]:
             for name, (own, once) in instead.items():
