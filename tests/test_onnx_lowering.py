@@ -267,18 +267,21 @@ def test_sorting(descending: bool) -> None:
 def test_block_attention(
     window: int | None, softcap: float | None, groups: int, with_sinks: bool
 ) -> None:
-    sinks = floats(4, seed=8) if with_sinks else None
-    for lengths in ([5, 1, 9], [12, 3, 3]):
-        block = Block(lengths, [TREE, [*CHAIN, 4, 5], TREE], groups=groups)
-        for nodes in (range(7), [3, 4], [0]):
-            arguments = block.apart(nodes)
-            tensors, (layer, scale) = arguments[:11], arguments[11:13]
+    sinks = [floats(4, seed=8)] if with_sinks else []
+    blocks = [
+        Block(lengths, [TREE, [*CHAIN, 4, 5], TREE], groups=groups)
+        for lengths in ([5, 1, 9], [12, 3, 3])
+    ]
+    for nodes in (range(7), [3, 4], [0]):
+        one, other = (block.apart(nodes) for block in blocks)
+        kind = one[11:13]  # the layer and the scale
+        assert kind == other[11:13]
 
-            def function(*given: Tensor, kind: Any = (layer, scale)) -> tuple[Tensor, ...]:
-                own = given[11] if with_sinks else None
-                return sirius.block_attention(*given[:11], *kind, window, softcap, own)
+        def function(*given: Tensor, kind: Any = kind) -> tuple[Tensor, ...]:
+            own = given[11] if with_sinks else None
+            return sirius.block_attention(*given[:11], *kind, window, softcap, own)
 
-            agree(function, *tensors, *([] if sinks is None else [sinks]))
+        agree(function, *one[:11], *sinks, again=[*other[:11], *sinks])
 
 
 @pytest.mark.parametrize("window", [None, 3])

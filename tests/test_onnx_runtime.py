@@ -38,20 +38,20 @@ from tests.support.fast import slow_but
 from tests.support.models import random_decoder, word_tokenizer
 from tests.support.onnx import CPU, Pairs, load_onnx
 
-PROMPT = "Q: Zoe has 25 nuts. Bob has 20 fewer than Zoe. How many nuts does Bob have?\nA:"
+PROMPT = "w7 w8 w9"  # its greedy answer ends after 27 tokens
 ROOT = Path(__file__).parent.parent
 STANDARD = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain}
 
 
 @pytest.fixture(scope="module")
-def tally(pairs: Pairs) -> Path:
-    return pairs("griffin", 2, 8, "tally-3m").path
+def small(pairs: Pairs) -> Path:
+    return pairs("griffin").path
 
 
 @pytest.fixture(scope="module")
-def exported(tally: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "new"
-    assert sirius(["export-onnx", str(tally), str(folder)]) == 0
+    assert sirius(["export-onnx", str(small), str(folder)]) == 0
     return folder
 
 
@@ -81,11 +81,11 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 # without PyTorch
 
 
-def test_an_artifact_generates_where_torch_is_not_installed(tally: Path, tmp_path: Path) -> None:
-    wanted = load(tally, device="cpu").generate(PROMPT, mode="exact").texts
+def test_an_artifact_generates_where_torch_is_not_installed(small: Path, tmp_path: Path) -> None:
+    wanted = load(small, device="cpu").generate(PROMPT, mode="exact").texts
     code = without("torch", "transformers", "onnx", "typer", "safetensors") + (
         "import sirius_runtime, sirius_runtime.cli\n"
-        f"model = sirius_runtime.load({str(tally)!r}, backend='onnxruntime', providers={CPU})\n"
+        f"model = sirius_runtime.load({str(small)!r}, backend='onnxruntime', providers={CPU})\n"
         f"prompts = [{PROMPT!r}] * 2\n"
         "for mode in ('exact', 'sirius', 'full', 'sparse', 'sample'):\n"
         "    options = {'stop': '####', 'refresh': 1, 'max_new_tokens': 12}\n"
@@ -93,12 +93,12 @@ def test_an_artifact_generates_where_torch_is_not_installed(tally: Path, tmp_pat
         "    assert output.stats.tokens\n"
         f"output = model.generate({PROMPT!r}, mode='exact')\n"
         "print(output.texts)\n"
-        f"run = ['run', {str(tally)!r}, '-p', 'Q', '--backend', 'onnxruntime', '--threads', '1']\n"
+        f"run = ['run', {str(small)!r}, '-p', 'w7', '--backend', 'onnxruntime', '--threads', '1']\n"
         "for options in ([], ['--json'], ['--compare', '--max-new-tokens', '8']):\n"
         "    assert not sirius_runtime.cli.main(run + options)\n"
-        f"assert not sirius_runtime.cli.main(['inspect', {str(tally)!r}])\n"
+        f"assert not sirius_runtime.cli.main(['inspect', {str(small)!r}])\n"
         f"target = {str(tmp_path / 'out')!r}\n"
-        f"assert not sirius_runtime.cli.main(['export-onnx', {str(tally)!r}, target])\n"
+        f"assert not sirius_runtime.cli.main(['export-onnx', {str(small)!r}, target])\n"
         "assert 'torch' not in sys.modules\n"
     )
     done = python(code)
@@ -106,16 +106,16 @@ def test_an_artifact_generates_where_torch_is_not_installed(tally: Path, tmp_pat
     assert done.stdout.splitlines()[0] == str(wanted)
 
 
-def test_other_back_ends_say_that_they_need_torch(tally: Path) -> None:
-    command = ["run", str(tally), "-p", "Q", "--backend", "eager"]
+def test_other_back_ends_say_that_they_need_torch(small: Path) -> None:
+    command = ["run", str(small), "-p", "w7", "--backend", "eager"]
     done = python(without("torch") + f"import sirius_runtime.cli as c; sys.exit(c.main({command}))")
     assert done.returncode == 2
     assert "needs PyTorch" in done.stderr
     assert "or use backend onnxruntime" in done.stderr
 
 
-def test_without_onnxruntime_it_is_named(tally: Path) -> None:
-    command = ["run", str(tally), "-p", "Q", "--backend", "onnxruntime"]
+def test_without_onnxruntime_it_is_named(small: Path) -> None:
+    command = ["run", str(small), "-p", "w7", "--backend", "onnxruntime"]
     code = without("onnxruntime") + f"import sirius_runtime.cli as c; sys.exit(c.main({command}))"
     done = python(code)
     assert done.returncode == 2
@@ -125,8 +125,8 @@ def test_without_onnxruntime_it_is_named(tally: Path) -> None:
 # what is shared
 
 
-def test_every_weight_is_the_artifact_s_own_bytes(tally: Path) -> None:
-    with Artifact.open(tally) as artifact:
+def test_every_weight_is_the_artifact_s_own_bytes(small: Path) -> None:
+    with Artifact.open(small) as artifact:
         backend = OnnxBackend(artifact, providers=CPU, threads=1, progress=print)
         buffer, slots = artifact.weight_slots()
         start = np.frombuffer(buffer, np.uint8).ctypes.data
@@ -211,8 +211,10 @@ def test_weights_are_not_copied_into_memory(method: str, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_weights_beyond_two_gigabytes(tally: Path, tmp_path: Path) -> None:
+def test_weights_beyond_two_gigabytes(pairs: Pairs, tmp_path: Path) -> None:
     """An artifact and its export whose weights lie after 2.2 GB of others."""
+    tally = pairs("griffin", 2, 8, "tally-3m").path
+    prompt = "Q: Zoe has 25 nuts. Bob has 20 fewer than Zoe. How many nuts does Bob have?\nA:"
     made = compile_model(
         "tally-3m", CompileConfig(sparsity="topk", period=4, dtype="float32", graphs="onnx")
     )
@@ -221,15 +223,15 @@ def test_weights_beyond_two_gigabytes(tally: Path, tmp_path: Path) -> None:
     zeros = torch.zeros(filler.shape, dtype=torch.float64)
     large = replace(made, spec=spec, weights=lambda w: zeros if w is filler else made.weights(w))
     path = large.save(tmp_path / "large.sirius")
-    wanted = load(tally, device="cpu").generate(PROMPT, mode="full", max_new_tokens=8).tokens
-    assert load_onnx(path).generate(PROMPT, mode="full", max_new_tokens=8).tokens == wanted
+    wanted = load(tally, device="cpu").generate(prompt, mode="full", max_new_tokens=8).tokens
+    assert load_onnx(path).generate(prompt, mode="full", max_new_tokens=8).tokens == wanted
     folder = tmp_path / "folder"
     export_onnx(path, folder)
     path.unlink()
     assert (folder / WEIGHTS_FILE).stat().st_size > 2**31
     example = ROOT / "examples" / "onnx_minimal.py"
     done = python(
-        f"import sys, runpy; sys.argv = ['', {str(folder)!r}, {PROMPT!r}]\n"
+        f"import sys, runpy; sys.argv = ['', {str(folder)!r}, {prompt!r}]\n"
         f"runpy.run_path({str(example)!r})\n"
     )
     assert done.stdout.strip().endswith("#### 5"), done.stderr
@@ -247,9 +249,9 @@ def test_the_example_names_what_it_needs(given: tuple[str, ...], tmp_path: Path)
     )
 
 
-def test_the_exported_weights_are_one_safetensors_file(tally: Path, exported: Path) -> None:
+def test_the_exported_weights_are_one_safetensors_file(small: Path, exported: Path) -> None:
     found = safetensors.torch.load_file(exported / WEIGHTS_FILE)
-    with Artifact.open(tally) as artifact:
+    with Artifact.open(small) as artifact:
         stored = artifact.weights()
         assert found.keys() == stored.keys()
         for name, tensor in stored.items():
@@ -290,13 +292,13 @@ def test_shapes_are_named(exported: Path) -> None:
     shapes = {i.name: i.shape for i in session.get_inputs()}
     assert shapes["input_ids"] == ["B", "T"]
     assert shapes["tree_mask"] == ["R", "T", "T"]
-    assert shapes["k_cache"] == [5, "B", 6, "S", 32]
+    assert shapes["k_cache"] == [2, "B", 2, "S", 16]
     outputs = {o.name: o.shape for o in session.get_outputs()}
-    assert outputs["k_new"] == [5, "B", 6, "T", 32]
+    assert outputs["k_new"] == [2, "B", 2, "T", 16]
     assert outputs["logits"][::2] == ["B", outputs["logits"][2]]
 
 
-def test_the_example_drives_the_folder(exported: Path, tally: Path) -> None:
+def test_the_example_drives_the_folder(exported: Path, small: Path) -> None:
     example = ROOT / "examples" / "onnx_minimal.py"
     assert len(example.read_text().splitlines()) < 60
     code = without("torch", "onnx", "sirius_runtime") + (
@@ -306,19 +308,19 @@ def test_the_example_drives_the_folder(exported: Path, tally: Path) -> None:
     )
     done = python(code)
     assert done.returncode == 0, done.stderr
-    (text,) = load_onnx(tally).generate(PROMPT, mode="exact", max_new_tokens=200).texts or ()
+    (text,) = load_onnx(small).generate(PROMPT, mode="exact", max_new_tokens=100).texts or ()
     assert done.stdout == text + "\n"
 
 
-def test_a_folder_with_files_is_not_written_to(exported: Path, tally: Path, tmp_path: Path) -> None:
+def test_a_folder_with_files_is_not_written_to(exported: Path, small: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not empty; .*--force"):
-        export_onnx(tally, exported)
+        export_onnx(small, exported)
     before = {path.name for path in exported.iterdir()}
-    assert {path.name for path in export_onnx(tally, exported, force=True)} == before
+    assert {path.name for path in export_onnx(small, exported, force=True)} == before
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(ConfigError, match="is not a folder"):
-        export_onnx(tally, file)
+        export_onnx(small, file)
 
 
 # adding graphs to an artifact
@@ -376,7 +378,7 @@ def test_the_dtype_of_an_artifact_with_graphs(tmp_path: Path) -> None:
 # what is refused
 
 
-def test_options_of_other_back_ends_are_refused(tally: Path) -> None:
+def test_options_of_other_back_ends_are_refused(small: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"backend": "onnxruntime", "device": "cpu"}, "takes providers, not a device"),
         ({"backend": "onnxruntime", "dtype": "float16"}, "in the dtype of its graphs, fl"),
@@ -385,19 +387,19 @@ def test_options_of_other_back_ends_are_refused(tally: Path) -> None:
     ]
     for options, message in refused:
         with pytest.raises(ConfigError, match=message):
-            load(tally, progress=print, **options)
+            load(small, progress=print, **options)
 
 
 def test_a_provider_that_is_not_there_is_named(
-    tally: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(
         BackendError, match=r"has no RocmExecutionProvider here \(it has: .*install"
     ):
-        load_onnx(tally, ["RocmExecutionProvider"])
+        load_onnx(small, ["RocmExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(CPU))
     with pytest.raises(BackendError, match=r"no CUDAExecutionProvider .*install onnxruntime-gpu"):
-        load_onnx(tally, ["CUDAExecutionProvider"])
+        load_onnx(small, ["CUDAExecutionProvider"])
 
 
 class Started:
@@ -416,7 +418,7 @@ class Started:
     ],
 )
 def test_cuda_is_taken_where_it_starts_and_said_aloud(
-    tally: Path,
+    small: Path,
     monkeypatch: pytest.MonkeyPatch,
     starts: bool,
     wanted: list[str] | None,
@@ -428,24 +430,24 @@ def test_cuda_is_taken_where_it_starts_and_said_aloud(
     session = Started(*(both if starts else CPU))
     monkeypatch.setattr(OnnxBackend, "_session", lambda *args, **kwargs: session)
     said: list[str] = []
-    model = load(tally, backend="onnxruntime", providers=wanted, progress=said.append)
+    model = load(small, backend="onnxruntime", providers=wanted, progress=said.append)
     assert [line.endswith(told) for line in said] == [True]
     assert isinstance(model.backend, OnnxBackend)
     assert model.backend.on_device == starts
 
 
 def test_cuda_that_does_not_start_is_refused_where_asked_for(
-    tally: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = ["CUDAExecutionProvider", *CPU]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
     monkeypatch.setattr(OnnxBackend, "_session", lambda *args, **kwargs: Started(*CPU))
     with pytest.raises(BackendError, match=r"can't be started here .*CUDA and cuDNN.*leave prov"):
-        load_onnx(tally, ["CUDAExecutionProvider"])
+        load_onnx(small, ["CUDAExecutionProvider"])
 
 
 def test_every_provider_that_is_asked_for_must_start(
-    tally: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*wanted, *CPU])
@@ -457,12 +459,12 @@ def test_every_provider_that_is_asked_for_must_start(
     for down in ([], ["TensorrtExecutionProvider"], ["CUDAExecutionProvider"]):
         if down:
             with pytest.raises(BackendError, match=f"{down[0]} can't be started here"):
-                load_onnx(tally, wanted)
+                load_onnx(small, wanted)
         else:
-            backend = load_onnx(tally, wanted).backend
+            backend = load_onnx(small, wanted).backend
             assert isinstance(backend, OnnxBackend)
             assert backend.providers == [*wanted, *CPU]
-    backend = load_onnx(tally, CPU).backend
+    backend = load_onnx(small, CPU).backend
     assert isinstance(backend, OnnxBackend)
     assert backend.providers == list(CPU)
 
@@ -632,13 +634,13 @@ def test_streams_and_arrays(pairs: Pairs) -> None:
     assert tensors.tokens == rows.tokens
 
 
-def test_the_command_line(tally: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["run", str(tally), "-p", PROMPT.replace("\n", "\\n"), "--backend", "onnxruntime"]
+def test_the_command_line(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", str(small), "-p", PROMPT, "--backend", "onnxruntime"]
     options = ["--providers", "CPUExecutionProvider", "--threads", "1", "--mode", "exact", "--json"]
     assert sirius(command + options) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert (
-        found["text"] == (load(tally, device="cpu").generate(PROMPT, mode="exact").texts or ())[0]
+        found["text"] == (load(small, device="cpu").generate(PROMPT, mode="exact").texts or ())[0]
     )
     assert "on CPUExecutionProvider" in captured.err

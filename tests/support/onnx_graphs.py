@@ -59,14 +59,19 @@ def run(model: onnx.ModelProto, inputs: Sequence[Tensor]) -> list[Tensor]:
     return [torch.from_numpy(np.asarray(y)) for y in session.run(None, given)]
 
 
-def agree(function: Callable[..., Any], *inputs: Tensor, atol: float = 1e-5) -> None:
-    """ONNX Runtime computes what `function` computes, of the same dtypes and shapes."""
-    wanted = function(*inputs)
-    wanted = list(wanted) if isinstance(wanted, tuple | list) else [wanted]
-    found = run(lowered(*documented(function, inputs)), inputs)
-    for w, f in zip(wanted, found, strict=True):
-        assert f.dtype == w.dtype
-        torch.testing.assert_close(f, w, atol=atol, rtol=1e-4)
+def agree(
+    function: Callable[..., Any], *inputs: Tensor, atol: float = 1e-5, again: Sequence[Tensor] = ()
+) -> None:
+    """ONNX Runtime computes what `function` computes, of the same dtypes and shapes; and so the
+    same graph does of other inputs, `again`, of the same shapes.
+    """
+    model = lowered(*documented(function, inputs))
+    for given in (inputs, again) if again else (inputs,):
+        wanted = function(*given)
+        wanted = list(wanted) if isinstance(wanted, tuple | list) else [wanted]
+        for w, f in zip(wanted, run(model, given), strict=True):
+            assert f.dtype == w.dtype
+            torch.testing.assert_close(f, w, atol=atol, rtol=1e-4)
 
 
 def floats(*shape: int, seed: int = 0) -> Tensor:
