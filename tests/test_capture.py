@@ -26,6 +26,7 @@ def test_a_clamp_of_another_limit_is_refused() -> None:
         capture(small_config("gpt_oss", swiglu_limit=5.0))
 
 
+@pytest.mark.slow  # `test_families` runs a qwen2_moe and a deepseek_v3
 def test_masks_that_no_layer_uses_are_not_looked_at() -> None:
     """qwen2_moe makes a mask with a window of 0 that none of its layers uses."""
     program = capture(small_config("qwen2_moe")).program
@@ -33,6 +34,7 @@ def test_masks_that_no_layer_uses_are_not_looked_at() -> None:
     assert windows == [None, None]
 
 
+@pytest.mark.slow
 def test_experts_know_their_layer() -> None:
     program = capture(small_config("qwen3_moe", num_hidden_layers=3)).program
     found = [mixture.layer for mixture in mixtures(program.graphs[DENSE].graph)]
@@ -54,7 +56,7 @@ def test_experts_activations(act: str, name: str) -> None:
 
 def test_the_config_of_the_caller_s_model_stays_as_it_was() -> None:
     """Capture leaves a model in memory unchanged: its attention function and its dtype."""
-    config = small_config("llama")
+    config = small_config("llama", num_hidden_layers=1)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     before = model.config.to_dict()
     capture(model.config)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sirius_runtime.errors import ConfigError, GenerationError, UserError
-from sirius_runtime.model import Mode, SiriusModel
+from sirius_runtime.model import GenerationOutput, Mode, SiriusModel
 from sirius_runtime.plan import Limits
 from sirius_runtime.request import Options, Request, check_ranges, check_tree, read_options
 from tests.support.models import EVERY_METHOD, MAX_SEQ_LEN, VOCABULARY, Tiny, TinyModels
@@ -98,11 +98,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def expected(tiny: TinyModels) -> GenerationOutput:
+    """Before any option was refused."""
+    return tiny(method="griffin").model.generate(PROMPT, tree_width=2, max_new_tokens=10)
+
+
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda value: str(value)[:60])
 def test_bad_options_are_refused_and_leave_no_trace(
-    model: SiriusModel, options: dict[str, Any], message: str
+    model: SiriusModel, expected: GenerationOutput, options: dict[str, Any], message: str
 ) -> None:
-    expected = model.generate(PROMPT, tree_width=2, max_new_tokens=10)
     with pytest.raises(UserError) as refused:
         model.generate(PROMPT, **options)
     assert message in str(refused.value)

@@ -113,7 +113,7 @@ def test_a_draft_that_reads_all_is_the_full_path(nested: Callable[..., Nested]) 
 
 def test_the_draft_is_another_model_and_a_good_one(nested: Callable[..., Nested]) -> None:
     """With half of the bits, most tokens agree, and some logits differ."""
-    model = nested("qwen2", "none").model
+    model = nested("llama", "none").model
     ids = torch.tensor([PROMPTS[1]])
     inputs = {
         "input_ids": ids,

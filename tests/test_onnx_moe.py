@@ -25,6 +25,7 @@ from sirius_runtime.errors import UnsupportedModelError
 from sirius_runtime.onnx_files import export_onnx
 from sirius_runtime.ops.moe import EXPERT_ACTIVATIONS
 from tests.support.families import random_model, random_rows
+from tests.support.fast import slow_but
 from tests.support.models import word_tokenizer
 from tests.support.onnx import CPU, Pair, load_onnx
 from tests.support.onnx_graphs import over_weights, run
@@ -77,9 +78,20 @@ def stored(args: Sequence[Any], form: str) -> tuple[dict[str, Tensor], Callable[
     return weights, arguments
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("form", ["apart", "fused", "alternating"])
-@pytest.mark.parametrize("operator", OPERATORS)
+FORMS = ("apart", "fused", "alternating")
+
+
+@pytest.mark.parametrize(
+    ("operator", "form", "bias"),
+    slow_but(
+        product(OPERATORS, FORMS, (False, True)),
+        [
+            (operator, form, (row + column) % 2 == 0)
+            for row, operator in enumerate(OPERATORS)
+            for column, form in enumerate(FORMS)
+        ],
+    ),
+)
 def test_operators(operator: str, form: str, bias: bool) -> None:
     args = moe_args("clamped_swiglu" if form == "alternating" else "silu", bias=bias)
     inputs, kind, rest = args[:3], args[9:], OPERATORS[operator]

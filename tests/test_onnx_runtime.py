@@ -330,7 +330,8 @@ def test_a_folder_with_files_is_not_written_to(exported: Path, small: Path, tmp_
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = CompileConfig(sparsity="griffin", period=4, dtype="bfloat16")
     path = tmp_path_factory.mktemp("plain") / "plain.sirius"
-    return compile_model(random_decoder("llama"), options, tokenizer=word_tokenizer()).save(path)
+    model = random_decoder("llama", num_hidden_layers=1)
+    return compile_model(model, options, tokenizer=word_tokenizer()).save(path)
 
 
 def test_an_artifact_without_graphs_names_what_adds_them(
@@ -361,7 +362,7 @@ def test_graphs_are_added(plain: Path, tmp_path: Path) -> None:
 
 
 def test_the_dtype_of_an_artifact_with_graphs(tmp_path: Path) -> None:
-    model = random_decoder("llama").to(torch.bfloat16)
+    model = random_decoder("llama", num_hidden_layers=1).to(torch.bfloat16)
     options: dict[str, Any] = {"sparsity": "griffin", "period": 4}
     made = compile_model(model, CompileConfig(**options, graphs="onnx"))
     assert made.spec.model.dtype == "float32"
