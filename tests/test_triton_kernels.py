@@ -159,11 +159,17 @@ def test_activations(act: str) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize(("tokens", "bias"), [(1, True), (3, False)])
 @pytest.mark.parametrize(
-    "case",
-    slow_but(range(len(CASES)), [i for i, (n, _) in enumerate(CASES) if n != CASES[i - 1][0]]),
-    ids=lambda i: f"{CASES[i][0]}-{i}",
+    ("case", "tokens", "bias"),
+    slow_but(
+        ((case, *form) for case in range(len(CASES)) for form in ((1, True), (3, False))),
+        [
+            (i, *((1, True), (3, False))[i % 2])
+            for i, (name, _) in enumerate(CASES)
+            if name != CASES[i - 1][0]
+        ],
+    ),
+    ids=str,
 )
 def test_mlps_in_float32(case: int, tokens: int, bias: bool) -> None:
     name, extra = CASES[case]
