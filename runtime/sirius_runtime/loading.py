@@ -5,7 +5,6 @@ A back end's packages are imported when it is asked for, so that ONNX Runtime ne
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import sys
@@ -436,12 +435,19 @@ def _tokenizer(content: bytes, path: str | Path) -> Tokenizer:
         ) from error
 
 
+try:
+    # At import, so that reading an artifact opens no library (tests/test_fuzz.py watches for that).
+    _malloc_trim: Callable[[int], int] | None = ctypes.CDLL(None).malloc_trim
+except (AttributeError, OSError, TypeError):  # not glibc
+    _malloc_trim = None
+
+
 def _trim() -> None:
     """Gives freed memory back to the system, where the C library can: reading a tokenizer of
     150,000 tokens leaves 80 MiB of it.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    if _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 def _chat(document: JSON, path: str | Path) -> Chat | None:
