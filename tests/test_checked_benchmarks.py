@@ -42,6 +42,7 @@ def break_in_graphs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(rewrite, "_functions", lambda: changed)
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_has_no_row(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

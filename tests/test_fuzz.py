@@ -21,9 +21,8 @@ def check(report: Report, count: int) -> None:
         assert any(told.endswith(outcome) for told in report.outcomes), outcome
 
 
-@pytest.mark.parametrize("first", range(0, 500, 250))
-def test_five_hundred_hostile_artifacts(first: int) -> None:
-    check(hunt(1_000_000 + first, 250, Hunt(names=SMALLEST, every=4)), 250)
+def test_two_hundred_hostile_artifacts() -> None:
+    check(hunt(1_000_000, 200, Hunt(names=SMALLEST, every=4)), 200)
 
 
 @pytest.mark.slow

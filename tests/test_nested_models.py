@@ -30,7 +30,7 @@ from tests.support.paths import chooser, samples
 PROMPTS = [[7, 8, 9], [50, 30, 11, 22, 60]]
 CASES = [
     ("llama", "topk"),
-    ("phi3", "teal"),
+    pytest.param("phi3", "teal", marks=pytest.mark.slow),
     pytest.param("llama", "griffin+teal", marks=pytest.mark.slow),
     pytest.param("gpt2", "cats", marks=pytest.mark.slow),
     pytest.param("gemma3_text", "griffin", marks=pytest.mark.slow),
@@ -155,7 +155,7 @@ def test_the_nested_model_is_near_the_model(nested: Callable[..., Nested], famil
 
 
 def test_both_paths_read_the_one_copy(nested: Callable[..., Nested]) -> None:
-    model = nested("phi3", "teal").model
+    model = nested("llama", "topk").model
     paths = [bound_weights(model, entry) for entry in ("sparse", "full", "prefill")]
     stored = {weight.untyped_storage().data_ptr() for weight in model.backend.weights.values()}  # type: ignore[attr-defined]
     for path in paths:
@@ -257,6 +257,7 @@ def test_calibration_and_measurement_go_together() -> None:
     assert found.agreement < whole.agreement
 
 
+@pytest.mark.slow  # by hand in `test_passes_nest_weights`
 def test_a_density_counts_the_bits(nested: Callable[..., Nested]) -> None:
     spec = nested("llama", "griffin", density=0.4).compiled.spec
     assert spec.sparsity.density == pytest.approx(0.4, abs=0.01)

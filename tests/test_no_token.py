@@ -52,7 +52,9 @@ RUNS: list[dict[str, Any]] = [
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = random_decoder("llama")
     compiled = compile_model(
-        model, CompileConfig(sparsity="topk", period=4, graphs="both"), tokenizer=word_tokenizer()
+        model,
+        CompileConfig(sparsity="griffin", period=4, graphs="both"),
+        tokenizer=word_tokenizer(),
     )
     with torch.no_grad():  # after the compiler has looked
         model.get_input_embeddings().weight[SPOILT] = NAN
