@@ -23,10 +23,10 @@ from sirius_passes.pair_paths import PairPaths
 from sirius_passes.program import DENSE, OUTPUTS, Program, Stage, calls, copy_graph, subgraphs
 from sirius_passes.recognise_mlps import RecogniseMlps
 from sirius_passes.testing import snapshot
-from sirius_passes.tracing import one_at_a_time
 from sirius_runtime.dtypes import dtype_name
 from sirius_runtime.graph import CAPTURE_DTYPE, INPUT, WEIGHT, from_document, to_document
 from sirius_runtime.spec import StateSpec, WeightSpec
+from tests.support.once import quick_traces
 
 VOCABULARY, HIDDEN, NEURONS, POSITIONS = 11, 6, 10, 32
 
@@ -161,9 +161,9 @@ def copied(program: Program) -> Program:
 
 
 @functools.cache
-@one_at_a_time
 def _trace(build: Callable[[], nn.Module]) -> Program:
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with quick_traces():
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, torch.no_grad():
         with _default_dtype(CAPTURE_DTYPE):
             module = build().eval()
