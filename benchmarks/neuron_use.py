@@ -151,10 +151,10 @@ def print_uses(path: Path, tokens: int) -> None:
 
 def print_reads(path: Path) -> None:
     """The table of reads of the disk."""
-    print("\n| bytes of a read | GB/s | reads/s |\n|---|---|---|")
     draws = random.Random(0)
     with Artifact.open(path, verify=False) as artifact:
         assert artifact.file is not None
+        print("\n| bytes of a read | GB/s | reads/s |\n|---|---|---|")
         size = path.stat().st_size
         for one in READS:
             count = min(READ // one, 8192)

@@ -185,9 +185,7 @@ def _transformers(model: Model) -> Generate:
 
     torch.set_num_threads(model.threads)
     own = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16)
-    own.generation_config = (
-        GenerationConfig()
-    )  # the checkpoint's may sample, or penalise repetition
+    own.generation_config = GenerationConfig()  # the checkpoint's may sample or penalise repetition
 
     class Clock(BaseStreamer):
         """The first call is the prompt's, the second the first token's."""

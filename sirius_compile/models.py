@@ -273,10 +273,10 @@ def _check_no_adapter(directory: Path, name: str) -> None:
 
 def _unknown(name: str, shipped: Mapping[str, Path]) -> str:
     near = difflib.get_close_matches(name.lower(), [*shipped, *SHORT_NAMES], n=4, cutoff=0.5)
-    meant = f"did you mean {', '.join(near)}? " if near else ""
+    meant = f"did you mean {', '.join(near)}? Give" if near else "give"
     here = ", ".join(shipped) or "none"
     return (
-        f"there is no model {name!r}; {meant}Give a shipped model ({here}), a directory, a hub id "
+        f"there is no model {name!r}; {meant} a shipped model ({here}), a directory, a hub id "
         "(organisation/name), or a short name such as llama-3-8b"
     )
 

@@ -224,7 +224,7 @@ def test_an_unknown_name_lists_the_near_ones(shipped: Path) -> None:
 
 
 def test_an_unknown_name_with_none_near(hub: Hub) -> None:
-    with pytest.raises(ModelNotFoundError, match=r"there is no model 'xyzzy'; Give a shipped"):
+    with pytest.raises(ModelNotFoundError, match=r"there is no model 'xyzzy'; give a shipped"):
         resolve_model("xyzzy")
     assert not hub.asked
 

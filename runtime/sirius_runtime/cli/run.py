@@ -93,7 +93,7 @@ def _warn_of_unknown_tokens(model: Any, prompt: str) -> None:
     if unknown:
         words = ", ".join(repr(w) for w in dict.fromkeys(unknown[:5]))
         tell(
-            f"sirius: warning: {len(unknown)} pieces of the prompt are not in this model's "
+            f"sirius: warning: {len(unknown)} of the prompt's tokens not in this model's "
             f"vocabulary ({words})"
         )
 

@@ -1,8 +1,8 @@
 """MLPs for few tokens. Each function returns None if its kernels do not take the arguments.
 
 The kernels choose the same neurons as the references, because they round products, activations and
-means to the tensors' type as torch does. Of equal scores, the first are kept. A prompt's list of
-neurons must have distinct neurons: one listed twice is added twice, one out of range is ignored.
+means to the tensors' type as torch does. Of equal scores, the first are kept. A prompt's list
+must have distinct neurons: one listed twice is added twice, one out of range is ignored.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _is_list(neurons: Tensor, x: Tensor) -> bool:
 def _dense(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor] | None:
     """y [B, T, C] and z = act(gate x) · up x [B, T, I]."""
     if is_nested(mlp.gate):
-        done = nested.mlp(x, mlp, None)
+        done = nested.mlp(x, mlp)
         return None if done is None else done[:2]
     # All tokens use all neurons, so that the batch's rows are merged into one.
     tokens = x.shape[0] * x.shape[1] if x.ndim == 3 else 0
@@ -186,13 +186,14 @@ def _of_kept(
     """y over the listed `neurons` (None: all), the `keep` largest, or those above `threshold`; then
     their number too.
     """
-    if keep is not None and not 1 <= keep <= outputs_of(mlp.gate) <= tiles.MOST_NEURONS:
-        return None
-    if keep is not None and (neurons is not None or threshold is not None):
-        return None  # no operator chooses among the chosen
+    if keep is not None:
+        if neurons is not None or threshold is not None:
+            return None  # no operator chooses among the chosen
+        if not 1 <= keep <= outputs_of(mlp.gate) <= tiles.MOST_NEURONS:
+            return None
     listed = None if neurons is None else neurons[mlp.layer]
     if is_nested(mlp.gate):
-        done = nested.mlp(x, mlp, lambda g: nested.kept(g, listed, keep, threshold), listed)
+        done = nested.mlp(x, mlp, listed=listed, keep=keep, threshold=threshold)
         if done is None:
             return None
         y, _, kept = done

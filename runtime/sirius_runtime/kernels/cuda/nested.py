@@ -7,8 +7,6 @@ weights' planes, without the rows that are skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -89,49 +87,42 @@ def _by_inputs(x: Tensor, weight: Tensor, outputs: int, live: Tensor | None) -> 
     return add_up(partials, None, x.new_empty(tokens, outputs))
 
 
-Choice = Callable[[Tensor], Tensor]
-"""Chooses the neurons that each row keeps, bool [B, 1, I], from act(gate x) [B, T, I]."""
-
-
-def kept(g: Tensor, listed: Tensor | None, keep: int | None, threshold: float | None) -> Tensor:
-    """The neurons that each row keeps, bool [B, 1, I]: the `keep` with the largest sum of |g| over
-    the tokens, or those whose mean |g| is above `threshold`, or all; of these, the `listed` [B, K].
-    """
-    kept = torch.ones_like(g[:, :1], dtype=torch.bool)
-    if listed is not None:
-        kept = torch.zeros_like(kept).scatter(2, listed[:, None], True)
-    if keep is not None:
-        largest = g.abs().sum(1, keepdim=True).topk(keep, -1, sorted=False).indices
-        kept = kept & torch.zeros_like(kept).scatter(2, largest, True)
-    if threshold is not None:
-        kept = kept & (g.abs().mean(1, keepdim=True) > threshold)
-    return kept
-
-
 def mlp(
-    x: Tensor, own: Mlp[Tensor], choice: Choice | None, listed: Tensor | None = None
+    x: Tensor,
+    own: Mlp[Tensor],
+    *,
+    listed: Tensor | None = None,
+    keep: int | None = None,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """y [B, T, C] and z = act(gate x) · up x [B, T, I] over the kept neurons, and which these are;
-    without `choice`, over all, and None. listed [B, K]: neurons that `choice` does not look beyond,
-    so that gate's other rows are not read.
+    """y [B, T, C] and z = act(gate x) · up x [B, T, I] over the neurons that each row keeps, and
+    which these are, bool [B, 1, I]; None if all are.
+
+    A row keeps its `listed` [B, K]; or the `keep` with the largest sum of |act(gate x)| over the
+    tokens; and only those whose mean is above `threshold`. Rows of gate beyond the lists are not
+    read.
     """
     weights = [weight for weight in (own.gate, own.up, own.down) if weight is not None]
     if x.ndim != 3 or own.act not in ACTIVATIONS or not all(map(is_nested, weights)):
         return None
-    live = None
+    kept = live = None
     if listed is not None:
-        live = torch.zeros(
-            matrix_shape(tuple(own.gate.shape))[0], dtype=torch.bool, device=x.device
-        )
-        live = live.index_fill(0, listed.flatten(), True)
+        neurons, _ = matrix_shape(tuple(own.gate.shape))
+        kept = x.new_zeros(len(x), 1, neurons, dtype=torch.bool).scatter(2, listed[:, None], True)
+        live = kept[:, 0].any(0)
     g = linear(x, own.gate, own.gate_bias, live)
     if g is None:
         return None
     z = ACTIVATIONS[own.act](g)
-    kept = None
-    if choice is not None:
-        kept = choice(z)
-        z, live = z * kept, kept.flatten(0, 1).any(0)
+    if keep is not None:
+        score = z.abs().sum(1, keepdim=True)
+        first = score.topk(keep, -1, sorted=False).indices
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter(2, first, True)
+    if threshold is not None:
+        above = z.abs().mean(1, keepdim=True) > threshold
+        kept = above if kept is None else kept & above
+    if kept is not None:
+        z, live = z * kept, kept[:, 0].any(0)
     if own.up is not None:
         u = linear(x, own.up, own.up_bias, live)
         if u is None:
