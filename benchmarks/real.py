@@ -19,7 +19,8 @@ With `--memory` no time is taken. Each way is a process of its own that loads it
 the first prompt; printed is its resident memory when that was largest, and its share of the
 baseline's.
 
-With `--lookup N` (once for each N) the default and the `exact` run look up N-grams; 0: none.
+With `--lookup N` (once for each N) the default and the `exact` run look up N-grams; 0: none. With
+`--threshold P` (once for each P) the default run is repeated with that threshold.
 
 With `--out` each answer is a line of a file, and answers that it has already are not repeated.
 """
@@ -35,6 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks import own_process
 from benchmarks.kernels import cpu_name
@@ -113,9 +115,9 @@ class Answer:
 
 
 def answer(
-    model: SiriusModel, mode: str, lookup: int | None, prompt: str, way: str, most: int
+    model: SiriusModel, mode: str, options: dict[str, Any], prompt: str, way: str, most: int
 ) -> Answer:
-    done = model.generate(messages=_chat(prompt), mode=mode, max_new_tokens=most, lookup=lookup)
+    done = model.generate(messages=_chat(prompt), mode=mode, max_new_tokens=most, **options)
     stats = done.stats
     return Answer(
         prompt,
@@ -150,15 +152,17 @@ def answers(args: argparse.Namespace) -> Iterator[Answer]:
             record = Answer(**json.loads(line))
             known[record.prompt, record.way] = record
     model = load(args.artifact, threads=args.threads)
-    ways: dict[str, Callable[[str, str, int], Answer]] = {
-        DENSE: partial(answer, model, "full", None)
-    }
-    for lookup in args.lookup or [None]:
-        for mode in ("sirius", "exact"):
-            name = mode if lookup is None else f"{mode}, lookup {lookup}"
-            ways[name] = partial(answer, model, mode, lookup)
+    ways: dict[str, Callable[[str, str, int], Answer]] = {DENSE: partial(answer, model, "full", {})}
+    for mode in ("sirius", "exact"):
+        if not args.lookup:
+            ways[mode] = partial(answer, model, mode, {})
+        for lookup in args.lookup:
+            ways[f"{mode}, lookup {lookup}"] = partial(answer, model, mode, {"lookup": lookup})
+    for threshold in args.threshold:
+        name = f"sirius, threshold {threshold:g}"
+        ways[name] = partial(answer, model, "sirius", {"threshold": threshold})
     if args.baseline is not None:
-        ways[BASELINE] = partial(answer, load(args.baseline, threads=args.threads), "full", None)
+        ways[BASELINE] = partial(answer, load(args.baseline, threads=args.threads), "full", {})
     for name, peer in peers(args, model.backend.threads).items():
         ways[name] = partial(peer_answer, own_process.OwnProcess(peer), model)
     warm = False
@@ -256,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--transformers", type=folder_argument, metavar="FOLDER")
     parser.add_argument("--memory", action="store_true", help="each way's resident memory instead")
     parser.add_argument("--lookup", type=whole_number, action="append", default=[], metavar="N")
+    parser.add_argument("--threshold", type=float, action="append", default=[], metavar="P")
     parser.add_argument("--prompts", type=positive_number, default=4, help="of each kind")
     parser.add_argument("--max-new-tokens", type=positive_number, default=128)
     parser.add_argument("--out", type=Path, help="answers, a line each; those there are kept")
