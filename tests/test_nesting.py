@@ -39,6 +39,8 @@ def numbers(dtype: torch.dtype) -> Tensor:
     matrix[5, :GROUP] = torch.arange(GROUP) - 15.5  # halves: to even
     matrix[5, 0] = 127
     matrix[7, 1::2] = 0
+    if dtype is not torch.float16:
+        matrix[9, 0] = 8.05e6  # of the largest scale
     return matrix
 
 
@@ -54,6 +56,11 @@ def test_to_the_bit(
     assert done is not None
     assert torch.equal(done.planes, nested.nest(matrix, layout))
     assert done.largest == float(matrix.abs().max())
+    as_q8_0 = nest(given, layout, as_q8_0=True)
+    assert as_q8_0 is not None
+    groups = matrix.float().unflatten(-1, (-1, GROUP))
+    own = nested.in_integers(groups, groups.abs().amax(-1) / nested.LARGEST)
+    assert torch.equal(as_q8_0.planes, nested.nest_integers(*own, layout))
     part = nest(given[32:96], layout)  # its rows are further apart than they are long
     assert part is not None
     assert torch.equal(part.planes, nested.nest(matrix[32:96], layout))
@@ -64,11 +71,11 @@ def test_groups_that_were_rounded_are_counted() -> None:
     whole = torch.randint(-126, 127, (O, C), generator=torch.Generator().manual_seed(1)).float()
     whole[:, ::GROUP] = 127
     for layout in Layout:
-        exact = nest(whole / 8, layout)
+        exact = nest(whole / 8, layout, as_q8_0=True)
         assert exact is not None
         assert exact.rounded == 0
         whole[17, 40] += 0.25
-        other = nest(whole / 8, layout)
+        other = nest(whole / 8, layout, as_q8_0=True)
         assert other is not None
         assert other.rounded == 1
         whole[17, 40] -= 0.25

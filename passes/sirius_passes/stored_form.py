@@ -14,6 +14,8 @@ from sirius_runtime.kernels import nesting
 from sirius_runtime.nested import (
     GROUP,
     LARGEST,
+    LARGEST_SCALE,
+    draft_scales,
     experts_in,
     in_integers,
     matrix_shape,
@@ -23,8 +25,8 @@ from sirius_runtime.nested import (
 from sirius_runtime.spec import Layout, WeightSpec
 
 _BLOCK = 2**19  # numbers nested at once; at 30 bytes of work space each, they fit in the caches
-_TRIED = 64  # groups sampled by `_are_integers`
-_MOST = LARGEST * torch.finfo(torch.float16).max  # the largest number that a nested weight can hold
+_TRIED = 64  # groups sampled by `_is_dequantized`
+_MOST = LARGEST * LARGEST_SCALE  # the largest number that a nested weight can hold
 
 
 def stored_form(spec: WeightSpec, tensor: Tensor) -> Tensor:
@@ -44,15 +46,16 @@ def stored_form(spec: WeightSpec, tensor: Tensor) -> Tensor:
         return stored
     rows_are_inputs = spec.nested is Layout.BY_INPUTS
     matrix = tensor if spec.transposed is rows_are_inputs else tensor.mT
-    done = nesting.nest(matrix, spec.nested)
+    dequantized = _is_dequantized(matrix[: _rows(matrix)])
+    done = nesting.nest(matrix, spec.nested, as_q8_0=dequantized)
     largest = float(max(-matrix.min(), matrix.max())) if done is None else done.largest
     if largest > _MOST:
         raise UnsupportedModelError(
             f"weight {spec.name} holds a number of magnitude {largest:g}, and nested weights hold "
             f"at most {_MOST:g}; leave --weights int8 out"
         )
-    if done is None or (done.rounded and _are_integers(matrix[: _rows(matrix)])):
-        return _in_blocks(matrix, spec.nested)
+    if done is None or (dequantized and done.rounded):
+        return _in_blocks(matrix, spec.nested, dequantized)
     return done.planes
 
 
@@ -71,13 +74,13 @@ def _rows(matrix: Tensor) -> int:
     return max(1, _BLOCK // matrix.shape[1] // GROUP) * GROUP
 
 
-def _in_blocks(matrix: Tensor, layout: Layout) -> Tensor:
+def _in_blocks(matrix: Tensor, layout: Layout, dequantized: bool) -> Tensor:
     """Nests `matrix` [O, C] with torch operators, block by block; returns both planes, uint8."""
     (outputs, inputs), block = matrix.shape, _rows(matrix)
     stored = torch.empty(nested_shape(outputs, inputs, layout), dtype=torch.uint8)
     for start in range(0, outputs, block):
         end = min(start + block, outputs)
-        planes = nest_integers(*integers_of(matrix[start:end]), layout)
+        planes = nest_integers(*integers_of(matrix[start:end], dequantized), layout)
         if layout is Layout.BY_INPUTS:
             stored[..., start // 2 : end // 2] = planes
         else:
@@ -85,45 +88,41 @@ def _in_blocks(matrix: Tensor, layout: Layout) -> Tensor:
     return stored
 
 
-def integers_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes `matrix` [O, C] to q [O, C], int8, and scales [O, C / 32], float16.
+def integers_of(matrix: Tensor, dequantized: bool) -> tuple[Tensor, Tensor]:
+    """Quantizes `matrix` [O, C] to q [O, C], int8, and scales [O, C / 32], float16, which are those
+    of `draft_scales`.
 
-    A float32 matrix that was dequantized from GGUF's Q8_0 gets its original q and scales back. A
-    group's scale is its largest magnitude over 127, as llama.cpp chooses it; the group's largest
+    A matrix that was dequantized from GGUF's Q8_0 gets its original q and scales back. A group's
+    scale is then its largest magnitude over 127, as llama.cpp chooses it; the group's largest
     integer is then 127. For groups that this scale does not reproduce exactly, other largest
-    integers are tried, provided that the first such groups of the matrix turn out to be integers
-    times a scale.
+    integers are tried.
     """
-    groups, scale = _groups(matrix)
-    if _are_integers(matrix):
-        rounded = _rounded(groups, scale)
+    groups = _groups(matrix)
+    largest = groups.abs().amax(-1)
+    scale = draft_scales(largest).float()
+    if dequantized:
+        as_q8_0 = largest / LARGEST
+        rounded = ~_exact(groups, *in_integers(groups, as_q8_0))
         found = _scales(groups[rounded])
-        scale[rounded] = torch.where(found.isnan(), scale[rounded], found)
+        as_q8_0[rounded] = torch.where(found.isnan(), scale[rounded], found)
+        scale = as_q8_0
     return in_integers(groups, scale)
 
 
-def _are_integers(matrix: Tensor) -> bool:
-    """Whether `matrix` looks dequantized although some of its groups have no integer of 127.
-
-    Looks at the first `_TRIED` groups that a scale of largest / 127 does not reproduce: each of
-    them must consist of integer multiples of some other scale.
+def _is_dequantized(matrix: Tensor) -> bool:
+    """Whether `matrix` looks dequantized from integers: it is float32, and each of its first groups
+    that are not all zeros consists of integer multiples of some scale.
     """
     if matrix.dtype is not torch.float32:
         return False
-    groups, scale = _groups(matrix)
-    tried = groups[_rounded(groups, scale)][:_TRIED]
+    groups = _groups(matrix)
+    tried = groups[groups.any(-1)][:_TRIED]
     return len(tried) > 0 and not bool(_scales(tried).isnan().any())
 
 
-def _groups(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The groups of a matrix [O, C / 32, 32], and each one's largest magnitude over 127."""
-    groups = matrix.float().unflatten(-1, (-1, GROUP))
-    return groups, groups.abs().amax(-1) / LARGEST
-
-
-def _rounded(groups: Tensor, scale: Tensor) -> Tensor:
-    """Whether quantizing a group with its scale rounds any of its numbers: bool [O, C / 32]."""
-    return ~_exact(groups, *in_integers(groups, scale))
+def _groups(matrix: Tensor) -> Tensor:
+    """The groups of a matrix [O, C]: float32 [O, C / 32, 32]."""
+    return matrix.float().unflatten(-1, (-1, GROUP))
 
 
 def _scales(groups: Tensor) -> Tensor:

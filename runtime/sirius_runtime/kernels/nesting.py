@@ -13,7 +13,7 @@ from sirius_runtime.kernels.native import kernels
 from sirius_runtime.nested import Layout, nested_shape
 
 # The structs of ``csrc``: the operands of ``sirius_nest``, and Found.
-_NEST = Struct("=8q")
+_NEST = Struct("=9q")
 _FOUND = Struct("=qfxxxx")
 
 
@@ -25,8 +25,9 @@ class Nesting(NamedTuple):
     rounded: int
 
 
-def nest(weight: Tensor, layout: Layout) -> Nesting | None:
+def nest(weight: Tensor, layout: Layout, *, as_q8_0: bool = False) -> Nesting | None:
     """Nests weight [O, C], a matrix or the transpose of one; None if no kernel takes it.
+    `as_q8_0`: a group's scale is its largest magnitude over 127.
 
     Raises OperandError for sizes that can't be nested.
     """
@@ -43,7 +44,7 @@ def nest(weight: Tensor, layout: Layout) -> Nesting | None:
     status = library.sirius_nest(
         kind,
         _NEST.pack(
-            *matrix(stored), rows_are_inputs, layout is Layout.BY_INPUTS,
+            *matrix(stored), rows_are_inputs, layout is Layout.BY_INPUTS, as_q8_0,
             planes.data_ptr(), found.data_ptr(),
         ),
         torch.get_num_threads(),

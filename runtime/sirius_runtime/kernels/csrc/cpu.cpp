@@ -330,7 +330,7 @@ int sirius_unnest(int type, const void* operands, void* to, int threads) {
 int sirius_nest(int type, const void* operands, int threads) {
   struct Own {
     Matrix matrix;
-    int64_t rows_are_inputs, by_inputs;
+    int64_t rows_are_inputs, by_inputs, as_q8_0;
     void *to, *found;
   };
   const auto& own = *static_cast<const Own*>(operands);
@@ -345,7 +345,8 @@ int sirius_nest(int type, const void* operands, int threads) {
     present("planes", own.to), present("found", own.found);
     *static_cast<Found*>(own.found) = nest<T>({given.as<T>(), size_t(given.stride), bool(own.rows_are_inputs)},
                                               own.by_inputs, size_t(O), size_t(C),
-                                              static_cast<uint8_t*>(own.to), bounded(threads));
+                                              static_cast<uint8_t*>(own.to),
+                                              own.as_q8_0 ? Scales::Q8_0 : Scales::DRAFTS, bounded(threads));
   });
 }
 
