@@ -314,7 +314,8 @@ def test_a_ranking_is_that_of_programs_with_one_sparse_layer(method: str) -> Non
             overlaps.append(torch.minimum(*both).sum(-1))
         agreements[layer] = float(torch.cat(overlaps).mean())
     found = own._rank(0.3, calibration, text)
-    assert {one.layer: one.agreement for one in found} == agreements
+    # Dense layers of the reference store weights by outputs: float32 sums in another order.
+    assert {one.layer: one.agreement for one in found} == pytest.approx(agreements, rel=1e-6)
     assert min(agreements.values()) < 0.99
 
 
