@@ -110,14 +110,17 @@ def integers_of(matrix: Tensor, dequantized: bool) -> tuple[Tensor, Tensor]:
 
 
 def _is_dequantized(matrix: Tensor) -> bool:
-    """Whether `matrix` looks dequantized from integers: it is float32, and each of its first groups
-    that are not all zeros consists of integer multiples of some scale.
+    """Whether `matrix` looks dequantized from 8-bit integers: it is float32, and each of its first
+    groups that are not all zeros consists of integer multiples of some scale, but not each of
+    integers of 5 bits. Types of fewer bits (Q4_0, Q5_0) are rounded like other numbers: with their
+    own scales all integers would be multiples of 8 or 16, which a draft reads with a bias.
     """
     if matrix.dtype is not torch.float32:
         return False
     groups = _groups(matrix)
     tried = groups[groups.any(-1)][:_TRIED]
-    return len(tried) > 0 and not bool(_scales(tried).isnan().any())
+    few_bits = _scales(tried, largest=16)
+    return bool(few_bits.isnan().any()) and not bool(_scales(tried).isnan().any())
 
 
 def _groups(matrix: Tensor) -> Tensor:
@@ -125,15 +128,16 @@ def _groups(matrix: Tensor) -> Tensor:
     return matrix.float().unflatten(-1, (-1, GROUP))
 
 
-def _scales(groups: Tensor) -> Tensor:
+def _scales(groups: Tensor, largest: int = LARGEST + 1) -> Tensor:
     """For each group [N, 32], a scale [N] that all its numbers are integer multiples of, else NaN.
 
-    Tries each integer of 1 to 128 as the quotient of the group's largest magnitude and the scale.
+    Tries each integer of 1 to `largest` as the quotient of the group's largest magnitude and the
+    scale.
     """
-    largest = groups.abs().amax(-1)
-    found = torch.full_like(largest, torch.nan)
-    for integer in range(1, LARGEST + 2):
-        q, scale = in_integers(groups[None], (largest / integer)[None])
+    magnitude = groups.abs().amax(-1)
+    found = torch.full_like(magnitude, torch.nan)
+    for integer in range(1, largest + 1):
+        q, scale = in_integers(groups[None], (magnitude / integer)[None])
         found = torch.where(_exact(groups[None], q, scale)[0], scale[0].float(), found)
     return found
 
