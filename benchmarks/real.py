@@ -45,9 +45,11 @@ from sirius_runtime.command_line import (
     finish,
     folder_argument,
     positive_number,
+    real_number,
     threads_argument,
     whole_number,
 )
+from sirius_runtime.rules import RuleOptions, check_options
 
 STORY = (
     "The lighthouse at Carrow Point was built in 1871 after three ships were lost in one "
@@ -260,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--transformers", type=folder_argument, metavar="FOLDER")
     parser.add_argument("--memory", action="store_true", help="each way's resident memory instead")
     parser.add_argument("--lookup", type=whole_number, action="append", default=[], metavar="N")
-    parser.add_argument("--threshold", type=float, action="append", default=[], metavar="P")
+    parser.add_argument("--threshold", type=real_number, action="append", default=[], metavar="P")
     parser.add_argument("--prompts", type=positive_number, default=4, help="of each kind")
     parser.add_argument("--max-new-tokens", type=positive_number, default=128)
     parser.add_argument("--out", type=Path, help="answers, a line each; those there are kept")
@@ -268,6 +270,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.llama_cpp_draft is not None and not args.llama_cpp:
         parser.error("--llama-cpp-draft drafts for the model of --llama-cpp; give that too")
+    if args.memory and (args.lookup or args.threshold):
+        parser.error("--memory runs the default options; leave --lookup and --threshold out")
+    for threshold in args.threshold:
+        check_options(RuleOptions(threshold=threshold), flags=True)
     head = f"{args.artifact.name}; {args.max_new_tokens} tokens an answer; {cpu_name()}\n"
     if args.memory:
         for line in itertools.chain([head], memory(args)):

@@ -134,3 +134,11 @@ def test_the_command(
     assert all(anonymous > 50 < mapped for anonymous, mapped, _ in sizes.values())
     assert all(abs(both - sum(parts)) <= 1 for *parts, both in sizes.values())
     assert sizes["transformers, bfloat16"][2] > sizes["dense"][2]
+
+
+def test_options_that_mean_nothing_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="--threshold must be >= 0, got -1"):
+        real.main(["no.sirius", "--threshold=-1"])
+    with pytest.raises(SystemExit):
+        real.main(["no.sirius", "--memory", "--threshold", ".3"])
+    assert "leave --lookup and --threshold out" in capsys.readouterr().err
