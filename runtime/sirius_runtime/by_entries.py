@@ -98,6 +98,9 @@ class ByEntries:
         """Drafts by sparse steps from the root, one tree level each, for the rows without a
         looked-up draft (`plan.given`). Returns the draft without the levels that no row drafted,
         and the number of sparse steps.
+
+        A chain stops at a token that ends the answer: whether the full path keeps or refuses that
+        token, it drops those after it. In a tree, other paths go on.
         """
         vocabulary = state.program.model.vocab_size if plan.draws else None
         period, width, given = plan.period, plan.width, plan.given
@@ -114,7 +117,8 @@ class ByEntries:
         )
         if given is not None:
             grown = grown._replace(live=grown.live & (given[:, 0] < 0))
-        asks = (plan.confidence > 0.0 or given is not None) and not self.all_levels
+        stops = width == 1 and len(plan.ends) > 0 and not self.all_levels
+        asks = (plan.confidence > 0.0 or given is not None or stops) and not self.all_levels
         # Made on the device: a recorded CUDA graph can't contain a copy from the host.
         confidence = torch.full((), plan.confidence, dtype=torch.float32, device=most_B.device)
         levels = 0
@@ -126,6 +130,9 @@ class ByEntries:
             state.count_kept(result, grown.live)
             logits = self._processed(result["logits"], state, grown.tree, nodes)
             grown = extend(grown, logits, level, plan.propose, most_B, confidence)
+            if stops:
+                ended = plan.ended(grown.tree.tokens[:, levels])
+                grown = grown._replace(live=grown.live & ~ended)
         if given is None:
             return first_levels(grown.draft, levels, width), levels
         draft = first_levels(grown.draft, max(levels, given.shape[1]), width)

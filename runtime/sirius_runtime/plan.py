@@ -23,7 +23,8 @@ class Plan(Asked):
     `confidence` in [0, 1]: the probability below which a row's draft stops (0: never). `observes`:
     whether verification adds to the statistic of griffin's neurons; `refreshes`: whether they are
     selected again at the end. `given` [B, <= K - 1] int64: looked-up chains, with `NO_TOKEN` after
-    the end of each; a row with a chain drafts nothing else. None: no row has one.
+    the end of each; a row with a chain drafts nothing else. None: no row has one. `ends`: the
+    tokens that end an answer; a chain is not drafted beyond one.
 
     Raises ConfigError for a value out of its range.
     """
@@ -35,6 +36,7 @@ class Plan(Asked):
     observes: bool = False
     refreshes: bool = False
     given: Any = None
+    ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -59,6 +61,12 @@ class Plan(Asked):
     def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
         """See `sirius_runtime.policy.Decide`."""
         return RULES[self.rule].accept(draft, logits_BNV, self)
+
+    def ended(self, tokens_B: Tensor) -> Tensor:
+        """Whether each row's answer ends at its token: bool [B]."""
+        import torch
+
+        return torch.isin(tokens_B, torch.tensor(self.ends, dtype=torch.int64, device=tokens_B.device))
 
     def inputs(self) -> dict[str, tuple[int | float, str]]:
         """The plan as inputs of the entry `period`, without rule and noise: (number, dtype) by

@@ -192,6 +192,7 @@ def read_options(
         rule=mode if mode in RULES else "sirius",
         confidence=confidence,
         sampling=sampling,
+        ends=tuple(sorted(eos)),
         **{name: _first(options.rule.get(name), getattr(default, name)) for name in OPTIONS},
     )
     return Request(

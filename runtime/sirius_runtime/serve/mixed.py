@@ -84,6 +84,7 @@ class MixedPlan(Plan):
             period=period,
             width=first.width,
             confidence=first.confidence,
+            ends=tuple({end for asking in asked for end in asking.plan.ends}),
             parts=tuple(parts),
             place=torch.cat([part.rows for part in parts]).argsort(),
         )
@@ -108,6 +109,9 @@ class MixedPlan(Plan):
             for part, (_, part_q) in zip(self.parts, done, strict=True)
         ]
         return new, torch.cat(q)[self.place]
+
+    def ended(self, tokens_B: Tensor) -> Tensor:
+        return torch.cat([p.plan.ended(tokens_B[p.rows]) for p in self.parts])[self.place]
 
     def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
         if len(self.parts) == 1:
