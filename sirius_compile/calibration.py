@@ -62,21 +62,48 @@ class Calibration:
         return replace(self, sites=tuple(s for s in self.sites if s.layer in layers))
 
 
+@dataclass(frozen=True)
+class Activations:
+    """The quantiles of each site's activations on the calibration text and on the held-out text."""
+
+    used: QuantileSketch
+    held: QuantileSketch
+
+
+def read_activations(
+    path: Tokenwise, used: Text, held: Text, watch: Watch = unwatched
+) -> Activations:
+    """The activations at the counted sites of `path`, which must keep all units.
+
+    Raises CalibrationError if there is too little text.
+    """
+    check_amount(len(used) + len(held))
+    found = Activations(QuantileSketch(), QuantileSketch())
+    parts = [(found.used, used, rows) for rows in used.parts()]
+    parts += [(found.held, held, rows) for rows in held.parts()]
+    for into, text, rows in each(watch, "read activations", parts):
+        observe(path, text, rows, into.add)
+    return found
+
+
 def calibrate(
-    path: Tokenwise, used: Text, held: Text, keep: float, watch: Watch = unwatched
+    path: Tokenwise,
+    used: Text,
+    held: Text,
+    keep: float,
+    watch: Watch = unwatched,
+    activations: Activations | None = None,
 ) -> Calibration:
     """Thresholds for the counted sites of `path`, which must keep all units. MLPs keep the share
     `keep` of their neurons. A layer's sparsity is divided among its linears (`allocation`).
+    `activations`: by default, those of `path` on the texts.
 
     Raises CalibrationError if there is too little text, or if no threshold of a site keeps about
     the share asked for.
     """
-    check_amount(len(used) + len(held))
-    sketch, check = QuantileSketch(), QuantileSketch()
-    parts = [(sketch, used, rows) for rows in used.parts()]
-    parts += [(check, held, rows) for rows in held.parts()]
-    for into, text, rows in each(watch, "read activations", parts):
-        observe(path, text, rows, into.add)
+    if activations is None:
+        activations = read_activations(path, used, held, watch)
+    sketch, check = activations.used, activations.held
     sites = path.spec.sparsity.counted
     linears = [node.target is torch.ops.sirius.sparse_linear.default for node in path.counted]
     shares = allocate(path, used, sketch, keep, watch) if any(linears) else [keep] * len(sites)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from sirius_compile.acceptance import PAYS
 from sirius_compile.capture import Capture, capture
 from sirius_compile.checkpoint import Kept, WeightSource
-from sirius_compile.config import BUILTIN, CompileConfig, Graphs
+from sirius_compile.config import AUTO, BUILTIN, CompileConfig, Graphs
 from sirius_compile.config_check import check_token_ids, check_weights
 from sirius_compile.generation import read_generation
 from sirius_compile.live import compare
@@ -28,6 +28,7 @@ from sirius_compile.opening import open_source
 from sirius_compile.pipeline import back, front
 from sirius_compile.product import Compiled, SparsePath
 from sirius_compile.rope import max_seq_len, rope_warnings
+from sirius_compile.search import Search, shares_of, with_setting
 from sirius_compile.self_check import check_kernels
 from sirius_compile.source import Source
 from sirius_compile.sparse_path import Chooser
@@ -35,11 +36,11 @@ from sirius_compile.texts import hold_out, read_prompts, read_windows
 from sirius_compile.tokenwise import Tokenwise
 from sirius_compile.watch import Watch, unwatched
 from sirius_compile.workspace import Workspace, fingerprint
-from sirius_compile.writing import Text, write
+from sirius_compile.writing import CONTINUATION, Text, write
 from sirius_passes.manager import Pass, run_passes
 from sirius_passes.mixtures import check_method
 from sirius_passes.nest_weights import NestWeights, reasons_text
-from sirius_passes.program import Program
+from sirius_passes.program import Program, copy_program
 from sirius_passes.sparsify import parameters
 from sirius_passes.stored_form import is_stored_form, stored_form
 from sirius_passes.tracing import one_at_a_time
@@ -60,6 +61,8 @@ from sirius_runtime.spec import (
     PassRecord,
     PeriodSpec,
     ProgramSpec,
+    SearchSpec,
+    SettingSpec,
     ToolVersions,
     WeightSpec,
     from_json,
@@ -72,7 +75,11 @@ Progress = Callable[[str, float], None]
 """Called after each stage with its name and its seconds."""
 Stored = Callable[[WeightSpec], Tensor]
 """Gives the stored form of a weight."""
-_CHOICES = "choices.json"  # in a workspace: the chosen SparsePath
+# In a workspace: the chosen SparsePath, and the settings that a search has measured.
+_CHOICES, _SETTINGS = "choices.json", "settings.json"
+SEARCH_HOLDS_OUT = 2
+"""A search holds out every second text. It needs more to measure, and its thresholds are not kept.
+"""
 
 
 @one_at_a_time
@@ -120,10 +127,11 @@ class _Compilation:
         self._workspace, self._choosing = workspace, False
         self._source, self._config = source, config
         self._dump, self._progress, self._watch, self._warnings = dump, progress, watch, warnings
-        self._method, self._graphs = Method(config.sparsity), Graphs(config.graphs)
+        self._graphs = Graphs(config.graphs)
         self._records: tuple[PassRecord, ...] = ()
         self._period, self._confidence = config.given_period, config.confidence or 0.0
         self._acceptance: AcceptanceSpec | None = None
+        self._searched: SearchSpec | None = None
         check_token_ids(source.generation, source.config, source.name)
         self._warnings += rope_warnings(source.config)
         self._max_seq_len = max_seq_len(source.config, config.max_seq_len)
@@ -134,7 +142,6 @@ class _Compilation:
 
     def run(self) -> Compiled:
         """Captures, pairs the paths, chooses what the sparse path keeps, and lays out weights."""
-        config = self._config
         if self._workspace is not None:
             self._workspace.begin(self._identity())
         captured = self._capture()
@@ -144,6 +151,9 @@ class _Compilation:
         )
         if left_out:
             self._warnings.append(f"generation_config: not applied: {', '.join(left_out)}")
+        if self._config.searches:
+            self._search(program, stored)
+        config = self._config
 
         self._passes(program, front(self._method))
         dense = self._product(program, stored)
@@ -180,7 +190,8 @@ class _Compilation:
                 dtype=dtype_of(self._dtype),
                 live=source.live,
             )
-        check_method(captured.program, self._method)
+        if self._config.sparsity != AUTO:
+            check_method(captured.program, self._method)
         return captured
 
     def _open_weights(self, captured: Capture) -> Stored:
@@ -232,6 +243,52 @@ class _Compilation:
                 lambda name: constants[name] if name in constants else weights.get(name),
             )
 
+    @property
+    def _method(self) -> Method:
+        return Method(self._config.sparsity)
+
+    def _search(self, program: Program, stored: Stored) -> None:
+        """Searches for the setting of the sparse path, and sets the options to it. `program`: as
+        captured; it is not changed.
+        """
+        config, device = self._config, find_device(self._config.device)
+        shares = shares_of(config, program)
+
+        def chooser(method: Method) -> Chooser:
+            copy = copy_program(program)
+            run_passes(copy, front(method))
+            dense = self._product(copy, stored)
+            options = with_setting(config, method, shares[method][0])
+            return Chooser(
+                options,
+                dense,
+                lambda path, held_only: self._text(path, dense, held_only, SEARCH_HOLDS_OUT),
+                device,
+                self._watch,
+            )
+
+        kept = None if self._workspace is None else self._workspace.recall(_SETTINGS)
+        known = [from_json(SettingSpec, one, _SETTINGS) for one in json.loads(kept or "[]")]
+
+        def keep(settings: Sequence[SettingSpec]) -> None:
+            if self._workspace is not None and len(settings) > len(known):
+                self._workspace.keep(_SETTINGS, json.dumps(to_json(settings)))
+
+        self._choosing = True
+        search = Search(
+            config,
+            shares,
+            chooser,
+            self._stage,
+            known=known,
+            keep=keep,
+            warn=self._warnings.append,
+        )
+        self._searched = search.run()
+        self._choosing = False
+        chosen = self._searched.settings[self._searched.chosen]
+        self._config = with_setting(config, chosen.method, chosen.keep)
+
     def _choose(self, dense: Compiled) -> SparsePath:
         """Chooses what the sparse path keeps. If this needs text, the text comes from a file or is
         written by `dense`; trial programs of the same model are run on it.
@@ -282,17 +339,31 @@ class _Compilation:
         if config.tree_width == 1:  # only chains are measured; a tree accepts more
             self._period = config.period or best.period
             self._confidence = best.confidence
+        searched = self._searched
         if best.effective_density > PAYS:
+            remedy = "Keep more with --keep, or try another --sparsity"
+            if searched is not None:
+                remedy = f"None of the {len(searched.settings)} settings measured reads less"
             self._warnings.append(
                 f"drafting does not pay: on held-out text, a period of {best.period} tokens "
                 f"advances by {best.aal:.1f} (--sparsity {self._method}, density "
                 f"{acceptance.density:.2f}), so the weight bytes read per committed token are "
-                f"{best.effective_density:.2f} of the dense model's. Keep more with --keep, or try "
-                "another --sparsity"
+                f"{best.effective_density:.2f} of the dense model's. {remedy}"
+            )
+        if searched is not None and acceptance.agreement < (searched.agreement or 0.0):
+            self._warnings.append(
+                f"--agreement {searched.agreement:g}: the chosen setting agreed on "
+                f"{searched.settings[searched.chosen].agreement:.1%} of tokens in the search, but "
+                f"on {acceptance.agreement:.1%} as compiled, on other held-out text. Give a higher "
+                "--agreement for more"
             )
 
-    def _text(self, path: Tokenwise, dense: Compiled, held_only: bool) -> tuple[Text, Text]:
-        """The text to calibrate on and the held-out text, from a file or written by `path`."""
+    def _text(
+        self, path: Tokenwise, dense: Compiled, held_only: bool, every: int | None = None
+    ) -> tuple[Text, Text]:
+        """The text to calibrate on and the held-out text, from a file or written by `path`. If it
+        is written for a search, `every` second (or third, …) text is held out.
+        """
         tokenizer = dense.tokenizer()
         if tokenizer is None:
             raise CalibrationError(
@@ -302,7 +373,12 @@ class _Compilation:
         if self._config.calibration == BUILTIN:
             prompts = [tokenizer.encode(p).ids for p in read_prompts(self._source.prompts)]
             return write(
-                path, [prompt for prompt in prompts if prompt], self._watch, held_only=held_only
+                path,
+                [prompt for prompt in prompts if prompt],
+                self._watch,
+                held_only=held_only,
+                every=every,
+                new_tokens=None if every is None else CONTINUATION,
             )
         longest = dense.spec.model.max_seq_len
         samples = read_windows(Path(self._config.calibration), tokenizer, longest)
@@ -372,6 +448,7 @@ class _Compilation:
             tools=self._tools(),
             generation=self._generation,
             acceptance=self._acceptance,
+            search=self._searched,
         )
 
     def _tools(self) -> ToolVersions:

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.request import check_ranges, check_tree
 from sirius_runtime.rules import RuleOptions, check_options
 from sirius_runtime.spec import DType, Method
 
+AUTO: Literal["auto"] = "auto"
+"""`--keep` or `--sparsity`: chosen by a search."""
 BUILTIN = "builtin"
 DEFAULT_KEEP = 0.5
 DEFAULT_PERIOD = 16  # the paper's
@@ -96,8 +98,12 @@ class DenseLayers:
 class CompileConfig(RuleOptions):
     """Options of `compile_model`; the command line's flags have the same names.
 
-    * sparsity: the method of the sparse path.
-    * keep: the share of neurons or channels that the sparse path keeps, by default 0.5.
+    * sparsity: the method of the sparse path, or ``auto``.
+    * keep: the share of neurons or channels that the sparse path keeps, by default 0.5, or
+      ``auto``. With ``auto``, methods or shares are measured, and the one with the lowest effective
+      density is taken. `measure` must be true.
+    * agreement: with ``auto``, the least share of drafted tokens that must be the full path's
+      argmax.
     * density: instead of `keep`, the share of the weights that a sparse step should read; the kept
       share is found by search.
     * dense_layers: layers to keep dense: their numbers, or ``auto:N`` for the N layers whose
@@ -126,8 +132,9 @@ class CompileConfig(RuleOptions):
     """
 
     sparsity: Method | str = Method.CATS
-    keep: float | None = None
+    keep: float | Literal["auto"] | None = None
     density: float | None = None
+    agreement: float | None = None
     dense_layers: DenseLayers | str | Sequence[int] = ()
     measure: bool = False
     period: int | None = None
@@ -149,7 +156,8 @@ class CompileConfig(RuleOptions):
 
     def __post_init__(self) -> None:
         # Python callers may pass names as strings, like the command line.
-        object.__setattr__(self, "sparsity", _member(Method, self.sparsity, "--sparsity"))
+        if self.sparsity != AUTO:
+            object.__setattr__(self, "sparsity", _member(Method, self.sparsity, "--sparsity"))
         object.__setattr__(self, "graphs", _member(Graphs, self.graphs, "--graphs"))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", _member(DType, self.dtype, "--dtype"))
@@ -158,12 +166,19 @@ class CompileConfig(RuleOptions):
         object.__setattr__(self, "dense_layers", DenseLayers.read(self.dense_layers))
         if self.keep is not None and self.density is not None:
             raise ConfigError("--keep and --density set the same thing. Give one of them")
-        for value, flag in ((self.keep, "--keep"), (self.density, "--density")):
-            if value is not None and not 0.0 < value <= 1.0:
+        for value, flag in (
+            (self.keep, "--keep"),
+            (self.density, "--density"),
+            (self.agreement, "--agreement"),
+        ):
+            if value is None or (value == AUTO and flag == "--keep"):
+                continue
+            if isinstance(value, str) or not 0.0 < value <= 1.0:
                 raise ConfigError(f"{flag} must be in (0, 1], got {value}")
+        self._check_search()
         check_tree(self.given_period, self.tree_width, max(self.tree_width, 1), flag="--")
         check_ranges(self.confidence or 0.0, self.refresh, flag="--")
-        if self.refresh and not Method(self.sparsity).per_prompt:
+        if self.refresh and self.sparsity != AUTO and not Method(self.sparsity).per_prompt:
             raise ConfigError(
                 f"--refresh applies to griffin; --sparsity {self.sparsity} has no neurons that are "
                 "selected once per prompt. Leave --refresh out"
@@ -183,6 +198,8 @@ class CompileConfig(RuleOptions):
             )
         if bits not in (None, 4, 8):
             raise ConfigError(f"--draft-bits must be 4 or 8, got {bits}")
+        if self.sparsity == AUTO:
+            return
         method = Method(self.sparsity)
         if self.weights == Weights.INT8 and Graphs(self.graphs).for_onnx and method.per_prompt:
             raise ConfigError(
@@ -190,6 +207,38 @@ class CompileConfig(RuleOptions):
                 "have no ONNX translation. Use --graphs torch or entries, another --sparsity, or "
                 "leave --weights out"
             )
+
+    def _check_search(self) -> None:
+        if not self.searches:
+            if self.agreement is not None:
+                raise ConfigError(
+                    f"--agreement {self.agreement:g} applies to a search: add --keep auto or "
+                    "--sparsity auto, or leave --agreement out"
+                )
+            return
+        flag = "--sparsity auto" if self.sparsity == AUTO else "--keep auto"
+        if self.sparsity == Method.NONE:
+            raise ConfigError(
+                "--keep auto searches for the share that a sparse path keeps, and --sparsity none "
+                "keeps everything. Leave --keep out, or give another --sparsity"
+            )
+        if self.density is not None:
+            raise ConfigError(f"{flag} and --density both choose the kept share. Give one of them")
+        if not self.measure:
+            raise ConfigError(
+                f"{flag} compares measured drafts: leave --no-measure out (in Python, give "
+                "measure=True)"
+            )
+        if DenseLayers.read(self.dense_layers).auto:
+            raise ConfigError(
+                f"{flag} can't be combined with --dense-layers auto:N, which ranks the layers of "
+                "one method at one share. Give the layers' numbers, or search first"
+            )
+
+    @property
+    def searches(self) -> bool:
+        """Whether the method or the kept share is chosen by a search."""
+        return AUTO in (self.sparsity, self.keep)
 
     @property
     def nested_bits(self) -> int | None:

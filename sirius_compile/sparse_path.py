@@ -8,9 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sirius_compile.acceptance import LEAST_DRAFTS, MOST_DRAFTS, acceptance_spec, measure_drafts
+from sirius_compile.acceptance import (
+    LEAST_DRAFTS,
+    MOST_DRAFTS,
+    Drafts,
+    acceptance_spec,
+    measure_drafts,
+)
 from sirius_compile.allocation import LEAST_KEPT
-from sirius_compile.calibration import Calibration, calibrate
+from sirius_compile.calibration import Activations, Calibration, calibrate, read_activations
 from sirius_compile.config import DEFAULT_KEEP, CompileConfig, DenseLayers
 from sirius_compile.pipeline import Thresholds, lay_out, sparsify
 from sirius_compile.product import Compiled, SparsePath
@@ -53,13 +59,14 @@ class Chooser:
         self._nest = None if bits is None else NestWeights(bits)
         self._whole = None if bits is None else NestWeights(8)  # the sparse path reads both planes
         self._loaded: dict[tuple[str, Layout | None], tuple[bool, Tensor]] = {}
+        self._activations: Activations | None = None  # of `drafts`
 
     def choose(self) -> SparsePath:
         """The chosen sparse path. Raises ConfigError, CalibrationError or UnsupportedModelError."""
         dense = DenseLayers.read(self._config.dense_layers)
         if self._method is not Method.NONE:
             dense.check(self._program.state.layers)
-        fixed = tuple(sorted(set(dense.fixed)))
+        fixed = self._fixed
         # The density hardly depends on which layers stay dense, because layers are alike.
         keep = self._keep(fixed or range(dense.auto))
         calibrated = self._method.has_thresholds
@@ -86,6 +93,36 @@ class Chooser:
         )
         return replace(chosen, acceptance=self._measure(path, held))
 
+    def texts(self, keep: float, held_only: bool) -> tuple[Text, Text]:
+        """The calibration text and the held-out text, for several calls of `drafts`."""
+        path = self._path(self._try(keep, self._fixed, None), nest=self._whole)
+        return self._text(path, held_only)
+
+    def kept(self, keep: float) -> tuple[float, ...]:
+        """The number of units that each site keeps if the share is `keep`."""
+        program = self._try(keep, self._fixed, None)
+        return tuple(site.kept for site in program.sparsity.sites)
+
+    def drafts(self, keep: float, used: Text, held: Text) -> Drafts | None:
+        """The drafts with the kept share `keep` on `held`, with thresholds from `used`. None if
+        there are too few.
+        """
+        thresholds = None
+        if self._method.has_thresholds:
+            path = self._path(self._try(keep, self._fixed, None), nest=self._whole)
+            # Thresholds among a prompt's neurons depend on which neurons it keeps.
+            if self._activations is None or self._method.per_prompt:
+                self._activations = read_activations(path, used, held, self._watch)
+            found = calibrate(path, used, held, keep, self._watch, self._activations)
+            thresholds = found.thresholds
+        path = self._path(self._try(keep, self._fixed, thresholds), nest=self._nest)
+        return self._drafts(path, held)
+
+    @property
+    def _fixed(self) -> tuple[int, ...]:
+        """The layers that the options leave dense by their numbers."""
+        return tuple(sorted(set(DenseLayers.read(self._config.dense_layers).fixed)))
+
     def _leave_dense(self, layers: int, chosen: SparsePath, used: Text, held: Text) -> SparsePath:
         """The choice, with the `layers` costliest layers dense, and calibrated for the others."""
         calibration = chosen.calibration
@@ -102,28 +139,25 @@ class Chooser:
 
     def _measure(self, path: Tokenwise, held: Text) -> AcceptanceSpec | None:
         """The measured acceptance of the path's drafts. None if there are too few drafts."""
-        config = self._config
-        drafts = measure_drafts(
+        drafts = self._drafts(path, held)
+        return None if drafts is None else acceptance_of(drafts, self._config)
+
+    def _drafts(self, path: Tokenwise, held: Text) -> Drafts | None:
+        """The path's drafts on the held-out text. None if there are too few."""
+        found = measure_drafts(
             path,
             held,
-            threshold=config.threshold,
-            temperature=config.verify_temperature,
+            threshold=self._config.threshold,
+            temperature=self._config.verify_temperature,
             most=MOST_DRAFTS,
             watch=self._watch,
         )
-        if drafts is None or len(drafts.texts) < LEAST_DRAFTS:
-            return None
-        return acceptance_spec(
-            drafts,
-            threshold=config.threshold,
-            temperature=config.verify_temperature,
-            periods=None if config.period is None else [config.period],
-            confidences=None if config.confidence is None else [config.confidence],
-        )
+        return None if found is None or len(found.texts) < LEAST_DRAFTS else found
 
     def _keep(self, dense_layers: Collection[int]) -> float:
         config = self._config
         if config.density is None:
+            assert not isinstance(config.keep, str)  # a search has replaced `auto`
             return DEFAULT_KEEP if config.keep is None else config.keep
         return keep_for_density(
             config.density,
@@ -176,6 +210,17 @@ class Chooser:
             self._loaded[key] = (spec.transposed, self._dense.weights(spec))
         transposed, weight = self._loaded[key]
         return weight if spec.nested or transposed == spec.transposed else weight.mT
+
+
+def acceptance_of(drafts: Drafts, config: CompileConfig) -> AcceptanceSpec:
+    """The acceptance of drafts, with the best of the periods and confidences that options allow."""
+    return acceptance_spec(
+        drafts,
+        threshold=config.threshold,
+        temperature=config.verify_temperature,
+        periods=None if config.period is None else [config.period],
+        confidences=None if config.confidence is None else [config.confidence],
+    )
 
 
 def keep_for_density(density: float, density_of: Callable[[float], float], method: Method) -> float:

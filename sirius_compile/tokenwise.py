@@ -22,6 +22,7 @@ from sirius_runtime.kernels.arguments import MOST_TOKENS
 from sirius_runtime.kernels.linear import nested_product
 from sirius_runtime.nested import multiplying
 from sirius_runtime.operators import OPERATORS, Operator
+from sirius_runtime.policy import select_neurons
 from sirius_runtime.spec import JSON, ProgramSpec
 from sirius_runtime.tensor_state import TensorState
 
@@ -72,13 +73,23 @@ class Tokenwise:
     @torch.inference_mode()
     def neurons(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
         """The prompts' neurons [layers, R, K]; None if the method does not select by prompt."""
+        statistic = self.statistic(prompts)
+        return None if statistic is None else self.select(statistic)
+
+    @torch.inference_mode()
+    def statistic(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
+        """The statistic [layers, R, I] by which the prompts' neurons are selected; None if the
+        method does not select by prompt.
+        """
         if not self.spec.sparsity.method.per_prompt:
             return None
         state = TensorState(self.backend, len(prompts), max(map(len, prompts)))
         state.prefill(prompts)
-        state.choose_neurons()
-        assert state.neurons is not None
-        return state.neurons
+        return state.statistic
+
+    def select(self, statistic: Tensor) -> Tensor:
+        """The neurons [layers, R, K] with the largest statistic [layers, R, I]."""
+        return select_neurons(statistic, self.spec.sparsity.kept_neurons)
 
     def full(self, ids_RT: Tensor) -> Tensor:
         """The full path's logits [R, T, V]."""

@@ -32,14 +32,14 @@ ALIKE = 4  # prompts that are read in one call
 class Text:
     """Samples, and the full path's results for them if it has run them; row r is sample r.
 
-    `caches`: the K/V. `logits` [R, T, V]: from the end of each prompt on. `neurons` [layers, R, K]:
-    the neurons selected for the prompts.
+    `caches`: the K/V. `logits` [R, T, V]: from the end of each prompt on. `statistic` [layers, R,
+    I]: by which a method selects neurons for the prompts, if the program that ran them has it.
     """
 
     samples: tuple[Sample, ...]
     caches: Caches | None = None
     logits: Tensor | None = None
-    neurons: Tensor | None = None
+    statistic: Tensor | None = None
 
     def __len__(self) -> int:
         """The number of tokens."""
@@ -63,9 +63,9 @@ class Text:
 
     def neurons_for(self, path: Tokenwise, rows: Sequence[int]) -> Tensor | None:
         """The neurons of these rows' prompts; None if the method does not select by prompt."""
-        if self.neurons is None or self.neurons.shape[-1] != path.spec.sparsity.kept_neurons:
+        if self.statistic is None or not path.spec.sparsity.method.per_prompt:
             return path.neurons(self.prompts(rows))
-        return self.neurons[:, torch.tensor(rows)]
+        return path.select(self.statistic[:, torch.tensor(rows)])
 
     def parts(self) -> list[list[int]]:
         """Groups of rows, each for one call of `observe`."""
@@ -104,21 +104,23 @@ def write(
     watch: Watch = unwatched,
     *,
     held_only: bool = False,
+    every: int | None = None,
     new_tokens: int | None = None,
 ) -> tuple[Text, Text]:
     """Greedy continuations of the prompts by the full path: the calibration text, and the held-out
     text with its logits.
 
-    Every fourth prompt is held out, or every third for a large model. `held_only`: hold out all
-    prompts, because nothing is calibrated. `new_tokens`: after each prompt, by default
-    `CONTINUATION`. A large model continues only the shortest prompts, by `SHORT` tokens.
+    `every`: which prompts are held out, by default every fourth, or every third for a large model.
+    `held_only`: hold out all prompts, because nothing is calibrated. `new_tokens`: after each
+    prompt, by default `CONTINUATION`. A large model continues only the shortest prompts, by default
+    by `SHORT` tokens.
     """
     model = path.spec.model
-    every, default = 4, CONTINUATION
-    if model.parameters > LARGE:
-        every, default = 3, SHORT
+    large = model.parameters > LARGE
+    if large:
         prompts = _shortest(prompts, FEW_HELD if held_only else FEW)
-    new_tokens = default if new_tokens is None else new_tokens
+    every = every or (3 if large else 4)
+    new_tokens = new_tokens or (SHORT if large else CONTINUATION)
     held = list(prompts[every - 1 :: every])
     used = [p for i, p in enumerate(prompts) if i % every < every - 1]
     if held_only:
@@ -143,12 +145,11 @@ def write(
     if not held_only and (not held or decoded < LEAST_TOKENS):  # calibrate on the prompts, too
         first, rest = hold_out(samples)
         return Text(tuple(first)), Text(tuple(rest))
-    state.choose_neurons()
-    caches, neurons = Caches(state.k_cache, state.v_cache), state.neurons
+    caches, statistic = Caches(state.k_cache, state.v_cache), state.statistic
 
     def part(first: int, end: int, logits: Tensor | None) -> Text:
-        selected = None if neurons is None else neurons[:, first:end]
-        return Text(tuple(samples[first:end]), caches.rows(first, end), logits, selected)
+        of_rows = None if statistic is None else statistic[:, first:end]
+        return Text(tuple(samples[first:end]), caches.rows(first, end), logits, of_rows)
 
     return part(0, len(used), None), part(len(used), len(given), torch.stack(logits, 1))
 
@@ -195,5 +196,5 @@ def run(path: Tokenwise, text: Text) -> Iterator[Text]:
         places = first + torch.arange(logits.shape[1] - int(first.min()))
         row = torch.arange(len(samples))[:, None]
         logits = logits[row, places.clamp(max=logits.shape[1] - 1)]
-        neurons = path.neurons([sample.tokens[: sample.prompt] for sample in samples])
-        yield Text(samples, caches, logits, neurons)
+        statistic = path.statistic([sample.tokens[: sample.prompt] for sample in samples])
+        yield Text(samples, caches, logits, statistic)

@@ -25,8 +25,10 @@ from sirius_runtime.spec import (
     PassRecord,
     PeriodSpec,
     ProgramSpec,
+    SearchSpec,
     SelfTestRun,
     SelfTestSpec,
+    SettingSpec,
     SiteSpec,
     SparsitySpec,
     StateSpec,
@@ -67,6 +69,15 @@ RANGES: dict[type, dict[str, Range]] = {
         "accepted": _SHARE,
     },
     DraftingSpec: {"period": _TOKENS, "confidence": _SHARE},
+    SettingSpec: {
+        "keep": _SHARE,
+        "texts": _TOKENS,
+        "drafts": _TOKENS,
+        "density": _SHARE,
+        "agreement": _SHARE,
+        "interval": _COUNT,
+    },
+    SearchSpec: {"agreement": _SHARE, "chosen": _COUNT},
     PassRecord: dict.fromkeys(("rewrites", "seconds", "nodes_before", "nodes_after"), _COUNT),
     ProgramSpec: {"eos_token_ids": _TOKEN_ID, "pad_token_id": _TOKEN_ID},
     FileRecord: {"size": _COUNT},
@@ -96,7 +107,12 @@ def check_program(program: ProgramSpec) -> None:
         if weight.nested is not None:
             _check_nested(weight)
     if program.acceptance is not None:
-        _check_acceptance(program.acceptance)
+        for drafting in (program.acceptance.best, *program.acceptance.periods):
+            _check_drafting(drafting, "acceptance")
+    if program.search is not None:
+        _within(0, len(program.search.settings) - 1, program.search.chosen, "search.chosen")
+        for setting in program.search.settings:
+            _check_drafting(setting.best, "search")
     vocabulary = program.model.vocab_size
     _as_options(lambda: check_generation(program.generation, vocabulary), "generation")
     names = [entry.name for entry in program.entries]
@@ -160,11 +176,10 @@ def _check_period(period: PeriodSpec, model: ModelSpec, method: Method) -> None:
         )
 
 
-def _check_acceptance(acceptance: AcceptanceSpec) -> None:
-    for drafting in (acceptance.best, *acceptance.periods):
-        _within(1.0, drafting.period, drafting.aal, "acceptance: aal")
-        _within(0.0, drafting.period, drafting.steps, "acceptance: steps")
-        _within(0.0, drafting.period, drafting.effective_density, "acceptance: effective_density")
+def _check_drafting(drafting: DraftingSpec, where: str) -> None:
+    _within(1.0, drafting.period, drafting.aal, f"{where}: aal")
+    _within(0.0, drafting.period, drafting.steps, f"{where}: steps")
+    _within(0.0, drafting.period, drafting.effective_density, f"{where}: effective_density")
 
 
 def _check_sparsity(sparsity: SparsitySpec, state: StateSpec) -> None:

@@ -281,6 +281,38 @@ class AcceptanceSpec:
 
 
 @dataclass(frozen=True)
+class SettingSpec:
+    """A setting of the sparse path that the compiler's search measured: `method` with the kept
+    share `keep`.
+
+    `texts`, `drafts`, `density`, `agreement`, `best`: as in `AcceptanceSpec`. `interval`: the 95%
+    confidence interval (low, high) of the best effective density, by bootstrap over texts.
+    """
+
+    method: Method
+    keep: float
+    texts: int
+    drafts: int
+    density: float
+    agreement: float
+    best: DraftingSpec
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SearchSpec:
+    """The compiler's search for the sparse path with the fewest weight reads per token.
+
+    `agreement`: the least agreement that was asked for; null if none was. `settings`: those that
+    were measured, all on the same held-out text. `chosen`: the index of the one that was compiled.
+    """
+
+    agreement: float | None
+    settings: tuple[SettingSpec, ...]
+    chosen: int
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The compiled model. `parameters` counts each stored parameter once (tied weights once)."""
 
@@ -342,6 +374,7 @@ class ProgramSpec:
     tools: ToolVersions
     generation: GenerationSpec = GenerationSpec()  # noqa: RUF009  (frozen)
     acceptance: AcceptanceSpec | None = None
+    search: SearchSpec | None = None
 
     @property
     def nested(self) -> bool:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from sirius_compile.cli.arguments import path
 from sirius_compile.cli.progress import bar
-from sirius_compile.config import BUILTIN, CompileConfig, DenseLayers, Graphs, Weights
+from sirius_compile.config import AUTO, BUILTIN, CompileConfig, DenseLayers, Graphs, Weights
 from sirius_runtime.command_line import say, tell
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.spec import DType, Method
@@ -36,6 +36,25 @@ def _file_or_builtin(text: str) -> str:
     return text if text == BUILTIN else str(path(text))
 
 
+_METHODS = [*Method, AUTO]
+
+
+def _method_or_auto(text: str) -> str:
+    if text not in _METHODS:
+        choices = ", ".join(f"'{method}'" for method in _METHODS)
+        raise typer.BadParameter(f"{text!r} is not one of {choices}.")
+    return text
+
+
+def _share_or_auto(text: str) -> float | str:
+    if text == AUTO:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number nor auto") from None
+
+
 def compile_artifact(
     model: Annotated[
         str | None,
@@ -46,10 +65,27 @@ def compile_artifact(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", parser=path, help="The artifact to write.")
     ] = None,
-    sparsity: Annotated[Method, typer.Option(help="The sparse path.")] = Method.CATS,
+    sparsity: Annotated[
+        str,
+        typer.Option(
+            parser=_method_or_auto,
+            metavar=f"[{'|'.join(_METHODS)}]",
+            help="The sparse path; auto: the one with the fewest reads per token, by a search.",
+        ),
+    ] = Method.CATS,
     keep: Annotated[
+        str | None,
+        typer.Option(
+            parser=_share_or_auto,
+            metavar="SHARE",
+            help="Share of neurons or channels kept, in (0, 1], or auto. Default: 0.5.",
+        ),
+    ] = None,
+    agreement: Annotated[
         float | None,
-        typer.Option(help="Share of neurons or channels kept, in (0, 1]. Default: 0.5."),
+        typer.Option(
+            help="With auto: least share of drafted tokens that agree with the full path."
+        ),
     ] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of weights a sparse step reads; replaces --keep.")
@@ -159,8 +195,9 @@ def compile_artifact(
         )
     config = CompileConfig(
         sparsity=sparsity,
-        keep=keep,
+        keep=keep,  # type: ignore[arg-type]  # parsed
         density=density,
+        agreement=agreement,
         dense_layers=dense_layers,
         measure=measure,
         period=period,
@@ -242,6 +279,8 @@ def _compiled(
 
 def _check_use(config: CompileConfig) -> None:
     """Raises ConfigError for options that have no effect on this sparse path."""
+    if config.searches:
+        return
     method, dense = Method(config.sparsity), DenseLayers.read(config.dense_layers)
     measured = config.measure and config.drafts
     if config.calibration != BUILTIN and not (method.has_thresholds or dense.auto or measured):

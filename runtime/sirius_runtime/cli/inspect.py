@@ -139,6 +139,7 @@ def describe(manifest: Manifest) -> list[str]:
     from sirius_runtime.onnx_files import gathered_bytes
     from sirius_runtime.rules import values
     from sirius_runtime.safetensors_file import share_of_bfloat16
+    from sirius_runtime.search_table import search_table
 
     program = manifest.program
     model, sparsity, state = program.model, program.sparsity, program.state
@@ -158,6 +159,9 @@ def describe(manifest: Manifest) -> list[str]:
     ]
     if sparsity.dense_layers:
         lines.append(f"dense      layers {', '.join(map(str, sparsity.dense_layers))}")
+    if program.search is not None:
+        for index, line in enumerate(search_table(program.search)):
+            lines.append(f"{'' if index else 'search':{_INDENT}}{line}")
     if (acceptance := program.acceptance) is not None:
         best = acceptance.best
         lines.append(
