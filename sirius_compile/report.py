@@ -15,7 +15,6 @@ from sirius_compile.onnx.package import onnx_summary
 from sirius_compile.product import Compiled
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.safetensors_file import share_of_bfloat16
-from sirius_runtime.search_table import search_table
 from sirius_runtime.spec import JSON, AcceptanceSpec, DraftingSpec, to_json
 from sirius_runtime.terminal import plain
 
@@ -89,9 +88,6 @@ class Summary:
         if sparse is not None and sparse.calibration is not None:
             for row in _calibration_rows(sparse.calibration):
                 table.add_row(*row)
-        if spec.search is not None:
-            for index, line in enumerate(search_table(spec.search)):
-                table.add_row("" if index else "search", Text(line))
         if spec.acceptance is not None:
             for row in _acceptance_rows(spec.acceptance):
                 table.add_row(*row)

@@ -22,7 +22,7 @@ from sirius_passes.program import Program
 from sirius_runtime.errors import CalibrationError, ConfigError, UnsupportedModelError, UserError
 from sirius_runtime.spec import Method, SearchSpec, SettingSpec
 
-SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 PATIENCE = 2
 
 
@@ -141,6 +141,7 @@ class Search:
         self._known = {(one.method, one.keep): one for one in known}
         self._texts: tuple[Text, Text] | None = None
         self._choosers: dict[Method, Chooser] = {}
+        self._writer: tuple[Method, Chooser] | None = None  # of the texts, until they are written
         self._refused: dict[Method, UserError] = {}
 
     def run(self) -> SearchSpec:
@@ -156,7 +157,12 @@ class Search:
             except UnsupportedModelError as error:
                 self._refused[method] = error
         settings: list[SettingSpec] = []
-        for method in list(self._choosers):
+        methods = list(self._choosers)
+        if methods:
+            # Only programs that select neurons by prompt have the statistic for it.
+            writer = next((method for method in methods if method.per_prompt), methods[0])
+            self._writer = writer, self._choosers[writer]
+        for method in methods:
             before = len(settings)
             for keep in self._distinct(method):
                 if (setting := self._setting(method, keep)) is not None:
@@ -204,13 +210,12 @@ class Search:
             return measured(method, keep, drafts, self._config)
 
     def _text(self) -> tuple[Text, Text]:
-        """The calibration text and the held-out text of all settings. If a method selects neurons
-        by prompt, its programs read the prompts, as only these have the statistic.
-        """
+        """The calibration text and the held-out text of all settings."""
         if self._texts is None:
-            methods = list(self._choosers)
-            writer = next((method for method in methods if method.per_prompt), methods[0])
+            assert self._writer is not None
+            method, chooser = self._writer
             held_only = not any(method.has_thresholds for method in self._shares)
             with self._stage("write text"):
-                self._texts = self._choosers[writer].texts(self._shares[writer][0], held_only)
+                self._texts = chooser.texts(self._shares[method][0], held_only)
+            self._writer = None
         return self._texts

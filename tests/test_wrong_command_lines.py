@@ -192,7 +192,7 @@ def compile_lines() -> Iterator[Line]:
     for flag, wrong in (("--period", "513"), ("--tree-width", "0"), ("--max-seq-len", "1")):
         yield from flags("compile", topk, flag, (*NO_INTEGER, "-1", wrong, BEYOND))
     yield from flags("compile", topk, "--refresh", (*NO_INTEGER, "-1", "3"))
-    for flag in ("--keep", "--density"):
+    for flag in ("--keep", "--density", "--agreement"):
         yield from flags("compile", topk, flag, (*NO_FLOAT, *NOT_FINITE, "0", "1.1"))
     for flag in ("--threshold", "--confidence"):
         yield from flags("compile", topk, flag, (*NO_FLOAT[:3], *NOT_FINITE, "-0.1", "1.1"))

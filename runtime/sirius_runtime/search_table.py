@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from sirius_runtime.spec import Method, SearchSpec, SettingSpec
 
-_HEAD = f"{'method':12}  keep  density  agree  period  confidence    AAL  effective density (95%)"
+_HEAD = "method        keep  density   agree  period  conf.    AAL  effective (95%)"
 
 
 def search_table(search: SearchSpec) -> list[str]:
-    """A line about the search, a head, and a line for each setting; `*` marks the chosen one."""
+    """A line about the search, a head, and a line for each setting, of at most 80 columns; `*`
+    marks the chosen one.
+    """
     first = search.settings[search.chosen]
     asked = "" if search.agreement is None else f"; asked: {search.agreement:.1%} or more agree"
     about = f"{first.drafts} drafts of each setting on {first.texts} held-out texts{asked}"
@@ -21,6 +23,6 @@ def _row(one: SettingSpec, chosen: bool) -> str:
     keep = "" if one.method is Method.NONE else f"{one.keep:.3g}"
     return (
         f"{'*' if chosen else ' '} {one.method:12}  {keep:>4}  {one.density:7.3f}  "
-        f"{one.agreement:5.1%}  {best.period:6}  {best.confidence:10g}  {best.aal:5.2f}  "
-        f"{best.effective_density:.3f} ({low:.3f} to {high:.3f})"
+        f"{one.agreement:6.1%}  {best.period:6}  {best.confidence:5g}  {best.aal:5.2f}  "
+        f"{best.effective_density:.3f} ({low:.3f}-{high:.3f})"
     )

@@ -183,6 +183,7 @@ def compile_artifact(
     from sirius_compile.workspace import Workspace
     from sirius_runtime.artifact_writer import ArtifactWriter
     from sirius_runtime.loading import find_device
+    from sirius_runtime.search_table import search_table
 
     _quieten(verbose)
     if backend is not None:
@@ -236,6 +237,9 @@ def compile_artifact(
     if as_json:
         say(json.dumps(summary.to_json()))
     else:
+        if compiled.spec.search is not None:
+            for line in search_table(compiled.spec.search):
+                say(line)
         _say_table(summary.table())
 
 
