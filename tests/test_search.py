@@ -164,7 +164,7 @@ class Trials:
     def kept(self, keep: float) -> tuple[float, ...]:
         if self._method is Method.EXPERTS and keep > 0.8:
             raise ConfigError("rounds up to all of them")
-        return (round(4 * keep) if self._method is Method.EXPERTS else keep,)
+        return (max(1, round(4 * keep)) if self._method is Method.EXPERTS else keep,)
 
     def texts(self, keep: float, held_only: bool) -> tuple[Text, Text]:
         self._log.append(f"{self._method} writes{', held out only' if held_only else ''}")
