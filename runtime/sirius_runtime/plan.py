@@ -66,7 +66,9 @@ class Plan(Asked):
         """Whether each row's answer ends at its token: bool [B]."""
         import torch
 
-        return torch.isin(tokens_B, torch.tensor(self.ends, dtype=torch.int64, device=tokens_B.device))
+        return torch.isin(
+            tokens_B, torch.tensor(self.ends, dtype=torch.int64, device=tokens_B.device)
+        )
 
     def inputs(self) -> dict[str, tuple[int | float, str]]:
         """The plan as inputs of the entry `period`, without rule and noise: (number, dtype) by
