@@ -162,9 +162,8 @@ def copied(program: Program) -> Program:
 
 @functools.cache
 def _trace(build: Callable[[], nn.Module]) -> Program:
-    with quick_traces():
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, torch.no_grad():
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with quick_traces(), fake, torch.no_grad():
         with _default_dtype(CAPTURE_DTYPE):
             module = build().eval()
         example = {
