@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint check bench frontier gpu format clean
+.PHONY: setup demo test test-gate test-all lint check bench frontier gpu format clean
 
 setup: $(STAMP)
 
@@ -22,7 +22,10 @@ demo: setup            ## compile the shipped model and show what sparsity break
 test: setup            ## the fast suite; neighbours share fixtures, so a worker gets a run of tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-test-all: setup        ## the fast suite and the slow tests, with more examples of each property
+test-gate: setup       ## what the gate runs besides: further cases, and compilations of seconds
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "gate and not slow"
+
+test-all: setup        ## both of these and the slow tests, with more examples of each property
 	$(BIN)/python -m pytest -n auto --dist worksteal --durations 20 -m "slow or not slow" --hypothesis-profile thorough
 
 lint: setup            ## style, types, import contracts
@@ -31,7 +34,7 @@ lint: setup            ## style, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test       ## the gate
+check: lint test test-gate  ## the gate
 
 bench: setup           ## what this machine's CPU does with it: docs/results/cpu-*.md
 	# llama.cpp is a row where it builds (it is compiled: some minutes, once).

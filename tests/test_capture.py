@@ -45,6 +45,7 @@ def test_experts_know_their_layer() -> None:
     ("act", "name"),
     slow_but(
         [("silu", "silu"), ("gelu_new", "gelu_tanh"), ("relu2", "relu2"), ("quick_gelu",) * 2],
+        (),
         {("gelu_new", "gelu_tanh")},
     ),
 )
@@ -66,7 +67,7 @@ def test_the_config_of_the_caller_s_model_stays_as_it_was() -> None:
 
 @pytest.mark.parametrize(
     "dtype",
-    slow_but((torch.float32, torch.bfloat16, torch.float16), {torch.bfloat16}),
+    slow_but((torch.float32, torch.bfloat16, torch.float16), (), {torch.bfloat16}),
     ids=str,
 )
 def test_constants_have_the_precision_of_the_program(dtype: torch.dtype) -> None:

@@ -386,6 +386,7 @@ def terminal(artifact: Path, state: Path, *flags: str) -> Iterator[Terminal]:
         one.close()
 
 
+@pytest.mark.gate
 def test_a_terminal_keeps_a_history_and_survives_ctrl_c(artifact: Path, tmp_path: Path) -> None:
     with terminal(artifact, tmp_path, "--max-new-tokens", "3") as chat:
         chat.wait_for(">>> ")

@@ -10,6 +10,7 @@ import pytest
 from sirius_runtime import template_guard
 from sirius_runtime.chat import Chat, ChatSpec
 from sirius_runtime.errors import ArtifactError
+from tests.support.fast import gate_but
 
 TEXT = "x" * 1000
 DOUBLED = "{% set x = 'a' * 1000 %}" + "{% set x = x ~ x %}" * 40 + "{{ x }}"
@@ -90,7 +91,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", gate_but(HOSTILE, HOSTILE.keys() - {"a tree of macros"}))
 def test_it_is_stopped_at_once(name: str) -> None:
     messages = [{"role": "user", "content": "a"}]
     chat = Chat(ChatSpec({"default": HOSTILE[name]}))

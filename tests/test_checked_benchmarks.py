@@ -79,6 +79,7 @@ def test_a_wrong_step_has_no_row(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.gate
 def test_a_wrong_period_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     break_in_graphs(monkeypatch, "griffin_mlp")
     with pytest.raises(

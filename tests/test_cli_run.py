@@ -73,6 +73,7 @@ def test_exact_mode_equals_full(cli: Cli, artifact: Path) -> None:
         assert exact["seed"] is None
 
 
+@pytest.mark.gate
 def test_sampled_tokens_come_again_by_their_seed(cli: Cli, artifact: Path) -> None:
     flags = ("--mode", "sample", "--temperature", "50", "--top-k", "40", "--top-p", "0.99")
     flags += ("--max-new-tokens", "24")
@@ -167,6 +168,7 @@ def test_empty_prompt_and_missing_files(cli: Cli, artifact: Path, tmp_path: Path
     assert "there is no such file" in nowhere.err
 
 
+@pytest.mark.gate
 def test_a_second_bos_is_said_once_on_stderr(cli: Cli, tiny: TinyModels, tmp_path: Path) -> None:
     tokenizer = word_tokenizer().backend_tokenizer
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -32,7 +32,7 @@ def llama_3_8b(layers: int) -> LlamaConfig:
     )
 
 
-@pytest.fixture(scope="module", params=slow_but((2, 32), {2}), ids="{} layers".format)
+@pytest.fixture(scope="module", params=slow_but((2, 32), (), {2}), ids="{} layers".format)
 def layers(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 

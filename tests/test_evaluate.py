@@ -97,6 +97,7 @@ def test_the_numbers_are_those_of_generate(cli: Cli, folder: Path) -> None:
     assert summary["effective_density"] == pytest.approx(stats.effective_density)
 
 
+@pytest.mark.gate
 def test_answers_are_the_same_where_weights_stream(folder: Path, tmp_path: Path) -> None:
     """As with a memory budget: accuracy is that of the model in memory, answer by answer."""
     options = CompileConfig(sparsity="none", weights="int8", graphs="entries", period=8)
@@ -114,6 +115,7 @@ def test_answers_are_the_same_where_weights_stream(folder: Path, tmp_path: Path)
     assert [line["correct"] for line in answered[0]] == [True] * 3 * COUNT
 
 
+@pytest.mark.gate
 def test_a_budget_has_room_for_a_batch(cli: Cli, folder: Path) -> None:
     flags = ("--modes", "full", "--dtype", "bfloat16")
     assert run(cli, folder, *flags, "--memory-budget", "4GiB", "--context", 200)["full"]
@@ -139,6 +141,7 @@ def test_prints_one_table(cli: Cli, folder: Path) -> None:
     assert "4/4" in done.err
 
 
+@pytest.mark.gate
 def test_a_run_goes_on_where_it_ended(cli: Cli, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     flags = ("--modes", "full,sirius", "--out", out)

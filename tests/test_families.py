@@ -52,12 +52,12 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_calibration(tmp_path_factory.mktemp("families") / "words.txt", 80)
 
 
-FAST = (
-    *("llama", "gemma2", "gemma3_text", "phi3", "smollm3", "glm4", "cohere"),
-    *("gpt2", "opt", "gpt_neox"),
-    *("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"),
-)
-"""One family for each kind of MLP, mask, rotary embedding and fusion; the others are slow tests."""
+FAST = ("llama", "gemma2", "phi3", "gpt2", "gpt_neox", "mixtral", "gpt_oss", "deepseek_v3")
+GATE = ("gemma3_text", "smollm3", "glm4", "cohere", "opt", "qwen2_moe")
+"""One family for each kind of MLP, mask, rotary embedding and fusion: the fast suite has those of
+most kinds at once, the gate the others. All further families are slow tests.
+"""
+MARKS = {**dict.fromkeys(FAST, ()), **dict.fromkeys(GATE, (pytest.mark.gate,))}
 
 
 @pytest.fixture(
@@ -66,7 +66,7 @@ FAST = (
         pytest.param(
             family,
             id=family.model_type,
-            marks=[] if family.model_type in FAST else [pytest.mark.slow],
+            marks=MARKS.get(family.model_type, pytest.mark.slow),
         )
         for family in FAMILIES
     ],
@@ -160,7 +160,7 @@ def test_the_table_names_each_type_once_and_has_every_config() -> None:
 
 @pytest.mark.parametrize(
     "model_type",
-    slow_but(("gpt2", "opt", "mixtral", "gpt_oss", "granitemoe"), {"gpt2", "mixtral", "gpt_oss"}),
+    slow_but(("gpt2", "opt", "mixtral", "gpt_oss", "granitemoe"), {"gpt2", "mixtral"}, {"gpt_oss"}),
 )
 def test_a_checkpoint_holds_the_weights(model_type: str, tmp_path: Path) -> None:
     """Some families store weights under other names than the model's, or expert by expert."""
@@ -191,12 +191,17 @@ REASONS = {refused.reason: refused for refused in reversed(REFUSED)}
 """One type for each reason; further types are slow tests."""
 
 SLOW_REASONS = {"jamba", "recurrent_gemma", "lfm2", "diffllama", "deepseek_v2"}
+GATE_REASONS = {"llama4_text", "apertus"}
 """Types that are refused only after (almost) the whole model is built and traced."""
 
 
 @pytest.mark.parametrize(
     "refused",
-    slow_but(REFUSED, [r for r in REASONS.values() if r.model_type not in SLOW_REASONS]),
+    slow_but(
+        REFUSED,
+        [r for r in REASONS.values() if r.model_type not in SLOW_REASONS | GATE_REASONS],
+        [r for r in REASONS.values() if r.model_type in GATE_REASONS],
+    ),
     ids=lambda refused: refused.model_type,
 )
 def test_refused_before_weights_are_opened(refused: Refused, tmp_path: Path) -> None:
@@ -205,7 +210,7 @@ def test_refused_before_weights_are_opened(refused: Refused, tmp_path: Path) -> 
     assert refused.reason in str(refusal.value)
 
 
-@pytest.mark.parametrize("model_type", slow_but(("apertus", "bitnet"), {"apertus"}))
+@pytest.mark.parametrize("model_type", slow_but(("apertus", "bitnet"), (), {"apertus"}))
 def test_a_model_of_unknown_mlps_stays_dense_with_sparsity_none(model_type: str) -> None:
     program = capture(small_config(model_type)).program
     run_passes(program, front(Method.NONE))

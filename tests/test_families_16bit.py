@@ -25,12 +25,12 @@ from sirius_runtime.spec import Method
 from tests.support.families import Caches, random_model, random_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-FAST = {("gpt2", "float16"), ("qwen2", "bfloat16")}
+MARKS = {("qwen2", "bfloat16"): (), ("gpt2", "float16"): pytest.mark.gate}
 CASES = [
     pytest.param(
         (family.model_type, dtype),
         id=f"{family.model_type}-{dtype}",
-        marks=[] if (family.model_type, dtype) in FAST else [pytest.mark.slow],
+        marks=MARKS.get((family.model_type, dtype), pytest.mark.slow),
     )
     for family in FAMILIES
     for dtype in DTYPES

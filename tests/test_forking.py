@@ -56,6 +56,7 @@ generate()  # the parent goes on
 """
 
 
+@pytest.mark.gate
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_generating_after_a_fork(
     tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory

@@ -34,8 +34,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 DRAWN = {"sample", "full drawn", "sparse drawn"}
 DRAFTING = ("sirius", "exact", "sample")
-FAST = {("sirius", 3), ("exact", 1), ("sample", 3), ("full", 1), ("sparse drawn", 1)}
-runs = pytest.mark.parametrize(("run", "width"), slow_but(product(RUNS, (1, 3)), FAST))
+FAST = {("sirius", 3), ("exact", 1), ("sample", 3)}
+GATE = {("full", 1), ("sparse drawn", 1)}
+runs = pytest.mark.parametrize(("run", "width"), slow_but(product(RUNS, (1, 3)), FAST, GATE))
 drafting = pytest.mark.parametrize(
     ("run", "width"), slow_but(product(DRAFTING, (1, 3)), {("sirius", 3), ("sample", 1)})
 )

@@ -359,9 +359,8 @@ def test_sampling_is_lossless_under_processors(tiny: TinyModels, shape: dict[str
 # other back ends
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model whose generation config penalises repetition, behind every kind of back end."""
+def penalising(graphs: str, folder: Path) -> Path:
+    """Of a model whose generation config penalises repetition."""
     model = random_decoder("llama")
     model.generation_config = GenerationConfig(
         repetition_penalty=1.2,
@@ -373,15 +372,22 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=0,
         bos_token_id=1,
     )
-    config = CompileConfig(sparsity="griffin", period=4, graphs="both")
+    config = CompileConfig(sparsity="griffin", period=4, graphs=graphs)
     compiled = compile_model(model, config, tokenizer=word_tokenizer())
     assert not compiled.warnings
-    return compiled.save(tmp_path_factory.mktemp("artifact") / "m.sirius")
+    return compiled.save(folder / "m.sirius")
 
 
 @pytest.fixture(scope="module")
-def eager(artifact: Path) -> SiriusModel:
-    return load(artifact, backend="eager", device="cpu")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For every kind of back end."""
+    return penalising("both", tmp_path_factory.mktemp("artifact"))
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> SiriusModel:
+    path = penalising("entries", tmp_path_factory.mktemp("entries"))
+    return load(path, backend="eager", device="cpu")
 
 
 OTHERS: list[dict[str, Any]] = [
@@ -395,6 +401,7 @@ OTHERS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("backend", ["period", "onnxruntime"])
 def test_back_ends_of_whole_periods_step_through_them(
     artifact: Path, eager: SiriusModel, backend: str
@@ -413,6 +420,7 @@ def test_back_ends_of_whole_periods_step_through_them(
             assert [[i for i, _ in e.top] for e in ours] == [[i for i, _ in e.top] for e in theirs]
 
 
+@pytest.mark.gate
 def test_onnxruntime_refuses_a_tree_and_says_what_can(artifact: Path) -> None:
     model = load_onnx(artifact)
     with pytest.raises(ConfigError, match=r"repetition_penalty, .*tree_width is 2.*backend eager"):
@@ -421,6 +429,7 @@ def test_onnxruntime_refuses_a_tree_and_says_what_can(artifact: Path) -> None:
         model.generate(RAGGED, period="auto", logprobs=1)
 
 
+@pytest.mark.gate
 def test_onnxruntime_without_pytorch_says_what_is_missing(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

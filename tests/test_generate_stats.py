@@ -23,7 +23,8 @@ from sirius_runtime.plan import Plan
 from sirius_runtime.policy import Draft, Verdict
 from sirius_runtime.rules import RULES
 from sirius_runtime.stats import GenerationStats, Phase, PhaseClock
-from tests.support.models import EVERY_METHOD, VOCABULARY, Rows, TinyModels, open_session
+from tests.support.fast import slow_but
+from tests.support.models import EVERY_METHOD, METHODS, VOCABULARY, Rows, TinyModels, open_session
 
 PROMPT = [7, 8, 9]
 
@@ -345,7 +346,7 @@ def test_one_read_a_step(model: SiriusModel, mode: Mode) -> None:
     assert many - few == 8
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("method", slow_but(METHODS, {"griffin+teal"}, {"topk"}))
 def test_a_period_needs_no_values(
     tiny: TinyModels, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from benchmarks import cpu, gpu, gpu_check, parts, periods, random_programs, ste
 from benchmarks.parts import Part
 from benchmarks.random_programs import METHODS, SHAPES, RandomPrograms, Shape
 from sirius_runtime.spec import Method
+from tests.support.fast import slow_but
 from tests.support.kernels import require_compiler
 
 SMALL = ("--shape", "tiny", "--context", "16", "--rounds", "2")
@@ -78,6 +79,7 @@ def test_steps(methods: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "| 16 tokens |" in printed
 
 
+@pytest.mark.gate
 def test_recorded_periods(capsys: pytest.CaptureFixture[str]) -> None:
     periods.main([*SMALL, "--period", "4", "--width", "1", "2"])
     printed = capsys.readouterr().out
@@ -86,7 +88,7 @@ def test_recorded_periods(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(m, marks=() if m is Method.GRIFFIN_TEAL else pytest.mark.slow) for m in METHODS],
+    slow_but(METHODS, (), {Method.GRIFFIN_TEAL}),
 )
 def test_thresholds_skip_what_they_are_to_skip(method: Method) -> None:
     programs = RandomPrograms(SHAPES["tiny"], torch.device("cpu"), torch.float32)
@@ -118,6 +120,7 @@ def test_parameters_that_a_step_reads() -> None:
     assert density[Method.TOPK] == pytest.approx(0.766, abs=0.001)
 
 
+@pytest.mark.gate
 def test_weights_of_two_layouts_are_one_storage() -> None:
     programs = RandomPrograms(Shape("small", 32, 64, 2, 1, 16, 64, 1), torch.device("cpu"))
     with torch.inference_mode():
@@ -131,6 +134,7 @@ def part(name: str, module: str, *arguments: str, seconds: int = 60) -> Part:
     return Part(name, name.title(), module, arguments, seconds)
 
 
+@pytest.mark.gate
 def test_parts_that_fail_stop_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

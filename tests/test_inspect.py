@@ -45,6 +45,7 @@ def graphs_of(path: Path) -> dict[str, Graph]:
         return {e.name: read_entry(artifact, e.name) for e in artifact.program.entries}
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("method", ["teal", "cats", "none"])
 def test_a_screen_whatever_there_is(tiny: TinyModels, tmp_path: Path, method: str) -> None:
     model = tiny("llama", method, num_hidden_layers=5)

@@ -114,6 +114,7 @@ def test_threads(program: Path, case: str) -> None:
     assert subprocess.run([program, case], timeout=120).returncode == 0
 
 
+@pytest.mark.gate
 def test_memory_that_runs_out_in_a_helper_is_an_error() -> None:
     """Tasks of attention need about 100 MB each for such heads, and there are 60 in all."""
     require(InstructionSet.PORTABLE)

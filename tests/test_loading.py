@@ -183,6 +183,7 @@ def test_the_tokenizer_is_read_before_the_back_end_is_made(
     assert order == ["_tokenizer", "_trim", "make_backend"]
 
 
+@pytest.mark.gate
 def test_torch_s_idle_threads_sleep(artifact: Path) -> None:
     code = f"import os, sirius_runtime; sirius_runtime.load({str(artifact)!r}, device='cpu'); "
     code += "print(os.environ['OMP_WAIT_POLICY'])"

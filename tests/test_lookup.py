@@ -36,7 +36,7 @@ WORDS = [7, 8, 9, 7, 8, 30, 41, 7, 8, 9, 52, 30, 41]
 BATCH = [WORDS, [33], [12, 80, 12, 80, 12], list(range(10, 70))]
 
 
-@pytest.fixture(scope="module", params=slow_but(METHODS, {"griffin", "none", "teal"}))
+@pytest.fixture(scope="module", params=slow_but(METHODS, {"griffin"}, {"none", "teal"}))
 def subject(request: pytest.FixtureRequest, tiny: TinyModels) -> Tiny:
     return tiny(method=request.param)
 

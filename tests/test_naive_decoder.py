@@ -99,7 +99,7 @@ def wrong() -> Both:
     return Both(*WRONG)
 
 
-@pytest.mark.parametrize("width", slow_but((2, 4), {2}))
+@pytest.mark.parametrize("width", slow_but((2, 4), (), {2}))
 def test_same_tokens_as_the_naive_tree_decoder(wrong: Both, prompts: list[str], width: int) -> None:
     branched = 0
     for ids in (wrong.ids(prompts[index]) for index in BRANCHING):
@@ -117,6 +117,7 @@ def test_same_tokens_as_the_naive_tree_decoder(wrong: Both, prompts: list[str], 
     assert branched > 1
 
 
+@pytest.mark.gate
 def test_the_naive_tree_of_width_one_is_the_naive_chain(wrong: Both, prompts: list[str]) -> None:
     """Two programs that check each other: one overwrites sparse K/V, the other keeps none."""
     for ids in (wrong.ids(prompts[index]) for index in BRANCHING[:2]):

@@ -14,6 +14,7 @@ from sirius_runtime.kernels import linear, mlp
 from sirius_runtime.kernels.build import InstructionSet
 from sirius_runtime.kernels.native import references, using
 from sirius_runtime.nested import Layout, by_numbers, multiplying, nest
+from tests.support.fast import gate_but
 from tests.support.kernels import SETS, forbid_references, require
 from tests.support.operators import randn, sirius
 
@@ -128,6 +129,9 @@ def test_mlps(
     assert error(sirius.dense_mlp(*plain), wanted) <= ROUNDED[dtype]
 
 
+@pytest.mark.parametrize(
+    "isa", gate_but(SETS, {*SETS} - {InstructionSet.PORTABLE}), indirect=True
+)  # without vector instructions it takes two seconds
 def test_a_tokens_result_is_the_same_alone_and_among_others(
     isa: InstructionSet, nested: dict[str, Tensor]
 ) -> None:

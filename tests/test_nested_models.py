@@ -24,6 +24,7 @@ from sirius_runtime.self_test import Outcome
 from sirius_runtime.spec import FORMAT_VERSION, NESTED_FORMAT_VERSION, AcceptanceSpec, Layout
 from sirius_runtime.verification import verify
 from tests.support.families import CONFIGS
+from tests.support.fast import gate_but
 from tests.support.models import bound_weights, random_decoder, word_tokenizer, write_calibration
 from tests.support.paths import chooser, samples
 
@@ -35,7 +36,7 @@ CASES = [
     pytest.param("gpt2", "cats", marks=pytest.mark.slow),
     pytest.param("gemma3_text", "griffin", marks=pytest.mark.slow),
     pytest.param("qwen2", "none", marks=pytest.mark.slow),
-    ("mixtral", "topk"),
+    pytest.param("mixtral", "topk", marks=pytest.mark.gate),
     pytest.param("qwen2_moe", "experts", marks=pytest.mark.slow),
     pytest.param("gpt_oss", "none", marks=pytest.mark.slow),
 ]
@@ -135,7 +136,7 @@ def test_the_draft_is_another_model_and_a_good_one(nested: Callable[..., Nested]
     assert torch.cosine_similarity(full, sparse, dim=-1).mean() > 0.9
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", gate_but(("llama", "mixtral"), {"llama"}))
 def test_the_nested_model_is_near_the_model(nested: Callable[..., Nested], family: str) -> None:
     compiled = nested(family, "topk").compiled
     reference = random_decoder(family, **CONFIGS.get(family, {}))
@@ -236,6 +237,7 @@ def measured(method: str, **options: object) -> AcceptanceSpec:
     return found
 
 
+@pytest.mark.gate
 def test_drafts_of_half_of_the_bits_are_measured() -> None:
     """Also for a model whose sparse path skips nothing."""
     found = measured("none")
@@ -251,6 +253,7 @@ def test_drafts_are_judged_by_the_nested_full_path() -> None:
     assert set(found.accepted) == {1.0}
 
 
+@pytest.mark.gate
 def test_calibration_and_measurement_go_together() -> None:
     found, whole = measured("teal"), measured("teal", draft_bits=8)
     assert found.density < 0.6 * whole.density

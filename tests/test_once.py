@@ -28,6 +28,7 @@ def documents(captured: Capture, *build: BuildPeriod) -> str:
     return json.dumps([rewrites, weights, graphs])
 
 
+@pytest.mark.gate
 def test_what_is_captured_once_equals_what_is_captured_anew() -> None:
     config = small_config("llama", num_hidden_layers=1)
     expected = documents(capture(config))

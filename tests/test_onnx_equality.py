@@ -34,11 +34,12 @@ FAMILIES: dict[str, dict[str, object]] = {
     "olmo2": {},
     "granite": {},
 }
-FAST = {("griffin", 1): "llama", ("griffin+teal", 4): "mistral"}
+FAST, GATE = {("griffin", 1): "llama"}, {("griffin+teal", 4): "mistral"}
 """These cover per-prompt neurons, thresholds of neurons and channels, both widths, and a window.
 Other cases are slow tests, as compiling a model with all graphs takes 6 s. Top-k neurons run in
-`test_onnx_nested`; `test_onnx_lowering` has them and fused weights.
+`test_rules` and `test_onnx_nested`; `test_onnx_lowering` has them and fused weights.
 """
+CHOSEN = FAST | GATE
 THRESHOLDS = {"qwen3": 0.12}
 """Instead of the usual 0.1, at which qwen3 gives a token of griffin's tree 0.099999994: rounding
 of sums would decide whether it is accepted."""
@@ -49,10 +50,10 @@ RAGGED = [[7, 8, 9], [50, 30, 11, 22, 60], [4 * i + 7 for i in range(15)]]
 ENDLESS: dict[str, Any] = {"eos_token_id": []}
 
 
-def test_the_fast_cases_cover() -> None:
-    assert {method for method, _ in FAST} < set(METHODS)
-    assert {width for _, width in FAST} == set(WIDTHS)
-    assert {"llama", "mistral"} == set(FAST.values()) < FAMILIES.keys()
+def test_the_chosen_cases_cover() -> None:
+    assert {method for method, _ in CHOSEN} < set(METHODS)
+    assert {width for _, width in CHOSEN} == set(WIDTHS)
+    assert {"llama", "mistral"} == set(CHOSEN.values()) < FAMILIES.keys()
 
 
 @pytest.mark.slow
@@ -67,7 +68,10 @@ def test_the_shipped_model(pairs: Pairs, method: str, width: int) -> None:
 
 @pytest.mark.parametrize(
     ("family", "method", "width"),
-    slow_but(product(FAMILIES, METHODS, WIDTHS), {(f, *case) for case, f in FAST.items()}),
+    slow_but(
+        product(FAMILIES, METHODS, WIDTHS),
+        *({(f, *case) for case, f in tier.items()} for tier in (FAST, GATE)),
+    ),
 )
 def test_families(pairs: Pairs, family: str, method: str, width: int) -> None:
     pair = pairs(method, width, 4, family, **FAMILIES[family])
@@ -79,7 +83,7 @@ def test_families(pairs: Pairs, family: str, method: str, width: int) -> None:
 
 
 every_shape = pytest.mark.parametrize(
-    ("method", "width"), slow_but([*FAST, ("topk", 4), ("teal", 1), ("cats", 4)], FAST)
+    ("method", "width"), slow_but([*CHOSEN, ("topk", 4), ("teal", 1), ("cats", 4)], FAST, GATE)
 )
 
 

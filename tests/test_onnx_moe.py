@@ -181,6 +181,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return compiled("mixtral", "experts", tmp_path_factory.mktemp("mixtral"), tree_width=2)
 
 
+@pytest.mark.gate
 def test_mixtral(mixtral: Pair) -> None:
     check_pair(mixtral)
 
@@ -210,6 +211,7 @@ def check_pair(pair: Pair) -> None:
             assert not any("[" in name for name in spec.constants)
 
 
+@pytest.mark.gate
 def test_any_runtime_finds_an_expert_in_the_exported_file(
     mixtral: Pair,
     tmp_path: Path,

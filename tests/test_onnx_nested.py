@@ -139,7 +139,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
 
 
 MODELS = [
-    ("llama", "topk"),
+    pytest.param("llama", "topk", marks=pytest.mark.gate),
     *(
         pytest.param(*pair, marks=pytest.mark.slow)
         for pair in (
@@ -166,6 +166,7 @@ def test_tokens_are_eager_s(pairs: Pairs, family: str, method: str) -> None:
     assert full == exact
 
 
+@pytest.mark.gate
 def test_an_export_holds_one_copy(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("topk", model_type="llama")
     export_onnx(pair.path, tmp_path / "onnx")

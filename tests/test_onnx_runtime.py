@@ -35,7 +35,7 @@ from sirius_runtime.onnx_files import WEIGHTS_FILE, export_onnx, gathered_bytes
 from sirius_runtime.spec import WeightSpec
 from tests.support.artifacts import rebuild
 from tests.support.fast import slow_but
-from tests.support.models import random_decoder, word_tokenizer
+from tests.support.models import TinyModels, random_decoder, word_tokenizer
 from tests.support.onnx import CPU, Pairs, load_onnx
 
 PROMPT = "w7 w8 w9"  # its greedy answer ends after 27 tokens
@@ -237,7 +237,16 @@ def test_weights_beyond_two_gigabytes(pairs: Pairs, tmp_path: Path) -> None:
     assert done.stdout.strip().endswith("#### 5"), done.stderr
 
 
-@pytest.mark.parametrize("given", [(), (".",), (".", "Q:"), ("nowhere", "Q:"), ("a", "b", "c")])
+@pytest.mark.parametrize(
+    "given",
+    [
+        (),
+        *(
+            pytest.param(given, marks=pytest.mark.gate)
+            for given in ((".",), (".", "Q:"), ("nowhere", "Q:"), ("a", "b", "c"))
+        ),
+    ],
+)
 def test_the_example_names_what_it_needs(given: tuple[str, ...], tmp_path: Path) -> None:
     example = ROOT / "examples" / "onnx_minimal.py"
     done = subprocess.run(
@@ -334,19 +343,32 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_model(model, options, tokenizer=word_tokenizer()).save(path)
 
 
-def test_an_artifact_without_graphs_names_what_adds_them(
-    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for ask in (lambda: load_onnx(plain), lambda: export_onnx(plain, tmp_path / "out")):
+def what_adds_graphs(path: Path, out: Path) -> str:
+    """The arguments of `sirius-compile` that an artifact without ONNX graphs names."""
+    for ask in (lambda: load_onnx(path), lambda: export_onnx(path, out)):
         with pytest.raises(BackendError) as caught:
             ask()
         told, _, command = str(caught.value).rpartition("sirius-compile ")
         assert "--graphs both" in told
+    return command
+
+
+def test_an_artifact_without_graphs_names_what_adds_them(tiny: TinyModels, tmp_path: Path) -> None:
+    path = tiny(method="griffin").compiled.save(tmp_path / "plain.sirius")
+    assert what_adds_graphs(path, tmp_path / "out").startswith(f"onnx {path}")
+
+
+@pytest.mark.gate
+def test_what_it_names_adds_them(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = what_adds_graphs(plain, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     assert sirius_compile(command.split()) == 0  # as it is told
     assert load_onnx(tmp_path / "with-onnx.sirius").generate("w7", max_new_tokens=2).tokens
 
 
+@pytest.mark.gate
 def test_graphs_are_added(plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "with.sirius"
     with pytest.raises(ConfigError, match=r"float32 or float16.*got bfloat16; pass --dtype"):
@@ -361,6 +383,7 @@ def test_graphs_are_added(plain: Path, tmp_path: Path) -> None:
     assert load(out, device="cpu").generate("w7 w8", mode="exact").tokens == wanted.tokens
 
 
+@pytest.mark.gate
 def test_the_dtype_of_an_artifact_with_graphs(tmp_path: Path) -> None:
     model = random_decoder("llama", num_hidden_layers=1).to(torch.bfloat16)
     options: dict[str, Any] = {"sparsity": "griffin", "period": 4}

@@ -85,11 +85,13 @@ shared = functools.cache(built)
 
 
 WIDTHS = {f"{method}, w={width}": (method, width) for method in SPARSIFY for width in (1, 2)}
-FAST = {"cats, w=1", "griffin, w=2"}
-"""Each needs a build of its own: with counts or a statistic, as a chain or as a tree."""
+FAST, GATE = {"cats, w=1"}, {"griffin, w=2"}
+"""Each needs a build of its own: with counts or a statistic, as a chain or as a tree. In the fast
+suite trees are run, in `test_period_session`.
+"""
 
 
-@pytest.fixture(scope="module", params=slow_but(WIDTHS, FAST))
+@pytest.fixture(scope="module", params=slow_but(WIDTHS, FAST, GATE))
 def case(request: pytest.FixtureRequest) -> tuple[str, int]:
     return WIDTHS[request.param]
 
@@ -183,6 +185,7 @@ def test_before_and_after() -> None:
     )
 
 
+@pytest.mark.gate
 def test_a_tree_s_first_step_is_not_in_the_loop() -> None:
     assert "\n".join(outline(shared(2).graphs[PERIOD])) == inspect.cleandoc(
         """
@@ -328,7 +331,7 @@ def test_only_a_chain_chooses_in_the_loop_how_to_draft(program: Program, width: 
 
 @pytest.mark.parametrize(
     ("width", "size", "count"),
-    slow_but([(1, 1, 0), (1, 2, 1), (2, 2, 0), (2, 3, 1)], {(2, 2, 0)}),
+    slow_but([(1, 1, 0), (1, 2, 1), (2, 2, 0), (2, 3, 1)], (), {(2, 2, 0)}),
 )
 def test_a_draft_of_one_step_needs_no_loop(width: int, size: int, count: int) -> None:
     assert len(loops(shared(width, size).graphs[PERIOD])) == count
@@ -399,6 +402,7 @@ def test_the_verifier_refuses(damage: str) -> None:
         verify(program, after="build_period")
 
 
+@pytest.mark.gate
 def test_the_verifier_refuses_a_draft_without_attention() -> None:
     """With one layer, no other layer shows how many attention nodes are expected."""
     program = copied(shared(1))

@@ -173,10 +173,12 @@ def test_every_layer_equals_loops_over_its_neurons() -> None:
     assert {"prefill.statistic", "observe.activity"} <= check.differences.keys()
 
 
+@pytest.mark.gate
 def test_all_neurons_kept_is_dense() -> None:
     check_pass(paired(two_layers), SparsifyGriffin(1.0))
 
 
+@pytest.mark.gate
 def test_an_mlp_of_unknown_activation_stays_dense() -> None:
     program = paired(lambda: Decoder(Plain(torch.tanh), Mlp()))
     expect = {"sparse/aten.linear": (3, 3), "sparse/sirius.griffin_mlp": (0, 1)}

@@ -96,10 +96,12 @@ def test_every_layer_equals_loops_over_its_neurons() -> None:
     assert check.rewrites == 2
 
 
+@pytest.mark.gate
 def test_all_neurons_kept_is_dense() -> None:
     check_pass(paired(two_layers), SparsifyTopk(1.0))
 
 
+@pytest.mark.gate
 def test_an_mlp_of_unknown_activation_stays_dense() -> None:
     program = paired(lambda: Decoder(Plain(torch.tanh), Mlp()))
     expect = {"sparse/aten.linear": (3, 3), "sparse/sirius.topk_mlp": (0, 1)}

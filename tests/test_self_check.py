@@ -20,6 +20,7 @@ from sirius_runtime.errors import KernelError
 from sirius_runtime.kernels import native
 from sirius_runtime.kernels.native import references
 from tests.support.families import CONFIGS
+from tests.support.fast import slow_but
 from tests.support.kernels import require_compiler
 from tests.support.models import METHODS, random_decoder, word_tokenizer, write_calibration
 from tests.support.operators import mlp_args, randn
@@ -63,12 +64,12 @@ SOUND = [
     for method in methods
     for dtype in TYPES
 ]
-FAST = {("llama", "griffin+teal", "bfloat16"), ("mixtral", "topk", "float16")}
+FAST, GATE = {("mixtral", "topk", "float16")}, {("llama", "griffin+teal", "bfloat16")}
 
 
 @pytest.mark.parametrize(
     ("family", "method", "dtype"),
-    [pytest.param(*one, marks=() if one in FAST else pytest.mark.slow) for one in SOUND],
+    slow_but(SOUND, FAST, GATE),
 )
 def test_no_operator_of_a_sound_compile_is_found_wrong(
     family: str, method: str, dtype: str, text: Path, monkeypatch: pytest.MonkeyPatch
@@ -205,6 +206,7 @@ def test_without_kernels_there_is_nothing_to_say(
     assert "check kernels" not in stages(text, sparsity="none")
 
 
+@pytest.mark.gate
 def test_weights_are_held_for_a_layer_and_no_longer(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sirius_runtime.kernels.native import references
-from tests.support.fast import slow_but
+from tests.support.fast import gate_but, slow_but
 from tests.support.operators import CHAIN, LAYER, TREE, Block, randn, sirius
 from tests.support.triton_interpreter import interpreting, require_triton, small_tiles
 
@@ -70,8 +70,12 @@ SHAPES = [
     slow_but(
         ((dtype, *shape) for dtype in DTYPES for shape in SHAPES),
         [
-            *((torch.float32, *shape) for shape in SHAPES),
-            *((dtype, *SHAPES[0]) for dtype in DTYPES[1:]),
+            *((torch.float32, *shape) for shape in (SHAPES[1], SHAPES[2], SHAPES[6])),
+            (torch.bfloat16, *SHAPES[0]),
+        ],
+        [
+            *((torch.float32, *shape) for shape in (SHAPES[0], *SHAPES[3:6])),
+            (torch.float16, *SHAPES[0]),
         ],
     ),
 )
@@ -86,7 +90,7 @@ def test_it_is_tree_attention(
         assert torch.equal(block.v_cache[LAYER, row, :, own], block.v[row])
 
 
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("groups", gate_but((1, 4), {1}))
 def test_heads_that_share(groups: int) -> None:
     block = Block([20, 1], [TREE[:4]], groups=groups)
     near(cached(block), block.expected())
@@ -150,6 +154,7 @@ def test_histories_of_several_tiles(dtype: torch.dtype, window: int | None, sink
     near(attention.cached_attention(*long_arguments(dtype, 9), *last), expected)
 
 
+@pytest.mark.gate
 def test_more_queries_than_a_tile() -> None:
     args = long_arguments(torch.float32, 18)  # 54 of a key/value head, in tiles of 16
     with references():

@@ -114,6 +114,7 @@ def run_alone(arguments: list[Any], *flags: Any, seconds: float | None = None) -
     return time.perf_counter() - begin
 
 
+@pytest.mark.gate
 def test_killed_at_a_random_point(
     folder: Path, tmp_path: Path, wanted: tuple[bytes, float]
 ) -> None:
@@ -164,6 +165,7 @@ def test_killed_at_every_other_write(
     assert names(tmp_path) == []
 
 
+@pytest.mark.gate
 def test_what_a_killed_process_left_is_removed(
     folder: Path, tmp_path: Path, cli: Cli, writes: dict[str, Any]
 ) -> None:
