@@ -122,7 +122,7 @@ def test_tapes_go_with_their_cache(tiny: TinyModels) -> None:
 def test_the_next_answer_has_the_tapes_of_the_last_one(
     tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny().model
+    model = tiny().compiled.to_runtime()  # which has answered nothing yet
     options = {"mode": "full", "max_new_tokens": 8}
     wanted = model.generate(PROMPT, **options).tokens
     with counting_replays(monkeypatch) as replays:
