@@ -354,8 +354,8 @@ class _Compilation:
             self._warnings.append(
                 f"--agreement {searched.agreement:g}: the chosen setting agreed on "
                 f"{searched.settings[searched.chosen].agreement:.1%} of tokens in the search, but "
-                f"on {acceptance.agreement:.1%} as compiled, on other held-out text. Give a higher "
-                "--agreement for more"
+                f"on {acceptance.agreement:.1%} as compiled, with other texts held out. Give a "
+                "higher --agreement for more"
             )
 
     def _text(
