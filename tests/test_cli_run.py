@@ -53,11 +53,12 @@ def test_prompt_from_file_and_from_stdin(
 ) -> None:
     path = tmp_path / "prompt.txt"
     path.write_text(PROMPT + "\n")
-    from_file = cli.run("run", artifact, "--prompt-file", path)
+    few = ("--max-new-tokens", "24")
+    from_file = cli.run("run", artifact, "--prompt-file", path, *few)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{PROMPT}\n".encode())))
-    from_stdin = cli.run("run", artifact)
+    from_stdin = cli.run("run", artifact, *few)
     assert from_file.code == from_stdin.code == 0
-    assert from_file.out == from_stdin.out == f"{generated(cli, artifact)['text']}\n"
+    assert from_file.out == from_stdin.out == f"{generated(cli, artifact, *few)['text']}\n"
 
 
 def test_exact_mode_equals_full(cli: Cli, artifact: Path) -> None:

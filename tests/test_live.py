@@ -149,6 +149,7 @@ def test_a_patched_forward_is_found_by_what_it_computes() -> None:
         compare(model, captured.program, torch.float32, weights.__getitem__)
 
 
+@pytest.mark.gate
 def test_weights_that_are_no_longer_tied_are_found() -> None:
     model = random_model("llama", tie_word_embeddings=True)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight + 1)

@@ -172,6 +172,7 @@ def test_a_task_of_the_harness_in_several_modes(llama: Tiny, task: Path) -> None
         evaluate_by_harness(llama.model, "wordz", options, include=str(task))
 
 
+@pytest.mark.gate
 def test_the_command_line_prints_the_harness_s_numbers(
     llama: Tiny, task: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

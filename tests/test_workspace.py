@@ -229,6 +229,7 @@ def test_a_full_disk_is_named_and_what_was_done_is_kept(
     assert names(tmp_path) == []
 
 
+@pytest.mark.gate
 def test_a_full_disk_as_the_artifact_is_written(
     folder: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
