@@ -178,6 +178,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
         calibrate(tokenwise(Method.CATS, model=model), *held_out(samples()), 0.5)
 
 
+@pytest.mark.gate
 def test_constant_activations_are_refused_by_name() -> None:
     model = random_decoder("llama", **RELU)
     with torch.no_grad():

@@ -103,11 +103,12 @@ def test_stop_string_ends_the_text(cli: Cli, artifact: Path) -> None:
 
 
 def test_compare_prints_the_three_paths(cli: Cli, artifact: Path) -> None:
-    done = cli.run("run", artifact, "--prompt", PROMPT, "--compare")
+    few = ("--max-new-tokens", "40")
+    done = cli.run("run", artifact, "--prompt", PROMPT, "--compare", *few)
     assert done.code == 0
     for word in ("--- full ---", "--- sparse ---", "--- sirius ---", "x full", "AAL"):
         assert word in done.out
-    document = json.loads(cli.run("run", artifact, "-p", PROMPT, "--compare", "--json").out)
+    document = json.loads(cli.run("run", artifact, "-p", PROMPT, "--compare", "--json", *few).out)
     assert list(document) == ["full", "sparse", "sirius"]
     assert document["full"]["speed"] == 1.0
 

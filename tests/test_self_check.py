@@ -160,6 +160,7 @@ def test_a_wrong_kernel_stops_the_compile_and_is_named(
         assert part in said
 
 
+@pytest.mark.gate
 def test_wrong_numbers_of_nested_weights_stop_the_compile(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,7 @@ def test_rows_that_end_and_steps(compiled: Compile) -> None:
         assert drawn[0] != drawn[1]
 
 
+@pytest.mark.gate
 def test_a_state_serves_the_next_generation_in_the_same_storage(compiled: Compile) -> None:
     eager = compiled("griffin", "llama").to_runtime()
     kept: list[dict[str, int]] = []
