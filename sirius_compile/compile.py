@@ -441,6 +441,7 @@ class _Compilation:
                 **values(config),
                 confidence=self._confidence,
                 refresh=config.refresh,
+                mode=config.mode,
             ),
             eos_token_ids=tuple([] if eos is None else [eos] if isinstance(eos, int) else eos),
             pad_token_id=source.generation.pad_token_id,

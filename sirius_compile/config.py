@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from sirius_runtime.errors import ConfigError
-from sirius_runtime.request import check_ranges, check_tree
+from sirius_runtime.request import check_default_mode, check_ranges, check_tree
 from sirius_runtime.rules import RuleOptions, check_options
 from sirius_runtime.spec import DType, Method
 
@@ -113,8 +113,8 @@ class CompileConfig(RuleOptions):
       this by default.
     * period, tree_width: the static shapes of the graph `period`. The period is 16 if it is neither
       given nor measured.
-    * threshold, verify_temperature, confidence, refresh: with period and tree_width, the artifact's
-      defaults for drafting and acceptance. A run can change them.
+    * mode, threshold, verify_temperature, confidence, refresh: with period and tree_width, the
+      artifact's defaults for drafting and acceptance. A run can change them.
     * max_seq_len: the longest sequence, in tokens; by default the model's own.
     * dtype: the dtype of stored weights and of the computation; by default the checkpoint's.
     * weights: ``int8`` stores the weights of linears, MLPs and embeddings nested, in 8 bits.
@@ -137,6 +137,7 @@ class CompileConfig(RuleOptions):
     agreement: float | None = None
     dense_layers: DenseLayers | str | Sequence[int] = ()
     measure: bool = False
+    mode: str = "sirius"
     period: int | None = None
     tree_width: int = 1
     confidence: float | None = None
@@ -178,6 +179,7 @@ class CompileConfig(RuleOptions):
         self._check_search()
         check_tree(self.given_period, self.tree_width, max(self.tree_width, 1), flag="--")
         check_ranges(self.confidence or 0.0, self.refresh, flag="--")
+        check_default_mode(self.mode, flag="--")
         if self.refresh and self.sparsity != AUTO and not Method(self.sparsity).per_prompt:
             raise ConfigError(
                 f"--refresh applies to griffin; --sparsity {self.sparsity} has no neurons that are "

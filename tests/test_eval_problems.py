@@ -10,7 +10,7 @@ import pytest
 
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.evaluation.answers import Scoring, TextGrader
-from sirius_runtime.evaluation.modes import ModeChoice, read_modes
+from sirius_runtime.evaluation.modes import Setting, read_modes
 from sirius_runtime.evaluation.problems import gsm8k, humaneval, own_task
 from sirius_runtime.request import Mode
 
@@ -159,12 +159,26 @@ def test_a_seed_orders_and_a_limit_takes_the_first(write: Write) -> None:
 
 def test_modes() -> None:
     assert read_modes("full, sirius:.05,sirius,exact") == (
-        ModeChoice(Mode.FULL),
-        ModeChoice(Mode.SIRIUS, 0.05),
-        ModeChoice(Mode.SIRIUS),
-        ModeChoice(Mode.EXACT),
+        Setting(Mode.FULL),
+        Setting(Mode.SIRIUS, (("threshold", 0.05),)),
+        Setting(Mode.SIRIUS),
+        Setting(Mode.EXACT),
     )
     assert read_modes("sirius:.05")[0].name == "sirius:0.05"
+
+
+def test_a_setting_has_one_name_whatever_the_order_of_its_options() -> None:
+    (first,), (second,) = map(
+        read_modes,
+        ("sirius:confidence=.50:.05:period=8", "sirius:threshold=.05:period=8:confidence=.5"),
+    )
+    assert first == second
+    assert first.name == "sirius:0.05:period=8:confidence=0.5"
+    assert read_modes(first.name) == (first,)
+    expected = {"mode": "sirius", "threshold": 0.05, "period": 8, "confidence": 0.5}
+    assert first.arguments == expected
+    close = read_modes("sirius:.1000001")[0]
+    assert read_modes(close.name) == (close,)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +187,17 @@ def test_modes() -> None:
         ("fast", "--modes takes"),
         ("", "--modes takes"),
         ("sample", "--modes takes"),
-        ("full:.1", "has no threshold"),
-        ("sirius:x", "number of 0 or more"),
-        ("sirius:nan", "number of 0 or more"),
-        ("sirius:-1", "number of 0 or more"),
+        ("full:.1", "mode full drafts nothing, so threshold has no effect"),
+        ("exact:.1", "mode exact has no threshold"),
+        ("sirius:x", "threshold takes a number, got 'x'"),
+        ("sirius:nan", "threshold must be >= 0"),
+        ("sirius:-1", "threshold must be >= 0"),
+        ("exact:period=x", "period takes a whole number, got 'x'"),
+        ("exact:period=0", "period must be in 1..512, got 0"),
+        ("exact:confidence=2", "confidence must be in"),
+        ("exact:colour=2", "a setting has threshold, verify_temperature, period"),
+        ("sirius:rollback=token", "a setting has threshold"),
+        ("sirius:.1:threshold=.2", "gives an option twice"),
         ("full,full", "full twice"),
         ("sirius:.1,sirius:0.1", "sirius:0.1 twice"),
     ],

@@ -133,7 +133,7 @@ def test_prints_one_table(cli: Cli, folder: Path) -> None:
     assert title.split()[1:] == ["2", "problems"]
     assert header.split() == [
         *("mode accuracy (95%) less full (95%) none cut".split()),
-        *("AAL density eff. tokens/s x full".split()),
+        *("AAL corr. density eff. tokens/s x full".split()),
     ]
     assert full.split()[:4] == ["full", "100.0%", "[100.0,", "100.0]"]
     assert sirius.split()[0] == "sirius"

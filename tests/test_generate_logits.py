@@ -313,7 +313,7 @@ def test_what_asks_for_nothing_tells_nothing_and_runs_as_before(subject: Tiny) -
 
     def note(self: Decoder, *args: Any, **options: Any) -> None:
         open_(self, *args, **options)
-        made.append(self._ways[Way.DRAFT])
+        made.append(self.ways[Way.DRAFT])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "__init__", note)

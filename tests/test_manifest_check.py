@@ -66,6 +66,8 @@ FAULTS: list[tuple[str, JSON, str]] = [
     ("period.verify_temperature", math.inf, "period.verify_temperature: a finite number"),
     ("period.confidence", 2, "period: confidence must be in [0, 1]"),
     ("period.refresh", -1, "period.refresh must be in 0..2147483647"),
+    ("period.mode", "sample", "period: mode must be one of sirius, exact"),
+    ("period.mode", "full", "period: mode must be one of sirius, exact"),
     ("period.refresh", 4, "period.refresh is 4, but the sparse path cats chooses"),
     ("eos_token_ids", [2, 10**12], "eos_token_ids must be in"),
     ("pad_token_id", 2**40, "pad_token_id must be in"),

@@ -84,7 +84,7 @@ class ByEntries:
         with clock(Phase.DRAFT):
             draft, levels = self.draft(state, plan, most_B)
         with clock(Phase.VERIFY):
-            result = self.verify(state, plan, draft.tree)
+            result = self.verify(state, plan, draft)
         logits_BNV, verdict = self.commit(state, draft, result["logits"], plan, most_B)
         if plan.observes:
             state.observe(observed(result["activity"], verdict.nodes, verdict.advance))
@@ -138,10 +138,11 @@ class ByEntries:
         draft = first_levels(grown.draft, max(levels, given.shape[1]), width)
         return with_given(draft, given), levels
 
-    def verify(self, state: TreeState, plan: Plan, tree: Tree) -> dict[str, Tensor]:
+    def verify(self, state: TreeState, plan: Plan, draft: Draft) -> dict[str, Tensor]:
         """One forward pass of the full path over the tree: logits [B, N, V]. Overwrites the K/V
         that the sparse path wrote.
         """
+        tree = draft.tree
         nodes = torch.arange(tree.tokens.shape[1], device=tree.tokens.device)
         return state.nodes(OBSERVE if plan.observes else FULL, tree, nodes)
 
@@ -157,13 +158,17 @@ class ByEntries:
         """
         nodes = torch.arange(logits_BNV.shape[1], device=logits_BNV.device)
         logits_BNV = self._processed(logits_BNV, state, draft.tree, nodes)
-        verdict = judge(draft, logits_BNV, plan.decide, most_B, plan.period)
+        verdict = self.judge(draft, logits_BNV, plan, most_B)
         if self.scorer is not None:
             self.scorer.commit(logits_BNV, state.length + 1, verdict)
         if plan.width > 1:  # the K/V of a chain is in order already
             state.compact(verdict.nodes)
         state.commit(verdict.advance, verdict.root)
         return logits_BNV, verdict
+
+    def judge(self, draft: Draft, logits_BNV: Tensor, plan: Plan, most_B: Tensor) -> Verdict:
+        """The verdict of the plan's rule on a draft, by the full path's logits [B, N, V]."""
+        return judge(draft, logits_BNV, plan.decide, most_B, plan.period)
 
     def _processed(self, logits_BnV: Tensor, state: TreeState, tree: Tree, nodes: Tensor) -> Tensor:
         if self.scorer is None:

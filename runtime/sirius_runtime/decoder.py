@@ -198,7 +198,9 @@ class Decoder:
         drop rows.
         """
         self.state, self.resizable = state, resizable
-        self._ways, self._choose, self._clock = ways, choose, clock
+        self.ways = dict(ways)
+        """The strategies, by the way that they decode."""
+        self._choose, self._clock = choose, clock
         self._refresh, self._periods = refresh, 0
         self._rows, self._scorer = rows, scorer
 
@@ -249,7 +251,7 @@ class Decoder:
                 plan = replace(plan, given=state.array(self._filled(padded(given), NO_TOKEN)))
             plan = replace(plan, noise=noise, observes=self._refresh > 0, refreshes=due)
             most = state.array(self._filled(np.array(sizes), 1))
-            outcome = self._ways[way].period(state, plan, most, self._clock)
+            outcome = self.ways[way].period(state, plan, most, self._clock)
             read = outcome.packed[:rows].tolist()  # the one read of device values in a period
         return Period(
             [RowPeriod(tokens[:advance], drafted) for *tokens, advance, drafted in read],

@@ -49,7 +49,7 @@ class SiriusLM(TemplateLM):
         self,
         pretrained: str | SiriusModel,
         *,
-        mode: str = Mode.SIRIUS,
+        mode: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         max_length: int | None = None,

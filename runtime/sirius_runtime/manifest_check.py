@@ -12,7 +12,7 @@ from typing import Any
 
 from sirius_runtime.errors import ArtifactError, ConfigError
 from sirius_runtime.logits_options import MOST_TOKENS, check_generation
-from sirius_runtime.request import check_ranges, check_tree
+from sirius_runtime.request import check_default_mode, check_ranges, check_tree
 from sirius_runtime.rules import check_options
 from sirius_runtime.spec import (
     AcceptanceSpec,
@@ -169,6 +169,7 @@ def _check_period(period: PeriodSpec, model: ModelSpec, method: Method) -> None:
     _as_options(lambda: check_tree(period.period, period.tree_width, model.vocab_size))
     _as_options(lambda: check_options(period))
     _as_options(lambda: check_ranges(period.confidence, period.refresh))
+    _as_options(lambda: check_default_mode(period.mode))
     if period.refresh and not method.per_prompt:
         raise ArtifactError(
             f"period.refresh is {period.refresh}, but the sparse path {method} chooses its neurons "

@@ -199,7 +199,7 @@ class SiriusModel:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_special_tokens: bool = True,
         max_new_tokens: int | None = None,
-        mode: Mode | str = Mode.SIRIUS,
+        mode: Mode | str | None = None,
         period: int | str | None = None,
         tree_width: int | None = None,
         confidence: float | None = None,
@@ -240,12 +240,12 @@ class SiriusModel:
         that draft, with backend eager. Pass a `Tracing` for its options.
 
         mode: ``sirius``, ``exact`` (dense greedy tokens), ``sample`` (tokens of the full path's
-        distribution), ``full`` or ``sparse``. temperature (1), top_k (0: no limit), top_p (1),
-        min_p (0), typical_p (1), seed: for mode ``sample``; also for ``full`` and ``sparse``, which
-        sample where one of them is given. Those that are not given have the artifact's defaults,
-        from the model's generation config. seed: one per row; or one number, the first row's seed,
-        from which the others count up. A row's tokens depend only on its own seed, not on other
-        rows.
+        distribution), ``full`` or ``sparse``; by default the artifact's. temperature (1), top_k (0:
+        no limit), top_p (1), min_p (0), typical_p (1), seed: for mode ``sample``; also for ``full``
+        and ``sparse``, which sample where one of them is given. Those that are not given have the
+        artifact's defaults, from the model's generation config. seed: one per row; or one number,
+        the first row's seed, from which the others count up. A row's tokens depend only on its own
+        seed, not on other rows.
 
         logits: transformers' options repetition_penalty, no_repeat_ngram_size, bad_words_ids,
         suppress_tokens, min_new_tokens and the others of `LogitsOptions`, with the same names and
@@ -306,7 +306,7 @@ class SiriusModel:
             inputs, input_ids, attention_mask, add_special_tokens=add_special_tokens
         )
         options = Options(
-            mode=mode,
+            mode=self.program.period.mode if mode is None else mode,
             rule=cast(RuleNumbers, {n: v for n, v in more.items() if n in OPTIONS}),
             period=period,
             tree_width=tree_width,

@@ -12,7 +12,7 @@ from sirius_runtime.errors import ConfigError, GenerationError, shown
 from sirius_runtime.logits_options import LogitsOptions, Scoring, check_processors, merged
 from sirius_runtime.lookup import LONGEST
 from sirius_runtime.plan import Limits, Plan
-from sirius_runtime.rules import OPTIONS, RULES, RuleNumbers
+from sirius_runtime.rules import OPTIONS, RULES, RuleNumbers, default_modes
 from sirius_runtime.sampling import Sampling
 from sirius_runtime.sizes import PREFILL_CHUNK, node_count
 from sirius_runtime.spec import ProgramSpec
@@ -134,6 +134,15 @@ def check_tree(period: int, width: int, vocabulary: int, *, flag: str = "") -> N
             f"a period of {period} tokens in a tree of width {width} has "
             f"{node_count(period, width)} nodes, more than {MAX_NODES}: lower {flag}period or "
             f"{name}"
+        )
+
+
+def check_default_mode(mode: str, *, flag: str = "") -> None:
+    """Raises ConfigError for a mode that can't be an artifact's default."""
+    if mode not in (known := default_modes()):
+        raise ConfigError(
+            f"{flag}mode must be one of {', '.join(known)} (what a run does that names no mode), "
+            f"got {shown(mode)}"
         )
 
 

@@ -228,6 +228,11 @@ RULES: dict[str, Rule] = {
 """The rules by the name of their mode. The index in this order is a graph's input `rule`."""
 
 
+def default_modes() -> tuple[str, ...]:
+    """The modes that an artifact may have as its default: the rules that draw nothing."""
+    return tuple(name for name, rule in RULES.items() if not rule.draws)
+
+
 def options_of(rules: Sequence[str]) -> tuple[str, ...]:
     """The options that a graph of these rules has as inputs; verify_temperature is always one,
     because drafts are scored by it.

@@ -225,8 +225,8 @@ class SparsitySpec:
 @dataclass(frozen=True)
 class PeriodSpec(RuleOptions):
     """Defaults of the period: `period` tokens (K) in trees of `tree_width` (w); the options of its
-    rules; the `confidence` that a draft needs to go on; and the number of periods after which
-    `griffin` selects its neurons again (`refresh`; 0: never).
+    rules; the `confidence` that a draft needs to go on; the number of periods after which `griffin`
+    selects its neurons again (`refresh`; 0: never); and the `mode` of runs that name none.
 
     `period` and `tree_width` are also the static sizes of the entry `period`. `rules` are the rules
     that this entry knows, in the order of its input `rule`.
@@ -237,6 +237,7 @@ class PeriodSpec(RuleOptions):
     confidence: float = 0.0
     refresh: int = 0
     rules: tuple[str, ...] = ("sirius", "exact", "sample")
+    mode: str = "sirius"
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,9 @@ def compile_artifact(
         bool,
         typer.Option(help="Measure draft acceptance on held-out text, and set the best period."),
     ] = True,
+    mode: Annotated[
+        str, typer.Option(help="The mode of runs that name none: sirius or exact.")
+    ] = "sirius",
     period: Annotated[
         int | None, typer.Option(help="Tokens per verification. Default: as measured, or 16.")
     ] = None,
@@ -201,6 +204,7 @@ def compile_artifact(
         agreement=agreement,
         dense_layers=dense_layers,
         measure=measure,
+        mode=mode,
         period=period,
         tree_width=tree_width,
         threshold=threshold,

@@ -54,7 +54,7 @@ class Batch:
 
     def verify(self, draft: Draft) -> Tensor:
         """Logits [B, N, V]."""
-        return self.entries.verify(self.state, Plan(1), draft.tree)["logits"]
+        return self.entries.verify(self.state, Plan(1), draft)["logits"]
 
     def commit(self, draft: Draft, logits: Tensor, plan: Plan, most: Tensor) -> Verdict:
         return self.entries.commit(self.state, draft, logits, plan, most)[1]

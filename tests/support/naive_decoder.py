@@ -123,8 +123,14 @@ def naive_sirius(
     temperature: float,
     max_new_tokens: int,
     eos: set[int],
+    rewrite: bool = True,
+    whole: bool = False,
 ) -> Written:
-    """One prompt, exactly as SIRIUS' paper describes the chain."""
+    """One prompt, exactly as SIRIUS' paper describes the chain.
+
+    Without `rewrite`, tokens keep the K/V of the sparse path if it ran them. With `whole`, a
+    refused token takes the whole draft with it.
+    """
     decoder = Decoder(model, sparsity)
     tokens, advances = [decoder.prefill(prompt)], []
     while len(tokens) < max_new_tokens and tokens[-1] not in eos:
@@ -133,15 +139,27 @@ def naive_sirius(
         sparsity.on = True
         for _ in range(size - 1):
             chunk.append(int(decoder.forward([chunk[-1]])[-1].argmax()))
+            if chunk[-1] in eos:
+                break
+        size = len(chunk)
         sparsity.on = False
+        ran = range(decoder.length, decoder.length + size - 1)
+        sparse = [
+            (layer.keys[:, :, ran], layer.values[:, :, ran]) for layer in decoder.cache.layers
+        ]
         decoder.roll_back()
         logits = decoder.forward(chunk)
+        if not rewrite:
+            for layer, (keys, values) in zip(decoder.cache.layers, sparse, strict=True):
+                layer.keys[:, :, ran], layer.values[:, :, ran] = keys, values
         new = []
         for index in range(1, size):
             p = torch.softmax(logits[index - 1] / temperature, -1)[chunk[index]]
             if p < threshold:
                 break
             new.append(chunk[index])
+        if whole and len(new) < size - 1:
+            new = []
         new.append(int(logits[len(new)].argmax()))
         advances.append(len(new))
         tokens += _up_to_eos(new, eos)
@@ -172,7 +190,9 @@ def naive_sirius_tree(
     tokens, advances = [decoder.prefill(prompt)], []
     while len(tokens) < max_new_tokens and tokens[-1] not in eos:
         size = min(period, max_new_tokens - len(tokens))
-        drafted = _beam_search(decoder, tokens[-1], size - 1, width, temperature)
+        drafted = _beam_search(
+            decoder, tokens[-1], size - 1, width, temperature, eos if width == 1 else set()
+        )
         kept, correction = _verify(decoder, tokens[-1], drafted, threshold, temperature)
         sparsity.on = False
         decoder.forward(list(kept))
@@ -188,9 +208,11 @@ def _up_to_eos(tokens: list[int], eos: set[int]) -> list[int]:
 
 
 def _beam_search(
-    decoder: Decoder, root: int, levels: int, width: int, temperature: float
+    decoder: Decoder, root: int, levels: int, width: int, temperature: float, ends: set[int]
 ) -> dict[Path, float]:
-    """Every node of the tree, as the path of tokens to it, and that path's log probability."""
+    """Every node of the tree, as the path of tokens to it, and that path's log probability. Nothing
+    is drafted after a token of `ends`.
+    """
     drafted: dict[Path, float] = {}
     beams: dict[Path, float] = {(root,): 0.0}
     for _ in range(levels):
@@ -202,6 +224,8 @@ def _beam_search(
         best = sorted(grown, key=lambda path: -grown[path])[:width]
         beams = {path: grown[path] for path in best}
         drafted |= beams
+        if any(path[-1] in ends for path in beams):
+            break
     return drafted
 
 

@@ -23,7 +23,6 @@ from sirius_runtime.cli.options import (
 from sirius_runtime.cli.results import summary, write_text
 from sirius_runtime.command_line import say, tell, unescaped
 from sirius_runtime.errors import ArtifactError, ConfigError, GenerationError, shown
-from sirius_runtime.request import Mode
 from sirius_runtime.terminal import LINES, plain
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def _run(args: argparse.Namespace) -> None:
         load(**loading_options(args)),
         system=system,
         chat_template=args.chat_template,
-        mode=Mode.SIRIUS if args.mode is None else args.mode,
+        mode=args.mode,
         **options,
     )
     if sys.stdin is None:

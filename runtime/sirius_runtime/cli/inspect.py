@@ -170,6 +170,7 @@ def describe(manifest: Manifest) -> list[str]:
             f"{best.effective_density:.3f}"
         )
     lines += [
+        f"mode       {program.period.mode}",
         f"period     {program.period.period} tokens, tree width {program.period.tree_width}, "
         f"{numbers}, confidence {program.period.confidence}, refresh "
         f"{program.period.refresh or 'never'}",

@@ -102,8 +102,10 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """Options for drafting, acceptance and token selection."""
-    first, *others, last = modes()
-    parser.add_argument("--mode", help=f"{first} (default), {', '.join(others)} or {last}")
+    *others, last = modes()
+    parser.add_argument(
+        "--mode", help=f"{', '.join(others)} or {last} (default: the artifact's, sirius or exact)"
+    )
     parser.add_argument(
         "--max-new-tokens", type=whole_number, metavar="N", help="tokens to generate at most"
     )

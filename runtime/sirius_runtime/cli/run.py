@@ -24,7 +24,6 @@ from sirius_runtime.cli.options import (
 from sirius_runtime.cli.results import logprobs_json, output_json, summary, write_text
 from sirius_runtime.command_line import ESCAPES, say, tell, whole_number
 from sirius_runtime.errors import ConfigError
-from sirius_runtime.request import Mode
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +58,6 @@ def _run(args: argparse.Namespace) -> None:
         )
     if args.logprobs is not None and (args.compare or not args.json):
         raise ConfigError("--logprobs goes with --json, and not with --compare")
-    mode = Mode.SIRIUS if args.mode is None else args.mode
     options, loading = generation_options(args), loading_options(args)
     chat = is_chat(args)
     prompt = read_prompt(args)
@@ -76,10 +74,12 @@ def _run(args: argparse.Namespace) -> None:
     if args.compare:
         print_comparison(model, prompt, options, args.json)
     elif args.json:
-        output = model.generate(prompt, mode=mode, logprobs=args.logprobs, **options, **sampling)
+        output = model.generate(
+            prompt, mode=args.mode, logprobs=args.logprobs, **options, **sampling
+        )
         say(json.dumps(output_json(output) | logprobs_json(output)))
     else:
-        _stream(model, prompt, mode, options | sampling)
+        _stream(model, prompt, args.mode, options | sampling)
 
 
 def _warn_of_unknown_tokens(model: Any, prompt: str) -> None:
@@ -106,7 +106,7 @@ def _tokens_and_offsets(tokenizer: Any, prompt: str) -> tuple[list[str], list[tu
     return encoding.tokens, encoding.offsets
 
 
-def _stream(model: Any, prompt: str, mode: str, options: dict[str, Any]) -> None:
+def _stream(model: Any, prompt: str, mode: str | None, options: dict[str, Any]) -> None:
     from sirius_runtime.text import TextStream
 
     streamer = None

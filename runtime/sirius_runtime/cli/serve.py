@@ -68,7 +68,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory for the K/V of prompt prefixes (256; 0: keep none)",
     )
     parser.add_argument(
-        "--mode", default="sirius", help="mode of greedy requests that name none (%(default)s)"
+        "--mode", help="mode of greedy requests that name none (default: the artifact's)"
     )
     add_lookup(parser)
     parser.add_argument(

@@ -24,7 +24,6 @@ from sirius_runtime.cli.results import summary
 from sirius_runtime.command_line import new_file_argument, say, tell
 from sirius_runtime.errors import ConfigError, SiriusError
 from sirius_runtime.new_file import write_file
-from sirius_runtime.request import Mode
 from sirius_runtime.terminal import takes_colour
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def _run(args: argparse.Namespace) -> None:
     view = View(colour=takes_colour(sys.stdout))
     output = model.generate(
         prompt,
-        mode=Mode.SIRIUS if args.mode is None else args.mode,
+        mode=args.mode,
         add_special_tokens=args.add_special_tokens and not chat,
         trace=Tracing(lambda step: say(view.step(step)), args.check_kv),
         **options,

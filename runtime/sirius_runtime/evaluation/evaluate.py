@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sirius_runtime.errors import ConfigError, GenerationError
 from sirius_runtime.evaluation.answers import Grade, TextGrader
 from sirius_runtime.evaluation.execution import check_can_limit
-from sirius_runtime.evaluation.modes import ModeChoice
+from sirius_runtime.evaluation.modes import Setting
 from sirius_runtime.evaluation.problems import Problem, Task
 from sirius_runtime.evaluation.python_answers import CodeGrader
 from sirius_runtime.evaluation.results import Result, Results
@@ -31,13 +31,14 @@ class EvaluationWarning(UserWarning):
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Options of `evaluate`. limit: how many problems to answer. seed: shuffles the problems before
-    `limit` is applied, and seeds the bootstrap. generation: further arguments of `generate`.
-    share_prefix: prefill the prompts' common prefix only once. allow_code_execution: run the code
-    of answers, in a limited child process.
+    """Options of `evaluate`. modes: the settings to compare. limit: how many problems to answer.
+    seed: shuffles the problems before `limit` is applied, and seeds the bootstrap. generation:
+    further arguments of `generate` in all modes; a setting's own options win. share_prefix:
+    prefill the prompts' common prefix only once. allow_code_execution: run the code of answers, in
+    a limited child process.
     """
 
-    modes: tuple[ModeChoice, ...]
+    modes: tuple[Setting, ...]
     batch_size: int = 8
     max_new_tokens: int | None = None
     limit: int | None = None
@@ -72,13 +73,15 @@ def evaluate(
     number of answers so far and in all.
 
     Before the first answer, raises ConfigError for a task that executes code if that is not
-    allowed, and GenerationError for prompts that are too long, or for a model without the tokenizer
-    or chat template that the prompts need.
+    allowed and for a setting that the model can't run, and GenerationError for prompts that are too
+    long, or for a model without the tokenizer or chat template that the prompts need.
     """
     if task.executes:
         _check_execution(task, options)
     problems = task.chosen(options.limit, options.seed)
     new_tokens = task.new_tokens if options.max_new_tokens is None else options.max_new_tokens
+    for mode in options.modes:
+        mode.check(model)
     asked = _encode(model, problems, new_tokens)
     settings = {
         **task.settings,
@@ -100,17 +103,17 @@ def evaluate(
         missing = sum(len(pending) for _, pending in batches)
         progress(total - missing, total)
         if batches:
-            _warm_up(model, options, asked[0])
+            models = {mode: mode.on(model) for mode in options.modes}
+            _warm_up(models, options, asked[0])
         prefix = _prefix(model, asked) if batches and options.share_prefix else None
         for number, (mode, pending) in enumerate(batches):
-            output = model.generate(
+            output = models[mode].generate(
                 input_ids=[a.ids for a in pending],
                 max_new_tokens=new_tokens,
                 stop=pending[0].problem.stop,
                 prefix=prefix,
-                **mode.options,
                 # The method itself is measured, so it always drafts by default.
-                **{"fallback": False, **options.generation},
+                **{"fallback": False, **options.generation, **mode.arguments},
             )
             assert output.texts is not None
             grades = [
@@ -181,17 +184,14 @@ def _prefix(model: SiriusModel, asked: Sequence[_Asked]) -> Prefix | None:
     return model.prefix(shared) if len(asked) > 1 and len(shared) >= _PREFIX else None
 
 
-def _warm_up(model: SiriusModel, options: EvaluationOptions, asked: _Asked) -> None:
-    """Runs each mode once, so that building kernels and compiling graphs is not timed."""
+def _warm_up(
+    models: Mapping[Setting, SiriusModel], options: EvaluationOptions, asked: _Asked
+) -> None:
+    """Runs each setting once, so that building kernels and compiling graphs is not timed."""
     ids = asked.ids[:_WARM_UP]
-    for mode in options.modes:
-        model.generate(
-            input_ids=[ids],
-            max_new_tokens=_WARM_UP,
-            fallback=False,
-            **mode.options,
-            **options.generation,
-        )
+    for mode, model in models.items():
+        given = {"fallback": False, **options.generation, **mode.arguments}
+        model.generate(input_ids=[ids], max_new_tokens=_WARM_UP, **given)
 
 
 def results_of(

@@ -66,7 +66,9 @@ def evaluate_by_harness(
     scores = []
     for number, mode in enumerate(options.modes):
         progress(number, len(options.modes))
-        lm = SiriusLM(model, batch_size=options.batch_size, **mode.options, **options.generation)
+        lm = SiriusLM(
+            model, batch_size=options.batch_size, **{**options.generation, **mode.arguments}
+        )
         if options.max_new_tokens is not None:
             lm.max_gen_toks = options.max_new_tokens
         found = simple_evaluate(

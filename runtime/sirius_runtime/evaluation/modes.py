@@ -1,62 +1,181 @@
-"""The modes that an evaluation compares: full, sparse, exact, sirius, sirius:THRESHOLD."""
+"""The settings that an evaluation compares: a mode of `generate` with options, as one text.
+
+``full``, ``sparse``, ``exact``, ``sirius``, ``sirius:THRESHOLD``, and any of the last three with
+options: ``exact:period=8``, ``sirius:0.05:period=8:confidence=0.3``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sirius_runtime.errors import ConfigError, shown
-from sirius_runtime.request import Mode
+from sirius_runtime.request import Mode, Options, check_ranges, check_tree, modes
+from sirius_runtime.rules import (
+    OPTIONS,
+    RULES,
+    RuleNumbers,
+    RuleOptions,
+    check_options,
+    default_modes,
+    options_of,
+)
 
-DEFAULT = "full,sparse,sirius"
-_NAMES = (Mode.FULL, Mode.SPARSE, Mode.SIRIUS, Mode.EXACT)
+if TYPE_CHECKING:
+    from sirius_runtime.model import SiriusModel
+
+Value = int | float | str
+
+NUMBERS: Mapping[str, type[int] | type[float]] = {
+    **dict.fromkeys(OPTIONS, float),
+    "period": int,
+    "tree_width": int,
+    "confidence": float,
+    "refresh": int,
+    "lookup": int,
+}
+"""The options of `generate` that a setting may have, and their types."""
+
+RESEARCH: Mapping[str, tuple[str, ...]] = {
+    "kv_rewriting": ("on", "off"),
+    "rollback": ("minimal", "period", "token"),
+}
+"""Options of `sirius ablate` alone, and their values; the first is what the runtime does. See
+`sirius_runtime.evaluation.ablation`.
+"""
+
+_NAMES = (Mode.FULL, Mode.SPARSE, *default_modes())
 
 
 @dataclass(frozen=True)
-class ModeChoice:
-    """A mode of `generate`. threshold: for mode `sirius`, None for the artifact's own."""
+class Setting:
+    """A mode of `generate` and some of its options, in the order of `NUMBERS`; the others have the
+    artifact's defaults. `options` may also have some of `RESEARCH`.
+    """
 
-    mode: Mode
-    threshold: float | None = None
+    mode: str
+    options: tuple[tuple[str, Value], ...] = ()
 
     @property
     def name(self) -> str:
-        return str(self.mode) if self.threshold is None else f"{self.mode}:{self.threshold:g}"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The arguments of `generate`."""
-        return {"mode": self.mode} | (
-            {} if self.threshold is None else {"threshold": self.threshold}
+        """The setting as text, which `read_modes` reads."""
+        return ":".join(
+            [
+                self.mode,
+                *(
+                    text(value) if name == "threshold" else f"{name}={text(value)}"
+                    for name, value in self.options
+                ),
+            ]
         )
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `generate`."""
+        found: dict[str, Any] = {"mode": self.mode}
+        found |= {name: value for name, value in self.options if name not in RESEARCH}
+        # A period of two tokens drafts one and verifies it.
+        return found | ({"period": 2} if ("rollback", "token") in self.options else {})
 
-def read_modes(text: str) -> tuple[ModeChoice, ...]:
-    """Modes from a comma-separated list. Raises ConfigError for an unknown or repeated mode."""
-    modes: list[ModeChoice] = []
-    for item in text.split(","):
-        name, colon, number = item.strip().partition(":")
-        if name not in _NAMES:
+    @property
+    def research(self) -> dict[str, str]:
+        """The options that `generate` does not have, without those that it behaves by anyway."""
+        return {
+            name: str(value)
+            for name, value in self.options
+            if name in RESEARCH and value not in (RESEARCH[name][0], "token")
+        }
+
+    def check(self, model: SiriusModel) -> None:
+        """Raises ConfigError for an option that is out of range, or that the model lacks."""
+        given = self.arguments
+        rule = cast(RuleNumbers, {name: given.pop(name) for name in OPTIONS if name in given})
+        model.request(Options(rule=rule, **given), [1], 1)
+
+    def on(self, model: SiriusModel) -> SiriusModel:
+        """The model that runs this setting: `model` itself, unless there are research options."""
+        if not self.research:
+            return model
+        from sirius_runtime.evaluation.ablation import ablated
+
+        return ablated(model, self.research)
+
+
+def text(value: Value) -> str:
+    """A value as in a setting's name: as short as can be without loss."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else f"{value}"
+
+
+def default_settings(mode: str) -> tuple[Setting, ...]:
+    """The settings of an evaluation that names none; `mode`: the artifact's own."""
+    return tuple(Setting(name) for name in (Mode.FULL, Mode.SPARSE, mode))
+
+
+def read_modes(given: str) -> tuple[Setting, ...]:
+    """Settings from a comma-separated list. Raises ConfigError for an unknown or repeated one."""
+    found: list[Setting] = []
+    for item in given.split(","):
+        mode, *parts = item.strip().split(":")
+        if mode not in _NAMES:
             raise ConfigError(
-                f"--modes takes {', '.join(_NAMES)} and sirius:THRESHOLD, got {shown(item)}"
+                f"--modes takes {', '.join(_NAMES)}, sirius:THRESHOLD, and with options "
+                f"exact:period=8:confidence=0.3; got {shown(item)}"
             )
-        threshold = None
-        if colon:
-            threshold = _threshold(name, number)
-        choice = ModeChoice(Mode(name), threshold)
-        if choice in modes:
-            raise ConfigError(f"--modes has {choice.name} twice; leave one out")
-        modes.append(choice)
-    return tuple(modes)
+        setting = setting_of(mode, dict(_option(mode, part) for part in parts), flag="--modes ")
+        if len(setting.options) != len(parts):
+            raise ConfigError(f"--modes {shown(item)} gives an option twice; leave one out")
+        if setting in found:
+            raise ConfigError(f"--modes has {setting.name} twice; leave one out")
+        found.append(setting)
+    return tuple(found)
 
 
-def _threshold(name: str, number: str) -> float:
-    if name != Mode.SIRIUS:
-        raise ConfigError(f"mode {name} has no threshold, got {shown(f'{name}:{number}')}")
+def _option(mode: str, part: str) -> tuple[str, Value]:
+    name, equals, value = part.partition("=")
+    if not equals:
+        name, value = "threshold", part
+    if name not in NUMBERS:
+        raise ConfigError(f"--modes: a setting has {', '.join(NUMBERS)}, got {shown(part)}")
+    return name, read_value(name, value)
+
+
+def setting_of(mode: str, options: Mapping[str, Value], *, flag: str = "") -> Setting:
+    """A setting with these options. Raises ConfigError for options that have no effect in this
+    mode, or are out of range. `flag`: the beginning of its message.
+    """
+    if mode not in modes():
+        raise ConfigError(f"{flag}mode must be one of {', '.join(modes())}, got {shown(mode)}")
+    for name in options:
+        if mode not in RULES:
+            raise ConfigError(f"{flag}mode {mode} drafts nothing, so {name} has no effect in it")
+        if name in OPTIONS and name not in options_of([mode]):
+            raise ConfigError(
+                f"{flag}mode {mode} has no {name}: give it to mode sirius, or leave it out"
+            )
+    _check_ranges(options)
+    order = [*NUMBERS, *RESEARCH]
+    return Setting(str(mode), tuple(sorted(options.items(), key=lambda item: order.index(item[0]))))
+
+
+def _check_ranges(options: Mapping[str, Any]) -> None:
+    """The checks that need no model; `Setting.check` makes the others."""
+    check_options(RuleOptions(**{name: options[name] for name in OPTIONS if name in options}))
+    check_ranges(options.get("confidence", 0.0), options.get("refresh", 0))
+    width = options.get("tree_width", 1)
+    check_tree(options.get("period", 1), width, max(width, 1))
+
+
+def read_value(name: str, given: str) -> Value:
+    """An option's value from its text. Raises ConfigError for text that is none."""
+    given = given.strip()
+    if name in RESEARCH:
+        if given not in RESEARCH[name]:
+            raise ConfigError(f"{name} takes {' or '.join(RESEARCH[name])}, got {shown(given)}")
+        return given
+    kind = NUMBERS[name]
     try:
-        value = float(number)
+        return kind(given)
     except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise ConfigError(f"a threshold is a number of 0 or more, got {shown(number)}")
-    return value
+        what = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{name} takes {what}, got {shown(given)}") from None

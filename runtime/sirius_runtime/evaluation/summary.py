@@ -29,6 +29,7 @@ class Summary:
 
     strict: accuracy by the task's strict rule. difference: accuracy minus that of mode full, on the
     same problems. unanswered: texts without an answer. cut: texts that reached the length limit.
+    corrections: periods in which a token was refused, per 100 tokens.
     effective_density: weight reads per committed token, without each sequence's last period, as in
     `GenerationStats`. speed: tokens/s relative to mode full.
     """
@@ -42,6 +43,7 @@ class Summary:
     cut: int
     tokens: int
     aal: float | None
+    corrections: float | None
     density: float
     effective_density: float
     seconds: float
@@ -100,6 +102,7 @@ def _summary(
         cut=sum(result.finish == "length" for result in results),
         tokens=tokens,
         aal=aal,
+        corrections=None if aal is None else _corrections(results),
         density=1.0 if mode == Mode.FULL else density,
         effective_density=effective,
         seconds=sum(result.seconds for result in results),
@@ -118,6 +121,11 @@ def _advance(mode: str, results: Sequence[Result], density: float) -> tuple[floa
     reads = sum(period.reads(density) for period, density in counted)
     dense = sum(result.dense for result in results)
     return advance / len(counted), (reads + dense) / (advance + dense)
+
+
+def _corrections(results: Sequence[Result]) -> float:
+    refused = sum(period.advance < period.size for r in results for period in r.periods)
+    return 100 * refused / sum(result.tokens for result in results)
 
 
 def _tokens_per_second(results: Sequence[Result]) -> float | None:

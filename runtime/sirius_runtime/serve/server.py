@@ -71,14 +71,14 @@ def make_served(
     name: str,
     capacity: Capacity,
     *,
-    mode: str = "sirius",
+    mode: str | None = None,
     timeout: float = 600.0,
     api_key: str | None = None,
     lookup: int | None = None,
 ) -> Served:
     """A model that is ready to be served. name: the model's name in requests. mode, lookup: the
-    defaults of greedy requests and of all requests. timeout: time limit of a request in seconds.
-    Raises ConfigError for a model or options that can't be served.
+    defaults of greedy requests (by default the artifact's) and of all requests. timeout: time limit
+    of a request in seconds. Raises ConfigError for a model or options that can't be served.
     """
     longest = model.program.model.max_seq_len
     if model.tokenizer is None:
@@ -86,6 +86,8 @@ def make_served(
             "the artifact has no tokenizer, which requests need: compile the model from a folder "
             "with its tokenizer"
         )
+    if mode is None:
+        mode = model.program.period.mode
     if mode not in modes() or mode == "sample":
         greedy = ", ".join(name for name in modes() if name != "sample")
         raise ConfigError(f"mode must be one of {greedy}, got {mode!r}")
