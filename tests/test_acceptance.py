@@ -158,6 +158,19 @@ def test_what_is_written_is_the_full_path_s_greedy_continuation() -> None:
         assert logits.argmax(-1).tolist() == list(sample.tokens[sample.prompt :])
 
 
+def test_every_second_text_is_held_out_and_serves_any_share_of_neurons() -> None:
+    """A search writes once, and a path that keeps fewer neurons selects them of the same text."""
+    path, fewer = tokenwise(Method.GRIFFIN), tokenwise(Method.GRIFFIN, keep=0.25)
+    prompts = [[7 + row, 8, 9, 10 + row] for row in range(6)]
+    used, held = write(path, prompts, every=2, new_tokens=40)
+    for text, expected in ((used, prompts[::2]), (held, prompts[1::2])):
+        assert [list(prompt) for prompt in text.prompts(range(3))] == expected
+        found, selected = text.neurons_for(fewer, [2, 0]), fewer.neurons([expected[2], expected[0]])
+        assert found is not None
+        assert selected is not None
+        assert torch.equal(found, selected)
+
+
 def test_what_was_written_is_not_computed_again_and_is_the_same() -> None:
     """K/V and logits of decoding equal those of one run over the whole text."""
     path = tokenwise(Method.CATS)
