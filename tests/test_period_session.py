@@ -19,6 +19,7 @@ from sirius_runtime.one_graph import OneGraph
 from sirius_runtime.plan import Plan
 from sirius_runtime.sizes import cache_slots
 from tests.support.batch import Batch
+from tests.support.counts import counted_alike
 from tests.support.fast import gate_but, slow_but
 from tests.support.models import (
     MAX_SEQ_LEN,
@@ -66,10 +67,8 @@ class Pair:
         found = self.period.generate(prompts, **options)
         assert found.tokens == wanted.tokens
         assert found.finish_reasons == wanted.finish_reasons
-        names = ["tokens", "periods", "aal", "density"]
-        if not options["eos_token_id"]:  # only eager drafts stop at an end
-            names += ["advances", "corrections", "effective_density", "acceptance_rate"]
-        for name in names:
+        names = "tokens periods advances aal corrections density effective_density acceptance_rate"
+        for name in counted_alike(names, options["eos_token_id"]):
             assert getattr(found.stats, name) == getattr(wanted.stats, name), name
         return found
 
