@@ -44,7 +44,7 @@ def break_in_graphs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "only", slow_but([[], ["--only", "transposed"]], [["--only", "transposed"]])
+    "only", slow_but([[], ["--only", "transposed"]], (), [["--only", "transposed"]])
 )
 def test_a_wrong_kernel_has_no_row(
     only: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

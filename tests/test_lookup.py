@@ -270,6 +270,7 @@ def test_wrong_options_are_refused(model: SiriusModel, options: dict[str, Any], 
     assert says in str(refused.value)
 
 
+@pytest.mark.gate
 def test_back_ends_of_whole_periods_refuse_it(whole: Compiled) -> None:
     period = whole.to_runtime(backend="period")
     with pytest.raises(ConfigError, match="use backend eager or inductor, or leave lookup out"):

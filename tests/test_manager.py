@@ -68,6 +68,7 @@ def one_layer() -> Decoder:
 # order and stages
 
 
+@pytest.mark.gate
 def test_passes_move_a_program_through_the_stages() -> None:
     program = trace(one_layer)
     stages = []

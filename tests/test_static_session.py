@@ -8,6 +8,7 @@ import gc
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,7 @@ from sirius_runtime.sampling import Sampling
 from sirius_runtime.stats import PhaseClock
 from sirius_runtime.tensor_state import ROWS_OF, TensorState
 from tests.support.counts import counted_alike
+from tests.support.fast import slow_but
 from tests.support.models import (
     METHODS,
     Rows,
@@ -108,11 +110,7 @@ def agree(
     return output
 
 
-FAST = [("griffin+teal", 4)]
-MATRIX = [
-    pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
-    for case in ((method, width) for method in METHODS for width in (1, 4))
-]
+MATRIX = slow_but(product(METHODS, (1, 4)), (), {("griffin+teal", 4)})
 
 
 @pytest.mark.parametrize(("method", "width"), MATRIX)

@@ -442,6 +442,7 @@ def test_sizes() -> None:
     assert in_units(3 * 2**29) == "1.50 GiB"
 
 
+@pytest.mark.gate
 def test_inspect_shows_the_placement(
     nested: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
