@@ -9,6 +9,11 @@ All weight arguments of the graphs are views of one arena: first the held blocks
 buffer that streamed blocks are read into. A streamed block always has the same place in the ring,
 so the views are made once. The planes of a nested weight are the two rows of one view, whose stride
 is their distance. Calls whose weights are held are not rewritten.
+
+Where a prompt chooses neurons (griffin), the sparse graph is bound twice. `SPARSE` streams whole
+blocks; `CHOSEN` reads copies of the rows that the prompt chose, which lie behind the held blocks. A
+sparse step runs the latter if all its rows have the same choice. If that is not the one whose rows
+are there, a pass over these blocks copies its rows first.
 """
 
 from __future__ import annotations
@@ -16,31 +21,44 @@ from __future__ import annotations
 import copy
 import gc
 import operator
+import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from mmap import mmap
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from sirius_runtime.artifact import Artifact, Slot
 from sirius_runtime.artifact_zip import want_large_pages
-from sirius_runtime.backends.eager import EagerBackend, Entry
+from sirius_runtime.backends.eager import EagerBackend, Entry, blaming_the_graph
 from sirius_runtime.backends.rewrite import with_kernels
 from sirius_runtime.decoder import Decoder
 from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.entries import FULL, PERIOD, SPARSE
 from sirius_runtime.errors import GenerationError
 from sirius_runtime.graph import write_code
+from sirius_runtime.ops.chosen import copy_rows, spreading
 from sirius_runtime.request import Request
 from sirius_runtime.sizes import cache_slots
 from sirius_runtime.spec import JSON, ProgramSpec
 from sirius_runtime.stats import PhaseClock
 from sirius_runtime.tiers.budget import DEFAULT_CONTEXT, cache_bytes, caches, reserve, resident
+from sirius_runtime.tiers.chosen import CHOOSING, Rows, rooms, rows_of
 from sirius_runtime.tiers.direct_file import DirectFile
 from sirius_runtime.tiers.host_memory import HostMemory
-from sirius_runtime.tiers.placement import PAGE, Block, Needs, Placement, place
+from sirius_runtime.tiers.placement import (
+    CHOSEN,
+    MOVING,
+    PAGE,
+    Block,
+    Needs,
+    Placement,
+    place,
+)
 from sirius_runtime.tiers.reads import Reads, Weights, reads_of
 from sirius_runtime.tiers.stream import Load, Pending, Stream, Tier, scheduled
 
@@ -75,13 +93,25 @@ class TieredBackend(EagerBackend):
         super().__init__(program, documents, weights, dtype=dtype, device=device)
         self._table = Weights(program, self.weights, slots)
         self._reads: dict[str, Reads] = {}
+        self._rows: list[Rows] = []
+        self._moves: list[list[_Move]] = []  # for each step of the pass that moves rows in
+        self._choice: Tensor | None = None  # the neurons [layers, K] whose rows are there
+        self._choosing = threading.Lock()
         self.stream: Stream | None = None
         self.cache_room: int | None = None  # bytes of K/V that a budget leaves
         for name, entry in self._entries.items():
             on_cpu = device.type == "cpu"
             entry.runs = with_kernels(entry.module) if on_cpu else copy.deepcopy(entry.module)
             self._reads[name] = reads_of(entry.runs.graph, entry.bound, self._table)
-        self.needs = _needs(program, self._reads, gathers=device.type == "cpu")
+        if program.sparsity.kept_neurons:
+            self._entries[CHOSEN] = entry = copy.copy(self._entries[SPARSE])
+            entry.runs, entry.bound = copy.deepcopy(entry.runs), entry.bound.copy()
+            assert entry.runs is not None
+            graph, kept = entry.runs.graph, program.sparsity.kept_neurons
+            self._outputs[CHOSEN] = self._outputs[SPARSE]
+            self._reads[CHOSEN] = reads_of(graph, entry.bound, self._table)
+            self._rows = rows_of(graph, entry.bound, self._table, kept)
+        self.needs = _needs(program, self._reads, self._rows, gathers=device.type == "cpu")
 
     def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(weights)
@@ -93,6 +123,8 @@ class TieredBackend(EagerBackend):
         besides weights.
         """
         program, itemsize = self.program, self.itemsize
+        if rows > 1:  # each has its own choice
+            self.needs = replace(self.needs, chosen={})
         context = context or min(program.model.max_seq_len, DEFAULT_CONTEXT)
         gc.collect()
         beside = reserve(program, itemsize, context, rows)
@@ -117,23 +149,60 @@ class TieredBackend(EagerBackend):
             fetch.wait()
         speed = at / (time.perf_counter() - begin) if at >= _MEASURED else _SPEED
         self.stream_seconds = placement.bytes_of(FULL) / speed
+        copies = {}
+        for block, size in placement.chosen.items():
+            copies[block] = at
+            at += size
         schedules = {
             name: scheduled(steps, at, placement.ring) for name, steps in placement.steps.items()
         }
         self.placement, self.stream = placement, Stream(tier, schedules)
+        own = {
+            name: {
+                block: load.place + block.start - block.first
+                for step, moved in zip(placement.steps[name], schedule, strict=True)
+                for block, load in zip(step, moved, strict=True)
+            }
+            for name, schedule in schedules.items()
+        }
+        if placement.chosen:
+            self._moves = self._moves_of(own[MOVING], copies, arena)
         for name, entry in self._entries.items():
-            own = dict(places)
-            for step, moved in zip(placement.steps[name], schedules[name], strict=True):
-                for block, load in zip(step, moved, strict=True):
-                    own[block] = load.place + block.start - block.first
-            self._bind(entry, self._reads[name], own, arena, tier)
-        self.weights, self._reads = {}, {}
+            if name == CHOSEN:
+                self._read_copies(entry)
+            self._bind(name, entry, {**places, **own[name]}, arena, tier)
+        self.weights, self._reads, self._rows = {}, {}, []
 
     @torch.inference_mode()
     def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if entry != SPARSE or not self._moves:
+            return self._run(entry, inputs)
+        with self._choosing:
+            return self._run(CHOSEN if self._move_in(inputs["neurons"]) else SPARSE, inputs)
+
+    def _run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert self.stream is not None
         with self.stream.running(entry):
             return super().run(entry, inputs)
+
+    def _move_in(self, neurons: Tensor) -> bool:
+        """Copies the weights' rows of these neurons [layers, B, K], unless they are there. False if
+        the rows of the batch have different neurons.
+        """
+        choice = neurons[:, 0]
+        if neurons.shape[1] > 1 and not torch.equal(neurons, choice[:, None].expand_as(neurons)):
+            return False
+        if self._choice is None or not torch.equal(self._choice, choice):
+            assert self.stream is not None
+            self._choice = None
+            with self.stream.running(MOVING), blaming_the_graph(SPARSE):
+                for step, moves in enumerate(self._moves):
+                    self.stream.wait(step)
+                    for move in moves:
+                        copy_rows(move.weight, choice[move.layer], move.copy)
+                    self.stream.done(step)
+            self._choice = choice.clone()
+        return True
 
     def open(self, request: Request, rows: int, tokens: int, clock: PhaseClock) -> Decoder:
         slots = rows * cache_slots(tokens, request.period, max(request.widths))
@@ -146,17 +215,42 @@ class TieredBackend(EagerBackend):
             )
         return super().open(request, rows, tokens, clock)
 
+    def _moves_of(
+        self, places: Mapping[Block, int], copies: Mapping[Block, int], arena: Tensor
+    ) -> list[list[_Move]]:
+        """The copies of rows, for each step of the pass that moves them in. places, copies: where
+        it reads blocks, and where the copies of their rows begin, in the arena.
+        """
+        moves: dict[Block, list[_Move]] = {block: [] for block in copies}
+        for rows in self._rows:
+            if (own := moves.get(rows.block)) is not None:
+                begin = copies[rows.block] + sum(move.copy.nbytes for move in own)
+                copy = arena[begin : begin + rows.size].view(rows.weight.dtype).view(rows.shape)
+                weight = self._placed(rows.weight, places, arena)
+                own.append(_Move(weight, copy, rows.layer, rows.argument))
+        return [
+            [m for block in step for m in moves[block]] for step in self.placement.steps[MOVING]
+        ]
+
+    def _read_copies(self, entry: Entry) -> None:
+        """Binds the copies of rows to the sparse graph."""
+        assert entry.runs is not None
+        nodes = entry.runs.graph.find_nodes(op="placeholder")
+        for move in (move for moves in self._moves for move in moves):
+            entry.bound[move.argument] = move.copy
+            (call,) = nodes[move.argument].users
+            if call.target in CHOOSING:
+                call.target = spreading(call.target, self.program.sparsity.neurons)
+
     def _bind(
-        self,
-        entry: Entry,
-        reads: Reads,
-        places: Mapping[Block, int],
-        arena: Tensor,
-        tier: Tier,
+        self, name: str, entry: Entry, places: Mapping[Block, int], arena: Tensor, tier: Tier
     ) -> None:
         assert self.stream is not None
         assert entry.runs is not None
-        graph, held = entry.runs.graph, self.placement.held
+        graph, reads, held = entry.runs.graph, self._reads[name], self.placement.held
+        copies = {move.argument for moves in self._moves for move in moves if name == CHOSEN}
+        if name == CHOSEN:
+            held |= self.placement.chosen.keys()
         streamed = (span for span in reads.spans if not held.issuperset(span.step))
         for step, span in enumerate(streamed):
             with graph.inserting_before(span.first):
@@ -170,7 +264,7 @@ class TieredBackend(EagerBackend):
                 _read_rows(gather.call, value, self._table, tier)
         nodes = graph.find_nodes(op="placeholder")
         for index, (node, value) in enumerate(zip(nodes, entry.bound, strict=True)):
-            if value is not None and value.numel():
+            if value is not None and value.numel() and index not in copies:
                 entry.bound[index] = self._placed(value, places, arena) if node.users else None
         entry.runs.recompile()
         write_code(entry.runs)
@@ -183,6 +277,15 @@ class TieredBackend(EagerBackend):
         if len(own) == 2:
             strides[0] = places[own[1]] - places[own[0]]
         return arena.view(value.dtype).as_strided(value.shape, strides, place // value.itemsize)
+
+
+class _Move(NamedTuple):
+    """Copies a prompt's rows of a weight of this layer. argument: of the graph that reads them."""
+
+    weight: Tensor
+    copy: Tensor
+    layer: int
+    argument: int
 
 
 def load_tiered(
@@ -247,28 +350,35 @@ def analyse(artifact: Artifact, device: torch.device) -> TieredBackend:
     )
 
 
-def _needs(program: ProgramSpec, reads: Mapping[str, Reads], gathers: bool) -> Needs:
+def _needs(
+    program: ProgramSpec, reads: Mapping[str, Reads], rows: Sequence[Rows], gathers: bool
+) -> Needs:
     """The blocks that a pass of each entry reads. A period has one full and K - 1 sparse passes.
-    gathers: whether single rows of an embedding can be read from the slow tier; if not, embeddings
-    are held.
+    rows: the weights of which a prompt chooses rows. gathers: whether single rows of an embedding
+    can be read from the slow tier; if not, embeddings are held.
     """
     pinned = {block for one in reads.values() for block in one.pinned}
     for one in reads.values():
         counts = Counter(block for span in one.spans for block in span.step)
         # An argument has only one place in the ring, so a block that is read twice must be held.
         pinned.update(block for block, count in counts.items() if count > 1)
-    passes = dict.fromkeys(reads, 0.0)
-    passes[FULL], passes[SPARSE] = 1.0, program.period.period - 1.0
-    rows = {block for one in reads.values() for gather in one.gathers for block in gather.blocks}
+    passes = {**dict.fromkeys(reads, 0.0), FULL: 1.0}
+    passes[CHOSEN if CHOSEN in reads else SPARSE] = program.period.period - 1.0
+    embeddings = {b for one in reads.values() for gather in one.gathers for b in gather.blocks}
     if not gathers:
-        pinned |= rows
+        pinned |= embeddings
+    chosen = {block: room for block, room in rooms(rows).items() if block not in pinned}
+
     steps = {
         name: tuple(
             step for span in one.spans if (step := tuple(b for b in span.step if b not in pinned))
         )
         for name, one in reads.items()
     }
-    return Needs(steps, frozenset(pinned), passes, frozenset(rows - pinned))
+    if chosen:
+        in_file = sorted(chosen, key=lambda block: block.start)
+        steps[MOVING], passes[MOVING] = tuple((block,) for block in in_file), 0.0
+    return Needs(steps, frozenset(pinned), passes, frozenset(embeddings - pinned), chosen)
 
 
 def _read_rows(call: fx.Node, value: Tensor, table: Weights, tier: Tier) -> None:

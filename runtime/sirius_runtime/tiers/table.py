@@ -5,25 +5,34 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from sirius_runtime.entries import FULL, SPARSE
+from sirius_runtime.entries import FULL
 from sirius_runtime.tiers.budget import in_units
-from sirius_runtime.tiers.placement import Block, Needs, Placement, least_room, room_of
+from sirius_runtime.tiers.placement import MOVING, Block, Needs, Placement, least_room, room_of
 
-_COLUMNS = ("weights", "blocks", "reads/period", "bytes", "held", "draft step", "verification")
+_COLUMNS = (
+    *("weights", "blocks", "reads/period", "bytes", "held", "chosen rows"),
+    *("draft step", "verification"),
+)
 
 
 def lines(needs: Needs, placement: Placement, budget: int, beside: int) -> Iterator[str]:
     """The lines of the table. `beside`: bytes that the process takes besides weights."""
     least = least_room(needs) + beside
     yield f"budget     {in_units(budget)}, the least that works {in_units(least)}"
-    yield (
-        f"memory     {in_units(beside)} besides the weights, {in_units(room_of(placement.held))} "
-        f"of held weights, {in_units(placement.ring)} of ring buffer"
+    chosen = (
+        f"{in_units(sum(placement.chosen.values()))} for the rows that a prompt chooses, "
+        if placement.chosen
+        else ""
     )
     yield (
-        f"streams    {in_units(placement.bytes_of(SPARSE))} per draft step, "
+        f"memory     {in_units(beside)} besides the weights, {in_units(room_of(placement.held))} "
+        f"of held weights, {chosen}{in_units(placement.ring)} of ring buffer"
+    )
+    once = f", {in_units(placement.bytes_of(MOVING))} per prompt" if placement.chosen else ""
+    yield (
+        f"streams    {in_units(placement.bytes_of(placement.drafts))} per draft step, "
         f"{in_units(placement.bytes_of(FULL))} per verification, {in_units(placement.streamed)} "
-        "per period"
+        f"per period{once}"
     )
     yield ""
     rows = [_COLUMNS, *_rows(needs, placement)]
@@ -53,7 +62,8 @@ def _rows(needs: Needs, placement: Placement) -> Iterator[tuple[str, ...]]:
             frequency,
             in_units(_bytes(blocks)),
             in_units(_bytes(held)),
-            *(in_units(_streamed(placement, entry, blocks)) for entry in (SPARSE, FULL)),
+            in_units(sum(placement.chosen.get(block, 0) for block in blocks)),
+            *(in_units(_streamed(placement, entry, blocks)) for entry in (placement.drafts, FULL)),
         )
 
 
