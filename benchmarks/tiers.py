@@ -20,6 +20,9 @@ over `streamed`; all seconds over all tokens; the CPU seconds of all threads, wh
 hardly change; the bytes read from the disk; the process's peak resident memory, and the peak
 charged to its control group.
 
+A way `sirius:PERIOD` overrides `--period`, so that one command compares the default with fixed
+periods: `--ways sirius:default,sirius:4,sirius:8,sirius:16,sirius:32`.
+
 `--log FILE` appends a JSON line for each step or period as it ends, with the time of day and the
 machine's load: large models take long, and a run can be cut short or be disturbed.
 """
@@ -140,6 +143,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         held = {"ring": own.ring, **{name: own.bytes_of(name) for name in own.steps}}
     return {
         "way": args.way,
+        "period": args.period,
         "load": loading,
         "resident": most_resident(),
         "streams": held,
@@ -228,11 +232,13 @@ def measure(args: argparse.Namespace) -> None:
     first, found = (math.nan, math.nan), []
     for way in args.ways.split(","):
         drop_pages(path)
-        own = argparse.Namespace(**{**vars(args), "way": way})
+        name, _, period = way.partition(":")
+        own = argparse.Namespace(**{**vars(args), "way": name})
+        own.period = whole_or_name(period) if period else args.period
         said, most = limited.run(command(own, prompts), args.limit)
         result = json.loads(said.splitlines()[-1]) | {"group": most}
         found.append(result)
-        seconds, least, mean, cpu, read = per_token(result, args)
+        seconds, least, mean, cpu, read = per_token(result, own)
         first = (seconds, least) if way == "streamed" else first
         prefill = statistics.mean(run["prefill"] for run in result["runs"])
         print(

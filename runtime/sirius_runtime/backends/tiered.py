@@ -41,6 +41,7 @@ from sirius_runtime.dtypes import dtype_of
 from sirius_runtime.entries import FULL, PERIOD, SPARSE
 from sirius_runtime.errors import GenerationError
 from sirius_runtime.graph import write_code
+from sirius_runtime.kernels.mlp import keeping
 from sirius_runtime.ops.chosen import copy_rows, spreading
 from sirius_runtime.request import Request
 from sirius_runtime.sizes import cache_slots
@@ -239,8 +240,14 @@ class TieredBackend(EagerBackend):
         for move in (move for moves in self._moves for move in moves):
             entry.bound[move.argument] = move.copy
             (call,) = nodes[move.argument].users
-            if call.target in CHOOSING:
-                call.target = spreading(call.target, self.program.sparsity.neurons)
+            if (row := CHOOSING.get(call.target)) is not None:
+                total = self.program.sparsity.neurons
+                on_cpu = call.target is row.cpu
+                call.target = (
+                    keeping(row.name, row.keeps, total)
+                    if on_cpu
+                    else spreading(row.overload, total)
+                )
 
     def _bind(
         self, name: str, entry: Entry, places: Mapping[Block, int], arena: Tensor, tier: Tier

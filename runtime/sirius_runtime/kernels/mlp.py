@@ -35,6 +35,7 @@ from sirius_runtime.kernels.linear import linear
 from sirius_runtime.kernels.native import kernels
 from sirius_runtime.nested import Layout, is_nested
 from sirius_runtime.ops import mlp as reference
+from sirius_runtime.ops.chosen import spreading
 from sirius_runtime.ops.linear import linear as plain_linear
 from sirius_runtime.ops.linear import outputs_of
 from sirius_runtime.ops.operands import Mlp, grouped
@@ -52,11 +53,13 @@ class _Choice:
     counts: bool = False
     product: bool = False
     """Whether act(gate x) · up x is returned too."""
+    total: int = 0
+    """The MLP's neurons, where its weights may be copies of the chosen ones' rows; else 0."""
 
 
 _ALL = _Choice()
-_MLP = Struct("=28q")  # MlpOperands<Matrix> of ``csrc/cpu.cpp``
-_NESTED_MLP = Struct("=37q")  # MlpOperands<NestedMatrix>
+_MLP = Struct("=29q")  # MlpOperands<Matrix> of ``csrc/cpu.cpp``
+_NESTED_MLP = Struct("=38q")  # MlpOperands<NestedMatrix>
 _STATISTIC = Struct("=7q")
 
 
@@ -77,7 +80,7 @@ def _run(
         # Skipping neurons pays in bfloat16 for any number of rows.
         T <= MOST_TOKENS
         and fits(T, B, dtype, B * MOST_TOKENS if chooses else BFLOAT16_TOKENS)
-        and _serves(mlp, dtype)
+        and _serves(mlp, dtype, choice)
         and is_vector(gate_bias, dtype)
         and is_vector(up_bias, dtype)
         and is_vector(down_bias, dtype)
@@ -100,19 +103,21 @@ def _run(
         extra = given.new_empty(*x.shape[:2], outputs_of(gate))
     threshold = choice.threshold
     kernel, operands = library.sirius_mlp, _MLP
-    weight: Callable[[Tensor | None], tuple[int, ...]] = matrix
+    weights: tuple[int, ...] = (*matrix(gate), *matrix(up), *matrix(down))
     if is_nested(gate):
-        kernel, operands, weight = library.sirius_nested_mlp, _NESTED_MLP, nested_matrix
+        kernel, operands = library.sirius_nested_mlp, _NESTED_MLP
+        weights = (*nested_matrix(gate), *nested_matrix(up), *_nested_down(down, choice))
     status = kernel(
         kind,
         operands.pack(
             given.data_ptr(), B, T, C,
-            *weight(gate), *weight(up), *weight(down),
+            *weights,
             *vector(gate_bias), *vector(up_bias), *vector(down_bias),
             address(neurons), *((0, 0) if neurons is None else neurons.shape),
             y.data_ptr(),
             address(extra if choice.counts else None),
             address(extra if choice.product else None),
+            choice.total,
         ),
         code,
         choice.keep,
@@ -124,14 +129,25 @@ def _run(
     return y, extra
 
 
-def _serves(mlp: Mlp[Tensor], dtype: torch.dtype) -> bool:
+def _nested_down(down: Tensor, choice: _Choice) -> tuple[int, ...]:
+    """A ``NestedMatrix``: by inputs, or a copy of its rows, which is not in groups."""
+    if down.ndim == 4:
+        return nested_matrix(down)
+    plane, row, _ = down.stride()
+    return (down.data_ptr(), down.shape[0], down.shape[2] * 2, choice.total, plane, row, 0)
+
+
+def _serves(mlp: Mlp[Tensor], dtype: torch.dtype, choice: _Choice) -> bool:
     """Whether the kernels take the weights: all matrices of that type, or all nested."""
     rows = [weight for weight in (mlp.gate, mlp.up) if weight is not None]
     if not is_nested(mlp.gate):
         return all(is_matrix(weight, dtype) for weight in (*rows, mlp.down))
     return (
         all(is_nested_by(weight, Layout.BY_OUTPUTS) for weight in rows)
-        and is_nested_by(mlp.down, Layout.BY_INPUTS)
+        and (
+            is_nested_by(mlp.down, Layout.BY_INPUTS)
+            or (choice.total > 0 and is_nested_by(mlp.down, Layout.BY_OUTPUTS))  # a copy of rows
+        )
         and {weight.shape[0] for weight in rows} == {mlp.down.shape[0]}
     )
 
@@ -210,10 +226,11 @@ def dense_mlp_activity(x: Tensor, mlp: Mlp[Tensor]) -> tuple[Tensor, Tensor]:
     return y, activity
 
 
-def keeping(operator: str, names: Sequence[str]) -> Callable[..., Any]:
+def keeping(operator: str, names: Sequence[str], total: int = 0) -> Callable[..., Any]:
     """The kernel of an MLP that keeps some of its neurons. Its last arguments are `names`: the
     prompt's `neurons`, the number to `keep` or the `threshold`. Of neurons with equal scores, the
-    first are kept. With a threshold it also returns the counts.
+    first are kept. With a threshold it also returns the counts. total: the MLP's neurons I, where
+    its weights may be copies of the chosen neurons' rows (`ops.chosen`).
 
     The kernel raises IndexError for a neuron out of range.
     """
@@ -226,9 +243,10 @@ def keeping(operator: str, names: Sequence[str]) -> Callable[..., Any]:
             kept["neurons"] = kept["neurons"][mlp.layer]
         done = None
         if kept.get("keep", 1) > 0:
-            done = _run(operator, _Choice(**kept, counts=counts), x, mlp)
+            done = _run(operator, _Choice(**kept, counts=counts, total=total), x, mlp)
         if done is None:
-            return getattr(reference, operator)(x, *mlp, *own)
+            slow = getattr(reference, operator)
+            return (spreading(slow, total) if total else slow)(x, *mlp, *own)
         return done if counts else done[0]
 
     kernel.__name__ = operator

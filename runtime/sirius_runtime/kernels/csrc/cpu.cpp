@@ -71,6 +71,9 @@ struct MlpOperands {
   Tensor<1> gate_bias, up_bias, down_bias;
   Tensor<2> neurons;
   void *y, *counts, *z;
+  int64_t total;  // I, where weights may be copies of the chosen neurons' rows; else 0
+
+  int64_t kept() const { return neurons.size[1]; }
 };
 
 struct AttentionOperands {
@@ -84,26 +87,39 @@ struct AttentionOperands {
   void* out;
 };
 
+int64_t neurons_of(const Matrix& gate) { return gate.rows; }
+int64_t neurons_of(const NestedMatrix& gate) { return gate.outputs; }
+
+// Whether a weight is a copy of the chosen neurons' rows. Nested by inputs, it then has no groups.
+bool copied(const MlpOperands<Matrix>& own, const Matrix& weight) { return own.total && weight.rows != own.total; }
+bool copied(const MlpOperands<NestedMatrix>& own, const NestedMatrix& weight) {
+  return own.total && (&weight == &own.down ? weight.block == 0 : weight.outputs != own.total);
+}
+
 void check_weights(const MlpOperands<Matrix>& own, int64_t I, int64_t C) {
-  shaped("gate", own.gate, {"neurons", "channels"}, I, C);
-  if (own.up.at) shaped("up", own.up, {"neurons", "channels"}, I, C);
-  shaped("down", own.down, {"neurons", "channels"}, I, C);
+  const auto rows = [&](const Matrix& weight) { return copied(own, weight) ? own.kept() : I; };
+  shaped("gate", own.gate, {"neurons", "channels"}, rows(own.gate), C);
+  if (own.up.at) shaped("up", own.up, {"neurons", "channels"}, rows(own.up), C);
+  shaped("down", own.down, {"neurons", "channels"}, rows(own.down), C);
 }
 
 void check_weights(const MlpOperands<NestedMatrix>& own, int64_t I, int64_t C) {
-  shaped("gate", own.gate, false, I, C);
-  if (own.up.at) shaped("up", own.up, false, I, C);
-  shaped("down", own.down, true, C, I);
+  const auto rows = [&](const NestedMatrix& weight) { return copied(own, weight) ? own.kept() : I; };
+  shaped("gate", own.gate, false, rows(own.gate), C);
+  if (own.up.at) shaped("up", own.up, false, rows(own.up), C);
+  if (copied(own, own.down)) {
+    nestable("down", C, I, true);
+    shaped("down", own.down, false, C, I);
+  } else {
+    shaped("down", own.down, true, C, I);
+  }
   if (own.up.at) same("up", "planes", own.up.planes, own.gate.planes);
   same("down", "planes", own.down.planes, own.gate.planes);
 }
 
-int64_t neurons_of(const Matrix& gate) { return gate.rows; }
-int64_t neurons_of(const NestedMatrix& gate) { return gate.outputs; }
-
 template <class Weight>
 void check(const MlpOperands<Weight>& own, int64_t keep) {
-  const int64_t B = own.x.size[0], C = own.x.size[2], I = neurons_of(own.gate);
+  const int64_t B = own.x.size[0], C = own.x.size[2], I = own.total ? own.total : neurons_of(own.gate);
   present("x", own.x.at);
   some("x", "rows", B), few("x", own.x.size[1]), some("x", "channels", C);
   between("x", "tokens of all rows", B * own.x.size[1], 1, INT32_MAX);
@@ -114,10 +130,15 @@ void check(const MlpOperands<Weight>& own, int64_t keep) {
   optional("down_bias", own.down_bias, "channels", C);
   if (keep < 0 || keep > I)
     refuse(BAD_SIZE, "keep is %lld, not 0 to %lld neurons", (long long)keep, (long long)I);
+  if (own.total) present("neurons", own.neurons.at);
   if (!own.neurons.at) return;
-  some("neurons", "neurons a row", own.neurons.size[1]);
+  some("neurons", "neurons a row", own.kept());
   same("neurons", "rows", own.neurons.size[0], B);
-  indices("neurons", own.neurons.template as<int64_t>(), size_t(B * own.neurons.size[1]), I, "neurons");
+  const auto* all = own.neurons.template as<int64_t>();
+  indices("neurons", all, size_t(B * own.kept()), I, "neurons");
+  for (int64_t b = 1; own.total && b < B; b++)
+    if (memcmp(all, all + b * own.kept(), size_t(own.kept()) * sizeof *all))
+      refuse(BAD_SIZE, "neurons differ between rows, but the weights are those of one choice");
 }
 
 void check(const AttentionOperands& own, int64_t layer, int64_t window) {
@@ -162,13 +183,13 @@ template <class T, class Weights, class Weight>
 void run(Mlp<T, Weights>& mlp, const MlpOperands<Weight>& own, int act, int64_t keep, int thresholded,
          float threshold, int threads) {
   mlp.B = size_t(own.x.size[0]), mlp.N = size_t(own.x.size[1]), mlp.C = size_t(own.x.size[2]);
-  mlp.I = size_t(neurons_of(own.gate));
+  mlp.I = size_t(own.total ? own.total : neurons_of(own.gate));
   mlp.x = own.x.template as<const T>();
   mlp.gate_bias = own.gate_bias.template as<const T>();
   mlp.up_bias = own.up_bias.template as<const T>();
   mlp.down_bias = own.down_bias.template as<const T>();
   mlp.act = Activation(act);
-  mlp.neurons = own.neurons.template as<const int64_t>(), mlp.K = size_t(own.neurons.size[1]);
+  mlp.neurons = own.neurons.template as<const int64_t>(), mlp.K = size_t(own.kept());
   mlp.keep = size_t(keep);
   mlp.thresholded = thresholded != 0, mlp.threshold = threshold;
   mlp.y = (T*)own.y, mlp.counts = (int64_t*)own.counts, mlp.z = (T*)own.z;
@@ -244,9 +265,9 @@ int sirius_mlp(int type, const void* operands, int act, int64_t keep, int thresh
     typedef decltype(zero) T;
     check(own, keep);
     Mlp<T> mlp;
-    mlp.gate = {own.gate.as<T>(), size_t(own.gate.stride)};
-    mlp.up = {own.up.as<T>(), size_t(own.up.stride)};
-    mlp.down = {own.down.as<T>(), size_t(own.down.stride)};
+    mlp.gate = {own.gate.as<T>(), size_t(own.gate.stride), copied(own, own.gate)};
+    if (own.up.at) mlp.up = {own.up.as<T>(), size_t(own.up.stride), copied(own, own.up)};
+    mlp.down = {own.down.as<T>(), size_t(own.down.stride), copied(own, own.down)};
     run(mlp, own, act, keep, thresholded, threshold, threads);
   });
 }
@@ -260,9 +281,9 @@ int sirius_nested_mlp(int type, const void* operands, int act, int64_t keep, int
     check(own, keep);
     typedef Mlp<T, NestedWeights<T>> Own;
     Own mlp;
-    mlp.gate = typename Own::Matrix(own.gate.nested());
-    if (own.up.at) mlp.up = typename Own::Matrix(own.up.nested());
-    mlp.down = typename Own::Matrix(own.down.nested());
+    mlp.gate = typename Own::Matrix(own.gate.nested(), false, copied(own, own.gate));
+    if (own.up.at) mlp.up = typename Own::Matrix(own.up.nested(), false, copied(own, own.up));
+    mlp.down = typename Own::Matrix(own.down.nested(), true, copied(own, own.down));
     run(mlp, own, act, keep, thresholded, threshold, threads);
   });
 }

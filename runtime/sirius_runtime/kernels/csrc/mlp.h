@@ -1,7 +1,8 @@
 // MLPs for few tokens: down(act(gate x) * up x), over all neurons or each row's chosen ones.
 //
 // One thread processes a chunk of neurons through gate, up and down, so that the intermediate values
-// stay in its cache. The weights of neurons that are not chosen are never read.
+// stay in its cache. The weights of neurons that are not chosen are never read. A weight may be a copy of
+// the rows of the chosen neurons (`ops/chosen.py`); the sums have the same order as over the whole weight.
 #pragma once
 
 #include <cmath>
@@ -20,8 +21,10 @@ struct PlainWeights {
   struct Matrix {  // [I, C] with row stride `stride`; or null
     const T* at = nullptr;
     size_t stride = 0;
+    bool copied = false;               // whether it has the rows of the chosen neurons only
+    const uint32_t* place = nullptr;   // if so: the number of chosen neurons before each
     explicit operator bool() const { return at; }
-    const T* row(size_t i) const { return at + i * stride; }
+    const T* row(size_t i) const { return at + (place ? place[i] : i) * stride; }
   };
 
   static size_t room(size_t N, size_t C) { return inputs(N, C).size(); }
@@ -67,9 +70,18 @@ struct NestedWeights {
   typedef Step Unit;
   typedef NestedSums Order;
   struct Matrix : Nested {
+    bool by_inputs = false, copied = false;  // `copied` and `place` as in PlainWeights
+    const uint32_t* place = nullptr;
     Matrix() : Nested{} {}
-    explicit Matrix(const Nested& own) : Nested(own) {}
+    Matrix(const Nested& own, bool by_inputs, bool copied)
+        : Nested(own), by_inputs(by_inputs), copied(copied) {}
     explicit operator bool() const { return high; }
+    size_t output(size_t i) const { return place ? place[i] : i; }
+    // By inputs: the offset of a group, and the row of a neuron in its group. In a copy, each group has
+    // its two rows of scales first.
+    size_t group(size_t g) const { return place ? (place[g * NEST] + 2 * g) * row : g * block; }
+    size_t input(size_t i) const { return place ? 2 + place[i] - place[i / NEST * NEST] : i % NEST; }
+    size_t at(size_t i) const { return by_inputs ? group(i / NEST) + input(i) * row : output(i) * row; }
   };
 
   static size_t room(size_t N, size_t C) { return N * steps_of(C); }
@@ -85,8 +97,7 @@ struct NestedWeights {
 
   static void ask_for(const Matrix& weight, size_t first, const uint16_t* live, size_t count) {
     for (size_t j = 0; j < count; j++) {
-      const size_t i = first + live[j];
-      const size_t at = weight.block ? i / NEST * weight.block + i % NEST * weight.row : i * weight.row;
+      const size_t at = weight.at(first + live[j]);
       ask(weight.high + at);
       if (weight.low) ask(weight.low + at);
     }
@@ -94,7 +105,7 @@ struct NestedWeights {
 
   static void dots(const Matrix& weight, size_t first, const uint16_t* live, size_t count,
                    const Unit* tokens, size_t N, size_t C, float* out, const Rows&) {
-    nested_dots(weight, [&](size_t j) { return first + live[j]; }, count, tokens, N, C, out, CHUNK);
+    nested_dots(weight, [&](size_t j) { return weight.output(first + live[j]); }, count, tokens, N, C, out, CHUNK);
   }
 
   static void add(const Matrix& down, size_t first, const uint16_t* live, size_t count, const float* z,
@@ -104,11 +115,14 @@ struct NestedWeights {
     Factors32 factors[MOST_TOKENS * BLOCKS];
     for (size_t block = 0, j = 0; block < BLOCKS; block++) {
       Inputs& in = inputs[block];
-      in.high = down.high + (first / NEST + block) * down.block;
-      in.low = down.low ? down.low + (first / NEST + block) * down.block : nullptr;
+      const size_t at = down.group(first / NEST + block);
+      in.high = down.high + at;
+      in.low = down.low ? down.low + at : nullptr;
       in.count = 0;
+      in.scales = down.place ? 0 : NEST;
       const size_t begin = j;
-      for (; j < count && live[j] / NEST == block; j++) in.live[in.count++] = uint8_t(live[j] % NEST);
+      for (; j < count && live[j] / NEST == block; j++)
+        in.live[in.count++] = uint8_t(down.input(first + live[j]));
       if (in.count == 0) continue;
       for (size_t n = 0; n < N; n++)
         take_factors(in, [&](size_t k) { return z[n * CHUNK + begin + k]; }, factors[n * BLOCKS + block]);
@@ -144,6 +158,7 @@ struct Mlp {
   void run() {
     thread_local Scratch<Unit> activation_scratch;
     thread_local Scratch<uint8_t> mask_scratch;
+    thread_local Scratch<uint32_t> place_scratch;
     thread_local Scratch<float> gate_scratch, sum_scratch;
     const size_t row = Weights::room(N, C);
     Unit* own = activation_scratch.take(B * row);
@@ -161,6 +176,16 @@ struct Mlp {
         known = g;
       }
       chosen = mask;
+      // The rows of a call with copied weights have the same choice. Beyond I: a chunk's last groups.
+      const size_t whole = (I + CHUNK - 1) / CHUNK * CHUNK;
+      const bool copied = gate.copied || up.copied || down.copied;
+      uint32_t* place = place_scratch.take(copied ? whole : 0);
+      for (size_t i = 0, before = 0; copied && i < whole; i++) {
+        place[i] = uint32_t(before);
+        before += i < I && mask[i];
+      }
+      for (Matrix* one : {&gate, &up, &down})
+        if (one->copied) one->place = place;
     }
     if (counts) std::fill(counts, counts + B, int64_t(0));
     const size_t chunks = (I + CHUNK - 1) / CHUNK, groups = parts(chunks, threads);

@@ -378,11 +378,13 @@ void nested_dots(const Nested& weight, const Row& row_of, size_t count, const St
 
 constexpr size_t COLUMNS = 8 * W;  // outputs of a tile: one vector of a row's bytes
 
-// A group of 32 inputs of a weight: the addresses of its planes, and the live inputs.
+// A group of 32 inputs of a weight: the addresses of its planes, the rows of its live inputs, and the
+// first row of its scales.
 struct Inputs {
   const uint8_t *high, *low;
   size_t count;
   uint8_t live[NEST];
+  size_t scales;
 
   // Makes the inputs whose `numbers` are above the threshold the live ones.
   void choose(const float* numbers, float threshold) {
@@ -517,7 +519,7 @@ inline __attribute__((always_inline)) void scales_at(const Inputs& own, size_t r
   const size_t to_low = BOTH ? size_t(own.low - own.high) : 0;
 #pragma GCC unroll 2
   for (size_t half = 0; half < 2; half++) {
-    const uint8_t* p = own.high + (NEST + half) * row + at;
+    const uint8_t* p = own.high + (own.scales + half) * row + at;
     Words upper[4], lower[4];
     as_words(load_codes(p, here), upper);
     if (BOTH) as_words(load_codes(p + to_low, here), lower);
@@ -638,7 +640,7 @@ struct Prefetcher {
     while (lines > 0 && i < count) {
       const Inputs& own = inputs[i];
       if (own.count > 0) {
-        const uint8_t* p = own.high + (r < own.count ? own.live[r] : NEST + r - own.count) * row + at;
+        const uint8_t* p = own.high + (r < own.count ? own.live[r] : own.scales + r - own.count) * row + at;
         __builtin_prefetch(p, 0, 2);
         if (BOTH) __builtin_prefetch(p + (own.low - own.high), 0, 2);
         lines--;

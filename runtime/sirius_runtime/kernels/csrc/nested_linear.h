@@ -69,6 +69,7 @@ void take_inputs(const T* x, const Nested& weight, const float* threshold, size_
                  size_t block, Inputs& in, Factors32* z, size_t token) {
   in.high = weight.high + block * weight.block;
   in.low = weight.low ? weight.low + block * weight.block : nullptr;
+  in.scales = NEST;
   alignas(64) float v[NEST], scores[NEST] = {};
   if (threshold) {
     for (size_t n = 0; n < N; n++) {
