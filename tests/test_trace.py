@@ -296,11 +296,11 @@ def test_a_cache_that_keeps_the_sparse_paths_kv_is_found(
     """What KV rewriting is for: without it, the draft's K/V stays."""
     real = ByEntries.verify
 
-    def verify(self: ByEntries, state: TensorState, plan: Any, tree: Any) -> dict[str, Tensor]:
-        begin, size = int(state.length[0]) + 1, tree.tokens.shape[1]
+    def verify(self: ByEntries, state: TensorState, plan: Any, draft: Any) -> dict[str, Tensor]:
+        begin, size = int(state.length[0]) + 1, draft.tree.tokens.shape[1]
         drafted = slice(begin, begin + size - 2)  # the last one's was never computed
         before = [c[..., drafted, :].clone() for c in (state.k_cache, state.v_cache)]
-        result = real(self, state, plan, tree)
+        result = real(self, state, plan, draft)
         for cache, value in zip((state.k_cache, state.v_cache), before, strict=True):
             cache[..., drafted, :] = value
         return result
