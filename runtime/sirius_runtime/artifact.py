@@ -19,7 +19,7 @@ import math
 import mmap
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -121,6 +121,13 @@ class Artifact:
     def names(self, prefix: str = "") -> list[str]:
         """Sorted names of the entries (`manifest.json` included) that start with `prefix`."""
         return sorted(name for name in self._spans if name.startswith(prefix))
+
+    def entries(self) -> Iterator[tuple[str, memoryview]]:
+        """Every entry but the manifest, in the file's order, without a copy."""
+        image = self._opened()
+        for name, span in sorted(self._spans.items(), key=lambda item: item[1].start):
+            if name != MANIFEST:
+                yield name, image.view(span)
 
     def read_bytes(self, name: str) -> bytes:
         """A copy of the entry's bytes; raises ArtifactError where no entry has that name."""

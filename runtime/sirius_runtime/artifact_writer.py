@@ -9,7 +9,7 @@ import os
 import struct
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -128,6 +128,24 @@ class ArtifactWriter:
                 for spec in shard:
                     _write_tensor(sink, spec, get)
             self._shards += 1
+
+    def add_copies(self, artifact: Artifact, changed: Mapping[str, bytes]) -> None:
+        """Adds all entries of another artifact, its weights among them, byte for byte; those of
+        `changed` with other contents. Raises ArtifactError for an entry that is not what its hash
+        says.
+        """
+        for name, data in artifact.entries():
+            if name in changed:
+                self.add_bytes(name, changed[name])
+                continue
+            with self._entry(name, len(data)) as sink:
+                sink.write(data)
+            if self._files[name] != artifact.manifest.files[name]:
+                raise ArtifactError(
+                    f"{artifact.path}: wrong sha256 of {name!r}; the file is damaged: download it "
+                    "again, or compile it again"
+                )
+        self._weights |= {spec.name: spec for spec in artifact.program.weights}
 
     def finish(
         self, program: ProgramSpec, check: Callable[[Path], SelfTestSpec | None] = lambda _: None

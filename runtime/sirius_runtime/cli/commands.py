@@ -10,7 +10,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from sirius_runtime.cli import chat, eval, export_onnx, inspect, run, serve, trace, verify
+from sirius_runtime.cli import (
+    ablate,
+    chat,
+    eval,
+    export_onnx,
+    inspect,
+    run,
+    serve,
+    trace,
+    tune,
+    verify,
+)
 from sirius_runtime.cli.command import Command
 from sirius_runtime.command_line import finish, tell
 from sirius_runtime.terminal import plain
@@ -22,6 +33,8 @@ COMMANDS: Mapping[str, Command] = {
     "inspect": inspect.COMMAND,
     "verify": verify.COMMAND,
     "eval": eval.COMMAND,
+    "ablate": ablate.COMMAND,
+    "tune": tune.COMMAND,
     "trace": trace.COMMAND,
     "export-onnx": export_onnx.COMMAND,
 }

@@ -231,9 +231,9 @@ def columns(summaries: Sequence[Summary]) -> list[tuple[str, Callable[[Summary],
     stricts = any(summary.strict is not None for summary in summaries)
     strict: list[tuple[str, Callable[[Summary], str]]] = [("strict", lambda s: _percent(s.strict))]
     return [
-        ("accuracy (95%)", lambda s: _interval(s.accuracy)),
+        ("accuracy (95%)", lambda s: interval_text(s.accuracy)),
         *(strict if stricts else ()),
-        ("less full (95%)", lambda s: _interval(s.difference, sign="+")),
+        ("less full (95%)", lambda s: interval_text(s.difference, sign="+")),
         ("none", lambda s: str(s.unanswered)),
         ("cut", lambda s: str(s.cut)),
         ("AAL", lambda s: figure(s.aal, 2)),
@@ -270,7 +270,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _interval(interval: Interval | None, sign: str = "") -> str:
+def interval_text(interval: Interval | None, sign: str = "") -> str:
     if interval is None:
         return "-"
     mean, low, high = (f"{100 * v:{sign}.1f}" for v in (interval.mean, interval.low, interval.high))
