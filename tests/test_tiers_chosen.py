@@ -32,7 +32,7 @@ from sirius_runtime.tiers.placement import CHOSEN, MOVING, PAGE, Block, Needs, l
 from sirius_runtime.tiers.stream import Load
 from tests.support.cli import Cli
 from tests.support.families import CONFIGS
-from tests.support.fast import slow
+from tests.support.fast import gate_but
 from tests.support.models import random_decoder, word_tokenizer, write_calibration
 from tests.support.tiered import tiered
 
@@ -55,12 +55,12 @@ class Kind:
 
 
 NESTED = Kind("llama", "griffin", "int8", "bfloat16")
+FUSED = Kind("phi3", "griffin", None, "bfloat16")  # gate and up are slices of one weight
 KINDS = [
-    NESTED,
-    Kind("phi3", "griffin", None, "bfloat16"),  # gate and up are slices of one weight
-    slow(Kind("llama", "griffin+teal", "int8", "float32")),
-    slow(Kind("gpt2", "griffin", "int8", "float32")),  # biases, and no up
-    slow(Kind("llama", "griffin", None, "float32")),
+    *(NESTED, FUSED),
+    Kind("llama", "griffin+teal", "int8", "float32"),
+    Kind("gpt2", "griffin", "int8", "float32"),  # biases, and no up
+    Kind("llama", "griffin", None, "float32"),
 ]
 
 
@@ -114,7 +114,7 @@ def tokens(
 # the same tokens
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", gate_but(KINDS, {NESTED, FUSED}), ids=str)
 def test_tokens_with_copied_rows(kind: Kind, files: dict[Kind, Path]) -> None:
     """Of one prompt, of prompts with different choices, and of equal prompts."""
     plain, (model, _) = load(files[kind]), tiered(files[kind], 0.3)
