@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.evaluation.ablate import Axis, read_axes, rows, settings
 from sirius_runtime.evaluation.modes import Setting
-from sirius_runtime.evaluation.pareto import Point, pareto
+from sirius_runtime.evaluation.pareto import Point, apart, pareto
 from sirius_runtime.evaluation.summary import Interval, Summary
 from sirius_runtime.evaluation.tune import Choice, choose, defaults, grid, loss
 from sirius_runtime.spec import EntrySpec, Method, PeriodSpec, ProgramSpec
@@ -31,6 +31,21 @@ def test_the_line_has_the_points_that_no_other_beats(given: list[Point]) -> None
     assert sorted(line) == [index for index, own in enumerate(given) if not beaten(own)]
     gains = [given[index].gain for index in line]
     assert gains == sorted(gains, reverse=True)
+
+
+@given(st.lists(st.tuples(st.floats(0, 9), st.floats(0, 1)), min_size=1, max_size=12))
+def test_labels_have_room(places: list[tuple[float, float]]) -> None:
+    width, height = (max(axis) - min(axis) or 1.0 for axis in zip(*places, strict=True))
+
+    def near(a: int, b: int) -> bool:
+        (x, y), (u, v) = places[a], places[b]
+        return abs(x - u) < 0.03 * width and abs(y - v) < 0.06 * height
+
+    labelled = apart(places)
+    assert labelled[0] == 0
+    for index in range(len(places)):
+        before = [other for other in labelled if other < index]
+        assert (index in labelled) == (not any(near(index, other) for other in before))
 
 
 def summary(lost: float, width: float, speed: float | None) -> Summary:

@@ -144,7 +144,7 @@ def trace_lines() -> Iterator[Line]:
 def other_lines() -> Iterator[Line]:
     yield Line("sirius", (), "required: COMMAND")
     yield Line("sirius", ("rum",), "invalid choice: 'rum'")
-    for command in ("run", "chat", "inspect", "verify", "trace", "export-onnx"):
+    for command in ("run", "chat", "inspect", "verify", "trace", "export-onnx", "ablate", "tune"):
         yield Line("sirius", (command,), "required: MODEL.sirius")
     yield Line("sirius", ("chat", ARTIFACT), "has no chat template")
     yield Line("sirius", ("chat", ARTIFACT, "--prompt", "x"), "--prompt")

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sirius_runtime.cli.command import Command
@@ -75,7 +76,7 @@ def _run(args: argparse.Namespace) -> None:
     found = [(row, by_name[row.setting.name]) for row in table]
     title = f"{task.name}: {summaries[0].problems} problems"
     if args.plot is not None:
-        plot(found, title, args.plot)
+        plot(found, f"{args.artifact.name}, {Path(title).name}", args.plot)
     if args.json:
         say(json.dumps([_json(*pair) for pair in found]))
         return

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sirius_runtime.evaluation.summary import Summary
 
 FORMATS = (".png", ".svg")
+_ROOM = (0.03, 0.06)  # of a label, as shares of the plot's width and height
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def plot(rows: Sequence[tuple[Row, Summary]], title: str, path: Path) -> None:
     """Draws accuracy over tokens/s and over effective density, with the Pareto line of each.
 
     A setting that stands for several rows is drawn once. Vertical bars are the 95% intervals of the
-    accuracy.
+    accuracy. Points too close to another have no label; the table has them all.
     """
     import matplotlib
 
@@ -92,23 +93,47 @@ def _panel(
 ) -> None:
     """Draws settings at their x; sign: 1 where more is better, else -1."""
     points = [Point(sign * x, summary.accuracy.mean) for _, summary, x in shown]
-    line = [points[index] for index in pareto(points)]
-    axis.plot(
-        [sign * p.gain for p in line],
-        [100 * p.accuracy for p in line],
-        color="0.6",
-        zorder=1,
-        label="Pareto line",
-    )
-    for row, summary, x in shown:
-        accuracy, colour = summary.accuracy, colours[_group(row)]
-        y = 100 * accuracy.mean
-        axis.vlines(x, 100 * accuracy.low, 100 * accuracy.high, color=colour, alpha=0.25, zorder=1)
+    line = pareto(points)
+    at = [(x, 100 * summary.accuracy.mean) for _, summary, x in shown]
+    ends = [at[index] for index in line]
+    axis.plot(*zip(*ends, strict=True), color="0.6", zorder=1, label="Pareto line")
+    axis.scatter(*zip(*ends, strict=True), facecolors="none", edgecolors="0.4", s=80, zorder=3)
+    for (row, summary, _), (x, y) in zip(shown, at, strict=True):
+        low, high, colour = summary.accuracy.low, summary.accuracy.high, colours[_group(row)]
+        axis.vlines(x, 100 * low, 100 * high, color=colour, alpha=0.25, zorder=1)
         marker = "s" if row.setting.name == Mode.FULL else "o"
         axis.scatter(x, y, color=[colour], marker=marker, s=30, zorder=2)
-        name = row.value if row.axis else row.setting.name
-        axis.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    order = dict.fromkeys(
+        [*line, *(i for i, s in enumerate(shown) if not s[0].axis), *range(len(at))]
+    )
+    for index in apart([at[index] for index in order]):
+        number = list(order)[index]
+        row = shown[number][0]
+        name = f"{row.axis} {row.value}".replace("_", " ") if row.axis else row.setting.name
+        axis.annotate(
+            name, at[number], textcoords="offset points", xytext=(3, 5), fontsize=6, rotation=40
+        )
+    axis.margins(x=0.1, y=0.15)
     axis.grid(color="0.92")
+
+
+def apart(places: Sequence[tuple[float, float]]) -> list[int]:
+    """The indices of places that have room for a label: none within 3% of the width and 6% of the
+    height of an earlier one.
+    """
+    spans = [max(axis) - min(axis) or 1.0 for axis in zip(*places, strict=True)]
+    found: list[int] = []
+    for index, place in enumerate(places):
+        near = (
+            all(
+                abs(a - b) < share * span
+                for a, b, share, span in zip(place, other, _ROOM, spans, strict=True)
+            )
+            for other in (places[taken] for taken in found)
+        )
+        if not any(near):
+            found.append(index)
+    return found
 
 
 def _group(row: Row) -> str:
