@@ -144,8 +144,10 @@ def trace_lines() -> Iterator[Line]:
 def other_lines() -> Iterator[Line]:
     yield Line("sirius", (), "required: COMMAND")
     yield Line("sirius", ("rum",), "invalid choice: 'rum'")
-    for command in ("run", "chat", "inspect", "verify", "trace", "export-onnx", "ablate", "tune"):
+    for command in ("run", "chat", "inspect", "verify", "trace", "export-onnx"):
         yield Line("sirius", (command,), "required: MODEL.sirius")
+    for command in ("ablate", "tune"):
+        yield Line("sirius", (command,), "required: --task")
     yield Line("sirius", ("chat", ARTIFACT), "has no chat template")
     yield Line("sirius", ("chat", ARTIFACT, "--prompt", "x"), "--prompt")
     yield Line("sirius", ("inspect", "a", "b"), "unrecognized arguments: b")
