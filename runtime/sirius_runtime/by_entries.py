@@ -121,6 +121,7 @@ class ByEntries:
         asks = (plan.confidence > 0.0 or given is not None or stops) and not self.all_levels
         # Made on the device: a recorded CUDA graph can't contain a copy from the host.
         confidence = torch.full((), plan.confidence, dtype=torch.float32, device=most_B.device)
+        ending = plan.ending(most_B.device) if stops else None
         levels = 0
         while levels < period - 1 and not (asks and not grown.live.any()):
             levels += 1
@@ -130,8 +131,8 @@ class ByEntries:
             state.count_kept(result, grown.live)
             logits = self._processed(result["logits"], state, grown.tree, nodes)
             grown = extend(grown, logits, level, plan.propose, most_B, confidence)
-            if stops:
-                ended = plan.ended(grown.tree.tokens[:, levels])
+            if ending is not None:
+                ended = (grown.tree.tokens[:, levels, None] == ending).any(1)
                 grown = grown._replace(live=grown.live & ~ended)
         if given is None:
             return first_levels(grown.draft, levels, width), levels

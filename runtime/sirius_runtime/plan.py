@@ -9,6 +9,7 @@ from sirius_runtime.rules import RULES, Asked, best_paths, check_options, values
 from sirius_runtime.sampling import Sampling
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from sirius_runtime.policy import Decision, Draft
@@ -62,13 +63,11 @@ class Plan(Asked):
         """See `sirius_runtime.policy.Decide`."""
         return RULES[self.rule].accept(draft, logits_BNV, self)
 
-    def ended(self, tokens_B: Tensor) -> Tensor:
-        """Whether each row's answer ends at its token: bool [B]."""
+    def ending(self, device: torch.device) -> Tensor:
+        """The tokens that end the rows' answers: int64 [1, E], or [B, E] where rows differ."""
         import torch
 
-        return torch.isin(
-            tokens_B, torch.tensor(self.ends, dtype=torch.int64, device=tokens_B.device)
-        )
+        return torch.tensor([self.ends], dtype=torch.int64, device=device)
 
     def inputs(self) -> dict[str, tuple[int | float, str]]:
         """The plan as inputs of the entry `period`, without rule and noise: (number, dtype) by

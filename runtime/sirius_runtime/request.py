@@ -141,8 +141,8 @@ def check_default_mode(mode: str, *, flag: str = "") -> None:
     """Raises ConfigError for a mode that can't be an artifact's default."""
     if mode not in (known := default_modes()):
         raise ConfigError(
-            f"{flag}mode must be one of {', '.join(known)} (what a run does that names no mode), "
-            f"got {shown(mode)}"
+            f"{flag}mode must be one of {', '.join(known)} (the greedy modes that draft), got "
+            f"{shown(mode)}"
         )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sirius_runtime.cli.command import Command
 from sirius_runtime.cli.evaluating import (
     NOTES,
+    add_results,
     add_task,
     answer,
     columns,
@@ -47,12 +48,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="draw accuracy over speed and over effective density to this .png or .svg",
     )
-    parser.add_argument(
-        "--out",
-        type=new_file_argument,
-        metavar="FILE",
-        help="write each result to this JSONL file; an interrupted run continues from it",
-    )
+    add_results(parser)
     add_loading(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON list, no table")
 

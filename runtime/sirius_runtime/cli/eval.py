@@ -12,6 +12,7 @@ from sirius_runtime.cli.command import Command
 from sirius_runtime.cli.evaluating import (
     LM_EVAL,
     NOTES,
+    add_results,
     add_task,
     answer,
     columns,
@@ -23,7 +24,7 @@ from sirius_runtime.cli.evaluating import (
 )
 from sirius_runtime.cli.options import add_loading, add_lookup
 from sirius_runtime.cli.results import figure
-from sirius_runtime.command_line import new_file_argument, real_number, say, whole_number
+from sirius_runtime.command_line import real_number, say, whole_number
 from sirius_runtime.errors import ConfigError
 from sirius_runtime.evaluation.modes import Setting, default_settings, read_modes
 
@@ -56,12 +57,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "so that no token depends on measured time)",
     )
     add_lookup(parser)
-    parser.add_argument(
-        "--out",
-        type=new_file_argument,
-        metavar="FILE",
-        help="write each result to this JSONL file; an interrupted run continues from it",
-    )
+    add_results(parser)
     add_loading(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON list, no table")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sirius_runtime.cli.options import loading_options
 from sirius_runtime.cli.results import figure
 from sirius_runtime.command_line import (
+    new_file_argument,
     path_argument,
     positive_number,
     read_path,
@@ -88,6 +89,16 @@ def add_task(parser: argparse.ArgumentParser) -> None:
         default=10,
         metavar="S",
         help="time limit for the code of one answer, in seconds (10)",
+    )
+
+
+def add_results(parser: argparse.ArgumentParser, flag: str = "--out") -> None:
+    """The option for the file of results."""
+    parser.add_argument(
+        flag,
+        type=new_file_argument,
+        metavar="FILE",
+        help="write each result to this JSONL file; an interrupted run continues from it",
     )
 
 

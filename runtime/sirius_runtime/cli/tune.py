@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from sirius_runtime.cli.command import Command
 from sirius_runtime.cli.evaluating import (
     NOTES,
+    add_results,
     add_task,
     answer,
     columns,
@@ -60,12 +61,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the artifact with its new defaults here (default: replace it)",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing --out")
-    parser.add_argument(
-        "--results",
-        type=new_file_argument,
-        metavar="FILE",
-        help="write each result to this JSONL file; an interrupted run continues from it",
-    )
+    add_results(parser, "--results")
     add_loading(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
 

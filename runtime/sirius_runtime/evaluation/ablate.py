@@ -11,6 +11,7 @@ from sirius_runtime.evaluation.modes import (
     RESEARCH,
     Setting,
     Value,
+    naming,
     read_value,
     setting_of,
     text,
@@ -53,7 +54,7 @@ DEFAULT_AXES = (
 """What is varied if nothing is named, as far as the artifact and the mode have it."""
 
 
-def read_axes(given: Sequence[str], *, flag: str = "--vary", research: bool = True) -> list[Axis]:
+def read_axes(given: Sequence[str], *, research: bool = True) -> list[Axis]:
     """Axes from texts ``NAME=VALUE,VALUE,…``. research: whether options of `RESEARCH` are allowed.
     Raises ConfigError for an unknown or repeated name, and for a value that is repeated or out of
     range.
@@ -65,19 +66,18 @@ def read_axes(given: Sequence[str], *, flag: str = "--vary", research: bool = Tr
         name = name.strip().replace("-", "_")
         if not equals or name not in known:
             raise ConfigError(
-                f"{flag} takes NAME=VALUE,VALUE,… with a name of {', '.join(known)}; got "
+                f"--vary takes NAME=VALUE,VALUE,… with a name of {', '.join(known)}; got "
                 f"{shown(item)}"
             )
         if any(axis.name == name for axis in axes):
-            raise ConfigError(f"{flag} has {name} twice; list its values in one")
+            raise ConfigError(f"--vary has {name} twice; list its values in one")
         values: list[Value] = []
         for part in listed.split(","):
-            value = read_value(name, part)
+            with naming("--vary"):
+                value = read_value(name, part)
+                setting_of(Mode.SIRIUS, {name: value})  # raises for a value out of range
             if value in values:
-                raise ConfigError(f"{flag} {name} has the value {text(value)} twice; leave one out")
-            setting_of(
-                Mode.SIRIUS, {name: value}, flag=f"{flag} "
-            )  # raises for a value out of range
+                raise ConfigError(f"--vary {name} has the value {text(value)} twice; leave one out")
             values.append(value)
         axes.append(Axis(name, tuple(values)))
     return axes

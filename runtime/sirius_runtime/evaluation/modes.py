@@ -6,7 +6,8 @@ options: ``exact:period=8``, ``sirius:0.05:period=8:confidence=0.3``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -122,7 +123,8 @@ def read_modes(given: str) -> tuple[Setting, ...]:
                 f"--modes takes {', '.join(_NAMES)}, sirius:THRESHOLD, and with options "
                 f"exact:period=8:confidence=0.3; got {shown(item)}"
             )
-        setting = setting_of(mode, dict(_option(mode, part) for part in parts), flag="--modes ")
+        with naming(f"--modes {shown(item)}"):
+            setting = setting_of(mode, dict(map(_option, parts)))
         if len(setting.options) != len(parts):
             raise ConfigError(f"--modes {shown(item)} gives an option twice; leave one out")
         if setting in found:
@@ -131,28 +133,35 @@ def read_modes(given: str) -> tuple[Setting, ...]:
     return tuple(found)
 
 
-def _option(mode: str, part: str) -> tuple[str, Value]:
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Puts `what`, such as the option of a command line, before the messages of ConfigErrors."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from None
+
+
+def _option(part: str) -> tuple[str, Value]:
     name, equals, value = part.partition("=")
     if not equals:
         name, value = "threshold", part
     if name not in NUMBERS:
-        raise ConfigError(f"--modes: a setting has {', '.join(NUMBERS)}, got {shown(part)}")
+        raise ConfigError(f"a setting has {', '.join(NUMBERS)}, got {shown(part)}")
     return name, read_value(name, value)
 
 
-def setting_of(mode: str, options: Mapping[str, Value], *, flag: str = "") -> Setting:
+def setting_of(mode: str, options: Mapping[str, Value]) -> Setting:
     """A setting with these options. Raises ConfigError for options that have no effect in this
-    mode, or are out of range. `flag`: the beginning of its message.
+    mode, or are out of range.
     """
     if mode not in modes():
-        raise ConfigError(f"{flag}mode must be one of {', '.join(modes())}, got {shown(mode)}")
+        raise ConfigError(f"mode must be one of {', '.join(modes())}, got {shown(mode)}")
     for name in options:
         if mode not in RULES:
-            raise ConfigError(f"{flag}mode {mode} drafts nothing, so {name} has no effect in it")
+            raise ConfigError(f"mode {mode} drafts nothing, so {name} has no effect in it")
         if name in OPTIONS and name not in options_of([mode]):
-            raise ConfigError(
-                f"{flag}mode {mode} has no {name}: give it to mode sirius, or leave it out"
-            )
+            raise ConfigError(f"mode {mode} has no {name}: give it to mode sirius, or leave it out")
     _check_ranges(options)
     order = [*NUMBERS, *RESEARCH]
     return Setting(str(mode), tuple(sorted(options.items(), key=lambda item: order.index(item[0]))))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sirius_runtime.plan import Plan
 from sirius_runtime.policy import Decision, Draft, draw, likeliest
+from sirius_runtime.sampling import NO_TOKEN
 from sirius_runtime.tree import Level, Tree
 
 if TYPE_CHECKING:
@@ -110,8 +111,11 @@ class MixedPlan(Plan):
         ]
         return new, torch.cat(q)[self.place]
 
-    def ended(self, tokens_B: Tensor) -> Tensor:
-        return torch.cat([p.plan.ended(tokens_B[p.rows]) for p in self.parts])[self.place]
+    def ending(self, device: torch.device) -> Tensor:
+        table = torch.full((len(self.place), len(self.ends)), NO_TOKEN, device=device)
+        for part in self.parts:
+            table[part.rows, : len(part.plan.ends)] = part.plan.ending(device)
+        return table
 
     def decide(self, draft: Draft, logits_BNV: Tensor) -> Decision:
         if len(self.parts) == 1:
